@@ -1,9 +1,9 @@
 //! The page cache: keys to bytes, with a time to live and tags.
 //!
 //! This file maps keys to shards and entries, and turns a failure in a shard into a miss or a refusal. It holds at most one
-//! shard lock at a time, and allocates nothing while it holds the lock.
+//! shard lock at a time, and does not allocate while it holds one.
 //!
-//! Must not depend on the layout of an entry in memory, or let an error in the cache become an error of a request.
+//! Must not depend on the memory layout of an entry, or let an error in the cache fail a request.
 
 pub(crate) mod audit;
 pub(crate) mod claim;
@@ -63,7 +63,7 @@ pub struct Cache {
     pub(crate) segment: Arc<SharedMemory>,
 }
 
-/// Why an operation on a shard was not done.
+/// Why an operation on a shard failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trouble {
     NotLocked,
@@ -103,10 +103,10 @@ impl Cache {
         self.get_at(key.as_ref(), Moment::Now(&self.segment), value)
     }
 
-    /// Returns the page in place, without a copy. The page stays where it is until the result is dropped.
+    /// Returns the page in place, without a copy. The page stays in place until the result is dropped.
     ///
-    /// This pays off for pages of about 16 KiB or more. Hold the result only as long as it takes to send the page:
-    /// meanwhile the cache has to work around it. A process can hold 32 pages in place at a time; beyond that it gets
+    /// This pays off for pages of about 16 KiB or more. Hold the result only as long as it takes to send the page,
+    /// because the cache cannot reuse its memory until then. A process can pin 32 pages at a time; beyond that it gets
     /// copies.
     pub fn pin(&self, key: impl AsRef<[u8]>) -> Option<Pinned> {
         let key = self.key(key.as_ref());
@@ -142,42 +142,43 @@ impl Cache {
         self.store(key.as_ref(), value.as_ref(), options, &Rendering::default(), self.segment.now_ms())
     }
 
-    /// Invalidates the page stored under `key`, and also one that is being rendered now.
+    /// Invalidates the page stored under `key`, including one that is being rendered.
     ///
-    /// Returns whether there was a valid page. Also returns `false` if its shard is locked; the page is purged
-    /// nevertheless.
+    /// Returns whether there was a valid page. Returns `false` if the shard is locked, although the page is purged in
+    /// that case too.
     pub fn purge(&self, key: impl AsRef<[u8]>) -> bool {
         self.purge_at(key.as_ref(), self.segment.now_ms())
     }
 
-    /// Invalidates all pages with this tag, and also those that are being rendered now.
+    /// Invalidates all pages with this tag, including those that are being rendered.
     ///
-    /// Takes one step, however many pages there are, and no lock.
+    /// Takes constant time, however many pages carry the tag, and no lock.
     pub fn purge_tag(&self, tag: &str) {
         if let Some(clock) = self.tag_clock() {
             clock.purge(self.tag(tag));
         }
     }
 
-    /// Invalidates all pages whose keys begin with `prefix`, and also those that are being rendered now.
+    /// Invalidates all pages whose keys begin with `prefix`, including those that are being rendered.
     ///
-    /// The purge takes effect at once, although it takes a while to go through the pages and free their memory. Only
-    /// the first 112 bytes of the prefix are significant.
+    /// The purge takes effect at once; removing the affected pages and freeing their memory takes longer. Only the
+    /// first 112 bytes of the prefix are significant.
     pub fn purge_prefix(&self, prefix: impl AsRef<[u8]>) {
         let Some((clock, prefixes)) = self.tag_clock().zip(Prefixes::of(&self.segment)) else { return };
         match prefixes.announce(prefix.as_ref(), clock) {
             Some(purge) => self.sweep_prefix(&purge),
-            // Too many purges at once, or a stopped process holds the table's lock. The purged pages must not be served, so everything is
-            // cleared.
+            // There are too many purges at once, or a stopped process holds the table's lock. The purged pages must not be served, so
+            // everything is cleared.
             None => self.clear(),
         }
     }
 
-    /// Invalidates all pages, and also those that are being rendered now.
+    /// Invalidates all pages, including those that are being rendered.
     pub fn clear(&self) {
         let Some(clock) = self.tag_clock() else { return };
         clock.clear();
-        // The clock alone invalidates the pages. Emptying the shards frees their memory, where the lock can be taken.
+        // Advancing the clock invalidates the pages. Emptying the shards only frees their memory, and skips shards that
+        // cannot be locked.
         for index in 0..self.segment.geometry.shards {
             let _ = self.with_shard_at(index, |shard| {
                 shard.empty();
@@ -192,8 +193,8 @@ impl Cache {
         PurgeSnapshot(self.tag_clock().map_or(0, TagClock::now))
     }
 
-    /// The largest entry that the cache can hold, in bytes: the length of the key and the value, and 8 for each tag. 0
-    /// if there is no cache.
+    /// The size of the largest entry that the cache can hold, in bytes: the length of the key and the value, plus 8 for
+    /// each tag. 0 if there is no cache.
     pub fn max_entry(&self) -> u64 {
         self.segment.geometry.max_record.saturating_sub(ENTRY_HEAD + PADDING)
     }
@@ -256,19 +257,19 @@ impl Cache {
             return Err(StoreError::TooLarge { limit });
         };
         let done = self.with_shard_at(shard.number, |shard| {
-            // Checked under the lock: a process that takes the lease over afterwards also stores afterwards.
+            // Checked under the lock, so a process that takes over the lease later also stores its page later.
             if rendering.lease.is_some_and(|(lease, word)| !lease::is_held(lease, word)) {
                 return Ok(Stored::Yes);
             }
-            // Checked under the lock: a purge that comes later also removes later than this store.
+            // Checked under the lock, so a purge that is issued later also removes this entry later.
             if judge.is_outdated(key, &tags, new.times.snapshot) {
                 add(&shard.shard.counters().outdated, 1);
                 if let Some(clock) = self.tag_clock() {
                     clock.finish(tags.iter().copied().chain([key.hash]));
                 }
-                // Treated as if it had been stored and then purged. A page already stored under the key is removed, even if it was
-                // rendered later: tags that share slots can look purged when they are not, and a lookup after this store must not
-                // return a page other than the last one set.
+                // Treated as if the page had been stored and then purged. A page already stored under the key is removed, even if
+                // it was rendered later: tags that share slots can look purged when they are not, and a lookup after this store
+                // must not return a page other than the last one set.
                 if let Some(old) = shard.find(key)? {
                     shard.remove(&old)?;
                     shard.count_drop(Verdict::Purged, old.place.ring);
@@ -358,7 +359,7 @@ impl Cache {
         self.count(shard, retries, if hit { Seen::Hit } else { Seen::Miss });
     }
 
-    /// Counts in this process's own cell, which no other process writes to.
+    /// Counts in this process's own member cell, which no other process writes to.
     #[inline]
     pub(crate) fn count(&self, shard: u64, retries: usize, seen: Seen) {
         if let Some(tally) = self.segment.tally(shard) {
@@ -370,8 +371,8 @@ impl Cache {
                 Seen::Render => &tally.renders,
             };
             if seen == Seen::Hit {
-                // Not `fetch_add`, which would wait until the bytes just copied are written. If two threads of a process count a hit at
-                // the same instant, one count is lost, which is acceptable.
+                // Not `fetch_add`, which would stall until the bytes just copied are written. If two threads of a process count a hit
+                // at the same instant, one count is lost, which is acceptable.
                 counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
             } else {
                 counter.fetch_add(1, Ordering::Relaxed);
@@ -381,7 +382,7 @@ impl Cache {
     }
 }
 
-/// What a process counts in its own cell.
+/// The events that a process counts in its own member cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
     Hit,
@@ -391,12 +392,12 @@ pub(crate) enum Seen {
     Render,
 }
 
-/// Copies an entry's value into an emptied buffer; `None` if the entry was overwritten while it was copied.
+/// Copies an entry's value into an empty buffer; `None` if the entry was overwritten during the copy.
 pub(crate) fn copy_value(sight: &Sight<'_, '_>, value: &mut Vec<u8>) -> Option<()> {
     let len = usize::try_from(sight.entry.value_len).ok()?;
     value.clear();
     if value.capacity() < len {
-        // The length is not trusted for an allocation before it is verified.
+        // The length must be verified before it is used for an allocation.
         if !sight.holds() {
             return None;
         }
@@ -422,7 +423,8 @@ pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Holds the lock of a key's shard until it is dropped, as a process in the middle of a store does: for tests of a death or a stop.
+/// Holds the lock of a key's shard until dropped, like a process in the middle of a store. For tests of killed and stopped
+/// processes.
 #[cfg(feature = "crash-test")]
 #[doc(hidden)]
 #[derive(Debug)]
@@ -438,13 +440,13 @@ impl Cache {
         Some(Held { _shard: self.shard(self.shard_index(key))?.lock().ok()? })
     }
 
-    /// Sweeps everything, whether a sweep is due or not.
+    /// Sweeps the whole cache, whether or not a sweep is due.
     #[doc(hidden)]
     pub fn sweep_all(&self) {
         self.sweep_now(1, self.segment.now_ms());
     }
 
-    /// The number of locks that are held, by live or dead processes.
+    /// The number of locks held by live or dead processes.
     #[doc(hidden)]
     pub fn locks_held(&self) -> usize {
         let locks = self.shards().map(|shard| &shard.head.lock);
@@ -452,7 +454,7 @@ impl Cache {
         locks.filter(|lock| lock.load(Ordering::Relaxed) & 0xffff != 0).count()
     }
 
-    /// The number of entries that are pinned, by live or dead processes.
+    /// The number of entries pinned by live or dead processes.
     #[doc(hidden)]
     pub fn pins_set(&self) -> usize {
         let pins = self.segment.member_cells().flat_map(|member| &member.head.pins);

@@ -1,7 +1,7 @@
-//! Checks that a shard is consistent: for tests, and after a death that casts doubt on the memory.
+//! Checks that a shard is consistent: for tests, and after the death of a process that may have corrupted the memory.
 //!
-//! Walks the logs from floor to head, then all slots, and compares the result with the books. Each slot must lead to a record of
-//! a log, and no two slots to the same record, so no entry is lost or counted twice.
+//! Walks the logs from floor to head, then all slots, and compares the result with the accounting. Each slot must lead to a
+//! record of a log, and no two slots to the same record, so no entry is lost or counted twice.
 //!
 //! Must not change anything.
 
@@ -16,7 +16,7 @@ impl Cache {
     /// Locks one shard after another and checks that each is consistent.
     ///
     /// # Errors
-    /// Names the first shard that is inconsistent, and in what way, or that could not be locked.
+    /// Names the first shard that is inconsistent and the inconsistency, or the first shard that could not be locked.
     pub fn audit(&self) -> Result<(), String> {
         for shard in self.shards() {
             let checked = match shard.lock() {

@@ -1,13 +1,13 @@
-//! Takes leases, holds them, and sleeps until one ends: the decisions of `protocols/lease.rs`, applied to a segment.
+//! Takes leases, holds them, and waits for them to end: applies the decisions of `protocols/lease.rs` to a segment.
 //!
-//! A waiting thread also checks on the holder of the lease: it wakes up from time to time and checks, by a system call, whether
-//! the holder is dead; if so, it frees what the holder held. The more threads of a process wait, the longer each sleeps, so that together
-//! they check about as often as one thread. (The number of waiters in the segment would not do: a waiter that is killed stays
-//! counted there.)
+//! A waiting thread also monitors the holder of the lease: it wakes up periodically and checks with a system call whether the holder is
+//! dead; if so, it releases what the holder held. The more threads of a process wait, the longer each sleeps, so that together they check
+//! about as often as a single thread. (The waiter count in the segment cannot be used for this: a waiter that is killed is never
+//! subtracted from it.)
 //!
-//! A child of fork that inherits a lease does not release it, because the lease belongs to the parent.
+//! A forked child that inherits a lease does not release it, because the lease belongs to the parent.
 //!
-//! Must not render, or look at pages.
+//! Must not render, or read pages.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -21,12 +21,13 @@ use crate::memory::layout::LeaseCell;
 use crate::memory::{fork, futex};
 use crate::protocols::lease::{self, Claim};
 
-/// The longest sleep, for each waiting thread of the process; half of that on average.
+/// The longest sleep per waiting thread of the process; the average is half of it.
 const POLL_INTERVAL_MS: u64 = 4;
-/// The longest sleep, however many threads wait.
+/// The longest sleep, regardless of the number of waiting threads.
 const MAX_POLL_INTERVAL_MS: u64 = 500;
 
-/// The number of waiting threads of this process, with the process's generation in the high half: a child of fork starts at 0.
+/// The number of waiting threads of this process; the high half holds the process's generation, so that a forked child starts
+/// at 0.
 static WAITING: AtomicU64 = AtomicU64::new(0);
 
 /// The result of an attempt to take a lease.
@@ -34,7 +35,7 @@ static WAITING: AtomicU64 = AtomicU64::new(0);
 pub(crate) enum Claimed {
     Mine(Lease),
     Held(Ticket),
-    /// No lease can be taken: the cell is in use for another key, or this process is no member.
+    /// No lease can be taken: the cell is in use for another key, or this process is not a member.
     None,
 }
 
@@ -47,7 +48,7 @@ pub(crate) struct Lease {
     generation: u32,
 }
 
-/// A lease that another process or thread holds, as it was read: what to wait for.
+/// A snapshot of a lease that another process or thread holds, to wait for its end.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     pub(crate) inner: Arc<SharedMemory>,
@@ -55,7 +56,7 @@ pub(crate) struct Ticket {
     word: u64,
     turn: u32,
     pub(crate) holder: u32,
-    /// Waiting longer than this is pointless.
+    /// The end of the lease, or of the caller's patience.
     until_ms: u64,
 }
 
@@ -66,7 +67,7 @@ impl SharedMemory {
         cells.get(usize::try_from(hash & (cells.len() as u64).saturating_sub(1)).ok()?)
     }
 
-    /// Tries to take a lease for `deadline_ms`. The turn must have been read before the page was last looked for.
+    /// Tries to take a lease for `deadline_ms`. The caller must have read `turn` before its last lookup of the page.
     pub(crate) fn claim_lease(self: &Arc<Self>, hash: u64, turn: u32, now_ms: u64, deadline_ms: u64) -> Claimed {
         let (Some(cell), Some(me)) = (self.lease_cell(hash), self.member()) else { return Claimed::None };
         if self.map.is_lost() {
@@ -88,7 +89,7 @@ impl SharedMemory {
 }
 
 impl Lease {
-    /// The word in shared memory, and the value it has as long as the lease is held.
+    /// The word in shared memory, and its value while the lease is held.
     pub(crate) fn word(&self) -> Option<(&AtomicU64, u64)> {
         Some((&self.inner.lease_cell(self.hash)?.word, self.word))
     }
@@ -116,14 +117,14 @@ impl Ticket {
         self
     }
 
-    /// Whether the lease is still held and the time limit is not reached.
+    /// Whether the lease is still held and the time limit has not been reached.
     pub(crate) fn is_valid(&self) -> bool {
         let same =
             |cell: &LeaseCell| lease::is_held(&cell.word, self.word) && cell.turn.load(Ordering::Acquire) == self.turn;
         self.inner.lease_cell(self.hash).is_some_and(same) && self.inner.now_ms() < self.until_ms
     }
 
-    /// Sleeps until the lease ends, but no longer than one interval, and then checks whether its holder is alive.
+    /// Sleeps until the lease ends, for one interval at most, and then checks whether its holder is alive.
     pub(crate) fn wait_here(&self) {
         let Some(cell) = self.inner.lease_cell(self.hash) else { return };
         let turn = lease::enter(&cell.waiters, &cell.turn);
@@ -156,11 +157,11 @@ fn count_waiting(change: i32) -> u32 {
 }
 
 thread_local! {
-    /// The pages that this thread is rendering, each with the fork generation of the process that began.
+    /// The pages that this thread is rendering, each with the fork generation of the process that started rendering it.
     static RENDERED_HERE: RefCell<Vec<(u32, u64)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Marks that its thread is rendering a page, as long as it exists. A request by this thread for the same page must not wait for itself.
+/// While it exists, its thread is rendering a page, so a request by this thread for the same page must not wait for the lease.
 #[derive(Debug)]
 pub(crate) struct Here {
     hash: u64,

@@ -1,9 +1,9 @@
-//! Decides when to render a page again before it expires, so that requests never find it expired (XFetch).
+//! Decides whether to render a page again before it expires, so that requests rarely find it expired (XFetch).
 //!
-//! Each request draws a random number and decides on its own. The nearer the expiry and the longer the rendering takes, the likelier
-//! it renders: `now - cost * beta * ln(random) >= expiry`. With beta 1, the requests for a popular page together begin about
-//! one rendering time before the expiry (Vattani, Chierichetti, Lowenstein: Optimal Probabilistic Cache Stampede
-//! Prevention, VLDB 2015).
+//! Each request draws a random number and decides on its own. The closer the expiry and the longer the rendering takes, the likelier
+//! the request renders: `now - cost * beta * ln(random) >= expiry`. With beta 1, the requests for a popular page taken together
+//! start rendering about one rendering time before the expiry (Vattani, Chierichetti, Lowenstein: Optimal Probabilistic Cache
+//! Stampede Prevention, VLDB 2015).
 //!
 //! Must not render.
 
@@ -14,22 +14,23 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::entry::Times;
 
-/// The largest possible value of -ln(random): no random number leads to more than this many times the cost.
+/// The largest possible value of -ln(random): rendering never starts earlier than this multiple of the cost before the
+/// expiry.
 const MOST: f64 = 37.0;
 
-/// Whether a fresh page should be rendered again, by a random number in (0, 1].
+/// Whether a fresh page should be rendered again, based on a random number in (0, 1].
 pub(crate) fn is_early(times: &Times, now_ms: u64, beta: f64, random: impl FnOnce() -> f64) -> bool {
     if times.expires_ms == 0 {
         return false;
     }
     let left_ms = times.expires_ms.saturating_sub(now_ms) as f64;
     let unit_ms = f64::from(times.cost_ms) * beta;
-    // Far from the expiry, which is nearly always, no random number is needed.
+    // Nearly always the expiry is too far away for any random number to matter, so none is drawn.
     unit_ms * MOST >= left_ms && unit_ms * -random().ln() >= left_ms
 }
 
-/// A number in (0, 1], different at each call, on every thread and in every process. A generator with its own state would not
-/// do: all children of a fork would draw the same numbers.
+/// A number in (0, 1], different on each call, on every thread and in every process. A generator with its own state is not an
+/// option, because all children of a fork would draw the same numbers.
 pub(crate) fn random() -> f64 {
     static DRAWN: AtomicU64 = AtomicU64::new(0);
     let call = DRAWN.fetch_add(1, Ordering::Relaxed) ^ u64::from(std::process::id()) << 32;

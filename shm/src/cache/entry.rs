@@ -1,7 +1,7 @@
-//! Writes entries as bytes, and checks them when they are read.
+//! Serializes entries, and validates them when they are read.
 //!
-//! The bytes read here may be overwritten at the same time, or corrupted by a process that breaks the protocol. The parts of an
-//! [`Entry`] lie wholly inside its ring; whether their content is still valid is for the reader to check afterwards.
+//! The bytes read here may be overwritten concurrently, or corrupted by a process that breaks the protocol. All parts of an
+//! [`Entry`] lie within its ring; the reader must check afterwards whether their contents are still valid.
 //!
 //! Must not take locks, or change anything but the bytes of an entry that is not published yet.
 
@@ -27,17 +27,17 @@ pub(crate) struct NewEntry<'a> {
     pub(crate) times: Times,
 }
 
-/// When an entry was stored, and how long it is valid: in milliseconds, of the segment's clock or of durations.
+/// When an entry was stored and how long it is valid: times of the segment's clock, and durations, all in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Times {
-    /// The tag clock before it was rendered.
+    /// The tag clock before the rendering began.
     pub(crate) snapshot: u64,
     pub(crate) stored_ms: u64,
     /// 0 for never.
     pub(crate) expires_ms: u64,
-    /// After its expiry, the entry may be served for this long while it is rendered again.
+    /// For this long after its expiry, the entry may be served while it is rendered again.
     pub(crate) stale_ms: u32,
-    /// After its expiry, the entry may be served for this long if rendering fails.
+    /// For this long after its expiry, the entry may be served if rendering fails.
     pub(crate) error_ms: u32,
     /// How long the rendering took.
     pub(crate) cost_ms: u32,
@@ -73,7 +73,7 @@ pub(crate) struct Entry<'a> {
 }
 
 impl NewEntry<'_> {
-    /// The size of its record in bytes, or `None` if that is more than `limit`.
+    /// The size of its record in bytes, or `None` if it exceeds `limit`.
     pub(crate) fn size(&self, limit: u64) -> Option<u64> {
         let tags = (self.tags.len() as u64).checked_mul(8)?;
         let key = (self.key.bytes.len() as u64).checked_next_multiple_of(8)?;
@@ -85,12 +85,12 @@ impl NewEntry<'_> {
 }
 
 impl<'a> Bytes<'a> {
-    /// The segment offset of a position.
+    /// The segment offset of a ring position.
     pub(crate) fn offset(self, position: u64) -> u64 {
         self.at + position % self.len.max(1)
     }
 
-    /// The bytes left in the ring at `position` if `size` bytes do not fit there, or else 0.
+    /// The bytes left in the ring at `position` if `size` bytes do not fit there, otherwise 0.
     pub(crate) fn pad_before(self, position: u64, size: u64) -> u64 {
         let left = self.left(position);
         if left < size { left } else { 0 }
@@ -100,7 +100,7 @@ impl<'a> Bytes<'a> {
         self.len - position % self.len.max(1)
     }
 
-    /// The record at a position; `None` if the bytes are not a valid record.
+    /// The record at a position, or `None` if the bytes are not a valid record.
     pub(crate) fn record(self, position: u64) -> Option<Record> {
         let words: &RecordHead = self.map.at(self.offset(position))?;
         let size = u64::from(words.size.load(Ordering::Relaxed));
@@ -113,7 +113,7 @@ impl<'a> Bytes<'a> {
         fits.then_some(Record { is_entry, size })
     }
 
-    /// The entry at a position; `None` if no valid entry recorded with this position is there.
+    /// The entry at a position, or `None` if the bytes are not a valid entry stored with this position.
     #[inline]
     pub(crate) fn entry(self, position: u64) -> Option<Entry<'a>> {
         let into = position % self.len.max(1);
@@ -136,7 +136,7 @@ impl<'a> Bytes<'a> {
         (fits && is_it).then_some(entry)
     }
 
-    /// Writes an entry at a position that no reader looks at yet.
+    /// Writes an entry at a position that is not visible to readers yet.
     pub(crate) fn write_entry(self, position: u64, new: &NewEntry<'_>, size: u64) -> Option<()> {
         let at = self.offset(position);
         let words: &EntryHead = self.map.at(at)?;
@@ -169,7 +169,7 @@ impl<'a> Bytes<'a> {
         self.map.write(value_at, new.value)
     }
 
-    /// Copies an entry to a position that no reader looks at yet.
+    /// Copies an entry to a position that is not visible to readers yet.
     pub(crate) fn copy_entry(self, from: &Entry<'_>, position: u64) -> Option<()> {
         let to = self.offset(position);
         self.map.shift(from.at, to, from.size)?;

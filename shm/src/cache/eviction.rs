@@ -1,24 +1,24 @@
 //! Makes room in the rings: chooses the entries to evict, and decides when bytes may be overwritten.
 //!
-//! The policy is S3-FIFO (Yang and others, SOSP 2023), with objects weighted by their size in bytes. A ring is a log: the oldest
+//! The policy is S3-FIFO (Yang et al., SOSP 2023), with objects weighted by their size in bytes. A ring is a log: the oldest
 //! record lies at its floor. To make room, the floor is raised record by record:
 //!
 //! ```text
-//! small ring   requested since it was stored, or the main ring is not full -> to the main ring     else -> evicted, and
-//!              remembered as a ghost
-//! main ring    requested meanwhile -> to its head again, with one visit less     else -> evicted
+//! small ring   requested since it was stored, or the main ring is not full -> moved to the main ring     otherwise -> evicted,
+//!              and remembered as a ghost
+//! main ring    requested since it was stored or moved -> moved to the head, with one visit less          otherwise -> evicted
 //! ```
 //! Records that no slot leads to, purged entries and expired entries are dropped on the way. While more than an eighth of a ring
-//! is such dead weight, live entries at its floor go to its head instead of being evicted: the floor reaches the dead records
-//! sooner or later.
+//! consists of such dead bytes, live entries at its floor are moved to its head instead of being evicted: the floor then reaches
+//! the dead records sooner or later.
 //!
-//! Reasons for this policy: a hit writes nothing but a visit counter, and only up to its maximum; order is kept by position
-//! alone, so there are no lists that a death could leave broken; and among the policies that can work in this way, it has the
-//! highest hit ratio (`docs/benchmarks.md`).
+//! This policy was chosen for three reasons. A hit writes nothing but a visit counter, and only up to its maximum. Order is kept
+//! by position alone, so there are no linked lists that a killed process could leave broken. And among the policies with these
+//! two properties, it has the highest hit ratio (`docs/benchmarks.md`).
 //!
 //! Bytes are overwritten only when no reader can rely on them: first the floor is raised over them (readers check the floor
-//! after they have copied), *then* the writer checks that no pin covers them. A pinned entry stays where it is, and the head
-//! skips it.
+//! after they have copied), *then* the writer checks that no pin covers them. A pinned entry stays in place, and the head skips
+//! it.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -31,32 +31,33 @@ use crate::crash;
 use crate::memory::layout::GRAIN;
 use crate::protocols::pin;
 
-/// Maximum number of entries that are moved instead of evicted, each time room is made for one entry.
+/// Maximum number of entries moved instead of evicted while making room for one entry.
 const MOVES: u32 = 64;
-/// Maximum number of bytes that are moved, each time room is made for one entry.
+/// Maximum number of bytes moved while making room for one entry.
 const MOVED_BYTES: u64 = 512 * 1024;
-/// The floor is raised by at least this fraction (1/n) of a ring at a time, because every reader has the floor in its CPU cache.
+/// The floor is raised by at least this fraction (1/n) of a ring at a time, because each change evicts it from every reader's
+/// CPU cache.
 const STRIDE: u64 = 128;
-/// Fraction (1/n) of the main ring that is kept free, so that requested entries can go to its head. At least
+/// Fraction (1/n) of the main ring that is kept free, so that requested entries can be moved to its head. At least
 /// [`MIN_RESERVE`], unless that is more than 1/[`MOST_RESERVE`] of the ring.
 const RESERVE: u64 = 64;
 const MIN_RESERVE: u64 = 256 * 1024;
 const MOST_RESERVE: u64 = 16;
-/// Dead weight above this fraction (1/n) of a ring is a reason to move live entries rather than evict them.
+/// If dead bytes exceed this fraction (1/n) of a ring, live entries are moved rather than evicted.
 const DEAD_SHARE: u64 = 8;
 /// Number of visits that promote an entry from the small ring to the main ring.
 const PROMOTION: u8 = 1;
 /// Maximum number of pinned entries that one store skips.
 const JUMPS: u32 = 256;
 
-/// The number of moves and bytes that one store may still spend.
+/// The remaining number of moves and bytes that one store may spend.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Budget {
     moves: u32,
     bytes: u64,
 }
 
-/// A pinned entry, in the positions at which the head will reach it.
+/// A pinned entry, expressed in the positions at which the head will reach it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Obstacle {
     start: u64,
@@ -80,8 +81,8 @@ impl Budget {
 }
 
 impl LockedShard<'_> {
-    /// Returns a place for a record of `size` bytes at a ring's head: free, contiguous and not pinned. `None` if pins leave no such
-    /// place.
+    /// Returns a position for a record of `size` bytes at a ring's head: free, contiguous and not pinned. `None` if pins leave no
+    /// such position.
     pub(crate) fn place(&mut self, ring: Ring, size: u64, judge: &Judge<'_>) -> Result<Option<u64>, Corrupt> {
         let bytes = self.shard.bytes(ring);
         for _ in 0..JUMPS {
@@ -108,13 +109,13 @@ impl LockedShard<'_> {
         self.suspect(obstacle.member);
         let bytes = self.shard.bytes(ring);
         let (_, head) = self.bounds(ring)?;
-        // The obstacle may extend beyond the end of the ring, which no record crosses.
+        // The obstacle may extend beyond the end of the ring, but a record cannot.
         let to_end = bytes.len - head % bytes.len;
         let skip = (obstacle.end.saturating_sub(head)).min(to_end);
         self.make_room(ring, skip, judge)?;
         let (floor, moved) = self.bounds(ring)?;
-        // The size of the obstacle is rounded up, so the entry after it is skipped in part. If that entry was pinned before the floor
-        // was raised over it, the next attempt skips all of it.
+        // The size of the obstacle is rounded up, so the skip may end inside the next entry. If that entry was pinned before the
+        // floor was raised over it, the next attempt skips all of it.
         let is_clear = || self.end_of_pins(ring, head, head + skip) <= head + skip || skip == to_end;
         if moved == head && head + skip <= floor + bytes.len && is_clear() {
             self.pad(ring, head, skip)?;
@@ -153,13 +154,13 @@ impl LockedShard<'_> {
         self.raise_floor(ring, at)
     }
 
-    /// Whether `need` bytes, and the reserve, are free above a ring's head.
+    /// Whether `need` bytes plus the reserve are free above a ring's head.
     fn has_room(&self, ring: Ring, need: u64) -> Result<bool, Corrupt> {
         let (floor, head) = self.bounds(ring)?;
         Ok(head + need + self.reserve(ring) <= floor + self.shard.bytes(ring).len)
     }
 
-    /// Whether a ring has more room than one store ever frees, or enough dead weight to free that room when needed.
+    /// Whether a ring has more room than a store ever frees, or enough dead bytes to free that room when needed.
     fn is_not_full(&self, ring: Ring, need: u64) -> Result<bool, Corrupt> {
         let len = self.shard.bytes(ring).len;
         let (floor, _) = self.bounds(ring)?;
@@ -174,7 +175,7 @@ impl LockedShard<'_> {
         }
     }
 
-    /// Drops, moves or evicts the record at `at`, below which everything is free already. Returns the position of the next record.
+    /// Drops, moves or evicts the record at `at`; everything below it is already free. Returns the position of the next record.
     fn pass(&mut self, ring: Ring, at: u64, judge: &Judge<'_>, budget: &mut Budget) -> Result<u64, Corrupt> {
         let bytes = self.shard.bytes(ring);
         let record = bytes.record(at).ok_or(Corrupt)?;
@@ -191,7 +192,7 @@ impl LockedShard<'_> {
         Ok(at + record.size)
     }
 
-    /// Moves or evicts the live entry at `at`, the oldest of its ring.
+    /// Moves or evicts the live entry at `at`, the oldest in its ring.
     fn retire(
         &mut self,
         ring: Ring,
@@ -241,7 +242,7 @@ impl LockedShard<'_> {
         Ok(head.saturating_sub(at).saturating_sub(live))
     }
 
-    /// Copies an entry of the small ring to the main ring; `false` if there is no room.
+    /// Copies an entry from the small ring to the main ring; `false` if there is no room.
     fn promote(&mut self, slot: Slot<'_>, entry: &Entry<'_>, from: Place, judge: &Judge<'_>) -> Result<bool, Corrupt> {
         let Some(position) = self.place(Ring::Main, entry.size, judge)? else { return Ok(false) };
         self.copy_to(slot, entry, from, Place { ring: Ring::Main, position }, 0)?;
@@ -249,10 +250,10 @@ impl LockedShard<'_> {
         Ok(true)
     }
 
-    /// Copies the oldest entry of a ring to its head, if there is room without an eviction.
+    /// Copies the oldest entry of a ring to its head, if that is possible without an eviction.
     fn send_to_head(&mut self, slot: Slot<'_>, entry: &Entry<'_>, from: Place, visits: u8) -> Result<bool, Corrupt> {
         let Place { ring, position: at } = from;
-        // Everything below has been dropped or moved, and may be overwritten from now on.
+        // Everything below `at` has been dropped or moved, and may be overwritten.
         self.raise_floor(ring, at)?;
         let bytes = self.shard.bytes(ring);
         let (floor, head) = self.bounds(ring)?;
@@ -267,7 +268,7 @@ impl LockedShard<'_> {
         Ok(true)
     }
 
-    /// Copies an entry to a free place, and points its slot there.
+    /// Copies an entry to a free position, and points its slot to the copy.
     fn copy_to(
         &mut self,
         slot: Slot<'_>,
@@ -297,8 +298,8 @@ impl LockedShard<'_> {
         if to > floor {
             self.shard.floor(ring).store(to, Ordering::Release);
             crash::point("room: floor raised");
-            // Needed before any byte below is written, because readers check the floor after they read the bytes; and before the pins are
-            // checked, because readers check the floor after they set a pin.
+            // The fence must come before any byte below is written, because readers check the floor after they read the bytes; and before
+            // the pins are checked, because readers check the floor after they set a pin.
             fence(Ordering::SeqCst);
         }
         Ok(())
@@ -320,7 +321,8 @@ impl LockedShard<'_> {
         Ok(obstacle.filter(|obstacle| obstacle.start < end))
     }
 
-    /// The first pinned entry that begins in `from..to`, a range of less than one lap, together with those that begin before its end.
+    /// The first pinned entry that begins in `from..to`, a range of less than one lap, extended over the pinned entries that overlap
+    /// it.
     ///
     /// The head never lies inside a pinned entry, so a pinned entry that begins before `from` also ends before it.
     fn nearest_pin(&self, ring: Ring, from: u64, to: u64) -> Option<Obstacle> {
@@ -330,10 +332,10 @@ impl LockedShard<'_> {
         Some(nearest)
     }
 
-    /// The first position from `end` on that lies inside none of the pinned entries that begin between `from` and it.
+    /// The first position at or after `end` that lies inside none of the pinned entries that begin between `from` and that position.
     ///
-    /// A pin may begin inside the entry of another one: the size of an entry is rounded up, and a reader that is about to find out that
-    /// its entry is gone has set a pin for a place that is now in the middle of another entry.
+    /// A pin may begin inside another pinned entry, for two reasons: entry sizes are rounded up; and a reader that has not yet detected
+    /// that its entry is gone may have pinned a position that is now in the middle of another entry.
     fn end_of_pins(&self, ring: Ring, from: u64, mut end: u64) -> u64 {
         let ends = |end| self.pins_from(ring, from).filter(move |pin| pin.start < end).map(|pin| pin.end).max();
         while let Some(further) = ends(end).filter(|&further| further > end) {
@@ -342,7 +344,7 @@ impl LockedShard<'_> {
         end
     }
 
-    /// The pinned entries of a ring, in the positions at which a head that starts at `from` will reach them.
+    /// The pinned entries of a ring, expressed in the positions at which a head that starts at `from` will reach them.
     fn pins_from(&self, ring: Ring, from: u64) -> impl Iterator<Item = Obstacle> {
         let len = self.shard.bytes(ring).len.max(1);
         let number = self.shard.number;
@@ -351,7 +353,7 @@ impl LockedShard<'_> {
             .inner
             .members()
             .flat_map(|member| member.head.pins.iter().filter_map(pin::get).map(move |pin| (member.number, pin)));
-        // No entry is larger than the maximum. A pin that claims more is invalid, and would block the ring forever.
+        // No entry is larger than the maximum. A pin with a larger size is invalid, and would block the ring forever.
         let most = self.shard.inner.geometry.max_record;
         let sane = pins.filter(move |(_, pin)| pin.size / 2 <= most);
         let here = sane.filter(move |(_, pin)| pin.shard == number && pin.main == (ring == Ring::Main));
@@ -361,7 +363,8 @@ impl LockedShard<'_> {
         })
     }
 
-    /// For the sweep: raises the floors over dead records, and moves some live ones if dead records take up much of a ring.
+    /// For the sweep: raises the floors over dead records, and moves some live entries if dead bytes take up too much of a
+    /// ring.
     pub(crate) fn tidy(&mut self, judge: &Judge<'_>) -> Result<(), Corrupt> {
         for ring in Ring::BOTH {
             let mut budget = Budget::new(0);
@@ -388,7 +391,7 @@ impl LockedShard<'_> {
         Ok(self.slot_of(&entry, Place { ring, position: at }).is_some())
     }
 
-    /// Sends a live entry at the floor to the head unchanged; `false` if that is not possible.
+    /// Moves a live entry from the floor to the head, keeping its visits; `false` if that is not possible.
     fn rotate(&mut self, ring: Ring, at: u64, judge: &Judge<'_>, budget: &mut Budget) -> Result<bool, Corrupt> {
         let entry = self.shard.bytes(ring).entry(at).ok_or(Corrupt)?;
         let Some(slot) = self.slot_of(&entry, Place { ring, position: at }) else { return Ok(true) };

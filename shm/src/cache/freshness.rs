@@ -1,4 +1,5 @@
-//! Decides whether an entry is still valid: by its time, and by purges of its key, its tags or a prefix of its key.
+//! Decides whether an entry is still valid, by its expiry times and by purges of its key, its tags or a prefix of its
+//! key.
 //!
 //! Must not change anything.
 
@@ -22,7 +23,7 @@ pub(crate) struct Judge<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Moment<'a> {
     At(u64),
-    /// The clock is read only when needed: pages without a time limit do not need it.
+    /// Read from the clock only when needed, because pages without a time limit do not need it.
     Now(&'a SharedMemory),
 }
 
@@ -47,7 +48,7 @@ pub(crate) enum Verdict {
 }
 
 impl Verdict {
-    /// Whether the entry can still be served in some case.
+    /// Whether the entry may still be served under some condition.
     pub(crate) fn keeps(self) -> bool {
         match self {
             Verdict::Fresh | Verdict::Stale | Verdict::OnError => true,
@@ -68,9 +69,9 @@ impl Judge<'_> {
         }
     }
 
-    /// Whether something that the entry depends on was purged after its rendering began.
+    /// Whether the entry's key, a prefix of it, or one of its tags was purged after the rendering began.
     fn is_purged(&self, entry: &Entry<'_>, snapshot: u64) -> bool {
-        // In the usual case nothing at all was purged since, and the check costs one load.
+        // Usually nothing at all has been purged since then, and the check costs a single load.
         if snapshot >= self.header.tag_clock.load(Ordering::SeqCst) {
             return false;
         }
@@ -99,7 +100,7 @@ impl Judge<'_> {
     }
 }
 
-/// The verdict by an entry's times alone.
+/// The verdict based on an entry's times alone.
 pub(crate) fn freshness(times: &Times, now_ms: u64) -> Verdict {
     let until = |grace_ms: u32| times.expires_ms.saturating_add(grace_ms.into());
     if times.expires_ms == 0 || now_ms < times.expires_ms {

@@ -1,15 +1,15 @@
-//! Remembers ghosts: hashes of entries that were evicted from the small ring. An entry that is stored again soon after goes directly
-//! to the main ring.
+//! Remembers ghosts: hashes of entries that were evicted from the small ring. An entry that is stored again soon after its eviction
+//! goes directly to the main ring.
 //!
-//! A ghost is one word: half of the hash, and the number of the eviction. The other half of the hash chooses the bucket, in which a
-//! new ghost replaces the oldest. A ghost counts for as many evictions as the main ring has entries, as in S3-FIFO. All of this
-//! is a hint: a wrong ghost leads to a worse eviction choice, and nothing else.
+//! A ghost is one word: half of the hash, and the sequence number of the eviction. The other half of the hash chooses the bucket, in
+//! which a new ghost replaces the oldest. A ghost stays valid for as many evictions as the main ring has entries, as in S3-FIFO.
+//! Ghosts are hints: a wrong ghost only leads to a worse eviction choice.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::memory::layout::GhostBucket;
 
-/// A ghost counts for at least this many evictions, even if the main ring is nearly empty.
+/// A ghost stays valid for at least this many evictions, even if the main ring is nearly empty.
 const FEWEST: u64 = 128;
 
 /// Records that an entry with this hash was evicted.

@@ -1,10 +1,11 @@
 //! The index of a shard: buckets of seven slots. Each slot is one word with the location of an entry.
 //!
-//! A key has two buckets. A new entry goes into the first bucket unless it is full, so that most lookups touch one cache line,
-//! which also contains the visits. A slot is changed by one store, under the shard's lock; readers load it without the lock.
+//! A key has two buckets. A new entry goes into the first bucket unless that is full, so that most lookups touch one cache
+//! line, which also contains the visits. A slot is changed by a single store, under the shard's lock; readers load it without
+//! the lock.
 //!
-//! A position names a byte of a ring's endless log and is never used twice, so a slot's word can never come to mean another
-//! entry while a reader uses it.
+//! A position identifies a byte of a ring's endless log and is never reused, so a slot's word cannot come to denote a
+//! different entry while a reader uses it.
 //!
 //! Must not read entries.
 
@@ -12,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use crate::memory::layout::{Bucket, GRAIN, SLOTS};
 
-/// A hit raises an entry's visits up to this number.
+/// Hits raise an entry's visits up to this number.
 pub(crate) const MAX_VISITS: u8 = 3;
 
 const FINGERPRINT_SHIFT: u32 = 53;
@@ -24,7 +25,7 @@ const POSITION_MASK: u64 = (1 << RING_SHIFT) - 1;
 pub(crate) enum Ring {
     /// New entries.
     Small,
-    /// Entries that were requested again.
+    /// Entries that were requested after they were stored.
     Main,
 }
 
@@ -61,7 +62,7 @@ impl Ring {
 }
 
 impl Place {
-    /// The word for a slot, which includes some bits of the key's hash.
+    /// The word for a slot, which includes the fingerprint: some bits of the key's hash.
     pub(crate) fn word(self, hash: u64) -> u64 {
         let ring = match self.ring {
             Ring::Small => 0,
@@ -78,7 +79,7 @@ impl Place {
 }
 
 impl<'a> Index<'a> {
-    /// The slots that an entry with this hash can be in; the slots of its first bucket come first.
+    /// The slots that may hold an entry with this hash, starting with those of its first bucket.
     pub(crate) fn candidates(self, hash: u64) -> impl Iterator<Item = Slot<'a>> {
         [self.first(hash), self.second(hash)]
             .into_iter()
@@ -109,7 +110,7 @@ impl<'a> Index<'a> {
                 word: cells.slots.get(at)?,
                 visits: cells.visits.get(at)?,
             };
-            // A free slot looks like a slot with fingerprint 0, and leads nowhere.
+            // A free slot looks like a slot with fingerprint 0, and leads to no entry.
             if let Some(result) = words.get(at).and_then(|&word| visit(slot, word)) {
                 return Some(result);
             }
@@ -139,14 +140,15 @@ impl<'a> Index<'a> {
 
     fn second(self, hash: u64) -> usize {
         let count = self.buckets.len();
-        // The high bits, which chose the shard and are the fingerprint, are used again, after mixing.
+        // The high bits, which choose the shard and form the fingerprint, are reused here after mixing.
         let second = scaled((hash ^ hash >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32, count);
         if second == self.first(hash) { (second + 1) % count.max(1) } else { second }
     }
 }
 
 impl Slot<'_> {
-    /// Counts a request for the entry. Writes nothing at the maximum, so that the cache line of a hot page stays shared.
+    /// Counts a request for the entry. Stores nothing at the maximum, so that the cache line of a hot page is not
+    /// invalidated.
     pub(crate) fn visit(self) {
         let visits = self.visits.load(Ordering::Relaxed);
         if visits < MAX_VISITS {

@@ -21,7 +21,7 @@ pub struct EntryInfo {
     pub age: Duration,
     /// Time until it expires; `None` if it does not.
     pub left: Option<Duration>,
-    /// Whether it has expired, but is still served while it is rendered again, or if that fails.
+    /// Whether it has expired, but may be served while it is rendered again, or if rendering fails.
     pub stale: bool,
     /// Number of tags.
     pub tags: u64,
@@ -80,7 +80,8 @@ impl Cache {
         distribution
     }
 
-    /// Calls `look` for every entry that is still valid; its result is used if the entry was not overwritten until then.
+    /// Calls `look` for every entry that is still valid; its result is used only if the entry was not overwritten
+    /// meanwhile.
     fn survey<R>(
         &self,
         now_ms: u64,

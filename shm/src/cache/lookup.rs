@@ -1,4 +1,4 @@
-//! Looks up the entry of a key with its verdict, times and tags, for rendering and for pages that are made of fragments.
+//! Looks up the entry of a key with its verdict, times and tags, for rendering and for pages composed of fragments.
 //!
 //! Must not count, or decide what is served.
 
@@ -56,7 +56,7 @@ impl Cache {
 }
 
 fn copy_tags(sight: &Sight<'_, '_>) -> Option<Vec<u64>> {
-    // The number of tags is not trusted for an allocation before it is verified.
+    // The number of tags must be verified before it is used for an allocation.
     let tags = sight.entry.tags();
     sight.holds().then(|| tags.iter().map(|tag| tag.load(Ordering::Relaxed)).collect())
 }

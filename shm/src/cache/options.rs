@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::tags::PurgeSnapshot;
 
-/// How long a page is valid, what it depends on, and how it is rendered again.
+/// How long a page is valid, which tags it depends on, and how it is rendered again.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -60,15 +60,15 @@ impl StoreOptions {
         self
     }
 
-    /// For this long after its time to live, [`Cache::get_or_render`](crate::Cache::get_or_render) still serves the
-    /// page while one process renders it again (stale-while-revalidate, RFC 5861 §3).
+    /// Sets how long after its time to live [`Cache::get_or_render`](crate::Cache::get_or_render) still serves the page
+    /// while one process renders it again (stale-while-revalidate, RFC 5861 §3).
     #[must_use]
     pub fn stale(mut self, stale: Duration) -> StoreOptions {
         self.stale = stale;
         self
     }
 
-    /// For this long after its time to live, the page is served if rendering it again fails (stale-if-error, RFC 5861
+    /// Sets how long after its time to live the page is served if rendering it again fails (stale-if-error, RFC 5861
     /// §4).
     #[must_use]
     pub fn stale_if_error(mut self, stale: Duration) -> StoreOptions {
@@ -76,8 +76,8 @@ impl StoreOptions {
         self
     }
 
-    /// Sets the page's tags. The page is invalidated as soon as one of them is purged. The number of tags is limited by
-    /// the size of an entry, in which each takes 8 bytes.
+    /// Sets the page's tags. The page is invalidated when any of them is purged. The number of tags is limited by the
+    /// size of an entry, in which each tag takes 8 bytes.
     #[must_use]
     pub fn tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> StoreOptions {
         self.tags = tags.into_iter().map(Into::into).collect();
@@ -86,26 +86,26 @@ impl StoreOptions {
 
     /// Declares that the page shows the data as of this time of [`Cache::clock`](crate::Cache::clock).
     ///
-    /// Without it, the time at which the page is stored is used, and a purge during rendering goes unnoticed.
-    /// `get_or_render` does this by itself.
+    /// Without this option, the page counts as rendered when it is stored, and a purge during rendering goes unnoticed.
+    /// `get_or_render` sets the time itself.
     #[must_use]
     pub fn as_of(mut self, clock: PurgeSnapshot) -> StoreOptions {
         self.as_of = Some(clock);
         self
     }
 
-    /// Occasionally renders a page again shortly *before* it expires, so that a popular page never expires (XFetch;
-    /// Vattani and others, VLDB 2015).
+    /// Makes requests occasionally render a page again shortly *before* it expires, so that a popular page never
+    /// expires (XFetch; Vattani et al., VLDB 2015).
     ///
-    /// The nearer the expiry and the longer the rendering takes, the more likely this is. `beta` is usually 1; larger
-    /// values render earlier.
+    /// This is more likely the closer the expiry and the longer the rendering takes. `beta` is usually 1; larger values
+    /// render earlier.
     #[must_use]
     pub fn early(mut self, beta: f64) -> StoreOptions {
         self.early = Some(beta);
         self
     }
 
-    /// Sets the rendering deadline: when a process has been rendering for this long, another process may begin (default
+    /// Sets the rendering deadline: when a process has been rendering for this long, another process may start (default
     /// 30 s).
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> StoreOptions {

@@ -5,8 +5,8 @@
 //!        client ◀─ negotiate ◀─ Page ◀─ meta::decode ◀─────────────────┘
 //! ```
 //!
-//! The body is compressed once, when the page is stored. A client that accepts gzip gets the stored bytes; any other client gets
-//! the body decompressed. The page is rendered again in neither case.
+//! The body is compressed once, when the page is stored. A client that accepts gzip gets the stored bytes; for any other client,
+//! the body is decompressed. In neither case is the page rendered again.
 //!
 //! - [`fields`] parses single header fields: pure functions on bytes.
 //! - [`meta`] encodes everything but the body as bytes, and decodes those bytes without trusting them.
@@ -27,10 +27,10 @@ use flate2::write::GzEncoder;
 
 pub use self::serve::NotStorable;
 
-/// Bodies up to this length, in bytes, are not compressed: the saving would be a network packet or two.
+/// Bodies up to this length, in bytes, are not compressed, because that would save at most a network packet or two.
 const GZIP_MIN: usize = 1024;
-/// Initial buffer for a decompressed body, in multiples of its compressed length. The buffer grows with the output, because the
-/// recorded length may be wrong.
+/// Initial buffer for a decompressed body, as a multiple of its compressed length. The buffer grows with the output instead of
+/// being allocated at the recorded length, which may be wrong.
 const FIRST_ROOM: usize = 16;
 
 /// A header: its name in lower case, and its value.
@@ -61,12 +61,12 @@ pub struct Page {
     plain_len: Option<u64>,
 }
 
-/// How the cache encodes a body, beyond what the page's headers say.
+/// How the cache has encoded a body, in addition to any encoding that the page's headers declare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
-    /// Not at all. The body is as the headers describe it.
+    /// Not encoded by the cache. The body is as the headers describe it.
     Identity,
-    /// The cache compressed the body with gzip. The headers do not mention it until [`Page::negotiate`].
+    /// Compressed by the cache with gzip. The headers do not declare this until [`Page::negotiate`].
     Gzip,
 }
 
@@ -111,7 +111,7 @@ impl Page {
 
     /// Appends a header, even if the page already has one with this name.
     ///
-    /// The name is stored in lower case. [`Page::storable`] detects names and values that HTTP does not allow.
+    /// The name is stored in lower case. [`Page::storable`] rejects names and values that HTTP does not allow.
     #[must_use]
     pub fn header(mut self, name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> Page {
         self.headers.push((name.as_ref().to_ascii_lowercase(), value.as_ref().to_vec()));
@@ -123,22 +123,22 @@ impl Page {
         self.status
     }
 
-    /// The headers in order, with names in lower case.
+    /// The headers in order, with lower-case names.
     pub fn headers(&self) -> &[Header] {
         &self.headers
     }
 
-    /// The value of the first header with this name, which must be given in lower case.
+    /// The value of the first header with this name. `name` must be in lower case.
     pub fn value(&self, name: &str) -> Option<&[u8]> {
         self.values(name).next()
     }
 
-    /// The values of all headers with this name, which must be given in lower case.
+    /// The values of all headers with this name. `name` must be in lower case.
     pub fn values(&self, name: &str) -> impl Iterator<Item = &[u8]> {
         self.headers.iter().filter(move |(known, _)| known == name.as_bytes()).map(|(_, value)| value.as_slice())
     }
 
-    /// Whether the body is compressed without the headers saying so.
+    /// Whether the cache has compressed the body; the headers do not declare it.
     pub fn encoding(&self) -> Encoding {
         if self.plain_len.is_some() { Encoding::Gzip } else { Encoding::Identity }
     }
@@ -148,8 +148,8 @@ impl Page {
         &self.body
     }
 
-    /// Splits the page into status, headers and body. Call [`negotiate`](Page::negotiate) first: until then, the
-    /// headers do not say that the body is compressed.
+    /// Splits the page into status, headers and body. Call [`negotiate`](Page::negotiate) first, because until then the
+    /// headers do not declare that the body is compressed.
     pub fn into_parts(self) -> (u16, Vec<Header>, Vec<u8>) {
         (self.status, self.headers, self.body)
     }
@@ -157,7 +157,7 @@ impl Page {
     /// Compresses the body, if that is useful and allowed.
     ///
     /// The body is left unchanged if it has at most 1024 bytes or does not become smaller; if its content type is
-    /// already compressed; if there is a `Content-Encoding` or `Content-Range`, or a digest of these exact bytes; or if
+    /// compressed already; if there is a `Content-Encoding`, a `Content-Range`, or a digest of the exact bytes; or if
     /// `Cache-Control` contains `no-transform` (RFC 9111 §5.2.2.6).
     #[must_use]
     pub fn gzip(mut self) -> Page {
@@ -165,7 +165,7 @@ impl Page {
             return self;
         }
         let mut encoder = GzEncoder::new(Vec::with_capacity(self.body.len() / 4), Compression::default());
-        // Writing into memory cannot fail. If it did, the page would stay unchanged.
+        // Writing to memory cannot fail. If it did, the page would stay uncompressed.
         if encoder.write_all(&self.body).is_ok()
             && let Ok(compressed) = encoder.finish()
             && compressed.len() < self.body.len()
@@ -180,8 +180,8 @@ impl Page {
     /// Decompresses the body: the inverse of [`Page::gzip`].
     ///
     /// # Errors
-    /// Fails if the stored body is not valid gzip, or does not decompress to its original length. At most one byte more
-    /// than that length is ever produced.
+    /// Fails if the stored body is not valid gzip, or does not decompress to its original length. Never decompresses
+    /// more than one byte beyond that length.
     pub fn into_plain(mut self) -> Result<Page, CorruptPage> {
         if let Some(plain_len) = self.plain_len.take() {
             self.body = decompress(&self.body, plain_len)?;
@@ -194,7 +194,7 @@ fn decompress(body: &[u8], plain_len: u64) -> Result<Vec<u8>, CorruptPage> {
     let damaged = |why| CorruptPage::Body { why };
     let room = body.len().saturating_mul(FIRST_ROOM);
     let mut plain = Vec::with_capacity(usize::try_from(plain_len).map_or(room, |len| len.min(room)));
-    // The extra byte makes the decoder reach the end, where the checksum is, or shows that the body is too long.
+    // The extra byte makes the decoder reach the end and verify the checksum, or reveals that the body is too long.
     let mut decoder = GzDecoder::new(body).take(plain_len.saturating_add(1));
     decoder.read_to_end(&mut plain).map_err(|_| damaged("it cannot be decompressed"))?;
     if plain.len() as u64 != plain_len {
@@ -290,7 +290,7 @@ mod tests {
             assert_eq!(cut(plain_len), Err(wrong), "{plain_len}");
         }
         assert_eq!(cut(LEN).unwrap().body().len() as u64, LEN);
-        // Decompression stops at the limit: the end, which is missing here, is never read.
+        // Decompression stops at the length limit, before the truncated end of the input.
         assert_eq!(decompress(&bomb.body()[..bomb.body().len() / 2], 5000), Err(wrong));
     }
 
@@ -300,7 +300,7 @@ mod tests {
         for at in 0..kept.body.len() {
             let mut bad = kept.clone();
             bad.body[at] ^= 0xff;
-            // The first ten bytes contain a time and the name of a system, which may change.
+            // The first ten bytes contain a timestamp and an operating system code, which may differ.
             if let Ok(page) = bad.into_plain() {
                 assert!(at < 10 && page.body == text(), "byte {at}");
             }

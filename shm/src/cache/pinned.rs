@@ -18,14 +18,14 @@ use crate::protocols::pin;
 use crate::protocols::pin::Pin;
 
 /// A page of the cache, read in place. Its bytes do not change until this is dropped, even if the page is purged or
-/// replaced meanwhile, provided that all processes that have the segment follow its protocol.
+/// replaced meanwhile, provided that all processes that map the segment follow its protocol.
 ///
-/// The language cannot enforce that for another process, so this type does not lend a `&[u8]`, which would promise the
-/// compiler that the bytes do not change. It copies the bytes, or has the kernel write them from where they are. If a
-/// process misbehaves, the result is a mixture of bytes, and nothing worse. [`Pinned::into_slice`] is for callers that
-/// can answer for all processes.
+/// Rust cannot enforce that for another process, so this type does not lend a `&[u8]`, which would guarantee to the
+/// compiler that the bytes do not change. Instead, it copies the bytes, or has the kernel write them from shared
+/// memory. If a process misbehaves, the result is a mixture of old and new bytes, and nothing worse.
+/// [`Pinned::into_slice`] is for callers that can guarantee the behavior of all processes.
 ///
-/// In a child that inherits this through a fork it is empty, because the pin belongs to the parent.
+/// In a forked child that inherits it, it is empty, because the pin belongs to the parent.
 pub struct Pinned {
     bytes: Kept,
 }
@@ -40,7 +40,7 @@ enum Kept {
 }
 
 impl Pinned {
-    /// Pins the entry; `None` if it was overwritten already. Copies it if no pin is available.
+    /// Pins the entry, or copies it if no pin is available; `None` if it has been overwritten already.
     pub(crate) fn new(inner: &Arc<SharedMemory>, sight: &Sight<'_, '_>) -> Option<Pinned> {
         let (entry, place) = (&sight.entry, sight.place);
         let pin = Pin {
@@ -59,7 +59,8 @@ impl Pinned {
             return None;
         }
         crash::point("pin: holds");
-        // The length was read earlier, but the entry was valid until now, so the length is correct.
+        // The length was read before the entry was checked, but the entry was still valid at the check, so the length
+        // is correct.
         let (at, len) = (entry.value_at(), entry.value_len);
         Some(Pinned {
             bytes: Kept::Here { inner: Arc::clone(inner), generation: fork::generation(), cell: number, at, len },
@@ -87,7 +88,7 @@ impl Pinned {
         self.len() == 0
     }
 
-    /// Copies bytes, starting at offset `from`, into `target`: as many as there are and as fit. Returns the number of
+    /// Copies bytes, starting at offset `from`, into `target`, until the page or `target` ends. Returns the number of
     /// bytes copied.
     pub fn copy_to(&self, from: usize, target: &mut [u8]) -> usize {
         let count = self.len().saturating_sub(from).min(target.len());
@@ -132,14 +133,14 @@ impl Pinned {
     /// example).
     ///
     /// # Safety
-    /// While the result lives, no process may write to the bytes of this entry. Forkyard's own code does not, in any
-    /// process; a process that has the segment, or inherited its mapping, and writes through a wild pointer, does. The bytes must
-    /// also not be passed to the kernel to be read (`MSG_ZEROCOPY`, `vmsplice`) after the result is dropped.
+    /// While the result lives, no process may write to the bytes of this entry. Forkyard's own code does not, in any process; a
+    /// stray write by any process that maps the segment would. The bytes must also not be handed to the kernel for deferred
+    /// reading (`MSG_ZEROCOPY`, `vmsplice`) that may outlast the result.
     pub unsafe fn into_slice(self) -> PinnedSlice {
         PinnedSlice(self)
     }
 
-    /// The location of the bytes, if this process set the pin.
+    /// The location of the bytes, if they are pinned by this process.
     fn here(&self) -> Option<(&SharedMemory, u64, u64)> {
         match &self.bytes {
             Kept::Here { inner, generation, at, len, .. } if *generation == fork::generation() => {
@@ -156,7 +157,8 @@ impl Deref for PinnedSlice {
     fn deref(&self) -> &[u8] {
         match (&self.0.bytes, self.0.here()) {
             (Kept::Copy(bytes), _) => bytes,
-            // SAFETY: the bytes are pinned as long as `self` lives. The caller of `into_slice` guarantees that nothing else writes there.
+            // SAFETY: the bytes are pinned as long as `self` lives. The caller of `into_slice` guarantees that nothing else writes to
+            // them.
             (Kept::Here { .. }, Some((inner, at, len))) => unsafe { inner.map.pinned(at, len) }.unwrap_or_default(),
             (Kept::Here { .. }, None) => &[],
         }

@@ -1,13 +1,14 @@
-//! Purges by prefix: with immediate effect for all readers, although removing the affected pages takes a while.
+//! Purges by prefix, which take effect for all readers at once, although removing the affected pages takes a while.
 //!
-//! The table holds the latest purges: the time on the tag clock, and the prefix. A page is purged if its key begins with a prefix
-//! whose time is later than the page's. Storing the time, with one store, publishes a purge. The purger then goes
-//! through the index, removes the affected pages, and marks the purge as *swept*. A swept purge still rejects pages whose rendering
-//! began before it, until its cell is reused. The *floor* is the latest time of a purge whose cell was reused; a page whose
-//! rendering began before the floor is not stored, whatever its key.
+//! The table holds the latest purges, each with its prefix and its time on the tag clock. A page is purged if its key begins with a
+//! prefix whose time is later than the page's. Storing the time, in a single store, publishes a purge. The purger then scans the
+//! index, removes the affected pages, and marks the purge as *swept*. A swept purge still rejects pages whose rendering began
+//! before it, until its cell is reused. The *floor* is the latest time of a purge whose cell was reused; a page whose rendering
+//! began before the floor is not stored, whatever its key.
 //!
-//! If the purger is killed before the time is stored, the purge has not happened. If it is killed while sweeping, the purge
-//! holds, and the next sweep of the cache removes the remaining pages. If no cell is swept, the whole cache is cleared instead.
+//! If the purger is killed before it stores the time, the purge has not happened. If it is killed while sweeping, the purge remains
+//! in effect, and the next sweep of the cache removes the remaining pages. If no cell is free or swept, the whole cache is cleared
+//! instead.
 //!
 //! Must not lock a shard.
 
@@ -20,7 +21,7 @@ use crate::memory::SharedMemory;
 use crate::memory::layout::{Header, PREFIX_WORDS, PREFIXES, PrefixCell};
 use crate::memory::wait;
 
-/// A longer prefix is cut to this length, and so purges more than requested.
+/// A longer prefix is truncated to this length, and thus purges more pages than requested.
 pub(crate) const LONGEST: usize = PREFIX_WORDS * 8;
 
 /// The table of one segment.
@@ -71,10 +72,10 @@ impl<'a> Prefixes<'a> {
         Some(Prefixes { inner, header: inner.header()?, cells })
     }
 
-    /// Publishes a purge. `None` if no cell can be used: all are still being swept, or the table is locked by a process that does not
-    /// continue.
+    /// Publishes a purge. `None` if no cell can be used, because all are still being swept, or because the table is locked by a
+    /// process that does not continue.
     pub(crate) fn announce(self, prefix: &[u8], clock: TagClock<'_>) -> Option<Purge> {
-        // A cell that a dead process left half written is invalid and is reused: there is nothing to repair.
+        // A cell that a dead process left half written is invalid and will be reused, so no repair is needed.
         self.inner.take_lock(&self.header.prefix_lock, false)?;
         let purge = self.announce_locked(prefix, clock);
         wait::release(&self.header.prefix_lock);
@@ -100,7 +101,8 @@ impl<'a> Prefixes<'a> {
         cell.swept.store(0, Ordering::Release);
         crash::point("prefix: text written");
         let time = clock.tick();
-        // Raised first, because it only shows where a search is worthwhile: the store of the purge's time publishes the purge.
+        // Can be raised early, because it only tells readers whether a search is worthwhile; the purge is published when its
+        // cell's time is stored.
         self.header.prefix_clock.fetch_max(time, Ordering::SeqCst);
         crash::point("prefix: about to be published");
         cell.clock.store(time, Ordering::SeqCst);
@@ -108,7 +110,7 @@ impl<'a> Prefixes<'a> {
         Some(Purge { cell: at, clock: time, prefix })
     }
 
-    /// Marks a purge as swept: all affected pages are removed.
+    /// Marks a purge as swept: all affected pages have been removed.
     pub(crate) fn swept(self, purge: &Purge) {
         if let Some(cell) = self.cells.get(purge.cell)
             && cell.clock.load(Ordering::Acquire) == purge.clock
@@ -117,7 +119,7 @@ impl<'a> Prefixes<'a> {
         }
     }
 
-    /// The purges whose sweep was not finished.
+    /// The purges whose sweep has not finished.
     pub(crate) fn unswept(self) -> impl Iterator<Item = Purge> {
         let unswept = self.cells.iter().enumerate().filter(|(_, cell)| cell.swept.load(Ordering::Acquire) == 0);
         unswept.filter_map(|(at, cell)| read(at, cell))
@@ -131,9 +133,10 @@ impl<'a> Prefixes<'a> {
         self.since(snapshot).any(|purge| entry.key_starts_with(purge.prefix.bytes()))
     }
 
-    /// Whether a page about to be stored under `key`, which began to be rendered at `snapshot`, is out of date.
+    /// Whether a page about to be stored under `key`, whose rendering began at `snapshot`, is out of date.
     pub(crate) fn purged_key(self, key: &[u8], snapshot: u64) -> bool {
-        // The floor is read last: it is raised before a purge leaves its cell, so a purge missed in the cells is found here.
+        // The floor must be read last: it is raised before a purge leaves its cell, so a purge missed in the cells is
+        // detected here.
         self.since(snapshot).any(|purge| key.starts_with(purge.prefix.bytes()))
             || self.header.prefix_floor.load(Ordering::SeqCst) > snapshot
     }

@@ -1,13 +1,13 @@
 //! Reads entries without a lock.
 //!
 //! A reader follows a slot to an entry, copies what it needs, and then checks that the ring's floor is not above the entry.
-//! While that holds, the entry does not change, because only bytes below the floor are overwritten. If the
-//! floor has passed the entry, the copy is discarded and the key is looked up again, because the entry may have been moved;
-//! after a few attempts the lookup counts as a miss.
+//! While that holds, the entry does not change, because only bytes below the floor are overwritten. If the floor has passed
+//! the entry, the copy is discarded and the lookup is repeated, because the entry may have been moved; after a few attempts
+//! the lookup counts as a miss.
 //!
-//! A reader stores only to its own member cell, and to the visits of a slot, which are a hint.
+//! A reader stores only to its own member cell, and to the visits of a slot, which are only a hint.
 //!
-//! Must not wait, or trust a length before it is checked.
+//! Must not wait, or use a length before it has been checked.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
@@ -16,7 +16,7 @@ use super::freshness::{Judge, Verdict};
 use super::index::{Place, Slot};
 use super::shard::Shard;
 
-/// Maximum number of attempts of a lookup whose entry was overwritten while it was read.
+/// Maximum number of attempts for a lookup whose entry was overwritten while it was read.
 const TRIES: usize = 4;
 
 /// An entry found without a lock: any word of it may have changed since it was read, unless [`Sight::holds`] confirms it.
@@ -30,10 +30,10 @@ pub(crate) struct Sight<'s, 'a> {
 }
 
 impl<'a> Shard<'a> {
-    /// Looks a key up and calls `take` with the entry; the result of `take` is used if the entry was not overwritten until then.
-    /// `take` may run several times, and returns `None` if it detected an overwritten entry itself.
+    /// Looks up a key and passes the entry to `take`; the result of `take` is used only if the entry was not overwritten
+    /// meanwhile. `take` may run several times, and returns `None` if it detects an overwritten entry itself.
     ///
-    /// Also returns how often the entry had to be looked up again.
+    /// Also returns how many times the lookup was repeated.
     #[inline]
     pub(crate) fn look<R>(
         &self,
@@ -46,7 +46,7 @@ impl<'a> Shard<'a> {
             let taken = self.index.find(key.hash, |slot, word| {
                 let place = Place::of(word)?;
                 if place.position < self.floor(place.ring).load(Ordering::Acquire) {
-                    // No entry is stored here any more, or it was moved during the lookup.
+                    // The entry was removed from this slot, or moved during the lookup.
                     passed |= slot.word.load(Ordering::Acquire) != word;
                     return None;
                 }
@@ -67,7 +67,7 @@ impl<'a> Shard<'a> {
         (None, TRIES)
     }
 
-    /// Whether the bytes read at a place so far are the bytes that were written there.
+    /// Whether the bytes read at a place so far are those of the entry stored there.
     pub(crate) fn holds(&self, place: Place) -> bool {
         // The earlier reads happened before this load, so if the floor is still not above the place, nothing was written there meanwhile.
         fence(Ordering::Acquire);
@@ -81,7 +81,7 @@ impl<'a> Sight<'_, 'a> {
         self.shard.holds(self.place)
     }
 
-    /// The floor that must not pass the entry.
+    /// The floor of the entry's ring.
     pub(crate) fn floor(&self) -> &'a AtomicU64 {
         self.shard.floor(self.place.ring)
     }

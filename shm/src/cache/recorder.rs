@@ -1,8 +1,8 @@
-//! Records what a page is made of, while it is rendered.
+//! Records what a page depends on, while it is rendered.
 //!
 //! Each fragment *lends* the page three things: its tags, so that a purge of the fragment also purges the page; its key's hash,
 //! because a key counts as a tag of its own page; and its expiry, so that the page does not outlive the fragment. A page that
-//! includes such a page inherits all of that.
+//! includes such a page in turn inherits all of these.
 //!
 //! Must not change the cache, except by rendering fragments on request.
 
@@ -22,8 +22,8 @@ use crate::cache::{Cache, Rendering, earlier, expiry};
 
 /// Records which fragments of the cache, and which tags, a page depends on while it is being rendered.
 ///
-/// [`Cache::get_or_render`] passes one to the rendering closure. Code that renders without it creates a recorder
-/// *before* it begins:
+/// [`Cache::get_or_render`] passes one to the rendering closure. Code that renders without `get_or_render` must create
+/// the recorder *before* it begins:
 ///
 /// ```
 /// # let segment = forkyard_shm::Segment::create(&forkyard_shm::Plan { cache_bytes: 1 << 20, ..Default::default() })?;
@@ -43,8 +43,9 @@ use crate::cache::{Cache, Rendering, earlier, expiry};
 /// ```
 ///
 /// The page is not stored if anything it depends on was purged after the recorder was created. Two things are not
-/// recorded: the prefixes of a fragment's key, so [`Cache::purge_prefix`] purges pages by their own keys only; and the
-/// absence of a fragment, so a page rendered without a fragment stays valid when that fragment appears.
+/// recorded. One is the prefixes of a fragment's key, so [`Cache::purge_prefix`] purges pages by their own keys only.
+/// The other is the absence of a fragment, so a page rendered without a fragment stays valid when that fragment
+/// appears.
 ///
 /// Clones record for the same page, and can be sent to other threads.
 #[derive(Clone, Debug)]
@@ -55,7 +56,7 @@ pub struct Recorder {
 #[derive(Debug)]
 struct Shared {
     cache: Cache,
-    /// The hashes of the nested pages that are being rendered, from the outermost page to this page. Each page waits for the next.
+    /// The hashes of the nested pages being rendered, from the outermost page to this one. Each page waits for the next.
     pages: Vec<u64>,
     snapshot: PurgeSnapshot,
     began: Instant,
@@ -83,7 +84,7 @@ impl Cache {
         Recorder::new(self, Vec::new())
     }
 
-    /// Stores a page like [`set`](Cache::set), with the tags and the time of everything it was made from.
+    /// Stores a page like [`set`](Cache::set), with the tags and the expiry of everything it was composed from.
     ///
     /// # Errors
     /// Fails if there is no cache, if the page is too large, or if its shard is locked by a process that does not
@@ -106,7 +107,8 @@ impl Cache {
 }
 
 impl Recorder {
-    /// Creates the recorder of a page, given the hashes of the pages that wait for it, followed by its own.
+    /// Creates the recorder of a page. `pages` contains the hashes of the pages that wait for this page, followed by
+    /// its own hash.
     pub(crate) fn new(cache: &Cache, pages: Vec<u64>) -> Recorder {
         let (snapshot, began) = (cache.clock(), Instant::now());
         Recorder { shared: Arc::new(Shared { cache: cache.clone(), pages, snapshot, began, loan: Mutex::default() }) }
@@ -132,11 +134,11 @@ impl Recorder {
         self.loan().add([tag], 0);
     }
 
-    /// Like [`Cache::get_or_render`], for a fragment of the page being rendered; the fragment may come from the cache
+    /// Like [`Cache::get_or_render`], for a fragment of the page being rendered. The fragment may come from the cache
     /// or be rendered.
     ///
-    /// A fragment that is served stale ends the page's lifetime at once: callers that already wait for the page get it,
-    /// but no later caller does, unless the page itself may be served stale.
+    /// If a fragment is served stale, the page expires at once: callers that already wait for the page get it, but no
+    /// later caller does, unless the page itself may be served stale.
     ///
     /// # Errors
     /// Returns the error of `render`, if there is no page that can be served instead.
@@ -167,7 +169,7 @@ impl Recorder {
         self.loan().add(tags.into_iter().chain([key.hash]), until_ms);
     }
 
-    /// Adds what a newly rendered fragment lends, as if it were stored with these options now.
+    /// Adds what a newly rendered fragment lends, as if the fragment were stored with these options now.
     pub(crate) fn borrow_rendered(&self, key: Key<'_>, options: &StoreOptions, loan: Loan) {
         let cache = &self.shared.cache;
         let tags = options.tags.iter().map(|tag| cache.tag(tag)).chain(loan.tags);
@@ -179,7 +181,7 @@ impl Recorder {
         self.shared.loan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What to store the page with, except the tags.
+    /// The parameters for storing the page, except the tags.
     pub(crate) fn rendering(&self) -> Rendering<'static> {
         let cost_ms = u32::try_from(self.shared.began.elapsed().as_millis()).unwrap_or(u32::MAX);
         let (until_ms, snapshot) = (self.loan().until_ms, Some(self.shared.snapshot));
@@ -202,7 +204,7 @@ mod tests {
         Segment::create(&Plan { cache_bytes: 1 << 20, ..Plan::default() }).unwrap().cache()
     }
 
-    /// Stores the fragment "inner" with the tag "deep", "outer" made of it, and "page" made of "outer".
+    /// Stores the fragment "inner" with the tag "deep", "outer" composed from it, and "page" composed from "outer".
     fn store_pages(cache: &Cache) {
         cache.set("inner", "1", &StoreOptions::new().tags(["deep"])).unwrap();
         let recorder = cache.recorder();
@@ -236,7 +238,7 @@ mod tests {
         cache.purge("none");
         cache.purge_tag("inner");
         assert!(cache.get("page").is_some(), "neither what was missing nor a tag of a key's name is lent");
-        // A new fragment of the same key does not make the page good again.
+        // A new fragment under the same key does not make the page valid again.
         cache.purge("inner");
         cache.set("inner", "2", &StoreOptions::new()).unwrap();
         assert_eq!((cache.get("page"), cache.get("outer")), (None, None));
@@ -253,7 +255,7 @@ mod tests {
             cache.set("inner", "2", &StoreOptions::new().tags(["deep"])).unwrap();
             let inner = found_before.or_else(|| recorder.get("inner")).unwrap();
             cache.set_recorded("page", &inner, &StoreOptions::new(), &recorder).unwrap();
-            // The fragment found after the purge is valid, but the recorder is older and cannot detect that.
+            // The fragment found after the purge is valid, but the recorder predates the purge and cannot rely on that.
             assert_eq!(cache.get("page"), None);
         }
     }

@@ -2,14 +2,14 @@
 
 use super::page::NotStorable;
 
-/// Why the cache did not store a page. This is never a reason to fail the request: the rendered page is still served.
+/// Why the cache did not store a page. The request should not fail because of it: the rendered page is still served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreError {
     /// The segment has no cache.
     Off,
     /// Key, value and tags together are larger than an entry can be.
     TooLarge {
-        /// The largest entry in bytes: the length of the key and the value, and 8 for each tag.
+        /// The size of the largest possible entry in bytes: the length of the key and the value, plus 8 for each tag.
         limit: u64,
     },
     /// The shard of the key is locked by a process that does not release it.

@@ -9,9 +9,9 @@
 //!            else  -- the lease is ours -- look again -- render -- store -- release it
 //! ```
 //! [`Request::step`] decides, for blocking and asynchronous callers alike; only the way of waiting differs. A lease is
-//! released when its holder stores, fails, panics, or is dropped while rendering. If the holder died, the waiting callers
-//! release the lease (`claim.rs`, `watch.rs`). If no lease can be taken, a page is rendered without one:
-//! a cell is shared by several keys, and waiting is bounded.
+//! released when its holder stores the page, fails, panics, or is dropped while rendering. If the holder dies, a waiting
+//! caller releases the lease (`claim.rs`, `watch.rs`). If no lease can be taken, because its cell is in use for another
+//! key, the page is rendered without one. Waiting is bounded.
 //!
 //! Must not withhold a rendered page from its caller because of a failure of the cache.
 
@@ -35,9 +35,9 @@ use crate::crash;
 use crate::memory::layout::LeaseCell;
 use crate::protocols::lease;
 
-/// After a page was refused, callers do not wait for this long, because the page will be refused again.
+/// After a page was refused, callers do not wait for its lease for this long, because the page would be refused again.
 const PASS_MS: u64 = 10_000;
-/// The same, after a page was refused because its shard was busy.
+/// The same, if the page was refused because its shard was busy.
 const PASS_BUSY_MS: u64 = 1000;
 
 /// The result of [`Cache::get_or_render`].
@@ -52,9 +52,9 @@ pub struct Cached<V = Vec<u8>> {
 /// Where a page comes from, for logs and response headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CacheStatus {
-    /// The cache, within its time to live; also if the caller waited for it.
+    /// From the cache, within its time to live; also if the caller waited for it.
     Fresh,
-    /// The cache, after its time to live: the page is being rendered again, or that failed.
+    /// From the cache, after its time to live: the page is being rendered again, or rendering failed.
     Stale,
     /// Rendered for this call.
     Rendered,
@@ -83,8 +83,8 @@ impl Cache {
     ///
     /// If the process that renders dies, or `render` fails, panics or takes longer than [`StoreOptions::deadline`], another
     /// waiting caller renders at once. A page that is finished too late does not replace a newer one. A page that was
-    /// purged while it was being rendered is not stored either, but it is returned to the caller that rendered it, as
-    /// is a page that cannot be stored.
+    /// purged while it was being rendered is not stored, but it is returned to the caller that rendered it, as is a page
+    /// that cannot be stored.
     ///
     /// Blocks the calling thread for up to [`StoreOptions::patience`] and then renders the page itself. In asynchronous
     /// code, use [`get_or_render_async`](Cache::get_or_render_async).
@@ -103,8 +103,8 @@ impl Cache {
 
     /// Like [`get_or_render`](Cache::get_or_render), without blocking the thread. Works on any executor.
     ///
-    /// If the future is dropped while it renders, another waiting caller renders at once. Waiting uses one thread in
-    /// each process, which checks about every millisecond whether the other processes have made progress; the thread
+    /// If the future is dropped while it renders, another waiting caller renders at once. Each process has one thread
+    /// for waiting, which checks about every millisecond whether the other processes have made progress; the thread
     /// exists only while a future waits.
     ///
     /// # Errors
@@ -130,9 +130,9 @@ pub(crate) struct Request<'a> {
     within: Option<&'a Recorder>,
     began_ms: u64,
     waited: bool,
-    /// No thread can wake this future.
+    /// No thread can wake this future when the lease ends.
     cannot_wait: bool,
-    /// Repeated lookups that are not counted yet.
+    /// Repeated lookups that have not been counted yet.
     retries: Cell<usize>,
 }
 
@@ -215,7 +215,8 @@ impl<'a> Request<'a> {
     fn step<V: CacheValue>(&mut self) -> Step<V> {
         let now_ms = self.cache.segment.now_ms();
         let Some(cell) = self.cache.segment.lease_cell(self.key.hash) else { return Step::Render(None) };
-        // Read before the lookup, so that a page stored after the lookup is noticed by the turn that its lease ended.
+        // Read before the lookup: if a page is stored after the lookup, `turn` changes when its lease ends, and the
+        // wait ends.
         let turn = cell.turn.load(Ordering::Acquire);
         match self.look(now_ms) {
             Some(page) if self.is_good(page.verdict, &page.times) && !self.is_early(&page, now_ms) => Step::Serve(page),
@@ -223,7 +224,7 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// There is no page, or the page should be rendered again.
+    /// Called if there is no page, or the page should be rendered again.
     fn try_for_lease<V: CacheValue>(
         &mut self,
         cell: &LeaseCell,
@@ -243,7 +244,8 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// This process holds the lease, but another process may have held it and stored the page since the first lookup.
+    /// This process now holds the lease, but another process may have held it and stored the page since the first
+    /// lookup.
     fn look_again<V: CacheValue>(&self, lease: Lease, found: Option<Lookup<V>>) -> Step<V> {
         let now_ms = self.cache.segment.now_ms();
         let page = self.look(now_ms).filter(|page: &Lookup<V>| {
@@ -265,7 +267,7 @@ impl<'a> Request<'a> {
         Step::Wait(ticket.until(patient_until_ms))
     }
 
-    /// Whether the page is being rendered by this caller itself, which would wait for itself.
+    /// Whether this caller is already rendering the page, and would therefore wait for itself.
     fn is_our_own(&self) -> bool {
         let hash = self.key.hash;
         self.within.is_some_and(|recorder| recorder.pages().contains(&hash)) || Here::renders(hash)
@@ -283,11 +285,11 @@ impl<'a> Request<'a> {
         page
     }
 
-    /// Whether a page can be served like one rendered now.
+    /// Whether a page can be served as fresh.
     fn is_good(&self, verdict: Verdict, times: &Times) -> bool {
         match verdict {
             Verdict::Fresh => true,
-            // The page was rendered while this caller waited, and expired before the caller woke up.
+            // The page was rendered while this caller waited, but expired before the caller woke up.
             Verdict::Stale | Verdict::OnError | Verdict::Expired => self.waited && times.stored_ms >= self.began_ms,
             Verdict::Purged => false,
         }
@@ -326,7 +328,7 @@ impl<'a> Request<'a> {
                 Ok(Cached { value, source: CacheStatus::Rendered })
             }
             Err(error) => {
-                // Released now, so that waiting callers do not wait for the lookup below.
+                // Released now, so that waiting callers do not have to wait for the lookup below.
                 drop(work);
                 let page = self.look_for(self.cache.segment.now_ms(), |verdict, _| verdict.keeps());
                 page.map(|page| self.serve(page)).ok_or(error).inspect_err(|_| self.count(Seen::Miss))

@@ -1,14 +1,14 @@
 //! One shard: an index, two rings of entries, and the lock for writers.
 //!
-//! Readers need no lock; they are in `read.rs`. A writer holds the shard's lock, and orders its stores so that the shard is
-//! consistent after each single store, both for readers and for the next owner of the lock if the writer dies:
+//! Readers need no lock; their code is in `read.rs`. A writer holds the shard's lock, and orders its stores so that the shard is
+//! consistent after every single store, both for readers and for the next owner of the lock if the writer dies:
 //!
-//! - A new entry's bytes are written beyond the ring's head, where no reader looks. Raising the head makes them part of the
-//!   log, where they have no effect until a slot leads to them.
-//! - Storing a slot's word ([`LockedShard::change_slot`]) publishes, moves or removes an entry. The books, which count
-//!   the live bytes and entries, are updated afterwards; an *intent*, written before, lets the next owner complete them.
-//! - Bytes are free when the ring's floor is above them. A reader checks the floor after it has copied, so the floor
-//!   is raised before anything is overwritten (`eviction.rs`).
+//! - A new entry's bytes are written beyond the ring's head, where no reader looks. Raising the head makes them part of the log,
+//!   where they have no effect until a slot leads to them.
+//! - Storing a slot's word ([`LockedShard::change_slot`]) publishes, moves or removes an entry. The accounting of live bytes and
+//!   entries (`books`) is updated afterwards. An *intent*, written first, lets the next owner complete the update.
+//! - Bytes are free when the ring's floor is above them. A reader checks the floor after it has copied, so the floor is raised
+//!   before anything is overwritten (`eviction.rs`).
 //!
 //! Nothing read from shared memory is trusted: each position, size and link is checked, each loop is bounded, and an inconsistency
 //! is reported as [`Corrupt`], which empties the shard.
@@ -26,7 +26,7 @@ use crate::memory::SharedMemory;
 use crate::memory::layout::{BUCKET_BYTES, Counters, GRAIN, GhostBucket, SHARD_HEAD, ShardHead};
 use crate::memory::wait;
 
-/// Upper bound of positions: a slot has 52 bits for them, in units of 32 bytes.
+/// Upper bound of positions: a slot has 52 bits for a position, in units of 32 bytes.
 const LAST_POSITION: u64 = 1 << 56;
 /// Maximum number of suspects recorded while a shard is locked.
 const SUSPECTS: usize = 8;
@@ -39,7 +39,7 @@ pub(crate) struct Corrupt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct NotLocked;
 
-/// The location of a shard; cheap to create, holds no lock.
+/// A reference to a shard; cheap to create, holds no lock.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shard<'a> {
     pub(crate) inner: &'a SharedMemory,
@@ -53,11 +53,11 @@ pub(crate) struct Shard<'a> {
 #[derive(Debug)]
 pub(crate) struct LockedShard<'a> {
     pub(crate) shard: Shard<'a>,
-    /// Members whose pins were in the way, and that may be dead.
+    /// Possibly dead members whose pins were in the way.
     suspects: [Option<u32>; SUSPECTS],
 }
 
-/// The number of live bytes and entries in each ring.
+/// The accounting: the number of live bytes and entries in each ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Books {
     pub(crate) bytes: [u64; 2],
@@ -115,7 +115,7 @@ impl<'a> Shard<'a> {
         &self.head.counters
     }
 
-    /// Reads the books; without the lock, the values are moments apart.
+    /// Reads the accounting. Without the lock, the values may be slightly inconsistent with each other.
     pub(crate) fn books(&self) -> Books {
         let [a, b, c, d] = &self.head.books;
         let value = |word: &AtomicU64| word.load(Ordering::Relaxed);
@@ -124,8 +124,8 @@ impl<'a> Shard<'a> {
 
     /// Takes the lock, and repairs what a dead owner may have left.
     ///
-    /// After a timeout, no caller waits until the lock has been taken again: a stopped process delays one request, and not all of
-    /// them.
+    /// After a timeout, callers fail at once until the lock has been taken again, so that a stopped process delays one request
+    /// and not every request.
     pub(crate) fn lock(self) -> Result<LockedShard<'a>, NotLocked> {
         let suspect = self.head.suspect.load(Ordering::Relaxed) != 0;
         let Some(from_the_dead) = self.inner.take_lock(&self.head.lock, suspect) else {
@@ -156,7 +156,7 @@ impl Drop for LockedShard<'_> {
 }
 
 impl<'a> LockedShard<'a> {
-    /// Finishes what the last owner was doing when it died.
+    /// Finishes the operation during which the last owner died.
     fn repair(&mut self) {
         let head = self.shard.head;
         let intent = &head.intent;
@@ -178,13 +178,13 @@ impl<'a> LockedShard<'a> {
         intent.armed.store(0, Ordering::Release);
     }
 
-    /// Stores a slot's word, and then the new values of the books.
+    /// Stores a slot's word, and then the new accounting.
     pub(crate) fn change_slot(&mut self, slot: Slot<'_>, new: u64, books: Books) {
         let head = self.shard.head;
         let intent = &head.intent;
         let [a, b] = books.bytes;
         let [c, d] = books.entries;
-        // The last change must be disarmed before the words of this one are written.
+        // The previous intent must be disarmed before this one is written.
         fence(Ordering::Release);
         for (word, value) in intent.books.iter().zip([a, b, c, d]) {
             word.store(value, Ordering::Relaxed);
@@ -193,7 +193,7 @@ impl<'a> LockedShard<'a> {
         intent.new.store(new, Ordering::Relaxed);
         intent.armed.store(ARMED_SLOT, Ordering::Release);
         crash::point("slot: intent armed");
-        // The stores of the mark, the slot and the books must not be reordered: the repair relies on the order.
+        // The repair relies on the order of these stores: armed, slot, accounting.
         fence(Ordering::AcqRel);
         slot.word.store(new, Ordering::Release);
         crash::point("slot: stored");
@@ -206,7 +206,7 @@ impl<'a> LockedShard<'a> {
         crash::point("slot: disarmed");
     }
 
-    /// Empties the shard in a few stores: a slot whose position is below the floor is free.
+    /// Empties the shard with a few stores, which suffice because a slot whose position is below the floor is free.
     pub(crate) fn empty(&mut self) {
         self.shard.head.intent.armed.store(ARMED_EMPTY, Ordering::Release);
         crash::point("empty: armed");
@@ -227,7 +227,7 @@ impl<'a> LockedShard<'a> {
         }
     }
 
-    /// Empties the shard, whatever state it is in, and counts the loss.
+    /// Empties the shard, whatever its state, and counts the loss.
     pub(crate) fn lose(&mut self) {
         let head = self.shard.head;
         head.intent.armed.store(ARMED_LOSE, Ordering::Release);
@@ -239,10 +239,10 @@ impl<'a> LockedShard<'a> {
         crash::point("lose: index cleared");
         let restarts = head.restarts.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         for (at, (ring, floor)) in head.rings.iter().zip(&head.floors).enumerate() {
-            // Positions must not be used again as long as a reader may look at them.
+            // Positions must not be reused while a reader may look at them.
             let known = ring.head.load(Ordering::Relaxed).max(floor.load(Ordering::Relaxed));
             let base = if known < LAST_POSITION / 2 { known } else { restarts << 40 & (LAST_POSITION / 4 - 1) };
-            // Advances by whole laps, so that the head stays outside of pinned entries.
+            // Advances by whole laps, so that the head stays outside pinned entries.
             let laps = (1_u64 << 40).next_multiple_of(self.shard.inner.geometry.ring_len[at].max(GRAIN));
             let start = base.next_multiple_of(GRAIN) + laps;
             floor.store(start, Ordering::Relaxed);
@@ -270,7 +270,7 @@ impl<'a> LockedShard<'a> {
         if sane { Ok((floor, head)) } else { Err(Corrupt) }
     }
 
-    /// The entry of a key, valid or not.
+    /// The entry stored under a key, valid or not.
     pub(crate) fn find(&self, key: Key<'_>) -> Result<Option<Found<'a>>, Corrupt> {
         let found = self.shard.index.find(key.hash, |slot, word| match self.follow(slot, word) {
             Ok(found) => found.filter(|found| found.entry.is_for(key)).map(Ok),
@@ -305,7 +305,7 @@ impl<'a> LockedShard<'a> {
         let mut ring = self.ring_for(new.key, size)?;
         let mut position = self.place(ring, size, judge)?;
         if position.is_none() && ring == Ring::Small {
-            // A few readers can pin the whole small ring.
+            // A few readers can pin the entire small ring.
             ring = Ring::Main;
             position = self.place(ring, size, judge)?;
         }
@@ -316,7 +316,7 @@ impl<'a> LockedShard<'a> {
         crash::point("insert: head raised");
 
         let mut books = self.shard.books();
-        // Only now, because making room may have moved or evicted the old entry.
+        // The slot is looked up only now, because making room may have moved or evicted the old entry.
         let slot = match self.find(new.key)? {
             Some(old) => {
                 books.subtract(old.place.ring, old.entry.size)?;
@@ -364,7 +364,8 @@ impl<'a> LockedShard<'a> {
         }
     }
 
-    /// S3-FIFO: a new entry goes to the small ring; an entry that was evicted from there recently, or was requested, to the main ring.
+    /// S3-FIFO: a new entry goes to the small ring; an entry that was requested, or recently evicted from there, goes to the main
+    /// ring.
     fn ring_for(&self, key: Key<'_>, size: u64) -> Result<Ring, Corrupt> {
         if size > self.shard.bytes(Ring::Small).len / 2 {
             return Ok(Ring::Main);
@@ -381,7 +382,7 @@ impl<'a> LockedShard<'a> {
         Ok(if wanted { Ring::Main } else { Ring::Small })
     }
 
-    /// A slot for a new key: a free slot, or else the slot of the entry with the fewest visits.
+    /// A slot for a new key: a free slot if there is one, otherwise the slot of the entry with the fewest visits.
     fn slot_for(&mut self, hash: u64, books: &mut Books) -> Result<Slot<'a>, Corrupt> {
         let mut least: Option<(u8, Found<'a>)> = None;
         for slot in self.shard.index.candidates(hash) {
@@ -413,7 +414,7 @@ impl Books {
     }
 }
 
-/// Adds to a word that is changed under the lock, or that may be slightly inexact.
+/// Adds to a word that is only changed under the lock, or that may be slightly inexact.
 pub(crate) fn add(word: &AtomicU64, amount: u64) {
     if amount > 0 {
         word.fetch_add(amount, Ordering::Relaxed);

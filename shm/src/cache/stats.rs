@@ -8,7 +8,7 @@ use crate::cache::Cache;
 use crate::memory::geometry::Geometry;
 
 /// Statistics of the cache: sums over all shards, or those of one shard. The values are read without a lock, so they
-/// are moments apart.
+/// may be slightly inconsistent with each other.
 ///
 /// `used_bytes + free_bytes == capacity`, and `live_bytes + wasted_bytes == used_bytes`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,11 +22,12 @@ pub struct Stats {
     pub free_bytes: u64,
     /// Bytes of entries that can be served, or that have expired or been purged without the cache having noticed yet.
     pub live_bytes: u64,
-    /// Bytes of replaced, purged and expired entries and of padding. They are freed when the ring wraps around to them.
+    /// Bytes of replaced, purged and expired entries and of padding. They are freed when the ring's floor passes them.
     pub wasted_bytes: u64,
     /// Number of entries in `live_bytes`.
     pub entries: u64,
-    /// Lookups that returned a fresh page. If several threads of one process look at the same instant, some are not counted.
+    /// Lookups that returned a fresh page. If threads of one process count at the same instant, some lookups are not
+    /// counted.
     pub hits: u64,
     /// Lookups that returned a stale page.
     pub stale_hits: u64,
@@ -54,7 +55,7 @@ pub struct Stats {
     pub refused: u64,
     /// Pages moved from the small ring to the main ring.
     pub promoted: u64,
-    /// Pages moved to the head of their ring again.
+    /// Pages moved to the head of their ring instead of being evicted.
     pub reprieved: u64,
     /// New pages stored in the main ring because they had been evicted shortly before.
     pub ghost_hits: u64,

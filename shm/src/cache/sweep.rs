@@ -1,7 +1,7 @@
-//! Sweeps the cache: removes expired entries even if their room is not needed, and frees what dead processes held.
+//! Sweeps the cache: removes expired entries even if their memory is not needed, and frees what dead processes held.
 //!
-//! The sweep goes through the index like a reader, without a lock, one part of the index each time. It takes a shard's lock only to
-//! remove entries that it found. Any process may call it as often as it likes: one call per second does the work.
+//! The sweep scans the index like a reader, without a lock, one part of the index per sweep. It takes a shard's lock only to remove
+//! the entries that it found. Any process may call it at any time, but at most one call per second does the work.
 //!
 //! Must not hold a lock for longer than it takes to remove a batch.
 
@@ -14,7 +14,7 @@ use super::prefixes::{Prefixes, Purge};
 use super::shard::{Corrupt, LockedShard, Shard};
 use crate::cache::Cache;
 
-/// Time between two sweeps.
+/// Minimum time between two sweeps.
 const INTERVAL_MS: u64 = 1000;
 /// The whole index is examined within this many sweeps.
 const ROUNDS: u64 = 8;
@@ -23,14 +23,14 @@ const FEWEST: u64 = 4096;
 /// Number of entries removed per acquisition of the lock.
 const BATCH: usize = 64;
 
-/// An entry to be removed: the number of its slot, and the word the slot had.
+/// An entry to be removed: the number of its slot, and the word read from the slot.
 type Doomed = (u64, u64);
 
 impl Cache {
-    /// Removes expired and purged pages, frees what dead processes held, and finishes purges that they began.
+    /// Removes expired and purged pages, frees what dead processes held, and finishes purges that dead processes began.
     ///
-    /// Each process should call this about once a second; all but one of the calls return at once. A call examines a
-    /// part of the cache, which may take some milliseconds in a large cache.
+    /// Every process should call this about once a second; all but one of the calls return at once. A call examines
+    /// part of the cache, which may take a few milliseconds in a large cache.
     pub fn sweep(&self) {
         let now_ms = self.segment.now_ms();
         let Some(header) = self.segment.header() else { return };
@@ -49,7 +49,7 @@ impl Cache {
         self.segment.geometry.shards > 0 && due.is_some_and(|due| is_due(due, self.segment.now_ms()))
     }
 
-    /// Sweeps one of `rounds` parts of the index, now.
+    /// Sweeps one of `rounds` parts of the index.
     pub(crate) fn sweep_now(&self, rounds: u64, now_ms: u64) {
         self.segment.bury_the_dead();
         let Some(prefixes) = Prefixes::of(&self.segment) else { return };
@@ -67,13 +67,13 @@ impl Cache {
         }
     }
 
-    /// Removes the pages that a purge by prefix affects, and marks the purge as swept.
+    /// Removes the pages affected by a purge by prefix, and marks the purge as swept.
     pub(crate) fn sweep_prefix(&self, purge: &Purge) {
         let Some(judge) = self.judge(Moment::At(self.segment.now_ms())) else { return };
         for shard in self.shards() {
             let concerns =
                 |entry: Entry<'_>| entry.times().snapshot < purge.clock && entry.key_starts_with(purge.prefix());
-            // The current holder of the lock may not have seen the purge, but is done after this. A later holder sees the purge.
+            // Waits for the current holder of the lock, which may not have seen the purge. Later holders see the purge.
             if shard.lock().is_err() || !self.remove_from(&shard, 0, shard.index.len(), concerns, &judge) {
                 return;
             }
@@ -115,7 +115,7 @@ impl Cache {
     }
 }
 
-/// A due time too far ahead was not written by a sweep, and is ignored.
+/// A due time too far in the future was not written by a sweep, and is ignored.
 fn is_due(due: u64, now_ms: u64) -> bool {
     due <= now_ms || due - now_ms > INTERVAL_MS
 }

@@ -1,14 +1,15 @@
-//! The logical clock by which a purge by tag is one step, however many pages carry the tag.
+//! The logical clock that makes a purge by tag a constant-time operation, however many pages carry the tag.
 //!
 //! The clock counts purges. A purge writes the next time into the tag's slots and raises the clock to it (`protocols/purge.rs`); a page
-//! stores the time *before* it was rendered. So a page is out of date iff one of its tags was purged later than that,
-//! and a page whose tag is purged while it is being rendered is out of date before it is stored.
+//! stores the time *before* its rendering began. So a page is out of date iff one of its tags was purged later than that time, and a
+//! page whose tag is purged while it is being rendered is out of date before it is stored.
 //!
-//! A tag has two slots, given by two halves of its hash; the earlier of the two times is when the tag was last purged. Tags that
-//! share one slot do not disturb each other; tags that share both slots only cause misses. Every key counts as a tag of
-//! its own page, so that purging a key works the same way, also while its shard is locked.
+//! A tag has two slots, selected by the two halves of its hash; the earlier of their two times is when the tag was last purged. Tags
+//! that share one slot do not affect each other; tags that share both slots only cause additional misses. Every key counts as a tag of
+//! its own page, so purging a key works the same way, even while its shard is locked.
 //!
-//! There are no locks. If a purger is killed before its last store, the purge may or may not have happened: its caller got no answer.
+//! There are no locks. If a purger is killed before its last store, the purge may or may not have happened, but its caller got no
+//! answer.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -41,28 +42,28 @@ impl<'a> TagClock<'a> {
         self.now.load(Ordering::SeqCst)
     }
 
-    /// Invalidates everything that carries this tag and was rendered before now.
+    /// Invalidates everything that carries this tag and whose rendering began before now.
     pub(crate) fn purge(self, tag: u64) {
         purge::purge(self.now, &self.slots_of(tag));
     }
 
-    /// Invalidates everything that was rendered before now.
+    /// Invalidates everything whose rendering began before now.
     pub(crate) fn clear(self) {
         purge::purge(self.now, &[self.cleared]);
     }
 
-    /// Whether a page rendered at `snapshot` is still valid, as far as this tag is concerned.
+    /// Whether this tag has not been purged since `snapshot`, the time when a page's rendering began.
     pub(crate) fn is_current(self, tag: u64, snapshot: u64) -> bool {
         purge::is_current(&self.slots_of(tag), snapshot)
     }
 
-    /// Whether a page rendered at `snapshot` is newer than the last `clear`.
+    /// Whether a page whose rendering began at `snapshot` is newer than the last `clear`.
     pub(crate) fn outlived_clear(self, snapshot: u64) -> bool {
         purge::is_current(&[self.cleared], snapshot)
     }
 
-    /// Completes a purge of one of these tags, or a clear, whose process died before it raised the clock. To be called when one of the
-    /// tags turns out to be purged.
+    /// Completes a purge of one of these tags, or a clear, by a process that died before it raised the clock. Must be called when one
+    /// of the tags turns out to be purged.
     pub(crate) fn finish(self, tags: impl Iterator<Item = u64>) {
         purge::finish(self.now, &[self.cleared]);
         tags.for_each(|tag| purge::finish(self.now, &self.slots_of(tag)));
@@ -74,7 +75,7 @@ impl<'a> TagClock<'a> {
     }
 
     fn slots_of(self, tag: u64) -> [&'a AtomicU64; 2] {
-        // The table's length is a power of two not above 2^18, so either half of the hash has enough bits.
+        // The table's length is a power of two no larger than 2^18, so either half of the hash has enough bits.
         let mask = self.slots.len() - 1;
         let [a, b, c, d, e, f, g, h] = tag.to_le_bytes();
         let halves = [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])];
@@ -100,7 +101,7 @@ mod tests {
         assert!(!clock.is_current(one, before));
         assert!(clock.is_current(one, clock.now()));
         assert!(clock.is_current(other, before));
-        // Shares one of its two slots with the purged tag.
+        // This tag shares one of its two slots with the purged tag.
         assert!(clock.is_current(0x0000_0001_0000_0004, before));
         assert!(clock.outlived_clear(before));
         clock.clear();

@@ -204,7 +204,8 @@ fn what_is_asked_for_outlives_what_is_not() {
 #[test]
 fn nothing_is_lost_before_the_memory_is_full() {
     let cache = cache(8 << 20);
-    // With 5000, both buckets of a key are full once in a hundred runs: hashes have a new seed in each run.
+    // With 5000 keys, both buckets of some key would be full in one of a hundred runs, because each run hashes with a
+    // new seed.
     for n in 0..3000 {
         cache.set(format!("k{n}"), n.to_string(), &StoreOptions::new()).unwrap();
     }
@@ -271,7 +272,7 @@ enum Act {
 }
 
 fn act() -> impl Strategy<Value = Act> {
-    // Some keys are requested more often.
+    // Low bytes are more likely, so some keys are requested more often.
     let key = || (any::<u8>(), any::<u8>()).prop_map(|(one, other)| one & other);
     let tags = vec(0_u8..20, 0..4);
     let set = (key(), 0_usize..20_000, tags, 1_u64..2000, any::<bool>())
@@ -289,7 +290,7 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// Runs one history. Returns the number of lookups of pages that the model has, and the number that the cache had.
+/// Runs one history. Returns the number of lookups of pages that the model has, and how many of these the cache had.
 fn history(acts: &[Act]) -> (u32, u32) {
     let cache = cache(SMALL);
     let mut model = Model::default();
@@ -361,7 +362,7 @@ fn most_of_the_segment_is_pages() {
     let cache = cache(64 << 20);
     let mut live = Vec::new();
     for n in 0..20_000_u32 {
-        // The sum of several uniform numbers is about normal, so the size is about log-normal.
+        // The sum of several uniform numbers is about normally distributed, so the size is about log-normal.
         let normal = (0..12).map(|_| random.f64()).sum::<f64>() - 6.0;
         let size = (8192.0 * (1.3 * normal).exp()).clamp(100.0, 262_144.0);
         let page = vec![b'x'; format!("{size:.0}").parse().unwrap()];
@@ -375,7 +376,7 @@ fn most_of_the_segment_is_pages() {
     cache.audit().unwrap();
 }
 
-/// Ends the other threads of a test, also when the test fails.
+/// Stops the other threads of a test, even if the test fails.
 struct Finish<'a>(&'a AtomicBool);
 
 impl Drop for Finish<'_> {
@@ -384,7 +385,7 @@ impl Drop for Finish<'_> {
     }
 }
 
-/// Runs renderers, a writer that purges, and readers at the same time: once a purge has returned, no reader gets an older page.
+/// Runs renderers, a purging writer, and readers concurrently: after a purge has returned, no reader gets an older page.
 #[test]
 fn no_page_from_before_a_purge_is_served_after_it() {
     let cache = cache(SMALL);
@@ -444,11 +445,11 @@ fn a_purge_by_prefix_concerns_what_is_there_and_what_is_being_rendered() {
     assert!(!found("/news/1"), "rendered before");
     cache.set("/news/1", "new", &StoreOptions::new()).unwrap();
     assert!(found("/news/1"));
-    // So many more that the table forgets the first purge; a page rendered before it is rejected all the same.
+    // Enough further purges to push the first one out of the table; a page rendered before it is still rejected.
     (0..40).for_each(|n| cache.purge_prefix(format!("/other/{n}/")));
     cache.set("/news/2", "old", &StoreOptions::new().as_of(before)).unwrap();
     assert!(!found("/news/2") && found("/news/1") && found("/user/1"));
-    // A purge that was announced and not finished holds, and the sweep finishes it.
+    // A purge that was announced but not finished is in effect, and the sweep finishes it.
     let prefixes = Prefixes::of(&cache.segment).unwrap();
     prefixes.announce(b"/user/", cache.tag_clock().unwrap()).unwrap();
     assert!(!found("/user/1") && prefixes.unswept().count() == 1);
@@ -477,7 +478,8 @@ fn the_sweep_reclaims_what_is_over_without_pressure() {
     cache.audit().unwrap();
 }
 
-/// Whatever the segment contains: no panic, no endless loop, nothing out of bounds; and the cache works again afterwards.
+/// Whatever the segment contains, there is no panic, endless loop or out-of-bounds access, and the cache works again
+/// afterwards.
 #[test]
 fn nonsense_in_the_segment_costs_the_cache_only() {
     let seed = Seed::new();
@@ -490,7 +492,8 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
             let _ = cache.set([n], vec![n; random.usize(..3000)], &StoreOptions::new().tags(["t"]));
         }
         for _ in 0..random.u32(1..40) {
-            // Overwrites anything after the scoreboard, locks and members included; half of the time a shard's head.
+            // Overwrites any word after the scoreboard, including locks and members; half of the time, a word of a
+            // shard's head.
             let at = if random.bool() { random.u64(start..len - 8) } else { shard + random.u64(..512) } / 8 * 8;
             let noise = if random.bool() { random.u64(..) } else { random.u64(..len * 2) };
             cache.segment.map.write(at, &noise.to_le_bytes()).unwrap();
@@ -521,7 +524,8 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
     assert!(cache.stats().lost > 0);
 }
 
-/// A reader sets a pin before it finds out that its entry is gone. The place may then be in the middle of another entry.
+/// A reader sets a pin before it detects that its entry is gone. The position may then be in the middle of another
+/// entry.
 #[test]
 fn a_pin_in_the_middle_of_a_pinned_entry_does_not_shorten_it() {
     for into in [32, 192, 1024, 1984] {

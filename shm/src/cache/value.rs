@@ -40,7 +40,7 @@ impl CacheValue for Page {
         (self.encode_meta(), self.body())
     }
 
-    /// A value stored as plain bytes is returned as a page without headers.
+    /// A value that was stored as plain bytes is returned as a page without headers.
     fn from_parts(meta: &[u8], value: Vec<u8>) -> Option<Page> {
         if meta.is_empty() { Some(Page::new(value)) } else { Page::decode(meta, value).ok() }
     }
@@ -74,7 +74,7 @@ impl Cache {
     }
 }
 
-/// Copies an entry's metadata and value; `None` if the entry was overwritten while it was copied.
+/// Copies an entry's metadata and value; `None` if the entry was overwritten during the copy.
 pub(crate) fn copy_parts(sight: &Sight<'_, '_>) -> Option<(Vec<u8>, Vec<u8>)> {
     let mut value = Vec::new();
     copy_value(sight, &mut value)?;

@@ -1,13 +1,14 @@
 //! Lets a future wait for another process: a thread checks about every millisecond whether the lease has ended.
 //!
-//! There is one thread in each process, started when a future first waits, which ends when no future has waited for a while. It
-//! compares a few words, wakes the wakers of leases that have ended, and checks, by a system call, whether the holders are alive.
+//! Each process has one such thread. It starts when a future first waits, and exits when no future has waited for a while. It
+//! compares a few words, wakes the wakers of leases that have ended, and checks with a system call whether the holders are alive.
 //! It does not depend on an executor.
 //!
-//! A fork copies neither the thread nor a lock in a usable state. So each fork generation (`memory/fork.rs`) has its own watch,
-//! and never touches that of its parent.
+//! After a fork, the child has neither the thread nor a usable lock. So each fork generation (`memory/fork.rs`) has its own watch,
+//! and never uses its parent's.
 //!
-//! Must not hold its lock while it wakes or drops a waker, or cleans up after a member: all of these may call back into this file.
+//! Must not hold its lock while it wakes or drops a waker, or cleans up after a member, because all of these may call back into
+//! this file.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,7 +25,7 @@ use crate::memory::fork;
 
 /// Time between two checks.
 const INTERVAL: Duration = Duration::from_millis(1);
-/// The thread ends after this many checks without a waiting future.
+/// The thread exits after this many checks without a waiting future.
 const IDLE_LOOKS: u32 = 100;
 /// Maximum depth of nested forks in which futures can wait.
 const GENERATIONS: usize = 64;
@@ -34,7 +35,7 @@ static WATCHES: [Mutex<Watch>; GENERATIONS] = [const { Mutex::new(Watch::new()) 
 /// The waiting futures of one process.
 #[derive(Debug)]
 struct Watch {
-    /// The thread exists.
+    /// Whether the thread exists.
     runs: bool,
     next: u64,
     waiting: BTreeMap<u64, Waiting>,
@@ -50,7 +51,7 @@ struct Waiting {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Unwatched;
 
-/// Waits until a lease ends, or the time limit of its ticket.
+/// Waits until a lease ends, or the time limit of its ticket passes.
 #[derive(Debug)]
 pub(crate) struct Change {
     state: State,
@@ -81,7 +82,7 @@ impl Watch {
         changed.iter().filter_map(|number| self.waiting.remove(number)).collect()
     }
 
-    /// The members that are waited for, without duplicates.
+    /// The members whose leases are waited for, without duplicates.
     fn holders(&self) -> Vec<(Arc<SharedMemory>, u32)> {
         let mut holders: Vec<(Arc<SharedMemory>, u32)> = Vec::new();
         for Waiting { ticket, .. } in self.waiting.values() {
@@ -161,7 +162,7 @@ fn wait(generation: u32, waiting: Waiting) -> Option<u64> {
     None
 }
 
-/// Replaces the waker of a waiting future; `false` if it does not wait any more.
+/// Replaces the waker of a waiting future; `false` if the future is no longer waiting.
 fn replace_waker(generation: u32, number: u64, mut waker: Waker) -> bool {
     let Some(mut watch) = Watch::of(generation) else { return false };
     let waits = watch.waiting.get_mut(&number);
@@ -174,9 +175,9 @@ fn replace_waker(generation: u32, number: u64, mut waker: Waker) -> bool {
     is_there
 }
 
-/// The loop of the thread.
+/// The main loop of the thread.
 fn run(generation: u32) {
-    // Signals are left to the threads of the program.
+    // Signals must be delivered to the program's own threads.
     let _ = SigSet::all().thread_block();
     let mut idle = 0;
     loop {

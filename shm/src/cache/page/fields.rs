@@ -36,8 +36,8 @@ pub(super) fn values<'h>(headers: &'h [Header], name: &'h [u8]) -> impl Iterator
 
 /// The elements of a list (5.6.1), over all fields of this name.
 ///
-/// A comma in a quoted string divides too. That is safe for the uses here: no element of the list is lost, and at most additional
-/// elements are seen.
+/// A comma inside a quoted string splits too. That is safe for the uses here: no element of the list is lost, and at worst
+/// additional elements are seen.
 pub(super) fn elements<'h>(headers: &'h [Header], name: &'h [u8]) -> impl Iterator<Item = &'h [u8]> {
     values(headers, name).flat_map(split)
 }
@@ -88,8 +88,8 @@ pub(super) fn connection_options(headers: &[Header]) -> Vec<Vec<u8>> {
     elements(headers, b"connection").map(<[u8]>::to_ascii_lowercase).collect()
 }
 
-/// Whether a field applies to one connection or one message rather than to a page (7.6.1, RFC 9111 3.1). `Content-Length` is
-/// included, because it differs between the forms of the body.
+/// Whether a field belongs to a connection or a single message rather than to a page (7.6.1, RFC 9111 3.1). This includes
+/// `Content-Length`, because it differs between the encodings of the body.
 pub(super) fn is_passing(name: &[u8], connection_options: &[Vec<u8>]) -> bool {
     matches!(
         name,
@@ -98,14 +98,14 @@ pub(super) fn is_passing(name: &[u8], connection_options: &[Vec<u8>]) -> bool {
         || connection_options.iter().any(|option| option == name)
 }
 
-/// Whether a stored name and value are allowed by HTTP (5.1, 5.5), so that no header can end the header section.
+/// Whether HTTP allows a stored name and value (5.1, 5.5), so that no header can terminate the header section.
 pub(super) fn is_sound((name, value): &Header) -> bool {
     let in_name = |&byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"!#$%&'*+-.^_`|~".contains(&byte);
     let in_value = |&byte: &u8| byte == b'\t' || byte >= b' ' && byte != 0x7f;
     !name.is_empty() && name.iter().all(in_name) && value.iter().all(in_value)
 }
 
-/// Whether gzip may be sent to a client with this `Accept-Encoding`, and its weight is not below that of identity (12.5.3).
+/// Whether a client with this `Accept-Encoding` accepts gzip, with a weight not below that of identity (12.5.3).
 pub(super) fn accepts_gzip(accept_encoding: &[u8]) -> bool {
     let (mut gzip, mut identity, mut others) = (None, None, None);
     for element in split(accept_encoding) {
@@ -118,7 +118,7 @@ pub(super) fn accepts_gzip(accept_encoding: &[u8]) -> bool {
             _ => continue,
         };
         let weight = parts.find_map(weight).unwrap_or(FULL_WEIGHT);
-        // If a coding is listed twice, the lower weight counts: sending the plain body is never wrong.
+        // If a coding is listed twice, the lower weight applies, because sending the plain body is never wrong.
         *known = Some(known.map_or(weight, |known| known.min(weight)));
     }
     let gzip = gzip.or(others).unwrap_or(0);
@@ -142,7 +142,8 @@ fn weight(parameter: &[u8]) -> Option<u16> {
     })
 }
 
-/// Returns the text between the quotes of the entity tag that `text` begins with (8.8.3), weak or not, and the rest of `text`.
+/// Returns the text between the quotes of the entity tag at the start of `text` (8.8.3), weak or strong, and the rest of
+/// `text`.
 fn leading_tag(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let quoted = text.strip_prefix(b"W/").unwrap_or(text).strip_prefix(b"\"")?;
     let end = quoted.iter().position(|&byte| byte <= b' ' || byte == b'"' || byte == 0x7f)?;
@@ -150,12 +151,12 @@ fn leading_tag(text: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((tag, rest.strip_prefix(b"\"")?))
 }
 
-/// Returns the text between the quotes of a field that is a single entity tag.
+/// Returns the text between the quotes of a field that consists of a single entity tag.
 pub(super) fn tag(field: &[u8]) -> Option<&[u8]> {
     leading_tag(field.trim_ascii()).filter(|(_, rest)| rest.is_empty()).map(|(tag, _)| tag)
 }
 
-/// Whether an `If-None-Match` contains this tag, by weak comparison (13.1.2, 8.8.3.2). A tag may contain commas.
+/// Whether an `If-None-Match` contains this tag, by weak comparison (13.1.2, 8.8.3.2). Tags may contain commas.
 pub(super) fn names_tag(if_none_match: &[u8], wanted: &[u8]) -> bool {
     if if_none_match.trim_ascii() == b"*" {
         return true;

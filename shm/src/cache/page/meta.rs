@@ -1,4 +1,4 @@
-//! Encodes everything of a page but its body as bytes.
+//! Encodes a page without its body.
 //!
 //! ```text
 //! version  u8       1
@@ -8,10 +8,10 @@
 //!          number   length of the name     name
 //!          number   length of the value    value
 //! ```
-//! A number has seven bits in each byte, the lowest first; all but its last byte have the highest bit set. Each number, and
-//! therefore each page, has exactly one encoding.
+//! A number is stored in groups of seven bits, least significant first; every byte but the last has its highest bit set. Each number,
+//! and therefore each page, has exactly one encoding.
 //!
-//! The bytes may have been written by any process. Whatever they contain, decoding allocates no more than a multiple of their length.
+//! The bytes may have been written by any process. Whatever they contain, decoding allocates at most a multiple of their length.
 
 use super::{CorruptPage, Header, Page, fields};
 
@@ -20,7 +20,7 @@ const VERSION: u8 = 1;
 const HEADER_MIN: usize = 3;
 
 impl Page {
-    /// Encodes the page without its body, and without headers that must not be stored.
+    /// Encodes the page without its body and without headers that must not be stored.
     pub(crate) fn encode_meta(&self) -> Vec<u8> {
         let options = fields::connection_options(&self.headers);
         let kept = || self.headers.iter().filter(|(name, _)| !fields::is_passing(name, &options));
@@ -42,7 +42,7 @@ impl Page {
     /// Decodes the page that was stored as `meta` and `body`. The body is not examined.
     ///
     /// # Errors
-    /// Fails if `meta` is not an output of [`Page::encode_meta`] for a page that can be sent.
+    /// Fails if `meta` is not the output of [`Page::encode_meta`] for a page that can be sent.
     pub(crate) fn decode(meta: &[u8], body: Vec<u8>) -> Result<Page, CorruptPage> {
         let damaged = |why| CorruptPage::Meta { why };
         let (&version, mut rest) = meta.split_first().ok_or(damaged("there are none"))?;
@@ -104,7 +104,7 @@ fn take_number(rest: &mut &[u8]) -> Option<u64> {
         }
         number |= bits << shift;
         if byte & 0x80 == 0 {
-            // A zero last byte is redundant, so it is rejected.
+            // A last byte of zero is redundant, and rejected to keep the encoding unique.
             return (byte != 0 || shift == 0).then_some(number);
         }
     }
@@ -125,7 +125,7 @@ mod tests {
 
     use super::*;
 
-    /// Any storable page. Its body is often compressible, and often not.
+    /// Any storable page; its body may or may not be compressible.
     fn page() -> impl Strategy<Value = Page> {
         let name = "[a-z0-9!#_~-]{1,40}".prop_map(|name| format!("x-{name}"));
         let value = vec(prop_oneof![Just(b'\t'), b' '..=0x7e, 0x80..=0xffu8], 0..300);

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::{CorruptPage, Page, fields};
 
-/// Headers that describe the body, which a 304 does not have (15.4.5).
+/// Headers that describe the body, which a 304 response does not contain (15.4.5).
 const OF_THE_BODY: [&[u8]; 6] = [
     b"content-disposition",
     b"content-encoding",
@@ -14,7 +14,7 @@ const OF_THE_BODY: [&[u8]; 6] = [
     b"last-modified",
 ];
 
-/// Why a page must not be stored in a shared cache. This is never a reason to fail the request: the rendered page is still served.
+/// Why a page must not be stored in a shared cache. The request should not fail because of it: the rendered page is still served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NotStorable {
@@ -26,7 +26,8 @@ pub enum NotStorable {
     NoStore,
     /// `Vary` contains `*`: the page is valid for one request only (RFC 9111 §4.1).
     VaryAll,
-    /// The status is not that of a complete page: it is not final, or is 206 (partial content) or 304 (not modified).
+    /// The status is not that of a complete page: it is not final, or it is 206 (partial content) or 304 (not
+    /// modified).
     Status(u16),
     /// A header has a name or value that HTTP does not allow.
     Header,
@@ -56,10 +57,10 @@ impl Page {
     /// Checks whether the page may be stored and served to other clients (RFC 9111 §3; the rule about cookies is
     /// stricter than §7.3 there).
     ///
-    /// Two decisions are left to the caller. Header fields that `Vary` lists, other than `*` and `Accept-Encoding`,
-    /// must be part of the key. And only the caller can know whether a page for a request with `Authorization` or
-    /// cookies is meant for everyone. `no-cache` does not prevent storing, because the application that stores a page
-    /// also purges it.
+    /// Two decisions are left to the caller. Header fields listed in `Vary`, other than `*` and `Accept-Encoding`, must
+    /// be part of the key. And only the caller can know whether a page for a request with `Authorization` or cookies
+    /// may be sent to everyone. `no-cache` does not prevent storing, because the application that stores a page also
+    /// purges it.
     ///
     /// # Errors
     /// Returns the first reason against storing the page.
@@ -87,11 +88,11 @@ impl Page {
 
     /// Prepares the page for a client with this `Accept-Encoding`. Join several fields with commas.
     ///
-    /// A body that the cache compressed is sent as it is, with `Content-Encoding: gzip`, if the client accepts that
+    /// A body that the cache compressed is sent unchanged, with `Content-Encoding: gzip`, if the client accepts gzip
     /// (§12.5.3: weights, `*`, `x-gzip`), and decompressed otherwise; `Vary` lists `Accept-Encoding` in both cases. A
     /// client that sends no `Accept-Encoding` gets the body decompressed. With gzip, a strong `ETag` becomes weak,
-    /// because the bytes differ (§8.8.3). A weak tag still matches in `If-None-Match`, whichever form the client has; a
-    /// tag with a suffix would not. A tag without quotes is dropped, because it cannot be made weak.
+    /// because the bytes differ (§8.8.3). A weak tag, unlike a tag with a suffix, matches in `If-None-Match` whichever
+    /// encoding the client has. A tag without quotes is dropped, because it cannot be made weak.
     ///
     /// Connection-specific headers and `Content-Length` are dropped. Afterwards [`Page::encoding`] is
     /// [`Encoding::Identity`](super::Encoding::Identity).
@@ -114,7 +115,7 @@ impl Page {
         (200..=299).contains(&self.status) && tag.is_some_and(|tag| fields::names_tag(if_none_match, tag))
     }
 
-    /// Makes the 304 response for a client that already has the page (§15.4.5): without the body and the headers that
+    /// Creates the 304 response for a client that already has the page (§15.4.5): without the body and the headers that
     /// describe it, and with the other headers that [`Page::negotiate`] produces.
     #[must_use]
     pub fn not_modified(mut self, accept_encoding: Option<&[u8]>) -> Page {
@@ -123,7 +124,7 @@ impl Page {
         Page { status: 304, headers: self.headers, body: Vec::new(), plain_len: None }
     }
 
-    /// Sets the headers for this client, and returns whether they declare the body as stored to be gzip.
+    /// Sets the headers for this client, and returns whether they declare the stored body to be gzip.
     fn negotiate_head(&mut self, accept_encoding: Option<&[u8]>) -> bool {
         let options = fields::connection_options(&self.headers);
         self.headers.retain(|(name, _)| !fields::is_passing(name, &options));
@@ -137,7 +138,7 @@ impl Page {
             }
         }
         // If the application added a coding after the compression, the stored gzip would be the inner coding; the application is
-        // responsible for that.
+        // responsible for that case.
         if !accept_encoding.is_some_and(fields::accepts_gzip) || self.value("content-encoding").is_some() {
             return false;
         }

@@ -33,7 +33,7 @@ fn stale(text: &str) -> Cached {
     Cached { value: text.into(), source: CacheStatus::Stale }
 }
 
-/// Stores a page as if a minute ago, with a time to live of one second.
+/// Stores a page as of a minute ago, with a time to live of one second.
 fn set_long_ago(cache: &Cache, key: &str, options: StoreOptions) {
     let then_ms = cache.segment.now_ms() - LONG_AGO_MS;
     let options = options.ttl(Duration::from_secs(1));
@@ -44,7 +44,7 @@ fn lease_word(cache: &Cache, key: &str) -> u64 {
     cache.segment.lease_cell(cache.key(key.as_bytes()).hash).unwrap().word.load(Ordering::SeqCst)
 }
 
-/// Takes the lease of a key directly; with some bit of the hash flipped, the lease of another key in the same cell.
+/// Takes the lease of a key directly. With `flipped` bits of the hash, takes the lease of another key in the same cell.
 fn hold(cache: &Cache, key: &str, flipped: u64, deadline_ms: u64) -> u64 {
     let hash = cache.key(key.as_bytes()).hash;
     let (cell, me) = (cache.segment.lease_cell(hash).unwrap(), cache.segment.member().unwrap());
@@ -193,7 +193,7 @@ fn a_page_that_renders_itself_does_not_wait_for_itself() {
     let cache = cache();
     let options = StoreOptions::new();
     let answer = cache.get_or_render("k", &options, |recorder| {
-        // In the same thread, and in another thread that the recorder was sent to.
+        // Both in the same thread, and in another thread that received the recorder.
         assert_eq!(cache.get_or_render("k", &options, |_| text("inner")), Ok(rendered("inner")));
         cache.purge("k");
         std::thread::scope(|scope| {
@@ -265,7 +265,7 @@ fn one_who_is_too_late_does_not_store() {
         text("too late")
     });
     assert_eq!((answer, cache.get("k").unwrap()), (Ok(rendered("too late")), b"in time".to_vec()));
-    // The deadline has passed, but no other caller has begun, so the page is stored.
+    // The deadline has passed, but no other caller has started rendering, so the page is stored.
     let answer = cache.get_or_render("other", &options, |_| {
         let began_ms = cache.segment.now_ms();
         while cache.segment.now_ms() < began_ms + 10 {
@@ -276,7 +276,7 @@ fn one_who_is_too_late_does_not_store() {
     assert_eq!((answer, cache.get("other").unwrap()), (Ok(rendered("late")), b"late".to_vec()));
 }
 
-/// One call renders, and finishes when another call waits or has returned without waiting. Returns both results.
+/// One call renders, and finishes when the other call waits or has returned without waiting. Returns both results.
 fn two(cache: &Cache, render: impl FnOnce(Recorder) -> Vec<u8>) -> (Cached, Cached) {
     std::thread::scope(|scope| {
         let mut other = None;
@@ -347,7 +347,7 @@ fn fragments_lend_however_they_come() {
         let (page, _) = cache.lookup::<Vec<u8>>(cache.key(key.as_bytes()), 0, Tags::Unwanted, |_, _| true);
         page.unwrap().times.expires_ms
     };
-    // First rendered, then fresh.
+    // Rendered on the first call, fresh on the second.
     for purge_inner in [true, false] {
         assert_eq!(page(), Ok(rendered("new")));
         assert!(ends_ms("k").abs_diff(ends_ms("inner")) < 1000);
@@ -357,7 +357,7 @@ fn fragments_lend_however_they_come() {
             cache.get_or_render("inner", &options, |_| text("new")).unwrap();
         }
     }
-    // A stale fragment: the page made of it expires at once.
+    // A page that includes a stale fragment expires at once.
     set_long_ago(&cache, "inner", options.clone());
     let word = hold(&cache, "inner", 0, LONG_MS);
     assert_eq!(page(), Ok(rendered("old")));
@@ -382,7 +382,7 @@ fn futures_wait_for_each_other() {
         cache.get_or_render_async("k", &StoreOptions::new(), render).await.unwrap()
     };
     let answers = run(async {
-        // Requires futures that can be sent to another thread.
+        // `tokio::spawn` requires the futures to be `Send`.
         let tasks: Vec<_> = (0..100).map(|_| tokio::spawn(ask(cache.clone()))).collect();
         let mut answers = Vec::new();
         for task in tasks {
