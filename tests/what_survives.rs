@@ -1,4 +1,4 @@
-//! Tests each line of "What survives" in `docs/architecture.md`: the effects of a death on the rest of the system. Other files test the
+//! Tests each line of "Crash tolerance" in `docs/architecture.md`: the effects of a death on the rest of the system. Other files test the
 //! details: `no_request_lost.rs` for reloads, upgrades, scaling and recycling under load; `slow_clients.rs` for slow clients;
 //! `events_publish.rs` for the relay; `killed_master.rs` for the programs of a killed master and for the guard.
 
