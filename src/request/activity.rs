@@ -2,9 +2,8 @@
 //! worker's watchdog (`worker/lifecycle/watchdog.rs`) reads it to cut off clients that take too
 //! long.
 //!
-//! The state counts the requests under way, so that several requests of one connection do not
-//! overwrite each other's state. This costs a few stores per request and no wait. Any thread may
-//! record.
+//! The state counts the requests under way, so that several requests of one connection do not overwrite each other's
+//! state. This costs a few stores per request and never blocks. Any thread may record activity.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,7 +23,7 @@ pub(crate) enum Stage {
     Idle,
     /// The rest of a request's head.
     Head,
-    /// A piece of a request's body that a reader waits for.
+    /// A chunk of a request's body that a reader waits for.
     Body,
     /// Nothing from the peer: the application is working, or its response is being sent.
     Answering,
@@ -37,18 +36,18 @@ pub(crate) struct Activity {
     under_way: AtomicU32,
     /// Number of bodies with a waiting reader.
     bodies: AtomicU32,
-    /// These bodies, and others that a reader has waited for before.
+    /// These bodies, and those that a reader has waited for before.
     slow_bodies: Mutex<Vec<Arc<SlowBody>>>,
     /// Responses that wait for flow-control window of their streams (HTTP/2).
     held_back: AtomicU32,
     /// Number of requests under way whose streams end with the worker.
     streams: AtomicU32,
-    /// The last request was for an event stream, and all earlier responses had been written when it
-    /// began, as far as is known.
+    /// The last request was for an event stream and, as far as is known, all earlier responses had been written when it
+    /// began.
     ends_in_stream: AtomicBool,
     /// Part of a request head has arrived.
     head_begun: AtomicBool,
-    /// The protocol reports heads itself, because it receives more than requests.
+    /// The protocol reports heads itself, because it receives other input than requests.
     knows_heads: AtomicBool,
     is_writing: AtomicBool,
     /// The next two counters wrap around.
@@ -117,7 +116,7 @@ impl Activity {
         self.slow_bodies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the wait for each body for which `is_over` returns true. Returns their number.
+    /// Ends the wait for each body for which `is_over` returns true. Returns the number of these bodies.
     pub(crate) fn expire_bodies(&self, is_over: impl Fn(&SlowBody) -> bool) -> usize {
         if self.bodies.load(Relaxed) == 0 {
             return 0;
@@ -143,7 +142,7 @@ impl Activity {
         streams > 0 && streams == self.under_way()
     }
 
-    /// Whether only event streams, or their ends, are still to be sent.
+    /// Whether only event streams, or the ends of event streams, remain to be sent.
     pub(crate) fn ends_in_stream(&self) -> bool {
         self.ends_in_stream.load(Relaxed)
     }
@@ -152,8 +151,8 @@ impl Activity {
         self.requests.load(Relaxed)
     }
 
-    /// From now on only [`Activity::set_head_begun`] records heads. Before, any bytes between
-    /// requests begin a head.
+    /// From now on only [`Activity::set_head_begun`] records heads. Until then, any bytes between requests begin a
+    /// head.
     pub(crate) fn set_knows_heads(&self) {
         self.knows_heads.store(true, Relaxed);
         self.set_head_begun(false);
@@ -197,7 +196,7 @@ impl Activity {
         self.is_writing.load(Relaxed) || self.held_back.load(Relaxed) > 0
     }
 
-    /// Records that the peer took too long and is cut off.
+    /// Records that the peer took too long and is being cut off.
     pub(crate) fn expire(&self) {
         self.has_expired.store(true, Relaxed);
     }
@@ -256,7 +255,7 @@ fn add(word: &AtomicU32, count: usize) {
     word.store(word.load(Relaxed).wrapping_add(count), Relaxed);
 }
 
-/// Counts up or down, in a counter that only the connection's thread writes.
+/// Increments or decrements a counter that only the connection's thread writes.
 fn step(word: &AtomicU32, by: i32) {
     word.store(word.load(Relaxed).saturating_add_signed(by), Relaxed);
 }
@@ -275,7 +274,7 @@ impl Wait {
         Self { activity: Arc::clone(activity), counter: |activity| &activity.held_back, waits: false }
     }
 
-    /// A wait for events to send, which should belong to the last request that has begun.
+    /// A wait for events to send, which is assumed to belong to the last request that has begun.
     pub(crate) fn for_events(activity: &Arc<Activity>) -> Self {
         let mut stream = Self { activity: Arc::clone(activity), counter: |activity| &activity.streams, waits: false };
         stream.set(true);

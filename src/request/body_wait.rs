@@ -1,9 +1,8 @@
-//! Limits the time that a client has to send more of a request body. Each body has its own limit: a
-//! stalled body ends neither its connection nor the connection's other requests.
+//! Limits the time that a client has to send more of a request body. Each body has its own limit: a stalled body ends
+//! neither its connection nor the connection's other requests.
 //!
-//! A body that has arrived before it is read does not use this. The first wait enters the body in
-//! its connection's [`Activity`], where the watchdog counts the ticks of all waits until enough
-//! bytes have arrived.
+//! A body that has arrived before it is read does not use this. The first wait adds the body to its connection's
+//! [`Activity`], where the watchdog counts the ticks of all waits until enough bytes have arrived.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,8 +29,7 @@ impl SlowBody {
         self.reader().is_some()
     }
 
-    /// Counts a tick with a waiting reader. Returns the number of ticks in which less than
-    /// `progress` bytes were read.
+    /// Counts a tick with a waiting reader. Returns the number of ticks in which fewer than `progress` bytes were read.
     pub(crate) fn tick(&self, progress: u32) -> u32 {
         let read = self.read.load(Relaxed);
         if read.wrapping_sub(self.counted_from.load(Relaxed)) >= progress {
@@ -95,7 +93,7 @@ impl BodyWait {
         is_over
     }
 
-    /// A piece or the end of the body has arrived.
+    /// A chunk of the body, or its end, has arrived.
     pub(crate) fn end(&mut self) {
         if let Some(slow) = &self.slow {
             slow.reader().take();

@@ -1,20 +1,19 @@
-//! Counts the memory that a worker holds for input from clients, over all connections, and compares
-//! it with its limit (`--max-buffered`).
+//! Counts the memory that a worker holds for input from clients, summed over all connections, and compares it with its
+//! limit (`--max-buffered`).
 //!
-//! Counted for each connection are the bytes received since it was last idle, less the body bytes
-//! that the application has taken. These bytes are in this server's buffers, in hyper's, or in
-//! requests that are being served. The count is an upper estimate. Small requests that arrive whole
-//! are not counted: nearly all requests are small, and a connection holds at most [`SMALL`] bytes
-//! of one.
+//! The count of a connection is the bytes received since it was last idle, minus the body bytes that the application
+//! has taken. These bytes are in this server's buffers, in hyper's, or in requests that are being served. The count is
+//! an upper bound. Small requests that arrive in one read are not counted: nearly all requests are small, and a
+//! connection holds at most [`SMALL`] bytes of one.
 //!
 //! No I/O, no clock.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
-/// A request of fewer bytes than this, in one read, is not counted. (A larger first request takes
-/// several reads.)
+/// A request of fewer bytes than this, received in one read, is not counted. (A larger first request takes several
+/// reads.)
 pub(crate) const SMALL: usize = 4 << 10;
-/// Maximum count of one connection.
+/// Maximum count for one connection.
 const MAX_COUNT: u32 = 1 << 30;
 /// A connection whose body is being read holds at most this many bytes, whatever the protocol adds
 /// to the body.
@@ -57,7 +56,7 @@ pub(crate) fn too_much() -> u64 {
 #[derive(Debug, Default)]
 pub(crate) struct Held {
     bytes: AtomicU32,
-    /// Input is not held: it is passed to the application at the application's pace.
+    /// Input is not held: it is passed to the application as fast as the application reads.
     is_over: AtomicBool,
 }
 

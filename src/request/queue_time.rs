@@ -1,9 +1,9 @@
-//! Measures how long a request has waited before the application begins, and sheds requests that
-//! waited too long (`--max-queue-time`).
+//! Measures how long a request has waited before the application begins, and sheds requests that have waited too long
+//! (`--max-queue-time`).
 //!
-//! There are two measures of the time before this worker read the request: how long its last bytes
-//! had been in the kernel (over TCP), and when the proxy in front received the request, according
-//! to `X-Request-Start` or `X-Queue-Start`. The longer one counts.
+//! The time before this worker read the request is measured in two ways: how long its last bytes had been in the kernel
+//! (over TCP), and when the proxy in front received the request, according to `X-Request-Start` or `X-Queue-Start`. The
+//! longer time counts.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};

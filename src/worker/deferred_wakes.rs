@@ -1,7 +1,6 @@
-//! Wakes tasks after every other runnable task has run: between two polls of epoll.
+//! Wakes tasks after every other runnable task has run, between two polls of epoll.
 //!
-//! tokio offers this for a task (`yield_now`); this module offers it to futures that are polled
-//! within a task.
+//! tokio offers this for a task (`yield_now`); this module offers it for futures that are polled within a task.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -14,11 +13,11 @@ thread_local! {
 #[derive(Debug, Default)]
 struct Deferred {
     wakers: Vec<Waker>,
-    /// Waker of [`run`], while it sleeps.
+    /// Waker of [`run`] while it sleeps.
     runner: Option<Waker>,
 }
 
-/// Wakes `waker` after the event loop has next polled epoll.
+/// Wakes `waker` after the next time that the event loop polls epoll.
 pub(crate) fn wake_later(waker: Waker) {
     DEFERRED.with_borrow_mut(|later| {
         later.wakers.push(waker);
@@ -55,7 +54,7 @@ mod tests {
 
     use super::*;
 
-    /// Waits in the same way as a socket.
+    /// Waits the way a socket does.
     async fn later() {
         let mut asked = false;
         poll_fn(|context| {

@@ -1,5 +1,5 @@
-//! Maintains a worker's logs: follows when the log files are reopened, writes pending lines, and
-//! redirects the worker's output when the master is dead.
+//! Maintains a worker's logs: switches to reopened log files, writes pending lines, and redirects the worker's output
+//! when the master is dead.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -15,7 +15,7 @@ use super::service::access_log::AccessLog;
 use crate::logging::files::LogFiles;
 use crate::{logging, sys};
 
-/// Time before a worker tries again to open new log files.
+/// Time before a worker retries to open new log files.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs as long as the worker does.
@@ -28,8 +28,7 @@ pub(super) async fn keep(files: Arc<LogFiles>, channel: Option<OwnedFd>, access_
     tokio::join!(write, follow(&files, channel, access_log.as_deref()), write_pending());
 }
 
-/// Writes log lines that wait for a slow reader, and counts of lines that were dropped. Sleeps
-/// while there are none.
+/// Writes log lines that wait for a slow reader, and the counts of dropped lines. Sleeps while there are none.
 async fn write_pending() {
     let pending = Arc::new(Notify::new());
     let notify = Arc::clone(&pending);
@@ -70,8 +69,8 @@ impl OutputPipes {
         Self([sys::identity(1), sys::identity(2)])
     }
 
-    /// Replaces the pipes with the log, because they have no reader any more and a write would
-    /// fail. A descriptor that the application has replaced is kept.
+    /// Replaces the pipes with the log, because they no longer have a reader and a write would fail. A descriptor that
+    /// the application has replaced is kept.
     pub(super) fn replace(&self) {
         let Ok(log) = logging::blocking_copy() else { return };
         for (fd, was) in (1..).zip(self.0) {

@@ -4,15 +4,13 @@
 //! accept ─▶ http | fastcgi | scgi ─▶ serve (scoreboard, limits, panics) ─▶ the application
 //! ```
 //!
-//! The event loop is a tokio current-thread runtime, created after the fork, on a thread of its
-//! own. Because the thread is new, so are its thread-local variables: random number generators that
-//! keep their state there (`rand`, `fastrand`, the keys of `HashMap`) are seeded anew in each
-//! worker, even if they were used before the fork. The first thread only waits, with all signals
-//! blocked but SIGBUS (`sys::block_signals`).
+//! The event loop is a tokio current-thread runtime, created after the fork, on a thread of its own. Because the thread
+//! is new, its thread-local variables are too: random number generators that keep their state there (`rand`,
+//! `fastrand`, the keys of `HashMap`) are seeded anew in each worker, even if they were used before the fork. The first
+//! thread only waits, with all signals but SIGBUS blocked (`sys::block_signals`).
 //!
-//! TERM drains the worker: it accepts the queued connections, completes the requests that have
-//! begun, and exits. If the loop hangs, `alarm(2)` ends the process shortly after the drain
-//! timeout, even without a master.
+//! TERM drains the worker: it accepts the queued connections, completes the requests that have begun, and exits. If the
+//! loop hangs, `alarm(2)` kills the process shortly after the drain timeout, even without a master.
 
 pub(crate) mod conn;
 pub(crate) mod deferred_wakes;
@@ -80,7 +78,7 @@ use crate::{logging, sys};
 /// clients.
 const LAST_LOOKS: Duration = Duration::from_millis(50);
 
-/// Runs the worker; returns its exit status when it has drained.
+/// Runs the worker; returns its exit status after the drain.
 pub(crate) fn run<F, S, B>(factory: &F, heritage: Heritage) -> u8
 where
     F: Fn(Context) -> S + Sync,
@@ -144,7 +142,7 @@ impl Drop for WakeAtEnd {
     }
 }
 
-/// Reports the reason to the master, for the line that it logs about this worker's end.
+/// Reports the reason to the master, for the line that it logs about the end of this worker.
 fn fail(last_words: &mut File, why: &str) -> u8 {
     let _ = last_words.write_all(Report::LastWords(why.to_owned()).line().as_bytes()); // fails if the master is gone
     1
@@ -185,8 +183,7 @@ where
         let access_log = AccessLog::new(&heritage.log_files, heir.lines, heritage.slot, heritage.generation);
         let application = application.protected(protection(&config, &heritage.segment)).logged(access_log.clone());
         if let Some(path) = &config.scaling.health_path {
-            // A little less than the master's limit, so that the worker can still report the
-            // reason.
+            // Slightly below the master's limit, so that the worker can still report the reason.
             let limit = (config.start_timeout / 10 * 9).saturating_sub(begun.elapsed());
             health::check(&application, path, limit).await?;
         }
@@ -227,7 +224,7 @@ where
         io::Result::Ok(())
     };
     let outcome = catch_unwind(AssertUnwindSafe(|| run_in_turns(&runtime, life)));
-    // The event loop's work ends here, however long the rest takes.
+    // The event loop's work ends here, no matter how long the rest takes.
     row.event_loop_beat().sleep();
     if let Ok(Ok(())) = outcome {
         finish_functions(slot);
@@ -239,8 +236,8 @@ where
     outcome.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Waits for functions that still run on a thread although their clients have left: they may be in
-/// the middle of a change.
+/// Waits for functions that still run on a thread although their clients have left, because they may be in the middle
+/// of a change.
 fn finish_functions(slot: u32) {
     let hanging = blocking::finish();
     if hanging > 0 {
@@ -250,8 +247,8 @@ fn finish_functions(slot: u32) {
     }
 }
 
-/// Claims a row of the scoreboard, configures blocking functions, and sets this thread up to report
-/// a crash and its request.
+/// Claims a row of the scoreboard, configures blocking functions, and prepares this thread to report a crash and the
+/// request that caused it.
 fn prepare(heritage: &Heritage, scoreboard: &Scoreboard) -> io::Result<Row> {
     let Config { threads, queue, failures, privileges, limits, .. } = &*heritage.config;
     if !privileges.limits_descriptors() {
@@ -297,8 +294,7 @@ async fn report_hangs(mut report: File) {
     }
 }
 
-/// Sweeps the page cache: off the event loop, and in one worker at a time.
-/// Sleeps while the worker has no connection.
+/// Sweeps the page cache, off the event loop and in one worker at a time. Sleeps while the worker has no connection.
 async fn sweep(cache: Cache, connections: Rc<Connections>, row: Row) {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -308,8 +304,7 @@ async fn sweep(cache: Cache, connections: Rc<Connections>, row: Row) {
         row.beat(); // the loop may be busy, but it makes progress
         if cache.sweep_is_due() {
             let cache = cache.clone();
-            // A panic in the sweep is ignored. If no thread can be created, the next tick tries
-            // again.
+            // A panic in the sweep is ignored. If no thread can be created, the next tick retries.
             let _ = on_thread("sweep", move || cache.sweep()).await;
         }
     }
@@ -329,8 +324,7 @@ async fn on_thread<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Sen
     outcome.await.map_err(io::Error::other)
 }
 
-/// Runs the event loop until `life` ends and, between its turns, the blocking functions that run
-/// inline.
+/// Runs the event loop until `life` ends and, between its iterations, the blocking functions that run inline.
 fn run_in_turns<T>(runtime: &LocalRuntime, life: impl Future<Output = T>) -> T {
     let mut life = pin!(life);
     loop {
@@ -368,7 +362,7 @@ fn accept(acceptors: Vec<Acceptor>, server: &Rc<impl Serve + 'static>) -> Vec<Ac
     acceptors.into_iter().map(begin).collect()
 }
 
-/// Cuts off clients that would keep the worker until it is killed.
+/// Cuts off clients that would delay the worker's exit until it is killed.
 async fn end_drain(drain: Drain, watchdog: Rc<Watchdog>) {
     drain.wait_for_cutoff().await;
     loop {
@@ -385,7 +379,7 @@ async fn miss_heir(end: Option<OwnedFd>, mut report: File) {
     }
 }
 
-/// The settings of a listener that its connections need.
+/// The settings of a listener that its connections use.
 struct ListenerContext {
     protocol: Protocol,
     door: Acl,
@@ -466,11 +460,10 @@ where
                     return log::debug!("a connection ended before it began: {error}");
                 }
             }
-            // A proxy connects for many clients.
+            // A proxy connects on behalf of many clients.
             let client = origin.address.map(|address| address.ip());
             let is_proxy = application.trust.as_ref().is_some_and(|trust| trust.peers.contain(client));
-            // A connection that another worker has admitted is not refused, and does not count
-            // here.
+            // A connection that another worker has admitted is not refused, and does not count here.
             let Some(_counted) = crowd.admit(client.filter(|_| !is_proxy && !is_admitted)) else { return };
             if !is_admitted {
                 socket.conn().set_origin(PackedOrigin::admitted(origin.address, origin.is_https));
@@ -484,13 +477,12 @@ where
     }
 }
 
-/// Sets up this process's signal handlers and unblocks the signals. Returns a stream that becomes
-/// readable on TERM, and a flag. While the flag is set, TERM ends the process at once, even in the
-/// middle of the application's start; no connection is served then.
+/// Sets up this process's signal handlers and unblocks the signals. Returns a stream that becomes readable on TERM, and
+/// a flag. While the flag is set, TERM terminates the process immediately, even while the application is starting; no
+/// connection is served then.
 ///
-/// The master's handlers are still installed and do nothing. INT and QUIT get their default action
-/// back through signal-hook, so that an application can replace it (with `tokio::signal`, for
-/// example).
+/// The inherited handlers of the master are still installed and do nothing. signal-hook restores the default action of
+/// INT and QUIT in a way that lets an application replace it (with `tokio::signal`, for example).
 fn take_signals(drain_timeout: Duration) -> io::Result<(UnixStream, Arc<AtomicBool>)> {
     let (term, wake) = UnixStream::pair()?;
     term.set_nonblocking(true)?;
@@ -561,8 +553,8 @@ mod tests {
         .inline();
         run_in_turns(&runtime, async {
             assert!(ask(&mut service, "/", Body::empty()).await.starts_with("blocking-"), "it is not known yet");
-            // On a busy machine a run may be interrupted and so not be quick. Eventually enough
-            // runs in a row are quick.
+            // On a busy machine a run may be interrupted and therefore not be quick. Eventually enough consecutive runs
+            // are quick.
             while ask(&mut service, "/", Body::empty()).await != here {}
 
             let (_writer, reader) = pipe::pipe();

@@ -1,9 +1,8 @@
-//! Signals a worker's tasks to drain, and passes the worker's connections on to siblings.
+//! Signals a worker's tasks to drain, and hands the worker's connections over to siblings.
 //!
-//! A worker that leaves closes no connection that another worker can continue. A connection with no
-//! request under way is passed on to a sibling, with any bytes in transit, and its peer notices
-//! nothing. If all workers leave, there is no such sibling: the connection then gets a little time
-//! for one more request, and is closed.
+//! A worker that leaves closes no connection that another worker can continue. It hands a connection with no request
+//! under way over to a sibling, with any bytes in transit, and the peer notices nothing. If all workers leave, there is
+//! no such sibling: the connection then gets a little time for one more request, and is closed.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -24,16 +23,15 @@ use crate::worker::conn::socket::Socket;
 /// Limited to half of the drain timeout: the worker has to leave before it is killed.
 const LAST_REQUEST: Duration = Duration::from_secs(1);
 
-/// Time between two attempts to pass a connection on while too many are in transit.
+/// Time between two attempts to hand a connection over while too many are in transit.
 const CROWDED: Duration = Duration::from_millis(5);
 
-/// Maximum length of each of the last three parts of a drain: one for the application's last output
-/// on connections that cannot be passed on, one for the client to read it, and one for the worker
-/// to leave before it is killed.
+/// Maximum length of each of the last three phases of a drain: one for the application's last output on connections
+/// that cannot be handed over, one for the client to read it, and one for the worker to leave before it is killed.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Remembers the task that has registered to be woken: one registration is enough for the same
-/// task. (Registering on each poll would cost a tenth of a request.)
+/// Remembers the task that has registered to be woken: one registration per task is enough. (Registering on each poll
+/// would cost a tenth of a request.)
 #[derive(Debug, Default)]
 pub(crate) struct Asked(Option<Waker>);
 
@@ -59,7 +57,7 @@ struct State {
     channel: Arc<Channel>,
     scoreboard: Scoreboard,
     slot: u32,
-    /// Signals that a connection was passed on when the last sibling had left as well.
+    /// Signals that a connection was handed over after the last sibling had left as well.
     stranded: Notify,
     passed_on: Cell<u64>,
     timeout: Duration,
@@ -105,11 +103,10 @@ impl Drain {
         }
     }
 
-    /// Returns when the drain has begun and an idle connection has had its time for one more
-    /// request.
+    /// Returns when the drain has begun and an idle connection has had its time for one more request.
     ///
-    /// A client that has just connected or received a response may be about to send: closing its
-    /// connection would fail that request.
+    /// A client that has just connected, or has just received a response, may be about to send a request, which would
+    /// fail if its connection were closed.
     pub(crate) async fn wait_for_last_request(&self) {
         self.wait().await;
         tokio::time::sleep(self.last_request()).await;
@@ -125,8 +122,7 @@ impl Drain {
         self.wait_until_left(self.farewell() * 3).await;
     }
 
-    /// Returns when connections that wait for their clients must be cut off, so that the worker can
-    /// leave by itself.
+    /// Returns when connections that wait for their clients must be cut off, so that the worker can leave on its own.
     pub(crate) async fn wait_for_cutoff(&self) {
         self.wait_until_left(self.farewell()).await;
     }
@@ -139,8 +135,7 @@ impl Drain {
         }
     }
 
-    /// How long the application's last output may take, and how long the client may take to read
-    /// it.
+    /// How long the application's last output may take, and how long the client may take to read it.
     pub(crate) fn farewell(&self) -> Duration {
         FAREWELL.min(self.0.timeout / 8)
     }
@@ -150,8 +145,7 @@ impl Drain {
         self.0.scoreboard.freest(self.0.slot).is_some()
     }
 
-    /// Returns when the drain has begun and a connection without a request can be passed on, or has
-    /// had its time.
+    /// Returns when the drain has begun and a connection without a request can be handed over, or has used up its time.
     pub(crate) async fn wait_to_move(&self) {
         self.wait().await;
         if !self.has_sibling() {
@@ -159,35 +153,34 @@ impl Drain {
         }
     }
 
-    /// Passes a connection on, with `early`, the bytes that were read from it and not processed.
-    /// Closes the connection if no sibling can take it.
+    /// Hands a connection over, with `early`, the bytes that were read from it but not processed. Closes the connection
+    /// if no sibling can take it.
     pub(crate) async fn hand_over(&self, socket: Socket, early: &[u8]) {
         let early = [early, socket.early()].concat();
         while self.has_sibling() && early.len() <= READ_BUFFER {
             match socket.conn().hand_off(self.0.channel.sender(), &early) {
                 Ok(()) => {
                     self.0.passed_on.set(self.0.passed_on.get() + 1);
-                    // A sibling that had not begun to leave before the message was sent will find
-                    // it. If no sibling is left, this worker takes the connection back.
+                    // A sibling that had not begun to leave before the message was sent receives the message. If no
+                    // sibling is left, this worker takes the connection back.
                     if !self.has_sibling() {
                         self.0.stranded.notify_one();
                     }
                     return;
                 }
-                // Many connections are in transit, and the siblings are about to take them.
-                // `--drain-timeout` limits the wait.
+                // Many connections are in transit, and siblings will take them soon. `--drain-timeout` limits the wait.
                 Err(error) if handover::is_for_later(&error) => tokio::time::sleep(CROWDED).await,
                 Err(error) => return log::debug!("a connection cannot be passed on: {error}"),
             }
         }
     }
 
-    /// Returns when a connection was passed on that no sibling will take.
+    /// Returns when a connection was handed over that no sibling will take.
     pub(crate) async fn stranded(&self) {
         self.0.stranded.notified().await;
     }
 
-    /// Number of connections that were passed on.
+    /// Number of connections that were handed over.
     pub(crate) fn passed_on(&self) -> u64 {
         self.0.passed_on.get()
     }

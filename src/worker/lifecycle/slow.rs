@@ -1,7 +1,7 @@
 //! Logs each slow request once, with a backtrace of its thread.
 //!
-//! Runs on the worker's first thread, which is otherwise idle, and only with `--slow-request`. Must
-//! not touch the event loop, which may be the slow part.
+//! Runs on the worker's first thread, which is otherwise idle, and only with `--slow-request`. Must not touch the event
+//! loop, which may be the part that is slow.
 
 use std::collections::HashSet;
 use std::thread::ScopedJoinHandle;
@@ -11,7 +11,7 @@ use forkyard_shm::Scoreboard;
 
 use crate::diagnostics::{code_address, current_request, stack_sampler};
 
-/// Limits of the interval between two checks.
+/// Minimum and maximum interval between two checks.
 const PERIOD: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// Maximum number of functions in a logged backtrace.
 const NAMED: usize = 24;
@@ -41,7 +41,7 @@ pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, 
 }
 
 fn backtrace_of(cell: usize) -> String {
-    // Without a thread, the request waits: for a free thread, or in its future.
+    // No thread: the request waits for a free thread, or in its future.
     let Some(thread) = current_request::thread_of(cell) else { return "thread=none".to_owned() };
     let mut names = code_address::names_of(stack_sampler::of(thread).into_iter());
     names.truncate(NAMED);

@@ -1,8 +1,7 @@
 //! Cuts off connections whose clients take too long.
 //!
-//! Once a second the [`Watchdog`] checks every connection that had to wait: its [`Stage`], and the
-//! bytes moved since the last check. This costs a request a few stores, and needs no timer per
-//! connection.
+//! Once a second the [`Watchdog`] checks every connection that had to wait: its [`Stage`], and the bytes moved since
+//! the last check. This costs a request a few stores, and needs no timer per connection.
 
 use std::cell::RefCell;
 use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
@@ -24,19 +23,18 @@ use crate::worker::conn::throttle::Throttle;
 
 /// Interval between two checks.
 const TICK: Duration = Duration::from_secs(1);
-/// How long the end of an event stream may take to be sent, after the worker began to drain.
+/// How long the end of an event stream may take to be sent after the worker has begun to drain.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
-/// Number of ticks that a connection may take without a request after its end was requested: time for the end of its
-/// last response, which may not be written yet when the request is over, and for the client's answer.
+/// Number of ticks that a connection may last without a request after its end was requested. This is time for the end
+/// of its last response, which may not be written yet when the request is over, and for the client's reaction.
 const GOODBYE: u32 = 1;
-/// Minimum number of bytes that must move within the timeout, of a request body or of a response,
-/// unless fewer are left.
+/// Minimum number of bytes of a request body or of a response that must move within the timeout, unless fewer are left.
 const PROGRESS: u32 = 4 << 10;
 
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     timeouts: Timeouts,
-    /// The worker drains.
+    /// Whether the worker drains.
     drains: Arc<AtomicBool>,
     watched: RefCell<Vec<Watched>>,
     some: Notify,
@@ -57,7 +55,7 @@ struct Watched {
     is_deaf: bool,
     /// The socket is shut down in both directions.
     is_cut: bool,
-    /// Number of ticks for which a write has waited.
+    /// Number of ticks for which a write has been waiting.
     unread: u32,
     written: u32,
     /// Number of ticks of a drain in which only the end of an event stream was left.
@@ -79,8 +77,7 @@ impl Watchdog {
         watched.push(Watched::new(fd.as_raw_fd(), Arc::clone(activity)));
     }
 
-    /// Closes up to `most` idle connections, because other clients wait for a place. Returns how
-    /// many were closed.
+    /// Closes up to `most` idle connections, because other clients wait to be accepted. Returns how many were closed.
     pub(crate) fn make_room(&self, most: usize) -> usize {
         let mut watched = self.watched.borrow_mut();
         let idle = |(index, watched): (usize, &Watched)| {
@@ -96,8 +93,8 @@ impl Watchdog {
         chosen.len()
     }
 
-    /// Connections hold more memory together than allowed: cuts off those that have been waiting
-    /// for their peers longest, then the largest.
+    /// The connections together hold more memory than allowed: cuts off those that have been waiting for their peers
+    /// longest, then the largest.
     pub(crate) fn shed(&self) {
         let mut watched = self.watched.borrow_mut();
         let holder = |(index, watched): (usize, &Watched)| {
@@ -123,8 +120,8 @@ impl Watchdog {
         }
     }
 
-    /// The drain is nearly over: cuts off connections that wait for a client, so that only the
-    /// application's own work can keep the worker.
+    /// The drain is nearly over: cuts off connections that wait for a client, so that only the application's own work
+    /// can delay the worker's exit.
     pub(crate) fn end_drain(&self) {
         let cut_off = self.watched.borrow_mut().iter_mut().filter_map(Watched::end_drain).count();
         if cut_off > 0 {
@@ -169,8 +166,8 @@ impl Watched {
         }
     }
 
-    /// Number of ticks for which nothing was under way, except the first one, which came soon after
-    /// the last use. `None` if something is under way, or the connection is already ending.
+    /// Number of ticks for which nothing was under way, without the first one, which came soon after the last use.
+    /// `None` if something is under way, or the connection is already ending.
     fn idle_ticks(&self) -> Option<u32> {
         let activity = &self.activity;
         let is_idle =
@@ -179,8 +176,7 @@ impl Watched {
             .then(|| self.waited.saturating_sub(1))
     }
 
-    /// Ends an idle connection: gracefully where its protocol allows. If the peer does not react,
-    /// later ticks cut it off.
+    /// Ends an idle connection, gracefully if its protocol allows. If the peer does not react, later ticks cut it off.
     fn end(&mut self, why: &str) {
         self.goodbye = Some(0);
         if !self.activity.say_goodbye() {
@@ -188,8 +184,8 @@ impl Watched {
         }
     }
 
-    /// Cuts off a connection that waits for its client. Returns `None` if it does not wait, or can
-    /// still be passed on.
+    /// Cuts off a connection that waits for its client. Returns `None` if it does not wait, or can still be handed
+    /// over.
     fn end_drain(&mut self) -> Option<()> {
         let activity = &self.activity;
         let how = match activity.stage() {
@@ -220,7 +216,7 @@ impl Watched {
             Stage::Head => ("sending the head of a request", timeouts.header),
             Stage::Body | Stage::Answering => ("", Duration::ZERO),
         };
-        // Each body has its own timeout. The code that reads the body then answers the request.
+        // Each body has its own timeout. The code that reads the body then responds to the request.
         if self.activity.expire_bodies(|body| is_over(body.tick(PROGRESS), timeouts.body)) > 0 {
             log::debug!("a request is cut off, it took too long: sending the body of a request");
         }
@@ -269,9 +265,9 @@ impl Watched {
         stage
     }
 
-    /// In a drain, whether the connection is open only for event streams. Their clients have
-    /// received a reconnection time, and may have reconnected elsewhere. They lose no event, because
-    /// each client keeps its position in the stream.
+    /// Whether, in a drain, the connection is open only for event streams. Their clients have received a reconnection
+    /// time, and may have reconnected elsewhere. They lose no event, because each client keeps its position in the
+    /// stream.
     fn outstays(&mut self) -> bool {
         self.leaving = if self.activity.ends_in_stream() { self.leaving + 1 } else { 0 };
         is_over(self.leaving, LAST_EVENTS) || self.activity.is_streaming() && is_over(self.unread, LAST_EVENTS)
@@ -295,7 +291,7 @@ pub(crate) async fn watch_bodies(activity: Arc<Activity>, timeout: Duration) {
     }
 }
 
-/// Whether `ticks` are certainly at least as long as `limit`; a limit of zero is never reached.
+/// Whether `ticks` certainly last at least as long as `limit`; a limit of zero is never reached.
 fn is_over(ticks: u32, limit: Duration) -> bool {
     !limit.is_zero() && TICK * ticks.saturating_sub(1) >= limit
 }
@@ -358,8 +354,8 @@ mod tests {
         assert_eq!(ticks(write(1024)), 100, "it is slow, but it gets on: that is not idle");
     }
 
-    /// Number of ticks that a body may be waited for if this many bytes and further requests arrive
-    /// before each tick; 100 if it survives them all. The connection continues.
+    /// Number of ticks for which a reader may wait for a body if this many bytes and further requests arrive before
+    /// each tick; 100 if the body survives them all. The connection continues.
     fn body_ticks(bytes: usize, others: u32, waits: impl Fn(u32) -> bool) -> u32 {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());

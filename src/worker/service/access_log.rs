@@ -1,8 +1,8 @@
 //! Writes the access log: one line for each request, when the request ends.
 //!
-//! Lines are buffered until the buffer is full or a second has passed. One write(2) then appends
-//! them to a file that all workers share. A worker without requests needs no timer. When a worker
-//! is killed, its heir writes the buffered lines.
+//! Lines are buffered until the buffer is full or a second has passed. One write(2) then appends them to a file that
+//! all workers share. A worker without requests needs no timer. If a worker is killed, its heir writes the buffered
+//! lines.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -23,11 +23,11 @@ use crate::logging::files::LogFiles;
 use crate::logging::line_buffer::{LineBuffer, ROOM};
 use crate::protocol::cgi::ClientInfo;
 
-/// How long a line may be buffered.
+/// How long a line may stay in the buffer.
 const WAIT: Duration = Duration::from_secs(1);
 /// Interval between write attempts while the reader of a pipe is slow.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// Logged status of a request whose client left before the response, as in nginx.
+/// Logged status of a request whose client disconnected before the response, as in nginx.
 const LEFT: u16 = 499;
 
 const _: () = assert!(LONGEST <= ROOM, "each line fits into an empty buffer");
@@ -41,7 +41,7 @@ pub(crate) struct AccessLog {
     generation: u64,
     /// Buffer in which a line is built.
     line: RefCell<Vec<u8>>,
-    /// The second of the last line, and its formatted text.
+    /// The second in which the last line was written, and its formatted text.
     second: RefCell<(i64, String)>,
     has_lines: Notify,
     /// Lines lost since the last successful write.
@@ -72,7 +72,7 @@ impl AccessLog {
         Some(Rc::new(log))
     }
 
-    /// Flushes the buffer, so that no line waits longer than [`WAIT`].
+    /// Flushes the buffer so that no line waits longer than [`WAIT`].
     pub(crate) async fn run(&self) {
         loop {
             self.has_lines.notified().await;
@@ -85,7 +85,7 @@ impl AccessLog {
         }
     }
 
-    /// Writes the buffered lines, as far as this is possible without blocking.
+    /// Writes the buffered lines as far as this is possible without blocking.
     pub(crate) fn flush(&self) {
         if !self.buffer.is_empty() {
             self.buffer.write_out(|lines| self.wrote(lines, self.files.write_access(lines)));
@@ -101,7 +101,7 @@ impl AccessLog {
         }
     }
 
-    /// Returns how many bytes are done: written, or counted as lost.
+    /// Returns how many bytes are dealt with: written, or counted as lost.
     fn wrote(&self, lines: &[u8], (count, outcome): (usize, io::Result<()>)) -> usize {
         match outcome {
             Ok(()) => {
@@ -161,7 +161,7 @@ impl AccessLog {
     }
 }
 
-/// The log line of a request that is being served: written when this is dropped.
+/// The access log line of a request that is being served. Written when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Entry {
     log: Rc<AccessLog>,
@@ -174,7 +174,7 @@ pub(crate) struct Entry {
     bytes: u64,
 }
 
-/// The logged parts of a request.
+/// The parts of a request that are logged.
 #[derive(Debug)]
 struct LoggedRequest {
     method: Method,

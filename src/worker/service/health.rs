@@ -1,6 +1,5 @@
-//! Runs the health check (`--health-path`): a new worker sends its own application a request before
-//! it reports that it is ready. An application that fails this request would fail the requests of
-//! clients.
+//! Runs the health check (`--health-path`): a new worker sends its own application a request before it reports that it
+//! is ready, because an application that fails this request would fail the requests of clients.
 
 use std::io;
 use std::time::Duration;
@@ -15,7 +14,7 @@ use crate::app::body::Body;
 use crate::config::address::Protocol;
 use crate::protocol::cgi::ClientInfo;
 
-/// Requests `path` and waits for the whole response: a body that fails is a failed check.
+/// Requests `path` and waits for the complete response: a body that fails is a failed check.
 ///
 /// # Errors
 /// The status or the error, with a text for the operator.

@@ -1,19 +1,19 @@
-//! A request from the moment its head is known until its response is complete or given up: begun once, ended once.
+//! A request from the moment its head is known until its response is complete or abandoned: begun once, ended once.
 //!
 //! A request is recorded in several places, because different processes ask different questions about it:
 //!
 //! | record | read by | after a SIGKILL |
 //! |---|---|---|
-//! | its cell in the scoreboard | the master: `forkyard status`, hangs, recycling by requests | still readable |
-//! | the thread slot of the thread that runs it | the master: which request has killed the worker | still readable |
+//! | its cell in the scoreboard | the master: `forkyard status`, hangs, recycling by number of requests | still readable |
+//! | the thread slot of the thread that runs it | the master: which request killed the worker | still readable |
 //! | its entry in the connection's journal | the heir, which answers in place of the worker | still readable |
 //! | its connection's activity | the watchdog, the drain | gone |
-//! | its entry in the access log | people | written by the heir, if it was complete |
+//! | its entry in the access log | operators | written by the heir, if it was complete |
 //!
 //! [`RequestGuard`] begins all of them, and dropping it ends all of them. It moves with the request: from the
-//! connection into the future of the response, from there into the response's body, or into an upgraded connection.
+//! connection into the response's future, and from there into the response's body or into an upgraded connection.
 //!
-//! What only HTTP connections count (requests without a response, open upgrades) stays in `conn/http/requests.rs`.
+//! Counts that only HTTP connections need (requests without a response, open upgrades) are in `conn/http/requests.rs`.
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -34,7 +34,7 @@ use crate::worker::conn::under_way::UnderWay;
 /// A request that is being served. Dropping it ends the request.
 #[derive(Debug)]
 pub(crate) struct RequestGuard {
-    // Ended in this order.
+    // Dropped in this order.
     in_flight: InFlight,
     log_entry: Option<Box<Entry>>,
     kind: Kind,
@@ -48,7 +48,7 @@ pub(crate) struct RequestGuard {
 #[derive(Debug)]
 enum Kind {
     Ordinary,
-    /// Events, until the worker leaves. The wait marks this on the connection.
+    /// Events, until the worker leaves. The wait records this on the connection.
     Events(Option<Wait>),
 }
 
@@ -81,13 +81,13 @@ impl RequestGuard {
         Self { in_flight: row.begin("-", "-"), log_entry, kind: Kind::Ordinary, client: None, under_way }
     }
 
-    /// Runs code of the application: if this kills the worker, the request is known as the culprit.
+    /// Runs application code. If that kills the worker, this request is identified as the culprit.
     pub(super) fn run<T>(&self, code: impl FnOnce() -> T) -> T {
         self.in_flight.beat();
         current_request::enter(Some(self.in_flight.cell()), code)
     }
 
-    /// The request in messages: "GET /path".
+    /// The request as shown in messages: "GET /path".
     pub(crate) fn what(&self) -> String {
         self.in_flight.what()
     }
@@ -99,14 +99,14 @@ impl RequestGuard {
         }
     }
 
-    /// Counts a part of the response's body.
+    /// Counts a frame of the response's body.
     pub(super) fn sent(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
             self.carried(data.len());
         }
     }
 
-    /// Counts bytes sent to the client, also in an upgraded connection.
+    /// Counts bytes sent to the client, including those of an upgraded connection.
     pub(crate) fn carried(&mut self, bytes: usize) {
         if let Some(entry) = &mut self.log_entry {
             entry.sent(bytes);

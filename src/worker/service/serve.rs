@@ -1,8 +1,7 @@
 //! Wraps the application for the connections: every request gets a response.
 //!
-//! For all protocols alike, this adds to the user's service: the records of a request
-//! (`request_guard.rs`), the limit of a body, the conversion of a panic into a 500 response, and the
-//! check of a response's announced length.
+//! For all protocols, this adds to the user's service: the records of a request (`request_guard.rs`), the limit on a
+//! body, the conversion of a panic into a 500 response, and the check of a response's announced length.
 
 mod client;
 mod response;
@@ -50,7 +49,7 @@ use crate::worker::conn::under_way::UnderWay;
 /// An error of the application.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
 
-/// The user's service, with the settings and records that each of its requests needs.
+/// The user's service, with the settings and records that each request needs.
 #[derive(Debug)]
 pub(crate) struct Application<S> {
     service: S,
@@ -59,7 +58,7 @@ pub(crate) struct Application<S> {
     pub(crate) trust: Option<Trust>,
     protection: Protection,
     access_log: Option<Rc<AccessLog>>,
-    /// Counts requests refused because memory was short.
+    /// Counts requests refused for lack of memory.
     refused: Throttle,
     refusals: Rc<Refusals>,
 }
@@ -92,7 +91,7 @@ impl<S> Application<S> {
 }
 
 impl Protection {
-    /// How long the quarantine will still refuse this request; `None` if it does not.
+    /// How long the quarantine will continue to refuse this request; `None` if it does not refuse it.
     fn refuses(&self, method: &Method, target: &str) -> Option<Duration> {
         let quarantine = self.quarantine.as_ref().filter(|quarantine| !quarantine.is_empty())?;
         let suspect = RequestKey::of(&request_text(method.as_str(), target), self.by);
@@ -108,8 +107,8 @@ impl<S, B> Application<S>
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone,
 {
-    /// Calls the application; if it fails or panics, produces an error response. `under_way` is
-    /// `None` for a request that has no connection.
+    /// Calls the application. If it fails or panics, produces an error response. `under_way` is `None` for a request
+    /// that has no connection.
     pub(crate) fn answer(
         &self,
         protocol: Protocol,
@@ -201,7 +200,7 @@ impl<S> Application<S> {
         }
     }
 
-    /// Logs the refusals that were counted and not logged yet.
+    /// Logs the refusals that were counted but not logged yet.
     pub(crate) fn report_refusals(&self) {
         self.refusals.report();
     }
@@ -227,7 +226,7 @@ pin_project! {
     }
 
     impl<S: Service<Request<Body>>, B> PinnedDrop for ResponseFuture<S, B> {
-        // Dropped without a response, the client has left. A function that still runs keeps the
+        // If this is dropped without a response, the client has disconnected. A function that still runs keeps the
         // deadline of its request.
         fn drop(this: Pin<&mut Self>) {
             let mut answer = this.project();
@@ -273,7 +272,7 @@ impl<S: Service<Request<Body>>, B> ResponseFuture<S, B> {
         Self { stage, is_head: false, switch: Switch::No, guard: Some(guard), deadline: None, begun: None }
     }
 
-    /// The request, until the response is there.
+    /// The request, until its response is available.
     pub(crate) fn guard(self: Pin<&mut Self>) -> Option<&mut RequestGuard> {
         self.project().guard.as_mut()
     }
@@ -355,7 +354,7 @@ where
             }
         };
         let Some(mut guard) = answer.guard.take() else { return Poll::Pending };
-        // The client's fault determines the status, whatever the application returned.
+        // A fault of the client determines the status, whatever the application returned.
         if let Some(status) = guard.client().and_then(Client::breach) {
             return Poll::Ready(without_body(refusal(status, guard), *answer.is_head));
         }
@@ -434,9 +433,8 @@ fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, guard: RequestGuard) -> 
     refusal(StatusCode::INTERNAL_SERVER_ERROR, guard)
 }
 
-/// If a request comes from a trusted proxy, sets [`ClientInfo`] and `Host` from the proxy's
-/// forwarding headers. Removes headers that a client may have forged, because applications often
-/// trust them. Returns whether the proxy is trusted.
+/// If a request comes from a trusted proxy, sets [`ClientInfo`] and `Host` from the proxy's forwarding headers. Removes
+/// headers that a client may have forged, because applications often trust them. Returns whether the proxy is trusted.
 fn apply_forwarded_headers(trust: &Trust, request: &mut Request<Body>) -> bool {
     let Some(origin) = request.extensions().get::<ClientInfo>() else { return false };
     let is_trusted = match origin.address {
@@ -490,8 +488,7 @@ enum Catching {
     Panicked,
 }
 
-/// Logs panics instead of writing them to standard error: at once, unless [`catch_panic`] is
-/// running.
+/// Logs panics instead of writing them to standard error: immediately, unless [`catch_panic`] is running.
 pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic.to_string().replace('\n', " ");
@@ -513,8 +510,8 @@ pub(crate) fn catch_panic<T>(code: impl FnOnce() -> T) -> Result<T, String> {
         if catching == Catching::Panicked {
             return PANIC.take();
         }
-        // A panic that is resumed here from another thread ran the hook on that thread. An
-        // application that set its own hook has bypassed ours.
+        // A panic that is resumed here from another thread has run the hook on that thread. An application that sets
+        // its own hook bypasses this one.
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
         text.unwrap_or_else(|| "see the line above".to_owned())

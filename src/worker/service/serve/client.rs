@@ -1,6 +1,5 @@
-//! Handles responses that fail because of the client's input. Such a failure is not the
-//! application's fault: it is counted like a refused request, and answered like one if the response
-//! head has not been sent.
+//! Handles responses that fail because of the client's input. Such a failure is not the application's fault: it is
+//! counted like a refused request, and answered like one if the response head has not been sent.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -37,15 +36,15 @@ impl Client {
         Some(status)
     }
 
-    /// Like [`Client::fault`], for a body that was too long or too slow: its status replaces any
-    /// response of the application.
+    /// Like [`Client::fault`], for a body that was too long or too slow: the returned status replaces any response of
+    /// the application.
     pub(super) fn breach(&self) -> Option<StatusCode> {
         self.trouble.status().and_then(|_| self.fault())
     }
 }
 
-/// A response whose head is delayed until the first piece of its body, by one poll at most: long
-/// enough to read the part of the request that has arrived.
+/// A response whose head is delayed until the first chunk of its body is available, by at most one poll: long enough to
+/// read the part of the request that has arrived.
 pub(super) struct Begun<B> {
     head: Parts,
     content: Pin<Box<Content<B>>>,
@@ -58,8 +57,8 @@ where
     B: HttpBody,
     B::Error: Into<BoxError>,
 {
-    /// Whether the client can make this response fail: the request's body is not read to its end,
-    /// and the response has a body.
+    /// Whether the client can make this response fail: the request's body has not been read to its end, and the
+    /// response has a body.
     pub(super) fn is_needed(response: &Response<Served<B>>) -> bool {
         response.body().depends_on_client() && !response.body().is_end_stream()
     }

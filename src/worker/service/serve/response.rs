@@ -1,5 +1,4 @@
-//! Corrects the head of a response for all protocols, whatever the application has set:
-//! `docs/http.md`.
+//! Corrects the head of a response for all protocols, whatever the application has set. See `docs/http.md`.
 
 use http::{HeaderValue, Response, StatusCode, Version, header};
 use http_body::Body as HttpBody;
@@ -10,7 +9,7 @@ use crate::protocol::cgi;
 use crate::protocol::grammar::parse_digits;
 use crate::worker::service::request_guard::RequestGuard;
 
-/// The way in which a request may switch its connection or stream to another protocol.
+/// How a request may switch its connection or stream to another protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Switch {
     No,
@@ -59,8 +58,8 @@ where
             None
         }
         _ if response.headers().contains_key(header::CONTENT_LENGTH) => None,
-        // The length of the response to GET. Routers empty the body of a response to HEAD, so an
-        // empty body does not indicate its length (RFC 9110, section 8.6).
+        // The length of the response to GET. Routers empty the body of a response to HEAD, so an empty body does not
+        // indicate its length (RFC 9110, section 8.6).
         _ => response.body().size_hint().exact().filter(|&length| length > 0),
     };
     if let Some(length) = length {
@@ -76,7 +75,8 @@ where
 pub(super) fn prepare_switch<B>(response: &mut Response<B>) -> Result<(), &'static str> {
     let is_upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
-    // A 2xx response to CONNECT has none (RFC 9110, section 9.3.6): hyper would reset the stream. From a 101, `without_body` removes it.
+    // A 2xx response to CONNECT has no length (RFC 9110, section 9.3.6): hyper would reset the stream. `without_body` removes it from a
+    // 101.
     headers.remove(header::CONTENT_LENGTH);
     if is_upgrade {
         if !headers.contains_key(header::UPGRADE) {
@@ -87,9 +87,8 @@ pub(super) fn prepare_switch<B>(response: &mut Response<B>) -> Result<(), &'stat
     Ok(())
 }
 
-/// Whether a response is an event stream. A stream may last for hours with little work in between,
-/// so it does not count when the server measures how busy the worker is or looks for the request
-/// that killed it.
+/// Whether a response is an event stream. A stream may last for hours with little work in between, so it is not counted
+/// when the server measures how busy the worker is or looks for the request that killed the worker.
 pub(super) fn is_event_stream<B>(response: &Response<B>) -> bool {
     let kind = response.headers().get(header::CONTENT_TYPE);
     kind.is_some_and(|kind| kind.as_bytes().starts_with(events::TYPE.as_bytes()))

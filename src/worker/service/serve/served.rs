@@ -1,4 +1,4 @@
-//! Passes the body of a response, and its request with it, to a connection.
+//! Passes the body of a response, together with its request, to a connection.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
@@ -13,7 +13,7 @@ use crate::app::body::BodyError;
 use crate::worker::service::request_guard::RequestGuard;
 
 pin_project! {
-    /// The body of a response. It holds the request, which ends when this is dropped.
+    /// The body of a response. It owns the request, which ends when this is dropped.
     pub(crate) struct Served<B> {
         #[pin]
         pub(super) content: Content<B>,
@@ -25,8 +25,7 @@ pin_project! {
 pin_project! {
     #[project = Projected]
     pub(super) enum Content<B> {
-        /// `left` is the part of the `Content-Length` that is still to come, if the response has
-        /// one.
+        /// `left` is the part of the `Content-Length` that has not been produced yet, if the response has one.
         App { #[pin] body: B, left: Option<u64> },
         Canned { text: Bytes },
         // The response has no body, and an unknown length.
@@ -75,8 +74,7 @@ impl<B> Served<B> {
         self.project().guard.as_mut()
     }
 
-    /// Whether the client can make the body fail: the request has a body that is not read to its
-    /// end.
+    /// Whether the client can make the body fail: the request has a body that has not been read to its end.
     pub(super) fn depends_on_client(&self) -> bool {
         let client = self.guard.as_ref().and_then(RequestGuard::client);
         matches!(self.content, Content::App { .. }) && client.is_some_and(|client| client.trouble.is_possible())
@@ -88,7 +86,7 @@ where
     B: HttpBody,
     B::Error: Into<BoxError>,
 {
-    /// Logs that the body is longer than its `Content-Length`, for a connection that does not poll the body beyond that.
+    /// Logs a body that is longer than its `Content-Length`, for a connection that does not poll the body beyond that.
     pub(crate) fn check_end(self: Pin<&mut Self>) {
         if self.content.may_be_too_long() {
             let _ = self.poll_frame(&mut Context::from_waker(Waker::noop()));
@@ -101,7 +99,7 @@ where
     B: HttpBody,
     B::Error: Into<BoxError>,
 {
-    /// The whole `Content-Length` was sent, and the body has not ended.
+    /// The whole `Content-Length` was sent, but the body has not ended.
     fn may_be_too_long(&self) -> bool {
         match self {
             Self::App { left, body } => *left == Some(0) && !body.is_end_stream(),
@@ -210,8 +208,8 @@ where
     }
 }
 
-/// Cuts a frame at the end of the response's `Content-Length`, and logs that. Returns what is left of the frame, if anything,
-/// and whether it was cut.
+/// Truncates a frame at the end of the response's `Content-Length`, and logs that. Returns what remains of the frame, if
+/// anything, and whether it was truncated.
 fn within_length(frame: Frame<Bytes>, left: &mut Option<u64>, guard: &RequestGuard) -> (Option<Frame<Bytes>>, bool) {
     let (Some(promised), Some(data)) = (left.as_mut(), frame.data_ref()) else { return (Some(frame), false) };
     let length = data.len() as u64;
