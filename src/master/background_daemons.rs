@@ -1,11 +1,11 @@
-//! Finds the processes that daemons and jobs have left behind. A daemon that puts itself into the background exits at once with 0, and
-//! its background process serves: a second daemon would be one too many.
+//! Finds the processes that daemons and jobs have left behind. A daemon that puts itself into the background exits at once with 0 while its
+//! background process serves: restarting the daemon would start a second instance.
 //!
-//! The environment of a process shows the sidecar that it comes from (`FORKYARD_NAME`), unless the process has overwritten it, as
-//! programs do that change their text in `ps`. A process with an overwritten environment is attributed to the daemon that has just
-//! ended, if the process has its own session and is younger than the daemon. During exec a process shows no environment: it is examined
-//! again later, at the latest when the daemon would be restarted. A process with the environment of this process itself comes
-//! from a worker, and is about to call exec.
+//! A process's environment names the sidecar that started it (`FORKYARD_NAME`), unless the process has overwritten its environment, as
+//! programs do that change their text in `ps`. A process with an overwritten environment is attributed to the daemon that exited last, if
+//! the process has its own session and is younger than the daemon. During exec a process shows no environment: it is examined again later,
+//! at the latest when the daemon would be restarted. A process whose environment equals that of the master comes from a worker, and is
+//! about to call exec.
 
 use std::time::{Duration, Instant};
 
@@ -14,9 +14,9 @@ use nix::unistd::{Pid, getpid};
 
 use super::procfs::{self, Environment, Process};
 
-/// How long a process must live to count as the daemon itself: a little less than the delay before the daemon is restarted.
+/// How long a background process must live to count as the daemon itself: a little less than the delay before the daemon is restarted.
 const LASTING: Duration = Duration::from_millis(90);
-/// How long after its end a daemon may still be found in the background.
+/// How long after a daemon's exit its background process may still be found.
 const SUSPECT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
@@ -37,10 +37,10 @@ struct EndedSidecar {
 #[derive(Debug)]
 struct Found {
     process: Process,
-    /// `None` until it is known.
+    /// `None` until the sidecar is known.
     sidecar: Option<usize>,
     since: Instant,
-    /// The process is a daemon in the background.
+    /// The process is a daemon running in the background.
     detached: bool,
 }
 
@@ -55,8 +55,8 @@ impl Inherited {
         self.suspects.iter().any(|suspect| suspect.ended.elapsed() < SUSPECT)
     }
 
-    /// Examines the children of this process that it did not start. `names` are the names of the sidecars, in order. Returns the
-    /// sidecars that run in the background, each with its process.
+    /// Examines the children of this process that it did not start. `names` are the names of the sidecars, in order. Returns the sidecars
+    /// that run in the background, each with its process.
     pub(super) fn take(&mut self, orphans: &[Pid], names: &[&str]) -> Vec<(usize, Pid)> {
         self.suspects.retain(|suspect| suspect.ended.elapsed() < SUSPECT);
         self.found.retain(|found| found.process.lives());
@@ -90,7 +90,7 @@ impl Inherited {
         detached
     }
 
-    /// The sidecar that has left this process behind, if it can be determined.
+    /// The sidecar that left this process behind, if it can be determined.
     fn sidecar_of(
         &self,
         process: Process,
@@ -111,22 +111,22 @@ impl Inherited {
         self.suspects.last().filter(|suspect| suspect.may_have_made(process)).map(|suspect| suspect.sidecar)
     }
 
-    /// Whether a sidecar has left this process or one of its ancestors behind.
+    /// Whether a sidecar left this process, or one of its ancestors, behind.
     pub(super) fn has(&self, pid: Pid) -> bool {
         let is_found = |found: &Found| found.process.pid() == pid && found.sidecar.is_some() && found.process.lives();
         self.found.iter().any(is_found) || procfs::environment_of(pid).variable("FORKYARD_NAME").is_some()
     }
 
-    /// Asks daemons in the background to leave, since they are started anew.
+    /// Asks daemons in the background to exit, since they are being restarted.
     pub(super) fn end_detached(&mut self) {
         for found in self.found.iter().filter(|found| found.detached && found.process.lives()) {
-            let _ = kill(found.process.pid(), Signal::SIGTERM); // it may just have ended
+            let _ = kill(found.process.pid(), Signal::SIGTERM); // it may just have exited
         }
     }
 }
 
 impl EndedSidecar {
-    /// Whether the process is young enough to come from this sidecar.
+    /// Whether the process is young enough to have been started by this sidecar.
     fn may_have_made(&self, process: Process) -> bool {
         let Ok(Some(ticks)) = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK) else { return false };
         let Some(now) = uptime() else { return false };
@@ -204,7 +204,7 @@ mod tests {
         let young = sleeping(None);
         is_up(&young);
         let mut inherited = Inherited::default();
-        inherited.suspect(0, Duration::from_secs(60)); // before the start of the young process, however long that took
+        inherited.suspect(0, Duration::from_secs(60)); // ended before the start of the young process, however long that took
         assert_eq!(lasting(&mut inherited, &[pid_of(&young)]), [(0, pid_of(&young))]);
         inherited.suspects[0].lived = Duration::ZERO;
         let process = Process::of(orphans[0]).unwrap();
@@ -242,7 +242,7 @@ mod tests {
             let Some(sidecar) = inherited.found[0].sidecar else {
                 seen_in_exec += 1;
                 inherited.found[0].since = inherited.found[0].since.checked_sub(LASTING).unwrap();
-                // The next look takes place later, and the process's time counts from the first look.
+                // The next examination takes place later, and the process's time counts from the first one.
                 inherited.suspect(1, Duration::ZERO);
                 while inherited.found[0].sidecar.is_none() {
                     let detached = inherited.take(&[pid], &["a", "b"]);

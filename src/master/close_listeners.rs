@@ -5,9 +5,9 @@
 //!                                programs accept what is queued, and are asked to leave when it is empty
 //! ```
 //!
-//! A worker that leaves accepts the queued connections and then closes its listening sockets. A program that is asked to leave
-//! accepts no further connections, so it is asked only when the queue is empty. Half of `--drain-timeout` is for the queue, the
-//! rest for accepted connections. Sockets that the server did not bind (systemd, fd:N) stay as they are.
+//! A worker that is asked to exit accepts the queued connections and then closes its listening sockets. A program that is asked to exit
+//! accepts no further connections, so it is asked only when the queue is empty. Half of `--drain-timeout` is reserved for the queue, the
+//! rest for accepted connections. Sockets that the server did not bind (systemd, fd:N) are left as they are.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -23,23 +23,23 @@ use crate::net::listen::{self, Listener};
 
 /// How often the queues are checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
-/// How long programs may stay in accept(2) after they were asked to leave. When the socket closes, accept fails: a program that
-/// sees the failure first might report it as an error, and a program manager might start other processes.
+/// How long programs may stay in accept(2) after they were asked to exit. When the socket closes, accept fails: a program that sees the
+/// failure first might report it as an error, and a program manager might start other processes.
 const IDLE_TIME: Duration = Duration::from_millis(200);
-/// A program that was found idle this often, once a second, is killed.
+/// A program that is found idle this many times, once a second, is killed.
 const FOUND_IDLE: u32 = 3;
 
-/// The progress of the closing.
+/// The progress of closing the listening sockets.
 #[derive(Default)]
 pub(super) struct Closing {
     sockets: Option<listen::Closing>,
-    /// Queues are not waited for: the server stops at once, or no process is left to accept.
+    /// Do not wait for queues: the server stops at once, or no process is left to accept.
     hurries: bool,
-    /// Programs to ask to leave when the queues are empty.
+    /// Programs to ask to exit when the queues are empty.
     held: Vec<Pid>,
-    /// Indexes of sockets that were found not listening and are already reported in the log.
+    /// Indexes of sockets that were found not to be listening and have been logged.
     not_listening: BTreeSet<usize>,
-    /// How often each program was found idle after it was asked to leave.
+    /// How many times each program was found idle after it was asked to exit.
     found_idle: HashMap<Pid, u32>,
 }
 
@@ -52,7 +52,7 @@ impl Closing {
         self.sockets.as_ref().is_some_and(|sockets| !sockets.is_over())
     }
 
-    /// Whether the closing waits for no queue.
+    /// Whether no queue is being waited for.
     pub(super) fn is_dry(&self) -> bool {
         self.sockets.as_ref().is_none_or(listen::Closing::is_dry)
     }
@@ -64,8 +64,8 @@ impl Closing {
 }
 
 impl Master {
-    /// Stops new connections from entering the queues of the sockets that the server bound. The queues may take some time to empty;
-    /// with `at_once`, none.
+    /// Stops new connections from entering the queues of the sockets that the server bound. The queues may take some time to empty; with
+    /// `at_once`, they are given none.
     pub(super) fn close_sockets(&mut self, at_once: bool) {
         self.closing.hurries |= at_once;
         if let Some(sockets) = &mut self.closing.sockets {
@@ -114,8 +114,8 @@ impl Master {
             if self.closing.is_under_way() {
                 return;
             }
-            // The next start can use the names from now on. While this process holds a socket, its file's inode number is not reused, so
-            // a file that the next start creates is not taken for this one.
+            // The next start can use the names from now on. While this process holds a socket, the inode number of its file is not reused,
+            // so a file that the next start creates is not mistaken for it.
             self.spawner.listeners.iter().for_each(Listener::remove_file);
             for listener in self.spawner.listeners.iter().filter(|listener| listener.is_abstract()) {
                 listener.give_up(self.spawner.stand_in());
@@ -131,8 +131,8 @@ impl Master {
         }
     }
 
-    /// Checks whether the sockets still listen, after an unexpected exit: shutdown(2) by any process that holds a socket ends
-    /// listening for all.
+    /// Checks, after an unexpected exit, whether the sockets still listen: shutdown(2) by any process that holds a socket ends listening
+    /// for all.
     pub(super) fn look_whether_sockets_listen(&mut self) {
         if self.closing.has_begun() {
             return;
@@ -149,7 +149,7 @@ impl Master {
         }
     }
 
-    /// Asks a process to leave. A program that has started is asked when the queue is empty.
+    /// Asks a process to exit. A started program is asked only when the queue is empty.
     pub(super) fn terminate(&mut self, pid: Pid) {
         let waits = !self.closing.is_dry();
         match self.children.get_mut(&pid) {
@@ -161,8 +161,8 @@ impl Master {
         }
     }
 
-    /// Reminds a process that has not left a second after it was asked to. While the server stops, a program that serves no request
-    /// is killed after some checks.
+    /// Reminds a process that has not exited a second after it was asked to. While the server stops, a program that serves no request is
+    /// killed after several checks.
     pub(super) fn remind_or_end(&mut self, pid: Pid) {
         if self.closing.held.contains(&pid) {
             return;

@@ -1,11 +1,10 @@
 //! The control socket: accepts clients, checks their permission, reads their requests, and sends the replies.
 //!
-//! It is a Unix stream socket of mode 0600. The kernel must report that the client's process runs as root or as the user of the
-//! master. A client sends one line and receives lines up to the outcome; for a command that takes time, the client waits. All
-//! buffers and counts are bounded, and no client holds up the master: a client that sends no line, or does not read its
-//! replies, is disconnected.
+//! It is a Unix stream socket of mode 0600. The kernel must report that the client's process runs as root or as the user of the master. A
+//! client sends one line and receives lines up to the outcome; for a command that takes time, the client waits. All buffers and counts are
+//! bounded, and no client can block the master: a client that sends no line, or does not read its replies, is disconnected.
 //!
-//! Must not block, and must not decide what a request does: that is in `operator.rs`.
+//! Must not block, and must not decide what a request does: `operator.rs` does that.
 
 use std::io::{self, ErrorKind, IoSlice, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -26,9 +25,10 @@ type Now = Duration;
 
 /// Maximum number of clients that are not waiting for an outcome. Further clients wait in the kernel's queue.
 const MAX_CLIENTS: usize = 16;
-/// Maximum number of all clients. Waiting clients do not count above, so that the master still answers status requests.
+/// Maximum number of all clients. Waiting clients do not count towards [`MAX_CLIENTS`], so that the master still
+/// answers status requests.
 const MAX_CLIENTS_AND_WAITING: usize = 64;
-/// Time for a client to send its line, or to read the next piece of its replies.
+/// Time for a client to send its line, or to read the next part of its replies.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of unsent bytes per client. The longest status fits.
 const MAX_UNSENT: usize = 4 << 20;
@@ -39,12 +39,12 @@ const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The control socket and its clients. Dropping it removes the socket's file, and then closes all connections.
 pub(crate) struct Control {
-    /// `None` if there are only clients that a former master has accepted.
+    /// `None` if there are only clients that a former master accepted.
     listener: Option<ControlListener>,
     clients: Vec<Client>,
     next: ClientId,
     paused_until: Now,
-    /// Limits the log lines about users without permission: one a second, and short bursts.
+    /// Limits the log lines about users without permission to one a second, with short bursts.
     refusals: ByteLimit,
 }
 
@@ -71,7 +71,7 @@ struct Client {
     unsent: Vec<u8>,
     /// The request was read, or reading has failed: nothing more is read.
     asked: bool,
-    /// The outcome is in `unsent`. The connection closes when it is sent.
+    /// The outcome is in `unsent`. The connection closes when it has been sent.
     ending: bool,
     gone: bool,
     /// Time limit for the client to send or read something.
@@ -139,7 +139,7 @@ impl Control {
             {
                 asked.push((client.id, request));
             }
-            // A client that has closed its end reads no replies. Its command still goes on.
+            // A client that has closed its end reads no replies. Its command still continues.
             client.gone |= events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR);
             client.send(now);
         }
@@ -151,7 +151,8 @@ impl Control {
         asked
     }
 
-    /// Closes the connections of clients that have received their outcome, are gone, or have exceeded the time limit.
+    /// Closes the connections of clients that have received their outcome, have disconnected, or have exceeded the time
+    /// limit.
     pub(crate) fn sweep(&mut self, now: Now) {
         self.clients.retain(|client| {
             let orphaned_outputs = client.is_timed() && client.deadline <= now;
@@ -336,7 +337,7 @@ impl Client {
         self.send(now);
     }
 
-    /// Sends as much as the socket takes.
+    /// Sends as much as the socket accepts.
     fn send(&mut self, now: Now) {
         let mut sent = 0;
         while sent < self.unsent.len() {

@@ -1,4 +1,4 @@
-//! Writes the death record: one log line for each process that ended, with everything known about its end.
+//! Writes the death record: one log line for each process that ended, with everything known about its death.
 
 use std::fmt::Write as _;
 
@@ -10,21 +10,21 @@ use super::spawn::Child;
 use crate::config::privileges::ResourceLimit;
 use crate::sys::Ending;
 
-/// Maximum number of in-flight requests that are named.
+/// Maximum number of in-flight requests to list.
 const NAMED: usize = 4;
 
-/// Facts about the end of a process, in addition to the log line.
+/// Facts about the death of a process, in addition to the log line.
 #[derive(Debug)]
 pub(crate) struct End {
-    /// A failure of the worker, and not a requested end.
+    /// The worker failed, rather than exiting on request.
     pub(crate) is_crash: bool,
     /// The requests that were in flight, and whether the list is complete.
     pub(crate) in_flight: Vec<String>,
     pub(crate) complete: bool,
     /// The request that the crashing thread was working on.
     pub(crate) culprit: Option<String>,
-    /// The requests that all threads were working on; `None` if they are unknown, or if the crashing thread is known to have worked on
-    /// no request.
+    /// The requests that all threads were working on; `None` if they are unknown, or if the crashing thread is known to have been working
+    /// on no request.
     pub(crate) running: Option<Vec<String>>,
     /// The process's own actions caused its death, and not a limit of the whole process or the system.
     pub(crate) by_itself: bool,
@@ -41,14 +41,14 @@ pub(crate) struct DeathRecord {
     /// `None` if the process could not be created.
     pub(crate) pid: Option<Pid>,
     pub(crate) line: String,
-    /// The process's own message about its end.
+    /// The process's own message about its death.
     pub(crate) last_words: String,
-    /// A hint for the operator on this kind of end.
+    /// A hint for the operator about this kind of death.
     pub(crate) hint: String,
 }
 
-/// Signals by which the kernel and the standard library end a process for its own actions. KILL is not among them: if an operator sends it,
-/// the process is not to blame. `oom.rs` detects a KILL that the kernel sent because memory ran out.
+/// Signals by which the kernel and the standard library terminate a process for its own actions. KILL is not among them: if an operator
+/// sends it, the process is not to blame. `oom.rs` detects a KILL that the kernel sent because memory ran out.
 const CRASHES: [i32; 9] = [
     libc::SIGSEGV,
     libc::SIGBUS,
@@ -61,7 +61,8 @@ const CRASHES: [i32; 9] = [
     libc::SIGXFSZ,
 ];
 
-/// False if a limit of the whole process or of the system was reached: then the work at that moment is weak evidence.
+/// False if a limit of the whole process or of the system was reached, because the work at that moment is then weak
+/// evidence.
 fn is_by_itself(ending: Ending) -> bool {
     ![libc::SIGKILL, libc::SIGXCPU].map(Ending::Signaled).contains(&ending)
 }
@@ -86,7 +87,7 @@ pub(crate) fn is_starting(pid: Pid, child: &Child, scoreboard: &Scoreboard) -> b
 
 /// The limits that may have prevented a start. Empty if the last words name another cause.
 fn hint_on_limits(limits: &[ResourceLimit], last_words: &str) -> String {
-    // Messages of the kernel, the standard library and the loader.
+    // Messages from the kernel, the standard library and the loader.
     const OF_LIMITS: [&str; 8] =
         ["os error 11", "os error 12", "rror 24", "emory", "Too many open", "map ", "cannot allocate", "Resource temp"];
     let vital: Vec<String> =
@@ -109,7 +110,7 @@ fn in_flight(row: &Snapshot) -> String {
     named.join(", ")
 }
 
-/// The fields of the log line with the requests that the process was running.
+/// The fields of the log line that list the requests that the process was running.
 fn requests_at_its_end(culprit: Option<&str>, running: Option<&[String]>, ending: Ending, was_sent: bool) -> String {
     match (culprit, running, ending) {
         (Some(at_work), _, Ending::Signaled(_)) if was_sent => format!(" at_work={at_work:?}"),
@@ -120,9 +121,8 @@ fn requests_at_its_end(culprit: Option<&str>, running: Option<&[String]>, ending
     }
 }
 
-/// Writes the log line. `no_memory` is the cause if the kernel killed the process because memory ran out. The scoreboard row was
-/// written by the dead process: it is bounded, and used as text only. `limits` are those of `--rlimit`, for a process that had
-/// not become ready.
+/// Writes the log line. `no_memory` is the cause if the kernel killed the process because memory ran out. The scoreboard row was written by
+/// the dead process, so it is bounded, and used as text only. `limits` are those of `--rlimit`, for a process that had not become ready.
 pub(crate) fn publish(
     pid: Pid,
     ending: Ending,
@@ -141,7 +141,7 @@ pub(crate) fn publish(
         let _ = write!(line, " sent_by={pid}");
     }
     let _ = write!(line, " lived={}ms", child.since.elapsed().as_millis());
-    // The row is the child's only if the child had claimed it. A program has no row.
+    // The row belongs to the child only if the child had claimed it. A program has no row.
     let row = scoreboard.read(child.slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
     if row.is_none() && child.is_worker() {
         line += " served=0";
@@ -174,7 +174,7 @@ pub(crate) fn publish(
     }
     let by_limit = failed && !as_asked && !child_was_asked && no_memory.is_none() && !was_sent;
     let of_limits = limits.filter(|_| by_limit).map_or_else(String::new, |limits| hint_on_limits(limits, &last_words));
-    // A loader that gets no memory exits with 127, as does a shell that does not find a command.
+    // A loader that cannot allocate memory exits with 127, as does a shell that does not find a command.
     let hint =
         if hint.is_empty() || !(of_limits.is_empty() || last_words.is_empty()) { of_limits } else { hint.to_owned() };
     let hint = if is_late { "it did not finish in time (--drain-timeout)".to_owned() } else { hint };

@@ -5,7 +5,7 @@ use super::death_log::DeathRecord;
 use super::supervisor::Notice;
 
 impl Master {
-    /// Reports the notices to systemd that concern it.
+    /// Reports to systemd the notices that concern it.
     fn notify_systemd(&mut self, notice: Notice) {
         match notice {
             Notice::FullStrength | Notice::ReloadDone { .. } => self.notify.ready("serving"),
@@ -23,7 +23,7 @@ impl Master {
         }
     }
 
-    /// The hint in the death record of the last process; with `pid`, only if the last process was `pid`.
+    /// The hint in the death record of the last process that ended; with `pid`, only if that process was `pid`.
     fn hint_of(&self, pid: Option<nix::unistd::Pid>) -> String {
         let DeathRecord { hint, pid: of, .. } = &self.death_record;
         let is_that = !hint.is_empty() && (pid.is_none() || pid == *of);

@@ -1,5 +1,4 @@
-//! Measures the demand: the workers' rows in the scoreboard, for programs the kernel's view, and the queues of the listening
-//! sockets.
+//! Measures the demand from the workers' rows in the scoreboard, the kernel's view of programs, and the queues of the listening sockets.
 
 use std::collections::HashMap;
 
@@ -36,7 +35,7 @@ pub(crate) fn sample(
             (u32::try_from(serving).unwrap_or(MOST).min(MOST), 0)
         };
         demand.in_flight = demand.in_flight.saturating_add(serving);
-        // Event streams are no work. But if their worker ended, their clients would reconnect at once.
+        // Event streams are not work. But if their worker exited, their clients would reconnect at once.
         if serving > 0 || streams > 0 {
             demand.busy.push(child.slot);
         }

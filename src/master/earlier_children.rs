@@ -1,13 +1,12 @@
-//! Records the processes that this process already had as children when the server started, and their descendants: for example the
-//! log collector of an entry script that called exec to become the server (`exec SERVER 2> >(cat)`). They are reaped, and otherwise
-//! left alone.
+//! Records the processes that this process already had as children when the server started, and their descendants: for example the log
+//! collector of an entry script that called exec to become the server (`exec SERVER 2> >(cat)`). They are reaped, and otherwise left alone.
 
 use nix::unistd::{Pid, getpgrp};
 
 use super::procfs::{self, Process};
 use crate::upgrade::saved_state::SavedProcess;
 
-/// The processes that were found at the start, whether they still live or not.
+/// The processes found at the start, whether they are still running or not.
 #[derive(Debug, Default)]
 pub(crate) struct EarlierChildren(Vec<Process>);
 
@@ -25,7 +24,7 @@ impl EarlierChildren {
         Self(saved.iter().map(|&process| process.into()).collect())
     }
 
-    /// Whether the process is one of these, or comes from one: it is then in the process group of one of them. Each process that the
+    /// Whether the process is one of these or descends from one, that is, is in the process group of one of them. Each process that the
     /// master starts has its own group.
     pub(super) fn has(&self, pid: Pid) -> bool {
         if self.0.is_empty() {

@@ -1,4 +1,4 @@
-//! The guard: a process that outlives a killed master, and then kills what is left of its programs, daemons and jobs.
+//! The guard: a process that outlives a killed master, and then kills what remains of its programs, daemons and jobs.
 //!
 //! ```text
 //! a program, between fork and exec ── its pid ──▶ the link, a pair of sockets ──▶ the guard
@@ -6,22 +6,22 @@
 //! the end of the link: the master is dead ──▶ the guard kills their process groups, and ends
 //! ```
 //!
-//! When the master is killed, the kernel kills the programs that it has started (PR_SET_PDEATHSIG), but not the processes that
-//! the programs have started: of `sh -c 'php-cgi; true'` the shell dies, and php-cgi continues to serve. The messages stay in
-//! the link until they are read, so the guard learns of each program that ran, at whatever moment the master dies.
+//! When the master is killed, the kernel kills the programs that the master started (PR_SET_PDEATHSIG), but not the processes that those
+//! programs started: with `sh -c 'php-cgi; true'` the shell dies, and php-cgi continues to serve. The messages stay in the link until they
+//! are read, so the guard receives the pid of every program that ran, at whatever moment the master dies.
 //!
-//! The guard kills process groups, and only groups that certainly belong to the server. A group keeps its number as long as one
-//! of its processes lives; after that the number may be reused. So the guard forgets a group when the master reports that its
-//! last process was reaped. That message comes before any message of the next group with the same number. No message comes if
-//! another process reaped the last process of a group. So the guard also checks that a group is in the same session as before,
-//! and that its leader, if it still exists, is the announced process.
+//! The guard kills process groups, and only groups that certainly belong to the server. A group keeps its number as long as one of its
+//! processes lives; after that the number may be reused. So the guard forgets a group when the master reports that its last process was
+//! reaped. That message precedes any message about the next group with the same number. No message is sent if another process reaped the
+//! last process of a group. So the guard also checks that a group is in the same session as before, and that its leader, if it still
+//! exists, is the announced process.
 //!
-//! A daemon that puts itself into the background is announced as a process: it may found its group later than it is found. The guard
-//! kills it, and its group if it leads one.
+//! A daemon that puts itself into the background is announced as a process, because it may create its group only after it is found. The
+//! guard kills it, and its group if it leads one.
 //!
-//! When the master stops by itself, it ends the guard after all other processes. A guard that dies is replaced, and a guard that
-//! is stopped is continued. A new guard begins with the groups that exist then. After an upgrade, the new build starts its own
-//! guard before it ends the guard of the old build; the link stays open through the exec.
+//! When the master stops on its own, it kills the guard after all other processes have ended. A guard that dies is replaced, and a guard
+//! that is stopped is continued. A new guard starts with the groups that exist then. After an upgrade, the new build starts its own guard
+//! before it kills the guard of the old build; the link stays open through the exec.
 //!
 //! Must not wait for anything but the link, and must not run application code.
 
@@ -44,9 +44,9 @@ use crate::logging;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved_state::SavedGuard;
 
-/// If a guard that has lived this long dies, its cause of death is not expected to affect the next one.
+/// If a guard that has lived this long dies, the cause of its death is not expected to affect the next guard.
 const STEADY_TIME: Duration = Duration::from_secs(1);
-/// How long to wait for another parent: the kernel closes a dying process's descriptors before it reparents its children.
+/// How long the guard waits to be reparented: the kernel closes a dying process's descriptors before it reparents its children.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// Maximum number of processes that are named in the log.
@@ -94,11 +94,11 @@ impl Guard {
         let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG;
         if let Ok(WaitStatus::Stopped(..)) = waitid(Id::Pid(pid), flags) {
             log::warn!("somebody has stopped the guard: it is continued pid={pid}");
-            let _ = kill(pid, Signal::SIGCONT); // it may just have ended
+            let _ = kill(pid, Signal::SIGCONT); // it may just have exited
         }
     }
 
-    /// Records the end of a guard.
+    /// Records the death of a guard.
     pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) {
         if self.replaced.remove(&pid) {
             return;
@@ -121,7 +121,7 @@ impl Guard {
         }
     }
 
-    /// Ends the guard: the master stops by itself, and all other processes have ended.
+    /// Kills the guard: the master is stopping on its own, and all other processes have ended.
     pub(super) fn stop(&mut self) {
         self.wanted = false;
         self.put(None);
@@ -140,8 +140,8 @@ impl Guard {
 }
 
 impl Master {
-    /// Keeps a guard running if there is anything to guard. As PID 1 the master needs none: the kernel then kills all processes of
-    /// the container with it.
+    /// Keeps a guard running if there is anything to guard. As PID 1 the master needs none, because the kernel kills all processes of the
+    /// container when PID 1 dies.
     pub(super) fn keep_guard(&mut self) {
         let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
         self.guard.wanted = (runs_programs || self.sidecars.has_any()) && getpid() != Pid::from_raw(1);
@@ -182,8 +182,8 @@ impl Master {
         let (session, own_group) = (own_session(), getpgrp().as_raw());
         let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
         for pid in procfs::family_of(&self.orphans()) {
-            // The groups of processes that workers leave are not announced: they may be the groups of workers that still serve. The
-            // process that has started the server may be in the master's own group.
+            // The groups of processes that workers have left are not announced, because they may be the groups of workers that still serve.
+            // The process that started the server may be in the master's own group.
             if let Some(stat) = procfs::stat(pid).filter(|stat| stat.group != own_group)
                 && (self.sidecars.has_left(pid) || (runs_programs && stat.session == session))
             {
@@ -198,9 +198,9 @@ fn start(groups: Groups, spawner: &Spawner, signals: &super::SignalInbox) -> io:
     let (link, end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     let master = getpid();
     let pid = sys::fork(|| {
-        signals.leave(); // all signals stay blocked: a signal to every process of a service must not end the guard early
+        signals.leave(); // all signals stay blocked: a signal to every process of a service must not terminate the guard early
         let _ = nix::sys::prctl::set_name(c"guard"); // for `ps`
-        let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the master's group ends both
+        let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the master's group terminates both
         logging::begin_worker(&spawner.config.logs);
         let logs = spawner.current.log_files.descriptors();
         let keep: Vec<_> = [0, 1, 2, end.as_raw_fd()].into_iter().chain(logs).collect();
@@ -228,7 +228,7 @@ fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
     let begun = Instant::now();
     while getppid() == master {
         if begun.elapsed() >= KILL_TIMEOUT {
-            return 1; // the master lives, but its end of the link was closed
+            return 1; // the master is alive, but its end of the link was closed
         }
         std::thread::sleep(POLL_INTERVAL);
     }
@@ -255,18 +255,18 @@ fn own_session() -> i32 {
     getsid(None).map_or(0, Pid::as_raw)
 }
 
-/// The process groups that end with the master, by their numbers, and single processes with their start times.
+/// The process groups that must end with the master, by number, and single processes with their start times.
 #[derive(Debug, Default)]
 struct Groups {
     groups: BTreeMap<i32, Group>,
     processes: BTreeMap<i32, u64>,
 }
 
-/// Identifies a group when its number may have been reused.
+/// Identifies a group even if its number is reused.
 #[derive(Debug)]
 struct Group {
     session: i32,
-    /// Start time of its leader; `None` if the leader had already ended.
+    /// Start time of its leader; `None` if the leader had already exited.
     leader: Option<u64>,
 }
 
@@ -288,7 +288,7 @@ impl Groups {
 
     fn add(&mut self, group: i32) {
         if group <= 1 {
-            return; // not a group's number; kill(2) would take it for other processes
+            return; // not a group's number; kill(2) would interpret it differently
         }
         let leader = procfs::stat(Pid::from_raw(group));
         let session = leader.as_ref().map_or_else(own_session, |leader| leader.session);
@@ -387,7 +387,7 @@ mod tests {
         let mut groups = Groups::default();
         groups.read_child(gone);
         groups.read_child(left);
-        // The number now belongs to another group, which nothing else distinguishes.
+        // The number now belongs to another group, which is otherwise indistinguishable.
         groups.read_child(-gone);
         leader.kill().unwrap();
         leader.wait().unwrap();

@@ -1,8 +1,8 @@
-//! Finds workers that hang, from their rows in the scoreboard and without a system call.
+//! Detects hanging workers from their rows in the scoreboard, without a system call.
 //!
-//! An event loop records when it starts work and when it sleeps, and counts its progress. It hangs if it was at the same work at
-//! five looks in a row, a quarter of the timeout apart, without progress. Looks count, and not only time: after a machine has
-//! stood still, no worker is found to hang.
+//! An event loop records when it starts work and when it sleeps, and counts its progress. It hangs if five consecutive checks, a quarter of
+//! the timeout apart, find it at the same work without progress. Checks are counted, rather than time measured, so that no worker is found
+//! to hang after the machine was suspended.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use super::supervisor::Now;
 
-/// Number of looks in a row, after the first, at which the worker is unchanged.
+/// Number of consecutive checks, after the first, that find the worker unchanged.
 const LOOKS: u32 = 4;
 /// Time from the signal that makes a hanging worker log its position to the signal that kills it.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -110,7 +110,7 @@ mod tests {
             let mut hangs = Hangs::new(TIMEOUT);
             let mut now = Duration::from_secs(random.u64(1..1000));
             let mut work: Vec<Work> = vec![Work { since_ms: None, pulse: 0 }; 8];
-            // How often each worker was seen at the same work.
+            // How many times each worker was seen at the same work.
             let mut stuck = [0_u32; 8];
             for _ in 0..300 {
                 now += Duration::from_millis(random.u64(0..20_000));

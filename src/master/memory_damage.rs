@@ -1,9 +1,8 @@
-//! Detects damage to the shared memory, by a process that has overwritten it or truncated its file. The check runs once a
-//! second, logs damage once, and the next reload replaces the memory.
+//! Detects damage to the shared memory by a process that has overwritten it or truncated its file. The check runs once a second and logs
+//! damage once; the next reload replaces the memory.
 //!
-//! The workers continue by themselves: they trust no value in the memory that could harm them. But pages are not cached, events
-//! are not delivered, and the scoreboard is not available. The new generation gets new memory; the old workers keep theirs until they
-//! have left.
+//! The workers continue to serve, because they trust no value in the memory that could harm them. But pages are not cached, events are not
+//! delivered, and the scoreboard is not available. The new generation gets new memory; the old workers keep theirs until they have exited.
 //!
 //! Must not lock anything in the memory, or write to it.
 

@@ -1,28 +1,28 @@
 //! The master: one thread, one `poll(2)` loop. Events go in, actions come out.
 //!
-//! The master spawns processes, reads when they are ready, reaps them, and carries out what the [`supervisor`] decides. It runs no
-//! application code except hooks, does not use tokio, and takes no lock in shared memory. In shared memory it reads the
-//! scoreboard rows of dead workers and marks them as dead, and nothing else. Everything that a child reports is treated
-//! as gossip: it is bounded, and matched against the pid that it came from.
+//! The master spawns processes, detects when they are ready, reaps them, and carries out the decisions of the [`supervisor`]. It runs no
+//! application code except hooks, does not use tokio, and takes no lock in shared memory. In shared memory it reads the scoreboard rows of
+//! dead workers and marks them as dead, and nothing else. It trusts nothing that a child reports: each report is bounded, and matched
+//! against the pid that it came from.
 //!
-//! Decisions, without a system call:
-//! - [`supervisor`]: which processes there are.
-//! - [`sidecars`]'s supervisor: which daemons and jobs there are.
-//! - [`hangs`] and [`quarantine`]: which workers hang, and which requests kill their workers. [`faults`] collects the evidence.
+//! Modules that decide, without a system call:
+//! - [`supervisor`]: which processes should run.
+//! - [`sidecars`]'s supervisor: which daemons and jobs should run.
+//! - [`hangs`] and [`quarantine`]: which workers hang, and which requests kill their workers. [`worker_faults`] collects the evidence.
 //! - [`demand`] and [`recycling`]: how much work there is, and which workers have reached the end of their lifetime.
 //!
-//! Processes:
-//! - [`spawn`] starts workers and programs; [`reap`] takes note of the death of any child, and [`death_log`] writes its log line.
-//! - [`programs`] follows external programs by what [`procfs`] shows of them; [`leftovers`] ends what they leave behind.
-//! - [`sidecars`] runs daemons and jobs; [`relay`] runs the process that publishes events for programs in other languages;
-//!   [`guard`] runs the process that outlives a killed master and ends what its programs have started; [`symbolizer`] runs
-//!   the process that names the functions in a crash.
+//! Modules for processes:
+//! - [`spawn`] starts workers and programs; [`reap`] handles the death of any child, and [`death_log`] writes its log line.
+//! - [`programs`] observes external programs through [`procfs`]; [`remaining_processes`] terminates what they leave behind.
+//! - [`sidecars`] runs daemons and jobs; [`relay`] runs the process that publishes events for programs in other languages; [`guard`] runs
+//!   the process that outlives a killed master and kills what its programs have started; [`symbolizer`] runs the process that names the
+//!   functions in a crash.
 //! - [`output`] reads what processes write to standard output and error.
 //!
-//! Operators:
+//! Modules for operators:
 //! - [`signals`] and [`control`] receive commands, [`operator`] carries them out, and [`decision_log`] logs their outcome.
 //! - [`reload`] applies a changed configuration, [`upgrade`] replaces this process with another build of the program, and
-//!   [`closing`] closes the listening sockets at a stop.
+//!   [`close_listeners`] closes the listening sockets at a stop.
 //! - [`status`] describes the state, and [`sd_notify`] reports it to systemd.
 
 mod background_daemons;
@@ -103,7 +103,7 @@ use crate::upgrade::{StartCommand, Takeover, Ties};
 /// How long to wait when poll(2) fails.
 const POLL_RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
-/// How long to wait for the heirs of the last workers: a little longer than an heir takes.
+/// How long to wait for the heirs of the last workers: a little longer than an heir needs.
 const HEIRS_TIMEOUT: Duration = Duration::from_millis(2500);
 /// Interfaces for operators, except signals.
 pub(crate) struct Operators {
@@ -116,13 +116,13 @@ pub(crate) struct Operators {
     pub(crate) pid_file: Option<SavedPidFile>,
 }
 
-/// Reads the configuration again, given the current one. `None` if there is no configuration file.
+/// Rereads the configuration, given the current one. `None` if there is no configuration file.
 ///
 /// # Errors
 /// A sentence for the operator that names the error in the configuration.
 pub(crate) type Reread = Box<dyn Fn(&Config) -> Result<Option<Reloaded>, String>>;
 
-/// A configuration that was read again.
+/// A configuration that was reread.
 pub(crate) struct Reloaded {
     /// Settings that cannot change without a restart have their old values.
     pub(crate) config: Config,
@@ -136,7 +136,7 @@ struct Master {
     supervisor: Supervisor,
     control: Option<Control>,
     reread: Reread,
-    /// The latest death record, for clients that wait for a reload and must get the reason of its failure.
+    /// The latest death record, for clients that wait for a reload and must receive the reason for its failure.
     death_record: DeathRecord,
     spawner: Spawner,
     signals: SignalInbox,
@@ -160,11 +160,11 @@ struct Master {
     guard: Guard,
     damage: Damage,
     closing: Closing,
-    /// The server stops because no worker ever became ready.
+    /// The server is stopping because no worker ever became ready.
     gave_up: bool,
-    /// Set when the last worker is gone: whether the operator requested the stop.
+    /// Set when the last worker has ended: whether the operator requested the stop.
     emptied: Option<bool>,
-    /// Set when the last process is gone: whether the operator requested the stop.
+    /// Set when the last process has ended: whether the operator requested the stop.
     ended: Option<bool>,
 }
 
@@ -183,7 +183,7 @@ pub(crate) enum End {
 #[derive(Debug)]
 pub(crate) struct Start {
     pub(crate) begun: Instant,
-    /// Receives signals since the beginning of the start.
+    /// Receives signals from the beginning of the start.
     pub(crate) signals: SignalInbox,
     pub(crate) start_command: StartCommand,
     /// Children that existed before the server started any.
@@ -192,7 +192,7 @@ pub(crate) struct Start {
     pub(crate) takeover: Option<Takeover>,
 }
 
-/// Runs the master until it is stopped or gives up, and every process is gone.
+/// Runs the master until it is stopped or gives up, and every process has ended.
 ///
 /// `application` are the descriptors that the application opened, which workers keep. Returns the control socket, to be closed
 /// last.
@@ -210,9 +210,9 @@ pub(crate) fn run(
 ) -> io::Result<(End, Option<Control>)> {
     let Start { begun, signals, start_command, earlier, mut takeover } = start;
     let ties = takeover.as_mut().map_or_else(Ties::default, |left| left.ties(&listeners));
-    // Signals were blocked until now, so that none came too early. The parent process may also have blocked some: the mask is inherited.
+    // Signals were blocked until now, so that none arrived too early. The parent process may also have blocked some: the mask is inherited.
     sys::unblock_signals();
-    // Orphans among the descendants become children of this process, as of PID 1, and are reaped here.
+    // Orphans among the descendants become children of this process, as they would of PID 1, and are reaped here.
     nix::sys::prctl::set_child_subreaper(true)?;
     let recycling = Recycling::new(&config.scaling);
     let mut master = Master {
@@ -319,7 +319,8 @@ impl Master {
     /// The last steps, after the last worker and sidecar.
     fn shut_down(&mut self) {
         self.relay.stop();
-        // The heirs end first: when a client reads that the master has stopped, no process of it must be left.
+        // The heirs must end first: when a client reads that the master has stopped, none of the server's processes may
+        // be left.
         self.await_heirs();
         self.relay.end();
         self.end_leftovers();
@@ -340,7 +341,7 @@ impl Master {
         self.sidecars.announce_publish_socket(events);
     }
 
-    /// Waits for the heirs of the last workers, and the relay, for as long as heirs may take. A stop at once shortens that time.
+    /// Waits for the heirs of the last workers, and for the relay, for as long as heirs may take. Stopping at once shortens that time.
     fn await_heirs(&mut self) {
         if self.programs.at_once {
             self.spawner.end_lifeline();
@@ -381,12 +382,12 @@ impl Master {
         for due in due.into_iter().flatten() {
             timeout = Some(timeout.map_or(due, |timeout| timeout.min(due)));
         }
-        // While the log's reader is slow, output stays in its pipes, and slows down the processes that write it.
+        // While the log's reader is slow, output stays in its pipes, which slows down the processes that write it.
         let slow_log = logging::is_slow_for();
         if let Some(left) = slow_log {
             timeout = Some(timeout.map_or(left, |timeout| timeout.min(left)));
         }
-        // One more millisecond: otherwise poll would return just before the deadline.
+        // One more millisecond, because otherwise poll would return just before the deadline.
         let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
             PollTimeout::try_from(timeout.as_millis() + 1).unwrap_or(PollTimeout::MAX)
         });
@@ -399,17 +400,17 @@ impl Master {
             .chain(self.upgrade.watched())
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let log = logging::waits_for().map(|fd| PollFd::new(fd, PollFlags::POLLOUT));
-        // Without workers, only the master can notice a new connection.
+        // Without workers, only the master can detect a new connection.
         let listeners = if self.supervisor.awaits_arrival() { &*self.spawner.listeners } else { &[] };
         let arrivals = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
         let mut watched: Vec<PollFd<'_>> = arrivals.chain([signals]).chain(log).chain(children).collect();
         let others = watched.len();
         watched.extend(self.control.iter().flat_map(|control| control.watched(now)));
         match poll(&mut watched, timeout) {
-            // Without a result no descriptor has events.
+            // Without a result, no descriptor has events.
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => {
-                // ENOMEM: nothing is lost, but do not spin.
+                // ENOMEM: nothing is lost, but the loop must not spin.
                 log::error!("the master cannot poll: {errno}");
                 std::thread::sleep(POLL_RETRY_INTERVAL);
             }
@@ -481,7 +482,7 @@ impl Master {
         }
     }
 
-    /// Has a healthy process replaced. It continues to serve until then.
+    /// Has a healthy process replaced. The process continues to serve until then.
     fn wear_out(&mut self, pid: Pid, reason: &str) {
         let Some(child) = self.children.get(&pid) else { return };
         let (slot, lived) = (child.slot, child.since.elapsed().as_millis());
@@ -495,7 +496,7 @@ impl Master {
         self.feed(Event::Tick);
     }
 
-    /// Runs the guard, daemons and jobs. When they are gone too, after the last worker, the master ends.
+    /// Runs the guard, daemons and jobs. When they have ended too, after the last worker, the master exits.
     fn run_sidecars(&mut self) {
         self.keep_guard();
         if self.emptied.is_some() && self.programs.is_empty() {
@@ -511,7 +512,7 @@ impl Master {
         }
     }
 
-    /// Passes an event to the supervisor and carries out its actions, until there are none.
+    /// Passes an event to the supervisor and carries out the resulting actions, until none are left.
     fn feed(&mut self, event: Event) {
         if let Event::Command(command) = event {
             if let Command::Drain | Command::Halt = command {

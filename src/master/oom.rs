@@ -1,9 +1,8 @@
-//! Detects whether the kernel killed a worker because memory ran out: the kernel sends SIGKILL, as an operator might, and counts
-//! its kills.
+//! Detects whether the kernel killed a worker because memory ran out. The kernel sends SIGKILL, as an operator might, but counts its kills.
 //!
-//! The counter of the process's cgroup covers the processes in it. Without such a counter, the counter of the whole system is used,
-//! which another process may have raised at the same moment. The cause is then a guess, and code that depends on it must also be
-//! correct if the guess is wrong.
+//! The counter of the process's cgroup covers the processes in that cgroup. Without such a counter, the counter of the whole system is
+//! used, which the death of another process may have raised at the same moment. The cause is then a guess, and code that depends on it must
+//! also be correct if the guess is wrong.
 
 use std::fs;
 use std::path::PathBuf;
@@ -23,7 +22,7 @@ pub(crate) struct OomKills {
 }
 
 impl OomKills {
-    /// Begins to count.
+    /// Reads the counter's initial value.
     pub(crate) fn new() -> Self {
         let own = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| Some(events_of(&text)?.into()));
         let own = own.filter(|path: &PathBuf| path.exists());
@@ -32,8 +31,8 @@ impl OomKills {
         Self { source, is_own, count, rose_at: None }
     }
 
-    /// The cause for the log, if the kernel killed a worker for lack of memory. Must be called when a worker is found dead of a SIGKILL
-    /// that the master did not send.
+    /// The cause for the log, if the kernel killed a worker for lack of memory. Must be called when a worker is found to have died of a
+    /// SIGKILL that the master did not send.
     pub(crate) fn explain(&mut self, now: Now) -> Option<&'static str> {
         let count = fs::read_to_string(&self.source).ok().and_then(|text| count_in(&text));
         self.counted(count.unwrap_or(self.count), now).then(|| self.cause())

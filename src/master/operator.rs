@@ -1,6 +1,6 @@
 //! Carries out the requests from the control socket, and reports their outcome.
 //!
-//! A command goes to the supervisor, as from a signal. The client waits until the supervisor's notices or state show the outcome.
+//! A command is passed to the supervisor, as if from a signal. The client waits until the supervisor's notices or state show the outcome.
 //! If the client disconnects meanwhile, the command continues.
 
 use std::os::fd::AsFd as _;
@@ -30,7 +30,7 @@ impl Master {
             self.answer(client, request);
         }
         self.end_waits();
-        // Clients that have just received their outcome wait for the end of the connection, and no event may wake the loop soon.
+        // Clients that have just received their outcome are waiting for the connection to close, and no event may wake the loop soon.
         let now = self.now();
         if let Some(control) = &mut self.control {
             control.sweep(now);
@@ -76,7 +76,7 @@ impl Master {
                 self.reply(client, &Reply::failed(STOPPING));
             }
             Request::Reload => {
-                // Before the reload begins, so that this client gets all messages about it.
+                // Must come before the reload begins, so that this client receives all messages about it.
                 self.keep_waiting(client, Waiting::Reload);
                 if let Err(why) = self.reload() {
                     self.reply(client, &Reply::failed(why));
@@ -182,7 +182,7 @@ impl Master {
         }
     }
 
-    /// Sends the last replies: the last process is gone.
+    /// Sends the last replies: the last process has ended.
     pub(super) fn farewell(&mut self) {
         for (client, waiting) in self.waiting() {
             let answer = if waiting == Waiting::Stop { Reply::done("stopped") } else { Reply::failed(STOPPING) };
@@ -190,7 +190,7 @@ impl Master {
         }
     }
 
-    /// Sends the outcome to clients that wait for a state and not for an event.
+    /// Sends the outcome to clients that wait for a state rather than an event.
     fn end_waits(&mut self) {
         let waiting = self.waiting();
         if waiting.is_empty() {
@@ -207,7 +207,7 @@ impl Master {
                 Waiting::Scale(workers) if view.target != workers => {
                     Some(Reply::failed(format!("meanwhile there should be {} workers", view.target)))
                 }
-                // Exactly this many workers are ready, and no other process has yet to leave.
+                // Exactly this many workers are ready, and no other process has yet to exit.
                 Waiting::Scale(workers) => {
                     let settled = view.ready() == workers as usize && view.places.len() == workers as usize;
                     settled.then(|| Reply::done(format!("workers={workers}")))

@@ -1,7 +1,7 @@
 //! Logs the output of workers and programs, line by line.
 //!
-//! A process that floods its output must not hold up the master: each turn reads a bounded number of bytes, and the writer waits. No
-//! line may be lost without a log line about it.
+//! A process that floods its output must not block the master: each iteration of the loop reads a bounded number of bytes, and the writer
+//! waits. No line may be lost without a log line about the loss.
 
 use std::fmt::Arguments;
 use std::fs::File;
@@ -15,22 +15,22 @@ use crate::logging::rate::{Admission, ByteLimit, LeftOut};
 use crate::logging::{self, OUTPUT};
 use crate::upgrade::saved_state::SavedOutput;
 
-/// A line longer than this is logged in pieces.
+/// A line longer than this is logged in parts.
 const MAX_LINE: usize = 64 << 10;
-/// Marks a line that continues in the next piece.
+/// Marks a line that continues in the next part.
 const GOES_ON: &str = " [continued]";
-/// Bytes read from all processes in one turn of the master's loop, and the limits of the share of each.
+/// Bytes read from all processes in one iteration of the master's loop, and the limits of each process's share.
 const READ_BUDGET: usize = 64 << 10;
 const SHARE: (usize, usize) = (1 << 10, 16 << 10);
-/// Bytes read from the pipe of a dead process: more than a pipe holds.
+/// Maximum number of bytes read from the pipe of a dead process: more than a pipe holds.
 pub(super) const MAX_REST: usize = 1 << 20;
-/// A repeated line is logged this many times, and then counted.
+/// A repeated line is logged this many times; further repetitions are counted.
 const AS_IT_COMES: u32 = 10;
-/// How often the count is logged.
+/// Interval at which the count is logged.
 const COUNTED: Now = Now::from_secs(1);
-/// Maximum length, in characters, of the last line that is kept of a dead process.
+/// Maximum length, in characters, of the last line kept from a dead process.
 const LAST_LINE: usize = 500;
-/// Maximum number of outputs of dead processes that are still read.
+/// Maximum number of dead processes whose output is still read.
 const MAX_ORPHANED: usize = 64;
 
 /// The output of one process and of the processes that it has started.
@@ -110,7 +110,7 @@ impl AsFd for LineReader {
     }
 }
 
-/// Number of bytes to read from each of `processes` in one turn: 0 while the log's reader is slow.
+/// Number of bytes to read from each of `processes` in one iteration: 0 while the log's reader is slow.
 pub(crate) fn share(processes: usize) -> usize {
     if logging::is_slow_for().is_some() {
         return 0;
@@ -153,7 +153,7 @@ impl OrphanedOutputs {
         self.0.iter_mut().for_each(|output| output.tick(now));
     }
 
-    /// Logs the remaining output at the end of the master.
+    /// Logs the remaining output when the master ends.
     pub(crate) fn finish(&mut self, now: Now) {
         for mut output in self.0.drain(..) {
             if output.pid.is_some_and(|pid| output.read(pid, MAX_REST, now)) {
@@ -171,7 +171,7 @@ impl OrphanedOutputs {
     }
 }
 
-/// Decides which lines of one source are logged. `source` names it in the log.
+/// Decides which lines from one source are logged. `source` names it in the log.
 #[derive(Debug)]
 pub(super) struct LineFilter {
     repeats: Repeats,
@@ -191,7 +191,7 @@ impl LineFilter {
         }
     }
 
-    /// Whether a line is to be logged. First logs how many lines were left out before it.
+    /// Whether a line is to be logged. First logs how many lines were omitted before it.
     pub(super) fn admits(&mut self, source: Arguments<'_>, line: &str, now: Now) -> bool {
         let Verdict { count, log } = self.repeats.take(line, now);
         if let Some(count) = count {
@@ -244,9 +244,9 @@ fn log_left_out(source: Arguments<'_>, LeftOut { lines, bytes }: LeftOut) {
 #[derive(Debug, Default)]
 struct Repeats {
     last: String,
-    /// How often the line has come in a row.
+    /// How many times in a row the line was received.
     row: u32,
-    /// How many repetitions have not been logged.
+    /// Number of repetitions that have not been logged.
     held: u64,
     due: Option<Now>,
 }
@@ -254,7 +254,7 @@ struct Repeats {
 /// The decision about a line.
 #[derive(Debug, PartialEq, Eq)]
 struct Verdict {
-    /// How often the previous line was repeated, to be logged first.
+    /// How many times the previous line was repeated, to be logged first.
     count: Option<u64>,
     /// Whether the line itself is logged.
     log: bool,
@@ -311,8 +311,8 @@ impl LineReader {
         &self.partial
     }
 
-    /// Reads up to `most` bytes, and calls `line` for each complete line or piece of a line. The second argument is false for a piece
-    /// that continues. Returns false at the end of the output.
+    /// Reads up to `most` bytes, and calls `line` for each complete line or part of a line. The second argument is false for a part that is
+    /// continued. Returns false at the end of the output.
     pub(super) fn read(&mut self, mut most: usize, line: &mut impl FnMut(&str, bool)) -> bool {
         let mut buffer = [0; 8192];
         while most > 0 && self.open {
@@ -331,7 +331,7 @@ impl LineReader {
         self.open
     }
 
-    /// Passes on a last line without a line end.
+    /// Passes on a last line that has no line end.
     pub(super) fn finish(&mut self, line: &mut impl FnMut(&str, bool)) {
         if !self.partial.is_empty() {
             self.emit(line, true);
@@ -340,7 +340,7 @@ impl LineReader {
 
     fn take(&mut self, mut bytes: &[u8], line: &mut impl FnMut(&str, bool)) {
         while !bytes.is_empty() {
-            // A former build of this program may have handed on a longer partial line.
+            // A former build of this program may have passed on a longer partial line.
             let room = MAX_LINE.saturating_sub(self.partial.len());
             let end = bytes.iter().take(room + 1).position(|&byte| byte == b'\n');
             let taken = end.unwrap_or(bytes.len().min(room));
@@ -356,7 +356,7 @@ impl LineReader {
     }
 
     fn emit(&mut self, line: &mut impl FnMut(&str, bool), is_whole: bool) {
-        // A piece ends between two characters, if the text is UTF-8.
+        // If the text is UTF-8, a part ends between two characters.
         let cut = match std::str::from_utf8(&self.partial) {
             Err(error) if !is_whole && error.error_len().is_none() && error.valid_up_to() > 0 => error.valid_up_to(),
             _ => self.partial.len(),
@@ -403,7 +403,7 @@ mod tests {
             [(MAX_LINE, vec![(MAX_LINE, true)]), (MAX_LINE + 1, vec![(MAX_LINE - 1, false), (2, true)])]
         {
             let (mut reader, mut write) = pipe();
-            // The piece boundary is inside the last character.
+            // The boundary between the parts is inside the last character.
             let mut text = vec![b'x'; length - 2];
             text.extend("é".as_bytes());
             let mut found = Vec::new();

@@ -1,7 +1,7 @@
 //! Reads facts from `/proc` that other processes do not report: their children, and their use of the listening socket.
 //!
-//! This needs the rights of a debugger over those processes. A master has these over its own programs, unless they run as another
-//! user while the master is not root, or the kernel forbids it. [`Observed::Hidden`] reports that nothing can be read.
+//! This requires a debugger's rights over those processes. A master has these over its own programs, unless they run as another user while
+//! the master is not root, or the kernel forbids it. [`Observed::Hidden`] reports that nothing can be read.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -18,12 +18,12 @@ use crate::net::listen::Listener;
 use crate::sys;
 use crate::upgrade::saved_state::SavedProcess;
 
-/// Maximum number of threads of one process, and of processes of one tree, that are examined.
+/// Maximum number of threads of one process, and of processes in one tree, that are examined.
 const MAX_PROCESSES: usize = 256;
 /// Maximum number of bytes read from an environment.
 const MAX_ENVIRONMENT: usize = 1 << 20;
 
-/// Identifies a process even if its pid is reused. It need not be a child of the master.
+/// Identifies a process even if its pid is reused. The process need not be a child of the master.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Process {
     pub(super) pid: i32,
@@ -43,14 +43,14 @@ impl From<SavedProcess> for Process {
     }
 }
 
-/// The fields of `/proc/PID/stat`: see proc_pid_stat(5).
+/// Fields of `/proc/PID/stat`: see proc_pid_stat(5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stat {
     pub(super) name: String,
     pub(super) group: i32,
     pub(super) session: i32,
     pub(super) started: u64,
-    /// The process has ended, and is not reaped yet.
+    /// The process has exited and has not been reaped yet.
     pub(super) is_zombie: bool,
     has_empty_environment: bool,
 }
@@ -65,8 +65,8 @@ pub(super) enum Environment {
     Hidden,
 }
 
-/// How long an environment that reads as empty may mean that the process is in the middle of exec: the kernel shows no environment
-/// while it writes the new one.
+/// How long an environment that reads as empty may mean that the process is in the middle of exec: the kernel shows no environment while it
+/// writes the new one.
 const EMPTY_IN_EXEC: Duration = Duration::from_millis(90);
 
 /// A process's use of the listening socket.
@@ -78,7 +78,7 @@ pub(super) enum Observed {
     Watching,
     /// The process, or one of its ancestors, has accepted a connection from the socket.
     Serving,
-    /// The process has the socket open, and possibly waits for it in a way that does not show.
+    /// The process has the socket open, and may be waiting for connections in a way that is not visible.
     Holding,
     /// The process does not have the socket open.
     Apart,
@@ -122,7 +122,7 @@ fn stat_in(text: &str) -> Option<Stat> {
     // The name may contain any character.
     let (head, rest) = text.rsplit_once(')')?;
     let name = head.split_once('(')?.1.to_owned();
-    // Beginning with the third field.
+    // The list begins with the third field.
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     let state = *fields.first()?;
     let started = fields.get(22 - 3)?.parse().ok()?;
@@ -201,7 +201,7 @@ impl Descriptors {
             })
             .collect();
         if open.is_empty() {
-            return None; // the process is ending
+            return None; // the process is exiting
         }
         let at = open.iter().filter(|(_, to)| *to == socket).map(|(fd, _)| *fd).collect();
         Some(Self { pid, open, socket, at })
@@ -240,7 +240,7 @@ pub(super) fn of(pid: Pid, listener: &Listener) -> Observed {
     }
 }
 
-/// Whether TERM costs no request: none is in flight, or the process handles TERM and accepts connections while it serves others (an
+/// Whether TERM loses no request: none is in flight, or the process handles TERM and accepts connections while it serves others (with an
 /// event loop, or threads).
 pub(super) fn can_be_asked(pid: Pid, listener: &Listener) -> bool {
     let Some(descriptors) = Descriptors::of(pid, listener) else { return false };
@@ -248,7 +248,7 @@ pub(super) fn can_be_asked(pid: Pid, listener: &Listener) -> bool {
         return true;
     }
     let is_accepting = descriptors.is_accepting();
-    // While the only thread sleeps in accept, a connection is an inherited one.
+    // If the only thread sleeps in accept, any connection that the process holds is inherited.
     (is_accepting && threads_of(pid).len() == 1)
         || ((is_accepting || descriptors.is_watching()) && handles(pid, Signal::SIGTERM))
 }
@@ -279,13 +279,13 @@ fn is_watching(pid: Pid, epoll: RawFd, at: &[RawFd]) -> bool {
     })
 }
 
-/// Whether a socket of another process is a connection that was accepted from the listening socket. A connection that the process
-/// has opened itself, for example to a database, is not.
+/// Whether a socket of another process is a connection that was accepted from the listening socket. A connection that the process itself
+/// has opened, for example to a database, is not.
 fn is_connection(pid: Pid, process: Option<&OwnedFd>, fd: RawFd, link: &str, listener: &Listener) -> bool {
     use std::os::fd::AsRawFd as _;
     match process.and_then(|process| sys::descriptor_of(process, fd).ok()) {
         Some(socket) => getsockname::<SockaddrStorage>(socket.as_raw_fd()).is_ok_and(|near| listener.accepts_at(&near)),
-        // The kernel is too old, or forbids it: use its list of sockets.
+        // The kernel is too old, or forbids it: use the kernel's list of sockets.
         None => link
             .strip_prefix("socket:[")
             .and_then(|rest| rest.strip_suffix(']'))
@@ -330,7 +330,7 @@ mod lists {
     }
 }
 
-/// The processes in the trees under `roots` that serve connections, without their descendants: those belong to their requests.
+/// The processes in the trees under `roots` that serve connections, without their descendants, which belong to their requests.
 pub(super) fn servers_under(roots: &[Pid], listener: &Listener) -> Vec<(Pid, Observed)> {
     let (mut servers, mut left, mut looks) = (Vec::new(), roots.to_vec(), 0);
     while let Some(pid) = left.pop() {
@@ -345,8 +345,8 @@ pub(super) fn servers_under(roots: &[Pid], listener: &Listener) -> Vec<(Pid, Obs
     servers
 }
 
-/// The processes below `pid` that have the socket open: the topmost of each branch, and the serving processes below a topmost process
-/// that may itself be a wrapper.
+/// The processes below `pid` that have the socket open: the topmost process of each branch, and the serving processes below a topmost
+/// process that may itself be a wrapper.
 pub(super) fn holders_under(pid: Pid, listener: &Listener) -> Vec<Pid> {
     let (mut holders, mut left, mut looks) = (Vec::new(), children_of(pid), 0);
     while let Some(pid) = left.pop() {
@@ -367,7 +367,7 @@ pub(super) fn holders_under(pid: Pid, listener: &Listener) -> Vec<Pid> {
 pub(super) fn environment_of(pid: Pid) -> Environment {
     let Ok(mut file) = File::open(format!("/proc/{pid}/environ")) else { return Environment::Hidden };
     let mut bytes = vec![0; MAX_ENVIRONMENT];
-    // One read for all: an exec between two reads would truncate the environment.
+    // Read in a single call, because an exec between two reads would truncate the environment.
     match file.read(&mut bytes) {
         Err(_) => Environment::Hidden,
         Ok(0) if stat(pid).is_some_and(|stat| !stat.is_zombie && !stat.has_empty_environment) => Environment::InExec,
@@ -408,7 +408,7 @@ mod tests {
         Listener::bind(&bind.parse::<Bind>().unwrap(), 8, None, true).unwrap()
     }
 
-    /// A Python program with the socket as its standard input. It ends when its standard output is closed.
+    /// A Python program with the socket as its standard input. It exits when its standard output is closed.
     fn python(listener: &Listener, text: &str) -> Child {
         let text = format!("import os, select, socket, time\ns = socket.socket(fileno=0)\n{text}");
         let mut command = Command::new("python3");

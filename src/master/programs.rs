@@ -1,18 +1,19 @@
-//! Watches external programs, which send no reports: what `/proc` shows of them, which of their processes get signals, and how the
-//! processes that they leave behind are ended.
+//! Observes external programs, which send no reports: it reads their state from `/proc`, decides which of their processes get signals, and
+//! terminates the processes that they leave behind.
 //!
 //! A program is one process, or a wrapper around the processes that serve (`sh -c 'php-cgi; …'`, php-cgi with PHP_FCGI_CHILDREN,
-//! FCGI::ProcManager). Descendants of the serving processes belong to requests, and no graceful stop affects them, because a page may
-//! wait for such a process, or the process is a background job. The rules are:
+//! FCGI::ProcManager). Descendants of the serving processes belong to requests, and no graceful stop affects them, because a page may be
+//! waiting for such a process, or the process is a background job. The rules are:
 //!
 //! - TERM is sent to the program's own process. If that process serves, no other process ever gets TERM.
-//! - If it does not serve, the processes below it that have the socket are recorded before the TERM. They get TERM while they wait
-//!   in accept, when no request can be lost: a second after the wrapper got TERM, or when the wrapper has exited. If the TERM itself
-//!   ended the wrapper, these processes did not get it. Then they also get TERM when they have no connection. Processes that handle
-//!   TERM get it while they serve: at once if they accept connections at the same time, otherwise after half of the drain timeout.
+//! - If it does not serve, the processes below it that have the socket are recorded before the TERM. They get TERM while they wait in
+//!   accept, when no request can be lost: a second after the wrapper got TERM, or when the wrapper has exited. If the TERM itself
+//!   terminated the wrapper, the wrapper did not pass it on to these processes. They then also get TERM when they have no connection.
+//!   Processes that handle TERM get it while they serve: at once if they accept connections at the same time, otherwise after half of the
+//!   drain timeout.
 //! - KILL is sent to the whole group when the program has crashed or had to be killed.
-//! - A process that is left behind and still accepts connections is a stray. It gets TERM in the same way, and is killed after the
-//!   drain timeout. The server does not exit before its strays.
+//! - A process that is left behind and still accepts connections is a stray. It gets TERM in the same way, and is killed after the drain
+//!   timeout. The server does not exit before its strays.
 
 use std::time::Duration;
 
@@ -30,19 +31,19 @@ use crate::upgrade::saved_state::{SavedProgram, SavedStray};
 
 /// How long a program must run to count as ready, if it was never seen to accept and `--settle` is not set.
 const SETTLE_TIME: Duration = Duration::from_secs(1);
-/// Time between two checks of starting programs. The second value applies after a program has exited with status 0 without having
-/// been seen ready, because it may have served its share of requests between two checks.
+/// Time between two checks of starting programs. The second value applies after a program has exited with status 0 without having been seen
+/// ready, because it may have served its share of requests between two checks.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 const QUICK_POLL_INTERVAL: Duration = Duration::from_millis(1);
-/// How long the quick interval applies after an unseen exit.
+/// How long the second interval applies after such an exit.
 const QUICK_POLL_TIME: Duration = Duration::from_secs(2);
-/// How often to look for strays: after the end of a program, and while there are orphans that may become strays.
+/// How often to look for strays: after a program has ended, and while there are orphans that may become strays.
 const STRAYS_INTERVAL: Duration = Duration::from_millis(50);
 const ORPHANS_INTERVAL: Duration = Duration::from_secs(1);
 /// Time after which a stray that waits for connections gets TERM again.
 const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
-/// How often to check for waiting connections, and after which time such connections count as unserved if no program was ever seen
-/// to accept.
+/// How often to check for waiting connections, and after what time such connections count as unserved if no program was ever seen to
+/// accept.
 const QUEUE_INTERVAL: Duration = Duration::from_secs(1);
 const UNSERVED_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -56,13 +57,13 @@ pub(crate) struct ProgramState {
     pub(crate) started: bool,
     /// The program, or a process below it, was seen to accept connections.
     pub(crate) seen: bool,
-    /// The program got its first signal to exit, and must have exited by then.
+    /// The program got its first signal to exit, and must have exited by this time.
     leave_by: Option<Now>,
     /// The program's descriptors could not be read when it got that signal.
     hidden: bool,
     /// The processes below the program that had the socket then, if the program does not serve itself.
     servers: Vec<Process>,
-    /// The program got TERM some time ago, and still runs.
+    /// The program got TERM some time ago, and is still running.
     reminded: bool,
     /// Why the program cannot serve; empty if no cause is known.
     pub(crate) trouble: &'static str,
@@ -80,7 +81,7 @@ impl ProgramState {
         }
     }
 
-    /// A program that another master has started.
+    /// Restores a program that another master started.
     pub(crate) fn restore(saved: SavedProgram, now: Now) -> Self {
         Self {
             started: saved.started,
@@ -100,35 +101,35 @@ impl ProgramState {
     }
 }
 
-/// A process that accepts connections though its program has ended.
+/// A process that accepts connections although its program has ended.
 #[derive(Debug)]
 struct Stray {
     process: Process,
     deadline: Now,
     asked: Option<Now>,
-    /// TERM ended the wrapper of this process, and was not sent to the process itself.
+    /// TERM terminated the wrapper of this process, and was not sent to the process itself.
     unasked: bool,
 }
 
 /// The state of all programs together.
 #[derive(Debug, Default)]
 pub(super) struct Programs {
-    /// A program was seen to accept connections, so the other programs must be seen, too.
+    /// A program was seen to accept connections, so further programs must be seen to do so before they count as ready.
     pub(super) seen: bool,
     /// A program was seen to sleep in accept, so the socket must be blocking.
     sleeps_in_accept: bool,
-    /// End of the quick interval.
+    /// End of the time in which programs are checked at the shorter interval.
     quick_until: Now,
     strays: Vec<Stray>,
     next_look: Option<Now>,
-    /// End of the time in which strays are searched for at the short interval.
+    /// End of the time in which strays are looked for at the shorter interval.
     stray_until: Now,
     /// When to check for waiting connections.
     next_count: Option<Now>,
-    /// Time since which connections wait and no program accepts them.
+    /// Time since which connections have been waiting while no program accepts them.
     unserved_since: Option<Now>,
     unserved_said: bool,
-    /// The operator has requested an immediate end of all programs.
+    /// The operator has requested that all programs be terminated at once.
     pub(super) at_once: bool,
 }
 
@@ -157,7 +158,7 @@ impl Programs {
         self.strays.iter().map(save).collect()
     }
 
-    /// Continues with the strays of another master.
+    /// Restores the strays of another master.
     pub(super) fn restore_strays(&mut self, saved: Vec<SavedStray>, now: Now) {
         self.strays.extend(saved.into_iter().map(|stray| Stray {
             process: stray.process.into(),
@@ -168,11 +169,11 @@ impl Programs {
         self.check_soon(now);
     }
 
-    /// Ends all programs and strays now.
+    /// Kills all programs and strays now.
     pub(super) fn halt(&mut self) {
         self.at_once = true;
         for Stray { process, .. } in self.strays.drain(..).filter(|stray| stray.process.lives()) {
-            let _ = kill(process.pid(), Signal::SIGKILL); // it may just have ended
+            let _ = kill(process.pid(), Signal::SIGKILL); // it may just have exited
         }
     }
 
@@ -225,7 +226,7 @@ impl Master {
         self.check_queue();
     }
 
-    /// Logs once if connections wait and no program was ever seen to accept one.
+    /// Logs once if connections are waiting and no program was ever seen to accept one.
     fn check_queue(&mut self) {
         let now = self.now();
         if self.programs.next_count.is_none_or(|at| at > now) {
@@ -235,7 +236,7 @@ impl Master {
         let pids: Vec<Pid> = self.children.keys().copied().collect();
         let servers = procfs::servers_under(&pids, listener);
         if self.programs.unserved_said || !servers.is_empty() {
-            // The program took long to start. It has been seen now, so further programs must be seen, too.
+            // The program was slow to start. It has been seen now, so further programs must be seen, too.
             self.programs.seen |= !servers.is_empty();
             for (&pid, child) in &mut self.children {
                 if let Link::Program(program) = &mut child.link {
@@ -312,16 +313,16 @@ impl Master {
             }
         }
         child.asked_to_leave = true;
-        // The pid cannot belong to another process: the child is not reaped yet.
+        // The pid cannot belong to another process, because the child has not been reaped yet.
         let sent = if to_group { killpg(pid, signal) } else { kill(pid, signal) };
         if let Err(errno) = sent {
             log::error!("cannot signal worker slot={} pid={pid} signal={signal}: {errno}", child.slot);
         }
     }
 
-    /// Sends TERM again to a program that still runs and sleeps in accept: it may have missed the first TERM between its check for
-    /// signals and accept. A program that serves may take a second TERM as a request to exit at once. Workers miss no signal. From now
-    /// on, the servers below a wrapper that still runs are treated like strays.
+    /// Sends TERM again to a program that is still running and sleeps in accept: it may have missed the first TERM between its check for
+    /// signals and accept. A program that serves may take a second TERM as a request to exit at once. Workers miss no signal. From now on,
+    /// the servers below a wrapper that is still running are treated like strays.
     pub(super) fn remind(&mut self, pid: Pid) {
         let now = self.now();
         let listener = &self.spawner.listeners[0];
@@ -428,7 +429,7 @@ impl Master {
                 );
             }
             (*asked, *unasked) = (Some(now), false);
-            let _ = kill(process.pid(), signal); // it may just have ended
+            let _ = kill(process.pid(), signal); // it may just have exited
         }
         let left = if !strays.is_empty() || now < self.programs.stray_until {
             Some(STRAYS_INTERVAL)

@@ -1,17 +1,17 @@
-//! Decides which requests are refused for a while because workers died of them, without a system call.
+//! Decides which requests are refused for a while because they have killed workers, without a system call.
 //!
-//! Each death by a crash brings evidence: the request that the crashing thread was working on, if the last words contain it;
-//! otherwise the requests that all threads were working on, if they are known; otherwise all requests in flight, if all are known.
+//! Each crash brings evidence: the request that the crashing thread was working on, if the last words contain it; otherwise the requests
+//! that all threads were working on, if they are known; otherwise all requests in flight, if all are known.
 //! A request is found guilty in one of these cases:
-//! - It alone was the evidence of N deaths within the window, or of one death shortly after its release. This does not apply if
-//!   the worker was killed for its use of a resource like memory: the request that runs at that moment need not have used it.
-//! - It was among the evidence of each of the last N deaths, was not in flight in any surviving worker at those moments, and no
-//!   other request meets both conditions. So a popular request that is in flight at each death goes free, because other workers
-//!   serve it as well. Without other workers, this rule finds no request guilty.
+//! - It alone was the evidence of N deaths within the window, or of one death shortly after its release. This does not apply if the worker
+//!   was killed for its use of a resource such as memory, because the request that runs at that moment need not be the one that used it.
+//! - It was among the evidence of each of the last N deaths, was not in flight in any surviving worker at those moments, and no other
+//!   request meets both conditions. So a popular request that is in flight at each death is not refused, because other workers serve it as
+//!   well. Without other workers, this rule finds no request guilty.
 //!
-//! Paths are examined first. If no path is guilty, requests that differ only in their numbers count as the same request, and are
-//! examined again. The requests in flight were reported by the dead worker: a false report can cause the refusal of requests, but
-//! cannot make memory grow.
+//! Paths are examined first. If no path is guilty, requests that differ only in their numbers count as the same request, and are examined
+//! again. The requests in flight were reported by the dead worker: a false report can cause requests to be refused, but cannot make memory
+//! grow.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -22,10 +22,10 @@ use crate::config::millis;
 use crate::diagnostics::request_key::RequestKey;
 use crate::upgrade::saved_state::SavedRefusal;
 
-/// Maximum number of deaths that are remembered, and of requests.
+/// Maximum number of remembered deaths, and of records of requests.
 const DEATHS: usize = 256;
 const RECORDS: usize = 1024;
-/// Maximum time of one refusal, unless the configured time is longer.
+/// Maximum duration of one refusal, unless the configured time is longer.
 const MAX_TIME: Duration = Duration::from_secs(60 * 60);
 
 /// A death by a crash, with the evidence of its cause.
@@ -57,7 +57,7 @@ pub(crate) enum Verdict {
 pub(crate) struct Listed {
     pub(crate) key: String,
     pub(crate) left: Duration,
-    /// Number of times that the request was refused in this series, including this time.
+    /// Number of times that the request has been refused in this series, including this time.
     pub(crate) times: u32,
 }
 
@@ -72,7 +72,7 @@ pub(crate) struct Quarantine {
 #[derive(Debug)]
 struct Record {
     refused: bool,
-    /// The time of its release; after the release, the time at which the record is dropped.
+    /// The time of its release; once released, the time at which the record is dropped.
     until: Now,
     time: Duration,
     times: u32,
@@ -113,9 +113,9 @@ impl Quarantine {
         }
     }
 
-    /// Records the death of a worker by a crash, and decides.
+    /// Records that a worker crashed, and decides.
     pub(crate) fn died(&mut self, death: Death, now: Now) -> Vec<Verdict> {
-        // Without a request that can be named there is no evidence.
+        // Without a request that can be named, there is no evidence.
         let is_evidence =
             death.culprit.is_some() || death.running.is_some() || (death.complete && !death.in_flight.is_empty());
         if self.config.deaths == 0 || !is_evidence {

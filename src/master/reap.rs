@@ -1,4 +1,4 @@
-//! Reaps the master's children: determines what each child was, ends what must end with it, and passes its end to its component.
+//! Reaps the master's children: determines what each child was, kills what must end with it, and notifies the component that started it.
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -44,7 +44,7 @@ impl Master {
         }
     }
 
-    /// Reaps all children that have ended: one SIGCHLD may stand for many.
+    /// Reaps all children that have exited: one SIGCHLD may stand for many.
     pub(super) fn reap(&mut self) {
         self.guard.look();
         while let Some(pid) = sys::ended_child() {
@@ -63,7 +63,7 @@ impl Master {
         }
     }
 
-    /// Kills the remaining processes in the group of a child, where they must not outlive it. The child is not reaped yet, so its pid
+    /// Kills the remaining processes in the group of a child, where they must not outlive it. The child has not been reaped yet, so its pid
     /// cannot be another group's number.
     fn end_group(&mut self, kind: Kind, pid: Pid) {
         let ending = sys::ending_of(pid);
@@ -117,13 +117,13 @@ impl Master {
             None if !asked => self.look_whether_sockets_listen(),
             None => {}
         }
-        self.check_closing(); // it may have left because the queue is empty
+        self.check_closing(); // it may have exited because the queue is empty
         self.feed(Event::Exited { pid, after_exit: asks });
     }
 }
 
-/// The effect of an exit status. A program may be a wrapper: `env`, `timeout` and `docker run` return 125 when they fail
-/// themselves. So 125 counts only from a process that was ready.
+/// The effect of an exit status. A program may be a wrapper: `env`, `timeout` and `docker run` return 125 when they themselves fail. So 125
+/// counts only from a process that was ready.
 pub(super) fn after_exit(ending: Ending, was_ready: bool) -> AfterExit {
     match ending {
         Ending::Exited(0) => AfterExit::Restart,

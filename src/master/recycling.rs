@@ -1,7 +1,7 @@
 //! Finds workers that have reached the end of their lifetime: those that have grown too large or too old.
 //!
-//! The maximum age of a worker is drawn at its start. The memory of one worker at a time is checked, each worker about once an
-//! interval. A worker is replaced only if its memory was too large several times in a row: a large request is no leak.
+//! The maximum age of a worker is drawn at random when it starts. Memory is checked one worker at a time, each worker about once per
+//! interval. A worker is replaced only if its memory was too large several times in a row, because a single large request is not a leak.
 //! [`Recycling`] decides and makes no system call; [`own_memory`] reads the kernel's data.
 
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use super::supervisor::Now;
 use crate::config::{Jittered, Scaling};
 
-/// Number of checks in a row at which a worker must be too large.
+/// Number of consecutive checks at which a worker must be too large.
 const STRIKES: u32 = 3;
 
 /// Schedules the checks.
@@ -51,7 +51,7 @@ impl Recycling {
         format!("max_memory={max_memory:?} interval={interval:?} max_age={max_age:?}")
     }
 
-    /// A process exists, and has this age.
+    /// Records that a process exists and has this age.
     pub(crate) fn spawned(&mut self, pid: Pid, age: Duration, now: Now) {
         let ends = self.max_age.map(|max| (now + max.draw()).saturating_sub(age));
         self.lives.insert(pid, Life { ends, strikes: 0 });
@@ -105,8 +105,8 @@ impl Recycling {
     }
 }
 
-/// A process's memory in bytes: its own, and its share of the memory that it shares with other forks of the master. Without shared
-/// memory, since the page cache does not depend on the worker.
+/// A process's memory in bytes: its own, and its share of the memory that it shares with other forks of the master. Excludes the shared
+/// memory segment, since the page cache does not depend on the worker.
 pub(crate) fn own_memory(pid: Pid) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     own_memory_in(&text)
@@ -158,7 +158,7 @@ mod tests {
             assert_eq!(recycling.turn(now), None, "one at a time");
             looked_at.push(pid.as_raw());
             let round = looked_at.len() / 3;
-            // 7 is always large, 8 is each other time, 9 never.
+            // 7 is always too large, 8 every other time, 9 never.
             let bytes = [101, 100 + u64::try_from(round % 2).unwrap(), 100][usize::try_from(pid.as_raw() - 7).unwrap()];
             if recycling.is_too_large(pid, bytes) {
                 named.push((second, pid.as_raw()));
@@ -181,7 +181,7 @@ mod tests {
             assert!(deadline > now, "it asks for what is past");
             now = deadline;
             assert_eq!(recycling.turn(now), None);
-            // One is not ready for a long time.
+            // One worker is not ready for a long time.
             let old = recycling.too_old(|pid| pid.as_raw() != 1 || now > 200 * S, now);
             if !old.is_empty() {
                 moments.insert(now);

@@ -1,8 +1,9 @@
-//! Starts and supervises the relay process: it is started when a datagram waits in the publish socket, and restarted when it has
-//! died. A relay that does nothing while datagrams wait, for example because it was stopped, is killed: otherwise publishers would
-//! wait forever. [`crate::relay`] is the code of the relay itself.
+//! Starts and supervises the relay process: it is started when a datagram is waiting in the publish socket, and restarted when it has died.
+//! A relay that does nothing while datagrams wait, for example because it was stopped, is killed, because publishers would otherwise wait
+//! forever. [`crate::relay`] is the code of the relay itself.
 //!
-//! The master never reads the socket. It checks whether a datagram waits: while there is no relay, and periodically while there is.
+//! The master never reads the socket. It checks whether a datagram is waiting: continuously while there is no relay, and periodically while
+//! there is one.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -28,9 +29,9 @@ use crate::relay;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved_state::SavedPublish;
 
-/// Maximum number of bytes of its output that are read in one turn of the master's loop.
+/// Maximum number of bytes of its output that are read in one iteration of the master's loop.
 const READ_BUDGET: usize = 4 << 10;
-/// How long a relay may take to end by itself.
+/// How long a relay may take to exit by itself.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The publish socket and the current relay process.
@@ -44,7 +45,7 @@ pub(super) struct Relay {
 enum State {
     None,
     Works(Process),
-    /// The relay was asked to end, and is killed at the deadline.
+    /// The relay was asked to exit, and is killed at the deadline.
     Ends {
         pid: Pid,
         deadline: Option<Now>,
@@ -62,7 +63,7 @@ struct Process {
     open: bool,
     stall: Stall,
     is_given_up: bool,
-    /// The relay ends when this descriptor is closed.
+    /// The relay exits when this descriptor is closed.
     _lifeline: OwnedFd,
 }
 
@@ -131,7 +132,7 @@ impl Relay {
         }
     }
 
-    /// Logs the relay's output, and starts a relay if a datagram waits.
+    /// Logs the relay's output, and starts a relay if a datagram is waiting.
     pub(super) fn turn(&mut self, spawner: &Spawner, signals: &SignalInbox, now: Now) {
         match &mut self.state {
             State::Works(process) => {
@@ -170,7 +171,7 @@ impl Relay {
         }
     }
 
-    /// Handles the end of the relay.
+    /// Handles the exit of the relay.
     pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) {
         match std::mem::replace(&mut self.state, State::None) {
             State::Works(mut process) => {
@@ -200,7 +201,7 @@ impl Relay {
         }
     }
 
-    /// Ends the relay for good, since the master ends.
+    /// Ends the relay for good, since the master is exiting.
     pub(super) fn stop(&mut self) {
         // Dropping the process closes the lifeline.
         self.state = match self.pid() {
@@ -209,7 +210,7 @@ impl Relay {
         };
     }
 
-    /// Kills the relay if it has not ended yet.
+    /// Kills the relay if it has not exited yet.
     pub(super) fn end(&mut self) {
         if let Some(pid) = self.pid() {
             let _ = kill(pid, Signal::SIGKILL);
@@ -246,7 +247,7 @@ impl Process {
     }
 }
 
-/// Whether a datagram waits in the socket.
+/// Whether a datagram is waiting in the socket.
 fn has_come(socket: &PublishSocket) -> bool {
     let mut watched = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
     poll(&mut watched, PollTimeout::ZERO).is_ok() && watched[0].any().unwrap_or(false)
@@ -272,7 +273,7 @@ fn start(socket: &PublishSocket, spawner: &Spawner, signals: &SignalInbox, now: 
     let privileges = Privileges::resolve(&spawner.current.config.privileges, false).map_err(io::Error::other)?;
     let segment = &spawner.segment;
     let pid = sys::fork(|| {
-        // The handlers stay, and do nothing: a signal to all processes of a service must not end the relay before its time.
+        // The handlers stay installed, and do nothing: a signal to all processes of a service must not terminate the relay before its time.
         signals.leave();
         logging::begin_worker(&spawner.config.logs);
         if [1, 2].into_iter().try_for_each(|fd| sys::replace(fd, &write)).is_err() {
@@ -284,7 +285,7 @@ fn start(socket: &PublishSocket, spawner: &Spawner, signals: &SignalInbox, now: 
         sys::close_all_except(&keep);
         let _ = nix::sys::prctl::set_name(c"relay"); // for `ps`
         let grouped = setpgid(Pid::from_raw(0), Pid::from_raw(0));
-        // The process must register as a user of the segment while it can still open it again.
+        // The process must register as a user of the segment while it can still reopen it.
         segment.enter();
         if let Err(error) = grouped.map_err(io::Error::from).and_then(|()| privileges.apply_without_slot()) {
             relay::say(&format!("{error}"));

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! - Settings of the master itself (number of workers, timeouts, the log) take effect at once.
-//! - Settings of the serving processes take effect for the new generation. Processes that replace older ones before the new
-//!   generation is proven, or after it has failed, use the settings of the older ones.
+//! - Settings of the serving processes take effect for the new generation. Processes that replace older ones before the new generation is
+//!   proven, or after it has failed, use the old settings.
 //! - Settings that cannot change are logged ([`crate::config::control::reloaded`]).
 
 use std::io;
@@ -27,10 +27,10 @@ use crate::startup::conflicts::{self, Conflict};
 use crate::{logging, privileges};
 
 impl Master {
-    /// Reads the configuration again, and replaces the workers.
+    /// Rereads the configuration, and replaces the workers.
     ///
     /// # Errors
-    /// A sentence for the operator, if the configuration is broken. Then nothing has changed.
+    /// A sentence for the operator, if the configuration is invalid. Then nothing has changed.
     pub(super) fn reload(&mut self) -> Result<(), String> {
         let read =
             (self.reread)(&self.spawner.config).and_then(|read| read.map_or(Ok(()), |read| self.take_over(read)));
@@ -198,7 +198,7 @@ impl Master {
         for (pid, child) in &self.children {
             let Some(channel) = &child.files else { continue };
             let files = child.log_files.as_ref().unwrap_or(&self.spawner.current.log_files);
-            // A worker that is about to end does not receive files.
+            // A worker that is about to exit does not receive files.
             if let Err(error) = files.hand_out(channel.as_fd())
                 && error.kind() != io::ErrorKind::BrokenPipe
             {

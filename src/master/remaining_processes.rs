@@ -1,8 +1,8 @@
-//! Ends or logs the processes that are left when the server ends.
+//! Terminates or logs the processes that remain when the server exits.
 //!
-//! The kernel reparents orphaned descendants to the master, so the master can list the remaining processes. Processes in its own
-//! session end with it: they are asked first, then killed. Processes with a session of their own (setsid) are meant to outlive the
-//! server, and are logged; processes that daemons have left are ended in any case. The sockets that this server has bound stop
+//! The kernel reparents orphaned descendants to the master, so the master can list the remaining processes. Processes in its own session
+//! end with it: they are first asked to exit, then killed. Processes with a session of their own (setsid) are meant to outlive the server,
+//! and are only logged; processes that daemons have left behind are terminated in any case. The sockets that this server has bound stop
 //! listening, even if another process still holds them.
 
 use std::collections::BTreeSet;
@@ -17,11 +17,11 @@ use super::Master;
 use super::procfs::{self, Environment, Observed};
 use crate::sys;
 
-/// How long the remaining processes may take to leave.
+/// How long the remaining processes may take to exit.
 const GRACE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long killed processes may take to be gone.
+/// How long killed processes may take to disappear.
 const KILL_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often to look for remaining processes: the kernel reparents an orphan to the master a moment later.
+/// How often to look for remaining processes: the kernel may reparent an orphan to the master a moment later.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 impl Master {
@@ -38,7 +38,7 @@ impl Master {
             let (ours, apart): (Vec<Pid>, Vec<Pid>) =
                 family.into_iter().partition(|&pid| self.ends_with_us(pid, session));
             let is_over = begun.elapsed() >= GRACE_TIMEOUT;
-            // Which daemon started a process is not known while the process is in the middle of exec.
+            // It is unknown which daemon started a process while the process is in the middle of exec.
             let is_in_exec = |&pid: &Pid| procfs::environment_of(pid).seen_for(begun.elapsed()) == Environment::InExec;
             let is_undecided = || apart.iter().any(is_in_exec);
             if ours.is_empty() && !is_undecided() || begun.elapsed() >= GRACE_TIMEOUT + KILL_TIMEOUT {
@@ -49,7 +49,7 @@ impl Master {
                 if asked.insert((pid, signal as i32)) {
                     let name = procfs::stat(pid).map(|stat| stat.name).unwrap_or_default();
                     log::info!("what was left behind ends with the server pid={pid} name={name} signal={signal}");
-                    let _ = kill(pid, signal); // it may just have ended
+                    let _ = kill(pid, signal); // it may just have exited
                 }
             }
             let nap = PollTimeout::try_from(POLL_INTERVAL).unwrap_or(PollTimeout::ZERO);

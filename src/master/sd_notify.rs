@@ -1,8 +1,8 @@
-//! Sends notifications to the service manager (`sd_notify(3)`): datagrams to the socket that `NOTIFY_SOCKET` names, without
-//! waiting. Without that variable nothing is sent.
+//! Sends notifications to the service manager (`sd_notify(3)`): datagrams to the socket named by `NOTIFY_SOCKET`, without waiting. Without
+//! that variable nothing is sent.
 //!
-//! The existing crates send blocking datagrams. The master must not block outside its one wait point, so this module sends
-//! them itself.
+//! The existing crates send blocking datagrams. The master must not block outside its one wait point, so this module sends the datagrams
+//! itself.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -19,7 +19,7 @@ pub(crate) const VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATC
 /// How often to report progress during a stop or a reload, and by how much each report extends the manager's time limit.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 const EXTEND_TIMEOUT_US: u64 = 20_000_000;
-/// When the manager's queue is full: how often to try again, and how many states are kept.
+/// When the manager's queue is full: how often to retry, and how many states are kept.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 const MAX_UNSENT: usize = 8;
 
@@ -41,10 +41,10 @@ pub(crate) struct Notify {
     phase: Phase,
     next_watchdog: Option<Instant>,
     next_progress: Option<Instant>,
-    /// States for which the manager's queue had no room, the oldest first.
+    /// States that did not fit into the manager's queue, the oldest first.
     unsent: VecDeque<String>,
     next_try: Option<Instant>,
-    /// The last message failed, and the log has a line about it.
+    /// The last message failed, and this has been logged.
     is_unreachable: bool,
 }
 
@@ -77,7 +77,7 @@ impl Notify {
         }
     }
 
-    /// Reports that the server serves: all workers are ready, or a reload is over.
+    /// Reports that the server serves: all workers are ready, or a reload has ended.
     pub(crate) fn ready(&mut self, status: &str) {
         self.enter(Phase::Ready, &format!("READY=1\nSTATUS={status}"));
     }
@@ -99,7 +99,7 @@ impl Notify {
 
     /// Stores the shared memory in the service manager for the next start of the service.
     pub(crate) fn store(&mut self, name: &str, memory: BorrowedFd<'_>) {
-        // Remove what a former start stored under this name: otherwise the manager would keep both.
+        // Remove what a former start stored under this name, because the manager would otherwise keep both.
         let _ = self.try_send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
         let _ = self.try_send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(memory)); // systemd keeps it only with FDPOLL=0
     }
@@ -139,7 +139,7 @@ impl Notify {
         self.next_progress = matches!(phase, Phase::Reloading | Phase::Stopping).then(Instant::now);
     }
 
-    /// With `keep`, a message for which there is no room is sent later. Watchdog messages are not kept, since another one follows.
+    /// With `keep`, a message that does not fit is sent later. Watchdog messages are not kept, since another one follows.
     fn send(&mut self, text: &str, keep: bool) {
         if self.unsent.is_empty() && self.try_send(text, None) != Err(Errno::EAGAIN) {
             return;

@@ -1,4 +1,5 @@
-//! Tests the rules of the quarantine one by one, and with random sites from a seed that have a fatal request among their routes.
+//! Tests the rules of the quarantine one by one, and with random sites, generated from a seed, that have a fatal request among their
+//! routes.
 
 use super::*;
 use crate::config::failures::QuarantineBy;
@@ -125,7 +126,7 @@ fn what_threads_were_at_work_on_is_evidence_however_much_was_in_flight() {
     let alone = Death { live_workers: 0, ..exited };
     assert_eq!(refused(&verdicts(&[alone.clone(), alone.clone(), alone.clone()])), ["GET /bad"]);
 
-    // Killed because memory ran out: a request that was running is to blame only if no running worker serves it.
+    // Killed because memory ran out: a request that was running is to blame only if no surviving worker serves it.
     let killed = Death { by_itself: false, ..alone };
     assert_eq!(
         verdicts(&[killed.clone(), killed.clone(), killed.clone()]),
