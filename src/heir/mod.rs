@@ -1,22 +1,21 @@
-//! The heir: a process next to each worker that takes over the worker's connections when the worker dies.
+//! The heir: a process alongside each worker that takes over the worker's connections when the worker dies.
 //!
 //! ```text
 //! worker dies ─▶ every request in flight: 502 ─▶ kept connections: to another worker ─▶ the rest: closed
 //! ```
 //!
-//! An heir is a clone of its worker that shares only the worker's descriptor table (`clone(2)`, CLONE_FILES). It sleeps while
-//! the worker lives, and adds no system call to a connection. When the worker dies, by any signal, the table and all
-//! connections in it stay open. The [`journal`] shows the state of each connection, and [`settlement`] decides what happens
-//! to it.
+//! An heir is a clone of its worker that shares only the worker's descriptor table (`clone(2)`, CLONE_FILES). It sleeps while the worker
+//! lives, and adds no system call to a connection. When the worker dies, from any signal, the table and all connections in it stay open.
+//! The [`journal`] shows the state of each connection, and [`settlement`] decides what happens to it.
 //!
 //! - The heir is created right after the fork, while the worker has one thread, and before any application code runs. It
 //!   never touches the application's memory, the page cache or tokio.
-//! - After the worker's death, the heir first closes all descriptors that are not connections: a lock held through such a
-//!   descriptor counts as a sign that the worker lives.
-//! - The heir has no exit signal, so the application's wait(2) calls do not return it. After the worker's death the heir
-//!   becomes a child of the master, which reaps it.
-//! - If only the heir is killed, no connection is lost, and its worker requests to be replaced. If the heir is killed
-//!   together with its worker, the kernel closes the connections.
+//! - After the worker's death, the heir first closes all descriptors that are not connections, because a lock held through such a
+//!   descriptor counts as a sign that the worker is alive.
+//! - The heir has no exit signal, so the application's wait(2) calls do not return it. After the worker's death, the heir becomes a child
+//!   of the master, which reaps it.
+//! - If only the heir is killed, no connection is lost, and its worker requests its own replacement. If the heir is
+//!   killed together with its worker, the kernel closes the connections.
 //!
 //! The heir must not trust the journal further than its own safety allows, and must not wait for a peer longer than
 //! [`PEER_TIMEOUT`].
@@ -46,13 +45,13 @@ use crate::net::handover::{self, Channel, Handoff, PackedOrigin};
 use crate::net::listen::{Closing, Listener};
 use crate::{logging, sys};
 
-/// How long the heir reads from peers after it has written its last bytes to them. If the heir closed a connection on which
-/// the peer still sends, the kernel would reset it, and the peer could lose those bytes.
+/// How long the heir reads from peers after it has written its last bytes to them. If the heir closed a connection on which the peer is
+/// still sending, the kernel would reset it, and the peer could lose those bytes.
 const PEER_TIMEOUT: Duration = Duration::from_secs(2);
-/// As [`PEER_TIMEOUT`], for a stop at once or a dead master.
+/// Like [`PEER_TIMEOUT`], for an immediate stop or a dead master.
 const STOP_PEER_TIMEOUT: Duration = Duration::from_millis(250);
-/// When the master is dead: how long a worker may take to accept queued connections before its sockets are closed, and how
-/// often the queues are checked, in milliseconds.
+/// When the master is dead: how long a worker may take to accept queued connections before its sockets are closed, and the interval at
+/// which the queues are checked, in milliseconds.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(1);
 const QUEUE_POLL_INTERVAL_MS: u8 = 5;
 
@@ -73,7 +72,7 @@ pub(crate) struct Heir {
 pub(crate) struct RetainedFds {
     /// `None` without an heir.
     worker: Option<OwnedFd>,
-    /// The heir's own lifeline: a worker closes its lifeline when it leaves.
+    /// The heir's own lifeline, because a worker closes its lifeline when it exits.
     lifeline: OwnedFd,
     _channel: Arc<Channel>,
     listeners: Arc<[Listener]>,
@@ -86,7 +85,7 @@ impl RetainedFds {
         listeners.iter().for_each(|listener| listener.give_up(&self.lifeline));
     }
 
-    /// Returns when the worker is dead. If the master dies first, the listening sockets are closed here: a worker whose event loop
+    /// Returns when the worker is dead. If the master dies first, the heir closes the listening sockets, because a worker whose event loop
     /// is busy may take long to close them.
     fn await_death(&self, worker: Pid, end: &OwnedFd) {
         let is_lifeline = identity_of(self.lifeline.as_fd());
@@ -94,7 +93,7 @@ impl RetainedFds {
         let mut closing = None;
         let mut own = None;
         let is_alive = || nix::unistd::getppid() == worker;
-        // Until then no descriptor may be changed: the table is the worker's.
+        // Until then no descriptor may be changed, because the table belongs to the worker.
         while is_alive() {
             let end = own.as_ref().unwrap_or(end);
             let mut ends = vec![PollFd::new(end.as_fd(), PollFlags::POLLIN)];
@@ -121,7 +120,7 @@ impl RetainedFds {
             }
             closing = closing.filter(|sockets| !sockets.is_over());
             match polled {
-                // The number may belong to another file now. Then the worker is still the parent process.
+                // The number may belong to another file now. In that case the worker is still the parent process.
                 Ok(_) if of_worker.contains(PollFlags::POLLIN) && !is_alive() => return,
                 Ok(_) if of_worker.is_empty() => {}
                 Err(nix::errno::Errno::EINTR) => {}
@@ -151,14 +150,14 @@ fn lacks_call(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES))
 }
 
-/// Creates the heir of the calling process, a worker with one thread. On failure the worker runs without an heir.
+/// Creates the heir of the calling process, a worker with one thread. On failure, the worker runs without an heir.
 ///
 /// # Errors
 /// If there is no memory for the journal, or no descriptor available for the worker itself.
 pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
     let journal = Journal::create()?;
     let lines = heritage.log_files.has_access_log().then(LineBuffer::create).transpose()?;
-    // Must be read before the fork: an heir may already be an orphan when it reads its parent's pid.
+    // Must be read before the fork, because an heir may already be an orphan when it reads its parent's pid.
     let worker = nix::unistd::getpid();
     let end_of_worker = sys::process_descriptor(worker);
     let mut retained = RetainedFds {
@@ -191,7 +190,7 @@ pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
 /// The main function of the heir. Signals stay blocked, as they were when the worker was forked.
 fn run(worker: Pid, heritage: &Heritage, journal: Journal, lines: Option<LineBuffer>, retained: &RetainedFds) -> u8 {
     let _ = nix::sys::prctl::set_name(c"heir"); // for `ps`
-    let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the worker's group ends both
+    let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the worker's group terminates both
     let Some(end) = &retained.worker else { return 0 };
     retained.await_death(worker, end);
     let settlement = OpenConnections::open(heritage, journal, retained.lifeline.as_fd());
@@ -218,7 +217,7 @@ fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
 /// The connections of a dead worker.
 struct OpenConnections<'a> {
     heritage: &'a Heritage,
-    /// Ends when the master is dead, or stops at once. `None` from then on.
+    /// Closed when the master is dead, or stops at once. `None` from then on.
     lifeline: Option<BorrowedFd<'a>>,
     /// The system-wide limit of connections in transit has been reached.
     crowded: bool,
@@ -272,7 +271,7 @@ impl<'a> OpenConnections<'a> {
         settlement
     }
 
-    /// Connections that were accepted and not entered, with their handoff messages. There is at most one.
+    /// Connections that were accepted but not entered, with their handoff messages. There is at most one.
     fn unrecorded(&self, records: &BTreeMap<RawFd, ConnRecord>) -> Vec<(RawFd, Vec<u8>)> {
         let candidates = sys::open_descriptors().unwrap_or_else(|_| (3..1 << 16).collect()); // no /proc here
         let has_page = |fd: &RawFd| usize::try_from(*fd).is_ok_and(|fd| fd < MAX_CONNECTIONS);
@@ -283,7 +282,7 @@ impl<'a> OpenConnections<'a> {
     /// The handoff message for `fd`, if it is a connection of this server's listeners.
     fn fresh(&self, fd: RawFd) -> Option<Vec<u8>> {
         let ours: SockaddrStorage = getsockname(fd).ok()?;
-        let peer: SockaddrStorage = getpeername(fd).ok()?; // a listener has none
+        let peer: SockaddrStorage = getpeername(fd).ok()?; // a listener has no peer
         let listener = self.heritage.listeners.iter().position(|listener| listener.accepts_at(&ours))?;
         let origin = PackedOrigin::of_peer(sys::peer_address(&peer));
         Some(Handoff { listener: u16::try_from(listener).ok()?, origin, early: Vec::new() }.encode())
@@ -304,7 +303,7 @@ impl<'a> OpenConnections<'a> {
                 self.leaving.push(connection);
             }
             Then::PassOn(_) | Then::Close | Then::Reset => {
-                // With a reset, the peer cannot take the end of the connection for the end of a response.
+                // With a reset, the peer cannot mistake the end of the connection for the end of a response.
                 let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
                 let _ = setsockopt(&connection, sockopt::Linger, &at_once);
             }
@@ -356,7 +355,7 @@ impl<'a> OpenConnections<'a> {
         });
     }
 
-    /// Discards what the peers of `leaving` still send, and closes the connections that they have closed.
+    /// Discards what the peers of `leaving` are still sending, and closes the connections that the peers have closed.
     fn listen(&mut self) {
         self.leaving.retain(|connection| {
             let mut sink = [0; 16 << 10];
@@ -371,7 +370,7 @@ impl<'a> OpenConnections<'a> {
         });
     }
 
-    /// Waits for an event, and at most `left` if connections are leaving. Returns false if the lifeline has ended.
+    /// Waits for an event, for at most `left` if connections are leaving. Returns false if the lifeline has ended.
     fn wait(&self, left: Duration) -> bool {
         let mut events: Vec<_> = self.lifeline.iter().map(|&end| PollFd::new(end, PollFlags::POLLIN)).collect();
         if !self.handoffs.is_empty() && !self.crowded {
@@ -379,12 +378,12 @@ impl<'a> OpenConnections<'a> {
         }
         events.extend(self.leaving.iter().map(|connection| PollFd::new(connection.as_fd(), PollFlags::POLLIN)));
         let timeout = match self.leaving.len() {
-            // No event reports when the system-wide limit allows another one.
+            // No event reports that the system-wide limit permits another connection in transit.
             _ if self.crowded => PollTimeout::from(20_u8),
             0 => PollTimeout::NONE,
             _ => PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX),
         };
-        let _ = poll(&mut events, timeout); // if it fails, the next round is just earlier
+        let _ = poll(&mut events, timeout); // if it fails, the next round just comes earlier
         self.lifeline.is_none() || !events.first().and_then(PollFd::any).unwrap_or(false)
     }
 }

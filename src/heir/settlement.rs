@@ -1,4 +1,4 @@
-//! Decides what happens to a dead worker's connection, from its record in the journal and without a system call.
+//! Decides what happens to a dead worker's connection, from its record in the journal, without a system call.
 //!
 //! | state of the connection | result for the peer |
 //! |---|---|
@@ -6,7 +6,7 @@
 //! | requests of whose responses nothing has been sent | a 502 for each |
 //! | a response has been sent in part | the connection ends before the end of the response |
 //! | all responses have been sent, and the connection is kept | another worker |
-//! | as before, and a part of the next request was read and is lost | a 502 over HTTP and SCGI |
+//! | as before, but a part of the next request was read and is lost | a 502 over HTTP and SCGI |
 //! | the output ends within a protocol record | the connection is reset |
 //!
 //! After a 502 an HTTP or SCGI connection is closed. A FastCGI connection passes to another worker if it is kept and its input
@@ -21,7 +21,8 @@ use crate::protocol::fastcgi::{self, Decoder, Event};
 
 /// The response body for a request whose worker died.
 const BAD_GATEWAY: &[u8] = b"502 Bad Gateway\n";
-/// HTTP/2 GOAWAY with INTERNAL_ERROR (RFC 9113, section 6.8). Its last stream id excludes no stream: any may have had an effect.
+/// HTTP/2 GOAWAY with INTERNAL_ERROR (RFC 9113, section 6.8). Its last stream id excludes no stream, because any stream may have had an
+/// effect.
 const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 2];
 
 /// The decision about one connection.
@@ -32,7 +33,7 @@ pub(crate) struct Settlement {
     pub(crate) then: Then,
     /// Number of requests that get a 502.
     pub(crate) answered: u32,
-    /// Number of requests whose response is cut off, or of which nothing is known.
+    /// Number of requests whose response is cut off, or about which nothing is known.
     pub(crate) cut: u32,
 }
 
@@ -99,8 +100,7 @@ enum Input {
     Whole,
     /// The input ends with these bytes, which the worker has not examined.
     Early(Vec<u8>),
-    /// Some requests in the last bytes read have an entry, and `unseen` have none. `ends_whole`: the bytes end at a record
-    /// boundary.
+    /// Some requests in the last bytes read have an entry; those in `unseen` have none. `ends_whole`: the bytes end at a record boundary.
     Looked { unseen: Vec<Request>, ends_whole: bool },
     /// A part of the input is lost.
     Lost,
@@ -120,7 +120,7 @@ fn input(record: &ConnRecord) -> Input {
     }
 }
 
-/// Decodes input of which the worker has entered some requests, and maybe not all.
+/// Decodes input of which the worker has entered some requests, but possibly not all.
 fn examined(record: &ConnRecord, bytes: &[u8]) -> Input {
     let mut decoder = Decoder::new(bytes.len(), usize::from(u16::MAX));
     let mut rest = BytesMut::from(bytes);

@@ -1,9 +1,9 @@
 //! The master: one thread, one `poll(2)` loop. Events go in, actions come out.
 //!
 //! The master spawns processes, detects when they are ready, reaps them, and carries out the decisions of the [`supervisor`]. It runs no
-//! application code except hooks, does not use tokio, and takes no lock in shared memory. In shared memory it reads the scoreboard rows of
-//! dead workers and marks them as dead, and nothing else. It trusts nothing that a child reports: each report is bounded, and matched
-//! against the pid that it came from.
+//! application code except hooks, does not use tokio, and takes no lock in shared memory. In shared memory it reads the scoreboard and
+//! checks for damage, marks the rows of dead workers as dead, and writes the list of refused requests, and nothing else. It trusts nothing
+//! that a child reports: each report is bounded, and matched against the pid that it came from.
 //!
 //! Modules that decide, without a system call:
 //! - [`supervisor`]: which processes should run.

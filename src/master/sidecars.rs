@@ -1,7 +1,7 @@
 //! Runs the sidecars (daemons and jobs): carries out the decisions of [`sidecars`](self::supervisor), and logs their output.
 //!
-//! Sidecars are programs, started like those of `forkyard run`: in their own process groups, with the privileges of the workers. If
-//! the master dies, the kernel kills them, and the guard kills the processes that they have started.
+//! Sidecars are programs, started like those of `forkyard run`: in their own process groups, with the privileges of the workers. If the
+//! master dies, the kernel kills them, and the guard kills the processes that they have started.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -29,7 +29,7 @@ use crate::net::publish_socket;
 use crate::privileges::{self, Privileges};
 use crate::sys::{self, Ending};
 
-/// All sidecars, and the settings to start them.
+/// All sidecars, and the settings with which they are started.
 pub(super) struct Sidecars {
     sidecars: SidecarSupervisor,
     /// In the order of the configuration.
@@ -85,13 +85,13 @@ struct Process {
 pub(super) struct Living<'a> {
     pub(super) name: &'a str,
     pub(super) pid: Pid,
-    /// The read end of its output pipe. It must stay open: otherwise the next write would end the process.
+    /// The read end of its output pipe. It must stay open: otherwise the process would be terminated by its next write.
     pub(super) output: BorrowedFd<'a>,
     /// The unfinished line.
     pub(super) partial: &'a [u8],
-    /// Time since its start.
+    /// Time since the process started.
     pub(super) age: Duration,
-    /// Time that is left to stop, if the process was asked to.
+    /// Time left for the process to stop, if it was asked to.
     pub(super) stop_left: Option<Duration>,
 }
 
@@ -144,7 +144,7 @@ impl Sidecars {
     /// Resolves and checks the settings of another configuration.
     ///
     /// # Errors
-    /// A sentence for the operator: a program is missing, or cannot have the configured privileges.
+    /// A sentence for the operator, if a program is missing or cannot have the configured privileges.
     pub(super) fn prepare(config: &Config, events: Option<PathBuf>) -> Result<Settings, String> {
         let (programs, privileges) = resolve(config)?;
         warn_of_sandbox(config);
@@ -157,7 +157,7 @@ impl Sidecars {
         })
     }
 
-    /// Stores the settings of a reload that begins. Until the reload is done, the old settings stay in use.
+    /// Stores the settings of a reload that begins. The old settings stay in use until the reload is done.
     pub(super) fn expect(&mut self, settings: Settings) {
         self.read = Some(settings);
     }
@@ -169,7 +169,7 @@ impl Sidecars {
 
     fn change(&mut self, settings: Settings) {
         let Settings { programs, privileges, config, stop_timeout, events } = settings;
-        // A sidecar that is no longer wanted may be wanted again before its process has ended.
+        // A sidecar that is no longer wanted may be wanted again before its process has exited.
         let leaving = |label: &Label| {
             self.processes.values().find(|process| process.label == *label).map(|process| process.sidecar)
         };
@@ -202,7 +202,7 @@ impl Sidecars {
         self.sidecars.is_empty()
     }
 
-    /// Whether any sidecar is configured or runs.
+    /// Whether any sidecar is configured or running.
     pub(super) fn has_any(&self) -> bool {
         let read = self.read.as_ref().is_some_and(|settings| !settings.programs.is_empty());
         read || !self.programs.is_empty() || !self.processes.is_empty()
@@ -231,20 +231,20 @@ impl Sidecars {
         self.processes.iter().map(living).collect()
     }
 
-    /// When due jobs were last looked for, in Unix milliseconds, for the next master in an upgrade.
+    /// The time of the last check for due jobs, in Unix milliseconds, for the next master in an upgrade.
     pub(super) fn looked_at_ms(&self) -> Option<i64> {
         self.sidecars.looked_at().map(Timestamp::as_millisecond)
     }
 
-    /// Continues from the time at which a former master last looked for due jobs.
+    /// Continues from the time at which a former master last checked for due jobs.
     pub(super) fn resume(&mut self, looked_at_ms: i64) {
         if let Ok(looked_at) = Timestamp::from_millisecond(looked_at_ms) {
             self.sidecars.resume(looked_at);
         }
     }
 
-    /// Takes over a child that a former master started. If the configuration has no sidecar of that name, the child is asked to stop. It
-    /// has run for `age`, and has `stop_left` to stop if it was asked to.
+    /// Takes over a child that a former master started. If no sidecar of that name is configured, the child is asked to stop. The child has
+    /// run for `age`, and has `stop_left` to stop if it was asked to.
     pub(super) fn adopt(
         &mut self,
         name: &str,
@@ -270,7 +270,7 @@ impl Sidecars {
         self.processes.insert(pid, process);
     }
 
-    /// Logs output, and carries out what is due. `is_up`: there are workers.
+    /// Logs output, and carries out what is due. `is_up`: workers exist.
     pub(super) fn turn(&mut self, is_up: bool) {
         let share = output::share(self.processes.len());
         let now = self.now();
@@ -280,7 +280,7 @@ impl Sidecars {
         self.feed(if is_up { Event::Begin } else { Event::Tick });
     }
 
-    /// Applies a command of the operator.
+    /// Applies a command from the operator.
     pub(super) fn apply(&mut self, order: Order) {
         match order {
             Order::Drain => self.feed(Event::Closing),
@@ -298,12 +298,12 @@ impl Sidecars {
         self.feed(Event::Reloaded);
     }
 
-    /// Stops all sidecars: the last worker is gone.
+    /// Stops all sidecars: the last worker has exited.
     pub(super) fn stop(&mut self) {
         self.feed(Event::Stop);
     }
 
-    /// Handles the end of a daemon or job.
+    /// Handles the exit of a daemon or job.
     pub(super) fn ended(&mut self, pid: Pid, ending: Ending) {
         let Some(mut process) = self.processes.remove(&pid) else { return };
         process.read(pid, MAX_REST, self.now());
@@ -322,8 +322,8 @@ impl Sidecars {
         self.feed(Event::Exited { pid, after_exit: super::reap::after_exit(ending, true) });
     }
 
-    /// Whether the remaining processes in the group of this process live on. A daemon that has exited early with 0 may be putting itself
-    /// into the background, and has possibly not left the group yet.
+    /// Whether the remaining processes in the group of this process are not killed. A daemon that has exited early with 0 may be putting
+    /// itself into the background, and its background process may not have left the group yet.
     pub(super) fn spares(&self, pid: Pid, ending: Ending) -> bool {
         self.processes.get(&pid).is_some_and(|process| {
             let is_early = process.since.elapsed() < STEADY_TIME && !process.asked_to_leave;
@@ -331,12 +331,12 @@ impl Sidecars {
         })
     }
 
-    /// Whether a sidecar has ended in such a way that it may continue in the background.
+    /// Whether a sidecar exited recently in such a way that it may be continuing in the background.
     pub(super) fn has_suspects(&self) -> bool {
         self.inherited.has_suspects()
     }
 
-    /// Examines children that this process did not start: sidecars have left some of them.
+    /// Examines the children that this process did not start, some of which sidecars have left behind.
     pub(super) fn inherit(&mut self, orphans: &[Pid]) {
         let names: Vec<&str> = self.programs.iter().map(|sidecar| sidecar.label.name.as_str()).collect();
         for (sidecar, pid) in self.inherited.take(orphans, &names) {
@@ -345,12 +345,12 @@ impl Sidecars {
         }
     }
 
-    /// Whether a sidecar has left this process behind.
+    /// Whether a sidecar left this process behind.
     pub(super) fn has_left(&self, pid: Pid) -> bool {
         self.inherited.has(pid)
     }
 
-    /// Passes an event to the supervisor and carries out its actions, until there are none.
+    /// Passes an event to the supervisor and carries out the resulting actions, until none are left.
     fn feed(&mut self, event: Event) {
         let mut actions = VecDeque::from(self.sidecars.step(event, self.now(), Timestamp::now()));
         while let Some(action) = actions.pop_front() {
@@ -391,13 +391,13 @@ impl Sidecars {
 
     fn start(&self, label: &Label, program: &Program) -> io::Result<(Pid, OwnedFd)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        // Non-blocking is a property of each end: the program's end must block.
+        // Non-blocking is a property of each end, and the program's end must block.
         let write = blocking(write)?;
         let segment = to_pass(&self.segment)?;
         let mut command = Command::new(&program.path);
         let privileges = self.privileges.as_ref().ok_or_else(|| io::Error::other("no privileges were resolved"))?;
         privileges.set_environment(&mut command);
-        // If the program is also a forkyard server, it must not start the same sidecars again.
+        // If the program is itself a forkyard server, it must not start the same sidecars again.
         for ours in ["FORKYARD_SLOT", "FORKYARD_GENERATION", "FORKYARD_DAEMON", "FORKYARD_CRON"] {
             command.env_remove(ours);
         }
@@ -423,7 +423,7 @@ impl Sidecars {
     fn signal(&mut self, pid: Pid, signal: Signal) {
         let Some(process) = self.processes.get_mut(&pid) else { return };
         process.asked_to_leave = true;
-        // The pid cannot belong to another process: the child is not reaped yet.
+        // The pid cannot belong to another process, because the child has not been reaped yet.
         if let Err(errno) = killpg(pid, signal) {
             let Label { kind, name } = &process.label;
             log::error!("cannot signal {kind} name={name} pid={pid} signal={signal}: {errno}");

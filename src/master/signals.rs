@@ -1,10 +1,10 @@
 //! Makes the master's signals readable: a flag for each signal, and one socket that the loop's `poll` watches.
 //!
-//! The inbox is opened at the very beginning of a start. Signals that arrive before the loop runs are kept, each signal once.
-//! TERM, INT and QUIT end the start; during `preload` they end it at once: see `abort.rs`.
+//! The inbox is opened at the very beginning of a start. Signals that arrive before the loop runs are kept, each signal once. TERM, INT and
+//! QUIT abort the start; during `preload` they abort it at once: see `abort.rs`.
 //!
-//! A forked child inherits the handlers and the socket. It must call [`SignalInbox::leave`] before it unblocks signals: otherwise
-//! a signal for the child would wake the master and not end the child.
+//! A forked child inherits the handlers and the socket. It must call [`SignalInbox::leave`] before it unblocks signals: otherwise a signal
+//! for the child would wake the master and not terminate the child.
 
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -23,7 +23,7 @@ use crate::sys;
 /// The meaning of a signal for the master.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Meaning {
-    /// A child has ended and must be reaped.
+    /// A child has exited and must be reaped.
     Child,
     Command(Command),
     /// The log files were moved away and must be reopened.
@@ -59,7 +59,7 @@ impl SignalInbox {
         let (socket, wake) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
         let mut inbox = Self { socket, flags: Default::default(), registered: Vec::new() };
-        // Without the block, a signal between two registrations would run only a part of its actions, and be lost.
+        // Without blocking, a signal between two registrations would run only some of its actions, and be lost.
         let mask = sys::block_signals();
         let registered = inbox.register(&wake);
         sys::restore_signals(&mask);
@@ -78,7 +78,7 @@ impl SignalInbox {
         Ok(())
     }
 
-    /// Whether a signal that ends the server has arrived and was not taken. Must be called with signals blocked. Pending signals are
+    /// Whether a signal that stops the server has arrived and was not taken. Must be called with signals blocked. Pending signals are
     /// delivered during the call.
     pub(crate) fn asks_for_end(&self) -> bool {
         sys::unblock_signals();
@@ -88,7 +88,7 @@ impl SignalInbox {
         flags.any(|(_, flag)| flag.load(Ordering::SeqCst))
     }
 
-    /// The signals that arrived since the last call, each once.
+    /// The signals that have arrived since the last call, each once.
     pub(crate) fn take(&mut self) -> Vec<Meaning> {
         let mut wakes = [0; 64];
         while matches!(self.socket.read(&mut wakes), Ok(read) if read == wakes.len()) {}
@@ -96,8 +96,8 @@ impl SignalInbox {
         came.map(|((_, meaning), _)| *meaning).collect()
     }
 
-    /// Sends each signal that was not taken to this process again. Must be called with all signals blocked, before exec: the signals
-    /// stay pending for the new program, or for this one if exec fails.
+    /// Resends each signal that was not taken to this process. Must be called with all signals blocked, before exec: the signals stay
+    /// pending for the new program, or for this one if exec fails.
     pub(crate) fn hand_on(&mut self) {
         for meaning in self.take() {
             let signal = MEANINGS.iter().find(|(_, other)| *other == meaning);
@@ -110,8 +110,8 @@ impl SignalInbox {
 
     /// Undoes every registration in a child, so that no signal to the child reaches the master.
     ///
-    /// The handlers stay installed and do nothing. That is deliberate: signal-hook, and so tokio's signals that the application may
-    /// use, installs a handler only once in a process's life, and would not notice that the default disposition was restored.
+    /// The handlers stay installed and do nothing. That is deliberate: signal-hook, and so tokio's signals that the application may use,
+    /// installs a handler only once in the lifetime of a process, and would not detect that the default disposition was restored.
     pub(crate) fn leave(&self) {
         for &id in &self.registered {
             low_level::unregister(id);

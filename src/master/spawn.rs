@@ -31,7 +31,7 @@ use crate::{heir, logging, sys};
 
 /// Environment variables for the master only. They are not passed on.
 pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &sd_notify::VARIABLES, &systemd::VARIABLES];
-/// The number of children that php-cgi forks. No component here would supervise them, so the default is 0 (`--env` changes it).
+/// The number of children that php-cgi forks. The master would not supervise them, so the default is 0 (`--env` changes it).
 const PHP_CHILDREN: &str = "PHP_FCGI_CHILDREN";
 /// Maximum number of bytes of a worker's last words, and of a line of its reports.
 const LAST_WORDS: usize = 4096;
@@ -56,7 +56,7 @@ pub(crate) struct SpawnSettings {
     pub(crate) events: Option<PathBuf>,
 }
 
-/// The settings and resources to start processes.
+/// The settings and resources for starting processes.
 pub(crate) struct Spawner {
     /// The settings of the master itself: the latest configuration read.
     pub(crate) config: Arc<Config>,
@@ -70,7 +70,7 @@ pub(crate) struct Spawner {
     pub(crate) segment: Segment,
     pub(crate) launch: Launch,
     pub(crate) handover: Arc<Channel>,
-    /// Both ends of the pipe whose end shows workers and heirs that the master is dead.
+    /// Both ends of the pipe whose closing shows workers and heirs that the master is dead.
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
     worker_hooks: Arc<WorkerHooks>,
@@ -81,22 +81,22 @@ pub(crate) struct Child {
     pub(crate) slot: u32,
     pub(crate) generation: u64,
     pub(crate) since: Instant,
-    /// The child was asked to leave, so its end is expected.
+    /// The child was asked to exit, so its exit is expected.
     pub(crate) asked_to_leave: bool,
     /// The child hangs, and was signalled to die.
     pub(crate) hung: bool,
     /// A function hangs in the child, which has requested its replacement.
     pub(crate) has_hung_thread: bool,
-    /// The process that sent the signal of which this one dies, if it was another one.
+    /// The process that sent the signal that kills this child, if another process sent it.
     pub(crate) sent_by: Option<i32>,
     pub(crate) link: Link,
-    /// The output of the child, until its end.
+    /// The output of the child, until end of file.
     pub(crate) output: Option<Output>,
     /// The process receives the reopened log files here.
     pub(crate) files: Option<OwnedFd>,
-    /// The log files of the child. `None` if a former master started it: then it is taken to have the current files.
+    /// The log files of the child. `None` if a former master started it; it is then assumed to have the current files.
     pub(crate) log_files: Option<Arc<LogFiles>>,
-    /// The last line of its output, after the end of the output.
+    /// The last line of its output, once the output has ended.
     pub(crate) last_line: String,
 }
 
@@ -107,7 +107,7 @@ pub(crate) enum Link {
 }
 
 impl Spawner {
-    /// `ties` are those of a former master whose workers still live.
+    /// `ties` are those of a former master whose workers are still running.
     ///
     /// # Errors
     /// If no pipe is available, or processes cannot have the configured privileges.
@@ -209,7 +209,7 @@ impl Spawner {
         (self.lifeline.0.as_raw_fd(), self.lifeline.1.as_raw_fd())
     }
 
-    /// Ends the lifeline, so that the heirs of the last workers find it closed, as if the master were dead.
+    /// Closes the lifeline, so that the heirs of the last workers behave as if the master were dead.
     pub(crate) fn end_lifeline(&mut self) {
         // If no pipe is available, the heirs take a little longer.
         if let Ok(pipe) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK) {
@@ -225,10 +225,10 @@ impl Spawner {
     /// Starts a process for `slot`.
     ///
     /// # Errors
-    /// The error of fork or exec, or no pipe is available.
+    /// The error of fork or exec, or the error if no pipe is available.
     pub(crate) fn spawn(&self, slot: u32, generation: u64, signals: &SignalInbox) -> io::Result<(Pid, Child)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        // Non-blocking is a property of each end: the process's end must block.
+        // Non-blocking is a property of each end, and the process's end must block.
         let write = blocking(write)?;
         let settings = self.settings(generation);
         let (pid, link, files) = match &self.launch {
@@ -290,7 +290,7 @@ impl Spawner {
             if let Some(socket) = &settings.events {
                 sys::set_environment(publish_socket::VARIABLE, socket);
             }
-            // Must come after the privileges: the kernel resets the setting when the user changes.
+            // Must come after the privileges are dropped, because the kernel resets the setting when the user changes.
             if grouped.is_err() || sys::die_with_parent(heritage.master).is_err() {
                 return 1;
             }
@@ -352,7 +352,7 @@ pub(super) fn explain(
     })
 }
 
-/// The memory for a process that may outlive the workers, without their lock on its file: the next start needs the lock.
+/// The memory for a process that may outlive the workers, without their lock on its file, because the next start needs that lock.
 pub(super) fn to_pass(segment: &Segment) -> io::Result<OwnedFd> {
     segment.fd_without_lock().or_else(|error| {
         log::debug!("programs share the lock of the cache file, which cannot be opened again: {error}");
@@ -423,7 +423,7 @@ impl Child {
         }
         let mut said = [0; LAST_WORDS];
         let mut reports = Vec::new();
-        // Reads as much as a pipe holds, so that a child that reports without end does not hold up the master.
+        // Reads at most as much as a pipe holds, so that a child that reports without end does not block the master.
         for _ in 0..16 {
             let Ok(count) = report.read(&mut said) else { break };
             *open = count > 0;
@@ -459,7 +459,7 @@ impl Child {
     }
 }
 
-/// Appends a line to a worker's last words, as far as there is room.
+/// Appends a line to a worker's last words, as far as it fits.
 fn keep(last_words: &mut String, line: &str) {
     let separator = if last_words.is_empty() { "" } else { "; " };
     let room = LAST_WORDS.saturating_sub(last_words.len() + separator.len());

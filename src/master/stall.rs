@@ -1,4 +1,4 @@
-//! Decides whether a process makes progress while work waits for it, from periodic looks.
+//! Decides from periodic checks whether a process makes progress while work is waiting for it.
 //!
 //! Must not do I/O or read a clock: the caller passes in the observations.
 
@@ -6,15 +6,15 @@ use std::time::Duration;
 
 use super::supervisor::Now;
 
-/// Time between two checks while no work waits, and while work waits.
+/// Time between two checks while no work is waiting, and while work is waiting.
 const APART: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
-/// Number of looks in a row at which work waits and the process has done nothing since the previous look.
+/// Number of consecutive checks at which work is waiting and the process has done nothing since the previous check.
 const LOOKS: u32 = 3;
 
 #[derive(Debug)]
 pub(super) struct Stall {
     next_look: Now,
-    /// The work count at the last look, if work waited then.
+    /// The work count at the last check, if work was waiting then.
     work: Option<u64>,
     in_vain: u32,
 }
@@ -28,8 +28,8 @@ impl Stall {
         self.next_look
     }
 
-    /// Records a look. `work` changes while the process does anything; `None` if it is unknown. Returns true if the process must be
-    /// given up.
+    /// Records a check. `work` changes while the process does anything; `None` if it is unknown. Returns true if the process must be given
+    /// up.
     pub(super) fn look(&mut self, now: Now, something_waits: bool, work: Option<u64>) -> bool {
         self.next_look = now + if something_waits { APART.1 } else { APART.0 };
         let work = work.filter(|_| something_waits);
@@ -43,7 +43,7 @@ impl Stall {
 mod tests {
     use super::*;
 
-    /// The index and the time of the look at which the process is given up.
+    /// The index and the time of the check at which the process is given up.
     fn given_up(looks: &[(bool, Option<u64>)]) -> Option<(usize, Now)> {
         let mut stall = Stall::new(Duration::ZERO);
         looks.iter().enumerate().find_map(|(index, &(something_waits, work))| {

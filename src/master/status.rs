@@ -1,7 +1,6 @@
 //! Describes the state of the server for operators: the supervisor's state, and the workers' rows in the scoreboard.
 //!
-//! The rows are gossip: they are bounded, used as text and numbers only, and left out if they belong to another process. Must not
-//! lock.
+//! The rows are untrusted: they are bounded, used as text and numbers only, and omitted if they belong to another process. Must not lock.
 
 use nix::unistd::Pid;
 
@@ -61,7 +60,7 @@ impl Master {
         let Some((pid, child)) = pid.and_then(|pid| Some((pid, self.children.get(&pid)?))) else { return worker };
         worker.age_ms = Some(millis(child.since.elapsed()));
         worker.rss_bytes = resident_bytes(pid.as_raw());
-        // The row is the child's only if the child has claimed it.
+        // The row belongs to the child only if the child has claimed it.
         let row = self.scoreboard.read(slot).filter(|_| child.is_worker());
         let Some(row) = row.filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw())) else { return worker };
         worker.requests = Some(row.requests);

@@ -1,4 +1,4 @@
-//! The supervisor: decides which processes there should be, without a system call.
+//! The supervisor: decides which processes should run, without a system call.
 //!
 //! ```text
 //!                 Spawn            Ready                Terminate            Kill
@@ -8,24 +8,24 @@
 //!     └─────────────────────────────────────────────────────────────┴──────────────────┘
 //! ```
 //!
-//! [`Supervisor::step`] takes one event and the time, and returns the actions. The shell around it (the master's loop) carries them out
-//! and reports back. Time is measured from the master's start and passed in, so that a test can run years of crashes in a second, from
-//! a seed.
+//! [`Supervisor::step`] takes one event and the time, and returns the actions. The shell around it (the master's loop) carries them out and
+//! reports back. Time is measured from the master's start and passed in, so that a test can simulate years of crashes in a second, from a
+//! seed.
 //!
 //! The rules:
 //! - A slot has at most one process. The slot number is unique among the running processes, and is the process's row in the scoreboard.
-//! - There should be `target` processes that are starting or ready. Draining processes do not count. [`scale`] changes the target.
-//! - A process that dies after it was ready is replaced at once, as long as fewer than `respawn_rate` were replaced within about a
-//!   second. Further replacements are delayed.
+//! - The number of processes that are starting or ready should be `target`. Draining processes do not count. [`scale`] changes the target.
+//! - A process that dies after it was ready is replaced at once, as long as fewer than `respawn_rate` were replaced within about a second.
+//!   Further replacements are delayed.
 //! - A process that dies before it is ready opens the breaker: no process is spawned until a delay has passed, which doubles with each
-//!   failure in a row. Then a single process is tried; if it becomes ready, the breaker closes and the others are spawned. The delay
-//!   is a deadline and blocks nothing.
+//!   consecutive failure. Then a single process is tried; if it becomes ready, the breaker closes and the others are spawned. The delay is
+//!   a deadline and blocks nothing.
 //! - A process that exits with 0 before it was seen to be ready may have served its share of requests, and is replaced at once. After
-//!   some such exits in a row, the exit counts as a death before the process was ready, and a reload fails.
+//!   several consecutive such exits, the exit counts as a death before the process was ready, and a reload fails.
 //! - A running process that is replaced (reload, recycling) drains when its replacement is ready, and a budget limits the number of
 //!   processes that are being replaced at a time. If the new processes of a reload do not start, the old ones stay: see [`roll`].
 //! - A stop begins with the ready processes; the rest depends on the queues of the listening sockets: see [`stop`].
-//! - While a process drains, the supervisor reminds the shell of it every second, since a program may lose a signal between a check and
+//! - While a process drains, the supervisor reminds the shell of it every second, because a program may lose a signal between a check and
 //!   an `accept`. At its deadline the process is killed.
 
 mod breaker;
@@ -51,7 +51,7 @@ pub(crate) use self::view::{Phase, Place};
 pub(crate) type Now = Duration;
 
 const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
-/// Maximum number of exits with 0 in a row without being seen ready. A process that lived for this long counts as three.
+/// Maximum number of consecutive exits with 0 without being seen ready. A process that lived for [`UNSEEN_LONG`] counts as three.
 const MAX_UNSEEN: u32 = 10;
 const UNSEEN_LONG: Duration = Duration::from_millis(100);
 
@@ -59,7 +59,7 @@ const UNSEEN_LONG: Duration = Duration::from_millis(100);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
     Empty,
-    /// The deadline is set before the process exists, so that a process that never finishes its start is killed, too.
+    /// The deadline is set before the process exists, so that a process that never finishes starting is killed, too.
     Starting {
         pid: Option<Pid>,
         deadline: Now,
@@ -72,7 +72,7 @@ pub(crate) enum State {
         deadline: Now,
         ask_again: Now,
     },
-    /// `unready`: its start took too long, so its death counts as that of a process that never became ready.
+    /// `unready`: the process took too long to start, so its death counts as that of a process that never became ready.
     Killing {
         pid: Pid,
         unready: bool,
@@ -88,9 +88,9 @@ struct Slot {
     generation: u64,
     /// When its process reached the end of its lifetime.
     worn: Option<Now>,
-    /// Its process drains because another one has replaced it.
+    /// Its process is draining because another one has replaced it.
     replaced: bool,
-    /// Its process served something at the last sample of demand.
+    /// Its process was serving something at the last sample of demand.
     busy: bool,
     /// Its process was ready during a stop, and accepts the queued connections.
     serves_queue: bool,
@@ -105,7 +105,7 @@ impl Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Running,
-    /// `until`: the deadline of all processes. `queue`: connections wait, and must be served.
+    /// `until`: the deadline of all processes. `queue`: connections are waiting, and must be served.
     Stopping {
         success: bool,
         until: Now,
@@ -130,7 +130,7 @@ pub(crate) struct Supervisor {
     reached_full_strength: bool,
     /// At least one process has been ready.
     proven: bool,
-    /// Number of processes in a row that exited with 0 and were never seen to be ready: see [`Supervisor::done_unseen`].
+    /// Number of consecutive processes that exited with 0 and were never seen to be ready: see [`Supervisor::done_unseen`].
     unseen: u32,
     breaker: Breaker,
     respawns: TokenBucket,
@@ -164,7 +164,8 @@ impl Supervisor {
     pub(crate) fn step(&mut self, event: Event, now: Now) -> Vec<Action> {
         self.now = now;
         match event {
-            // The last event of a turn: a process whose report or death was read in the same turn is not killed.
+            // The last event of an iteration: a process whose report or death was read in the same iteration is not
+            // killed.
             Event::Tick => self.meet_deadlines(now),
             Event::Spawned { slot, pid } => self.spawned(slot, pid),
             Event::SpawnFailed { slot } => self.failed_start(slot, None, now),
@@ -207,7 +208,7 @@ impl Supervisor {
         let slots = self.slots.iter().filter_map(|slot| match slot.state {
             State::Starting { deadline, .. } => Some(deadline),
             State::Draining { deadline, ask_again, .. } => Some(deadline.min(ask_again)),
-            // During a stop, Event::Queue comes soon anyway.
+            // During a stop, `Event::Queue` follows soon anyway.
             State::Backoff { until } => (self.mode == Mode::Running).then_some(until),
             State::Empty | State::Ready { .. } | State::Killing { .. } => None,
         });
@@ -219,13 +220,14 @@ impl Supervisor {
         slots.chain(others.filter(|&until| until > self.now)).min()
     }
 
-    /// When the supervisor gives up if no process becomes ready before: only while none ever was, and starts fail.
+    /// When the supervisor gives up unless a process becomes ready before. Applies only while no process ever was ready
+    /// and starts fail.
     fn gives_up_at(&self) -> Option<Now> {
         let after = Some(self.policy.give_up_after).filter(|after| !after.is_zero() && !self.proven);
         Some(self.breaker.failing_since()?.saturating_add(after?))
     }
 
-    /// Whether it is time to give up. A starting process gets its time first.
+    /// Whether it is time to give up. A process that is already starting is allowed to finish first.
     fn has_failed(&self, now: Now) -> bool {
         self.gives_up_at().is_some_and(|at| at <= now) && !self.is_starting()
     }
@@ -265,7 +267,7 @@ impl Supervisor {
     }
 
     fn ready(&mut self, pid: Pid) {
-        // Gossip: a report from a process that is no longer starting has no effect.
+        // A report is not trusted: one from a process that is no longer starting has no effect.
         let Some(index) = self.find(pid) else { return };
         match self.slots[index].state {
             State::Starting { .. } => {
@@ -292,7 +294,7 @@ impl Supervisor {
         let Slot { state, generation, serves_queue, .. } = self.slots[index];
         self.slots[index] = Slot::new(State::Empty, generation);
         match state {
-            // During a reload the new generation has failed, and the old processes stay.
+            // During a reload this means that the new generation has failed; the old processes stay.
             State::Starting { .. } if after_exit == AfterExit::StayDown && self.is_new(generation) => {
                 self.failed_start(slot, Some(pid), now);
             }
@@ -310,9 +312,9 @@ impl Supervisor {
         }
     }
 
-    /// Handles a process that exited with 0 and was never seen to be ready. It may have served its share of requests between two checks.
-    /// If that repeats and no process is ever seen, the program has failed. A process that lived longer was looked at more often, and
-    /// counts more.
+    /// Handles a process that exited with 0 and was never seen to be ready. It may have served its share of requests between two checks. If
+    /// that repeats and no process is ever seen, the program has failed. A process that lived longer was checked more often, and counts
+    /// more.
     fn done_unseen(&mut self, slot: u32, pid: Pid, lived: Duration, now: Now) {
         let generation = self.slots[slot as usize].generation;
         let added = if lived < UNSEEN_LONG { 1 } else { 3 };
@@ -321,7 +323,7 @@ impl Supervisor {
         let unseen = of_roll.map_or(&mut self.unseen, |roll| &mut roll.unseen);
         *unseen = unseen.saturating_add(added);
         match *unseen < MAX_UNSEEN {
-            true if is_new => {} // the number of these tries is limited anyway
+            true if is_new => {} // the number of these attempts is limited anyway
             true => self.respawn(slot, now),
             false => self.failed_start(slot, Some(pid), now),
         }
@@ -385,7 +387,7 @@ impl Supervisor {
             }
             (Command::Remove, Mode::Running) => {
                 let (min, max) = self.scaler.limits();
-                // The last worker may only be removed if the minimum at the start was 0.
+                // The last worker may be removed only if the minimum at the start was 0.
                 let lowest = self.policy.workers.0.min(1);
                 let fewer = max.saturating_sub(1).max(1);
                 let least = min.saturating_sub(1).max(lowest).min(fewer);
@@ -415,7 +417,7 @@ impl Supervisor {
         self.policy = Policy { slots: before.slots, ..policy };
         self.respawns.set_rate(policy.respawn_rate);
         self.scaler.set_pace(policy.per_worker, policy.scale_down_after);
-        // Changes by commands stay, unless the configured number has changed.
+        // Changes by commands are kept, unless the configured number has changed.
         if policy.workers != before.workers && self.mode == Mode::Running {
             self.retarget(policy.workers, self.target, now);
         }
@@ -535,9 +537,9 @@ impl Supervisor {
         self.target + self.surge()
     }
 
-    /// How many of these processes neither exist nor are delayed.
+    /// How many of the wanted processes neither exist nor are delayed.
     fn missing(&self) -> u32 {
-        // A process that is killed because its start took too long holds its place until its death is reported. The death counts as a
+        // A process that is killed because its start took too long keeps its place until its death is reported. The death counts as a
         // failure, after which no other process is spawned for a while.
         let waiting = self.count(|state| matches!(state, State::Backoff { .. } | State::Killing { unready: true, .. }));
         self.wanted().saturating_sub(self.strength() + waiting)

@@ -1,6 +1,7 @@
-//! Logs the function names for the addresses of a crash. A child process finds them, since the master reads no debug information.
+//! Logs the function names for the addresses of a crash. A child process determines them, because the master must not read debug
+//! information.
 //!
-//! There is at most one such child. A few crashes wait for the next child; for further crashes the log has only the addresses.
+//! At most one such child runs at a time. A few crashes wait for the next child; for further crashes only the addresses are logged.
 
 use std::collections::VecDeque;
 
@@ -70,7 +71,7 @@ impl Symbolizer {
         self.child == Some(pid)
     }
 
-    /// Handles the end of the child: the next crash gets a new child.
+    /// Handles the exit of the child: the next crash gets a new child.
     pub(super) fn ended(&mut self, signals: &SignalInbox) {
         self.child = None;
         self.start(signals);

@@ -45,13 +45,13 @@ impl Faults {
         self.quarantine.save(now)
     }
 
-    /// Continues with the requests that a former master has saved.
+    /// Restores the requests that a former master has saved.
     pub(crate) fn restore(&mut self, saved: Vec<SavedRefusal>, now: Now) {
         self.quarantine.restore(saved, now);
         self.publish(now);
     }
 
-    /// Records that a former master has asked this worker to die. The worker may be unable to.
+    /// Records that a former master signalled this worker to die. The worker may be unable to.
     pub(crate) fn told_to_die(&mut self, pid: Pid, now: Now) {
         self.hangs.told_to_die(pid, now);
     }
@@ -106,7 +106,7 @@ impl Faults {
 }
 
 impl Master {
-    /// Looks for workers that hang, kills those that should have died, and releases requests whose quarantine is over.
+    /// Detects workers that hang, kills those that should have died, and releases requests whose quarantine is over.
     pub(super) fn check_hangs_and_quarantine(&mut self) {
         let now = self.now();
         let verdicts = self.faults.quarantine.tick(now);
@@ -114,7 +114,7 @@ impl Master {
         for pid in self.faults.hangs.overdue(now) {
             // A kill while the kernel writes the core dump would truncate the dump.
             if self.children.contains_key(&pid) && sys::process_status(pid, "CoreDumping:").as_deref() != Some("1") {
-                let _ = kill(pid, Signal::SIGKILL); // the child is not reaped yet, so the pid is still its own
+                let _ = kill(pid, Signal::SIGKILL); // the child has not been reaped yet, so the pid is still its own
             }
         }
         if !self.faults.hangs.is_due(now) {
@@ -151,7 +151,7 @@ impl Master {
             child.slot,
             serving.join(", ")
         );
-        // To the thread of the event loop, if the row has it: that thread hangs.
+        // Sent to the thread of the event loop, if the row has it, because that thread hangs.
         let thread = row.and_then(|row| i32::try_from(row.loop_thread).ok()).filter(|thread| *thread > 0);
         let is_signaled = thread.is_some_and(|thread| sys::signal_thread(pid, thread, libc::SIGABRT).is_ok());
         if !is_signaled && let Err(errno) = kill(pid, Signal::SIGABRT) {
@@ -193,7 +193,7 @@ impl Master {
         let in_flight = end.in_flight.iter().map(|what| RequestKey::of(what, by)).collect();
         let culprit = end.culprit.as_deref().map(|what| RequestKey::of(what, by));
         let running = end.running.map(|running| running.iter().map(|what| RequestKey::of(what, by)).collect());
-        // If a worker serves more requests than its row shows, the requests that it does not serve are unknown.
+        // If a worker serves more requests than its row shows, the remaining requests are unknown.
         let all_known = rows.iter().all(|row| usize::try_from(row.in_flight) == Ok(row.serving.len()));
         let live_workers = if all_known { rows.len() } else { 0 };
         let (complete, by_itself) = (end.complete, end.by_itself);

@@ -207,7 +207,8 @@ impl ConnHandle {
         }
     }
 
-    /// Passes the connection to another worker, with the input that was read and not handled. The caller must then close it here.
+    /// Passes the connection to another worker, with the input that was read and not handled. The caller must then close it in this
+    /// process.
     ///
     /// # Errors
     /// `WouldBlock` if the channel is full, or another error of the channel. The connection stays with this worker.

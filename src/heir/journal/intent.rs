@@ -1,8 +1,8 @@
-//! The intent record: the operation that the event loop is about to perform on a connection, in memory to which the kernel
-//! writes the outcome.
+//! The intent record: the operation that the event loop is about to perform on a connection, in memory to which the kernel writes the
+//! outcome.
 //!
-//! `recvmmsg(2)` and `sendmmsg(2)` store the number of bytes that they moved in the caller's message header before they
-//! return. The message header is in shared memory, so the heir can read the number even if the worker dies inside the call.
+//! `recvmmsg(2)` and `sendmmsg(2)` store the number of bytes that they moved in the caller's message header before they return. The message
+//! header is in shared memory, so the heir can read the number even if the worker dies inside the call.
 #![expect(unsafe_code, reason = "system calls that store their outcome in shared memory")]
 
 use std::cell::UnsafeCell;
@@ -16,7 +16,7 @@ use crate::net::handover::HEADER;
 
 /// Maximum number of bytes per read.
 pub(crate) const READ_BUFFER: usize = 64 << 10;
-/// Maximum number of slices per write. The next write takes the rest.
+/// Maximum number of slices per write. The next write sends the rest.
 pub(super) const SLICES: usize = 64;
 
 const NOWHERE: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
@@ -33,7 +33,7 @@ pub(super) enum Op {
     Close = 4,
     /// A connection is being passed to another worker.
     Pass = 5,
-    /// A connection of another worker is being taken over. It has no record yet.
+    /// A connection from another worker is being taken over. It has no record yet.
     Receive = 6,
 }
 
@@ -83,10 +83,10 @@ impl PreparedCall<'_> {
     /// Sends the message through a socket.
     fn send(self, through: RawFd) -> io::Result<u32> {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: `prepare` has written the message. No other message has been written since, because only `prepare` makes `self`,
-        // and this call consumes it. `self` borrows the array that the message points to. Each entry names memory that the caller
-        // of `prepare` lends for longer than this call: `Intent::send` uses slices that it borrows. The ancillary data belong to
-        // the intent record. The heir shares this memory, but does not write to it while the worker lives (`settlement.rs`).
+        // SAFETY: `prepare` has written the message. No other message has been written since, because only `prepare` creates `self`, and
+        // this call consumes it. `self` borrows the array that the message points to. Each entry names memory that the caller of `prepare`
+        // lends for longer than this call: `Intent::send` uses slices that it borrows. The ancillary data belong to the intent record. The
+        // heir shares this memory, but does not write to it (`heir/mod.rs`).
         let sent = unsafe { libc::sendmmsg(through, self.intent.message.get(), 1, flags) };
         self.intent.outcome(sent)
     }
@@ -148,7 +148,7 @@ impl Intent {
         self.op.store(Op::Nothing as u32, Release);
     }
 
-    /// From now on the received message, except its header, counts as input read from connection `fd`.
+    /// Makes the received message, except its header, count as input read from connection `fd`.
     pub(super) fn take_as_read(&self, fd: RawFd) {
         self.fd.store(fd, Release);
         self.base.store(0, Release);
@@ -168,8 +168,8 @@ impl Intent {
         self.moved().saturating_sub(self.skip.load(Acquire))
     }
 
-    /// Lays out a message, of which no byte has moved yet. The return value borrows `slices`, to which the message points, and
-    /// only it can make the system calls. The compiler therefore rejects a call after the end of `slices`.
+    /// Lays out a message, of which no byte has been moved yet. The return value borrows `slices`, to which the message points, and only
+    /// the return value can make the system calls. The compiler therefore rejects a call that outlives `slices`.
     fn prepare<'a>(
         &'a self,
         op: Op,
@@ -184,7 +184,7 @@ impl Intent {
         message.msg_hdr.msg_iovlen = slices.len() as _;
         if enclosure != Ancillary::Nothing {
             message.msg_hdr.msg_control = self.rights.get().cast();
-            // Exactly one descriptor: the padding would hold a second one.
+            // Exactly one descriptor: the padding could hold a second one.
             let room = size_of::<libc::cmsghdr>() + size_of::<RawFd>();
             message.msg_hdr.msg_controllen = if enclosure == Ancillary::Room { room } else { size_of::<Rights>() } as _;
         }

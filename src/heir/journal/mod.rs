@@ -1,21 +1,21 @@
 //! The journal: the state of a worker's connections, in memory shared by the worker and its heir.
 //!
-//! The worker's event loop writes to the journal with plain stores and without additional system calls. The journal needs no
-//! lock: the heir reads it only after the worker's death. The last state is then exact up to the instruction at which the
-//! worker died, for three reasons:
+//! The worker's event loop writes to the journal with plain stores and without additional system calls. The journal needs no lock, because
+//! the heir reads it only after the worker's death. The last state is then exact up to the instruction at which the worker died, for three
+//! reasons:
 //!
-//! - **Positions, not flags.** Input and output of a connection are counted in bytes, and each request holds the positions at
-//!   which its response begins and ends. Two numbers show whether a response has left the worker, even if one write sent
-//!   several responses.
-//! - **The intent record.** Before each system call that moves bytes, the worker stores the planned operation in the intent
-//!   record. `recvmmsg(2)` and `sendmmsg(2)` store the number of bytes that they moved in the caller's memory, inside the
-//!   system call; no signal can end the process between the move and the store. That memory is part of the intent record. So
-//!   the heir can determine for each byte whether the worker took it, even if the call never returned to the worker.
-//! - **The read buffer.** Bytes are read into shared memory and copied from there. Input that the worker had read and not yet
-//!   examined is not lost with the worker.
+//! - **Positions, not flags.** Input and output of a connection are counted in bytes, and each request holds the positions at which its
+//!   response begins and ends. Comparing a position with the number of bytes written shows whether a response has been sent, even if one
+//!   write sent several responses.
+//! - **The intent record.** Before each system call that moves bytes, the worker stores the planned operation in the intent record.
+//!   `recvmmsg(2)` and `sendmmsg(2)` store the number of bytes that they moved in the caller's memory, inside the system call; no signal
+//!   can terminate the process between the move and the store. That memory is part of the intent record. So the heir can determine for each
+//!   byte whether the worker took it, even if the call never returned to the worker.
+//! - **The read buffer.** Bytes are read into shared memory and copied from there. Input that the worker had read but not yet examined is
+//!   not lost with the worker.
 //!
-//! While a request is served, the journal must not allocate, and must not make a system call except the one that it records.
-//! The heir must not trust the journal further than its own safety allows: a faulty worker may have overwritten it.
+//! While a request is served, the journal must not allocate, and must make no system call except the one that it records. The heir must not
+//! trust the journal further than its own safety allows, because a faulty worker may have overwritten it.
 #![expect(unsafe_code, reason = "shared memory")]
 
 use std::io;
@@ -73,7 +73,7 @@ struct ConnCells {
     /// Begin and end of the unwritten output. Both are boundaries between protocol records.
     batch: AtomicU32,
     queued: AtomicU32,
-    /// Nonzero if there were more requests at the same time than entries.
+    /// Nonzero if there were more simultaneous requests than entries.
     overflow: AtomicU32,
     /// Differs for each connection that has used this record.
     epoch: AtomicU32,
@@ -113,7 +113,7 @@ pub(crate) struct Journal {
     region: NonNull<Region>,
 }
 
-// SAFETY: only one thread at a time uses the journal: first the thread that made it, then the event loop's thread.
+// SAFETY: only one thread at a time uses the journal: first the thread that created it, then the event loop's thread.
 unsafe impl Send for Journal {}
 
 /// A request, as read from the journal.
@@ -145,7 +145,7 @@ pub(crate) struct ConnRecord {
     pub(crate) overflow: bool,
     pub(crate) origin: PackedOrigin,
     pub(crate) requests: Vec<Request>,
-    /// The last bytes that were read, and the position of the first of them. It is unknown whether the worker examined them.
+    /// The last bytes that were read, and the position of the first one. It is unknown whether the worker examined them.
     pub(crate) landed: Option<(u32, Vec<u8>)>,
 }
 
@@ -197,7 +197,7 @@ impl Journal {
         records.get(usize::try_from(fd).ok()?)
     }
 
-    /// Accepts a connection, as [`sys::accept`]. The caller must enter it next.
+    /// Accepts a connection, like [`sys::accept`]. The caller must enter it next.
     ///
     /// # Errors
     /// The error of [`sys::accept`].
@@ -216,7 +216,7 @@ impl Journal {
     /// `WouldBlock` if there is no message; `InvalidData` for a message without a connection.
     pub(crate) fn take_over(&self, channel: BorrowedFd<'_>) -> io::Result<(OwnedFd, Handoff)> {
         let intent = self.intent();
-        // Fails if no descriptor is free: the kernel would then deliver the message and drop the connection.
+        // Fails if no descriptor is free, because the kernel would then deliver the message and drop the connection.
         drop(channel.try_clone_to_owned()?);
         intent.receive_message(channel.as_raw_fd())?;
         // The kernel has just created this descriptor in this process.

@@ -8,18 +8,18 @@
 //!    └───────────────────┴─────────────────────┴────────────────┘        Retired: it exited with 125
 //! ```
 //!
-//! [`SidecarSupervisor::step`] takes one event and the time, and returns the actions; [`sidecars`](crate::master::sidecars) carries
-//! them out. There are two clocks: the time since the master started, for deadlines, and the wall clock, for schedules.
+//! [`SidecarSupervisor::step`] takes one event and the time, and returns the actions; [`sidecars`](crate::master::sidecars) carries them
+//! out. There are two clocks: the time since the master started, for deadlines, and the wall clock, for schedules.
 //!
 //! The rules:
 //! - A sidecar has at most one process.
-//! - No sidecar runs before the first worker is ready. Daemons continue while the workers drain; no job is started then.
-//! - A daemon that ends is restarted: at once if it had run for a second, otherwise by its own breaker. It is not restarted before the
-//!   next reload if it has exited with 125 after a second, if it has exited with 0 within a second too many times in a row, or if it has
-//!   put itself into the background.
-//! - At the end of a reload each daemon is asked to stop, and restarted when it has stopped.
-//! - A job runs when it is due. If it became due several times while the machine slept, it runs once. If it still runs when it is due,
-//!   that time is skipped. When the wall clock is set back, the next time is computed again.
+//! - No sidecar runs before the first worker is ready. Daemons continue while the workers drain, but no job is started then.
+//! - A daemon that exits is restarted: at once if it had run for a second, otherwise after the delay of its own breaker. It is not
+//!   restarted before the next reload if it has exited with 125 after a second, if it has exited with 0 within a second too many times in a
+//!   row, or if it has put itself into the background.
+//! - At the end of a reload, each daemon is asked to stop, and restarted when it has stopped.
+//! - A job runs when it is due. If it became due several times while the machine was suspended, it runs once. If it is still running when
+//!   it is due again, that run is skipped. When the wall clock is set back, the next time is computed again.
 //! - A process that was asked to stop and does not stop in time is killed.
 
 use std::time::Duration;
@@ -34,14 +34,14 @@ use crate::master::supervisor::{AfterExit, Breaker, Now};
 pub(crate) const STEADY_TIME: Duration = Duration::from_secs(1);
 /// How often the wall clock is read, because the other clock stops while the machine is suspended.
 const WALL_CLOCK_INTERVAL: Duration = Duration::from_secs(60);
-/// A step back by more than this is not just a correction of the wall clock.
+/// A step back by more than this is more than a correction of the wall clock.
 const SET_BACK: SignedDuration = SignedDuration::from_secs(60);
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Event {
-    /// The time: something may be due.
+    /// Time has passed: something may be due.
     Tick,
-    /// There are workers. May be repeated.
+    /// Workers exist. May be repeated.
     Begin,
     /// The process for [`Action::Spawn`] exists.
     Spawned { sidecar: usize, pid: Pid },
@@ -49,15 +49,15 @@ pub(crate) enum Event {
     SpawnFailed { sidecar: usize },
     /// The process was reaped.
     Exited { pid: Pid, after_exit: AfterExit },
-    /// The last process of a daemon has put itself into the background: it lives, and the master did not start it as a child.
+    /// The last process of a daemon has put itself into the background: it is running, and the master did not start it as a child.
     Detached { sidecar: usize, pid: Pid },
     /// A reload is done.
     Reloaded,
-    /// The workers were asked to leave.
+    /// The workers were asked to exit.
     Closing,
-    /// The workers are gone.
+    /// The workers have exited.
     Stop,
-    /// Everything must end now.
+    /// Everything must be terminated now.
     Halt,
 }
 
@@ -76,15 +76,15 @@ pub(crate) enum Action {
 /// A notice for the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Notice {
-    /// A daemon ended right after its start, this many times in a row.
+    /// A daemon exited right after its start, this many times in a row.
     Failing { failures: u32, delay: Duration },
-    /// A daemon asked not to be restarted before a reload.
+    /// A daemon has requested not to be restarted before a reload.
     Retired,
     /// A daemon is not restarted before a reload, because it exited with 0 right after its start this many times in a row.
     GivenUp { tries: u32 },
     /// A daemon is not restarted before a reload, because it runs in the background.
     Detached { pid: Pid },
-    /// A job is due while it still runs.
+    /// A job is due while it is still running.
     Skipped { pid: Pid },
     /// A job exceeds its time limit.
     RunTimeout { pid: Pid },
@@ -121,7 +121,7 @@ enum State {
     Running {
         pid: Pid,
         since: Now,
-        /// How long the process had run under a former master.
+        /// How long the process ran under a former master.
         before: Duration,
         deadline: Option<Now>,
     },
@@ -142,7 +142,7 @@ enum State {
 enum Mode {
     Waiting,
     Running,
-    /// The workers drain.
+    /// The workers are draining.
     Closing,
     Stopping,
 }
@@ -150,16 +150,16 @@ enum Mode {
 /// The state of all sidecars. See the module documentation for the rules.
 #[derive(Debug)]
 pub(crate) struct SidecarSupervisor {
-    /// In the order of the configuration; then those that were adopted and are not wanted.
+    /// In the order of the configuration, followed by those that were adopted and are not wanted.
     sidecars: Vec<Sidecar>,
     mode: Mode,
     cron_timeout: Duration,
-    /// Maximum number of exits with 0 right after the start, in a row; 0 for no limit.
+    /// Maximum number of consecutive exits with 0 right after the start; 0 for no limit.
     daemon_tries: u32,
     stop_timeout: Duration,
     now: Now,
     wall: Timestamp,
-    /// When a former master last looked for due jobs.
+    /// When a former master last checked for due jobs.
     looked_at: Option<Timestamp>,
     actions: Vec<Action>,
 }
@@ -185,8 +185,8 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Takes over a running process of a former master. `sidecar` is `None` if the process is not wanted any more; a second process of
-    /// the same sidecar is not wanted either. Returns the index of its sidecar.
+    /// Takes over a running process of a former master. `sidecar` is `None` if the process is no longer wanted; a second process of the
+    /// same sidecar is not wanted either. Returns the index of its sidecar.
     pub(crate) fn adopt(
         &mut self,
         sidecar: Option<usize>,
@@ -210,7 +210,7 @@ impl SidecarSupervisor {
         index
     }
 
-    /// Time that is left for a process to stop, if it was asked to.
+    /// Time left for a process to stop, if it was asked to.
     pub(crate) fn stop_left(&self, pid: Pid) -> Option<Duration> {
         match self.sidecars[self.find(pid)?].state {
             State::Stopping { deadline, .. } => Some(deadline.saturating_sub(self.now)),
@@ -219,9 +219,9 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Applies another configuration. `former` holds, for each sidecar in it, the index of the same sidecar among the present ones. The
-    /// next step asks sidecars to stop that are no longer configured. Returns the new index of each present sidecar; `None` for a
-    /// sidecar that was dropped.
+    /// Applies another configuration. `former` holds, for each sidecar in the new configuration, the index of the same sidecar among the
+    /// present ones. The next step asks sidecars to stop that are no longer configured. Returns the new index of each present sidecar;
+    /// `None` for a sidecar that was dropped.
     pub(crate) fn reconfigure(
         &mut self,
         config: &SidecarsConfig,
@@ -288,22 +288,22 @@ impl SidecarSupervisor {
         }
     }
 
-    /// When due jobs were last looked for, for the next master in an upgrade; `None` if jobs do not run.
+    /// When due jobs were last checked for, for the next master in an upgrade; `None` if jobs do not run.
     pub(crate) fn looked_at(&self) -> Option<Timestamp> {
         (self.mode == Mode::Running).then_some(self.wall)
     }
 
-    /// Jobs that have become due since this time run once each.
+    /// Makes jobs that have become due since this time run once each.
     pub(crate) fn resume(&mut self, looked_at: Timestamp) {
         self.looked_at = Some(looked_at);
     }
 
     /// Handles an event. Returns the actions, in order.
     pub(crate) fn step(&mut self, event: Event, now: Now, wall: Timestamp) -> Vec<Action> {
-        // The wall clock may be set back a little at any time: that must not run a job twice.
+        // The wall clock may be set back a little at any time; that must not run a job twice.
         let was_set_back = self.wall.duration_since(wall) > SET_BACK;
         (self.now, self.wall) = (now, wall);
-        // The last event of a turn: deaths have been read.
+        // The last event of an iteration: all deaths have been read.
         let meets_deadlines = matches!(event, Event::Tick | Event::Begin);
         match event {
             Event::Tick => {}
@@ -404,12 +404,13 @@ impl SidecarSupervisor {
                 sidecar.state = State::Retired;
                 self.notice(index, Notice::GivenUp { tries });
             }
-            // A wrapper like env, timeout or docker run returns 125 when it fails itself.
+            // A wrapper such as env, timeout or docker run returns 125 when it fails itself.
             AfterExit::Replace | AfterExit::Restart | AfterExit::StayDown => self.failed(index),
         }
     }
 
-    /// Prevents a second process of a daemon in the background. If the daemon already runs again, its next end decides.
+    /// Prevents a second process of a daemon in the background. If the daemon is already running again, its next exit
+    /// decides.
     fn detached(&mut self, index: usize, pid: Pid) {
         if let Some(Sidecar { kind: Kind::Daemon { .. }, state }) = self.sidecars.get_mut(index)
             && let State::Backoff { .. } | State::Idle = state
@@ -419,7 +420,7 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Handles a process that could not be started, or that ended right after its start.
+    /// Handles a process that could not be started, or that exited right after its start.
     fn failed(&mut self, index: usize) {
         let sidecar = &mut self.sidecars[index];
         sidecar.state = State::Idle;
@@ -434,7 +435,7 @@ impl SidecarSupervisor {
     fn reload(&mut self) {
         for index in 0..self.sidecars.len() {
             let Kind::Daemon { breaker, done } = &mut self.sidecars[index].kind else { continue };
-            // After a reload, the cause of the failures counts as mended.
+            // After a reload, the cause of the failures is assumed to be fixed.
             breaker.close();
             *done = 0;
             match self.sidecars[index].state {

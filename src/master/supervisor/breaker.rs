@@ -1,5 +1,5 @@
-//! Limits how fast processes are started: the breaker for processes that fail to start, and the token bucket for processes that die
-//! while they serve.
+//! Limits how fast processes are started: the breaker for processes that fail to start, and the token bucket for processes that die while
+//! they serve.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use super::Now;
 const MIN_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
-/// Opens when a process dies before it is ready, for a time that doubles; then a single process may be tried.
+/// Opens, for a time that doubles, when a process dies before it is ready; afterwards a single process may be tried.
 #[derive(Debug, Default)]
 pub(in crate::master) struct Breaker {
-    /// Number of processes in a row that died before they were ready.
+    /// Number of consecutive processes that died before they were ready.
     failures: u32,
     /// No process is spawned before this time.
     open_until: Now,
@@ -43,7 +43,7 @@ impl Breaker {
         *self = Self::default();
     }
 
-    /// Records a failure. Returns the number of failures in a row and the delay; `None` if the failure belongs to the previous one.
+    /// Records a failure. Returns the number of consecutive failures and the delay; `None` if the failure belongs to the previous one.
     pub(in crate::master) fn fail(&mut self, now: Now) -> Option<(u32, Duration)> {
         if now < self.open_until {
             return None; // a sibling that was started together with it
@@ -56,7 +56,7 @@ impl Breaker {
     }
 }
 
-/// Permits `rate` at once, and `rate` a second.
+/// Permits a burst of `rate`, and `rate` a second.
 #[derive(Debug)]
 pub(super) struct TokenBucket {
     rate: u32,
@@ -73,7 +73,7 @@ impl TokenBucket {
         self.rate = rate.max(1);
     }
 
-    /// Takes one token. If there was none, returns the time at which there will be one.
+    /// Takes one token. If none is available, returns the time at which one will be.
     pub(super) fn take(&mut self, now: Now) -> Option<Now> {
         self.full_at = self.full_at.max(now) + Duration::from_secs(1) / self.rate;
         let due = self.full_at.saturating_sub(Duration::from_secs(1));

@@ -9,11 +9,11 @@ use nix::unistd::Pid;
 /// The operator's settings.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Policy {
-    /// Minimum and maximum number of workers. Demand moves the number between them.
+    /// Minimum and maximum number of workers. Demand changes the number within these limits.
     pub(crate) workers: (u32, u32),
     /// Number of requests that a worker is meant to serve at a time.
     pub(crate) per_worker: u32,
-    /// How long a worker must have been unneeded before it may leave.
+    /// How long a worker must have been unneeded before it may be removed.
     pub(crate) scale_down_after: Duration,
     /// Maximum number of workers that are being replaced at a time, for any reason.
     pub(crate) max_unavailable: Budget,
@@ -44,7 +44,7 @@ impl Budget {
 
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
-    /// The time: something may be due.
+    /// Time has passed: something may be due.
     Tick,
     /// The process for [`Action::Spawn`] exists.
     Spawned { slot: u32, pid: Pid },
@@ -54,17 +54,17 @@ pub(crate) enum Event {
     Ready { pid: Pid },
     /// A process has reached the end of its lifetime. It continues until another one replaces it.
     Recycle { pid: Pid },
-    /// The event loop of a process hangs: it lives, but does not serve.
+    /// The event loop of a process hangs: the process is alive, but does not serve.
     Hung { pid: Pid },
-    /// The answer to [`Action::Sample`].
+    /// The reply to [`Action::Sample`].
     Demand(Demand),
-    /// A connection waits, and there is no worker to accept it: see [`Supervisor::awaits_arrival`].
+    /// A connection is waiting, and there is no worker to accept it: see [`Supervisor::awaits_arrival`].
     ///
     /// [`Supervisor::awaits_arrival`]: super::Supervisor::awaits_arrival
     Arrival,
     /// A child was reaped.
     Exited { pid: Pid, after_exit: AfterExit },
-    /// The answer to [`Action::Close`], repeated until no connection waits: whether queued connections wait to be accepted.
+    /// The reply to [`Action::Close`], repeated until no connection is waiting: whether queued connections wait to be accepted.
     Queue { waits: bool },
     /// The operator has given a command.
     Command(Command),
@@ -79,7 +79,7 @@ pub(crate) struct Demand {
     pub(crate) busy: Vec<u32>,
     /// Number of requests in flight in all processes.
     pub(crate) in_flight: u32,
-    /// Number of connections that wait to be accepted.
+    /// Number of connections that are waiting to be accepted.
     pub(crate) waiting: u32,
     /// Number of connections that workers hold, in use or not.
     pub(crate) connections: u32,
@@ -90,8 +90,8 @@ pub(crate) struct Demand {
 pub(crate) enum AfterExit {
     /// The process crashed: replace it.
     Replace,
-    /// The process exited with 0 after it had done its share of work: replace it. This is no failure, even if the process was never
-    /// seen to be ready, as long as other processes were.
+    /// The process exited with 0 after it had done its share of work: replace it. This is not a failure, even if the process was never seen
+    /// to be ready, as long as other processes were.
     Restart,
     /// The process exited with 125: do not replace it.
     StayDown,
@@ -100,17 +100,17 @@ pub(crate) enum AfterExit {
 /// A command of an operator, by a signal or the control socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
-    /// Let all processes finish their work, then end.
+    /// Let all processes finish their work, then stop.
     Drain,
-    /// End now.
+    /// Stop now.
     Halt,
     /// Replace all processes, one by one.
     Reload,
-    /// One worker more.
+    /// Add one worker.
     Add,
-    /// One worker less.
+    /// Remove one worker.
     Remove,
-    /// Exactly this many workers.
+    /// Run exactly this many workers.
     Scale(u32),
     /// Replace this process with another build of the program.
     Upgrade,
@@ -135,9 +135,9 @@ impl Command {
 pub(crate) enum Action {
     /// Start a process for this slot, and report [`Event::Spawned`] or [`Event::SpawnFailed`].
     Spawn { slot: u32, generation: u64 },
-    /// Ask the process to finish and leave.
+    /// Ask the process to finish and exit.
     Terminate { pid: Pid },
-    /// The process is still there: ask it again, if it may have missed the signal.
+    /// The process has not exited: ask it again, if it may have missed the signal.
     Remind { pid: Pid },
     /// Kill the process.
     Kill { pid: Pid },
@@ -145,23 +145,23 @@ pub(crate) enum Action {
     Sample,
     /// The process hangs: make it log where, and kill it.
     Abort { pid: Pid },
-    /// Check whether the program's new build can take over, and let it.
+    /// Check whether the program's new build can take over, and if so, let it.
     Upgrade,
-    /// The server stops: no further connection may be accepted, except queued ones, or not even those if `at_once`. Comes before the
-    /// processes are asked to leave. The answer is [`Event::Queue`].
+    /// The server stops: no further connection may be accepted, except queued ones, or not even those if `at_once`. Precedes the requests
+    /// to exit. The reply is [`Event::Queue`].
     Close { at_once: bool },
     /// Log a notice for the operator.
     Notice(Notice),
-    /// The last process is gone: end the master.
+    /// The last process has ended: end the master.
     Exit { success: bool },
 }
 
 /// A notice for the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Notice {
-    /// For the first time, as many processes are ready as there should be.
+    /// For the first time, the target number of processes is ready.
     FullStrength,
-    /// This many processes in a row died before they were ready. The next try comes after `delay`.
+    /// This many consecutive processes died before they were ready. The next attempt follows after `delay`.
     Failing {
         failures: u32,
         delay: Duration,
@@ -207,7 +207,7 @@ pub(crate) enum Notice {
     ReloadDone {
         generation: u64,
     },
-    /// A new worker did not become ready, and the old workers stay. Without `pid` it could not be created.
+    /// A new worker did not become ready, and the old workers stay. Without `pid`, the worker could not be created.
     ReloadFailed {
         generation: u64,
         slot: u32,

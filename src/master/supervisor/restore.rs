@@ -12,7 +12,7 @@ use crate::upgrade::saved_processes::{Phase, Place, Roster};
 const MAX_SLOTS: u32 = 1 << 16;
 
 impl Supervisor {
-    /// The state for the next master; `None` while the server stops, since no upgrade takes place then.
+    /// The state for the next master; `None` while the server stops, because no upgrade takes place then.
     pub(crate) fn save(&self, now: Now) -> Option<Roster> {
         if self.mode != Mode::Running {
             return None;
@@ -40,7 +40,7 @@ impl Supervisor {
         })
     }
 
-    /// A supervisor for the processes that a former master left. Some may be in slots beyond this policy's number: those slots are not
+    /// A supervisor for the processes that a former master left. Some may be in slots beyond this policy's number; those slots are not
     /// reused.
     pub(crate) fn restore(policy: Policy, roster: &Roster, now: Now) -> Self {
         let mut restored = Self::new(policy);
@@ -48,7 +48,7 @@ impl Supervisor {
         restored.generation = roster.generation.max(1);
         restored.newest = roster.newest.max(restored.generation);
         restored.reached_full_strength = roster.reached_full_strength;
-        // Changes by commands stay, unless the new build has other settings.
+        // Changes by commands are kept, unless the new build has other settings.
         let is_possible = (1..policy.slots).contains(&roster.limits.1) && roster.limits.0 <= roster.limits.1;
         let limits = if roster.workers == policy.workers && is_possible { roster.limits } else { policy.workers };
         restored.target = restored.scaler.set_limits(limits, roster.target, now);
@@ -65,7 +65,7 @@ impl Supervisor {
                     deadline: at(left_ms).min(now + policy.drain_timeout),
                     ask_again: now + TERMINATE_INTERVAL,
                 },
-                // The cause of the kill is no failure of the new build.
+                // The cause of the kill is not a failure of the new build.
                 Phase::Killing => State::Killing { pid, unready: false },
             };
             restored.proven |= matches!(state, State::Ready { .. });

@@ -2,10 +2,10 @@
 //! worker is ready before the old one drains, and at most `max_unavailable` workers are being replaced at a time, counted from the
 //! start of the replacement to the end of the old worker.
 //!
-//! A reload begins with one process of the new generation, the canary. Until the canary is ready, a process of the old generation that
-//! dies is replaced by one of the old generation. After that, every started process is of the new generation. When a new process fails
-//! to start, the reload is over: the old processes stay, and are replaced by processes of the old generation later; new processes that
-//! are ready stay, too.
+//! A reload begins with one process of the new generation, the canary. Until the canary is ready, a process of the old generation that dies
+//! is replaced by one of the old generation. After that, every started process is of the new generation. When a new process fails to start,
+//! the reload has failed: the old processes stay, and are later replaced by processes of the old generation; new processes that are ready
+//! stay, too.
 //!
 //! The supervisor distinguishes generations by number only.
 
@@ -18,7 +18,7 @@ pub(super) struct Roll {
     pub(super) generation: u64,
     /// A process of this generation has been ready.
     pub(super) proven: bool,
-    /// Number of processes of this generation in a row that exited with 0 and were never seen to be ready.
+    /// Number of consecutive processes of this generation that exited with 0 and were never seen to be ready.
     pub(super) unseen: u32,
 }
 
@@ -26,7 +26,7 @@ impl Supervisor {
     pub(super) fn begin_roll(&mut self) {
         self.newest += 1;
         self.roll = Some(Roll { generation: self.newest, proven: false, unseen: 0 });
-        // After a reload, the cause of the failures counts as mended: try at once.
+        // After a reload, the cause of the failures is assumed to be fixed: try at once.
         self.breaker.close();
         self.end_backoffs(Now::MAX);
         self.notice(Notice::ReloadStarted { generation: self.newest });
@@ -100,7 +100,7 @@ impl Supervisor {
         }
     }
 
-    /// Replaces a process that hangs without waiting for its replacement: it serves nothing, so its end loses nothing.
+    /// Kills a hanging process without waiting for its replacement: it serves nothing, so nothing is lost with it.
     pub(super) fn hung(&mut self, pid: nix::unistd::Pid) {
         let Some(index) = self.find(pid) else { return };
         match self.slots[index].state {
@@ -108,7 +108,7 @@ impl Supervisor {
                 self.slots[index].state = State::Killing { pid, unready: false };
                 self.actions.push(Action::Abort { pid });
             }
-            // A starting process has a deadline already. The others do not exist or are dying.
+            // A starting process already has a deadline. The others do not exist or are dying.
             State::Starting { .. } | State::Empty | State::Killing { .. } | State::Backoff { .. } => {}
         }
     }
@@ -117,7 +117,7 @@ impl Supervisor {
     pub(super) fn wear_out(&mut self, pid: nix::unistd::Pid, now: Now) {
         let Some(index) = self.find(pid) else { return };
         let slot = &mut self.slots[index];
-        // A process that is not ready has not served yet. A draining one is being replaced, or is not wanted.
+        // A process that is not ready has not served yet. A draining one is being replaced, or is no longer wanted.
         if matches!(slot.state, State::Ready { .. }) && slot.worn.is_none() {
             slot.worn = Some(now);
         }

@@ -1,14 +1,15 @@
 //! Decides how many workers there should be, between two limits, from samples of the demand.
 //!
-//! - Needed: one worker for each `per_worker` requests that are in flight or wait, and one more for the next request.
-//! - Too few workers: add 1, 2, 4, … up to 32 per sample; the rate starts again at 1 when there are enough. If no connection waits yet,
-//!   the second such sample in a row decides.
-//! - Too many workers: for each worker, counted from the first, the time is recorded at which it was last needed. When that time is
-//!   `after` ago for the last worker, one worker leaves per sample.
+//! - Needed: one worker for each `per_worker` requests that are in flight or waiting, and one more for the next
+//!   request.
+//! - Too few workers: add 1, 2, 4, … up to 32 per sample; the rate returns to 1 when there are enough. If no connection is waiting yet,
+//!   workers are added only at the second such sample in a row.
+//! - Too many workers: for each worker, counted from the first, the time at which it was last needed is recorded. When the last worker has
+//!   not been needed for `after`, one worker is removed per sample.
 //! - No flapping: if another worker is needed soon after one was removed, `after` doubles, up to eightfold. It halves again in quiet
-//!   times.
-//! - With a lower limit of 0, the last worker leaves, too, when it has no connections, since no other worker could take them over. The
-//!   next connection brings a worker back.
+//!   periods.
+//! - With a lower limit of 0, the last worker is removed, too, but only when it has no connections, since no other worker could take them
+//!   over. The next connection starts a worker again.
 
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ const QUIET: Duration = Duration::from_secs(1);
 /// Maximum number of workers that are added at a time.
 const RATE: u32 = 32;
 const PENALTY: u32 = 8;
-/// The penalty halves after this many times `after` without regret.
+/// The penalty halves after this many times `after` without a removal that was a mistake.
 const FORGIVEN: u32 = 10;
 /// How often to report that the maximum number of workers is not enough.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
@@ -33,7 +34,7 @@ pub(super) struct Scaler {
     max: u32,
     per_worker: u32,
     after: Duration,
-    /// How many workers are added the next time.
+    /// How many workers are added next time.
     rate: u32,
     /// The last sample found too few workers.
     pressed: bool,
@@ -81,16 +82,16 @@ impl Scaler {
         (self.per_worker, self.after) = (per_worker.max(1), after);
     }
 
-    /// Sets other limits. Returns the target within them.
+    /// Sets other limits. Returns the target within these limits.
     pub(super) fn set_limits(&mut self, (min, max): (u32, u32), target: u32, now: Now) -> u32 {
         (self.min, self.max) = (min, max.max(min));
         let target = target.clamp(self.min, self.max);
-        // Prevents that the operator's choice is undone at once.
+        // Prevents the operator's choice from being undone at once.
         self.need(target, now);
         target
     }
 
-    /// The time of the next sample; `None` if there is nothing to decide.
+    /// The time of the next sample; `None` if nothing is to be decided.
     pub(super) fn sample_at(&self, target: u32) -> Option<Now> {
         (self.min < self.max && target > 0).then_some(self.sample_at)
     }
@@ -100,7 +101,7 @@ impl Scaler {
         self.sample_at = now + BUSY;
     }
 
-    /// Handles a connection that arrived without a worker. Returns the target.
+    /// Handles a connection that arrived while there was no worker. Returns the target.
     pub(super) fn arrival(&mut self, now: Now) -> u32 {
         self.sample_at = now + BUSY;
         self.regret(now);
@@ -144,7 +145,7 @@ impl Scaler {
         self.needed_at[..needed].fill(now);
     }
 
-    /// Records that workers are added. If one was removed a short time ago, the removal was a mistake.
+    /// Records that workers are added. If one was removed shortly before, the removal was a mistake.
     fn regret(&mut self, now: Now) {
         let soon = self.after.saturating_mul(self.penalty);
         if self.lowered_at.take().is_some_and(|at| now.saturating_sub(at) < soon) {
@@ -160,7 +161,7 @@ impl Scaler {
         }
     }
 
-    /// Whether the maximum number of workers is reached, all of them work, and connections wait.
+    /// Whether the maximum number of workers is reached, all of them are working, and connections are waiting.
     fn is_saturated(&mut self, demand: &Demand, target: u32, now: Now) -> bool {
         let said = self.said_saturated.is_some_and(|at| now.saturating_sub(at) < LOG_INTERVAL);
         let all_work = target >= self.max && demand.in_flight >= self.max.saturating_mul(self.per_worker);

@@ -1,8 +1,8 @@
-//! Ends processes: single ones, and all of them when the server stops.
+//! Stops processes: single ones, and all of them when the server stops.
 //!
-//! A drain first asks the ready processes to leave; they accept the queued connections before they do. While connections wait in a queue
-//! ([`Event::Queue`]), a process that leaves is replaced in its slot, with the delays of every start, and its replacement is asked to
-//! leave as soon as it is ready. When no queue is waited for any more, starting processes are asked to leave, too. All processes have the
+//! A drain first asks the ready processes to exit; they accept the queued connections before they do. While connections wait in a queue
+//! ([`Event::Queue`]), a process that exits is replaced in its slot, with the delays of every start, and its replacement is asked to exit
+//! as soon as it is ready. When no queue is being waited for any more, starting processes are asked to exit, too. All processes have the
 //! deadline of the stop, no matter when they were started.
 //!
 //! [`Event::Queue`]: super::Event::Queue
@@ -11,7 +11,7 @@ use super::messages::Action;
 use super::{Mode, Now, State, Supervisor, TERMINATE_INTERVAL};
 
 impl Supervisor {
-    /// Begins a drain. `success`: the operator requested it. Otherwise there is no process to serve queued connections.
+    /// Begins a drain. `success`: the operator requested it. Otherwise no process can serve queued connections.
     pub(super) fn stop(&mut self, success: bool, now: Now) {
         self.mode = Mode::Stopping { success, until: now + self.policy.drain_timeout, queue: success };
         self.roll = None;
@@ -19,7 +19,7 @@ impl Supervisor {
         for index in 0..self.slots.len() {
             match self.slots[index].state {
                 State::Ready { .. } => self.finish_queue(index, now),
-                State::Starting { .. } | State::Backoff { .. } if success => {} // the answer to Close decides
+                State::Starting { .. } | State::Backoff { .. } if success => {} // the reply to Close decides
                 State::Starting { .. }
                 | State::Backoff { .. }
                 | State::Empty
@@ -29,14 +29,14 @@ impl Supervisor {
         }
     }
 
-    /// Asks a ready process to leave during a stop: it accepts the queued connections first.
+    /// Asks a ready process to exit during a stop; it accepts the queued connections first.
     pub(super) fn finish_queue(&mut self, index: usize, now: Now) {
         self.slots[index].serves_queue = true;
         self.drain(index, now);
     }
 
-    /// Handles the state of the queues during a stop: while connections wait, processes that have left are replaced; when none waits,
-    /// starting processes leave.
+    /// Handles the state of the queues during a stop: while connections wait, processes that have exited are replaced; when none waits,
+    /// starting processes are asked to exit.
     pub(super) fn queue(&mut self, waits: bool, now: Now) {
         let Mode::Stopping { queue, .. } = &mut self.mode else { return };
         *queue &= waits;
@@ -59,7 +59,7 @@ impl Supervisor {
         }
     }
 
-    /// Whether a process that has ended must be replaced.
+    /// Whether a process that has exited must be replaced.
     pub(super) fn replaces(&self) -> bool {
         match self.mode {
             Mode::Running => true,
@@ -87,7 +87,8 @@ impl Supervisor {
                 self.actions.push(Action::Terminate { pid });
             }
             State::Backoff { .. } => self.slots[index].state = State::Empty,
-            // Without a pid the process is being created: the shell answers each Spawn before the next event.
+            // Without a pid, the process is being created: the shell reports the result of each Spawn before the next
+            // event.
             State::Starting { pid: None, .. } | State::Empty | State::Draining { .. } | State::Killing { .. } => {}
         }
     }

@@ -44,9 +44,9 @@ struct World {
     next_pid: i32,
     spawned: u32,
     fork_fails: bool,
-    /// Connections wait during a stop.
+    /// Connections are waiting during a stop.
     queue_waits: bool,
-    /// Number of requests, which the ready processes share.
+    /// Number of requests, which are shared by the ready processes.
     requests: u32,
     /// Number of connections of ready processes.
     connections: u32,
@@ -156,7 +156,7 @@ impl World {
     fn demand(&self) -> Demand {
         let ready = self.processes.iter().filter(|(_, life)| **life == Life::Ready);
         let slots = ready.filter_map(|(&pid, _)| self.supervisor.place_of(Pid::from_raw(pid))).map(|(slot, _)| slot);
-        // The processes in the highest slots, which would leave first if they were idle.
+        // The processes in the highest slots, which would be removed first if they were idle.
         let mut busy: Vec<u32> = slots.collect();
         busy.sort_unstable_by_key(|&slot| std::cmp::Reverse(slot));
         busy.truncate(self.requests as usize);
@@ -270,7 +270,7 @@ impl World {
         if random.u32(0..8) == 0 {
             let min = random.u32(0..6);
             let policy = range(min, min.max(1) + random.u32(0..6));
-            // A process that is already leaving cannot be called back when the budget shrinks.
+            // A process that is already exiting cannot be called back when the budget shrinks.
             let max_unavailable = self.supervisor.policy.max_unavailable;
             return self.feed(Event::Policy(Policy { max_unavailable, respawn_rate: random.u32(1..16), ..policy }));
         }
@@ -561,7 +561,7 @@ fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_
                     return Some(now);
                 }
             }
-            now = supervisor.next_deadline().unwrap_or(now + MS).min(until); // without a deadline it stops
+            now = supervisor.next_deadline().unwrap_or(now + MS).min(until); // without a deadline, the loop ends
             actions.extend(supervisor.step(Event::Tick, now));
         }
         None
@@ -576,7 +576,7 @@ fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_
     let at = fail_for(&mut reloaded, reload, 50_000 * MS, 400_000 * MS).expect("it is given up in the end");
     assert!(at >= 110_000 * MS, "{at:?}");
 
-    // A starting process gets its time.
+    // A starting process is allowed to finish starting.
     let mut slow = Supervisor::new(policy);
     for action in slow.step(Event::Tick, Now::ZERO) {
         if let Action::Spawn { slot, .. } = action {

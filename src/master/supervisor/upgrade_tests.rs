@@ -19,7 +19,7 @@ fn policy(workers: u32) -> Policy {
     }
 }
 
-/// Plays a random history. Returns the supervisor, the time, and the running processes.
+/// Simulates a random history. Returns the supervisor, the time, and the running processes.
 fn history(random: &mut fastrand::Rng, policy: Policy) -> (Supervisor, Now, Vec<i32>) {
     let mut supervisor = Supervisor::new(policy);
     let (mut now, mut alive, mut next) = (Now::ZERO, Vec::new(), 100);
@@ -59,7 +59,7 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
         let workers = random.u32(1..6);
         let (old, before, mut alive) = history(&mut random, policy(workers));
         let roster = old.save(before).expect("it runs");
-        // The next master may have other settings, and has its own time.
+        // The next master may have other settings, and has its own clock.
         let now_workers = if random.bool() { workers } else { random.u32(1..6) };
         let mut new = Supervisor::restore(policy(now_workers), &roster, Now::ZERO);
         for &pid in &alive {

@@ -1,7 +1,7 @@
-//! Saves everything that a master holds, and restores it in the next master, by descriptor numbers.
+//! Saves everything that a master holds, and restores it in the next master, by descriptor number.
 //!
-//! Every descriptor, and all state about processes that live on, must be saved and restored here. The exec closes any other descriptor
-//! without a log line.
+//! Every descriptor, and all state about processes that continue to run, must be saved and restored here. The exec closes any other
+//! descriptor without a log line.
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ use crate::upgrade::saved_state::{
 };
 
 impl Master {
-    /// The whole state; `None` while the server stops, since no upgrade takes place then.
+    /// The whole state; `None` while the server stops, because no upgrade takes place then.
     pub(super) fn save(&self) -> Option<Saved> {
         let (spawner, now) = (&self.spawner, self.now());
         let sidecars = self.sidecars.living().into_iter().map(|one| SavedSidecar {
@@ -61,9 +61,9 @@ impl Master {
         })
     }
 
-    /// Takes over the children of the former program and has them replaced. Processes that are no children of this process are dropped;
-    /// children that have ended are reaped as usual.
-    /// A deadline that passed meanwhile is met last, when all deaths and reports have been read.
+    /// Takes over the children of the former program and has them replaced. Processes that are not children of this process are dropped;
+    /// children that have exited are reaped as usual. A deadline that passed meanwhile is handled last, when all deaths and reports have
+    /// been read.
     pub(in crate::master) fn adopt(&mut self, mut left: Takeover) {
         let now = self.now();
         let passed = left.saved.catch_up(clock_ms());

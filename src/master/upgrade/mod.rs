@@ -9,10 +9,10 @@
 //! the new build (builder.rs): takes over descriptors and children, unblocks signals, reloads: new workers, then the old drain
 //! ```
 //!
-//! The check runs alongside the loop: a child, a pipe and a deadline. Its output is gossip, cut at 4 KiB.
+//! The check runs alongside the loop: a child, a pipe and a deadline. Its output is untrusted, and truncated to 4 KiB.
 //!
-//! If the new build fails after the exec although it passed its check, there is no way back: the process ends; the workers see the end of
-//! the lifeline, finish their requests and leave.
+//! If the new build fails after the exec although it passed its check, there is no way back: the process exits; the workers see the end of
+//! the lifeline, finish their requests and exit.
 
 mod adopt;
 
@@ -40,7 +40,7 @@ use crate::upgrade::{VARIABLES, password};
 
 /// Maximum number of bytes of the check's output that are kept: the last ones.
 const LAST_WORDS: usize = 4096;
-/// How long a check may take to end after it was asked to.
+/// How long a check may take to exit after it was asked to.
 const ABORT_STEPS: Duration = Duration::from_secs(2);
 
 /// The reason for refusing an upgrade while the server stops.
@@ -69,13 +69,13 @@ pub(super) struct Check {
     last_words: String,
     /// `None` when it has passed.
     deadline: Option<Instant>,
-    /// Why the check was asked to end. It then ends without leaving anything behind.
+    /// Why the check was asked to exit. It then exits without leaving anything behind.
     cut_short: Option<&'static str>,
     build: Identity,
 }
 
 impl Check {
-    /// Ends the check with TERM, and later with KILL.
+    /// Asks the check to exit with TERM; KILL follows later.
     fn ask_to_end(&mut self, why: &'static str) {
         self.cut_short = Some(why);
         self.deadline = Some(Instant::now() + ABORT_STEPS);
@@ -86,7 +86,7 @@ impl Check {
         let password = password();
         let (passed, last_words) = (&mut self.passed, &mut self.last_words);
         self.open = self.output.read(MAX_REST, &mut |line, _| {
-            // The line may begin with earlier output without a line end.
+            // The line may begin with earlier output that had no line end.
             if line.ends_with(&password) {
                 *passed = true;
                 return;
@@ -100,7 +100,7 @@ impl Check {
         });
     }
 
-    /// The reason for the refusal, for a check that ended like this.
+    /// The reason for the refusal, for a check that ended in this way.
     fn failure(&self, ending: Ending) -> String {
         let why = match (self.cut_short, ending) {
             (Some(why), _) => why.to_owned(),
@@ -130,7 +130,7 @@ impl Upgrade {
         }
     }
 
-    /// Reads the check's output, and ends a check that takes too long. Its death is handled like that of any other child.
+    /// Reads the check's output, and stops a check that takes too long. Its death is handled like that of any other child.
     pub(super) fn listen(&mut self) {
         let Self::Checking(check) = self else { return };
         check.listen();
@@ -143,7 +143,7 @@ impl Upgrade {
         }
     }
 
-    /// Ends a running check: its result is no longer needed.
+    /// Stops a running check, because its result is no longer needed.
     pub(super) fn cancel(&mut self) {
         if let Self::Checking(check) = self
             && check.cut_short.is_none()
@@ -161,7 +161,7 @@ impl Upgrade {
         matches!(self, Self::Checking(check) if check.pid == pid)
     }
 
-    /// Handles the end of the check. Returns why there is no upgrade, if it failed.
+    /// Handles the exit of the check. Returns why there is no upgrade, if the check failed.
     ///
     /// # Errors
     /// A sentence for the operator.
@@ -249,7 +249,7 @@ impl Master {
         })
     }
 
-    /// The message for a failed start. A remedy is named only if the program, and not the machine, is the cause.
+    /// The message for a failed start. It names a remedy only if the program, and not the machine, is the cause.
     fn cannot_start(&self, error: &io::Error) -> String {
         let is_machine =
             matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::EAGAIN | libc::ENOMEM));
@@ -257,7 +257,7 @@ impl Master {
         format!("{} cannot be started: {}{remedy}", self.start_command.program.display(), sys::explain(error))
     }
 
-    /// Becomes the new build, if it has passed the check.
+    /// Becomes the new build, if that build has passed the check.
     pub(super) fn finish_upgrade(&mut self) {
         let Upgrade::Passed(build) = &self.upgrade else { return };
         let same = Identity::of(&self.start_command.program).is_ok_and(|now| now == *build);

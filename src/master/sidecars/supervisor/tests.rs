@@ -19,7 +19,7 @@ struct World {
     asked: BTreeMap<Pid, Action>,
     next_pid: i32,
     notices: Vec<(usize, Notice)>,
-    /// How often each sidecar was started.
+    /// How many times each sidecar was started.
     starts: Vec<u32>,
     fails_to_spawn: bool,
 }
@@ -218,7 +218,7 @@ fn a_run_that_lasts_makes_the_next_be_skipped_and_has_an_end() {
 fn what_was_missed_is_run_once_and_a_clock_set_back_does_not_stop_a_job() {
     let mut world = world(0, &["*/10 * * * *"], Duration::ZERO);
     world.feed(Event::Begin);
-    // The machine slept for a day: only the wall clock has advanced.
+    // The machine was suspended for a day: only the wall clock has advanced.
     world.wall += 24 * 3600 * S;
     world.pass(S);
     assert_eq!(world.starts, [1]);
@@ -324,7 +324,7 @@ fn what_came_due_while_one_master_took_anothers_place_is_run_once() {
     assert_eq!(second.starts, [1, 0], "once");
 }
 
-/// One history from a seed: the assertions in `feed` hold after every event, and the history comes to an end.
+/// One history from a seed: the assertions in `feed` hold after every event, and the history terminates.
 fn history(seed: u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     let timeout = S * random.u32(0..3) * 40;

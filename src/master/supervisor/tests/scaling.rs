@@ -1,4 +1,4 @@
-//! Tests the number of processes, and their replacement while they live.
+//! Tests the number of processes, and their replacement while they are running.
 
 use super::*;
 
@@ -16,7 +16,7 @@ impl World {
         self.now = end;
     }
 
-    /// Makes starting processes ready, and removes processes that must leave.
+    /// Makes starting processes ready, and removes processes that must exit.
     fn obey(&mut self) {
         while let Some((&pid, &life)) = self.processes.iter().find(|(_, life)| **life != Life::Ready) {
             match life {
@@ -92,7 +92,8 @@ fn it_grows_by_1_2_4_and_shrinks_one_by_one() {
     world.requests = 1000;
     world.pass(S * 3);
     assert_eq!(world.scaled(), [2, 4, 8, 16, 32, 40]);
-    // Saturation is reported when the maximum number of processes is reached and all of them work.
+    // Saturation is reported when the maximum number of processes is reached and all of them are
+    // working.
     let is_saturated = |notice: &&Notice| matches!(notice, Notice::Saturated { .. });
     let said: Vec<&Notice> = world.notices.iter().filter(is_saturated).collect();
     assert!(matches!(said[..], [Notice::Saturated { workers: 40, in_flight: 40, waiting: 960 }]), "{said:?}");
@@ -110,7 +111,7 @@ fn a_need_of_one_moment_is_no_need_unless_somebody_waits() {
     let mut world = World::new(range(1, 8));
     world.settle();
     world.requests = 1;
-    world.pass(MS * 1000); // one sample: all are busy, and no connection waits
+    world.pass(MS * 1000); // one sample: all are busy, and no connection is waiting
     world.requests = 0;
     world.pass(S * 5);
     assert_eq!(world.scaled(), [0_u32; 0]);

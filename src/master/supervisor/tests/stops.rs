@@ -1,4 +1,4 @@
-//! Tests the end of processes when the server stops.
+//! Tests how processes are stopped when the server stops.
 
 use super::*;
 
