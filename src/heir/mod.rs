@@ -217,7 +217,7 @@ fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
 /// The connections of a dead worker.
 struct OpenConnections<'a> {
     heritage: &'a Heritage,
-    /// Closed when the master is dead, or stops at once. `None` from then on.
+    /// Its other end closes when the master is dead or stops at once. `None` from then on.
     lifeline: Option<BorrowedFd<'a>>,
     /// The system-wide limit of connections in transit has been reached.
     crowded: bool,

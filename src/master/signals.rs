@@ -96,7 +96,7 @@ impl SignalInbox {
         came.map(|((_, meaning), _)| *meaning).collect()
     }
 
-    /// Resends each signal that was not taken to this process. Must be called with all signals blocked, before exec: the signals stay
+    /// Raises again each signal that was not taken. Must be called with all signals blocked, before exec: the signals stay
     /// pending for the new program, or for this one if exec fails.
     pub(crate) fn hand_on(&mut self) {
         for meaning in self.take() {

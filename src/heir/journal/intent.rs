@@ -86,7 +86,7 @@ impl PreparedCall<'_> {
         // SAFETY: `prepare` has written the message. No other message has been written since, because only `prepare` creates `self`, and
         // this call consumes it. `self` borrows the array that the message points to. Each entry names memory that the caller of `prepare`
         // lends for longer than this call: `Intent::send` uses slices that it borrows. The ancillary data belong to the intent record. The
-        // heir shares this memory, but does not write to it (`heir/mod.rs`).
+        // heir shares this memory, but does not write to it while the worker lives (`heir/mod.rs`).
         let sent = unsafe { libc::sendmmsg(through, self.intent.message.get(), 1, flags) };
         self.intent.outcome(sent)
     }

@@ -561,7 +561,7 @@ fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_
                     return Some(now);
                 }
             }
-            now = supervisor.next_deadline().unwrap_or(now + MS).min(until); // without a deadline, the loop ends
+            now = supervisor.next_deadline().unwrap_or(now + MS).min(until); // without a deadline, the supervisor has stopped
             actions.extend(supervisor.step(Event::Tick, now));
         }
         None

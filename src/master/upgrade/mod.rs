@@ -75,7 +75,7 @@ pub(super) struct Check {
 }
 
 impl Check {
-    /// Asks the check to exit with TERM; KILL follows later.
+    /// Sends TERM to the check; KILL follows later.
     fn ask_to_end(&mut self, why: &'static str) {
         self.cut_short = Some(why);
         self.deadline = Some(Instant::now() + ABORT_STEPS);
