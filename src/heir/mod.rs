@@ -72,7 +72,7 @@ pub(crate) struct Heir {
 pub(crate) struct RetainedFds {
     /// `None` without an heir.
     worker: Option<OwnedFd>,
-    /// The heir's own lifeline, because a worker closes its lifeline when it exits.
+    /// The heir's own lifeline, because a worker closes its lifeline when it is asked to exit.
     lifeline: OwnedFd,
     _channel: Arc<Channel>,
     listeners: Arc<[Listener]>,
