@@ -12,14 +12,14 @@ pub enum SegmentError {
     CacheTooSmall {
         /// Requested size in bytes.
         asked: u64,
-        /// The smallest size possible.
+        /// The minimum size in bytes.
         least: u64,
     },
     /// The requested event log is too small to be useful.
     LogTooSmall {
         /// Requested size in bytes.
         asked: u64,
-        /// The smallest size possible.
+        /// The minimum size in bytes.
         least: u64,
     },
     /// More scoreboard rows were requested than a segment can have.
@@ -47,31 +47,31 @@ pub enum SegmentError {
     NoMemory {
         /// Size of the whole segment in bytes.
         bytes: u64,
-        /// The memory available in the machine in bytes, if that is known.
+        /// The memory available on the machine in bytes, if known.
         available: Option<u64>,
         /// The error returned by the kernel.
         source: io::Error,
     },
-    /// The file system does not have enough room for the segment's file.
+    /// The file system does not have enough free space for the segment's file.
     NoSpace {
         /// Size of the whole segment in bytes.
         bytes: u64,
-        /// The free part of the file system in bytes, if that is known.
+        /// The free space of the file system in bytes, if known.
         free: Option<u64>,
         /// The error returned by the kernel.
         source: io::Error,
     },
-    /// The segment does not fit into what is left of a control group's memory limit (a container, a systemd unit). The
-    /// kernel would not refuse the memory, but kill a process later.
+    /// The segment does not fit into the remainder of a control group's memory limit (of a container or a systemd
+    /// unit). The kernel would not refuse the memory, but would kill a process later.
     OverLimit {
         /// Size of the whole segment in bytes.
         bytes: u64,
         /// The group's memory limit in bytes.
         limit: u64,
-        /// The free part of that limit in bytes.
+        /// The remainder of that limit in bytes.
         free: u64,
     },
-    /// The segment is larger than the files that this process may create: the kernel would send SIGXFSZ.
+    /// The segment exceeds the size limit for files that this process creates, so the kernel would send SIGXFSZ.
     OverFileSize {
         /// Size of the whole segment in bytes.
         bytes: u64,

@@ -1,8 +1,9 @@
-//! Makes a child of fork(2) drop what belongs to its parent: the child inherits the memory of a process that holds locks.
+//! Makes a forked child drop what belongs to its parent. This is necessary because the child inherits the memory of a
+//! process that holds locks.
 //!
-//! A handler registered with pthread_atfork(3) runs in each child. It increments [`generation`], by which everything claimed
-//! earlier is recognized as the parent's, and closes the descriptors whose locks show that the parent is alive:
-//! otherwise a parent would seem to be alive as long as one of its children is.
+//! A handler registered with pthread_atfork(3) runs in each child. It increments [`generation`], so that everything claimed
+//! earlier is recognized as the parent's. It also closes the descriptors whose locks show that the parent is alive;
+//! otherwise the parent would seem to be alive for as long as any of its children.
 #![expect(unsafe_code, reason = "pthread_atfork")]
 
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -14,14 +15,14 @@ const NONE: i32 = -1;
 
 static GENERATION: AtomicU32 = AtomicU32::new(1);
 static DESCRIPTORS: [AtomicI32; MOST] = [const { AtomicI32::new(NONE) }; MOST];
-/// Held from the opening of a descriptor until it is in the list, from its removal until it is closed, and during a fork, so
-/// that no child has a descriptor that is not in the list.
+/// Held while a descriptor is opened and listed, while it is unlisted and closed, and during a fork, so that no child has a
+/// descriptor that is not in the list.
 static LISTING: AtomicBool = AtomicBool::new(false);
-/// The thread that forks holds [`LISTING`].
+/// Whether the thread that forks holds [`LISTING`].
 static FORKING: AtomicBool = AtomicBool::new(false);
-/// Some tenths of a second.
+/// Takes a few tenths of a second.
 const MAX_SPINS: u32 = 10_000_000;
-/// Whether the handlers are registered: not yet, in progress, or the result.
+/// The registration of the handlers: not yet attempted, in progress, or its result.
 static REGISTERED: AtomicU32 = AtomicU32::new(NOT_YET);
 
 const NOT_YET: u32 = 0;
@@ -29,27 +30,28 @@ const UNDER_WAY: u32 = 1;
 const WORKS: u32 = 2;
 const FAILED: u32 = 3;
 
-/// A number that differs in each process of a chain of forks; never 0.
+/// The fork generation: a number that differs in each process of a chain of forks; never 0.
 #[inline]
 pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// Registers the handlers, once for a process and its children. Called when a segment is created or attached, while there are few
-/// threads.
+/// Registers the handlers, once for a process and its children. Called when a segment is created or attached, because the process
+/// then has few threads.
 pub(crate) fn watch() {
     if REGISTERED.compare_exchange(NOT_YET, UNDER_WAY, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
         REGISTERED.store(if register() { WORKS } else { FAILED }, Ordering::Release);
     }
 }
 
-/// A descriptor that children do not keep. Closed by [`Private::close`] rather than on drop, because a drop may run in a child of the
-/// process that opened it.
+/// A descriptor that is closed in forked children. Closed by [`Private::close`] rather than on drop, because a drop may run in a
+/// child of the process that opened it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Private(pub(crate) u32);
 
 impl Private {
-    /// Opens a descriptor; `None` if that fails, there are too many already, or no handler can be registered.
+    /// Opens a descriptor; `None` if that fails, if there are too many already, or if the handlers cannot be
+    /// registered.
     pub(crate) fn open(open: impl FnOnce() -> Option<OwnedFd>) -> Option<Private> {
         watch();
         if REGISTERED.load(Ordering::Acquire) != WORKS {
@@ -80,7 +82,7 @@ impl Private {
         (raw != NONE).then(|| unsafe { BorrowedFd::borrow_raw(raw) })
     }
 
-    /// Closes the descriptor, in the process that opened it.
+    /// Closes the descriptor, if this process opened it.
     pub(crate) fn close(self) {
         begin_listing();
         self.close_listed();
@@ -90,13 +92,14 @@ impl Private {
     fn close_listed(self) {
         let raw = DESCRIPTORS.get(self.0 as usize).map_or(NONE, |place| place.swap(NONE, Ordering::AcqRel));
         if raw != NONE {
-            // SAFETY: it came from an `OwnedFd` into the list, and was removed from the list just now.
+            // SAFETY: it came from an `OwnedFd` into the list, and was just removed from the list.
             drop(unsafe { OwnedFd::from_raw_fd(raw) });
         }
     }
 }
 
-/// The lock is held for a system call or two, so waiting is short; it is private to the process, so its holder cannot die alone.
+/// Spins, because the lock is held for one or two system calls only. It is private to the process, so its holder cannot die
+/// alone.
 fn begin_listing() {
     while LISTING.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
         std::hint::spin_loop();
@@ -107,10 +110,10 @@ fn end_listing() {
     LISTING.store(false, Ordering::Release);
 }
 
-/// Registers the handlers for fork; returns whether that worked.
+/// Registers the fork handlers; returns whether that succeeded.
 #[cfg(not(miri))]
 fn register() -> bool {
-    // SAFETY: the handlers touch static atomics and call close(2): all of it async-signal-safe.
+    // SAFETY: the handlers only access static atomics and call close(2), which is async-signal-safe.
     unsafe { libc::pthread_atfork(Some(before_fork), Some(in_parent), Some(in_child)) == 0 }
 }
 
@@ -122,8 +125,8 @@ fn register() -> bool {
 }
 
 extern "C" fn before_fork() {
-    // A signal handler may fork while its own thread holds the list. That must not wait forever; the risk is only
-    // a child that keeps a descriptor.
+    // A signal handler may fork while its own thread holds the list. The fork must not wait forever; giving up only
+    // risks a child that keeps a descriptor.
     let free = |_: &u32| {
         std::hint::spin_loop();
         LISTING.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()

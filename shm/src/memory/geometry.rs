@@ -1,7 +1,7 @@
 //! Computes the size and the offset of each part of a segment.
 //!
-//! Everything follows from the [`Plan`] alone. The creator writes the plan into the header; a process that attaches computes the
-//! geometry again and keeps its own copy, so no later change of the header moves any bound.
+//! Everything follows from the [`Plan`] alone. The creator writes the plan into the header. A process that attaches computes the
+//! geometry from it and keeps its own copy, so later changes to the header cannot move any bound.
 //!
 //! Must not read or write the segment.
 
@@ -14,14 +14,14 @@ use crate::Plan;
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const MIN_CACHE: u64 = 256 * 1024;
-/// 64 TiB: keeps every sum of sizes far from overflow, and every position within a slot's 52 bits for decades.
+/// 64 TiB: keeps all sums of sizes far from overflow, and all positions within a slot's 52 bits for decades.
 const MAX_CACHE: u64 = 1 << 46;
 /// Minimum size of a shard in bytes; a shard also has room for at least [`SHARD_ENTRIES`] entries of the maximum size.
 const MIN_SHARD: u64 = 8 << 20;
 const SHARD_ENTRIES: u64 = 6;
 const MAX_SHARDS: u64 = 16;
 pub(crate) const MAX_ROWS: u32 = 16_384;
-/// Number of processes, in addition to those of the scoreboard, that may use the cache at the same time.
+/// Number of processes, in addition to those with scoreboard rows, that may use the cache at the same time.
 const MORE_MEMBERS: u32 = 32;
 /// Bytes of a shard per bucket of seven entries.
 const SHARD_BYTES_PER_BUCKET: u64 = 3072;
@@ -39,7 +39,7 @@ pub(crate) const MIN_LOG: u64 = 64 * 1024;
 const LOG_BYTES_PER_TOPIC: u64 = 4096;
 /// The maximum event: this fraction (1/n) of the log's ring.
 const EVENT_SHARE: u64 = 8;
-/// A record's size has to fit into its 32-bit word.
+/// The size of a record must fit into its 32-bit word.
 const MAX_ENTRY: u64 = 1 << 30;
 
 /// The location of every part, computed from the plan alone.
@@ -61,15 +61,15 @@ pub(crate) struct Geometry {
     /// A power of two, or 0 without a cache.
     pub(crate) shards: u64,
     pub(crate) shard_bytes: u64,
-    /// For each shard.
+    /// Per shard.
     pub(crate) buckets: u64,
-    /// For each shard: buckets of eight.
+    /// Per shard: the number of buckets of eight ghosts.
     pub(crate) ghosts: u64,
     /// Bytes of the small ring and of the main ring of each shard.
     pub(crate) ring_len: [u64; 2],
-    /// Offsets of the two rings in the shard.
+    /// Offsets of the two rings within the shard.
     pub(crate) ring_at: [u64; 2],
-    /// The largest record an entry may take, header included.
+    /// The maximum size of an entry's record, header included.
     pub(crate) max_record: u64,
     /// Offset of the event log.
     pub(crate) events_at: u64,
@@ -136,7 +136,7 @@ impl Geometry {
 
     fn with_events(mut self, bytes: u64) -> Geometry {
         if self.members == 0 {
-            // The lock of the log needs members as well.
+            // The lock of the log requires members as well.
             (self.members, self.member_bytes) = (self.rows + MORE_MEMBERS, MEMBER_HEAD);
             self.total += (u64::from(self.members) * MEMBER_HEAD).next_multiple_of(PAGE);
             (self.tags_at, self.prefixes_at) = (self.total, self.total);
@@ -151,7 +151,7 @@ impl Geometry {
             topics,
             events_ring_at: self.total + before_ring,
             events_ring_len: ring_len,
-            // The other parts of a record are subtracted; and the size of a record has to fit into 32 bits.
+            // Subtracts the other parts of a record. The size of a record must also fit into 32 bits.
             max_event: (ring_len / EVENT_SHARE).min(MAX_ENTRY) - EVENT_HEAD - TOPIC_BYTES as u64 - GRAIN,
             total: self.total + bytes,
             ..self
@@ -179,10 +179,10 @@ impl Geometry {
         let ghosts = floor_power_of_two(shard_bytes / SHARD_BYTES_PER_GHOSTS);
         let index = SHARD_HEAD + (buckets + ghosts) * BUCKET_BYTES;
         let rings = shard_bytes - index;
-        // S3-FIFO uses a tenth for new entries.
+        // As in S3-FIFO, a tenth is for new entries.
         let small = rings / 10 / GRAIN * GRAIN;
         let main = (rings - small) / GRAIN * GRAIN;
-        // Then an entry, and the padding in front of it, always fit into half the ring.
+        // With this limit, an entry and the padding before it always fit into half the ring.
         let most = (main / 4).min(MAX_ENTRY) / GRAIN * GRAIN;
         if plan.max_entry > most - PAGE {
             return Err(SegmentError::EntryTooLarge { asked: plan.max_entry, most: most - PAGE });
@@ -202,7 +202,7 @@ impl Geometry {
             ghosts,
             ring_len: [small, main],
             ring_at: [index, index + small],
-            // Room for a value of the wanted size, and one page for its key, its tags and its header.
+            // Room for a value of the requested size, plus one page for its key, tags and header.
             max_record: (wanted.next_multiple_of(GRAIN) + PAGE).min(most),
             events_at: shards_at + shards * shard_bytes,
             total: shards_at + shards * shard_bytes,
@@ -216,7 +216,7 @@ impl Geometry {
     }
 }
 
-/// The largest power of two that is not larger than `value`; 1 for 0.
+/// The largest power of two not above `value`; 1 for 0.
 const fn floor_power_of_two(value: u64) -> u64 {
     if value == 0 { 1 } else { 1 << value.ilog2() }
 }

@@ -76,7 +76,7 @@ use super::map::Plain;
 
 /// "forkyard" in ASCII.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"forkyard");
-/// Incremented with every change of this file, or of the meaning of the words.
+/// Must be incremented with every change of this file, or of the meaning of a word.
 pub(crate) const VERSION: u32 = 6;
 
 /// Every record starts at a multiple of this many bytes.
@@ -128,7 +128,7 @@ pub(crate) struct Header {
     unused_at_the_end: [AtomicU64; 8],
 }
 
-/// The requests that are currently refused.
+/// The requests that are currently quarantined.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct QuarantineTable {
@@ -200,11 +200,11 @@ pub(crate) struct MemberHead {
     unused: AtomicU32,
     pub(crate) epoch: AtomicU64,
     unused_too: [AtomicU64; 6],
-    /// The entries that the process reads in place.
+    /// The entries that the process is reading in place.
     pub(crate) pins: [AtomicU64; PINS],
 }
 
-/// The counts of one process in one shard, including those of earlier owners of the same cell.
+/// The counts of one process in one shard, including those of previous owners of the same cell.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct Tally {
@@ -240,7 +240,7 @@ pub(crate) struct LeaseCell {
 #[derive(Debug)]
 pub(crate) struct ShardHead {
     pub(crate) lock: AtomicU32,
-    /// Not 0 from a lock timeout until the lock is next taken: meanwhile no process waits for the lock.
+    /// Nonzero from a lock timeout until the lock is next taken. While it is nonzero, no process waits for the lock.
     pub(crate) suspect: AtomicU32,
     unused: [AtomicU64; 7],
     /// The lowest valid position of each ring.
@@ -266,7 +266,7 @@ pub(crate) struct RingHead {
     pub(crate) clear_to: AtomicU64,
 }
 
-/// A change of a slot in progress, and the values of the books after it.
+/// A change of a slot in progress, and the accounting after it.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Intent {
@@ -277,8 +277,8 @@ pub(crate) struct Intent {
     unused: AtomicU64,
 }
 
-/// Changed under the lock (except the last three). A death between two changes leaves the counters slightly inconsistent, which is
-/// harmless.
+/// Changed under the lock, except for the last three. If a process dies between two changes, the counters are slightly
+/// inconsistent, which is harmless.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Counters {
@@ -314,7 +314,7 @@ pub(crate) struct GhostBucket {
     pub(crate) ghosts: [AtomicU64; 8],
 }
 
-/// The first words of every record in a ring; a pad record has nothing else.
+/// The first words of every record in a ring; a pad record consists of nothing else.
 #[repr(C, align(8))]
 #[derive(Debug)]
 pub(crate) struct RecordHead {
@@ -349,12 +349,12 @@ pub(crate) struct EventsHead {
     pub(crate) sleepers: AtomicU32,
     pub(crate) epoch: AtomicU32,
     pub(crate) woken: AtomicU32,
-    /// Not 0 from a lock timeout until the lock is next taken: meanwhile no process waits for the lock.
+    /// Nonzero from a lock timeout until the lock is next taken. While it is nonzero, no process waits for the lock.
     pub(crate) suspect: AtomicU32,
     unused: [AtomicU64; 5],
     /// The lowest valid position.
     pub(crate) floor: AtomicU64,
-    /// Position of the next record. Raising it makes the record before it an event.
+    /// Position of the next record. Raising it turns the record before it into an event.
     pub(crate) head: AtomicU64,
     pub(crate) linked: AtomicU64,
     pub(crate) retired: AtomicU64,
@@ -442,7 +442,7 @@ unsafe impl Plain for TopicCell {}
 // SAFETY: as for `Header`.
 unsafe impl Plain for EventHead {}
 
-// Checks the byte table of the module documentation.
+// Verifies the byte table of the module documentation.
 const _: () = {
     assert!(offset_of!(Header, version) == 8 && offset_of!(Header, rows) == 12);
     assert!(offset_of!(Header, fingerprint) == 16 && offset_of!(Header, cache_bytes) == 24);
@@ -508,7 +508,7 @@ const _: () = {
     assert!(offset_of!(EventHead, topic_len) == 44 && offset_of!(EventHead, data_len) == 52);
 };
 
-/// Distinguishes builds with the same version that would lay out bytes differently: by byte order and word size.
+/// Distinguishes builds of the same version that would lay out bytes differently, due to byte order or word size.
 pub(crate) const FINGERPRINT: u64 = {
     let order = if cfg!(target_endian = "little") { 1 } else { 2 };
     order | (size_of::<usize>() as u64) << 8

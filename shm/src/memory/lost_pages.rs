@@ -1,15 +1,15 @@
-//! Recovers mappings of files that are truncated.
+//! Handles the truncation of mapped files.
 //!
 //! An access to a page beyond the end of its file raises SIGBUS, which by default kills the process. The handler here replaces the
-//! mapping by zeroes, private to the process, and the instruction runs again: it reads corrupted data, which every reader expects. The
-//! mapping is then *lost*, in a word that is shared with all processes of a chain of forks: none of them uses the memory
-//! any more, because each would have pages of its own, which a purge in another process does not reach.
+//! mapping with zeroes, private to the process. The instruction is then restarted and reads corrupted data, which every reader
+//! expects. The mapping is now *lost*: a word shared by all processes of a chain of forks records this, and none of them uses the
+//! memory any more, because each would have private pages, which a purge in another process does not reach.
 //!
-//! - The whole mapping is replaced, and not the page alone, so that a process sees one state of it. If there is not enough memory for
-//!   that, the page is replaced.
-//! - The handler is installed when the first file is mapped. For every other fault, it calls the previous handler. A
-//!   handler that the program installs later receives the signal alone, and should call [`recover_lost_pages`].
-//! - A thread that blocks SIGBUS dies all the same: the kernel does not deliver the signal of a fault later.
+//! - The whole mapping is replaced rather than the page alone, so that a process sees a single state of it. If there is not enough
+//!   memory for that, only the page is replaced.
+//! - The handler is installed when the first file is mapped. For every other fault, it calls the previous handler. A handler that the
+//!   program installs later replaces it, and should therefore call [`recover_lost_pages`].
+//! - If a thread has SIGBUS blocked, the fault still kills the process, because the kernel cannot defer a signal caused by a fault.
 //!
 //! The handler must not allocate, lock or panic.
 #![expect(unsafe_code, reason = "a signal handler, and the mappings that it replaces")]
@@ -26,16 +26,16 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 /// Maximum number of files that a process can have mapped at the same time.
 const MAX_FILES: usize = 256;
 const FREE: usize = 0;
-/// Another thread is filling the entry in.
+/// Another thread is filling in the entry.
 const TAKEN: usize = 1;
-/// Bytes to replace if the whole mapping cannot be replaced; any multiple of the system's page size will do.
+/// Bytes to replace if the whole mapping cannot be replaced; any multiple of the system's page size works.
 const PAGE: usize = 64 << 10;
 
 struct Entry {
     /// The address, or [`FREE`] or [`TAKEN`].
     start: AtomicUsize,
     len: AtomicUsize,
-    /// Not 0 when pages are lost, in any process; shared with the children.
+    /// Nonzero if any process has lost pages; shared with the children.
     lost: AtomicPtr<AtomicU32>,
 }
 
@@ -45,7 +45,7 @@ static ENTRIES: [Entry; MAX_FILES] =
 /// The previous action for SIGBUS.
 static BEFORE: OnceLock<sigaction> = OnceLock::new();
 
-/// Keeps a mapping of a file in the table. Must be dropped before the mapping.
+/// Keeps a file's mapping in the table. Must be dropped before the mapping.
 #[derive(Debug)]
 pub(crate) struct Guarded {
     entry: usize,
@@ -53,7 +53,7 @@ pub(crate) struct Guarded {
 }
 
 impl Guarded {
-    /// Returns `None` if the size of the file `fd` is sealed: then it cannot be truncated.
+    /// Returns `None` if the size of the file `fd` is sealed, because such a file cannot be truncated.
     ///
     /// # Errors
     /// Fails if too many files are mapped, or there is no memory.
@@ -98,16 +98,17 @@ impl Drop for Guarded {
         let entry = &ENTRIES[self.entry];
         let word = entry.lost.swap(null_mut(), Ordering::AcqRel);
         entry.start.store(FREE, Ordering::Release);
-        // SAFETY: the page was mapped by `new`. The mapping is not in use any more, so no handler looks at its entry.
+        // SAFETY: the page was mapped by `new`. The mapping is not in use any more, so no handler reads its entry.
         unsafe { libc::munmap(word.cast(), size_of::<AtomicU32>()) };
     }
 }
 
-/// Replaces lost pages of a file that this crate has mapped, after SIGBUS at `address`. Returns whether the instruction
-/// can run again.
+/// Replaces lost pages of a file that this crate has mapped, after a SIGBUS at `address`. Returns whether the instruction
+/// can be restarted.
 ///
-/// Async-signal-safe. To be called by the SIGBUS handler of a program that installs one after it has opened or attached to a
-/// [`Segment`](crate::Segment) in a file, because that handler replaces the handler of this crate.
+/// Async-signal-safe. A program that installs its own SIGBUS handler after opening or attaching to a
+/// [`Segment`](crate::Segment) in a file must call this function from it, because that handler replaces the handler of this
+/// crate.
 pub fn recover_lost_pages(address: usize) -> bool {
     for entry in &ENTRIES {
         let start = entry.start.load(Ordering::Acquire);
@@ -121,17 +122,18 @@ pub fn recover_lost_pages(address: usize) -> bool {
 
 impl Entry {
     fn replace(&self, start: usize, len: usize, address: usize) -> bool {
-        // SAFETY: null, or the word of a mapping in use: this thread faulted in it.
+        // SAFETY: null, or the word of a mapping that is in use, because this thread faulted in it.
         if let Some(lost) = unsafe { self.lost.load(Ordering::Acquire).as_ref() } {
             lost.store(1, Ordering::SeqCst);
         }
-        // Another thread may have replaced it just now. Its writes since then are discarded, because the mapping is lost.
+        // Another thread may have just replaced it. Its writes since then are discarded, which is harmless because the
+        // mapping is lost.
         let page = (address - start) / PAGE * PAGE;
         zeroed(start, len) || zeroed(start + page, PAGE.min(len - page))
     }
 }
 
-/// Replaces the mapping of this range by zeroes.
+/// Replaces the mapping of this range with zeroes.
 fn zeroed(start: usize, len: usize) -> bool {
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
@@ -139,10 +141,10 @@ fn zeroed(start: usize, len: usize) -> bool {
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: errno belongs to this thread.
     let before = unsafe { *errno };
-    // SAFETY: a part of a mapping of this crate, to which there are only references to atomics, for which any value is
-    // valid; the range stays mapped, and is unmapped together with the rest.
+    // SAFETY: the range is part of a mapping of this crate. The only references into it are to atomics, for which any
+    // value is valid. The range stays mapped, and is unmapped together with the rest.
     let mapped = unsafe { libc::mmap(ptr::without_provenance_mut(start), len, access, kind, -1, 0) };
-    // SAFETY: errno belongs to this thread. The interrupted code must not see a changed value.
+    // SAFETY: errno belongs to this thread. It is restored for the interrupted code.
     unsafe { *errno = before };
     mapped != libc::MAP_FAILED
 }
@@ -165,16 +167,16 @@ fn install() -> io::Result<()> {
     let mut action: sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = on_bus as *const () as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: `on_bus` is async-signal-safe, and has the signature for SA_SIGINFO.
+    // SAFETY: `on_bus` is async-signal-safe, and has the signature required by SA_SIGINFO.
     let outcome = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, null_mut()) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 extern "C" fn on_bus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
-    // SAFETY: the kernel passes a valid siginfo_t to a handler.
+    // SAFETY: the kernel passes a valid siginfo_t to the handler.
     let about = unsafe { info.as_ref() };
     if let Some(about) = about.filter(|about| about.si_code > 0)
-        // SAFETY: for a fault, the kernel fills in the field.
+        // SAFETY: the kernel fills in this field for a fault.
         && recover_lost_pages(unsafe { about.si_addr() }.addr())
     {
         return;
@@ -182,14 +184,14 @@ extern "C" fn on_bus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) 
     let before = BEFORE.get().filter(|before| ![libc::SIG_DFL, libc::SIG_IGN].contains(&before.sa_sigaction));
     match before {
         Some(before) if before.sa_flags & libc::SA_SIGINFO != 0 => {
-            // SAFETY: with SA_SIGINFO the address is that of a function with these three parameters, and the arguments come from the
-            // kernel.
+            // SAFETY: with SA_SIGINFO, the address is that of a function with these three parameters, and the arguments come from
+            // the kernel.
             let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) =
                 unsafe { std::mem::transmute(before.sa_sigaction) };
             handler(signal, info, context);
         }
         Some(before) => {
-            // SAFETY: without SA_SIGINFO the function takes only the signal's number.
+            // SAFETY: without SA_SIGINFO, the function takes only the signal number.
             let handler: extern "C" fn(c_int) = unsafe { std::mem::transmute(before.sa_sigaction) };
             handler(signal);
         }
@@ -199,7 +201,7 @@ extern "C" fn on_bus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) 
             // SAFETY: sigaction is async-signal-safe, and the action is valid.
             unsafe { libc::sigaction(signal, &raw const default, null_mut()) };
             if about.is_none_or(|about| about.si_code <= 0) {
-                // The signal was sent by a process, so no instruction faults again. It stays pending until this handler has returned.
+                // The signal was sent by a process, so no instruction will fault again. It stays pending until this handler returns.
                 // SAFETY: raise is async-signal-safe.
                 unsafe { libc::raise(signal) };
             }

@@ -1,8 +1,8 @@
-//! The mapping: every access to shared bytes goes through this file.
+//! The mapping, through which all accesses to shared bytes go.
 //!
-//! Raw pointers never leave this file. It returns references to [`Plain`] types, which consist of atomics only,
-//! and copies of byte ranges. Every offset is checked against the length that was mapped, never against a length
-//! found in the segment, so a corrupted segment yields `None`, not an access out of bounds.
+//! Raw pointers never leave this file. It returns references to [`Plain`] types, which consist of atomics only, and
+//! copies of byte ranges. Every offset is checked against the length that was mapped, never against a length read from
+//! the segment, so a corrupted segment yields `None` instead of an out-of-bounds access.
 //!
 //! Must not interpret the bytes, take locks, or resize the mapping.
 #![expect(unsafe_code, reason = "the fence around the mapped memory")]
@@ -15,11 +15,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::lost_pages::Guarded;
 
-/// A type that may be viewed in place in memory that other processes write.
+/// A type that may be viewed in place in memory that other processes write to.
 ///
 /// # Safety
-/// The type is `repr(C)`, every byte of it lies inside an `UnsafeCell` (an atomic), and every bit pattern is a valid value,
-/// so that a reference stays sound whatever another process stores there.
+/// The type must be `repr(C)`, every byte of it must lie inside an `UnsafeCell` (an atomic), and every bit pattern must be
+/// a valid value, so that a reference stays sound whatever another process stores there.
 pub(crate) unsafe trait Plain {}
 
 // SAFETY: one atomic word, valid for every bit pattern.
@@ -28,7 +28,7 @@ unsafe impl Plain for AtomicU64 {}
 /// A shared mapping of a whole segment; unmapped on drop.
 #[derive(Debug)]
 pub(crate) struct Map {
-    /// For a file, which can be truncated. Declared before the memory because fields are dropped in this order.
+    /// For a file, which may be truncated. Declared before the memory, because fields are dropped in declaration order.
     guarded: Option<Guarded>,
     memory: Memory,
 }
@@ -36,7 +36,7 @@ pub(crate) struct Map {
 #[cfg(not(miri))]
 type Memory = memmap2::MmapRaw;
 
-/// Miri does not support shared mappings: under Miri, a segment is memory of one process.
+/// Miri does not support shared mappings, so under Miri a segment is private memory.
 #[cfg(miri)]
 #[derive(Debug)]
 struct Memory {
@@ -69,7 +69,7 @@ mod heap {
 
     impl Drop for Memory {
         fn drop(&mut self) {
-            // SAFETY: allocated with this layout.
+            // SAFETY: allocated with the same layout.
             unsafe { std::alloc::dealloc(self.bytes, self.layout) }
         }
     }
@@ -78,8 +78,8 @@ mod heap {
 impl Map {
     /// Maps the first `len` bytes of `fd`, shared and writable.
     ///
-    /// The caller must have checked that the file is at least that long. If it is not sealed, and is truncated later, the pages
-    /// are [lost](Map::is_lost).
+    /// The caller must have checked that the file is at least that long. If the file is not sealed and is truncated later, the
+    /// pages are [lost](Map::is_lost).
     #[cfg(not(miri))]
     pub(crate) fn new(fd: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
@@ -94,15 +94,15 @@ impl Map {
         Ok(Map { guarded: None, memory: Memory::new(usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?) })
     }
 
-    /// Whether the file was truncated, and some process of this chain of forks has accessed the lost part. From then on the memory
-    /// must not be used: reads may return zeroes, and writes may be visible to this process alone.
+    /// Whether the file was truncated and a process of this chain of forks has accessed the lost part. Once it returns true, the
+    /// memory must not be used: reads may return zeroes, and writes may be visible to this process only.
     #[inline]
     pub(crate) fn is_lost(&self) -> bool {
         self.guarded.as_ref().is_some_and(Guarded::is_lost)
     }
 
-    /// Like [`is_lost`](Map::is_lost), but also marks the memory lost if `is_short` returns true. `is_short` is not called for a sealed
-    /// file.
+    /// Like [`is_lost`](Map::is_lost), but also marks the memory as lost if `is_short` returns true. `is_short` is not called for a
+    /// sealed file.
     pub(crate) fn is_lost_if(&self, is_short: impl FnOnce() -> bool) -> bool {
         self.guarded.as_ref().is_some_and(|guarded| {
             if !guarded.is_lost() && is_short() {
@@ -112,7 +112,7 @@ impl Map {
         })
     }
 
-    /// Requests huge pages, and maps all pages now rather than during requests. A failure of either is harmless.
+    /// Requests huge pages, and maps all pages now instead of during requests. Failures are harmless.
     #[cfg(not(miri))]
     pub(crate) fn warm(&self) {
         let _ = self.memory.advise(memmap2::Advice::HugePage);
@@ -149,7 +149,7 @@ impl Map {
         self.slice(offset, 1)?.first()
     }
 
-    /// `count` values of `T` from `offset` on, if all lie inside the mapping and are aligned.
+    /// `count` values of type `T` starting at `offset`, if all lie inside the mapping and are aligned.
     pub(crate) fn slice<T: Plain>(&self, offset: u64, count: u64) -> Option<&[T]> {
         let bytes = count.checked_mul(size_of::<T>() as u64)?;
         let start = self.range(offset, bytes)?.cast::<T>();
@@ -157,24 +157,24 @@ impl Map {
             return None;
         }
         let count = usize::try_from(count).ok()?;
-        // SAFETY: `range` checked that the bytes lie inside the mapping, which lives as long as `self`; the pointer is
-        // aligned; `T: Plain` accepts any bytes and allows this or another process to change them at any time.
+        // SAFETY: `range` checked that the bytes lie inside the mapping, which lives as long as `self`. The pointer is
+        // aligned. `T: Plain` accepts any bytes and allows this or another process to change them at any time.
         Some(unsafe { std::slice::from_raw_parts(start.cast_const(), count) })
     }
 
     /// Copies `bytes` to `offset`.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Option<()> {
         let to = self.range(offset, bytes.len() as u64)?;
-        // SAFETY: the target lies inside the mapping and `bytes`, a Rust slice, does not. The only references into the target are
-        // to `Plain` types, which writes do not harm, and slices of pinned ranges, for which the caller of `pinned` is responsible. Another
-        // process may read or write the target at the same time: `copy` copies bytes that may change.
+        // SAFETY: the target lies inside the mapping, and `bytes`, a Rust slice, does not. The only references into the target are to
+        // `Plain` types, for which writes are harmless, and slices of pinned ranges, for which the caller of `pinned` is responsible.
+        // Another process may read or write the target at the same time, which `copy` permits.
         unsafe { copy(Side::Private(bytes.as_ptr()), Side::Shared(to), bytes.len()) };
         Some(())
     }
 
-    /// Appends the `len` bytes at `offset` to `out`, which must have enough capacity: this never allocates.
+    /// Appends the `len` bytes at `offset` to `out`, which must have enough capacity. Never allocates.
     ///
-    /// Another process may write there at the same time. The copy may then be a mixture of old and new bytes, which the caller has to
+    /// Another process may write there at the same time. The copy may then be a mixture of old and new bytes, which the caller must
     /// detect and discard.
     pub(crate) fn read(&self, offset: u64, len: u64, out: &mut Vec<u8>) -> Option<()> {
         let from = self.range(offset, len)?;
@@ -186,12 +186,12 @@ impl Map {
         // SAFETY: the source lies inside the mapping; the target is private memory with room for `len` bytes.
         unsafe { copy(Side::Shared(from.cast_const()), Side::Private(spare.as_mut_ptr().cast::<u8>()), len) };
         let filled = out.len() + len;
-        // SAFETY: the `len` bytes after the old length were written just above, and the capacity was checked.
+        // SAFETY: the `len` bytes after the old length have just been written, and the capacity was checked.
         unsafe { out.set_len(filled) };
         Some(())
     }
 
-    /// Copies `len` bytes from one offset in the mapping to another; `None` also if the two ranges overlap.
+    /// Copies `len` bytes from one offset in the mapping to another; also `None` if the two ranges overlap.
     pub(crate) fn shift(&self, from: u64, to: u64, len: u64) -> Option<()> {
         let apart = from.checked_add(len)? <= to || to.checked_add(len)? <= from;
         let from = self.range(from, len)?;
@@ -200,12 +200,13 @@ impl Map {
         if !apart {
             return None;
         }
-        // SAFETY: both ranges lie inside the mapping and do not overlap; for writes by other processes, see `write`.
+        // SAFETY: both ranges lie inside the mapping and do not overlap; for concurrent writes by other processes, see
+        // `write`.
         unsafe { copy(Side::Shared(from.cast_const()), Side::Shared(to), len) };
         Some(())
     }
 
-    /// Copies bytes from `offset` on into `out`, filling it. For writes by other processes, see [`Map::read`].
+    /// Fills `out` with the bytes at `offset`. For concurrent writes by other processes, see [`Map::read`].
     pub(crate) fn read_into(&self, offset: u64, out: &mut [u8]) -> Option<()> {
         let from = self.range(offset, out.len() as u64)?;
         // SAFETY: the source lies inside the mapping, and the target is private memory.
@@ -213,12 +214,13 @@ impl Map {
         Some(())
     }
 
-    /// Lets the kernel write the `len` bytes at `offset` to a file or socket, without a copy in this process. Returns the number of bytes
+    /// Has the kernel write the `len` bytes at `offset` to a file or socket, without a copy in this process. Returns the number of bytes
     /// written; `None` if the bytes do not lie inside the mapping.
     pub(crate) fn write_to(&self, offset: u64, len: u64, file: BorrowedFd<'_>) -> Option<io::Result<usize>> {
         let start = self.range(offset, len)?;
         let len = usize::try_from(len).ok()?;
-        // SAFETY: the bytes lie inside the mapping, which outlives the call. The kernel reads them as bytes that may change.
+        // SAFETY: the bytes lie inside the mapping, which outlives the call. The kernel allows them to change while it reads
+        // them.
         let written = unsafe { libc::write(file.as_raw_fd(), start.cast_const().cast(), len) };
         Some(usize::try_from(written).map_err(|_| io::Error::last_os_error()))
     }
@@ -226,9 +228,9 @@ impl Map {
     /// The bytes of a pinned entry, in place.
     ///
     /// # Safety
-    /// Nothing may write to the bytes as long as the result lives. The caller must hold a pin on the entry that contains them, and must
-    /// have found the entry valid after the pin was set: from then on no member of the segment that follows the protocol writes there until
-    /// the pin is gone. The caller is responsible for all processes that have the segment following the protocol.
+    /// Nothing may write to the bytes while the result lives. The caller must hold a pin on the entry that contains them, and must have
+    /// found the entry valid after setting the pin: from then until the pin is removed, no member of the segment that follows the protocol
+    /// writes there. The caller is responsible for all processes that map the segment following the protocol.
     pub(crate) unsafe fn pinned(&self, offset: u64, len: u64) -> Option<&[u8]> {
         let start = self.range(offset, len)?;
         let len = usize::try_from(len).ok()?;
@@ -243,7 +245,7 @@ impl Map {
     pub(crate) fn equals(&self, offset: u64, bytes: &[u8]) -> Option<bool> {
         let words = self.slice::<AtomicU64>(offset, (bytes.len() as u64).div_ceil(8))?;
         let (whole, rest) = bytes.as_chunks();
-        // There is no branch for each word, because nearly always all of them are equal.
+        // There is no branch for each word, because the words are nearly always all equal.
         let mut difference = 0;
         for (word, chunk) in words.iter().zip(whole) {
             difference |= word.load(Ordering::Relaxed) ^ u64::from_ne_bytes(*chunk);
@@ -251,7 +253,7 @@ impl Map {
         let Some(last) = words.get(whole.len()).map(|word| word.load(Ordering::Relaxed)) else {
             return Some(difference == 0);
         };
-        // The last eight bytes, if there are so many, without those that were compared already.
+        // The last eight bytes, if there are that many, without those that were compared already.
         let rest_is_it = match bytes.last_chunk() {
             Some(&tail) => {
                 let unused = 8 * (8 - rest.len());
@@ -291,8 +293,8 @@ impl<P> Side<P> {
 
 /// Copies bytes that another process may change at the same time.
 ///
-/// To the compiler this is a few opaque instructions, not a read of Rust memory: a race with another process (or thread) yields
-/// a mixture of old and new bytes, and no undefined behavior. It is about as fast as `memcpy`. Small pages are copied by
+/// To the compiler this is a few opaque instructions, not a read of Rust memory, so a race with another process or thread
+/// yields a mixture of old and new bytes, and no undefined behavior. It is about as fast as `memcpy`. Small pages are copied by
 /// a loop, because the string instruction is slow to start and does not overlap with other instructions.
 ///
 /// # Safety
@@ -301,10 +303,10 @@ impl<P> Side<P> {
 unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
     let (from, to) = (from.pointer(), to.pointer());
     if (BLOCK..=LOOPED).contains(&len) && std::is_x86_feature_detected!("avx2") {
-        // SAFETY: as the caller guarantees; there is at least one block, and the CPU has AVX2.
+        // SAFETY: the caller guarantees the ranges; there is at least one block, and the CPU has AVX2.
         unsafe { copy_blocks(from, to, len) };
     } else {
-        // SAFETY: as the caller guarantees; the direction flag is clear by the ABI.
+        // SAFETY: the caller guarantees the ranges; the direction flag is clear by the ABI.
         unsafe {
             std::arch::asm!(
                 "rep movsb",
@@ -319,11 +321,11 @@ unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 const BLOCK: usize = 128;
-/// Up to this length, the loop is faster.
+/// The loop is faster up to this length.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 const LOOPED: usize = 4096;
 
-/// Copies blocks of 128 bytes, the last of which may overlap the one before it.
+/// Copies blocks of 128 bytes. The last block may overlap the one before it.
 ///
 /// # Safety
 /// As for `copy`; `len` is at least one block, and the CPU has AVX2.
@@ -367,8 +369,8 @@ unsafe fn copy_blocks(from: *const u8, to: *mut u8, len: usize) {
     }
 }
 
-/// The same for CPUs without such an instruction: word by word where both sides are aligned, else byte by byte, and
-/// atomically on the shared sides.
+/// The same for CPUs without such an instruction: word by word where both sides are aligned, otherwise byte by byte,
+/// and atomically on the shared sides.
 ///
 /// # Safety
 /// `len` bytes must be readable at `from` and writable at `to`, and the two ranges must not overlap.

@@ -1,16 +1,16 @@
-//! Registers the members, which are the processes that use the cache, and cleans up after dead ones.
+//! Registers members, which are the processes that use the cache or publish events, and cleans up after dead ones.
 //!
-//! A process becomes a member when it first uses the cache: it locks the byte of the segment's file whose offset is its member
-//! number, through an open file description of its own (`F_OFD_SETLK`). The kernel releases the byte when the process is gone, and not
-//! before: descriptors are closed after the address space. So *a byte that can be locked has no living owner*. This covers
-//! zombies, and a reused pid does no harm.
+//! A process becomes a member on first use: it locks the byte of the segment's file whose offset is its member number, through an open
+//! file description of its own (`F_OFD_SETLK`). The kernel releases the byte only when the process is gone, because it closes descriptors
+//! after it has torn down the address space. So *a byte that can be locked has no living owner*. This covers zombies, and a reused pid
+//! does no harm.
 //!
-//! Everything that a member holds in shared memory contains its number: its locks, its leases, and its pins, which lie in its own cell. A
-//! process that needs something held by a dead member [cleans up](SharedMemory::release_if_dead) after it: it locks the byte, frees
-//! all that, and unlocks the byte. The byte's lock also prevents two processes from cleaning up after the same member, and protects a new
-//! member: a process that claims a cell first cleans up after its last owner.
+//! Everything that a member holds in shared memory is marked with its number: its locks, its leases, and its pins, which lie in its own
+//! cell. A process that needs something held by a dead member [cleans up](SharedMemory::release_if_dead) after it: it locks the byte,
+//! releases everything the member held, and unlocks the byte. The byte's lock also prevents two processes from cleaning up after the same
+//! member, and protects a new member, because a process that claims a cell first cleans up after its last owner.
 //!
-//! Must not run while a shard's lock is held, because these are system calls.
+//! Must not run while a shard's lock is held, because this code makes system calls.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -30,20 +30,20 @@ use crate::protocols::{lease, lock, pin};
 /// The membership of this process in one segment: private memory, not shared.
 #[derive(Debug)]
 pub(crate) struct Membership {
-    /// Generation (see `fork.rs`) in the high half, member number in the low one, or [`CLAIMING`] or [`NEVER`].
-    /// 0 before the first claim.
+    /// Generation (see `fork.rs`) in the high half; member number, [`CLAIMING`] or [`NEVER`] in the low half. 0 before
+    /// the first claim.
     claim: AtomicU64,
-    /// The number of the descriptor whose byte lock shows that this process is alive.
+    /// The number of the descriptor through which the member's byte is locked.
     private: AtomicU32,
-    /// The generation in which some thread is cleaning up after a member, or 0.
+    /// The generation in which a thread is cleaning up after a member, or 0.
     releasing: AtomicU32,
 }
 
 /// Another thread of this process is claiming a cell.
 const CLAIMING: u32 = u32::MAX;
-/// The process cannot become a member: no free cell, or no /proc.
+/// The process cannot become a member, because no cell is free or /proc is missing.
 const NEVER: u32 = u32::MAX - 1;
-/// How often to poll while another thread claims.
+/// Maximum number of polls while another thread claims.
 const LOOKS: u32 = 10_000;
 
 /// A member: its number and the location of its cell.
@@ -64,7 +64,7 @@ impl Membership {
 impl Drop for Membership {
     fn drop(&mut self) {
         let (generation, number) = halves(self.claim.load(Ordering::Acquire));
-        // In a child of the member, the handler for fork has closed it already.
+        // In a child of the member, the fork handler has closed it already.
         if generation == fork::generation() && number < NEVER {
             Private(self.private.load(Ordering::Relaxed)).close();
         }
@@ -72,7 +72,7 @@ impl Drop for Membership {
 }
 
 impl SharedMemory {
-    /// Returns this process as a member, registering it if needed; `None` if that is not possible.
+    /// Returns this process as a member, registering it if necessary; `None` if that is not possible.
     pub(crate) fn member(&self) -> Option<Member<'_>> {
         let (generation, number) = halves(self.membership.claim.load(Ordering::Acquire));
         if generation == fork::generation() && number < NEVER {
@@ -95,12 +95,12 @@ impl SharedMemory {
         self.map.at(member_at + MEMBER_HEAD + shard * TALLY_BYTES)
     }
 
-    /// Returns this process as a member, and tries again if an earlier attempt to register failed.
+    /// Returns this process as a member, retrying the registration if an earlier attempt failed.
     pub(crate) fn member_at_last(&self) -> Option<Member<'_>> {
         self.member().or_else(|| self.claim())
     }
 
-    /// All cells whose owner is alive, or died without cleanup.
+    /// All cells whose owner is alive, or died and has not been cleaned up after.
     pub(crate) fn members(&self) -> impl Iterator<Item = Member<'_>> {
         self.member_cells().filter(|member| member.head.pid.load(Ordering::Acquire) != 0)
     }
@@ -110,7 +110,7 @@ impl SharedMemory {
         (0..self.geometry.members).filter_map(|number| self.member_at(number))
     }
 
-    /// Frees everything a member holds, if it is dead; returns whether it was.
+    /// Releases everything a member holds if it is dead; returns whether it was.
     pub(crate) fn release_if_dead(&self, number: u32) -> bool {
         if number >= self.geometry.members {
             self.free_all_of(number);
@@ -123,7 +123,7 @@ impl SharedMemory {
         let generation = fork::generation();
         let releasing = &self.membership.releasing;
         let seen = releasing.load(Ordering::Acquire);
-        // The byte's lock belongs to the process, so its threads have to exclude each other here.
+        // The byte's lock belongs to the whole process, so its threads must exclude each other here.
         if seen == generation
             || releasing.compare_exchange(seen, generation, Ordering::Acquire, Ordering::Relaxed).is_err()
         {
@@ -186,7 +186,8 @@ impl SharedMemory {
     fn claim_cell(&self, private: Private) -> Option<u32> {
         let pid = std::process::id();
         let count = self.geometry.members;
-        // Each process begins at a different byte, so that processes started together do not try the same bytes.
+        // Each process starts at a different byte, so that processes started at the same time do not compete for the
+        // same bytes.
         let mut numbers = (0..count).map(|step| (pid % count + step) % count);
         let number = numbers.find(|&number| lock_byte(private, number, libc::F_WRLCK))?;
         self.free_all_of(number);
@@ -199,7 +200,7 @@ impl SharedMemory {
         Some(number)
     }
 
-    /// For a file that was just opened: it has no members, so everything held in it was held by dead processes.
+    /// For a file that has just been opened: it has no members, so everything held in it was held by dead processes.
     pub(crate) fn forget_the_dead(&self) {
         for member in self.member_cells() {
             member.head.pins.iter().for_each(pin::free);
@@ -222,13 +223,13 @@ impl SharedMemory {
         }
     }
 
-    /// Opens the file again, for a file description of this process alone: an inherited one would share its locks with the parent.
+    /// Reopens the file, because an inherited file description would share its locks with the parent.
     pub(crate) fn open_again(&self) -> nix::Result<OwnedFd> {
         let path = if cfg!(miri) { "/dev/null".to_owned() } else { format!("/proc/self/fd/{}", self.fd.as_raw_fd()) };
         open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
     }
 
-    /// Frees everything held by a dead member, whose byte is locked by this process.
+    /// Releases everything held by a dead member, whose byte is locked by this process.
     fn free_all_of(&self, number: u32) {
         for index in 0..self.geometry.shards {
             let head = self.map.at::<ShardHead>(self.geometry.shard_at(index));
@@ -270,7 +271,7 @@ impl SharedMemory {
 }
 
 impl LeaseCell {
-    /// Ends the turn of the lease, and wakes the waiting threads.
+    /// Increments the lease counter `turn`, and wakes the waiting threads.
     pub(crate) fn announce(&self) {
         if lease::end_turn(&self.turn, &self.waiters) {
             futex::wake(&self.turn, i32::MAX);
@@ -278,7 +279,7 @@ impl LeaseCell {
     }
 }
 
-/// Miri does not support file locks; under Miri there is only one process.
+/// Miri does not support file locks, but under Miri there is only one process.
 #[cfg(miri)]
 fn lock_byte(private: Private, _: u32, _: i32) -> bool {
     private.get().is_some()
