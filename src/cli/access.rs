@@ -1,4 +1,4 @@
-//! The flags for the peers that may connect, and for the proxies that are trusted.
+//! The flags that select which peers may connect and which proxies are trusted.
 
 use std::net::{IpAddr, ToSocketAddrs as _};
 
@@ -92,7 +92,7 @@ fn addresses_of(name: &str) -> Vec<IpAddr> {
     (name, 0).to_socket_addrs().map(|found| found.map(|address| address.ip()).collect()).unwrap_or_default()
 }
 
-/// The fields of [`Config`](crate::config::Config) with the same names.
+/// Fields with the same names as in [`Config`](crate::config::Config).
 #[derive(Debug, Default)]
 pub(super) struct Access {
     pub(super) allow: Option<Peers>,

@@ -15,7 +15,7 @@ pub(super) struct CacheOptions {
     #[arg(long, value_name = "SIZE", env = "FORKYARD_CACHE_MAX_ENTRY", value_parser = parse_size, help_heading = "Cache and events")]
     cache_max_entry: Option<u64>,
 
-    /// Keep the cache in this file, so that its pages are still there after a restart
+    /// Keep the cache in this file, so that its pages survive a restart
     #[arg(long, value_name = "FILE", env = "FORKYARD_CACHE_FILE", help_heading = "Cache and events")]
     cache_file: Option<PathBuf>,
 }

@@ -1,5 +1,5 @@
-//! `check`: tests whether this machine has everything that the settings name. Creates, binds and starts nothing, and reports all
-//! errors, not only the first.
+//! `check`: tests whether this machine provides everything that the settings name. Creates, binds and starts nothing, and
+//! reports all errors, not only the first.
 
 use forkyard_shm::Segment;
 

@@ -83,11 +83,11 @@ pub(super) enum Operation {
     Stop {
         #[command(flatten)]
         socket: Socket,
-        /// Stop at once, without finishing requests
+        /// Stop immediately, without finishing requests
         #[arg(long)]
         now: bool,
     },
-    /// Change the number of workers, and wait until it is reached
+    /// Change the number of workers, and wait until the new number is reached
     Scale {
         /// Number of workers
         workers: u32,
@@ -96,7 +96,7 @@ pub(super) enum Operation {
     },
     /// Reopen the log files, as USR1 does
     ReopenLogs(Socket),
-    /// List or release requests that are refused because workers died of them
+    /// List or release requests that are refused because they killed workers
     #[command(subcommand)]
     Quarantine(Quarantine),
     /// Show the page cache, and purge pages
@@ -107,7 +107,7 @@ pub(super) enum Operation {
     Events(Events),
     /// Print a completion script for a shell
     Completions {
-        /// Shell that reads the script
+        /// Shell for which to print the script
         shell: Shell,
     },
     /// Print a manual page, in roff format
@@ -140,7 +140,7 @@ pub(super) enum Cache {
     Stats(Socket),
     /// List the pages
     Ls {
-        /// List only pages whose keys begin with this
+        /// List only pages whose keys begin with this prefix
         #[arg(default_value = "")]
         prefix: OsString,
         /// List at most this many pages
@@ -159,7 +159,7 @@ pub(super) enum Cache {
         #[command(flatten)]
         socket: Socket,
     },
-    /// Purge a page, all pages with a tag, or all pages whose keys begin alike
+    /// Purge a page, all pages with a tag, or all pages whose keys begin with a prefix
     #[command(group = ArgGroup::new("what").required(true).args(["key", "tag", "prefix"]))]
     Purge {
         /// Key of the page
@@ -168,7 +168,7 @@ pub(super) enum Cache {
         /// Purge all pages with this tag
         #[arg(long, value_parser = NonEmptyStringValueParser::new())]
         tag: Option<String>,
-        /// Purge all pages whose keys begin with this
+        /// Purge all pages whose keys begin with this prefix
         #[arg(long, value_parser = some_text())]
         prefix: Option<OsString>,
         #[command(flatten)]
@@ -185,12 +185,12 @@ fn some_text() -> impl TypedValueParser<Value = OsString> {
     })
 }
 
-/// What a sub-command that does not serve has to do.
+/// The task of a sub-command that does not serve.
 #[derive(Debug)]
 pub(crate) enum Task {
     /// Send a request to a master.
     Errand(Errand),
-    /// Print this.
+    /// Print these bytes.
     Print(Vec<u8>),
 }
 

@@ -15,9 +15,9 @@ pub(super) struct FailureOptions {
 
     /// Replace a worker that hangs for this long, at least 100ms; 0 disables
     ///
-    /// A worker hangs if its event loop does not yield for this time (it is then killed), or if a blocking function
-    /// runs for this time after its request got 504 (--request-timeout). A worker that drains does not wait for such
-    /// a function.
+    /// A worker hangs if its event loop does not yield for this time (the worker is then killed), or if a blocking
+    /// function runs for this time after its request got 504 (--request-timeout). A draining worker does not wait for
+    /// such a function.
     #[arg(long, value_name = "TIME", env = "FORKYARD_HANG_TIMEOUT", default_value = "30s", value_parser = parse_interval_or_zero, help_heading = "Hangs and crashes")]
     hang_timeout: Duration,
 
@@ -25,7 +25,7 @@ pub(super) struct FailureOptions {
     #[arg(long, value_name = "TIME", env = "FORKYARD_SLOW_REQUEST", default_value = "0", value_parser = parse_duration, help_heading = "Hangs and crashes")]
     slow_request: Duration,
 
-    /// Refuse a request with 503 after this many workers have died of it; 0 disables
+    /// Refuse a request with 503 after it has killed this many workers; 0 disables
     #[arg(long, value_name = "N", env = "FORKYARD_QUARANTINE", default_value = "3", value_parser = clap::value_parser!(u32).range(0..=100), help_heading = "Hangs and crashes")]
     quarantine: u32,
 
@@ -37,7 +37,7 @@ pub(super) struct FailureOptions {
     #[arg(long, value_name = "TIME", env = "FORKYARD_QUARANTINE_TIME", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Hangs and crashes")]
     quarantine_time: Duration,
 
-    /// Requests that a quarantine covers
+    /// Which requests a quarantine covers
     #[arg(
         long,
         value_name = "WHAT",
@@ -51,7 +51,7 @@ pub(super) struct FailureOptions {
 /// The names of [`QuarantineBy`] on the command line.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum By {
-    /// The path; if paths that differ only in numbers and ids kill workers, all paths of that form
+    /// The path; if paths that differ only in numbers and ids kill workers, all paths of that pattern
     Pattern,
     /// The path only
     Path,

@@ -25,7 +25,7 @@ const NEVER: [&str; 3] = ["config", "help", "version"];
 /// Largest file that is read, in bytes.
 const MAX_SIZE: u64 = 1 << 20;
 
-/// What a file adds to the command line.
+/// The arguments that a file adds to the command line.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Additions {
     /// Before the other arguments.
@@ -43,8 +43,8 @@ pub(super) struct Mistakes {
     pub(super) settings: Vec<String>,
 }
 
-/// Reads a file for `command`, for which the command line and the variables gave `matches`. Returns the valid settings, and
-/// all errors.
+/// Reads a file for `command`; `matches` are the results from the command line and the variables. Returns the valid
+/// settings and all errors.
 pub(super) fn read(path: &Path, command: &Command, matches: &ArgMatches) -> (Additions, Mistakes) {
     let name = path.display().to_string();
     let text = match text_of(path) {
@@ -90,7 +90,7 @@ impl Reading<'_> {
     fn read(&mut self) {
         let (table, errors) = DeTable::parse_recoverable(self.text);
         let unclosed = table.get_ref().iter().find_map(|(key, value)| self.unclosed(key.get_ref(), value, &errors));
-        // After an unclosed list, the parser takes every line for an element of it, and reports an error for each.
+        // After an unclosed list, the parser reads every line as an element of the list, and reports an error for each.
         let end = unclosed.as_ref().map_or(usize::MAX, |(at, _)| *at);
         for error in errors.iter().filter(|error| error.span().unwrap_or_default().start < end) {
             let at = error.span().unwrap_or_default();
@@ -192,7 +192,7 @@ impl Reading<'_> {
             (_, DeValue::Boolean(given)) if argument.get_value_parser().type_id() == TypeId::of::<bool>() => {
                 arguments.push(format!("--{flag}={given}"));
             }
-            // The flag is valid without a value: true gives it, false does not.
+            // The flag is valid without a value: `true` sets it, `false` does not.
             (_, DeValue::Boolean(given)) if argument.get_num_args().is_some_and(|count| count.min_values() == 0) => {
                 arguments.extend(given.then(|| format!("--{flag}")));
             }
@@ -209,7 +209,7 @@ impl Reading<'_> {
         }
     }
 
-    /// The flag with its value, if the flag's own parser accepts it.
+    /// The flag with its value, if the flag's own parser accepts the value.
     fn checked(&mut self, flag: &str, value: &Spanned<DeValue<'_>>) -> Option<String> {
         let Some(text) = plain(value.get_ref()) else {
             self.mistake(value.span(), format!("'{flag}' takes a string or a number, not {}", kind(value.get_ref())));
@@ -238,7 +238,7 @@ impl Reading<'_> {
         words
     }
 
-    /// The command without variables and required arguments, to parse one flag alone.
+    /// The command without variables and required arguments, for parsing a single flag.
     fn alone(&self) -> Command {
         let command = self.command.clone().no_binary_name(true);
         command.mut_args(|argument| argument.env(Resettable::Reset).required(false))
@@ -285,7 +285,7 @@ fn is_name(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c))
 }
 
-/// A value as it would be written on the command line.
+/// A value in the form that the command line uses.
 fn plain(value: &DeValue<'_>) -> Option<String> {
     match value {
         DeValue::String(text) => Some(text.to_string()),
@@ -310,7 +310,7 @@ fn kind(value: &DeValue<'_>) -> String {
     }
 }
 
-/// The message of the flag's parser, without the rest of clap's text.
+/// The message of the flag's parser, without clap's surrounding text.
 pub(super) fn explain(error: &clap::Error) -> String {
     if let Some(source) = error.source() {
         return source.to_string();

@@ -7,7 +7,7 @@ use clap::Command;
 use clap::builder::StyledStr;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-/// Names of sub-commands in other programs, and a tip for each.
+/// Names that other programs use for sub-commands, with a tip for each.
 const OTHER_NAMES: [(&str, &str); 20] = [
     ("run", "a binary with a linked application serves without a sub-command; 'forkyard run' runs a program"),
     (
@@ -56,14 +56,14 @@ pub(super) fn improve(
         _ => None,
     };
     if let Some(tip) = tip {
-        // clap would print this suggestion as well, which is for another flag.
+        // clap would also print this suggestion, which is for another flag.
         error.remove(ContextKind::SuggestedArg);
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![StyledStr::from(tip)]));
     }
     error
 }
 
-/// The line with its sub-command first, or without a superfluous `run`, if that makes it valid.
+/// The command line with its sub-command first, or without a superfluous `run`, if that makes it valid.
 fn rearranged(
     command: &Command,
     arguments: &[OsString],
@@ -101,7 +101,7 @@ fn with_sub_command_in_front(command: &Command, arguments: &[OsString]) -> Vec<O
     [program, &names, &others, &rest[end..]].concat()
 }
 
-/// The line with `--control` before this word, if that makes it valid.
+/// The command line with `--control` before this word, if that makes it valid.
 fn without_name_of_flag(
     word: &str,
     arguments: &[OsString],
@@ -137,7 +137,7 @@ fn named(error: &clap::Error, kind: ContextKind) -> Option<String> {
     }
 }
 
-/// The line with `--` before one of `these` words, if that makes it valid.
+/// The command line with `--` before one of `these` words, if that makes it valid.
 fn without_dashes(
     these: impl Fn(&OsStr) -> bool,
     arguments: &[OsString],

@@ -17,14 +17,14 @@ pub(super) struct LimitOptions {
 
     /// Connections per worker
     ///
-    /// At the limit, a worker closes the connections that have been idle for longest. If none is idle, new
-    /// connections wait in the kernel's accept queue.
+    /// At the limit, a worker closes the connections that have been idle the longest. If none is idle, new connections
+    /// wait in the kernel's accept queue.
     #[arg(long, value_name = "N", env = "FORKYARD_MAX_CONNECTIONS", default_value = "4096", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
     pub(super) max_connections: u32,
 
     /// Connections per worker from one client address; 0 for no limit
     ///
-    /// Further connections are closed at once. An IPv6 client counts by its /64 network. Unix sockets, peers of
+    /// Further connections are closed immediately. An IPv6 client is counted by its /64 network. Unix sockets, peers of
     /// --trust and connections taken over from another worker are not counted.
     #[arg(
         long,

@@ -33,7 +33,7 @@ pub(super) struct LogOptions {
 
     /// Output of each process that is logged, in bytes per second on average; 0 for no limit
     ///
-    /// Bursts of eight times that are logged. Further lines are dropped and counted.
+    /// Bursts of up to eight times that size are logged. Further lines are dropped and counted.
     #[arg(long, value_name = "SIZE", env = "FORKYARD_OUTPUT_RATE", default_value = "1M", value_parser = parse_size, help_heading = "Logging")]
     output_rate: u64,
 }
@@ -60,7 +60,7 @@ pub(super) struct AccessLogOptions {
 
     /// Lines of each kind (malformed requests, for example) that a worker logs per second; 0 for no limit
     ///
-    /// Of further lines, the last one is logged, with their number.
+    /// Of the lines above the limit, only the last is logged, with their number.
     #[arg(long, value_name = "N", env = "FORKYARD_LOG_RATE", default_value_t = DEFAULT_RATE, help_heading = "Logging")]
     log_rate: u32,
 }

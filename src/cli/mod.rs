@@ -3,9 +3,10 @@
 //! Two commands share the serving flags: `forkyard run … -- COMMAND`, for an application in any language, and
 //! every binary that calls [`crate::run`], for the application linked into it. Both have the same other sub-commands.
 //!
-//! - The flags stand in one file for each subject; those of sockets, start and stop stand here.
-//! - [`control`]: the sub-commands. [`file`]: the configuration file. [`check`]: what `check` tries.
-//! - [`parse`]: reads arguments, variables and file. [`refused`]: flags of the other command. [`hints`]: tips for wrong command lines.
+//! - Each group of flags has a file of its own. The flags of sockets, start and stop are in this file.
+//! - [`control`]: the sub-commands. [`file`]: the configuration file. [`check`]: what `check` tests.
+//! - [`parse`]: reads arguments, variables and file. [`refused`]: flags of the other command. [`hints`]: tips for invalid command
+//!   lines.
 
 pub(crate) mod check;
 pub(crate) mod scaling;
@@ -72,7 +73,7 @@ Signals to the master:
 Exit status: 0 stopped as requested, 1 failure, 2 wrong usage.
 A worker that was ready and exits with status 125 is not replaced.";
 
-/// `forkyard run` takes one address, over FastCGI, and has no default address.
+/// `forkyard run` takes one FastCGI address, and has no default address.
 const BIND_OF_RUN: [&str; 2] = [
     "Listen on this address, as in fastcgi:unix:/run/app.sock",
     "\
@@ -100,7 +101,7 @@ struct ServeOptions {
     /// inherited descriptor) or systemd[:NAME] (sockets that systemd passes).
     ///
     /// Without --bind, the first of these that exists is used: the sockets that systemd passes; standard input, if it
-    /// is a listening socket (started by a web server); one CGI request, if the environment has one;
+    /// is a listening socket (started by a web server); one CGI request, if the environment contains one;
     /// http:127.0.0.1:8080.
     #[arg(long, value_name = "PROTO:ADDR", env = "FORKYARD_BIND", value_delimiter = ',', help_heading = "Sockets")]
     bind: Vec<Bind>,
@@ -115,8 +116,8 @@ struct ServeOptions {
 
     /// Number of worker processes: a number, a range as in 2..16, or auto
     ///
-    /// The numbers are 1 to 1024. With a range, the number follows the load; with a minimum of 0, no worker runs
-    /// while there are no requests. auto starts one worker per processor.
+    /// The numbers are 1 to 1024. With a range, the number follows the load; with a minimum of 0, no worker runs while
+    /// there are no requests. auto starts one worker per processor.
     #[arg(long, value_name = "N", env = "FORKYARD_WORKERS", default_value = "auto", help_heading = "Processes")]
     workers: Range,
 
@@ -127,13 +128,13 @@ struct ServeOptions {
     #[arg(long, value_name = "TIME", env = "FORKYARD_START_TIMEOUT", default_value = "60s", value_parser = parse_positive_duration, help_heading = "Processes")]
     start_timeout: Duration,
 
-    /// Time for a worker that was asked to stop to finish its requests; 0 kills it at once
+    /// Time for a worker that was asked to stop to finish its requests; 0 kills it immediately
     ///
     /// After this time the worker is killed.
     #[arg(long, value_name = "TIME", env = "FORKYARD_DRAIN_TIMEOUT", default_value = "30s", value_parser = parse_duration, help_heading = "Processes")]
     drain_timeout: Duration,
 
-    /// Workers per second that are replaced at once when they die; further replacements are delayed
+    /// Dead workers per second that are replaced immediately; further replacements are delayed
     #[arg(long, value_name = "N", env = "FORKYARD_RESPAWN_RATE", default_value = "64", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Processes")]
     respawn_rate: u32,
 
@@ -281,10 +282,10 @@ struct RunOptions {
     #[command(flatten)]
     events: events::LogOfProgram,
 
-    /// Count a program as started once it has run for this long; 0 counts it at once
+    /// Count a program as started once it has run for this long; 0 counts it immediately
     ///
-    /// A program also counts as started when it is seen waiting for connections or serving one. [default: 1s until
-    /// one program was seen to do so; after that, every program must be seen]
+    /// A program also counts as started when it is seen waiting for connections or serving one. [default: 1s until one
+    /// program has been seen doing so; after that, every program must be seen]
     #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", value_parser = parse_duration, help_heading = "Processes")]
     settle: Option<Duration>,
 
@@ -293,7 +294,7 @@ struct RunOptions {
     command: Vec<OsString>,
 }
 
-/// What the command line requests of a serving process.
+/// What the command line requests from a serving process.
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) config: Config,
@@ -306,7 +307,7 @@ pub(crate) struct Request {
 #[derive(Debug)]
 pub(crate) enum Invocation {
     Serve(Box<Request>),
-    /// Report these errors and those that an examination finds, and serve nothing.
+    /// Report these errors and those that `check` finds, and serve nothing.
     Check {
         request: Box<Request>,
         mistakes: Vec<String>,
@@ -336,7 +337,7 @@ pub(crate) fn parse_linked(arguments: &[OsString], identity: &Identity) -> Resul
     let run = RunOptions::augment_args(Command::new("run"));
     let mut command = refused_flags::know(Linked::command(), &run, Way::Linked);
     command = command.mut_subcommand("check", |check| refused_flags::know(check, &run, Way::Linked));
-    // Not the version of this library, which would be printed after the application's name.
+    // The application's version: clap would otherwise print this library's version after the application's name.
     command = command.version(identity.version.clone().unwrap_or_default());
     if let Some(about) = &identity.about {
         command = command.about(about.clone());
@@ -363,7 +364,7 @@ pub(crate) fn parse_linked(arguments: &[OsString], identity: &Identity) -> Resul
     conclude(request, wrong, mistakes, checked, &mut command)
 }
 
-/// The request, and the settings in it that contradict each other.
+/// The request, and the contradictions among its settings.
 fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
     linked.serve.bind_what_is_passed();
     let cgi = linked.serve.bind.is_empty() && cgi_invocation::is_one();
@@ -436,7 +437,7 @@ fn run_request(mut run: RunOptions) -> (Request, Vec<Mismatch>) {
     (Request { config, cgi: false, program: Some(run.command) }, wrong)
 }
 
-/// An external program has one socket, and speaks FastCGI on it.
+/// An external program has one socket, which uses FastCGI.
 fn check_run(binds: &[Bind]) -> Result<(), String> {
     const FORM: &str = "as in --bind fastcgi:unix:/run/app.sock";
     match binds {
@@ -453,7 +454,7 @@ fn check_run(binds: &[Bind]) -> Result<(), String> {
     }
 }
 
-/// Settings that only workers of linked applications have.
+/// Settings that exist only for workers of linked applications.
 #[derive(Default)]
 struct OfWorkers {
     threads: u32,
@@ -465,7 +466,7 @@ struct OfWorkers {
     access_log: AccessLogOptions,
 }
 
-/// Adds to `wrong` the settings that contradict each other.
+/// Adds contradictory settings to `wrong`.
 fn config(
     serve: ServeOptions,
     scaling: Scaling,

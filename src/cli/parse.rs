@@ -1,5 +1,5 @@
-//! From arguments, variables and the configuration file to clap's matches, and from the errors in them to what is reported: all
-//! of them for `check`, the first otherwise.
+//! Turns arguments, variables and the configuration file into clap's matches, and selects which of their errors to report: all
+//! of them for `check`, otherwise the first.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -33,8 +33,8 @@ pub(super) struct Read {
     pub(super) checked: bool,
 }
 
-/// Reads the arguments, together with the configuration file if they or a variable name one. `serving` are the
-/// sub-commands that take the flags of serving.
+/// Reads the arguments, together with the configuration file if the arguments or a variable name one. `serving` lists
+/// the sub-commands that take the serving flags.
 ///
 /// # Errors
 /// An error of clap. For `check`, invalid values are among the mistakes instead.
@@ -74,7 +74,7 @@ pub(super) fn read(command: &mut Command, arguments: &[OsString], serving: &[&st
     let (additions, of_file) = file::read(path, grammar, given);
     mistakes.lines.extend(of_file.lines);
     mistakes.settings.extend(of_file.settings);
-    // Before all arguments that were given: after the program's name and the sub-command.
+    // Before all given arguments, but after the program's name and the sub-command.
     let (before, after) = arguments.split_at(arguments.len().min(1 + usize::from(name.is_some())));
     let mut all = [before, &additions.flags, after].concat();
     if !additions.command.is_empty() {
@@ -85,8 +85,8 @@ pub(super) fn read(command: &mut Command, arguments: &[OsString], serving: &[&st
     Ok(Read { matches, mistakes, checked })
 }
 
-/// Removes an invalid value from the arguments, or the variable that has it from the command, and records the error.
-/// False if the error is of another kind.
+/// Removes an invalid value from the arguments or, if the value comes from a variable, the variable from the command,
+/// and records the error. False if the error is of another kind.
 fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsString>, mistakes: &mut Mistakes) -> bool {
     use clap::error::{ContextKind, ContextValue, ErrorKind};
     if !matches!(error.kind(), ErrorKind::ValueValidation | ErrorKind::InvalidValue) {
@@ -128,7 +128,7 @@ fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsStr
         mistakes.lines.push(format!("{long}: {}", file::explain(error)));
         mistakes.settings.push(flag.to_owned());
     }
-    // Each call removes a value, so that the caller's loop ends.
+    // Each call removes a value, so the caller's loop terminates.
     removed || is_new
 }
 
@@ -142,7 +142,7 @@ pub(super) fn conclude(
 ) -> Result<Invocation, clap::Error> {
     let request = Box::new(request);
     if checked {
-        // An error that follows from a setting that could not be read is not reported.
+        // An error that is a consequence of a setting that could not be read is not reported.
         let is_unread = |setting: &&str| mistakes.settings.iter().any(|unread| unread == setting);
         wrong.retain(|mismatch| !mismatch.settings.iter().any(is_unread));
         let wrong = wrong.into_iter().map(|mismatch| mismatch.text);

@@ -37,7 +37,7 @@ pub(super) struct PrivilegeOptions {
 
     /// Give setuid programs and file capabilities no effect in the application
     ///
-    /// This is prctl(2)'s PR_SET_NO_NEW_PRIVS. [default: true with --user or --sandbox, otherwise false]
+    /// This sets PR_SET_NO_NEW_PRIVS (prctl(2)). [default: true with --user or --sandbox, otherwise false]
     #[arg(
         long,
         value_name = "BOOL",
@@ -57,7 +57,7 @@ pub(super) struct PrivilegeOptions {
     #[arg(long, value_name = "DIR", env = "FORKYARD_CHDIR", help_heading = "Privileges")]
     chdir: Option<PathBuf>,
 
-    /// Permissions that new files of the application do not get, in octal, as in 027
+    /// Permissions to remove from files that the application creates, in octal, as in 027
     #[arg(long, value_name = "MODE", env = "FORKYARD_UMASK", value_parser = parse_mode, help_heading = "Privileges")]
     umask: Option<u32>,
 
@@ -71,7 +71,7 @@ pub(super) struct PrivilegeOptions {
     #[arg(long, value_name = "N", env = "FORKYARD_NICE", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-20..=19), help_heading = "Privileges")]
     nice: Option<i32>,
 
-    /// Processors that the application runs on, as in 0-3,8; spread gives each process one, in turn
+    /// Processors that the application runs on, as in 0-3,8; spread assigns one to each process, in turn
     #[arg(long, value_name = "LIST", env = "FORKYARD_CPU_AFFINITY", value_parser = parse_affinity, help_heading = "Privileges")]
     cpu_affinity: Option<Affinity>,
 
@@ -83,7 +83,7 @@ pub(super) struct PrivilegeOptions {
 
     /// Do not pass the master's environment to the application
     ///
-    /// It gets only the variables of --env, those of its user (USER, LOGNAME, HOME), and Forkyard's own.
+    /// The application gets only the variables of --env, those of its user (USER, LOGNAME, HOME), and Forkyard's own.
     #[arg(long, env = "FORKYARD_CLEAR_ENV", help_heading = "Privileges")]
     clear_env: bool,
 

@@ -46,8 +46,8 @@ pub(super) enum Events {
     Tail {
         /// Topics to print [default: all]
         topics: Vec<String>,
-        /// First print the events that are in the log, from this id on (NUMBER, or EPOCH-NUMBER as in an event stream); 1
-        /// for all
+        /// First print the events that are in the log, starting with this id (NUMBER, or EPOCH-NUMBER as in an event
+        /// stream); 1 for all
         #[arg(long, value_name = "ID")]
         from: Option<FirstId>,
         /// Exit after this many events

@@ -1,4 +1,4 @@
-//! The flags for the replacement of workers that have served for long, or have grown.
+//! The flags for the replacement of workers that have served for a long time, or have grown.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::config::{Jittered, parse_interval, parse_max_age, parse_max_memory, p
 /// Flags of both commands that serve.
 #[derive(Args, Debug)]
 pub(super) struct RecyclingOptions {
-    /// Replace a worker whose own memory exceeds this, as in 512M, in three checks in a row; 0 disables
+    /// Replace a worker whose own memory exceeds this, as in 512M, in three consecutive checks; 0 disables
     ///
     /// Shared memory, such as the page cache, does not count; memory shared with siblings since the fork counts in
     /// part.

@@ -1,5 +1,5 @@
-//! Flags that only one of the two serving commands has. The other command refuses them with a reason, on the command
-//! line and in the configuration file.
+//! Flags that only one of the two serving commands has. The other command refuses them and gives a reason, on the
+//! command line and in the configuration file.
 //!
 //! There is no list of these flags: they are the difference between the flags of the two commands.
 
@@ -60,7 +60,7 @@ impl Way {
     }
 }
 
-/// Adds the flags of `other` that `command` lacks, as hidden arguments to be refused.
+/// Adds the flags of `other` that `command` lacks, as hidden arguments that will be refused.
 pub(super) fn know(command: Command, other: &Command, way: Way) -> Command {
     let has = |command: &Command, name: &str| command.get_arguments().any(|argument| argument.get_long() == Some(name));
     let names = other.get_arguments().filter_map(|argument| argument.get_long().filter(|_| !argument.is_hide_set()));
@@ -72,7 +72,7 @@ pub(super) fn know(command: Command, other: &Command, way: Way) -> Command {
     })
 }
 
-/// The reason for which a flag is refused, if it is.
+/// The reason why a flag is refused, if it is.
 pub(super) fn reason(argument: &Arg) -> Option<String> {
     argument.get_id().as_str().starts_with(PREFIX).then(|| argument.get_help().map(ToString::to_string)).flatten()
 }

@@ -12,7 +12,7 @@ use crate::config::{Scaling, Share, parse_duration, parse_health_path};
 pub(super) struct ScalingOptions {
     /// Workers that are replaced at a time: a number, or a share as in 25%
     ///
-    /// A worker counts from the start of its replacement until it has exited.
+    /// A worker counts as unavailable from the start of its replacement until it has exited.
     #[arg(long, value_name = "N", env = "FORKYARD_MAX_UNAVAILABLE", default_value = "1", help_heading = "Processes")]
     max_unavailable: Share,
 
@@ -22,7 +22,7 @@ pub(super) struct ScalingOptions {
     #[arg(long, value_name = "TIME", env = "FORKYARD_GIVE_UP_AFTER", default_value = "5m", value_parser = parse_duration, help_heading = "Processes")]
     give_up_after: Duration,
 
-    /// With a range of --workers, stop a worker not needed for this long; 0 stops it at once
+    /// With a range of --workers, stop a worker that has not been needed for this long; 0 stops it immediately
     #[arg(long, value_name = "TIME", env = "FORKYARD_SCALE_DOWN_AFTER", default_value = "30s", value_parser = parse_duration, help_heading = "Processes")]
     scale_down_after: Duration,
 
@@ -45,8 +45,8 @@ pub(super) struct OfEachWorker {
 
     /// Answer 503 to a request that has waited longer than this for the application; 0 disables
     ///
-    /// The wait in the worker counts, and the wait before it: in the kernel (over TCP, for the first request of a
-    /// connection), or as a proxy of --trust states it in X-Request-Start or X-Queue-Start.
+    /// This includes the wait in the worker and the wait before it: in the kernel (over TCP, for the first request of a
+    /// connection), or as a proxy of --trust reports it in X-Request-Start or X-Queue-Start.
     #[arg(long, value_name = "TIME", env = "FORKYARD_MAX_QUEUE_TIME", default_value = "0", value_parser = parse_duration, help_heading = "Processes")]
     max_queue_time: Duration,
 }

@@ -1,4 +1,4 @@
-//! The daemon and cron job flags. Daemons and jobs run alongside the workers.
+//! The flags of daemons and cron jobs, which run alongside the workers.
 
 use std::time::Duration;
 
@@ -17,21 +17,21 @@ pub(super) struct SidecarOptions {
 
     /// Run this program at these times, in local time; repeatable
     ///
-    /// As in clean=*/5 * * * *=./clean --all. SCHEDULE is minute, hour, day, month, day of the week, or @hourly and
+    /// Example: clean=*/5 * * * *=./clean --all. SCHEDULE is minute, hour, day, month, day of the week, or @hourly and
     /// the like. COMMAND and the variable are as for --daemon.
     #[arg(long, value_name = "NAME=SCHEDULE=COMMAND", env = "FORKYARD_CRON", value_parser = parse_jobs, help_heading = "Daemons and jobs")]
     cron: Vec<Lines>,
 
     /// Time limit for one run of a job; 0 for no limit
     ///
-    /// After it the job is asked to stop, and after --drain-timeout it is killed.
+    /// After this time the job is asked to stop, and after --drain-timeout it is killed.
     #[arg(long, value_name = "TIME", env = "FORKYARD_CRON_TIMEOUT", default_value = "0", value_parser = parse_duration, help_heading = "Daemons and jobs")]
     cron_timeout: Duration,
 
     /// Stop restarting a daemon after this many immediate exits with status 0; 0 for no limit
     ///
-    /// Immediate is within a second, and the exits must be in a row: the program is not a daemon, or runs in the
-    /// background. A reload starts it again.
+    /// An immediate exit is one within a second of the start. Consecutive ones mean that the program is not a daemon,
+    /// or puts itself in the background. A reload starts it again.
     #[arg(
         long,
         value_name = "N",

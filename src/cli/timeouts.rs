@@ -11,8 +11,8 @@ use crate::config::{Timeouts, parse_duration};
 pub(super) struct TimeoutOptions {
     /// Time that a connection is kept open without a request; 0 for no limit
     ///
-    /// This limit, and the next three, are rounded up to whole seconds and checked once a second, so a connection
-    /// may live up to a second longer.
+    /// This limit and the next three are rounded up to whole seconds and checked once a second, so a connection may
+    /// last up to a second longer.
     #[arg(long, value_name = "TIME", env = "FORKYARD_IDLE_TIMEOUT", default_value = "75s", value_parser = parse_duration, help_heading = "Timeouts")]
     idle_timeout: Duration,
 
