@@ -1,7 +1,7 @@
 //! The heir: a process alongside each worker that takes over the worker's connections when the worker dies.
 //!
 //! ```text
-//! worker dies ─▶ every request in flight: 502 ─▶ kept connections: to another worker ─▶ the rest: closed
+//! worker dies ─▶ every request in flight: 502 ─▶ kept-alive connections: to another worker ─▶ the rest: closed
 //! ```
 //!
 //! An heir is a clone of its worker that shares only the worker's descriptor table (`clone(2)`, CLONE_FILES). It sleeps while the worker
@@ -271,7 +271,7 @@ impl<'a> OpenConnections<'a> {
         settlement
     }
 
-    /// Connections that were accepted but not entered, with their handoff messages. There is at most one.
+    /// Connections that were accepted but have no record, with their handoff messages. There is at most one.
     fn unrecorded(&self, records: &BTreeMap<RawFd, ConnRecord>) -> Vec<(RawFd, Vec<u8>)> {
         let candidates = sys::open_descriptors().unwrap_or_else(|_| (3..1 << 16).collect()); // no /proc here
         let has_page = |fd: &RawFd| usize::try_from(*fd).is_ok_and(|fd| fd < MAX_CONNECTIONS);

@@ -3,13 +3,13 @@
 //! | state of the connection | result for the peer |
 //! |---|---|
 //! | no request is in flight; the last input was not examined | another worker reads that input again |
-//! | requests of whose responses nothing has been sent | a 502 for each |
+//! | requests whose responses have not begun to be sent | a 502 for each |
 //! | a response has been sent in part | the connection ends before the end of the response |
-//! | all responses have been sent, and the connection is kept | another worker |
-//! | as before, but a part of the next request was read and is lost | a 502 over HTTP and SCGI |
+//! | all responses have been sent, and the connection is kept alive | another worker |
+//! | as above, but a part of the next request was read and is lost | a 502 over HTTP and SCGI |
 //! | the output ends within a protocol record | the connection is reset |
 //!
-//! After a 502 an HTTP or SCGI connection is closed. A FastCGI connection passes to another worker if it is kept and its input
+//! After a 502 an HTTP or SCGI connection is closed. A FastCGI connection passes to another worker if it is kept alive and its input
 //! ends at a record boundary.
 
 use bytes::BytesMut;
@@ -208,7 +208,7 @@ mod tests {
     use super::*;
     use crate::net::handover::PackedOrigin;
 
-    /// A kept connection on which all requests so far are complete.
+    /// A kept-alive connection on which all requests so far are complete.
     fn idle(wire_protocol: WireProtocol) -> ConnRecord {
         ConnRecord {
             wire_protocol,

@@ -1,8 +1,8 @@
 //! Closes the listening sockets when the server stops: new connections are refused, and queued connections are served.
 //!
 //! ```text
-//! stop ─▶ queues stop growing ─▶ workers, asked to leave, accept what is queued ─▶ empty: refuse ─▶ socket files removed
-//!                                programs accept what is queued, and are asked to leave when it is empty
+//! stop ─▶ queues stop growing ─▶ workers, asked to exit, accept what is queued ─▶ empty: refuse ─▶ socket files removed
+//!                                programs accept what is queued, and are asked to exit when it is empty
 //! ```
 //!
 //! A worker that is asked to exit accepts the queued connections and then closes its listening sockets. A program that is asked to exit

@@ -3,7 +3,7 @@
 //! ```text
 //! a program, between fork and exec ── its pid ──▶ the link, a pair of sockets ──▶ the guard
 //! the master, when the last process of a group is reaped ── the number, negative ──▶ the link
-//! the end of the link: the master is dead ──▶ the guard kills their process groups, and ends
+//! the end of the link: the master is dead ──▶ the guard kills their process groups, and exits
 //! ```
 //!
 //! When the master is killed, the kernel kills the programs that the master started (PR_SET_PDEATHSIG), but not the processes that those

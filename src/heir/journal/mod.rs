@@ -197,7 +197,7 @@ impl Journal {
         records.get(usize::try_from(fd).ok()?)
     }
 
-    /// Accepts a connection, like [`sys::accept`]. The caller must enter it next.
+    /// Accepts a connection, like [`sys::accept`]. The caller must then open a record for it ([`Self::enter`]).
     ///
     /// # Errors
     /// The error of [`sys::accept`].
@@ -210,7 +210,8 @@ impl Journal {
         accepted
     }
 
-    /// Takes over a connection that another worker passed on. The caller must enter it next, and then handle its bytes.
+    /// Takes over a connection that another worker passed on. The caller must then open a record for it, and then
+    /// handle its bytes.
     ///
     /// # Errors
     /// `WouldBlock` if there is no message; `InvalidData` for a message without a connection.
