@@ -86,7 +86,7 @@ impl Master {
         self.advance_closing();
     }
 
-    /// Advances the closing, and reports to the supervisor whether connections wait in the queues.
+    /// Advances the closing of the sockets, and reports to the supervisor whether connections wait in the queues.
     pub(super) fn check_closing(&mut self) {
         if self.closing.is_under_way() {
             self.advance_closing();

@@ -57,7 +57,7 @@ pub(crate) enum Waiting {
     /// The client has sent no request yet, or has received its outcome.
     No,
     Reload,
-    /// Until exactly this many workers are ready and none drains.
+    /// Until exactly this many workers are ready and none is draining.
     Scale(u32),
     Stop,
     /// Until this process becomes the new build, or the upgrade fails.

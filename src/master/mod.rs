@@ -283,7 +283,7 @@ pub(crate) fn run(
 fn policy(config: &Config) -> Policy {
     Policy {
         workers: (config.workers.min, config.workers.max),
-        // A program is taken to serve one request at a time.
+        // A program is assumed to serve one request at a time.
         per_worker: config.threads.max(1),
         scale_down_after: config.scaling.scale_down_after,
         max_unavailable: match config.scaling.max_unavailable {

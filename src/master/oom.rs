@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::supervisor::Now;
 
-/// A worker that dies within this time after the counter rose is attributed to it.
+/// A death within this time after the counter rose is attributed to lack of memory.
 const SAME_MOMENT: Duration = Duration::from_secs(1);
 
 pub(crate) struct OomKills {

@@ -74,7 +74,7 @@ impl Output {
         open
     }
 
-    /// The last line, cut if it is long.
+    /// The last line, truncated if it is long.
     pub(crate) fn last_line(&self) -> String {
         self.filter.repeats.last.chars().take(LAST_LINE).collect()
     }

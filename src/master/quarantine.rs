@@ -28,7 +28,7 @@ const RECORDS: usize = 1024;
 /// Maximum duration of one refusal, unless the configured time is longer.
 const MAX_TIME: Duration = Duration::from_secs(60 * 60);
 
-/// A death by a crash, with the evidence of its cause.
+/// A crash, with the evidence of its cause.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Death {
     pub(crate) in_flight: Vec<RequestKey>,
@@ -177,7 +177,7 @@ impl Quarantine {
         Verdict::Refused { key, time, times }
     }
 
-    /// Releases requests whose time is over, and drops the records of requests that have caused no death since.
+    /// Releases requests whose refusal has expired, and drops the records of requests that have caused no death since.
     pub(crate) fn tick(&mut self, now: Now) -> Vec<Verdict> {
         let mut verdicts = Vec::new();
         self.records.retain(|_, record| record.refused || record.until > now);

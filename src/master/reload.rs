@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! read ─▶ prepare: users, programs, log files ──▶ take over ─▶ roll ─▶ done: daemons, jobs and the relay change too
-//!   └────────────┴─ broken: nothing has changed                  └───▶ failed: new processes use the old settings
+//!   └────────────┴─ invalid: nothing has changed                 └───▶ failed: new processes use the old settings
 //! ```
 //!
 //! - Settings of the master itself (number of workers, timeouts, the log) take effect at once.

@@ -1,9 +1,10 @@
 //! Turns plain functions into services: [`blocking`] runs them on a bounded pool of threads.
 //!
-//! The event loop of a worker stays free while they run, so idle connections and event streams cost no thread. Each worker has `--threads`
-//! threads; up to `--queue` requests may wait for a thread, and further requests get 503 at once. A function that blocks delays no other
-//! request while a thread is free. A function whose author declares that it never blocks ([`Blocking::inline`]) runs on the event loop's
-//! own thread, between two iterations of the loop.
+//! The event loop of a worker stays free while they run, so idle connections and event streams cost
+//! no thread. Each worker has `--threads` threads; up to `--queue` requests may wait for a thread,
+//! and further requests get 503 at once. A function that blocks delays no other request while a
+//! thread is free. A function whose author declares that it never blocks ([`Blocking::inline`])
+//! runs on the event loop's own thread, between two iterations of the loop.
 //!
 //! - [`pool`] runs the threads.
 //! - [`overdue`] watches functions that are still running after their request was abandoned.

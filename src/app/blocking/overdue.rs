@@ -99,7 +99,7 @@ pub(super) fn hung() -> usize {
 }
 
 /// Number of functions that a draining worker no longer waits for, and the time at which the next
-/// function joins them unless it returns before.
+/// function joins them unless it returns first.
 pub(super) fn outstaying() -> (usize, Option<Instant>) {
     let now = Instant::now();
     let ends = running().into_iter().filter_map(|one| one.ends());

@@ -67,8 +67,8 @@ pub(crate) fn pool_is_full() -> bool {
     POOL.get().is_some_and(Pool::is_occupied)
 }
 
-/// Returns when the pool next has a free thread again after all were occupied. Changes before the
-/// call are not reported.
+/// Returns when a thread becomes free after all were occupied. Changes before the call are not
+/// reported.
 pub(crate) async fn one_is_free() {
     match POOL.get() {
         Some(pool) => pool.one_is_free.notified().await,

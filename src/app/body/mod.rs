@@ -93,7 +93,7 @@ enum Kind {
 /// the response.
 #[derive(Debug)]
 struct Unread {
-    /// Present until the drop.
+    /// `None` only during the drop.
     incoming: Option<Incoming>,
     /// A read has failed.
     is_broken: bool,
@@ -113,7 +113,7 @@ impl Drop for Unread {
         if let (Some(incoming), Some(rest)) = (self.incoming.take(), self.rest.take())
             && !incoming.is_end_stream()
         {
-            let _ = rest.send(Rest { incoming, is_broken: self.is_broken }); // fails if the connection is gone
+            let _ = rest.send(Rest { incoming, is_broken: self.is_broken }); // fails if the connection has closed
         }
     }
 }

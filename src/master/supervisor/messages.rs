@@ -97,7 +97,7 @@ pub(crate) enum AfterExit {
     StayDown,
 }
 
-/// A command of an operator, by a signal or the control socket.
+/// A command from an operator, by signal or over the control socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
     /// Let all processes finish their work, then stop.

@@ -1,6 +1,6 @@
 //! Replaces running workers, for a reload or at the end of their lifetime. Both follow the same rules and share one budget: the new
 //! worker is ready before the old one drains, and at most `max_unavailable` workers are being replaced at a time, counted from the
-//! start of the replacement to the end of the old worker.
+//! start of the replacement to the exit of the old worker.
 //!
 //! A reload begins with one process of the new generation, the canary. Until the canary is ready, a process of the old generation that dies
 //! is replaced by one of the old generation. After that, every started process is of the new generation. When a new process fails to start,

@@ -119,7 +119,7 @@ impl Master {
         self.feed(Event::Tick);
     }
 
-    /// The former master wrote its state `passed` ago.
+    /// `passed` is the time since the former master wrote its state.
     fn adopt_children(&mut self, left: &mut Takeover, passed: Duration) {
         let now = self.now();
         for saved in std::mem::take(&mut left.saved.children) {
