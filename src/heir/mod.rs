@@ -4,9 +4,9 @@
 //! worker dies ─▶ every request in flight: 502 ─▶ kept-alive connections: to another worker ─▶ the rest: closed
 //! ```
 //!
-//! An heir is a clone of its worker that shares only the worker's descriptor table (`clone(2)`, CLONE_FILES). It sleeps while the worker
-//! lives, and adds no system call to a connection. When the worker dies, from any signal, the table and all connections in it stay open.
-//! The [`journal`] shows the state of each connection, and [`settlement`] decides what happens to it.
+//! An heir is a clone of its worker that shares only the journal and the worker's descriptor table (`clone(2)`, CLONE_FILES). It sleeps
+//! while the worker lives, and adds no system call to a connection. When the worker dies, from any signal, the table and all connections in
+//! it stay open. The [`journal`] shows the state of each connection, and [`settlement`] decides what happens to it.
 //!
 //! - The heir is created right after the fork, while the worker has one thread, and before any application code runs. It
 //!   never touches the application's memory, the page cache or tokio.

@@ -8,6 +8,7 @@
 //! | all responses have been sent, and the connection is kept alive | another worker |
 //! | as above, but a part of the next request was read and is lost | a 502 over HTTP and SCGI |
 //! | the output ends within a protocol record | the connection is reset |
+//! | HTTP/2 | GOAWAY |
 //!
 //! After a 502 an HTTP or SCGI connection is closed. A FastCGI connection passes to another worker if it is kept alive and its input
 //! ends at a record boundary.
