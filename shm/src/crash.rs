@@ -1,13 +1,13 @@
-//! Marks the points at which a test can kill the process, and the repairs that a test can leave out.
+//! Marks the points at which a test can kill the process, and the repairs that a test can skip.
 //!
 //! Each step of a change in shared memory that another process could find half done is marked with `point`. Without the feature
-//! `crash-test` a mark is nothing. With it, `tests/crash_points.rs` has a child killed at the n-th mark, for each n, and
-//! then checks that everything holds. The tests also leave out each repair, to show that it is needed.
+//! `crash-test`, `point` does nothing. With it, `tests/crash_points.rs` has a child process killed at the n-th point, for each
+//! n, and then checks that all guarantees hold. The tests also skip each repair in turn, to show that it is needed.
 
-/// A repair that is made after a process died.
+/// A repair after the death of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recovery {
-    /// Completing the books of a shard.
+    /// Completing the accounting of a shard.
     Books,
     /// Finishing the emptying of a shard.
     Empty,
@@ -56,7 +56,7 @@ mod armed {
         }
     }
 
-    /// Kills this process at the n-th step from now on; [`u64::MAX`] for never, [`u64::MAX`] - 1 to record the names only.
+    /// Kills this process at the n-th step from now; [`u64::MAX`] for never, [`u64::MAX`] - 1 to record the names only.
     pub fn die_at(step: u64) {
         PASSED.store(0, Ordering::Relaxed);
         DIE_AT.store(step, Ordering::Relaxed);
@@ -65,17 +65,17 @@ mod armed {
         }
     }
 
-    /// The names of the steps passed since [`die_at`] began to record them.
+    /// The names of the steps passed since [`die_at`] started recording.
     pub fn points_passed() -> Vec<&'static str> {
         NAMES.lock().map(|names| names.clone()).unwrap_or_default()
     }
 
-    /// Leaves out one repair in this process; `None` for none.
+    /// Skips one repair in this process; `None` skips none.
     pub fn skip(recovery: Option<Recovery>) {
         SKIPPED.store(recovery.map_or(0, |recovery| recovery as u32 + 1), Ordering::Relaxed);
     }
 
-    /// Whether a repair is left out.
+    /// Whether a repair is skipped.
     pub fn skips(recovery: Recovery) -> bool {
         SKIPPED.load(Ordering::Relaxed) == recovery as u32 + 1
     }

@@ -1,13 +1,13 @@
 //! Checks the properties of a page that must hold for any content of the shared memory and any request: see `docs/fuzzing.md` of
-//! Forkyard. Compiled for tests and `--cfg fuzzing` only.
+//! Forkyard. Compiled for tests and with `--cfg fuzzing` only.
 
 use crate::cache::page::{Encoding, Page};
 
-/// Takes the first byte of `data` as the length of a body, a line as `Accept-Encoding`, and the rest as the stored metadata and as
-/// `If-None-Match`.
+/// Interprets the first byte of `data` as the length of a body, the first line as `Accept-Encoding`, and the rest as the stored
+/// metadata and as `If-None-Match`.
 ///
 /// # Panics
-/// Panics if a decoded page is not encoded to the same bytes, or if what is sent is inconsistent.
+/// Panics if a decoded page does not encode to the same bytes, or if what is sent is inconsistent.
 pub fn page(data: &[u8]) {
     let Some((&length, rest)) = data.split_first() else { return };
     let at = rest.iter().position(|&byte| byte == b'\n').unwrap_or(0);
@@ -17,7 +17,7 @@ pub fn page(data: &[u8]) {
     if let Ok(page) = Page::decode(rest, vec![b'x'; length.into()]) {
         assert_eq!(page.encode_meta(), rest, "a page is written in one way only");
         let is_compressed = page.encoding() != Encoding::Identity;
-        // An invalid gzip body can only be sent to a client that accepts gzip.
+        // Fails if the body, which is not valid gzip, has to be decompressed.
         if let Ok(sent) = page.negotiate(Some(accept)) {
             assert_eq!(sent.encoding(), Encoding::Identity, "nothing is left to negotiate");
             assert!(!is_compressed || sent.value("content-encoding").is_some() && sent.value("vary").is_some());
@@ -30,7 +30,7 @@ pub fn page(data: &[u8]) {
 
     let page = Page::new("body").header("etag", "W/\"a\"");
     assert!(page.matches(b"*") && page.matches(b"\"a\"") && !page.matches(b"\"b\""));
-    // Tags are searched from the left: a complete tag in the rest is found, provided that the text before it leaves no quote open.
+    // Tags are quoted, so text without quotes can only match as `*`.
     if !rest.contains(&b'"') && page.matches(rest) {
         assert_eq!(rest.trim_ascii(), b"*", "a tag is in quotes");
     }

@@ -1,5 +1,5 @@
-//! Determines how much memory is available: in the machine, and within the limits of the control groups of this process (a
-//! container's, a systemd unit's). The kernel does not refuse memory beyond such a limit: it kills a process.
+//! Determines how much memory is available on the machine, and within the limits of the control groups of this process (of a
+//! container or a systemd unit). The kernel does not refuse memory beyond such a limit, but kills a process.
 //!
 //! This file decides which values are read from which files. Files are read through a function, so that tests can replace them.
 
@@ -9,16 +9,16 @@ use std::io::Read as _;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-/// A limit, and the free part of it.
+/// A limit, and the unused part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Left {
     pub(crate) limit: u64,
-    /// Memory that the kernel can reclaim at once (pages of files) counts as free.
+    /// Memory that the kernel can reclaim at once (page cache) counts as free.
     pub(crate) free: u64,
 }
 
 /// The memory that this process and all its children may use, in bytes: the memory of the machine, or the lowest limit of the control
-/// groups of this process. `None` if neither is known.
+/// groups of this process, whichever is lower. `None` if neither is known.
 #[must_use]
 pub fn memory_limit() -> Option<u64> {
     let machine =
@@ -32,7 +32,7 @@ pub(crate) fn tightest() -> Option<Left> {
     limits(&read_file).into_iter().min_by_key(|left| left.free)
 }
 
-/// The kernel's estimate of the memory available without swapping, in bytes; `None` where /proc is missing.
+/// The kernel's estimate of the memory available without swapping, in bytes; `None` if /proc is missing.
 pub(crate) fn available_in_machine() -> Option<u64> {
     value_in(&read_file(Path::new("/proc/meminfo"))?, "MemAvailable:")?.checked_mul(1024)
 }
@@ -53,7 +53,7 @@ fn value_in(text: &str, name: &str) -> Option<u64> {
 struct Version {
     limit: &'static str,
     used: &'static str,
-    /// Fields of `memory.stat`: pages of files, of the group and its descendants.
+    /// Fields of `memory.stat`: the page cache of the group and its descendants.
     reclaimable: [&'static str; 2],
 }
 
@@ -65,7 +65,7 @@ const V1: Version = Version {
 const V2: Version =
     Version { limit: "memory.max", used: "memory.current", reclaimable: ["inactive_file", "active_file"] };
 
-/// "No limit" in version 1: more than any machine has.
+/// "No limit" in version 1: a value above the memory of any machine.
 const NO_LIMIT: u64 = 1 << 60;
 
 /// The limits of the groups of this process, as far as they are mounted.
@@ -98,7 +98,7 @@ fn limits(read: &dyn Fn(&Path) -> Option<String>) -> Vec<Left> {
 fn limit_of(directory: &Path, version: &Version, read: &dyn Fn(&Path) -> Option<String>) -> Option<Left> {
     let number = |name: &str| read(&directory.join(name))?.trim().parse::<u64>().ok(); // "max" does not parse: no limit
     let stat = read(&directory.join("memory.stat")).unwrap_or_default();
-    // In version 1: the limit that ancestor groups impose, whether they are mounted here or not.
+    // In version 1, the limit imposed by ancestor groups, whether or not they are mounted here.
     let inherited = value_in(&stat, "hierarchical_memory_limit");
     let limit = number(version.limit).into_iter().chain(inherited).min().filter(|&limit| limit < NO_LIMIT)?;
     let reclaimable: u64 = version.reclaimable.iter().filter_map(|name| value_in(&stat, name)).sum();
@@ -129,7 +129,7 @@ impl Mount {
     }
 }
 
-/// Decodes `\040` and the like, which stand for spaces and other special characters.
+/// Decodes octal escapes such as `\040`, which stand for spaces and other special characters.
 fn unescaped(text: &str) -> PathBuf {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -23,23 +23,23 @@ use self::layout::Header;
 use self::map::Map;
 use self::members::Membership;
 
-/// A mapped segment, shared by all handles of this process. `geometry` is a private copy: it is never read from the
+/// A mapped segment, shared by all handles of this process. `geometry` is a private copy that is never read from the
 /// segment again.
 #[derive(Debug)]
 pub(crate) struct SharedMemory {
     pub(crate) map: Map,
     pub(crate) geometry: Geometry,
     pub(crate) seed: u64,
-    /// Added to the monotonic clock, so that the segment's clock continues when a file is reused.
+    /// Added to the monotonic clock, so that the segment's clock continues when a file is reopened.
     pub(crate) time_base: u64,
     pub(crate) membership: Membership,
     pub(crate) fd: OwnedFd,
-    /// The file's lock, if the segment lies in a file and this process opened it.
+    /// The lock of the file, if the segment is in a file and this process opened it.
     pub(crate) file: Option<Arc<File>>,
 }
 
 impl SharedMemory {
-    /// Milliseconds of the segment's clock, never 0. The clock continues when a file is reused.
+    /// Milliseconds of the segment's clock, never 0. The clock continues when a file is reopened.
     pub(crate) fn now_ms(&self) -> u64 {
         self.time_base.wrapping_add(monotonic_ms())
     }

@@ -1,12 +1,12 @@
-//! The protocol by which readers sleep until something is published, and publishers wake them.
+//! The protocol by which readers sleep until something is published and publishers wake them.
 //!
 //! ```text
 //! sequence   counts publications; the futex that readers sleep on
 //! sleepers   counts readers that were about to sleep
-//! woken      the value of `sleepers` before a publication whose publisher then woke all readers
+//! woken      the value of `sleepers` before the last publication whose publisher woke all readers
 //! ```
-//! If `woken` equals `sleepers`, every reader that ever went to sleep was woken since: it had counted itself before that publication,
-//! so the sequence that it passed to the futex was an older one. Only in this case a publisher makes no system call. A publisher that dies
+//! If `woken` equals `sleepers`, every reader that ever went to sleep has been woken since: the reader had counted itself before that
+//! publication, so it passed an older sequence to the futex. Only in this case does a publisher make no system call. A publisher that dies
 //! before it has woken the readers leaves `woken` unchanged, so the next publisher wakes them.
 //!
 //! Must not wait, or make system calls.
@@ -21,7 +21,8 @@ pub(crate) struct Bell<'a> {
 }
 
 impl Bell<'_> {
-    /// Whether a reader may sleep, because nothing has been published since the sequence was `seen`. The futex checks once more.
+    /// Whether a reader may sleep, because nothing has been published since the sequence was `seen`. The futex checks this
+    /// again.
     pub(crate) fn may_sleep(self, seen: u32) -> bool {
         if self.sequence.load(Ordering::SeqCst) != seen {
             return false;
@@ -31,7 +32,8 @@ impl Bell<'_> {
         self.sequence.load(Ordering::SeqCst) == seen
     }
 
-    /// Counts a publication. If a reader may be asleep, returns a number to pass to [`Bell::all_woken`] after waking all readers.
+    /// Counts a publication. If a reader may be asleep, returns the number to pass to [`Bell::all_woken`] after waking all
+    /// readers.
     pub(crate) fn ring(self) -> Option<u32> {
         let before = self.sleepers.load(Ordering::SeqCst);
         self.sequence.fetch_add(1, Ordering::SeqCst);

@@ -3,17 +3,17 @@
 //! ```text
 //! 0 = free | bits 0..32 deadline, in ms of the segment's clock, wrapped | 15 bits member + 1 | 17 bits tag of the key
 //! ```
-//! The whole lease is one word, so it is taken, released and taken over in one step each. It ends in one of four ways: the
-//! holder stores the page or gives up ([`release`]), the holder dies ([`take_from`], called by the process that cleans up after it), or
-//! its deadline passes and another process takes it over ([`take`]). In the last case the late holder finds that the lease is not held
-//! any more ([`is_held`]), and its page does not replace a newer one.
+//! The whole lease is one word, so it is taken, released and taken over in one step each. It ends in one of four ways: the holder stores
+//! the page, or gives up ([`release`] in both cases); the holder dies ([`take_from`], called by the process that cleans up after it); or
+//! its deadline passes and another process takes it over ([`take`]). In the last case the late holder detects that it no longer holds the
+//! lease ([`is_held`]), and its page does not replace a newer one.
 //!
-//! Two keys may share a cell; the tag distinguishes them (17 bits in addition to those that chose the cell). A process that finds the cell
-//! taken for another key renders without a lease, because otherwise it would wait for the wrong page.
+//! Two keys may share a cell; the tag distinguishes them (17 bits in addition to those that select the cell). A process that finds the
+//! cell taken for another key renders without a lease, because otherwise it would wait for the wrong page.
 //!
-//! A waiting process counts itself ([`enter`]), then checks that the lease is still held, and sleeps on the *turn*, which is incremented
-//! each time a lease ends. A process that ends a lease increments the turn, then checks whether any process is counted ([`end_turn`]).
-//! With a full fence between the two steps on both sides, no process sleeps through the end of the lease it waits for.
+//! A waiting process counts itself ([`enter`]), then checks that the lease is still held, and sleeps on the *turn*, a counter of ended
+//! leases. A process that ends a lease increments the turn, then checks whether any process is counted as waiting ([`end_turn`]). With a
+//! full fence between the two steps on both sides, no process sleeps through the end of the lease it waits for.
 //!
 //! A lease is useless for a page that cannot be stored, because the waiting processes would get nothing. The key of such a page is marked
 //! ([`set_pass`]) for a while, during which a process that finds the lease taken does not wait.
@@ -25,7 +25,7 @@ use super::sync::{AtomicU32, AtomicU64, Ordering, fence};
 const MEMBER_SHIFT: u32 = 32;
 const TAG_SHIFT: u32 = 47;
 const MEMBER_MASK: u64 = 0x7fff;
-/// The latest possible deadline: 18 hours ahead. A word with a later deadline has expired long ago, or is invalid.
+/// The latest possible deadline: 18 hours ahead. A word with a later deadline expired long ago, or is invalid.
 pub(crate) const MAX_LEASE_MS: u64 = 1 << 26;
 
 /// The result of an attempt to take a lease.
@@ -33,7 +33,7 @@ pub(crate) const MAX_LEASE_MS: u64 = 1 << 26;
 pub(crate) enum Claim {
     /// This process holds the lease until the deadline; the word is needed to release it.
     Mine(u64),
-    /// This member renders the page; wait for the word to change.
+    /// This member is rendering the page; wait for the word to change.
     Held { by: u32, word: u64 },
     /// The cell is taken for another key.
     OtherKey,
@@ -84,7 +84,7 @@ pub(crate) fn is_over(word: u64, now_ms: u64) -> bool {
 
 /// The time until a lease's deadline, in milliseconds.
 pub(crate) fn left_ms(word: u64, now_ms: u64) -> u64 {
-    // The clock's low half wraps after 49 days, so a deadline long past looks like one far ahead.
+    // The clock's low half wraps after 49 days, so a deadline far in the past looks like one far in the future.
     let ahead = low(low(word).wrapping_sub(low(now_ms)));
     if ahead <= MAX_LEASE_MS { ahead } else { 0 }
 }
@@ -98,12 +98,12 @@ pub(crate) fn enter(waiters: &AtomicU32, turn: &AtomicU32) -> u32 {
 
 /// Removes a process from the count of waiting processes.
 pub(crate) fn leave(waiters: &AtomicU32) {
-    // Not below 0, in case another process has overwritten the counter.
+    // Saturates at 0, in case another process has overwritten the counter.
     let one_less = |count: u32| count.checked_sub(1);
     let _ = waiters.fetch_update(Ordering::AcqRel, Ordering::Relaxed, one_less);
 }
 
-/// Records the end of a lease; returns whether waiting processes have to be woken.
+/// Records the end of a lease; returns whether waiting processes must be woken.
 pub(crate) fn end_turn(turn: &AtomicU32, waiters: &AtomicU32) -> bool {
     turn.fetch_add(1, Ordering::AcqRel);
     fence(Ordering::SeqCst);
@@ -123,7 +123,7 @@ pub(crate) fn passes(pass: &AtomicU64, hash: u64, now_ms: u64) -> bool {
 }
 
 fn member_of(word: u64) -> u32 {
-    // This file never creates a word without a member; such a word is decoded as a member that does not exist.
+    // This file never creates a word without a member. Such a word is decoded as a member that does not exist.
     let number = (word >> MEMBER_SHIFT & MEMBER_MASK).wrapping_sub(1);
     u32::try_from(number).unwrap_or(u32::MAX)
 }

@@ -1,5 +1,5 @@
-//! The protocols in shared memory, written with atomics only and without system calls: `tests/protocols.rs` compiles
-//! these files against loom, which tries the possible interleavings of threads.
+//! The protocols in shared memory, written with atomics only and without system calls. `tests/protocols.rs` compiles
+//! these files against loom, which explores the possible interleavings of threads.
 
 pub(crate) mod bell;
 pub(crate) mod lease;

@@ -1,4 +1,4 @@
-//! Tests of `pin.rs` (not in it, as the model tests compile that file against atomics of their own).
+//! Tests of `pin.rs`, in a separate file because the model tests compile `pin.rs` against loom's atomics.
 
 use super::pin::*;
 use super::sync::AtomicU64;

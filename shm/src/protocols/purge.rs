@@ -1,27 +1,28 @@
-//! The protocol of a purge: raises a tag and the clock so that no outdated page slips between the two.
+//! The protocol of a purge, which raises a tag and the clock so that no outdated page slips between the two steps.
 //!
-//! A page is valid as long as the tags of everything it shows were last purged no later than its *snapshot*, the clock before it
-//! was rendered. A page may be made of fragments found in the cache, which were rendered earlier; it inherits their tags.
-//! So a page that found a fragment before the fragment's purge must have a snapshot before the purge's time, however long the
-//! purger pauses between its steps. Therefore:
+//! A page is valid as long as the tags of everything it shows were last purged no later than its *snapshot*, the clock before it was
+//! rendered. A page may be composed of fragments found in the cache, which were rendered earlier; it inherits their tags. So a page
+//! that found a fragment before the fragment's purge must have a snapshot before the purge's time, however long the purger pauses
+//! between its steps. This is ensured as follows:
 //!
-//! 1. The tag's slots get the time *after* the clock's; from now on the fragment is not found any more.
-//! 2. The clock is raised to that time, if no other process has raised it meanwhile; otherwise the purger starts again from 1.
+//! 1. The tag's slots are raised to the time *after* the clock's. From now on the fragment is no longer found.
+//! 2. The clock is raised to that time, unless another process has raised it meanwhile; in that case the purger restarts from step
+//!    1.
 //!
 //! A reader that found the fragment did so before step 1 was done, and had read the clock before that, when the clock was lower than
-//! the time it got in step 2. (In the reverse order, a page that begins between the two steps has the purge's own time as
-//! its snapshot, finds the fragment, and outlives the purge: `tests/protocols.rs` shows it.)
+//! the time stored in step 2. (In the reverse order, a page whose rendering begins between the two steps has the purge's own time as
+//! its snapshot, finds the fragment, and outlives the purge: `tests/protocols.rs` shows this.)
 //!
-//! Each failed iteration of the loop means that another purge succeeded. A purger that is killed between 1 and 2 leaves its tag one
-//! tick ahead of the clock, and pages with that tag are out of date before they are stored: a process that finds such a page
-//! raises the clock instead ([`finish`]).
+//! Each failed iteration of the loop means that another purge succeeded. A purger that is killed between steps 1 and 2 leaves its
+//! tag one tick ahead of the clock, and pages with that tag are out of date before they are stored. A process that finds such a page
+//! raises the clock for the purger ([`finish`]).
 //!
 //! Must not wait, make system calls, or depend on what a tag is.
 
 use super::sync::{AtomicU64, Ordering};
 use crate::crash;
 
-/// Invalidates everything that was rendered before now and depends on all of these slots.
+/// Invalidates everything that depends on all of these slots and whose rendering began before now.
 pub(crate) fn purge(clock: &AtomicU64, slots: &[&AtomicU64]) {
     let mut now = clock.load(Ordering::SeqCst);
     loop {
@@ -38,7 +39,7 @@ pub(crate) fn purge(clock: &AtomicU64, slots: &[&AtomicU64]) {
     crash::point("purge: clock raised");
 }
 
-/// Whether something rendered at `snapshot` is still valid, as far as these slots, which belong to one tag, are concerned.
+/// Whether something rendered at `snapshot` is still valid with regard to these slots, which belong to one tag.
 pub(crate) fn is_current(slots: &[&AtomicU64], snapshot: u64) -> bool {
     slots.iter().any(|slot| slot.load(Ordering::SeqCst) <= snapshot)
 }
@@ -48,7 +49,7 @@ pub(crate) fn finish(clock: &AtomicU64, slots: &[&AtomicU64]) {
     let now = clock.load(Ordering::SeqCst);
     let next = now.wrapping_add(1);
     if slots.iter().any(|slot| slot.load(Ordering::SeqCst) == next) {
-        // If this fails, another process did it.
+        // If this fails, another process has raised the clock.
         let _ = clock.compare_exchange(now, next, Ordering::SeqCst, Ordering::SeqCst);
     }
 }

@@ -1,14 +1,14 @@
-//! The protocol by which a topic's latest event is stored in its cell, and readers look it up.
+//! The protocol by which a topic's latest event is stored in its cell and readers look it up.
 //!
-//! The position is stored first: a reader that sees an id finds that event, or a later one, at the position that it reads next. In the
-//! reverse order the reader would take the event for evicted.
+//! The position is stored first, so a reader that sees an id finds that event, or a later one, at the position that it reads next. In
+//! the reverse order, the reader would conclude that the event was evicted.
 //!
 //! Must not wait, or depend on what lies at a position.
 
 use super::sync::{AtomicU64, Ordering};
 use crate::crash;
 
-/// The caller must hold the log's lock.
+/// Stores a topic's latest event. The caller must hold the log's lock.
 pub(crate) fn tell(last_id: &AtomicU64, last_at: &AtomicU64, (id, at): (u64, u64)) {
     last_at.store(at, Ordering::Release);
     crash::point("link: position stored");
