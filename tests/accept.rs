@@ -1,4 +1,4 @@
-//! Accepting connections: a connection wakes one worker, and a worker that can serve it at once.
+//! Accepting connections: a new connection wakes one worker, and it is a worker that can serve the connection at once.
 
 #![allow(
     clippy::unwrap_used,
@@ -18,11 +18,11 @@ use common::{Server, wait_until};
 
 const KEPT: [Protocol; 2] = [Protocol::Http, Protocol::FastCgi];
 const QUIET: Duration = Duration::from_secs(3);
-/// Limit for the responses that do not wait for the blocked request.
+/// Limit for responses that do not depend on the blocked request.
 const SOON: Duration = Duration::from_secs(5);
 
-/// Of four workers, one is blocked by a request for `hold`; new connections that request `next` are still answered. `kept` connections
-/// are open before.
+/// One of four workers is blocked by a request for `hold`; requests for `next` on new connections must still be answered. `kept`
+/// connections are opened beforehand.
 fn nobody_waits_for_the_one_that_is_held_up(protocol: Protocol, hold: &str, next: &str, kept: usize) {
     let mut server = protocol.start("holds", &["--workers", "4", "--threads", "1"]);
     let bind = server.binds[0].clone();
@@ -41,8 +41,8 @@ fn nobody_waits_for_the_one_that_is_held_up(protocol: Protocol, hold: &str, next
     let request = protocol.head("GET", &target, 0);
     let held_up = std::thread::spawn(move || raw::ask(&mut held, &request).0);
     let gate = common::accepted(&gate, "the held request has begun");
-    // The blocked worker leaves connections to the other workers for a while, and then accepts those that are left. On a busy machine it
-    // may get one now and then; without this rule it would get one in four.
+    // The blocked worker leaves new connections to the other workers for a while, and then accepts the remaining ones. On a busy machine it
+    // may accept one occasionally; without this rule it would accept one in four.
     let (mut fresh, mut waiting) = (Vec::new(), Vec::new());
     for round in 0..80 {
         let mut stream = raw::connect(&bind);
@@ -57,7 +57,7 @@ fn nobody_waits_for_the_one_that_is_held_up(protocol: Protocol, hold: &str, next
             }
             Err(error) => panic!("{error}"),
         }
-        // The first connections close, the later ones stay open.
+        // The first connections are closed, the later ones stay open.
         if round >= 40 {
             fresh.push(stream);
         }
@@ -88,13 +88,13 @@ fn nobody_waits_for_an_event_loop_that_hangs() {
     }
 }
 
-/// Processor time in ticks, and voluntary context switches, summed over all threads of the workers.
+/// Processor time in ticks, and voluntary context switches, of all threads of the workers together.
 fn usage(server: &Server) -> (u64, u64) {
     let tasks = server.workers().into_iter().flat_map(|worker| {
         let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
         tasks.map(|task| task.unwrap().path())
     });
-    // A thread may end between listing and reading.
+    // A thread may exit between listing and reading.
     let of_task = |task: std::path::PathBuf| {
         let status = std::fs::read_to_string(task.join("status")).ok()?;
         let waits = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
@@ -110,11 +110,11 @@ fn get_ok(server: &Server) {
     assert_eq!(raw::ask(&mut stream, &Protocol::FastCgi.head("GET", "/ok", 0)).0, 200);
 }
 
-/// Returns when the workers have done nothing for three seconds.
+/// Returns when the workers have been idle for three seconds.
 fn wait_until_quiet(server: &Server) {
     wait_until("the workers sleep", || {
         let before = usage(server);
-        std::thread::sleep(QUIET); // time without events is what is measured
+        std::thread::sleep(QUIET); // the test measures a time without events
         (usage(server) == before).then_some(())
     });
 }
@@ -126,7 +126,7 @@ fn workers_without_connections_sleep_and_a_connection_wakes_one_of_them() {
     let kept: Vec<UnixStream> = (0..16).map(|_| raw::connect(&server.binds[0])).collect();
     get_ok(&server);
     drop(kept);
-    wait_until_quiet(&server); // the workers sleep again after their requests
+    wait_until_quiet(&server); // the workers sleep again after serving their requests
 
     let (_, before) = usage(&server);
     for _ in 0..400 {
@@ -134,8 +134,8 @@ fn workers_without_connections_sleep_and_a_connection_wakes_one_of_them() {
     }
     let (_, after) = usage(&server);
     eprintln!("400 connections woke 8 workers {} times", after - before);
-    // On a busy machine a worker sleeps before a request, before its body and before the end of the connection. If each connection woke
-    // all workers, the count would be eight times as high or more.
+    // On a busy machine a worker sleeps before a request, before its body, and before the end of the connection. If each connection woke
+    // all workers, the count would be at least eight times as high.
     assert!(after - before < 6 * 400, "400 connections woke 8 workers {} times", after - before);
     server.stop();
 }
@@ -145,7 +145,7 @@ fn connections_beyond_the_limit_wait_in_the_queue_and_are_served() {
     for protocol in raw::ALL {
         let mut server = protocol.start("crashy", &["--workers", "1", "--max-connections", "2"]);
         let bind = server.binds[0].clone();
-        // Connections are accepted in the order in which they arrive. Neither is idle: part of a request has arrived.
+        // Connections are accepted in order of arrival. Neither is idle, because part of a request has arrived on each.
         let first = [(); 2].map(|()| {
             let mut stream = raw::connect(&bind);
             stream.write_all(&protocol.head("GET", "/ok", 0)[..10]).unwrap();

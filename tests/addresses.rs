@@ -24,7 +24,7 @@ fn has_ipv6() -> bool {
     TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok()
 }
 
-/// A command in a mount namespace in which `localhost` has these addresses.
+/// A command in a mount namespace in which `localhost` resolves to these addresses.
 fn where_localhost_is(addresses: &[&str], name: &str) -> Command {
     assert!(nix::unistd::geteuid().is_root(), "this test mounts a file: run it as root");
     let hosts: String = addresses.iter().map(|address| format!("{address} localhost\\n")).collect();
@@ -84,7 +84,7 @@ fn a_name_stands_for_all_its_addresses_on_one_port_also_after_an_upgrade() {
     }
     server.stop();
 
-    // If one address of a name cannot be bound, the start fails.
+    // The start fails if one address of a name cannot be bound.
     let taken = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
     let port = taken.local_addr().unwrap().port();
     let mut command = where_localhost_is(&["127.0.0.1", "::1"], "mirror");
@@ -125,7 +125,7 @@ fn a_host_without_ipv4_is_served_over_ipv6() {
         assert_eq!(answer.join().unwrap(), 200);
         server.stop();
     }
-    // The default address is IPv4. The error names an alternative.
+    // The default address is an IPv4 address. The error names an alternative.
     let output = command(&[]).output_in_time().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(1) && said.contains("without IPv4: [::1]"), "{said}");

@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::raw::{self, Protocol};
 use common::{PATIENCE, Server, wait_until};
 
-/// More quick runs in a row than are needed to classify a function as quick.
+/// More consecutive quick calls than are needed to classify a function as quick.
 const MANY: u32 = 300;
 
 fn ask(protocol: Protocol, stream: &mut UnixStream, target: &str) -> (u16, i32) {
@@ -24,13 +24,13 @@ fn ask(protocol: Protocol, stream: &mut UnixStream, target: &str) -> (u16, i32) 
 fn pid_in(protocol: Protocol, response: &[u8]) -> i32 {
     let text = String::from_utf8_lossy(response);
     let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-    // Over FastCGI another record follows.
+    // Over FastCGI, another record follows the body.
     let digits = body.find(|c: char| !c.is_ascii_digit()).unwrap_or(body.len());
     assert!(protocol == Protocol::FastCgi || body.len() <= digits + 1, "{text:?}");
     body[..digits].parse().unwrap_or(-1)
 }
 
-/// Sends a request that blocks until the gate is dropped.
+/// Sends a request that blocks until the returned gate is dropped.
 fn hold(protocol: Protocol, bind: &str, path: &str) -> (UnixStream, TcpStream) {
     let gate = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut held = raw::connect(bind);
@@ -83,8 +83,8 @@ fn a_page_that_another_worker_renders_holds_up_nobody() {
         let bind = server.binds[0].clone();
         let (mut renders, gate) = hold(protocol, &bind, "/page");
         let port = gate.local_addr().unwrap().port();
-        // The other worker has a free thread. The worker whose thread is occupied leaves connections to it for a while. On a busy machine
-        // the occupied worker may still accept the connection; then the test tries again.
+        // The other worker has a free thread, and the worker whose thread is occupied leaves connections to it for a while. On a busy
+        // machine the occupied worker may still accept the connection; then the test tries again.
         let renderer = occupied(&server);
         let connect = || {
             wait_until("the other worker takes a connection", || {
@@ -99,7 +99,7 @@ fn a_page_that_another_worker_renders_holds_up_nobody() {
         }
         let (mut beside, _) = connect();
         kept.write_all(&protocol.head("GET", &format!("/page/{port}"), 0)).unwrap();
-        // The other worker waits for the page on its blocking thread.
+        // The other worker waits for the page on its thread for blocking functions.
         wait_for_occupation(&server, other);
         assert_eq!(ask(protocol, &mut beside, "/loop/"), (200, other), "{protocol:?}");
         kept.set_nonblocking(true).unwrap();
@@ -162,7 +162,7 @@ fn more_requests_than_may_wait_get_503_and_as_many_as_may_are_all_answered() {
     for stream in &mut waiting {
         stream.write_all(&Protocol::Http.head("GET", "/", 0)).unwrap();
     }
-    // Five of the requests exceed the queue.
+    // Five of the requests do not fit into the queue.
     wait_until("five are refused", || {
         waiting.retain_mut(|stream| {
             stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();

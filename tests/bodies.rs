@@ -1,4 +1,4 @@
-//! Bodies of 100 MiB, sent and read by slow peers, in bounded memory.
+//! Bodies of 100 MiB, exchanged with slow peers in bounded memory.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -22,7 +22,7 @@ struct Fixture {
     before: u64,
 }
 
-/// Starts one worker, has it serve a request, and records its peak resident size.
+/// Starts one worker, sends it a request, and records its peak resident size.
 fn start() -> Fixture {
     let server =
         Server::start("crashy", &["--bind", "http:127.0.0.1:0", "--bind", "fastcgi:127.0.0.1:0", "--workers", "1"]);
@@ -42,7 +42,7 @@ impl Fixture {
     }
 }
 
-/// Pauses after each MiB, as a slow peer.
+/// Pauses after each MiB, like a slow peer.
 fn dawdle(done: usize) {
     if done.is_multiple_of(MIB) {
         std::thread::park_timeout(Duration::from_millis(2));
@@ -83,7 +83,7 @@ fn a_large_download_over_http() {
     let fixture = start();
     let mut client = http::Client::connect(&fixture.server.http()).unwrap();
     let socket = client.stream.get_mut();
-    // HTTP/1.0: the body ends with the connection, and has no chunks.
+    // Over HTTP/1.0 the body ends with the connection, and is not chunked.
     write!(socket, "GET /bytes/100 HTTP/1.0\r\n\r\n").unwrap();
     assert_eq!(client.head().unwrap().0, 200);
     read_slowly(&mut client.stream, SIZE);

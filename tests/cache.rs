@@ -1,5 +1,5 @@
-//! The page cache as clients see it: one worker renders a page while other requests for the page wait, and a file keeps the cache over a
-//! restart.
+//! The page cache as clients see it: one worker renders a page while other requests for the page wait, and a cache file preserves the pages
+//! over a restart.
 
 mod common;
 
@@ -87,7 +87,7 @@ fn a_cache_in_a_file_is_warm_after_a_stop_and_after_a_crash() {
     let mut server = start();
     assert!(server.log().contains("cache is warm"));
     assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page, "as the former processes rendered it");
-    // Kill the master and all workers at once, as the kernel does when memory is short.
+    // Kill the master and all workers at once, as the kernel may do when memory runs out.
     let children = server.workers();
     server.signal(Signal::SIGSTOP);
     children.iter().for_each(|&pid| kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap());

@@ -1,4 +1,4 @@
-//! The examples as CGI programs: called as a web server calls them, and by lighttpd.
+//! The examples as CGI programs, run by lighttpd or in the way a web server runs them.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -47,7 +47,7 @@ struct Called {
     status: Option<i32>,
 }
 
-/// Runs the command to its end. Standard input stays open throughout: a program that waits for its end would wait forever.
+/// Runs the command until it exits. Standard input stays open throughout, so a program that waits for its end would hang.
 fn run(command: &mut Command, body: &[u8]) -> Called {
     finish(start(command, body))
 }
@@ -139,7 +139,7 @@ fn what_the_application_prints_is_not_in_the_response() {
         assert!(called.errors.contains(printed), "it is in the log: {}", called.errors);
         assert_eq!(called.status, Some(0));
     }
-    // Without a standard error, the output is lost.
+    // The output is lost if there is no standard error.
     let mut command = Command::new("sh");
     let script = format!("exec {} 2>&-", program("chatty").display());
     command.args(["-c", &script]).env_clear().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -210,7 +210,7 @@ fn a_call_has_the_size_and_the_time_that_a_request_has_elsewhere() {
 
 #[test]
 fn a_client_gives_no_flags_and_the_operator_may() {
-    // The arguments that Apache derives from the URI /count?--max-body+10, and from one that contains %3D.
+    // The arguments that Apache derives from the URI /count?--max-body+10, and from a URI that contains %3D.
     for (query, arguments) in [("--max-body+10", &["--max-body", "10"][..]), ("--bind%3Dx", &["--bind=x"])] {
         let mut injected = command("crashy", "POST", &format!("/count?{query}"));
         let called = run(injected.args(arguments), &[0; 11]);
@@ -337,7 +337,7 @@ fn calls_that_are_killed_anywhere_leave_the_cache_whole() {
         let mut calls: Vec<_> = (0..8)
             .map(|_| {
                 let mut child = with_cache(&file, &format!("/page/{}?ms=0", random.u8(0..4))).spawn().unwrap();
-                // This does not wait for an event: the program is killed at a random point.
+                // This sleep does not wait for an event; it makes the kill happen at a random moment.
                 std::thread::sleep(Duration::from_micros(random.u64(0..4000)));
                 if random.bool() {
                     child.kill().unwrap();
@@ -388,7 +388,7 @@ fn a_file_of_another_plan_or_of_something_else_is_left_alone() {
     assert_eq!(std::fs::read(&file).unwrap(), b"something else");
 }
 
-/// Apache's mod_cgid uses one socket for both directions: exiting with unread data would reset the socket, and lose the response.
+/// Apache's mod_cgid uses one socket for both directions: exiting with unread data would reset the socket, and the response would be lost.
 #[test]
 fn on_one_socket_a_body_that_nobody_reads_costs_no_response() {
     for (name, value, status) in [("CONTENT_LENGTH", "4194304", 200), ("HTTP_TRANSFER_ENCODING", "chunked", 411)] {

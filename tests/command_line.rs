@@ -1,4 +1,4 @@
-//! The command line: a wrong use prints one line that names the fix, and exits with the right status.
+//! The command line: incorrect usage prints one line that names the fix, and exits with the right status.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -156,7 +156,7 @@ fn help_names_every_flag_with_its_default_and_variable() {
         ("forkyard", &["run", "--help"], &["--direct", "--settle"]),
     ] {
         let help = String::from_utf8(run(name, arguments).stdout).unwrap();
-        let help = help.split_ascii_whitespace().collect::<Vec<_>>().join(" "); // line breaks can be anywhere
+        let help = help.split_ascii_whitespace().collect::<Vec<_>>().join(" "); // line breaks may occur anywhere
         let shared = [
             "--bind",
             "--workers",

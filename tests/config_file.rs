@@ -1,4 +1,4 @@
-//! The configuration file: its settings apply, all its errors are reported at once, and a reload reads it again.
+//! The configuration file: its settings take effect, all its errors are reported at once, and a reload reads the file again.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -70,7 +70,7 @@ fn a_flag_wins_over_a_variable_and_that_over_the_file() {
     assert!(server.log().contains("workers  1, 2 threads") && server.log().contains("cache    2 MiB"));
     server.stop();
 
-    // The path of the file in an environment variable.
+    // The environment variable contains the path of the file.
     let mut command = Command::new(program("hello"));
     let mut server = Server::start_command(command.env("FORKYARD_CONFIG", &file));
     assert!(server.log().contains("workers  3"), "{}", server.log());
@@ -126,7 +126,7 @@ fn every_mistake_is_told_at_once_with_its_place() {
         let lines = said.lines().filter(|line| line.contains("forkyard.toml:")).count();
         assert_eq!(lines, expected.len(), "{}", String::from_utf8_lossy(&output.stderr));
     }
-    // A setting that a flag overrides is still checked.
+    // A setting is checked even if a flag overrides it.
     let file = directory.file("workers = 0\n");
     let output = with_config("hello", &["check"], &file, &["--workers", "2"]).output_in_time().unwrap();
     complained(&output, 1, &[":1:11: 'workers': '0' is not"]);
@@ -169,7 +169,7 @@ fn check_tries_what_can_be_tried_without_serving() {
     );
     assert!(output.stdout.is_empty());
 
-    // The addresses of a running service are in use. `check` does not report this as an error, and does not disturb the service.
+    // The addresses of the running service are in use. `check` does not report this as an error, and does not disturb the service.
     let arguments = ["--bind", &format!("fastcgi:unix:{}", directory.path("a.sock").display()), "--workers", "1"];
     let control = directory.path("control.sock");
     let control = ["--control", control.to_str().unwrap()];
@@ -210,13 +210,13 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     wait_until("the new limit holds", || (posted() == 413).then_some(()));
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
 
-    // Flags and variables override the file in a reload as well.
+    // On a reload, too, flags and variables override the file.
     directory.file(&good);
     assert_eq!(reload().status.code(), Some(0));
     wait_until("the old limit holds", || (posted() == 200).then_some(()));
     wait_until("there are two", || (server.workers().len() == 2).then_some(()));
 
-    // A master that started with two workers has room for twenty processes, including draining ones.
+    // A master that was started with two workers has room for twenty processes, including draining ones.
     directory.file(&(good.replace("= 2", "= 20") + "user = 'no-such-user'\n"));
     complained(&reload(), 1, &["the workers stay as they are", "no-such-user"]);
     directory.file(&good.replace("= 2", "= 20"));

@@ -1,5 +1,5 @@
-//! How connections end: the last response on a connection announces the close, and a body that the client breaks off is not logged as our
-//! error.
+//! How connections end: the last response on a connection announces the close, and a body that the client breaks off is not logged as an
+//! error of the server.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -30,7 +30,7 @@ fn send(client: &mut Client, bytes: &str) {
     client.stream.get_mut().write_all(bytes.as_bytes()).unwrap();
 }
 
-/// Sends these bytes. Returns the response, and what follows it up to the end of the connection.
+/// Sends these bytes. Returns the response, and what follows it until the end of the connection.
 fn last_response(address: &str, bytes: &str) -> (Response, Vec<u8>) {
     let mut client = Client::connect(address).unwrap();
     send(&mut client, bytes);
@@ -104,10 +104,10 @@ fn a_response_over_http_1_0_says_whether_the_connection_is_kept() {
         ("GET /raw-stream/200?content-length=5 HTTP/1.0", 200, true),
         ("GET /raw/200?connection=keep-alive HTTP/1.0", 200, true),
         (&long, 414, true),
-        // These responses have no body, so none needs to be ended by a close.
+        // These responses have no body, so none of them needs a close to mark the end of the body.
         ("HEAD /raw-stream/200 HTTP/1.0", 200, true),
         ("GET /raw-stream/204 HTTP/1.0", 204, true),
-        // Only the end of the connection ends this body.
+        // Only the end of the connection marks the end of this body.
         ("GET /raw-stream/200 HTTP/1.0", 200, false),
         ("GET /raw-stream/200?connection=keep-alive HTTP/1.0", 200, false),
         ("GET /raw/200?connection=close HTTP/1.0", 200, false),
@@ -119,7 +119,7 @@ fn a_response_over_http_1_0_says_whether_the_connection_is_kept() {
         (post, 200, false),
         ("GET /method HTTP/1.0\r\nHost: a b", 400, false),
         ("CONNECT x:80 HTTP/1.0", 501, false),
-        // A `Connection` option from the application that does not concern keep-alive.
+        // The application sets a `Connection` option that does not concern keep-alive.
         ("GET /raw/200?connection=x-a HTTP/1.0\r\nConnection: close", 200, false),
     ] {
         let mut client = Client::connect(&server.http()).unwrap();
@@ -211,7 +211,7 @@ fn a_small_body_that_nobody_reads_costs_no_connection() {
         let response = client.request("POST", target, body.as_bytes()).unwrap();
         assert_eq!((response.status, response.header("connection")), (status, None), "{target} {body}");
     }
-    // A body that arrives after the response is no reason to close either.
+    // A body that arrives after the response is not a reason to close either.
     send(&mut client, &head("/nowhere", "Content-Length: 5\r\n"));
     let response = client.response(false).unwrap();
     assert_eq!((response.status, response.header("connection")), (404, None));
@@ -224,7 +224,7 @@ fn a_small_body_that_nobody_reads_costs_no_connection() {
 #[test]
 fn a_broken_body_that_the_application_passes_on_is_a_400_and_no_error_of_ours() {
     let mut server = start(&[]);
-    // No part of the response has been sent.
+    // No part of the response has been sent when the error occurs.
     let (response, _) = last_response(&server.http(), &format!("{}x\r\n", head("/echo", CHUNKED)));
     assert_eq!(response.status, 400);
     let mut client = fastcgi::Client::connect(&server.binds[1]).unwrap();
@@ -240,7 +240,7 @@ fn a_broken_body_that_the_application_passes_on_is_a_400_and_no_error_of_ours() 
     let _ = client.stream.read_to_end(&mut bytes);
     server.wait_for(&format!("{BROKEN_OFF}scgi"));
 
-    // Part of the response has been sent: the connection ends; over HTTP/2, the stream.
+    // Part of the response has been sent, so the error closes the connection or, over HTTP/2, the stream.
     let mut client = Client::connect(&server.http()).unwrap();
     send(&mut client, &format!("{}3\r\nabc\r\n", head("/echo", CHUNKED)));
     assert_eq!(client.head().unwrap().0, 200);
@@ -311,7 +311,7 @@ fn no_100_follows_a_final_status() {
 #[test]
 fn a_response_beyond_its_length_is_logged_once_over_each_protocol() {
     let mut server = start(&["--log-rate", "0"]);
-    // The length ends within a piece of 5 bytes, between two pieces, and before the first one.
+    // The length ends within a chunk of 5 bytes, between two chunks, and before the first chunk.
     for (target, body) in [("/claim/7/5000", "xxxxxxx"), ("/claim/5/50", "xxxxx"), ("/claim/0/5", "")] {
         let asked = |protocol: &str| format!("{target}?{protocol}");
         assert_eq!(http::get(&server.http(), &asked("http")).unwrap().text(), body, "{target}");

@@ -1,7 +1,7 @@
-//! Starts the first command of README.md in a container: the root is read-only, memory is limited, the user has no privileges, and system
-//! calls are refused.
+//! Starts the first command of README.md in a container: the root is read-only, memory is limited, the user is unprivileged, and some
+//! system calls are refused.
 //!
-//! The test needs root, and writable control groups for memory and processors; without them the test reports that and passes.
+//! The test needs root, and writable control groups for memory and processors; without them it prints a message and passes.
 //! `shm/src/memory/memory_limit.rs` tests the parsing of control group files without control groups.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
@@ -19,7 +19,7 @@ use common::refuse::{NEWER, Refuse, arguments};
 use common::{Server, http, program, wait_until};
 use tempfile::TempDir;
 
-/// Prints a line that is shown even if the test passes, unlike the output of `eprintln!`.
+/// Prints a line that is shown even if the test passes, unlike `eprintln!`.
 fn say(text: &str) {
     std::io::stderr().write_all(format!("container: {text}\n").as_bytes()).unwrap();
 }
@@ -34,7 +34,7 @@ impl Group {
         Self::limited("memory", &[("memory.limit_in_bytes", &bytes)], ("memory.max", &bytes))
     }
 
-    /// A group with the time of one processor.
+    /// A group that is limited to one processor.
     fn of_one_processor() -> Result<Self, String> {
         Self::limited(
             "cpu",
@@ -43,8 +43,8 @@ impl Group {
         )
     }
 
-    /// `v1` and `v2` name the files of the two control group versions, and the values to write. `Err` is the reason why no group can be
-    /// made.
+    /// `v1` and `v2` name the files of the two control group versions, and the values to write. The error is the reason why no group can be
+    /// created.
     fn limited(controller: &str, v1: &[(&str, &str)], v2: (&str, &str)) -> Result<Self, String> {
         let [ours, mounts] =
             ["cgroup", "mountinfo"].map(|name| std::fs::read_to_string(format!("/proc/self/{name}")).unwrap());
@@ -84,14 +84,14 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Processes that have just ended may still be counted.
+        // Processes that have just exited may still be counted.
         if !std::thread::panicking() {
             wait_until("the control group is empty", || std::fs::remove_dir(&self.0).ok());
         }
     }
 }
 
-/// A directory that the container can read, with copies of the programs that the user `nobody` can execute.
+/// A directory that the container can read, with copies of the programs that the user `nobody` may execute.
 struct Image {
     directory: TempDir,
     refuse: Refuse,
@@ -110,8 +110,8 @@ impl Image {
         Self { directory, refuse }
     }
 
-    /// `pages` in a container: nothing is writable, `/dev/shm` is tiny, the network is its own, the user (`nobody`) has no capabilities,
-    /// and newer system calls do not exist.
+    /// `pages` in a container: nothing is writable, `/dev/shm` is tiny, the network namespace is its own, the user (`nobody`) has no
+    /// capabilities, and recent system calls do not exist.
     fn pages(&self, group: &Group) -> Command {
         let script = "set -e; group=$1; shift
             echo $$ > \"$group/cgroup.procs\"
@@ -189,7 +189,7 @@ fn a_cache_that_does_not_fit_a_containers_memory_is_an_error_and_not_a_death_wit
     }
     let (status, said) = run(&["check"]);
     assert!(status == Some(0) && said.contains("the page cache has 25 MiB"), "{said}");
-    // The quarter is only a default; half of the memory can be requested explicitly.
+    // A quarter of the memory is only the default; half of it can be requested explicitly.
     let mut server = Server::start_command(image.pages(&group).args(["--workers", "1", "--cache", "50M"]));
     assert_eq!(get(&server, "/").status, 200);
     server.stop();

@@ -1,4 +1,4 @@
-//! The control socket and the sub-commands: real masters, and the real command line against them.
+//! The control socket and the sub-commands: the real command line against real masters.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -44,7 +44,7 @@ impl Controlled {
         command.args(arguments).env("FORKYARD_CONTROL", &self.socket).output_in_time().unwrap()
     }
 
-    /// Runs a sub-command that must succeed. Returns its output.
+    /// Runs a sub-command that must succeed, and returns its output.
     #[track_caller]
     fn said(&self, arguments: &[&str]) -> String {
         let output = self.ask(arguments);
@@ -53,7 +53,7 @@ impl Controlled {
         said
     }
 
-    /// Runs a sub-command that must fail with this status. Returns the error.
+    /// Runs a sub-command that must fail with this status, and returns the error output.
     #[track_caller]
     fn complaint(&self, arguments: &[&str], status: i32) -> String {
         let output = self.ask(arguments);
@@ -69,7 +69,7 @@ impl Controlled {
     /// Sends these bytes to the control socket, and returns the first line of the reply.
     fn answer_to(&self, bytes: &[u8]) -> String {
         let mut stream = common::connect_unix(&self.socket).unwrap();
-        let _ = stream.write_all(bytes); // the master may refuse the request before it has read everything
+        let _ = stream.write_all(bytes); // the master may refuse the request before it has read all of it
         let mut line = String::new();
         BufReader::new(stream).read_line(&mut line).unwrap();
         line
@@ -235,7 +235,7 @@ fn the_connection_ends_with_the_outcome() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     for request in ["status", "reopen-logs", "segment", "reload"] {
         let mut stream = common::connect_unix(&served.socket).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap(); // without a timeout, an open connection would hang the test
+        stream.set_read_timeout(Some(PATIENCE)).unwrap(); // without a timeout, a connection that stays open would hang the test
         writeln!(stream, "{{\"command\":\"{request}\"}}").unwrap();
         let mut answers = String::new();
         stream.read_to_string(&mut answers).unwrap();
@@ -267,7 +267,7 @@ fn garbage_on_the_socket_is_refused_and_costs_nothing() {
             let _ = stream.read_to_end(&mut answer);
         }
     }
-    // More clients than are served at a time: idle clients are disconnected, and then the next command is served.
+    // More clients than are served at a time: the idle ones are disconnected, and then the next command is served.
     let silent: Vec<UnixStream> = (0..20).map(|_| common::connect_unix(&served.socket).unwrap()).collect();
     served.server.wait_for("control client dropped");
     assert_eq!(served.status()["state"], "running");
@@ -308,7 +308,7 @@ fn the_socket_is_for_its_owner_and_taken_from_no_one() {
 #[expect(unsafe_code, reason = "the library's function would change the user of all threads")]
 fn become_nobody() {
     const NOBODY: libc::c_long = 65534;
-    // SAFETY: a system call with three integers.
+    // SAFETY: this system call takes three integers and no pointers.
     let outcome = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
     assert_eq!(
         outcome,
@@ -479,7 +479,7 @@ fn completions_and_manual_pages_name_every_flag() {
     assert!(said("forkyard", &["man"]).contains("forkyard\\-status"));
     let unknown = Command::new(program("forkyard")).args(["man", "explode"]).output_in_time().unwrap();
     assert_eq!(unknown.status.code(), Some(2));
-    // Flags for serving are not valid for sub-commands, and vice versa.
+    // Flags for serving are not valid for sub-commands, nor the other way round.
     let output = Command::new(program("hello")).args(["--workers", "1", "status"]).output_in_time().unwrap();
     assert_eq!(output.status.code(), Some(2));
     let output =
@@ -492,14 +492,14 @@ fn status_shows_threads_that_hang_and_a_worker_of_which_all_do_as_hung() {
     let limits = [
         ["--workers", "1"],
         ["--threads", "2"],
-        ["--request-timeout", "3s"], // the function must have begun by then, on a busy machine too
+        ["--request-timeout", "3s"], // the function must have begun by then, even on a busy machine
         ["--hang-timeout", "300ms"],
         ["--drain-timeout", "1h"],
     ];
     let mut one = Controlled::start_with("crashy", limits.as_flattened(), |command, directory| {
         command.env("CRASHY_BROKEN", directory.join("broken"));
     });
-    // The old worker stays while no new worker can start.
+    // The old worker stays as long as no new worker can start.
     std::fs::write(one.directory.path().join("broken"), "").unwrap();
     let (address, pid) = (one.server.http(), *one.server.workers().first().unwrap());
     let becomes = |state: &str, count: u32| {

@@ -1,4 +1,4 @@
-//! Sub-commands whose master does not reply, and sub-commands whose output has no reader: both end, and report an error if that is a
+//! Sub-commands whose master does not reply, and sub-commands whose output is not read: both exit, and report an error if this is a
 //! failure.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
@@ -34,7 +34,7 @@ fn ask(socket: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// Waits for the child's end, and returns its status and its error output.
+/// Waits until the child exits, and returns its status and error output.
 #[track_caller]
 fn end(mut child: Child, what: &str) -> (Option<i32>, String) {
     let status = end_of(&mut child, what);
@@ -75,7 +75,7 @@ fn no_sub_command_waits_for_ever_for_a_master_that_is_stopped() {
         let what_to_do = format!("is stopped, and does not answer (continue it: kill -CONT {})", server.pid());
         assert!(said.contains(&what_to_do), "{arguments:?}: {said}");
     }
-    // The master carries out the request when it continues.
+    // The master carries out the request once it is resumed.
     kill(server.pid(), Signal::SIGCONT).unwrap();
     assert_eq!(server.wait_end(), Some(0));
 }
@@ -122,7 +122,7 @@ fn what_takes_long_is_waited_for_as_long_as_the_master_lives() {
     command.args(["run", "--bind", &bind, "--workers", "1", "--settle", "1500ms", "--control"]);
     let mut server = Server::start_command(command.arg(control(&directory)).args(["--", "sleep", "1000"]));
     let old = server.children();
-    // The reload takes far longer than `--timeout`. More clients wait at once than the control socket serves.
+    // The reload takes far longer than `--timeout`, and more clients wait at once than the control socket serves.
     let reloads: Vec<Child> =
         (0..20).map(|_| spawn(&mut ask(&control(&directory), &["reload", "--timeout", "300ms"]))).collect();
     for reload in reloads {

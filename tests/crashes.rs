@@ -1,4 +1,4 @@
-//! A crash report names the place of the crash, and the process still ends as it would without the report.
+//! A crash report names the place of the crash, and the process still terminates as it would without the report.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -54,7 +54,7 @@ fn a_stack_overflow_is_told_by_us_and_by_the_standard_library() {
     let said = quoted(&line, "said");
     assert!(said.starts_with("SEGV in thread worker at address 0x") && said.ends_with("(stack overflow)"), "{line}");
     assert!(server.log().contains("has overflowed its stack"));
-    // The name may have a path, depending on how the compiler has divided the code.
+    // The name may include a path, depending on how the compiler has divided the code.
     let names = server.wait_for("backtrace slot=");
     let first = quoted(&names, "at").split(' ').next().unwrap();
     assert!(first == "recurse" || first.ends_with("::recurse"), "{names}");
@@ -65,7 +65,7 @@ fn a_stack_overflow_is_told_by_us_and_by_the_standard_library() {
 fn a_signal_from_outside_is_told_too_and_blames_no_request() {
     let mut server = crashy(&["--workers", "1"]);
     for signal in [Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGSYS] {
-        // Wait until the process that symbolizes backtraces has ended.
+        // Wait until the process that symbolizes backtraces has exited.
         let alone = || Some(server.workers()).filter(|children| children.len() == 1);
         let worker = wait_until("there is a worker", || alone()?.first().copied());
         wait_until("it answers", || http::get(&server.http(), "/ok").ok());

@@ -41,7 +41,7 @@ fn ask(protocol: Protocol, stream: &mut UnixStream) {
 fn read_answer(protocol: Protocol, stream: &mut UnixStream) {
     let (status, mut response) = raw::ask(stream, b"");
     assert_eq!(status, 200, "{protocol:?}");
-    // Read to the end of the response, so that the rest is not taken for part of the next one.
+    // Read to the end of the response, so that the rest is not taken for part of the next response.
     let end: &[u8] = if protocol == Protocol::FastCgi { &[1, 3, 0, 1, 0, 8] } else { b"ok" };
     while !response.windows(end.len()).any(|part| part == end) {
         let mut piece = [0; 4096];
@@ -80,11 +80,10 @@ fn a_full_worker_closes_the_connection_that_was_idle_for_longest() {
         let mut server = protocol.start("crashy", &FULL);
         let bind = server.binds[0].clone();
         let mut used: Vec<UnixStream> = (0..MOST - 1).map(|_| kept(protocol, &bind)).collect();
-        // This connection is the newest, and is not used again.
+        // This is the newest connection, and it is not used again.
         let mut idle = kept(protocol, &bind);
         let mut use_them = || used.iter_mut().for_each(|stream| ask(protocol, stream));
-        // Idle times count in seconds, so this waits until the connection has been idle longer than the others however slow this machine
-        // is.
+        // Idle times are counted in seconds. Wait until the connection has been idle longer than the others, however slow this machine is.
         let opened = Instant::now();
         while opened.elapsed() < Duration::from_secs(3) {
             use_them();
@@ -130,7 +129,7 @@ fn an_http2_connection_that_makes_room_is_told_so() {
         let asking = scope.spawn(|| raw::ask(&mut raw::connect(&bind), &Protocol::Http.head("GET", "/ok", 0)).0);
         let goaway = idle.next(http2::GOAWAY).unwrap();
         assert_eq!(goaway.payload[4..8], [0; 4], "NO_ERROR");
-        // PINGs are answered until the end.
+        // PINGs are answered until the connection closes.
         assert_eq!(idle.next(http2::DATA + 100).unwrap_err().kind(), ErrorKind::UnexpectedEof);
         assert_eq!(asking.join().unwrap(), 200);
     });
@@ -199,7 +198,7 @@ fn a_client_has_as_many_connections_as_it_may_and_proxies_and_unix_sockets_any_n
         assert!(line.contains("(--max-connections-per-address) from=127.0.0.1 count=1"), "{line}");
         let over_unix: Vec<UnixStream> = (0..9).map(|_| kept(Protocol::Http, &binds[1])).collect();
         open.pop();
-        // The end of the connection may take a moment to be noticed.
+        // The server may take a moment to detect the end of the connection.
         wait_until("there is room again", || {
             let mut stream = raw::connect(&binds[0]);
             let _ = stream.write_all(&protocol.head("GET", "/ok", 0));
@@ -228,7 +227,7 @@ fn a_connection_that_was_admitted_once_is_not_refused_by_the_worker_that_takes_i
         let arguments = ["--workers", "2", "--max-connections-per-address", "8", "--respawn-rate", "1000"];
         let mut server = protocol.start("crashy", &arguments);
         let bind = server.binds[0].clone();
-        // More connections than one worker admits. One worker may reach its limit before the other.
+        // More connections than one worker admits, though one worker may reach its limit before the other.
         let mut open: Vec<UnixStream> = Vec::new();
         wait_until("the client has twelve connections", || {
             let mut stream = raw::connect(&bind);
@@ -261,7 +260,7 @@ fn a_connection_that_was_admitted_once_is_not_refused_by_the_worker_that_takes_i
         kill(Pid::from_raw(*old.first().unwrap()), Signal::SIGKILL).unwrap();
         server.renewed(1, &old);
         all_answer("the death of the worker");
-        // The inherited connections do not count against the client, and the limit applies to new connections.
+        // The inherited connections do not count against this client, and the limit applies to its new connections.
         let new: Vec<UnixStream> = (0..8).map(|_| kept(protocol, &bind)).collect();
         let mut ninth = raw::connect(&bind);
         assert!(matches!(ninth.read(&mut [0]), Ok(0) | Err(_)), "{protocol:?}");
@@ -315,11 +314,11 @@ fn settings_that_contradict_each_other_are_said_at_the_start_and_by_check() {
 
 // ---- memory ----
 
-/// The limit for memory held for requests, and about how much is sent.
+/// The limit for memory held for requests; [`SENT_KIB`] is about the amount of data that is sent.
 const LIMIT_KIB: u64 = 8 << 10;
 const SENT_KIB: u64 = 80 << 10;
 
-/// Sends much data that completes no request. Returns the growth of the worker in KiB.
+/// Sends a large amount of data that completes no request. Returns the growth of the worker in KiB.
 fn growth(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) -> Vec<UnixStream>, most: &str) -> u64 {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(1 << 16), hard).unwrap();
@@ -331,7 +330,7 @@ fn growth(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) ->
     let memory = || status_number(worker, "VmRSS").unwrap();
     let before = memory();
     let open = send(&bind);
-    // When a request sent later is answered, possibly with 503, the worker has read all earlier data.
+    // When a later request is answered, possibly with 503, the worker has read all earlier data.
     wait_until("it has read all", || {
         let mut stream = raw::connect(&bind);
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -342,7 +341,7 @@ fn growth(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) ->
     let grown = memory().saturating_sub(before);
     eprintln!("{protocol}: {grown} KiB for {SENT_KIB} KiB sent, with --max-buffered {most}");
     drop(open);
-    // A regular client is served again.
+    // Regular clients are served again.
     wait_until("it serves", || {
         let mut stream = raw::connect(&bind);
         let (status, _) = raw::ask(&mut stream, &get);
@@ -390,7 +389,7 @@ fn heads_of_requests_take_no_more_memory_than_they_may_over_scgi() {
 
 #[test]
 fn heads_of_requests_take_no_more_memory_than_they_may_over_fastcgi() {
-    // 64 incomplete requests at a time on one connection.
+    // 64 incomplete requests at once on one connection.
     let value = fastcgi::pair("HTTP_A", &"a".repeat(50 << 10));
     let request = |id: u16| [fastcgi::begin(id, 1, true), fastcgi::record(fastcgi::PARAMS, id, &value, 0)].concat();
     let requests: Vec<u8> = (1..=64).flat_map(request).collect();
@@ -412,7 +411,7 @@ fn bodies_that_nobody_reads_take_no_more_memory_than_they_may_over_http2() {
     let send = |bind: &str| {
         let send = |_| {
             let mut client = http2::Client::connect(bind.trim_start_matches("http://")).unwrap();
-            // From here on the connection's window is 1 MiB.
+            // Now the connection's window is 1 MiB.
             client.next(WINDOW_UPDATE).unwrap();
             client.stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
             let _ = client.send(&bytes);

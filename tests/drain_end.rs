@@ -1,4 +1,4 @@
-//! The end of a drain: clients that neither read nor send do not keep a worker until it is killed.
+//! The end of a drain: clients that neither read nor send do not keep a worker alive until it is killed.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -35,7 +35,7 @@ fn wait_for_requests(server: &Server, count: usize) {
     });
 }
 
-/// Reloads. Checks that the old worker exits by itself, and logs a line for each request.
+/// Reloads. Checks that the old worker exits by itself, and that it logs a line for each request.
 fn leaves_by_itself(mut server: Server, log: &std::path::Path, requests: &[(&str, usize)]) {
     server.signal(Signal::SIGHUP);
     server.wait_for("worker left");
@@ -95,7 +95,7 @@ fn responses_that_nobody_reads_end_before_the_worker_would_be_killed() {
         assert_eq!(raw::ask(&mut stream, &protocol.head("GET", &target, 0)).0, 200);
         streams.push(stream);
     }
-    // The windows of HTTP/2 stay closed; the second response fits into the send buffer.
+    // The HTTP/2 windows stay closed, but the second response fits into the send buffer.
     let mut client = http2::Client::connect(&server.http()).unwrap();
     client.send(&http2::head(1, http2::END_STREAM, "GET", &target, &[])).unwrap();
     client.next(http2::DATA).unwrap();
@@ -112,7 +112,7 @@ fn idle_connections(server: &Server) -> (Vec<UnixStream>, fastcgi::Client) {
     let mut streams = Vec::new();
     for (index, (protocol, _)) in BINDS.iter().enumerate() {
         let bind = &server.binds[index];
-        streams.push(raw::connect(bind)); // new connection
+        streams.push(raw::connect(bind)); // a new connection
         let mut unread = raw::connect(bind);
         assert_eq!(raw::ask(&mut unread, &protocol.head("POST", "/empty", 60000)).0, 200, "{protocol:?}");
         streams.push(unread);
@@ -127,7 +127,7 @@ fn idle_connections(server: &Server) -> (Vec<UnixStream>, fastcgi::Client) {
     (streams, kept_fastcgi)
 }
 
-/// Whether the worker exits by itself although it has idle connections.
+/// Whether the worker exits by itself despite its idle connections.
 fn leaves_its_idle_connections(signal: Signal, timeout: &str) -> bool {
     let binds = BINDS.iter().flat_map(|(_, bind)| ["--bind", bind]);
     let arguments: Vec<&str> = ["--workers", "1", "--drain-timeout", timeout].into_iter().chain(binds).collect();
@@ -147,7 +147,7 @@ fn leaves_its_idle_connections(signal: Signal, timeout: &str) -> bool {
 #[test]
 fn idle_connections_end_within_a_drain_timeout_shorter_than_their_grace() {
     for (signal, timeout) in [(Signal::SIGTERM, "1s"), (Signal::SIGHUP, "1s"), (Signal::SIGTERM, "2s")] {
-        // On a busy machine a worker may be late by more than the short timeout leaves it, but not each time.
+        // On a busy machine a worker may be late by more than the short timeout allows, but not every time.
         assert!((0..10).any(|_| leaves_its_idle_connections(signal, timeout)), "{signal} {timeout}: always killed");
     }
 }

@@ -1,5 +1,5 @@
-//! Events across all workers, with real processes: over every protocol, through deaths and reloads, to clients that poll, are slow, or
-//! leave.
+//! Events across all workers, with real processes: over every protocol, through crashes and reloads, to clients that poll, are slow, or
+//! disconnect.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
@@ -18,7 +18,7 @@ use common::{PATIENCE, Server, StopOnDrop, fastcgi, program, status_number, wait
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// The example, listening for every protocol.
+/// The example, which listens for every protocol.
 struct Site(Server);
 
 impl Site {
@@ -51,14 +51,14 @@ impl Site {
         answer.text().trim().parse().unwrap()
     }
 
-    /// Publishes `count` events with data of this length in one request. Returns the last id.
+    /// Publishes `count` events with data of this length, in one request. Returns the last id.
     fn flood(&self, topic: &str, count: u64, length: usize) -> u64 {
         let answer = http::post(&self.0.http(), &format!("/flood/{topic}/{count}/{length}"), b"").unwrap();
         assert_eq!(answer.status, 200, "{}", answer.text());
         answer.text().trim().parse().unwrap()
     }
 
-    /// The subscribers of a single worker.
+    /// The number of subscribers of the only worker.
     fn subscribers(&self) -> usize {
         http::get(&self.0.http(), "/subscribers").unwrap().text().trim().parse().unwrap()
     }
@@ -140,7 +140,7 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
     let log = site.0.segment().events();
     let (published, over) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
-        // Publishes until the last stream has been read, so that each client always receives its next event.
+        // Publishing continues until the last stream has been read, so that each client always receives its next event.
         let _publisher_ends = StopOnDrop(&over);
         scope.spawn(|| {
             while !over.load(Ordering::SeqCst) {
@@ -174,7 +174,7 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
             for worker in workers {
                 let _ = kill(Pid::from_raw(worker), Signal::SIGKILL);
             }
-            // Each event that was sent is complete, and the stream of a killed worker never ends properly.
+            // Each event that was sent is complete, and the stream of a killed worker never ends as if it were complete.
             let killed = Instant::now();
             loop {
                 assert!(killed.elapsed() < PATIENCE, "{way:?}: the stream of a dead worker goes on");
@@ -225,7 +225,7 @@ fn who_comes_back_too_late_is_told_how_much_he_has_missed() {
                 break;
             }
         }
-        // Another epoch; an id that the server never issued; an id beyond the last event; another number of topics.
+        // Another epoch; an id that the server never issued; an id after the last event; the wrong number of topics.
         let epoch = id.split_once('-').unwrap().0;
         for id in ["00000000-1", "what%20is%20this", &format!("{epoch}-999999999"), &format!("{epoch}-1.1")] {
             let mut source = site.open(way, &target, id);
@@ -303,7 +303,8 @@ fn an_application_chooses_what_a_client_gets() {
         let shout = shouts.next();
         assert_eq!((shout.number(), shout.name.as_str(), shout.data.as_str()), (2, "shout", "TWO!"), "{way:?}");
         assert_eq!((shouts.next().data.as_str(), way), ("THREE!", way));
-        // The client receives the ids of events that its filter skips, so that the server need not scan these events again.
+        // The client receives the ids of events that its filter skips, so that the server need not scan these events again after a
+        // reconnect.
         site.publish(&topic, "five");
         while !even.last_id.ends_with("-5") {
             assert!(even.block().unwrap(), "{way:?}");
@@ -321,7 +322,7 @@ fn a_client_that_leaves_is_missed_at_once() {
     let mut site = Site::start(&["--workers", "1"]);
     for way in WAYS {
         for count in 1..=5 {
-            // The keep-alive comments are not what detects the end: they come later than this test waits.
+            // Keep-alive comments cannot be what detects the end, because they come later than this test waits.
             let target = "/events?topics=quiet&keep_alive_ms=3600000";
             let sources: Vec<_> = (0..count).map(|_| site.open(way, target, "")).collect();
             site.wait_for_subscribers(count, "they are there");
@@ -329,7 +330,7 @@ fn a_client_that_leaves_is_missed_at_once() {
             site.wait_for_subscribers(0, &format!("{way:?}: they are gone"));
         }
     }
-    // Over FastCGI one request can be aborted while the connection stays open.
+    // Over FastCGI a single request can be aborted while the connection stays open.
     let mut client = fastcgi::Client::connect(site.bind(Way::FastCgi)).unwrap();
     client.send(&fastcgi::request(1, true, "GET", "/events?topics=quiet", b"")).unwrap();
     site.wait_for_subscribers(1, "it is there");
@@ -349,7 +350,7 @@ fn a_reload_waits_for_no_stream_and_no_event_is_lost_by_it() {
         assert_eq!(source.next().data, "before", "{way:?}");
     }
     site.0.signal(Signal::SIGHUP);
-    // Read all streams concurrently: an HTTP/2 connection ends when its client has answered a PING.
+    // Read all streams concurrently, because an HTTP/2 connection closes only after its client has answered a PING.
     let read_to_end = |(way, mut source): (Way, Source)| {
         let mut next = position(&source.last_id);
         while let Some(event) = source.event().unwrap_or_else(|error| panic!("{way:?}: not a proper end: {error}")) {
@@ -400,7 +401,7 @@ fn a_stop_ends_all_streams() {
     assert_eq!(site.0.wait_end(), Some(0), "it does not wait for them");
 }
 
-/// A client that does not read costs only the buffers of the kernel and the protocol, and is disconnected. Other clients are not
+/// A client that does not read uses only the buffers of the kernel and of the protocol, and is disconnected. Other clients are not
 /// affected.
 #[test]
 fn a_client_that_reads_nothing_is_bounded_and_cut_off() {
@@ -425,7 +426,7 @@ fn a_client_that_reads_nothing_is_bounded_and_cut_off() {
                 }
             }
         });
-        // Up to 20 MiB for each client until all are disconnected, less on a busy machine.
+        // Up to 20 MiB for each client until all are disconnected; less on a busy machine.
         while site.subscribers() > 1 {
             last = last.max(site.flood("flood", 100, 10_000));
             most = most.max(status_number(worker, "VmRSS").unwrap());
@@ -435,8 +436,8 @@ fn a_client_that_reads_nothing_is_bounded_and_cut_off() {
         site.publish("flood", "the end");
         let seen = reader.join().unwrap();
         eprintln!("{way:?}: {last} events of 10 kB, {seen} seen by who reads, {} KiB grown", most - before);
-        // 400 KiB for each client, the buffers of the protocols: hyper 128 KiB and one piece, h2 64 KiB, FastCGI and SCGI 64 KiB and a
-        // batch.
+        // 400 KiB for each client, for the buffers of the protocols: hyper has 128 KiB and one chunk, h2 64 KiB, FastCGI and SCGI 64 KiB
+        // and a batch.
         assert!(most - before < 400 * CLIENTS as u64 + 4096, "{way:?}: {} KiB", most - before);
         assert!(last * 10 > 10 * 400, "{way:?}: there was little more than they may cost");
         wait_until("the log tells of each", || {

@@ -1,5 +1,5 @@
-//! A stopped process holds the event log: datagrams that arrive meanwhile wait, or are dropped and counted, as described in
-//! docs/events-from-other-languages.md.
+//! A stopped process holds the event log: datagrams that arrive meanwhile wait, or are dropped and counted, as
+//! docs/events-from-other-languages.md describes.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -34,8 +34,8 @@ impl Place {
         Self { server, sender, _folder: directory }
     }
 
-    /// Stops a worker while it holds the log, and returns the worker: it is copying the events that were requested from it, and each
-    /// takes a while to copy.
+    /// Stops a worker while it holds the log, and returns the worker. It holds the log because it is copying large events that it was asked
+    /// to publish, each of which takes a while to copy.
     fn hold(&self) -> Pid {
         let worker = wait_until("there is a worker", || self.server.workers().first().copied());
         let worker = Pid::from_raw(worker);
@@ -66,7 +66,7 @@ impl Place {
         self.sender.send(format!("n\n\n{number}").as_bytes()).unwrap();
     }
 
-    /// The published numbers, as far as the large events have left them in the log.
+    /// The published numbers that the large events have not evicted from the log.
     fn published(&self) -> Vec<usize> {
         let since = self.server.segment().events().since("n", 0, usize::MAX);
         since.events.iter().map(|event| std::str::from_utf8(&event.data).unwrap().parse().unwrap()).collect()
@@ -98,7 +98,7 @@ fn what_comes_while_the_log_is_held_waits_and_after_a_while_is_dropped_until_it_
     (100..110).for_each(|number| place.send(number));
     let line = place.server.wait_for("datagrams not published count=");
     assert!(line.contains("another process holds the event log (try again)"), "{line}");
-    // The first datagram has waited for the full timeout; the later ones were dropped without waiting.
+    // The first datagram waited for the full timeout; the later ones were dropped without waiting.
     if !line.contains("total=10 ") {
         place.server.wait_for("total=10 ");
     }

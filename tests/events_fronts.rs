@@ -1,5 +1,5 @@
-//! Event streams through real web servers, with the configurations of docs/web-servers.md: a published event arrives while the stream
-//! stays open, a client that reconnects resumes where it left off, and the application notices when a client leaves.
+//! Event streams through real web servers, with the configurations of docs/web-servers.md: a published event arrives while the stream stays
+//! open, a client that reconnects resumes where it left off, and the application detects when a client disconnects.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
@@ -16,7 +16,7 @@ use fronts::{Front, Site};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Some web servers notice that a client left only when they have data to send to it.
+/// Keep-alives are frequent, because some web servers detect that a client has disconnected only when they have data to send to it.
 const TARGET: &str = "/events?topics=news&keep_alive_ms=200";
 
 fn open(site: &Site, last_id: &str) -> Source {
@@ -29,14 +29,14 @@ fn publish(site: &Site, data: &str) {
     assert_eq!(answer.status, 200, "{}", answer.text());
 }
 
-/// The number of event streams that the workers serve. The sum of served requests cannot be used: a worker that replaces a dead one
-/// begins at zero.
+/// The number of event streams that the workers serve. The sum of served requests cannot be used, because it starts at zero in a worker
+/// that replaces a dead one.
 fn open_streams(server: &Server) -> u32 {
     let board = server.segment().scoreboard();
     (0..board.rows()).filter_map(|slot| board.read(slot)).map(|row| row.streams).sum()
 }
 
-/// Closes the client, and waits until the application has noticed.
+/// Closes the client, and waits until the application has detected that.
 fn leave(site: &mut Site, source: Source) {
     let server = site.application();
     wait_until("the stream is counted", || (open_streams(server) > 0).then_some(()));
@@ -48,7 +48,7 @@ fn streams(front: Front) {
     let mut site = Site::start(front, "stream");
     let mut source = open(&site, "");
     assert!(source.head.contains("content-type: text/event-stream\n"), "{:?}", source.head);
-    // Each event arrives before the next one is published.
+    // Each event arrives before the next is published.
     for number in 1..=5_u64 {
         publish(&site, "now");
         let event = source.next();
@@ -66,7 +66,7 @@ fn streams(front: Front) {
     client.stream.get_mut().write_all(ask.as_bytes()).unwrap();
     assert!(client.response(false).unwrap().text().ends_with("-6\ndata: meanwhile\n\n"), "at once, to who polls");
 
-    // The stream ends in whatever way the web server passes the end on, and another worker resumes it.
+    // However the web server passes on the end of the stream, another worker resumes it.
     for worker in site.application().workers() {
         kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     }

@@ -16,8 +16,8 @@ use nix::sys::signal::Signal;
 
 const TARGET: &str = "/events?topics=news";
 
-/// Starts the example, listening for every protocol. No timeout ends a stream within the limit of this test, so only the exit of the
-/// worker can.
+/// Starts the example, listening for every protocol. All timeouts for streams exceed the duration of this test, so only the exit of the
+/// worker can end a stream.
 fn start(arguments: &[&str]) -> Server {
     let times = ["--drain-timeout", "10m", "--write-timeout", "10m", "--idle-timeout", "10m"];
     let binds = ["http", "fastcgi", "scgi"].map(|protocol| format!("{protocol}:127.0.0.1:0"));
@@ -53,7 +53,7 @@ fn a_stop_does_not_wait_for_who_reads_nothing() {
 #[test]
 fn a_stop_does_not_wait_for_who_says_nothing() {
     let mut server = start(&["--workers", "1"]);
-    // Over HTTP/2 such a client does not answer the PING by which a server learns that the client has read everything.
+    // Over HTTP/2 such a client does not answer the PING by which the server checks that the client has read everything.
     let clients = WAYS.map(|way| open(&server, way));
     server.stop();
     drop(clients);
@@ -73,7 +73,7 @@ fn a_stop_does_not_wait_for_a_window_that_stays_closed() {
     reading.join().unwrap();
 }
 
-/// An event stream that the application produces itself is an ordinary response: it is sent to its end.
+/// An event stream that the application produces itself is an ordinary response, so it is sent to its end.
 #[test]
 fn a_stop_waits_for_a_stream_of_the_applications_own() {
     let mut server = start(&["--workers", "1"]);
@@ -91,7 +91,7 @@ fn a_stop_waits_for_a_stream_of_the_applications_own() {
     assert_eq!(server.wait_end(), Some(0));
 }
 
-/// Reads every event from the first on, over reconnects, which are counted, until an event announces the end.
+/// Reads every event from the first one on, reconnecting as needed, until an event announces the end. Counts the connections.
 fn follow(way: Way, bind: &str, connections: &AtomicUsize) {
     let (mut last_id, mut next) = (String::new(), 1);
     loop {
@@ -143,7 +143,7 @@ fn through_upgrades_and_reloads_no_event_is_missing_or_doubled() {
                 server.signal(Signal::SIGHUP);
             }
             server.wait_for("reload done");
-            // Each client's worker has exited, so each must reconnect to another worker.
+            // Each client's worker has exited, so each client must reconnect to another worker.
             wait_until(&format!("all have connected again, after {before:?}"), || {
                 counts().zip(&before).all(|(count, before)| count > *before).then_some(())
             });

@@ -1,5 +1,5 @@
-//! Many subscribers across all workers: each receives every event once and in order. Reports the latency from publication to the read
-//! from the socket, the processor time of a delivery, and the memory of a subscriber.
+//! Many subscribers across all workers: each receives every event once and in order. Reports the latency from publishing to the read from
+//! the socket, the processor time per delivery, and the memory per subscriber.
 //!
 //! The default is 400 subscribers for 5 s; `scripts/soak events` uses 10,000 for a minute (FORKYARD_SUBSCRIBERS, FORKYARD_SECONDS).
 
@@ -21,7 +21,7 @@ const RATE: u64 = 100;
 const WORKERS: usize = 4;
 /// Limit for the workers' memory per subscriber, in bytes, with at least [`MANY`] subscribers.
 const MOST_EACH: u64 = 20 << 10;
-/// The same limit with fewer subscribers, which share the fixed cost of a worker's first subscriber.
+/// The same limit with fewer subscribers, which share the fixed cost of the first subscriber of each worker.
 const MOST_EACH_OF_FEW: u64 = 32 << 10;
 const MANY: usize = 5000;
 
@@ -33,7 +33,7 @@ fn now_us() -> u64 {
     u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros()).unwrap()
 }
 
-/// Counts of latencies, in steps of an eighth of a power of two.
+/// Counts of latencies in buckets of an eighth of a power of two.
 struct Histogram(Vec<u64>);
 
 impl Histogram {
@@ -65,7 +65,7 @@ struct Seen {
     done: AtomicUsize,
 }
 
-/// One client. It reads only the lines that begin with `id:` or `data:`.
+/// One client. It parses only the lines that begin with `id:` or `data:`.
 async fn subscriber(address: String, last: u64, seen: &'static Seen, latencies: Rc<RefCell<Histogram>>) {
     let mut stream = TcpStream::connect(&address).await.unwrap();
     let head = "GET /events?topics=load HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n\r\n";
@@ -152,7 +152,7 @@ fn every_subscriber_gets_every_event_once_and_in_order() {
     });
     let each = memory(&server).saturating_sub(before) / subscribers as u64;
     let (used, begun) = (cpu(&server), Instant::now());
-    // Publish directly to the log: a request would wait for a worker that is busy with the subscribers.
+    // Publish directly to the log, because a request would wait for a worker that is busy with the subscribers.
     let log = server.segment().events();
     for id in 1..=events {
         let due = Duration::from_secs(1) * u32::try_from(id).unwrap() / u32::try_from(RATE).unwrap();

@@ -1,4 +1,4 @@
-//! Publishing by datagram and by command: real programs in other languages, real relays, and the events that remain when a relay dies.
+//! Publishing by datagram and by command: real programs in other languages, real relays, and the events that survive a relay's death.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -73,7 +73,7 @@ impl Place {
         said
     }
 
-    /// The data of all events in a topic. Checks that none has left the log, and that the ids run from 1 without a gap.
+    /// The data of all events in a topic. Checks that none has been evicted from the log, and that the ids run from 1 without a gap.
     fn data(&self, topic: &str) -> Vec<String> {
         let since = self.server.segment().events().since(topic, 0, usize::MAX);
         assert_eq!(since.missed, 0);
@@ -132,7 +132,7 @@ fn the_documents_examples_publish_from_php_python_and_a_shell() {
     let shell = write("publish.sh", example("sh"));
     let (control, socket) = (directory.path().join("control"), directory.path().join("app.sock"));
     let bind = format!("fastcgi:unix:{}", socket.display());
-    // Daemons must not exit, because a restarted daemon would publish again.
+    // Daemons must not exit, because a restarted daemon would publish its events again.
     let daemons = [("python", "python3", &python), ("shell", "sh", &shell)]
         .map(|(name, program, script)| format!("{name}=sh -c '{program} {script} && exec sleep 1000'"));
     let mut command = Command::new(program("forkyard"));
@@ -214,7 +214,7 @@ fn what_is_no_event_is_counted_and_harms_nobody() {
     place.wait_for_last_id("news", 2);
     assert_eq!(place.data("news"), ["first", "last"]);
     assert_eq!(place.relay(), Some(relay));
-    // One line at once and one for all later datagrams, or more if the datagrams arrive over a longer time than a line is held back.
+    // One line at once and one for all later datagrams; more if the datagrams take longer to arrive than a line is held back.
     let lines = place.server.log().lines().filter(|line| line.contains("not published")).count();
     assert!(lines < 5, "{}", place.server.log());
 }
@@ -300,7 +300,7 @@ fn a_relay_that_is_stopped_is_replaced_and_its_publishers_go_on() {
     place.wait_for_last_id("begin", 1);
     let relay = place.relay().unwrap();
     common::stop(relay);
-    // More than the kernel buffers for the socket: the sender has to wait.
+    // More data than the kernel buffers for the socket, so that the sender has to wait.
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| {
             sender.set_write_timeout(Some(common::PATIENCE)).unwrap();
@@ -335,7 +335,7 @@ fn one_publishers_topics_lock_nobody_out() {
     sender.send(b"news\n\nnobody has kept this topic from coming").unwrap();
     wait_until("they are in the log", || (place.server.segment().events().stats().published >= 1003).then_some(()));
     assert_eq!(place.server.segment().events().stats().published, 1003, "nothing was refused");
-    // Topics that were evicted and published again, or are new: a subscriber misses no event.
+    // Topics that were evicted and published again, or that are new: a subscriber misses none of their events.
     let events: Vec<sse::Event> = (0..2).map(|_| listens.event().unwrap().unwrap()).collect();
     let got: BTreeSet<(&str, &str)> = events.iter().map(|event| (event.name.as_str(), event.data.as_str())).collect();
     assert_eq!(got, BTreeSet::from([("", "hello 999"), ("", "second")]), "no gap");
@@ -536,7 +536,7 @@ fn tail_prints_what_comes_and_ends_well() {
 
     kill(Pid::from_raw(news.child.id().cast_signed()), Signal::SIGINT).unwrap();
     assert_eq!((news.line(), limit::end_of(&mut news.child, "the tail").code()), (String::new(), Some(0)));
-    // The reader is gone: the command ends by itself, without an event.
+    // Nothing reads the output any more: the command exits by itself, even without an event.
     all.lines = None;
     assert_eq!(wait_until("it has ended", || all.child.try_wait().unwrap()).code(), Some(0));
 

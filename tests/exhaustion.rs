@@ -1,5 +1,5 @@
-//! Descriptors and processes run out: the errors that are logged, and the recovery when some are available again. Also limits that
-//! processes cannot be given.
+//! Running out of descriptors and processes: the errors that are logged, and the recovery once some are available again. Also
+//! `--nice` and `--rlimit` values that cannot be set on processes.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -21,7 +21,7 @@ fn after(limit: &str, name: &str) -> Command {
     command
 }
 
-/// The lowest free descriptor number of a process. With this number as its limit, the process gets no further descriptor.
+/// The lowest free descriptor number of a process. With this number as its limit, the process cannot open another descriptor.
 fn lowest_free(pid: Pid) -> usize {
     (0..).find(|number| !std::path::Path::new(&format!("/proc/{pid}/fd/{number}")).exists()).unwrap()
 }
@@ -60,7 +60,7 @@ fn too_few_descriptors_are_found_before_anything_is_bound_with_how_many_are_need
             assert!(directory.path().read_dir().unwrap().next().is_none(), "{most} {mode:?}: something is left");
         }
     }
-    // The limit that the error names is sufficient.
+    // The limit that the error suggests is sufficient.
     let mut command = after("ulimit -n 63", "hello");
     let daemon = ["--workers", "8", "--daemon", "beside=sleep 1000"];
     let output = command.args(["--bind", &bind]).args(daemon).output_in_time().unwrap();
@@ -100,7 +100,7 @@ fn a_master_without_descriptors_says_so_and_recovers() {
     let mut server = Server::start("hello", &[&HTTP[..], &arguments].concat());
     let ask = |what: &str| Command::new(program("hello")).args([what, "--control", &control]).output_in_time().unwrap();
     let before = server.workers();
-    // Descriptors that are open only while a process is spawned do not count.
+    // Descriptors that are open only while a process is being spawned do not count.
     wait_until("the daemon runs", || server.log().contains("daemon started").then_some(()));
     set_limit(server.pid(), lowest_free(server.pid()).min(14));
     // A client of the control socket waits or gets an error; the master does not hang.
@@ -123,7 +123,7 @@ fn a_master_without_descriptors_says_so_and_recovers() {
     assert!(ask("reload").status.success(), "{}", server.log());
     assert!(ask("reopen-logs").status.success());
     let worker = *server.renewed(2, &before).first().unwrap();
-    // The descriptors of the dead worker do not suffice either.
+    // The descriptors freed by the dead worker are not enough either.
     set_limit(server.pid(), lowest_free(server.pid()).min(14));
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     server.wait_for("cannot make a worker");
@@ -138,7 +138,7 @@ fn a_master_without_descriptors_says_so_and_recovers() {
 #[test]
 fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
-    // A separate user, whose processes are counted. The limit does not allow two workers with their heirs and threads.
+    // A separate user, whose processes are counted. The limit is too low for two workers with their heirs and threads.
     let mut command = Command::new("setpriv");
     command
         .args(["--reuid", "4799", "--regid", "4799", "--clear-groups", "prlimit", "--nproc=1:1000"])
@@ -174,7 +174,7 @@ fn without_threads_for_blocking_functions_requests_get_503_until_there_are_some(
         command
     };
     let directory = tempfile::tempdir().unwrap();
-    // The limit allows the master, the worker with the thread of its event loop, and its heir.
+    // The limit allows the master, the worker with its event loop thread, and its heir.
     let mut command = as_user("4:1000");
     command.arg(program("hello")).args(HTTP).args(["--workers", "1", "--threads", "2", "--cache", "1M"]);
     let mut server = Server::start_command(command.env("TMPDIR", directory.path()));

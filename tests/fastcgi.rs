@@ -1,5 +1,5 @@
-//! FastCGI on the wire: odd input from the specification and from real servers, sent by our own client. Section numbers are those of the
-//! FastCGI specification 1.0.
+//! FastCGI on the wire: unusual input from the specification and from real servers, sent by the tests' own client. Section numbers refer to
+//! the FastCGI specification 1.0.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -213,7 +213,7 @@ fn an_answer_before_the_body_was_read_arrives_whole() {
     for keep in [true, false] {
         let fixture = start(&[]);
         let mut client = fixture.client();
-        // /ok does not read the body. The first part of the body is sent before the response, the rest after it.
+        // /ok does not read the body. Part of the body is sent before the response, the rest after it.
         client.send(&head(1, keep, "POST", "/ok", Some(300_000))).unwrap();
         client.send(&[record(STDIN, 1, &[b'x'; 30_000], 0)]).unwrap();
         let response = client.response(1).unwrap();
@@ -234,7 +234,7 @@ fn an_answer_before_the_body_was_read_arrives_whole() {
 
 #[test]
 fn a_response_goes_on_while_a_body_that_nobody_reads_comes_in() {
-    // As Caddy does: the whole request is written before the first byte of the response is read.
+    // Like Caddy, the client writes the whole request before it reads the first byte of the response.
     let fixture = start(&[]);
     let mut client = fixture.client();
     client.send(&head(1, true, "GET", "/bytes/4", Some(8 << 20))).unwrap();
@@ -275,7 +275,7 @@ fn a_body_in_single_bytes_costs_little_memory() {
     let mut client = fixture.client();
     client.request("GET", "/ok", b"").unwrap();
     let before = common::status_number(worker, "VmHWM").unwrap();
-    // Ten requests that never read their bodies: each may buffer 64 KiB of its body, and not a multiple of that.
+    // Ten requests that never read their bodies: each may buffer 64 KiB of its body, not a multiple of that.
     for id in 1..=10 {
         client.send(&head(id, true, "GET", "/slow/600000", None)).unwrap();
         let byte = record(STDIN, id, b"x", 0);

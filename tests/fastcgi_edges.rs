@@ -1,4 +1,4 @@
-//! Edge cases of FastCGI: input known to have broken other servers, and responses that contradict their own headers.
+//! Edge cases of FastCGI: input that is known to have broken other servers, and responses that contradict their own headers.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -15,7 +15,7 @@ fn start(arguments: &[&str]) -> Fixture {
     Fixture::start("crashy", arguments)
 }
 
-/// Reads until the connection is closed. Returns the output of request `id`, and whether the request ended.
+/// Reads until the connection is closed. Returns the output of request `id`, and whether the request was completed.
 fn rest_of(client: &mut Client, id: u16) -> (Vec<u8>, bool) {
     let (mut said, mut ended) = (Vec::new(), false);
     loop {
@@ -23,7 +23,7 @@ fn rest_of(client: &mut Client, id: u16) -> (Vec<u8>, bool) {
             Ok(record) if record.id == id && record.kind == STDOUT => said.extend(record.content),
             Ok(record) => ended |= record.id == id && record.kind == END,
             Err(error) => {
-                // The server sends bytes that are no record, so that nginx also detects the broken response.
+                // The server sends bytes that are not a valid record, so that nginx also detects the broken response.
                 assert_eq!(error.to_string(), "not a record: [0, 0, 0, 0, 0, 0, 0, 0]");
                 assert!(client.is_closed());
                 return (said, ended);
@@ -62,7 +62,7 @@ fn the_longest_records_with_the_longest_padding_are_read() {
     fixture.end();
 }
 
-/// CVE-2025-23016: no memory is allocated for a declared length. slowcgi: records that belong to no request are not kept.
+/// CVE-2025-23016: memory is not allocated from a declared length. slowcgi: records that belong to no request are not stored.
 #[test]
 fn what_is_announced_and_what_belongs_to_no_request_costs_no_memory() {
     let fixture = start(&[]);
@@ -175,7 +175,7 @@ fn a_response_that_breaks_off_costs_the_others_of_its_connection_nothing() {
     let broken = client.record().unwrap();
     assert_eq!((broken.id, broken.kind), (3, STDOUT));
     wait_until_read(&mut client);
-    // A request that begins after the broken response is served as well.
+    // A request that begins after the broken response is served too.
     client.send(&request(5, true, "GET", "/ok", b"")).unwrap();
     assert!(client.response(5).unwrap().body().ends_with(b"ok\n"));
     client.send(&[record(STDIN, 1, b"12345", 0), record(STDIN, 1, b"", 0)]).unwrap();

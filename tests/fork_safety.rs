@@ -1,7 +1,7 @@
-//! State that a fork would break without precautions. This test is its own application: started with `--bind`, it serves; otherwise it
-//! starts itself.
+//! State that a fork would break without precautions. This test is its own application: started with `--bind`, it serves requests;
+//! otherwise it starts itself as a server.
 //!
-//! The tests cover known incidents: random number generators that were used before the fork give every worker the same numbers;
+//! The tests cover known classes of incidents: a random number generator that was used before the fork gives every worker the same numbers;
 //! descriptors of the master leak into workers; a child that keeps the master's signal handlers wakes the master.
 
 #![expect(clippy::print_stdout, reason = "it reports as a test runner does")]
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Initializes, before the fork, state that must differ between workers after it.
+/// Initializes, before the fork, state that must differ between workers after the fork.
 fn preload() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let file = std::fs::File::open("/proc/self/status")?;
     let (_, _) = (fastrand::u64(..), RandomState::new().hash_one(1));
@@ -76,7 +76,7 @@ fn is_limits(file: &std::fs::File) -> bool {
 
 fn workers_differ_where_they_must_and_share_where_they_may() {
     let me = std::env::current_exe().expect("the test knows its own path");
-    // A descriptor that the parent process left open, and that no worker needs.
+    // A descriptor that the parent process has left open, and that no worker needs.
     let stray = std::fs::File::open("/dev/null").expect("it can be opened");
     nix::fcntl::fcntl(&stray, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).expect("it is open");
     let mut server = Server::start_command(Command::new(me).args(["--bind", "http:127.0.0.1:0", "--workers", "3"]));
@@ -104,7 +104,7 @@ fn workers_differ_where_they_must_and_share_where_they_may() {
     assert_eq!(distinct("master"), BTreeSet::from([server.pid().to_string()]), "preload ran once, in the master");
     assert_eq!(distinct("file"), BTreeSet::from(["true".to_owned()]), "what preload opened stays open");
     assert_eq!(distinct("early"), BTreeSet::from(["true".to_owned()]), "and what main had open");
-    // The main thread, the event loop, and the thread for blocking functions; in one worker a further thread sweeps the cache.
+    // The main thread, the event loop, and the thread for blocking functions; one worker has a further thread that sweeps the cache.
     assert!(distinct("threads").is_subset(&BTreeSet::from(["3", "4"].map(String::from))), "{workers:?}");
     assert!(distinct("segment").iter().all(|path| path.contains("memfd")), "{workers:?}");
     for (pid, facts) in &workers {

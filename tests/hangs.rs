@@ -1,4 +1,4 @@
-//! Hung requests are logged and ended, slow requests are logged, and an idle server uses no processor time.
+//! Hung requests are logged and terminated, slow requests are logged, and an idle server uses no processor time.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -60,7 +60,7 @@ fn a_loop_that_hangs_is_named_ended_and_replaced() {
 
 #[test]
 fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
-    // The function must have begun when the timeout comes, on a busy machine too.
+    // The function must have begun when the timeout expires, even on a busy machine.
     let more = ["--workers", "1", "--request-timeout", "3s", "--hang-timeout", "500ms"];
     let mut server = Server::start("hooks", &[&HTTP[..], &FOR_EVER, &more].concat());
     let worker = server.workers();
@@ -69,7 +69,7 @@ fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
     assert!(line.contains("request=\"GET /hang\""), "{line}");
     let line = server.wait_for("reason=hung thread");
     assert!(line.contains("request=\"GET /hang\""), "{line}");
-    // The master does not wait for the hung function, and the worker exits in order.
+    // The master does not wait for the hung function, and the worker exits normally.
     server.wait_for("functions run, as they hang");
     server.wait_for("hook: on_exit slot=0");
     assert!(server.wait_for("worker left").contains(" status=0 "));
@@ -93,7 +93,7 @@ fn a_thread_that_hangs_has_its_worker_replaced_though_its_client_left_before_its
         gone(fastcgi, "GET"),
         gone(Protocol::Scgi, "GET"),
         (http, head_of_http2.clone(), "GET /thread/hang".to_owned(), Vec::new()),
-        // These requests keep their connection.
+        // These requests keep their connections.
         (
             http,
             head_of_http2,
@@ -123,7 +123,7 @@ fn a_thread_that_hangs_has_its_worker_replaced_though_its_client_left_before_its
     }
 }
 
-/// Waits until a thread has begun with this request. The event loop also runs the request for a moment, before it sleeps.
+/// Waits until a thread has begun this request. The event loop also shows the request briefly, before it goes to sleep.
 fn await_thread(server: &Server, request: &str) {
     let board = server.segment().scoreboard();
     let is_at_it = || board.read(0).is_some_and(|row| row.running == [request]);
@@ -231,7 +231,7 @@ fn an_idle_worker_sleeps_however_often_the_master_looks() {
         .unwrap()
         .map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap())
         .collect();
-    // Wait until the end of the connection has been processed. By then, the thread of a cache sweep has ended.
+    // Wait until the end of the connection has been processed. By then, the thread of a cache sweep has exited.
     let idle = || threads.iter().filter_map(|&thread| status_number(thread, "voluntary_ctxt_switches")).sum::<u64>();
     let looks = |count| {
         let before = switches(master);
@@ -239,7 +239,7 @@ fn an_idle_worker_sleeps_however_often_the_master_looks() {
     };
     wait_until("it has nothing to do", || {
         let before = idle();
-        looks(60); // long enough to include a tick that was due when the client left
+        looks(60); // long enough to include a tick that was due when the client disconnected
         (idle() == before).then_some(())
     });
     let before = idle();

@@ -1,4 +1,4 @@
-//! Tests the test harness: a hanging test is ended, and its state is printed.
+//! Tests the test harness: a hung test is killed, and its state is printed.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 

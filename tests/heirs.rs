@@ -1,4 +1,4 @@
-//! What a worker's death costs its clients: a 502 for each request in flight, and nothing for the rest.
+//! The effect of a worker's death on its clients: a 502 for each request in flight, and no effect on the others.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -48,7 +48,7 @@ impl Fixture {
 
 /// The heir of a running worker.
 fn heir_of(worker: Pid) -> Pid {
-    // A new heir has its worker's name for a moment.
+    // A new heir briefly has its worker's name.
     wait_until("each worker has an heir", || {
         let is_heir = |process: &Process| process.parent == worker.as_raw() && process.name == "heir";
         processes().into_iter().find(is_heir).map(|heir| Pid::from_raw(heir.pid))
@@ -93,7 +93,7 @@ fn a_killed_worker_s_requests_get_502_and_its_idle_connections_go_on() {
     assert_eq!(answered, [1, 2, 7]);
     assert_eq!(slow_scgi.response().unwrap().status(), 502);
 
-    // The next worker has all connections now.
+    // Now the next worker has all connections.
     assert_eq!(slow_fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
     assert_eq!(idle_fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
     assert_eq!(idle_http.request("GET", "/ok", b"").unwrap().status, 200);
@@ -111,12 +111,12 @@ fn half_a_request_gets_502_and_half_a_response_breaks_off() {
     let mut half_fastcgi = fastcgi::Client::connect(&at.fastcgi).unwrap();
     let records = fastcgi::request(9, true, "GET", "/ok", b"").concat();
     half_fastcgi.stream.write_all(&records[..40]).unwrap();
-    // The head is sent in two pieces, so that the first piece is not the last data that the worker read.
+    // The head is sent in two parts, so that the first part is not the last data that the worker has read.
     let mut stream = common::connect_tcp(&at.http).unwrap();
     stream.write_all(b"GET /bytes/64 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     let mut begun = [0; 1000];
     stream.read_exact(&mut begun).unwrap();
-    // Earlier data has been read when these requests are answered.
+    // Earlier data has been read once these requests are answered.
     assert_eq!(http::get(&at.http, "/ok").unwrap().status, 200);
     half.stream.get_mut().write_all(b": a\r\n").unwrap();
     assert_eq!(http::get(&at.http, "/ok").unwrap().status, 200);
@@ -173,9 +173,9 @@ fn heirs_leave_with_their_workers() {
     }
 }
 
-/// Whether a stop ends at once, and not after the two seconds that clients otherwise have to learn of the end. On a busy machine any step
-/// may take that long, so there are several attempts. `hold` opens the connections that stay open meanwhile; `after` receives them
-/// afterwards.
+/// Whether a stop completes at once, and not after the two seconds that clients otherwise have to read the end of the connection. On a busy
+/// machine any step may take that long, so there are several attempts. `hold` opens the connections that stay open during the stop; `after`
+/// receives them afterwards.
 fn stops_at_once(hold: impl Fn(&Fixture) -> Vec<TcpStream>, after: impl Fn(Vec<TcpStream>)) -> bool {
     (0..10).any(|_| {
         let mut at = start(&["--workers", "1"]);
@@ -236,7 +236,7 @@ fn a_reload_closes_no_connection() {
         at.server.signal(Signal::SIGHUP);
         at.server.wait_for(&format!("reload done gen={generation}"));
     }
-    // A connection on which part of a head has arrived is also passed on.
+    // A connection on which part of a head has arrived is passed on too.
     let (begun, rest) = (b"GET /ok HTTP/1.1\r\nHo", b"st: a\r\n\r\n");
     for client in &mut https {
         client.stream.get_mut().write_all(begun).unwrap();
@@ -251,14 +251,13 @@ fn a_reload_closes_no_connection() {
     at.server.stop();
 }
 
-/// Bytes that a client could send as the rest of a body, for another worker to parse as a request.
+/// Bytes that a client could send as the rest of a body, and that another worker must not parse as a request.
 const SMUGGLED: &str = "GET /status/418 HTTP/1.1\r\nHost: a\r\n\r\n";
 
 #[test]
 fn the_rest_of_a_body_is_never_taken_for_a_request() {
     let mut at = start(&["--workers", "1"]);
-    // The response is sent before the whole body has arrived. Then: a reload; a kill; a kill with a length that does not fit into 32
-    // bits.
+    // The response is sent before the whole body has arrived. Then comes a reload, a kill, or a kill with a length above 32 bits.
     for (length, kills) in [(5000 + SMUGGLED.len(), false), (5000 + SMUGGLED.len(), true), (1 << 32, true)] {
         let mut client = http::Client::connect(&at.http).unwrap();
         let head = format!("POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
@@ -278,7 +277,7 @@ fn the_rest_of_a_body_is_never_taken_for_a_request() {
         let mut record = fastcgi::record(fastcgi::STDIN, 1, &[&vec![b'x'; 5000], &smuggled[..]].concat(), 0);
         let rest = record.split_off(5008);
         client.stream.write_all(&record).unwrap();
-        // The data has been read when a request that was sent later is answered.
+        // The data has been read once a later request is answered.
         assert_eq!(http::get(&at.http, "/slow/50").unwrap().status, 200);
         replace(&mut at, kills);
         let _ = client.stream.write_all(&rest);

@@ -1,4 +1,4 @@
-//! Daemons and jobs: real programs next to real workers, their environment, and how they end.
+//! Daemons and jobs: real programs alongside real workers, their environment, and how they terminate.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -30,7 +30,7 @@ fn pid_in(line: &str) -> Pid {
     Pid::from_raw(pid.parse().unwrap())
 }
 
-/// The position of this text in the log. Panics if the log does not contain it.
+/// The position of this text in the log. Panics if the log does not contain the text.
 #[track_caller]
 fn place(server: &Server, what: &str) -> usize {
     server.log().find(what).unwrap_or_else(|| panic!("no {what:?}"))
@@ -141,14 +141,14 @@ fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() 
     told("daemon", "roots", &roots, "permission denied: the user may not execute it");
     told("daemon", "alien", &alien, "its interpreter does not exist");
     told("cron", "job", &roots, "permission denied: the user may not execute it");
-    // A daemon that was running at the start.
+    // A daemon that has been running since the start.
     let line = server.logged("daemon started name=late");
     std::fs::remove_file(&late).unwrap();
     kill(pid_in(&line), Signal::SIGKILL).unwrap();
     told("daemon", "late", &late, "there is no such file");
     drop(server);
 
-    // A program that serves.
+    // A program that serves requests.
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut command = Command::new(program("forkyard"));
     command.args(["run", "--bind", &bind, "--workers", "1"]).args(user).args(["--", &roots]);

@@ -1,4 +1,4 @@
-//! The application's hooks: they are called in the documented order and process, however a worker ends.
+//! The application's hooks are called in the documented order and process, however a worker terminates.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 

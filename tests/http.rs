@@ -1,5 +1,5 @@
-//! HTTP as bytes on a connection: requests that are served, requests that are refused, and how hyper handles input that other parsers
-//! disagree about.
+//! HTTP as bytes on a connection: requests that are served, requests that are refused, and how hyper handles input on which other parsers
+//! disagree.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -20,8 +20,8 @@ fn start(name: &str, arguments: &[&str]) -> Server {
     Server::start(name, &[&ONE_WORKER[..], arguments].concat())
 }
 
-/// Sends these bytes followed by [`NEXT`], and expects these statuses. If `open`, the last status must be the response to [`NEXT`];
-/// otherwise the connection must be closed without one.
+/// Sends these bytes followed by [`NEXT`], and expects these statuses. If `open`, the last status must be that of the response to [`NEXT`];
+/// otherwise the connection must be closed without such a response.
 #[track_caller]
 fn answered(address: &str, bytes: &str, statuses: &[u16], open: bool) {
     let mut client = Client::connect(address).unwrap();
@@ -63,7 +63,7 @@ fn a_message_with_two_readings_is_refused_or_is_the_last() {
         ("Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", 400),
         ("Transfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n", 501),
         ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 501),
-        // RFC 9112, section 6.1: the server uses the chunks, and closes the connection.
+        // RFC 9112, section 6.1: the server uses the chunked length, and closes the connection.
         ("Content-Length: 60\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 200),
         ("Transfer-Encoding: chunked\r\nContent-Length: 60\r\n\r\n0\r\n\r\n", 200),
     ] {
@@ -119,7 +119,7 @@ fn targets_and_hosts() {
         ("GET / HTTP/1.1", "Host:\r\n", 200, true),
         ("GET / HTTP/1.0", "", 200, false),
         ("GET / HTTP/1.0", "Connection: keep-alive\r\n", 200, true),
-        // No upgrade to HTTP/2: the response is in HTTP/1.
+        // There is no upgrade to HTTP/2: the response is HTTP/1.
         (
             "GET / HTTP/1.1",
             "Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
@@ -297,7 +297,7 @@ fn http_2_without_tls_on_the_same_port() {
     let connect = b"\x02\x07CONNECT\x01\x04x:80";
     client.send(&http2::frame(http2::HEADERS, http2::END_HEADERS | http2::END_STREAM, 1, connect)).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(501)));
-    // The body of a refused request is not awaited, and a RST_STREAM informs the client that it need not send the body.
+    // The server does not wait for the body of a refused request, and a RST_STREAM tells the client that it need not send it.
     client.send(&http2::head(3, 0, "POST", "/", &[("content-length", "1001")])).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(413)));
     let reset = client.next(http2::RST_STREAM).unwrap();
@@ -319,7 +319,7 @@ fn a_preface_in_pieces_is_a_preface() {
     client.send(&http2::head(1, http2::END_STREAM, "GET", "/", &[])).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
     drop(client);
-    // Bytes that begin like the HTTP/2 preface and then differ are handled as HTTP/1.
+    // Bytes that begin like the HTTP/2 preface and then differ are parsed as HTTP/1.
     answered(&server.http(), "PRI * HTTP/2.0\r\n\r\nSO\r\n\r\n", &[400], false);
     answered(&server.http(), "PRINT /paper HTTP/1.1\r\nHost: x\r\n\r\n", &[200, 200], true);
     server.stop();
@@ -336,7 +336,7 @@ fn a_client_that_resets_as_fast_as_it_asks_is_sent_away() {
     }
     let _ = client.send(&flood); // the server may close the connection
     server.wait_for("an HTTP connection ended: http2 error: connection error detected: detected excessive load");
-    // The GOAWAY may be lost: if the server left data unread, the close is a reset.
+    // The GOAWAY may be lost, because the close is a reset if the server left data unread.
     while client.frame().is_ok() {}
     server.stop();
 }
@@ -400,7 +400,7 @@ fn a_drain_does_not_wait_for_who_never_says_what_he_speaks() {
 fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
     let short = ["--idle-timeout", "1s", "--header-timeout", "1s", "--body-timeout", "1s"];
     let mut server = start("crashy", &[&short[..], &["--log-level", "debug,hyper=info,h2=info"]].concat());
-    // No data, part of a preface, half a head; and the same after a request on the same connection.
+    // No data, part of a preface, half a head; and the same after a first request on the connection.
     let cases = [("", ""), ("", "PRI"), ("", "GET / HTT"), (NEXT, ""), (NEXT, "GET / HTT")];
     let clients = cases.map(|(first, then)| {
         let mut client = Client::connect(&server.http()).unwrap();
@@ -424,12 +424,12 @@ fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
     client.stream.get_mut().write_all(b"POST /count HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf").unwrap();
     assert_eq!(client.response(false).unwrap().status, 408);
 
-    // The application may take longer than the timeouts. The requests last for more than two ticks of the watchdog.
+    // The application may take longer than these timeouts. The requests last longer than two ticks of the watchdog.
     assert_eq!(common::http::get(&server.http(), "/slow/2500").unwrap().status, 200);
     let mut client = http2::Client::connect(&server.http()).unwrap();
     client.send(&http2::head(1, http2::END_STREAM, "GET", "/slow/2500", &[])).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
-    // From here on the client is silent, except for replies to the server's frames.
+    // From now on the client is silent, except for replies to the server's frames.
     while client.next(http2::DATA).is_ok() {}
     server.wait_for("a connection is cut off, it took too long: idle");
     server.stop();

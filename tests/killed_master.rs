@@ -1,5 +1,5 @@
-//! A killed master: its programs, daemons and jobs end, and the processes that they have started. A guard process outlives the master and
-//! ends them.
+//! When the master is killed, its programs, daemons and jobs are terminated too, and the processes that they have started. A guard process
+//! outlives the master and terminates them.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -15,7 +15,7 @@ use common::{Server, http, is_gone, process, processes, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// A shell that stays, with php-cgi as its child. The arguments of php-cgi contain the path of the directory.
+/// A shell that keeps running, with php-cgi as its child. The arguments of php-cgi contain the path of the directory.
 fn wrapped_php(place: &Place) -> String {
     format!("php-cgi -n -d include_path='{}'; true", place.path("").display())
 }
@@ -46,7 +46,7 @@ fn guard_of(server: &Server) -> i32 {
     })
 }
 
-/// Kills the processes that a failed test has left.
+/// Kills the processes that a failed test has left behind.
 struct Left<'a>(&'a Path);
 
 impl Drop for Left<'_> {
@@ -81,7 +81,7 @@ fn what_runs_below_a_wrapper_ends_with_a_killed_master_and_the_address_is_free()
 #[test]
 fn a_program_whose_wrapper_died_before_the_master_ends_with_it() {
     let place = Place::new();
-    // Each worker leaves a process behind in its group, and is replaced.
+    // Each worker leaves a process behind in its process group, and is replaced.
     let text = "sh -c 'echo left $$; exec sleep 600' & sleep 1";
     let mut server = Server::start_command(&mut place.run(&["--settle", "1ms"], &["sh", "-c", text]));
     let pid_in = |line: &str| -> i32 { line.rsplit_once(' ').unwrap().1.parse().unwrap() };
@@ -89,7 +89,7 @@ fn a_program_whose_wrapper_died_before_the_master_ends_with_it() {
     wait_until("its parent is the master", || {
         process(left).filter(|process| process.parent == server.pid().as_raw()).map(drop)
     });
-    // A guard that is started later finds the process too.
+    // A guard that is started later must find the process too.
     let first = guard_of(&server);
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
     wait_until("it is replaced", || is_gone(first).then_some(()));
@@ -179,7 +179,7 @@ fn an_upgrade_ends_nothing_and_a_master_that_is_killed_after_it_leaves_nothing()
 #[test]
 fn what_an_upgraded_master_took_over_ends_with_it() {
     let place = Place::new();
-    // New workers never become ready, so that the old ones stay.
+    // New workers never become ready, so the old ones stay.
     let broken = place.path("broken");
     let text = format!("test -e '{}' && exit 3; {}", broken.display(), wrapped_php(&place));
     let mut server = Server::start_command(&mut place.run(&[], &["sh", "-c", &text]));

@@ -1,4 +1,4 @@
-//! A request beyond a limit gets a status that names the limit, over each protocol.
+//! A request that exceeds a limit gets a status that names the limit, over each protocol.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -13,7 +13,7 @@ use common::{fastcgi, scgi};
 const LIMITS: [&str; 10] =
     ["--workers", "1", "--max-params", "8K", "--max-headers", "3", "--max-uri", "100", "--max-body", "1000"];
 
-/// A request with these headers and `Host`. Over SCGI it also has the length, which is mandatory and counts as a header.
+/// A request with these headers and `Host`. Over SCGI it also has the mandatory length, which counts as a header.
 fn with_headers(protocol: Protocol, headers: &[(&str, &str)]) -> Vec<u8> {
     let variables = headers.iter().map(|(name, value)| (format!("HTTP_{name}"), *value));
     match protocol {
@@ -38,7 +38,7 @@ fn with_headers(protocol: Protocol, headers: &[(&str, &str)]) -> Vec<u8> {
     }
 }
 
-/// A body of `length` bytes without an announced length, and the bytes that end it.
+/// A body of `length` bytes without an announced length, and the bytes that mark its end.
 fn unannounced(protocol: Protocol, length: usize) -> (Vec<u8>, Vec<u8>) {
     let body = vec![b'x'; length];
     match protocol {
@@ -51,7 +51,7 @@ fn unannounced(protocol: Protocol, length: usize) -> (Vec<u8>, Vec<u8>) {
             records.push(fastcgi::record(fastcgi::STDIN, 1, &body, 0));
             (records.concat(), fastcgi::record(fastcgi::STDIN, 1, b"", 0))
         }
-        // The body ends with the stream.
+        // The end of the stream marks the end of the body.
         Protocol::Scgi => ([&scgi::head("POST", "/count", "-1"), &body[..]].concat(), Vec::new()),
     }
 }
@@ -84,7 +84,7 @@ fn what_is_beyond_a_limit_gets_its_status() {
             let (status, _) = raw::ask(&mut stream, b"");
             assert_eq!(status, expected, "{protocol:?}: {length} bytes that nobody announced");
         }
-        // The refused requests have cost the worker no more than their own connections.
+        // The refused requests have not cost the worker more than their own connections.
         assert_eq!(status(protocol.head("GET", "/ok", 0)), 200, "{protocol:?}");
         server.stop();
     }

@@ -1,4 +1,4 @@
-//! The log and the access log of real processes: output of the application, floods, rotation, JSON, and the line for each request.
+//! The log and the access log of real processes: output of the application, floods, rotation, JSON, and a line for each request.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -48,7 +48,7 @@ fn wait_for_line(path: &Path, what: &str) -> String {
     wait_until(what, || read(path).lines().find(|line| line.contains(what)).map(str::to_owned))
 }
 
-/// The text after the bar, in lines of output.
+/// The text after the bar in each line of output.
 fn words(log: &str) -> Vec<&str> {
     log.lines().filter_map(|line| line.split_once(" | ")).map(|(_, words)| words).collect()
 }
@@ -101,7 +101,7 @@ fn a_flood_is_logged_whole_and_does_not_stop_the_master() {
     assert!(added < log.rfind("| number").unwrap(), "it heard the signal in the middle of the flood");
 }
 
-/// Starts a server whose standard error is `stderr`. Returns it and its address; `Server` cannot read its log.
+/// Starts a server whose standard error is `stderr`. Returns the server and its address; `Server` cannot read the log in this case.
 fn start_with_stderr(directory: &Path, stderr: impl Into<Stdio>, arguments: &[&str]) -> (Server, String) {
     let address = format!("fastcgi:unix:{}", directory.join("app.sock").display());
     let mut command = Command::new("sh");
@@ -139,7 +139,8 @@ fn a_log_that_nobody_reads_stops_neither_the_master_nor_a_worker() {
             let workers = server.workers();
             (workers.len() == 2 && !workers.contains(&first)).then_some(())
         });
-        // From here on the output is read. A stop does not wait for a reader that has read nothing for a second, so reading begins first.
+        // From now on the output is read. A stop does not wait for a reader that has read nothing for a second, so reading begins before
+        // the stop.
         let text = Arc::new(Mutex::new(Vec::new()));
         let copy = Arc::clone(&text);
         let reader = std::thread::spawn(move || {
@@ -226,7 +227,7 @@ fn a_device_that_is_always_full_is_refused_by_a_start_and_by_check_alike() {
     }
 }
 
-/// Limits the size of files that these processes write.
+/// Limits the size of the files that these processes write.
 fn limit_file_size(pids: impl IntoIterator<Item = i32>, bytes: u64) {
     for pid in pids {
         let arguments = ["--pid", &pid.to_string(), &format!("--fsize={bytes}:")].map(str::to_owned);
@@ -258,7 +259,7 @@ fn logs_that_reach_the_limit_of_file_sizes_are_as_on_a_full_disk() {
     wait_for_line(Path::new(access), "GET /ok");
     wait_for_line(Path::new(log), "the access log is written again slot=0 lost=1");
     server.stop();
-    // The line may come before the limit or while the limit is in force.
+    // The line may be logged before the limit is set or while it is in force.
     let (log, bit) = (read(Path::new(log)) + &server.log(), 1_u64 << (nix::libc::SIGXFSZ - 1));
     for name in ["SigIgn:", "SigCgt:"] {
         let line = log.lines().find(|line| line.contains(name)).unwrap_or_else(|| panic!("{name} {log}"));
@@ -275,7 +276,7 @@ fn a_worker_whose_files_may_not_grow_is_no_dead_worker() {
     let mut server = start(&["--log-file", log, "--access-log", access, "--rlimit", "fsize=1"]);
     let pid = worker(&server);
     assert_eq!(get(&server, "/ok"), 200);
-    // The worker's log lines are written by the master, which has no limit.
+    // The worker's log lines are written by the master, to which the limit does not apply.
     let line = wait_for_line(Path::new(log), "the access log cannot be written, and its lines are lost");
     assert!(line.contains("File too large"), "{line}");
     server.stop();
@@ -296,10 +297,10 @@ fn an_access_log_that_nobody_reads_stops_no_worker() {
         assert_eq!(client.request("GET", &format!("/ok?{number}"), b"").unwrap().status, 200);
     }
     server.wait_for("the access log cannot be written, and its lines are lost: nobody reads it");
-    // From here on the access log is read.
+    // From now on the access log is read.
     let mut text = Vec::new();
     wait_until("it is written again", || {
-        let _ = reader.read_to_end(&mut text); // until no more data is available at the moment
+        let _ = reader.read_to_end(&mut text); // until no more data is available for now
         http::get(&server.http(), "/ok?last").unwrap();
         server.log().contains("the access log is written again").then_some(())
     });
@@ -397,7 +398,7 @@ fn output_outlives_the_master() {
     assert_eq!(client.request("GET", "/ok", b"").unwrap().status, 200);
     kill(server.pid(), Signal::SIGKILL).unwrap();
     wait_for_line(&log, "the master is gone");
-    // The connection may carry one more request within a second.
+    // The connection may serve one more request within a second.
     if let Ok(response) = client.request("GET", "/line/9", b"") {
         assert_eq!(response.text(), "Ok(())\n", "it can still write");
         assert!(read(&log).lines().any(|line| line == "xxxxxxxxx"), "{}", read(&log));
@@ -429,7 +430,7 @@ fn a_log_of_objects_has_nothing_else_in_it() {
     assert!(lines.iter().any(|line| line["pid"] == master));
 }
 
-/// Continuous requests, while the files are repeatedly moved away.
+/// Requests are sent continuously while the files are repeatedly moved away.
 #[test]
 fn no_line_is_lost_when_the_files_are_rotated_under_load() {
     assert!(Uid::effective().is_root(), "this test changes users: run it as root");

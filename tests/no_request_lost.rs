@@ -1,6 +1,6 @@
 //! No request fails while workers are replaced. A killed worker loses only the requests that it was serving.
 //!
-//! Each test makes some 100,000 requests; `scripts/soak` sets the number (`FORKYARD_SOAK`).
+//! Each test sends some 100,000 requests; `scripts/soak` sets the number (`FORKYARD_SOAK`).
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
 
@@ -27,7 +27,7 @@ fn server(arguments: &[&str]) -> (Server, tempfile::TempDir) {
     (Server::start("crashy", &[&binds, arguments].concat()), directory)
 }
 
-/// Repeats `act` until there were enough requests. Returns the number of calls.
+/// Repeats `act` until enough requests were sent. Returns the number of calls.
 fn again(load: &Load, mut act: impl FnMut()) -> u64 {
     let mut times = 0;
     while load.total() < requests() && !load.has_failed() {
@@ -37,7 +37,7 @@ fn again(load: &Load, mut act: impl FnMut()) -> u64 {
     times
 }
 
-/// Replaces every worker repeatedly by `signal`. The master logs `lines` for each replacement; the last one marks its end.
+/// Replaces every worker repeatedly by `signal`. The master logs `lines` for each replacement; the last one marks its completion.
 fn replaced_by(signal: Signal, lines: &[&str]) {
     let (mut server, _folder) = server(&["--workers", "2"]);
     let load = Load::default();
@@ -116,7 +116,7 @@ fn kills() {
                 (load.good.load(Ordering::SeqCst) > enough || load.has_failed()).then_some(())
             });
             load.kills();
-            // A worker that has exited since it was listed is not killed.
+            // The worker may have exited since it was listed; then it is not killed.
             let victim = wait_until("there is a worker to kill", || {
                 let victim = *server.workers().iter().nth(random.usize(..2))?;
                 kill(Pid::from_raw(victim), Signal::SIGKILL).ok().map(|()| victim)

@@ -25,7 +25,7 @@ fn mirror(binds: &[&str], arguments: &[&str]) -> Server {
     )
 }
 
-/// The request as the application sees it, if `before` is sent before the request and `headers` in its head.
+/// The request as the application sees it, with `before` sent before the request and `headers` in its head.
 fn seen(address: &str, before: &[u8], headers: &str) -> String {
     let mut client = Client::connect(address).unwrap();
     let head = format!("GET / HTTP/1.1\r\nHost: x\r\n{headers}\r\n");
@@ -33,7 +33,7 @@ fn seen(address: &str, before: &[u8], headers: &str) -> String {
     client.response(false).unwrap().text()
 }
 
-/// Like [`seen`], over FastCGI; `params` are added to the parameters that a web server sends.
+/// Like [`seen`], but over FastCGI; `params` are added to the parameters that a web server sends.
 fn seen_over_fastcgi(address: &str, before: &[u8], params: &[(&str, &str)]) -> String {
     let mut client = fastcgi::Client::connect(address).unwrap();
     let more: Vec<u8> = params.iter().flat_map(|(name, value)| fastcgi::pair(name, value)).collect();
@@ -45,7 +45,7 @@ fn seen_over_fastcgi(address: &str, before: &[u8], params: &[(&str, &str)]) -> S
     String::from_utf8(client.response(1).unwrap().body().to_vec()).unwrap()
 }
 
-/// Like [`seen`], over SCGI, where the last byte of a request has a special meaning.
+/// Like [`seen`], but over SCGI, where the last byte of a request has a special meaning.
 fn seen_over_scgi(address: &str, before: &[u8]) -> String {
     let mut stream = common::connect_tcp(address.strip_prefix("scgi:").unwrap()).unwrap();
     let pairs = [
@@ -69,7 +69,7 @@ fn seen_over_scgi(address: &str, before: &[u8]) -> String {
 fn all_that_comes(address: &str, bytes: &[u8]) -> String {
     let mut stream = common::connect_tcp(address).unwrap();
     let mut all = Vec::new();
-    // The server may close or reset the connection before everything is written.
+    // The server may close or reset the connection before all data is written.
     let _ = stream.write_all(bytes);
     match stream.read_to_end(&mut all) {
         Ok(_) => {}
@@ -92,7 +92,7 @@ fn a_trusted_proxy_tells_who_its_client_is() {
     let text = seen(&server.http(), b"", "X-Forwarded-Host: a/b\r\n");
     assert!(text.contains("\nhost: x\n") && text.contains("\npeer=127.0.0.1:"), "{text}");
 
-    // Over FastCGI the web server's client may be such a proxy: REMOTE_ADDR is 127.0.0.1 here.
+    // Over FastCGI the web server's own client may be such a proxy: here REMOTE_ADDR is 127.0.0.1.
     let forwarded = [("HTTP_X_FORWARDED_FOR", "192.0.2.7"), ("HTTP_X_FORWARDED_PROTO", "https")];
     let text = seen_over_fastcgi(&server.binds[1], b"", &forwarded);
     assert!(text.contains("\npeer=192.0.2.7:0 https=true\n"), "{text}");
@@ -131,7 +131,7 @@ fn nobody_else_does() {
     server.stop();
 }
 
-/// A header of version 2 that reports TLS.
+/// A version 2 header that reports TLS.
 fn proxy_v2() -> Vec<u8> {
     let tls = [0x20, 0, 5, 1, 0, 0, 0, 0];
     let block = [&[192, 0, 2, 7, 192, 0, 2, 1, 0x12, 0x67, 0, 80][..], &tls].concat();
@@ -156,11 +156,11 @@ fn a_load_balancer_says_it_in_front_of_any_protocol() {
         assert!(text.contains("\npeer=127.0.0.1:4711 https=false\n"), "{text}");
         assert!(seen_over_scgi(&server.binds[2], header).contains("\npeer=192.0.2.9:80 https=false\n"));
     }
-    // The client named in the PROXY header is not trusted: its forwarding headers are ignored.
+    // The client named in the PROXY header is not trusted, so its forwarding headers are ignored.
     let text = seen(&server.http(), v1, X_FORWARDED);
     assert!(text.contains("\npeer=[2001:db8::7]:4711 https=false\n") && !text.contains("forwarded"), "{text}");
 
-    // Sent byte by byte, and followed by HTTP/2.
+    // The header is sent byte by byte; then one is followed by HTTP/2.
     let mut stream = common::connect_tcp(server.http()).unwrap();
     stream.set_nodelay(true).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -196,7 +196,7 @@ fn a_load_balancer_says_it_in_front_of_any_protocol() {
 #[test]
 fn whether_there_is_a_proxy_header_is_never_guessed() {
     let header = b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 80\r\n";
-    // A client of a trusted proxy that forwards bytes unchanged may send anything.
+    // A trusted proxy that forwards bytes unchanged lets its client send anything.
     let mut server = mirror(&HTTP, &["--trust", "127.0.0.1"]);
     let request = [&header[..], b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"].concat();
     let text = all_that_comes(&server.http(), &request);
@@ -221,7 +221,8 @@ fn whether_there_is_a_proxy_header_is_never_guessed() {
     server.stop();
 }
 
-/// Waiting for the rest of a header uses no processor time, however long it takes, and a client that leaves before is noticed.
+/// Waiting for the rest of a header uses no processor time, however long it takes, and a client that disconnects during the wait is
+/// detected.
 #[test]
 fn a_proxy_header_that_comes_in_part_keeps_nobody_busy() {
     let directory = tempfile::tempdir().unwrap();
@@ -335,7 +336,7 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
         server.stop();
     }
 
-    // Web servers are configured with host names.
+    // Host names, because web servers are often configured with them.
     let mut server = start("localhost", &[]);
     assert!(seen_over_fastcgi(&server.binds[1], b"", &[]).starts_with("GET / "));
     server.stop();

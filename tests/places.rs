@@ -1,4 +1,4 @@
-//! Limited environments: starting and serving where directories are read-only, memory and descriptors are scarce, system calls are
+//! Restricted environments: starting and serving where directories are read-only, memory and descriptors are scarce, system calls are
 //! missing, and other users interfere.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
@@ -34,7 +34,7 @@ fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
     let path = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
     let locked = File::open(directory.path()).unwrap();
     locked.lock().unwrap();
-    // The pid file of a killed master, which every user can read.
+    // The pid file of a killed master, readable by every user.
     std::fs::write(path("a.pid"), "4000000\n").unwrap();
     let left = File::open(path("a.pid")).unwrap();
     left.lock().unwrap();
@@ -73,7 +73,7 @@ fn without_newer_system_calls_all_is_served_and_one_line_says_what_is_missing() 
         command.arg(directory.path().join("cache")).arg("--control").arg(&control).arg("--pid-file").arg(&pid_file);
         let mut server = Server::start_command(&mut command);
         serves(&server);
-        // Only the master holds the pid file, so that the lock ends with the master.
+        // Only the master holds the pid file open, so that the lock is released when the master exits.
         let children: Vec<i32> = wait_until("workers and the daemon", || {
             let children: Vec<i32> = server.children().into_iter().collect();
             let is_execed =
@@ -115,7 +115,7 @@ fn check(command: &mut Command) -> (bool, String) {
     (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-/// A command in its own mount namespace, in which the file systems `read_only` are read-only and no other one is.
+/// A command in its own mount namespace, in which only the file systems in `read_only` are read-only.
 fn with_read_only(read_only: &[&str], name: &str) -> Command {
     let mut command = Command::new("unshare");
     let mounts: String =
@@ -149,7 +149,7 @@ fn a_server_starts_without_a_place_for_a_socket_that_nobody_asked_for_and_says_s
         server.stop();
         assert_eq!(count(&server, "no place for the socket"), 1, "{}", server.log());
         assert!(server.log().lines().any(|line| line.ends_with("| events=")), "{}", server.log());
-        // With an explicit flag, the same failure is an error.
+        // If the flag is given explicitly, the same failure is an error.
         let asked = command("hello").args(HTTP).args(["--events-socket", "/tmp/events"]).output_in_time().unwrap();
         let said = String::from_utf8_lossy(&asked.stderr).into_owned();
         assert!(asked.status.code() == Some(1) && said.contains("--events-socket"), "{said}");
@@ -197,7 +197,7 @@ fn another_user_publishes_although_the_temporary_directory_is_roots_alone() {
     server.stop();
     assert_eq!(count(&server, "WARN"), 0, "{}", server.log());
 
-    // An explicitly given path is used, with a warning.
+    // A path that is given explicitly is used, with a warning.
     let path = private.path().join("events").to_string_lossy().into_owned();
     let mut server = Server::start("hello", &[&HTTP[..], &user[..6], &["--events-socket", &path]].concat());
     assert_eq!(count(&server, "--user cannot publish at"), 1, "{}", server.log());

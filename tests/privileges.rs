@@ -1,5 +1,5 @@
-//! Privileges and restrictions of the application's processes, as reported by the kernel. The tests start processes of other users, so
-//! they need root, and report an error without it.
+//! Privileges and restrictions of the application's processes, as reported by the kernel. The tests start processes of other users, so they
+//! need root and fail without it.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -25,7 +25,7 @@ fn server(arguments: &[&str]) -> Server {
     Server::start("confined", &[&HTTP, arguments].concat())
 }
 
-/// `forkyard run` with one process of `command`, which counts as started at once.
+/// `forkyard run` with one process of `command`, which counts as ready at once.
 fn program_under_run(directory: &TempDir, arguments: &[&str], command: &[&str]) -> Command {
     assert!(Uid::effective().is_root(), "these tests change users: run them as root");
     let bind = format!("fastcgi:unix:{}", directory.path().join("app.sock").display());
@@ -49,7 +49,7 @@ fn directory() -> TempDir {
     directory
 }
 
-/// The words after the name, on a line of `/proc/PID/FILE`.
+/// The words after the name on a line of `/proc/PID/FILE`.
 fn line(pid: i32, file: &str, name: &str) -> Vec<String> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("no {name} in {text}"));
@@ -123,7 +123,7 @@ fn a_worker_is_what_it_was_told_to_be() {
     assert_eq!((made.uid(), made.gid(), made.mode() & 0o777), (4711, 4712, 0o640));
     assert_eq!(ask(&server, "/read?path=/etc/shadow"), "PermissionDenied");
     assert_eq!(ask(&server, "/kill-master"), "PermissionDenied");
-    // A dead process is replaced by one with the same restrictions, and the log has no complaint.
+    // A dead process is replaced by one with the same restrictions, and no error is logged.
     let first = child(&server);
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
     let next = wait_until("it is replaced", || server.workers().into_iter().find(|&pid| pid != first));
@@ -149,7 +149,7 @@ fn a_program_is_what_it_was_told_to_be() {
     let names: BTreeSet<&str> = environment.split('\0').filter_map(|line| Some(line.split_once('=')?.0)).collect();
     let expected = ["COLOUR", "FORKYARD_GENERATION", "FORKYARD_SHM", "FORKYARD_SLOT", "PHP_FCGI_CHILDREN"];
     assert_eq!(names, BTreeSet::from(expected));
-    // The socket belongs to the user that serves it.
+    // The socket belongs to the user that serves requests on it.
     let socket = sockets.path().join("app.sock").metadata().unwrap();
     assert_eq!((socket.uid(), socket.gid()), (4711, 4712));
     server.stop();
@@ -360,7 +360,7 @@ fn what_cannot_be_had_names_its_flag() {
     let missing = [&USER[..], &["--sandbox", "--sandbox-read", "/no-such-file"]].concat();
     complaint(&mut hello(&missing), 1, &["--sandbox-read /no-such-file"]);
 
-    // A master without a capability, as if it were not root.
+    // A master that lacks a capability, as if it were not root.
     let without = |capability: &str, arguments: &[&str]| {
         let mut command = Command::new("setpriv");
         command.args(["--bounding-set", capability, "--inh-caps", capability, "--"]).arg(program("hello"));
@@ -377,7 +377,7 @@ fn what_cannot_be_had_names_its_flag() {
 #[test]
 fn what_fails_in_the_process_itself_is_told_with_its_flag() {
     assert!(Uid::effective().is_root(), "these tests change users: run them as root");
-    // The user cannot enter this directory, but root, which runs the check, can.
+    // This user cannot enter the directory, but root, which runs the check, can.
     let closed = tempfile::tempdir().unwrap();
     std::fs::set_permissions(closed.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
     let at = closed.path().to_string_lossy().into_owned();
@@ -414,7 +414,7 @@ fn a_limit_with_which_no_worker_can_start_is_refused_or_named_in_the_line_of_its
             assert!(output.status.code() == Some(1) && is_told, "{limit}: {said}");
         }
     }
-    // How many descriptors an application needs is not known in advance.
+    // The number of descriptors that an application needs is not known in advance.
     let hint = |limit: &str| format!("hint=\"a limit may be too low for it to start: --rlimit {limit}\"");
     let server = Server::launch(&mut start(&[], "nofile=20"));
     let line = server.logged("worker died");
@@ -450,7 +450,7 @@ fn a_pid_file_keeps_a_second_master_out_and_goes_with_the_first() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(&format!("with pid {}", server.pid())) && said.contains("--pid-file"), "{said}");
     assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", server.pid()));
-    // Workers do not hold the lock: after the master was killed, the next master can start at once.
+    // Workers do not hold the lock, so the next master can start at once after a master was killed.
     server.signal(Signal::SIGKILL);
     server.wait_end();
     let mut next = Server::start("hello", &arguments);

@@ -1,4 +1,4 @@
-//! A FastCGI client, written against the specification and not against our codec. It can send malformed records, and reads replies record
+//! A FastCGI client, written from the specification, not from the server's codec. It can send malformed records, and reads replies record
 //! by record.
 
 use std::io::{self, Read, Write};

@@ -41,7 +41,7 @@ impl Client {
         self.response(method == "HEAD")
     }
 
-    /// Like `request`, but sends the head in two pieces and the body in chunks.
+    /// Like `request`, but sends the head in two parts and the body in chunks.
     pub fn request_in_pieces(&mut self, method: &str, target: &str, body: &[u8]) -> io::Result<Response> {
         let stream = self.stream.get_mut();
         stream.write_all(method.as_bytes())?;

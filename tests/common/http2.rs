@@ -60,7 +60,7 @@ impl Client {
             let frame = self.frame()?;
             if matches!(frame.kind, SETTINGS | PING) && frame.flags & ACK == 0 {
                 let payload: &[u8] = if frame.kind == PING { &frame.payload } else { b"" };
-                // If the server closes the connection meanwhile, the frames that it sent before can still be read.
+                // If the server has closed the connection meanwhile, the frames that it sent before can still be read.
                 let _ = self.send(&self::frame(frame.kind, ACK, 0, payload));
             }
             if frame.kind == kind {

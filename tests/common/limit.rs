@@ -1,12 +1,12 @@
 //! Limits the run time of tests, so that no test can hang: a watchdog for the whole test binary, and waits for child processes and pipes
 //! that fail with the name of the awaited event.
 //!
-//! The watchdog is a thread that the first use of this module starts. When the binary has run for FORKYARD_TEST_LIMIT seconds (default:
-//! 900), the watchdog prints the tests that still run, all processes that the binary has started, and the output of the reporters. Then
-//! it kills those processes and exits with status 1. `scripts/limit` does the same from the outside, for test binaries that do not use
-//! this module.
+//! The watchdog is a thread that is started by the first use of this module. When the binary has run for FORKYARD_TEST_LIMIT seconds
+//! (default: 900), the watchdog prints the tests that are still running, all processes that the binary has started, and the output of the
+//! reporters. Then it kills those processes and exits with status 1. `scripts/limit` does the same from outside, for test binaries that do
+//! not use this module.
 //!
-//! This module uses the standard library only: crates that do not use `tests/common` include this file by its path.
+//! This module uses only the standard library, because crates that do not use `tests/common` include this file by its path.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 
@@ -19,7 +19,7 @@ use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, fs, thread};
 
-/// How long a test waits for an event that must happen. This is not a limit on speed: a passing test never reaches it.
+/// How long a test waits for an event that must happen. This is not a limit on speed, because a passing test never reaches it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a test binary may run, unless FORKYARD_TEST_LIMIT sets another limit.
@@ -39,7 +39,7 @@ pub fn start() {
     });
 }
 
-/// Registers a reporter that the watchdog calls before it ends the binary.
+/// Registers a reporter that the watchdog calls before it terminates the binary.
 pub fn report_with(reporter: Reporter) {
     REPORTERS.lock().unwrap_or_else(PoisonError::into_inner).push(reporter);
 }
@@ -118,7 +118,7 @@ fn print_below(out: &mut dyn Write, all: &BTreeMap<u32, Process>, parent: u32, d
     }
 }
 
-/// Writes what a process or thread is doing: where it sleeps in the kernel, and in which system call, if these are readable.
+/// Writes what a process or thread is doing: where it sleeps in the kernel, and in which system call, if the kernel lets this be read.
 fn write_line(out: &mut dyn Write, indent: &str, pid: u32, directory: &Path) -> Option<()> {
     let Process { name, state, cpu, .. } = read_stat(directory)?;
     let read = |file: &str| fs::read_to_string(directory.join(file)).unwrap_or_default();
@@ -128,12 +128,12 @@ fn write_line(out: &mut dyn Write, indent: &str, pid: u32, directory: &Path) -> 
     writeln!(out, "{indent}{pid} {name} state={state} ticks={cpu} syscall={call} wchan={waits} {command}").ok()
 }
 
-/// Kills these processes and all their descendants. They are stopped first, so that none starts another process meanwhile.
+/// Kills these processes and all their descendants. They are stopped first, so that none of them starts another process meanwhile.
 pub fn kill_trees(roots: &BTreeSet<u32>) {
     kill_trees_but(roots, 0);
 }
 
-/// Like [`kill_trees`], but spares one process and what it starts to do this.
+/// Like [`kill_trees`], but spares one process and its descendants.
 pub fn kill_trees_but(roots: &BTreeSet<u32>, spared: u32) {
     let mut found = BTreeSet::new();
     loop {
@@ -161,7 +161,7 @@ fn send(signal: &str, pids: &BTreeSet<u32>) {
 
 // ---- Commands ----
 
-/// Runs a command to its end. If the command has not ended after [`PATIENCE`], it is killed with its descendants, and the test panics.
+/// Runs a command until it exits. If it is still running after [`PATIENCE`], it is killed with its descendants, and the test panics.
 pub trait InTime {
     /// Like [`Command::output`], with an empty standard input.
     fn output_in_time(&mut self) -> io::Result<Output>;
@@ -186,7 +186,7 @@ impl InTime for Command {
     }
 }
 
-/// Waits for a child to end. After [`PATIENCE`] the child is killed with its descendants.
+/// Waits until a child exits. After [`PATIENCE`] the child is killed with its descendants.
 pub fn end_of(child: &mut Child, what: &str) -> ExitStatus {
     end_before(Instant::now() + PATIENCE, child).unwrap_or_else(|| {
         kill_trees(&BTreeSet::from([child.id()]));
@@ -236,10 +236,10 @@ fn collect(mut stream: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     all
 }
 
-/// The reading end of a pipe, or of another stream without timeouts. Each read has a limit. A thread reads the stream.
+/// The reading end of a pipe, or of another stream without timeouts. Each read has a limit. A thread reads from the stream.
 pub struct Pipe {
     pieces: Receiver<io::Result<Vec<u8>>>,
-    /// Received data that was not read yet.
+    /// Received data that has not been read yet.
     buffer: Vec<u8>,
 }
 
@@ -252,7 +252,7 @@ impl fmt::Debug for Pipe {
 impl Pipe {
     pub fn of(mut stream: impl Read + Send + 'static) -> Self {
         start();
-        // If the test does not read, the thread takes no more than a piece or two from the stream.
+        // While the test does not read, the thread takes at most one or two buffers from the stream.
         let (sender, pieces) = sync_channel(0);
         thread::spawn(move || {
             let mut piece = vec![0; 8 << 10];
@@ -272,7 +272,7 @@ impl Pipe {
         Self { pieces, buffer: Vec::new() }
     }
 
-    /// Waits for the next piece. Returns false at the end of the stream.
+    /// Waits for the next data. Returns false at the end of the stream.
     fn fill(&mut self, deadline: Instant) -> io::Result<bool> {
         match self.pieces.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(piece) => self.buffer.extend(piece?),

@@ -1,5 +1,5 @@
 //! Strict load: 32 clients, over each protocol, on kept and on fresh connections, on Unix sockets and TCP. Every request must be answered
-//! with 200, or with 502 where workers are killed.
+//! with 200, or with 502 if workers are killed.
 
 use std::io;
 use std::sync::Mutex;
@@ -10,7 +10,7 @@ use super::{Server, StopOnDrop, fastcgi, http, scgi};
 
 /// The number of concurrent clients.
 pub const CLIENTS: usize = 32;
-/// The number of failures that are reported; further ones are only counted.
+/// The number of failures that are reported in detail; further ones are only counted.
 const TOLD: usize = 10;
 
 /// The results of all clients.
@@ -27,7 +27,7 @@ pub struct Load {
     pub answers_after_kill: Mutex<Vec<Duration>>,
 }
 
-/// Where a client connects, and whether it keeps the connection.
+/// Where a client connects, and whether it keeps the connection open.
 #[derive(Clone, Debug)]
 enum Way {
     FastCgi { address: String, kept: bool },
@@ -119,7 +119,8 @@ impl Load {
             count += 1;
             let body = format!("{number}-{count}").repeat(count % 40);
             let length = format!("{}\n", body.len());
-            // These responses are sent only when they are complete; part of a streamed response could already have been sent.
+            // These responses are sent only when complete; for a streamed response, part could already have been sent when the worker is
+            // killed.
             let (method, target, expected) = match count % 4 {
                 0 => ("POST", "/count", length.as_str()),
                 1 => ("GET", "/slow/1", "1 ms\n"),
@@ -152,7 +153,7 @@ impl Load {
     }
 }
 
-/// Sends one request. A kept connection stays open unless a response ends it. Over HTTP, requests may be sent on it in pieces.
+/// Sends one request. A kept connection stays open unless a response closes it. Over HTTP, requests may be sent on it in parts.
 fn ask(
     way: &Way,
     kept: &mut Option<Kept>,

@@ -1,10 +1,10 @@
-//! Shared code of the integration tests: it starts the real programs, waits for them without sleeping, and ends them in every case.
-//! Everything that a test creates is in its own temporary directory, listens on loopback or a Unix socket, and ends with the test.
+//! Code shared by the integration tests: it starts the real programs, waits for them without sleeping, and always terminates them.
+//! Everything that a test creates is in its own temporary directory, listens on loopback or a Unix socket, and is removed with the test.
 //!
 //! No test can hang. Every wait has a limit and fails with the name of the awaited event: [`wait_until`] and the functions built on it,
 //! sockets with timeouts ([`connect_tcp`], [`connect_unix`] and the clients), [`limit::InTime`] for commands, [`limit::end_of`] for
 //! children, [`limit::Pipe`] for their output, [`received`] for channels. Threads that run until a flag is set use a [`StopOnDrop`], so
-//! that a panic stops them too. The whole binary has a limit as well: [`limit`].
+//! that a panic stops them too. The whole binary also has a limit: [`limit`].
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
@@ -51,8 +51,8 @@ pub fn program(name: &str) -> PathBuf {
     path
 }
 
-/// Restores the default actions of ignored signals. A shell starts a background job (`&`) with INT and QUIT ignored, and nohup ignores
-/// HUP. A server inherits ignored signals from the tests, and such a signal is lost until the server has installed its handlers.
+/// Restores the default actions of ignored signals. A shell starts background jobs (`&`) with INT and QUIT ignored, and nohup ignores HUP.
+/// A server inherits ignored signals from the tests, and such a signal is lost if it arrives before the server has installed its handlers.
 #[expect(unsafe_code, reason = "an action that runs code could be unsound; the default action runs none")]
 fn stop_ignoring_signals() {
     static DONE: Once = Once::new();
@@ -64,7 +64,7 @@ fn stop_ignoring_signals() {
     });
 }
 
-/// The log of a server, and what the watchdog reports about the server.
+/// The log of a server, and what the watchdog prints about the server.
 struct Log {
     pid: Pid,
     command: String,
@@ -109,7 +109,7 @@ fn report_servers(out: &mut dyn Write) {
     }
 }
 
-/// A running master and its log. Dropping it stops the master, and checks that no process of it is left.
+/// A running master and its log. Dropping it stops the master, and checks that none of its processes is left.
 pub struct Server {
     child: Child,
     log: Arc<Log>,
@@ -161,7 +161,7 @@ impl Server {
     }
 
     /// Waits for a log line that contains `what`, and returns the line. The search begins after the line that the previous wait returned;
-    /// use [`Server::logged`] for lines whose order is not fixed.
+    /// for lines in no fixed order, use [`Server::logged`].
     pub fn wait_for(&mut self, what: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -199,7 +199,7 @@ impl Server {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// The server's shared memory, mapped by the test. A segment in a file is not available: no other process may open the file.
+    /// The server's shared memory, mapped by the test. A segment in a file is not available, because no other process may open the file.
     pub fn segment(&self) -> Segment {
         self.memory().expect("the master holds a sealed memory file")
     }
@@ -208,7 +208,7 @@ impl Server {
         memory_of(self.pid())
     }
 
-    /// The pids of the running workers: the processes with a row in the scoreboard. Where the scoreboard cannot be read, and under `run`,
+    /// The pids of the running workers: the processes with a row in the scoreboard. If the scoreboard cannot be read, and under `run`,
     /// where workers have no rows: all children.
     pub fn workers(&self) -> BTreeSet<i32> {
         match self.memory() {
@@ -221,8 +221,8 @@ impl Server {
         }
     }
 
-    /// Checks that the server has exactly these workers and no other children: no failed attempt and no zombie is left. A new heir has
-    /// its worker's name for a moment; this waits until the heir has its own name.
+    /// Checks that the server has exactly these workers and no other children, such as failed attempts or zombies. A new heir briefly has
+    /// its worker's name; this waits until the heir has its own name.
     pub fn has_only(&self, workers: &BTreeSet<i32>) {
         assert_eq!(&self.workers(), workers);
         wait_until("it has no other children", || (self.children() == *workers).then_some(()));
@@ -236,7 +236,7 @@ impl Server {
         })
     }
 
-    /// The pids of all children: workers, sidecars, zombies, and a new heir while it still has its worker's name.
+    /// The pids of all children: workers, sidecars, zombies, and new heirs that still have their workers' names.
     pub fn children(&self) -> BTreeSet<i32> {
         children_of(self.pid())
     }
@@ -245,7 +245,7 @@ impl Server {
         kill(self.pid(), signal).expect("the master lives");
     }
 
-    /// Waits for the end of the master and of its log, and returns the exit status.
+    /// Waits until the master has exited and its log has ended, and returns the exit status.
     pub fn wait_end(&mut self) -> Option<i32> {
         let status = wait_until("the master has ended", || self.child.try_wait().expect("it is our child"));
         wait_until("its log has ended", || self.log_ended.load(Ordering::SeqCst).then_some(()));
@@ -278,7 +278,7 @@ impl Drop for Server {
     }
 }
 
-/// Another program that a test needs, such as a web server. Killed when dropped.
+/// Another program that a test needs, such as a web server. It is terminated when dropped.
 pub struct Helper(pub Child);
 
 impl Helper {
@@ -290,7 +290,7 @@ impl Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        // TERM first, for programs that have children of their own.
+        // TERM first, because a program may have children of its own.
         let _ = kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM);
         let deadline = Instant::now() + Duration::from_secs(5);
         while matches!(self.0.try_wait(), Ok(None)) && Instant::now() < deadline {
@@ -380,7 +380,7 @@ pub fn accepted_unix(listener: &UnixListener, what: &str) -> UnixStream {
     stream
 }
 
-/// Reads one line from a pipe. What follows the line stays in the pipe. Panics if no line arrives in time.
+/// Reads one line from a pipe. Data after the line stays in the pipe. Panics if no line arrives in time.
 pub fn line_of(pipe: &mut (impl Read + AsFd), what: &str) -> String {
     let deadline = Instant::now() + PATIENCE;
     let mut line = Vec::new();
@@ -398,7 +398,7 @@ pub fn line_of(pipe: &mut (impl Read + AsFd), what: &str) -> String {
     String::from_utf8(line).unwrap_or_else(|error| panic!("{what}: {error}"))
 }
 
-/// Reads to the end of the stream, within a limit for the whole read: a stream that keeps sending data does not reset the limit.
+/// Reads to the end of the stream, with a limit for the whole read, so that a stream that keeps sending data does not extend the limit.
 pub fn read_all(stream: &mut impl Read, into: &mut Vec<u8>) -> io::Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let mut piece = vec![0; 64 << 10];
@@ -436,8 +436,8 @@ fn segment_at(path: &Path) -> Option<Segment> {
     Segment::attach(OwnedFd::from(file)).ok()
 }
 
-/// The processes whose parent is `pid`, including zombies, without the heirs of dead workers and without the guard. Under `run`, a
-/// child with the master's name is a fork that is about to get another name.
+/// The processes whose parent is `pid`, including zombies, except the heirs of dead workers and the guard. Under `run`, a child with the
+/// master's name is a fork that has not yet been given its own name.
 pub fn children_of(pid: Pid) -> BTreeSet<i32> {
     let is_master = process(pid.as_raw()).is_some_and(|process| process.name == "forkyard");
     let is_left_out = |name: &str| ["heir", "guard"].contains(&name) || (is_master && name == "forkyard");
@@ -460,7 +460,7 @@ pub fn processes() -> Vec<Process> {
     pids.filter_map(process).collect()
 }
 
-/// Stops a process with SIGSTOP, and returns when all its threads are stopped.
+/// Stops a process with SIGSTOP, and returns when all its threads have stopped.
 pub fn stop(pid: Pid) {
     kill(pid, Signal::SIGSTOP).expect("it lives");
     wait_until("it stands still", || {
@@ -477,7 +477,7 @@ pub fn process(pid: i32) -> Option<Process> {
     Some(Process { pid, name, parent: fields[1].parse().ok()?, state: fields[0].chars().next()? })
 }
 
-/// Whether the process is gone. A zombie counts as gone: only its parent can reap it.
+/// Whether the process is gone. A zombie counts as gone, because only its parent can reap it.
 pub fn is_gone(pid: i32) -> bool {
     process(pid).is_none_or(|process| matches!(process.state, 'Z' | 'X'))
 }
@@ -493,7 +493,7 @@ pub fn field_of<T: FromStr>(directory: &Path, number: usize) -> Option<T> {
     fields(&std::fs::read_to_string(directory.join("stat")).ok()?)?.get(number - 3)?.parse().ok()
 }
 
-/// Processor time that a process has used in kernel and user mode; or a thread, given its directory in `/proc`.
+/// The processor time that a process, or a thread, has used in kernel and user mode, given its directory in `/proc`.
 pub fn cpu_time(directory: &Path) -> Duration {
     let ticks: u64 = [14, 15].map(|number| field_of::<u64>(directory, number).unwrap()).iter().sum();
     let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).unwrap().unwrap();
@@ -523,7 +523,7 @@ pub fn status_number(pid: i32, name: &str) -> Option<u64> {
     line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-/// A port that was free a moment ago, for a program that cannot choose a port itself.
+/// A port that was free just now, for a program that cannot choose a port itself.
 pub fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
     listener.local_addr().expect("it is bound").port()

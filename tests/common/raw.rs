@@ -1,4 +1,4 @@
-//! Sends the same request over each protocol, as bytes on a connection, for tests of behavior before and after the protocol.
+//! Sends the same request over each protocol, as bytes on a connection, for tests of behavior that does not depend on the protocol.
 
 use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
@@ -26,8 +26,8 @@ impl Protocol {
         Server::start(example, &[&["--bind", bind][..], arguments].concat())
     }
 
-    /// A request without its body. Over FastCGI, the header of a record with 65,535 bytes of the body follows the head, so that in every
-    /// protocol the next bytes are bytes of the body.
+    /// A request without its body. Over FastCGI, the head is followed by the header of a record with 65,535 bytes of the body, so that in
+    /// every protocol the next bytes belong to the body.
     pub fn head(self, method: &str, target: &str, length: usize) -> Vec<u8> {
         match self {
             Self::Http => {
@@ -45,8 +45,8 @@ impl Protocol {
     }
 }
 
-/// Connects to `bind`, an address from the banner. The returned Unix stream may be a TCP socket: reading, writing and timeouts use the
-/// same system calls.
+/// Connects to `bind`, an address from the banner. The returned Unix stream may be a TCP socket, because reading, writing and timeouts use
+/// the same system calls.
 pub fn connect(bind: &str) -> UnixStream {
     let (_, address) = bind.split_once(':').expect("a protocol comes first");
     match address.strip_prefix("unix:") {

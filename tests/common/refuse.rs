@@ -1,4 +1,4 @@
-//! Runs programs for which some system calls do not exist, with `tests/programs/refuse.c`.
+//! Runs programs for which some system calls do not exist, using `tests/programs/refuse.c`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -34,7 +34,7 @@ impl Refuse {
     }
 }
 
-/// System calls added to Linux after 4.4 that the server or its libraries use.
+/// System calls that were added to Linux after 4.4, and that the server or its libraries use.
 pub const NEWER: &[i64] = &[
     libc::SYS_pidfd_open,
     libc::SYS_pidfd_send_signal,
@@ -54,7 +54,7 @@ pub const NEWER: &[i64] = &[
     libc::SYS_memfd_secret,
 ];
 
-/// The arguments of the `refuse` program, in front of the command.
+/// The arguments of `refuse` that precede the command.
 pub fn arguments(errno: i32, calls: &[i64]) -> Vec<String> {
     let numbers = calls.iter().map(ToString::to_string);
     [errno.to_string()].into_iter().chain(numbers).chain(["--".to_owned()]).collect()

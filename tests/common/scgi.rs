@@ -1,4 +1,4 @@
-//! An SCGI client, written against the specification and not against our codec.
+//! An SCGI client, written from the specification, not from the server's codec.
 
 use std::io::{self, Write as _};
 use std::net::Shutdown;

@@ -1,4 +1,4 @@
-//! An SSE client over every protocol. It parses a stream event by event, as browsers do (HTML standard, 9.2.6).
+//! An SSE client for every protocol. It parses a stream event by event, as browsers do (HTML standard, 9.2.6).
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead as _, BufReader, Read, Write as _};
@@ -48,7 +48,7 @@ impl Way {
 pub struct Source {
     lines: BufReader<Box<dyn Read + Send>>,
     events: VecDeque<Event>,
-    /// The id that a browser would send with the next connection.
+    /// The id that a browser would send when it reconnects.
     pub last_id: String,
     pub retries: Vec<u64>,
     pub comments: usize,
@@ -56,8 +56,8 @@ pub struct Source {
 }
 
 impl Source {
-    /// Opens a stream at `bind`, an address from the banner, with a `Last-Event-ID` header if `last_id` is not empty. Returns when the
-    /// head and the first lines have arrived.
+    /// Opens a stream at `bind`, an address from the banner, with a `Last-Event-ID` header if `last_id` is not empty. Returns when the head
+    /// and the first lines have arrived.
     pub fn open(way: Way, bind: &str, target: &str, last_id: &str) -> io::Result<Self> {
         let (head, body): (String, Box<dyn Read + Send>) = match way {
             Way::Http => {
@@ -113,8 +113,8 @@ impl Source {
         Ok(source)
     }
 
-    /// The next event; `None` when the stream has ended properly. An error if no event arrives in time: comments that keep the stream
-    /// alive do not count.
+    /// The next event; `None` if the stream has ended properly. An error if no event arrives in time; keep-alive comments do not count as
+    /// events.
     pub fn event(&mut self) -> io::Result<Option<Event>> {
         let deadline = Instant::now() + PATIENCE;
         while self.events.is_empty() {

@@ -1,4 +1,4 @@
-//! Configures Apache httpd with the event MPM. All its files are in the site's directory. When it is started by root, its children run as
+//! Configures Apache httpd with the event MPM. All its files are in the site's directory. If httpd is started by root, its children run as
 //! Debian's www-data, because httpd refuses to serve as root.
 
 use std::fs::{self, Permissions};

@@ -1,4 +1,4 @@
-//! Configures Caddy without its admin endpoint and certificates. All its files are in the site's directory.
+//! Configures Caddy without an admin endpoint or certificates. All its files are in the site's directory.
 
 use std::process::Command;
 

@@ -1,4 +1,4 @@
-//! Configures HAProxy, in the foreground, with the sections `global` and `defaults` that Debian's configuration also has.
+//! Configures HAProxy in the foreground, with `global` and `defaults` sections as in Debian's configuration.
 
 use std::process::Command;
 

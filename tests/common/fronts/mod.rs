@@ -1,6 +1,6 @@
 //! Starts real web servers in front of Forkyard. The part of the configuration that concerns the application is extracted from
-//! docs/web-servers.md, so that the tests check the documented configuration. One file per web server adds what a server in a temporary
-//! directory needs.
+//! docs/web-servers.md, so that the tests check the documented configuration. One file per web server adds the settings that a server in a
+//! temporary directory needs.
 //!
 //! Each web server runs in the foreground, listens on a free loopback port, and writes only to its directory.
 
@@ -47,12 +47,12 @@ impl WebServer {
     }
 }
 
-/// How a web server reaches the application.
+/// How a web server connects to the application.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Link {
     /// The web server connects to the application.
     FastCgi,
-    /// The web server connects to the application and keeps the connection.
+    /// The web server connects to the application and keeps the connection open.
     FastCgiKept,
     /// The web server starts the application with a listening socket as standard input.
     FastCgiStarted,
@@ -111,7 +111,7 @@ pub(crate) const APACHE_PHP: Front = front(WebServer::Apache, Link::FastCgi, "ph
 pub(crate) const CADDY: Front = front(WebServer::Caddy, Link::FastCgi, "fastcgi");
 pub(crate) const CADDY_HTTP: Front = front(WebServer::Caddy, Link::Http, "http");
 
-/// The locations that a site's configuration needs.
+/// The paths and addresses that a site's configuration needs.
 pub(crate) struct Place<'a> {
     pub(crate) directory: &'a Path,
     pub(crate) port: u16,
@@ -119,7 +119,7 @@ pub(crate) struct Place<'a> {
     pub(crate) snippet: String,
 }
 
-/// A running web server, and the application behind it unless the web server started the application itself.
+/// A running web server, and the application behind it unless the web server itself started the application.
 pub(crate) struct Site {
     front: Helper,
     pub(crate) application: Option<Server>,
@@ -149,7 +149,7 @@ impl Site {
             }
             (Some(_), _) => socket.display().to_string(),
             (None, _) => {
-                // The web server's user may be unable to read the build directory.
+                // The web server's user may not be able to read the build directory.
                 let copy = directory.path().join("app");
                 fs::copy(program(application), &copy).expect("there is room for a copy");
                 copy.display().to_string()
@@ -159,7 +159,7 @@ impl Site {
         Self { front: helper, application: server, address, directory }
     }
 
-    /// Starts the web server in front of the server that listens on `backend`. Its socket may be in `directory`.
+    /// Starts the web server in front of the server that listens on `backend`, whose socket may be in `directory`.
     pub(crate) fn before(front: Front, directory: TempDir, backend: &str) -> Self {
         let (helper, address) = start(front, directory.path(), backend);
         Self { front: helper, application: None, address, directory }
@@ -196,10 +196,10 @@ fn start(front: Front, directory: &Path, backend: &str) -> (Helper, String) {
     start_with(front.server, directory, |port| snippet(front, directory, port, backend))
 }
 
-/// Starts a web server with a configuration that is not in the document. `snippet` writes the configuration for a port. Returns the
-/// server and its address.
+/// Starts a web server with a configuration that is not in the document. `snippet` returns the configuration for a port. Returns the server
+/// and its address.
 pub(crate) fn start_with(server: WebServer, directory: &Path, snippet: impl Fn(u16) -> String) -> (Helper, String) {
-    // Another process may take the port after `free_port` returns. The web server then exits, and another port is tried.
+    // Another process may bind the port after `free_port` returns. The web server then exits, and another port is tried.
     for _ in 0..5 {
         let port = free_port();
         let place = Place { directory, port, snippet: snippet(port) };
@@ -230,7 +230,7 @@ fn command(server: WebServer, place: &Place<'_>) -> Command {
     command
 }
 
-/// Writes the configuration, and returns its path.
+/// Writes the configuration file, and returns its path.
 fn configuration(place: &Place<'_>, text: &str) -> PathBuf {
     let path = place.directory.join("front.conf");
     fs::write(&path, text).unwrap();
