@@ -1,5 +1,5 @@
-//! Processes started by requests of external programs, and their effects on the server: children that a page waits for, background jobs,
-//! wrappers around the programs that serve, and processes left when the server stops.
+//! Processes started by requests of external programs, and their effects on the server: children that a page waits for,
+//! background jobs, wrappers around the programs that serve, and processes left behind when the server stops.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 const CHILDREN_PHP: &str = include_str!("programs/children.php");
 const PHP: [&str; 6] = ["php-cgi", "-n", "-d", "log_errors=1", "-d", "fastcgi.logging=0"];
 
-/// With this flag, a reload or recycling continues while an old process still has something to finish.
+/// With this flag, a reload or recycling continues while an old process is still finishing a request.
 const ALL: [&str; 2] = ["--max-unavailable", "100%"];
 
 fn place() -> Place {
@@ -35,7 +35,7 @@ fn start(place: &Place, options: &[&str], variables: &[(&str, &str)]) -> Server 
     Server::start_command(command.envs(variables.iter().copied()))
 }
 
-/// A request that waits for a program that it has started.
+/// A request that waits for a program that the request has started.
 struct Waiting<'a> {
     place: &'a Place,
     name: String,
@@ -47,7 +47,7 @@ impl<'a> Waiting<'a> {
         let name = place.path(name).to_string_lossy().into_owned();
         let gate = format!("{name}.gate");
         nix::unistd::mkfifo(gate.as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        // Opened for reading too, so that the open does not wait for the other end.
+        // Opened for reading too, so that the open does not wait for a peer.
         let gate = File::options().read(true).write(true).open(gate).unwrap();
         Self { place, name, gate }
     }
@@ -56,7 +56,7 @@ impl<'a> Waiting<'a> {
         format!("/children.php?do=wait&name={}", self.name)
     }
 
-    /// Returns when the program that the request waits for has started: the program's pid.
+    /// Returns the pid of the program that the request waits for, once that program has started.
     fn has_begun(&self) -> i32 {
         number_in(Path::new(&format!("{}.in", self.name)))
     }
@@ -91,7 +91,7 @@ fn lives(pid: i32) -> bool {
     !is_gone(pid)
 }
 
-/// Waits until only `serving` is left of the processes in `old`.
+/// Waits until `serving` is the only process left of those in `old`.
 fn wait_until_only(serving: i32, old: &[i32]) {
     wait_until("only the one that serves is left", || {
         let left: Vec<i32> = old.iter().copied().filter(|&pid| lives(pid)).collect();
@@ -99,7 +99,7 @@ fn wait_until_only(serving: i32, old: &[i32]) {
     });
 }
 
-/// Requests a page that waits for a program, runs `done`, and lets the program continue when `done` returns.
+/// Requests a page that waits for a program, calls `done`, and lets the program continue when `done` returns.
 fn is_finished(place: &Place, name: &str, server: &mut Server, done: impl FnOnce(&mut Server)) {
     let waiting = Waiting::new(place, name);
     let mut gate = Waiting { gate: waiting.gate.try_clone().unwrap(), place, name: waiting.name.clone() };
@@ -262,7 +262,7 @@ fn named(server: &Server, name: &str) -> Vec<i32> {
     family
 }
 
-/// The wrapper ends on TERM, or ignores TERM and then waits for its child.
+/// The wrapper exits on TERM, or ignores TERM and then waits for its child.
 #[test]
 fn a_wrapper_and_what_it_has_started_leave_together_when_the_request_is_finished() {
     for script in ["\"$@\"; true", "trap : TERM; \"$@\"; true", "trap '' TERM; (trap - TERM; exec \"$@\"); true"] {
@@ -285,7 +285,7 @@ fn a_wrapper_and_what_it_has_started_leave_together_when_the_request_is_finished
     }
 }
 
-/// Each of its processes serves one connection at a time. TERM ends them, if they do not handle it.
+/// Each of its processes serves one connection at a time. TERM kills a process that does not handle it.
 const SERVE: &str = r"#!/usr/bin/env python3
 import os, re, select, signal, socket, struct, sys
 s = socket.socket(fileno=0)
@@ -300,11 +300,11 @@ def serve(c):
     c.close()
 ";
 
-/// A program whose two children serve; it only waits for them.
+/// A program that only waits for its two children, which serve.
 const TWO_CHILDREN: &str =
     "for _ in range(2):\n  if os.fork() == 0:\n    while True: serve(s.accept()[0])\nos.wait()\n";
 
-/// The TERM is for the program alone, and ends it: those below it have not been asked yet.
+/// The server first sends TERM only to the program, which is killed by it; the children are not asked to exit yet.
 #[test]
 fn those_below_a_program_that_term_ends_finish_what_they_serve() {
     let place = Place::new();
@@ -338,7 +338,7 @@ fn those_below_a_program_that_term_ends_finish_what_they_serve() {
 fn those_that_finish_what_they_serve_have_the_time_that_they_had_before_an_upgrade() {
     let place = Place::new();
     let script = place.script("app", &format!("{SERVE}{TWO_CHILDREN}"));
-    // Time enough for the reload and the upgrade, also on a busy machine.
+    // Enough time for the reload and the upgrade, even on a busy machine.
     let options = [&ALL[..], &["--drain-timeout", "10s"]].concat();
     let mut server = Server::start_command(&mut place.run(&options, &[&script]));
     let old = wait_until("all are there", || Some(named(&server, "python3")).filter(|all| all.len() == 6));
@@ -357,7 +357,8 @@ fn those_that_finish_what_they_serve_have_the_time_that_they_had_before_an_upgra
     server.stop();
 }
 
-/// They may never be seen without a connection: an event loop is asked at once, others after half of the time that they have.
+/// A process may never be seen without a connection: an event loop gets TERM at once, other programs after half of their drain
+/// timeout.
 #[test]
 fn those_that_handle_term_are_asked_while_they_serve() {
     let place = Place::new();
@@ -373,7 +374,7 @@ fn those_that_handle_term_are_asked_while_they_serve() {
         is_finished(&place, kind, &mut server, |server| {
             server.signal(Signal::SIGHUP);
             server.wait_for("| leaves");
-            server.wait_for("| leaves"); // the other one had nothing to do
+            server.wait_for("| leaves"); // the other worker was idle
         });
         server.stop();
         assert!(!server.log().contains("killed"), "{kind}: {}", server.log());
@@ -425,12 +426,12 @@ fn the_workers_of_a_perl_manager_finish_and_so_does_what_they_wait_for() {
     assert!(!server.log().contains("signal=KILL"), "{}", server.log());
 }
 
-/// A process that its parent program has left behind still accepts connections: it would compete with the replacement.
+/// A process that its parent program has left behind still accepts connections, so it would compete with the replacement.
 #[test]
 fn who_is_left_behind_and_takes_connections_is_asked_to_leave() {
     let place = place();
     let command = [&["setsid"][..], &PHP].concat();
-    // setsid forks, and exits with 0.
+    // setsid forks, and the parent exits with 0.
     let mut server = Server::launch(&mut place.run(&[], &command));
     server.wait_for("what a worker left behind takes connections: asked to leave");
     server.wait_for("workers die before they are ready");
@@ -497,7 +498,7 @@ fn a_socket_that_was_passed_on_and_shut_down_listens_again() {
     server.stop();
 }
 
-/// Node, Go and similar runtimes make the socket non-blocking themselves, and must find it non-blocking.
+/// Node, Go and similar runtimes make the socket non-blocking themselves, and rely on its staying non-blocking.
 #[test]
 fn a_program_with_an_event_loop_keeps_its_socket_non_blocking() {
     let place = Place::new();

@@ -1,5 +1,5 @@
-//! When an external program counts as started, and how failed starts are handled: programs that exit with status 0 at once, that only
-//! look ready, or that never use the listening socket; wrappers that fail; daemons that move to the background.
+//! When an external program counts as started, and how failed starts are handled: programs that exit with status 0 at once,
+//! that only appear ready, or that never use the listening socket; wrappers that fail; daemons that move to the background.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -14,7 +14,7 @@ use common::{Server, is_gone, process, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Starts a server that runs the C program through a script. The script can be replaced.
+/// Starts a server that runs the C program through a script, which the test can replace.
 fn start(place: &Place, options: &[&str]) -> (Server, String) {
     let hello = place.compile_hello();
     let text = format!("#!/bin/sh\nexec {}\n", hello.display());
@@ -22,7 +22,7 @@ fn start(place: &Place, options: &[&str]) -> (Server, String) {
     (Server::start_command(&mut place.run(options, &[&app])), app)
 }
 
-/// The number after this text in a line.
+/// The number that follows this text in a line.
 fn after(line: &str, what: &str) -> u128 {
     let rest = line.split_once(what).unwrap_or_else(|| panic!("no {what:?} in {line:?}")).1;
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
@@ -72,7 +72,7 @@ fn a_program_that_ends_well_at_once_is_tried_ever_more_rarely() {
         assert!(line.contains("php-cgi is one, php is not"), "{line}");
     }
     server.stop();
-    // Several at the start, then one alone each time.
+    // Several processes at the start, then one at a time.
     assert!(server.log().matches("left of its own accord").count() <= 10 + 1 + 5, "{}", server.log());
 }
 
@@ -133,7 +133,7 @@ fn a_program_with_an_event_loop_is_ready_when_it_watches_the_socket() {
         gate.display()
     );
     let app = place.script("app", &text);
-    // With the settle time alone, the program would be ready after an hour.
+    // By the settle time alone, the program would be ready only after an hour.
     let mut server = Server::launch(&mut place.run(&["--settle", "1h"], &[&app]));
     server.wait_for("| loading");
     std::fs::write(gate, "").unwrap();
@@ -159,7 +159,7 @@ fn php_without_cgi_is_told_from_php_cgi() {
     let place = Place::new();
     let mut server = Server::launch(&mut place.run(&[], &["php"]));
     let line = server.wait_for("workers die before they are ready");
-    // What takes one quickly looks the same, so no more is said than was seen.
+    // A program that accepts a connection quickly looks the same, so the message claims no more than was observed.
     assert!(line.contains("was not seen to take a connection: if it took none, is it a FastCGI program"), "{line}");
     assert!(line.contains("accepts from its standard input") && line.contains("php-cgi is one, php is not"), "{line}");
     server.stop();
@@ -177,7 +177,7 @@ fn php_fpm_which_binds_a_socket_of_its_own_is_named_and_not_ready() {
     );
     std::fs::write(place.path("fpm.conf"), text).unwrap();
     let configuration = place.path("fpm.conf").to_string_lossy().into_owned();
-    // On a busy machine php-fpm may take longer than the default time to close its standard input.
+    // On a busy machine php-fpm may take longer than the default settle time to close its standard input.
     let options = ["--settle", "6s", "--start-timeout", "8s"];
     let mut server =
         Server::launch(&mut place.run(&options, &[&format!("/usr/sbin/{fpm}"), "-R", "-F", "-y", &configuration]));
@@ -218,12 +218,12 @@ fn an_upgrade_and_a_late_start_do_not_forget_that_programs_are_seen_to_accept() 
             Command::new(program("forkyard")).arg(what).arg("--control").arg(&control).output_in_time().unwrap();
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
-    // The program counts as ready after a second, and accepts a little later, which the master notices.
+    // The program counts as ready after a second, and accepts its first connection a little later, which the master detects.
     wait_until("a program that never accepts fails a reload", || {
         write("['sleep', '600']");
         let (status, said) = ask("reload");
         if status == Some(0) {
-            write(ours); // the master had not yet seen the program accept
+            write(ours); // the master has not yet seen the program accept
             assert_eq!(ask("reload").0, Some(0));
             return None;
         }

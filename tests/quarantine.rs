@@ -1,4 +1,4 @@
-//! A request that kills workers is refused for a while; all other requests are answered throughout.
+//! A request that kills workers is refused for a while; all other requests are still answered.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -19,7 +19,7 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&["--bind", "http:127.0.0.1:0", "--workers", "3"], arguments].concat())
 }
 
-/// Sends a deadly request until it is refused. Returns the number of deaths.
+/// Sends a deadly request until the server refuses it. Returns the number of deaths.
 fn poison(address: &str, mut path: impl FnMut(usize) -> String) -> usize {
     let refused = |path: &str| http::get(address, path).is_ok_and(|response| response.status == 503);
     let mut deaths = 0;
@@ -39,12 +39,12 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
     let mut deaths = 0;
     std::thread::scope(|scope| {
         let _stop = StopOnDrop(&stop);
-        // A popular route, which is always in flight, also in the workers that die.
+        // A popular route, which is always in flight, including in the workers that die.
         for _ in 0..4 {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     let Ok(mut client) = Client::connect(&address) else { continue };
-                    // When its worker dies, the request may get a 502 and the connection may end. Any other response is the regular one.
+                    // When its worker dies, the request may get a 502 and its connection may end. Any other response is the regular one.
                     while let Ok(response) = client.request("GET", "/slow/5", b"") {
                         if response.status == 502 {
                             break;
@@ -58,7 +58,7 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
                 }
             });
         }
-        // A client may send the request again before the master has quarantined it.
+        // A client may repeat the request before the master has quarantined it.
         deaths = poison(&address, |_| "/segv?once=more".to_owned());
         assert!(deaths >= 3);
         let line = server.wait_for("quarantined request=");
@@ -96,7 +96,7 @@ fn a_relapse_takes_one_death() {
     poison(&server.http(), |_| "/exit/3".to_owned());
     assert!(server.wait_for("quarantined").contains("times=1"));
     server.wait_for("let go request=\"GET /exit/3\"");
-    // The workers read a coarse clock, with the resolution of the kernel's ticks.
+    // The workers read a coarse clock, which has the resolution of the kernel's ticks.
     wait_until("it kills again", || (http::get(&server.http(), "/exit/3").unwrap().status == 502).then_some(()));
     assert!(server.wait_for("quarantined").contains("times=2"));
     server.stop();
@@ -116,7 +116,7 @@ fn the_refusal_is_a_503_over_each_protocol() {
 
 #[test]
 fn a_request_whose_functions_hang_is_refused_after_three_workers_left_for_that() {
-    // The function must have begun when the timeout comes, on a busy machine too.
+    // The function must have begun when the timeout expires, even on a busy machine.
     let hangs = ["--threads", "2", "--request-timeout", "3s", "--hang-timeout", "300ms", "--drain-timeout", "1h"];
     let mut server = crashy(&hangs);
     let address = server.http();
@@ -138,7 +138,7 @@ fn functions_that_hang_in_one_worker_count_once() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("broken");
     let mut command = std::process::Command::new(common::program("crashy"));
-    // The function must have begun when the timeout comes, on a busy machine too.
+    // The function must have begun when the timeout expires, even on a busy machine.
     let hangs = ["--threads", "4", "--request-timeout", "3s", "--hang-timeout", "300ms", "--quarantine", "2"];
     let command = command.args(["--bind", "http:127.0.0.1:0", "--workers", "1"]).args(hangs);
     let mut server = Server::start_command(command.env("CRASHY_BROKEN", &broken));
@@ -192,7 +192,7 @@ fn it_can_be_switched_off() {
     server.stop();
 }
 
-/// How the requests reach a worker.
+/// How requests are distributed over connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     /// Each request on its own connection.
@@ -264,7 +264,7 @@ impl Way {
     }
 }
 
-/// The row of the only worker, if it is ready: the row of a dead worker stays unchanged until its replacement has started.
+/// The scoreboard row of the only worker, if it is ready. The row of a dead worker stays unchanged until its replacement has started.
 fn serving(board: &Scoreboard) -> Option<Snapshot> {
     board.read(0).filter(|row| row.state == State::Ready)
 }

@@ -1,4 +1,4 @@
-//! Requests that waited too long before the application could begin, and only these, are shed with 503.
+//! Requests that have waited too long before the application could begin, and only those, are shed with 503.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -25,7 +25,7 @@ fn assert_shed(response: &Response) {
     assert_eq!((response.status, response.header("retry-after")), (503, Some("1")), "{}", response.text());
 }
 
-/// Returns when a request has waited longer than the limit.
+/// Returns when a request sent before the call has waited longer than the limit.
 fn too_late() {
     let begun = Instant::now();
     wait_until("the time is over", || (begun.elapsed() > LIMIT * 2).then_some(()));
@@ -38,7 +38,7 @@ fn who_waits_too_long_for_a_thread_is_shed_while_the_thread_is_still_at_work() {
     let mut first = Client::connect(&address).unwrap();
     let long = b"GET /thread/sleep-6000 HTTP/1.1\r\nHost: a\r\n\r\n";
     first.stream.get_mut().write_all(long).unwrap();
-    // The first request has the only thread, or will get it before the others, because they arrive on a later connection.
+    // The first request has the only thread, or gets it before the others, because they arrive on a later connection.
     let mut second = Client::connect(&address).unwrap();
     assert_shed(&second.request("GET", "/thread/", b"").unwrap());
     assert_eq!(second.request("GET", "/ok", b"").unwrap().status, 200, "who needs no thread does not wait");

@@ -1,4 +1,4 @@
-//! Workers at a recycling limit are replaced without an effect on clients.
+//! Workers that reach a recycling limit are replaced without affecting clients.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 

@@ -1,4 +1,4 @@
-//! Requests that cannot be parsed, over each protocol: the access log has the client's address, and the log has the reason of the
+//! Requests that cannot be parsed, over each protocol: the access log records the client's address, and the log records the reason for the
 //! refusal.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
@@ -88,7 +88,7 @@ fn what_http_cannot_read_is_in_both_logs() {
 fn what_http_2_cannot_read_is_in_both_logs() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = start(&directory, "http:127.0.0.1:0", &["--max-params", "8K"]);
-    // A head beyond the limit, whose request line is known; then a frame that is invalid in this position.
+    // A head that exceeds the limit, whose request line is known; then a frame that is invalid at this point.
     let mut client = http2::Client::connect(&server.http()).unwrap();
     let cookies: Vec<String> = (0..80).map(|number| format!("{number}{}", "v".repeat(100))).collect();
     let fields: Vec<(&str, &str)> = cookies.iter().map(|cookie| ("x", cookie.as_str())).collect();

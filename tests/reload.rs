@@ -30,7 +30,7 @@ fn a_failed_reload_says_why_and_the_old_generation_stays_in_strength() {
     }
     server.has_only(&old);
 
-    // The application is repaired, without a reload. A worker that dies now is replaced by a worker of the old generation.
+    // The application is repaired without a reload. A worker that dies now is replaced by a worker of the old generation.
     std::fs::remove_file(&broken).unwrap();
     let victim = *old.first().unwrap();
     kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
@@ -89,7 +89,7 @@ fn no_more_are_replaced_at_a_time_than_may_be_and_the_new_ones_come_first() {
         let mut most = BTreeSet::new();
         wait_until("all are replaced", || {
             let children = server.workers();
-            // Listing takes a while, and may miss a worker that starts while another exits. A count is used only if two lists agree.
+            // Listing takes a while, and may miss a worker that starts while another exits, so a count is used only if two lists agree.
             if children == server.workers() {
                 most.insert(children.len());
             }

@@ -1,7 +1,7 @@
-//! A reload applies each setting, or names it as not applied: a table of all settings, checked against the programs' own help.
+//! A reload applies each setting, or reports that it does not: a table of all settings, checked against the programs' own help.
 //!
-//! A new flag needs a row here. `Seen` defines how a change is observed: in the new processes, or in the settings that the responsible
-//! part of the master or the worker logs at level debug.
+//! A new flag needs a row here. `Seen` defines how a change is observed: in the new processes, or in the settings that the responsible part
+//! of the master or worker logs at level debug.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -25,23 +25,23 @@ enum Seen {
     InWorker,
     /// In the settings that this part of the master logs.
     InMaster(&'static str),
-    /// In what the kernel reports about a new worker or program.
+    /// In the kernel's information on a new worker or program.
     OfWorker(fn(i32) -> String),
-    /// As `OfWorker`, and about a daemon as well.
+    /// Like `OfWorker`, for a daemon as well.
     OfProcesses(fn(i32) -> String),
-    /// In the environment of a daemon, as the kernel reports it; of a program as well.
+    /// In the environment of a daemon and of a program, as the kernel reports it.
     InEnvironment,
     /// In the log between the beginning and the end of the reload.
     InLog(fn(&str) -> String),
     /// In a file in the directory.
     AtFile(fn(&Path) -> String),
-    /// Not observable, for this reason.
+    /// It cannot be observed, for this reason.
     Never(#[expect(dead_code, reason = "it is for who reads the table")] &'static str),
 }
 
 use Seen::{AtFile, InEnvironment, InLog, InMaster, InWorker, Named, Never, OfProcesses, OfWorker};
 
-/// A setting, its new value, and how the change is observed. `with` holds further settings, before and after the change.
+/// A setting, its new value, and how the change is observed. `with` holds other settings, which are in force before and after the change.
 struct Row {
     name: &'static str,
     to: &'static str,
@@ -196,7 +196,7 @@ fn reloads_in(path: &Path) -> String {
 fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
     let help = Command::new(program(name)).args(arguments).arg("--help").output_in_time().unwrap();
     let help = String::from_utf8(help.stdout).unwrap();
-    // Flag names are in their own column, so that no line of a description is taken for a flag.
+    // Flag names have their own column, so that no line of a description is taken for a flag.
     let names = help.lines().filter_map(|line| {
         let line = line.strip_prefix("      --").or_else(|| line.strip_prefix("  -").and_then(|line| line.get(4..)))?;
         let name = line.trim_start_matches('-').split([' ', '=', '[', '<']).next()?;
@@ -217,7 +217,7 @@ struct Served {
 }
 
 impl Served {
-    /// `run` holds the arguments before the flags.
+    /// `run` holds the arguments that precede the flags.
     fn start(name: &'static str, run: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let at = directory.path();
@@ -245,7 +245,7 @@ impl Served {
     fn reload(&mut self, is_run: bool, settings: &[(&str, &str)]) -> String {
         let at = self.directory.path();
         write_file(at, is_run, settings);
-        // The log of an earlier row: a process that still writes to it is about to stop.
+        // The log of an earlier row; the process that still writes to it is about to exit.
         let _ = std::fs::remove_file(at.join("log"));
         let before = self.server.log().len();
         let said = self.ask(&["reload"]);
@@ -256,7 +256,7 @@ impl Served {
             let own = server.log().get(before..).unwrap_or_default().to_owned();
             own + &std::fs::read_to_string(&log).unwrap_or_default()
         };
-        // The daemon is the last process to change.
+        // The daemon is the last process to be replaced.
         let server = &self.server;
         self.log = wait_until("the daemon is new", || {
             let text = all(server);
@@ -298,11 +298,11 @@ impl Served {
         }
     }
 
-    /// The settings that this part has logged last.
+    /// The settings that this part logged last.
     fn settings(&self, part: &str) -> String {
         let line = self.log.lines().rfind(|line| line.contains(&format!("settings part={part}")));
         let line = line.unwrap_or_else(|| panic!("{part} says nothing in\n{}", self.log));
-        // Data that differs between workers comes before the settings.
+        // Values that differ between workers come before the settings.
         line.split_once(" Config {").or_else(|| line.split_once("part=")).unwrap().1.to_owned()
     }
 }

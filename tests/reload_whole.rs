@@ -100,7 +100,7 @@ fn a_reload_with_another_user_reaches_workers_daemons_jobs_and_the_files_of_sock
     assert_eq!(user_of(daemon), Some(4711));
     assert!(served.server.wait_for("cron=c").ends_with("| 4711"));
     let publish = |served: &Served| {
-        // The relay runs with the workers' user, and must be replaced.
+        // The relay runs as the workers' user, so it must be replaced.
         let path = served.path("events");
         let sent = std::os::unix::net::UnixDatagram::unbound().unwrap().send_to(b"topic\n\nwords", path);
         assert!(sent.is_ok(), "{sent:?}");
@@ -144,7 +144,7 @@ fn a_reload_starts_daemons_and_jobs_that_are_new_and_stops_those_that_are_not_wa
     let count = served.server.log().matches("daemon started name=gone").count();
     assert_eq!(count, 1, "it is not started again");
 
-    // Without daemons and jobs, the server also ends.
+    // Once all daemons and jobs are removed, the server can still be stopped.
     served.reloaded(HTTP);
     wait_until("all are gone", || (is_gone(new) && is_gone(changed)).then_some(()));
     served.server.stop();
@@ -164,16 +164,16 @@ fn a_reload_moves_the_logs_and_changes_their_form() {
     wait_until("the log is in the file", || read(&served, "log").contains("\"reload done\"").then_some(()));
     assert!(read(&served, "log").lines().all(|line| line.starts_with("{\"time\"")), "{}", read(&served, "log"));
     assert!(!served.server.log().contains("reload done"));
-    // An old worker may have answered first.
+    // An old worker may answer the first requests.
     wait_until("there is a line", || {
         assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
         read(&served, "other").contains("\"target\":\"/ok\"").then_some(())
     });
-    // The worker's own log lines go to the file too.
+    // The worker's own log lines are also written to the file.
     assert_eq!(http::get(&address, "/panic").unwrap().status, 500);
     wait_until("it is there", || read(&served, "log").contains("/panic").then_some(()));
 
-    // After a rotation, both logs are in the configured files.
+    // After a rotation, both logs are still in the configured files.
     for name in ["log", "other"] {
         std::fs::rename(served.path(name), served.path(&format!("{name}.1"))).unwrap();
     }

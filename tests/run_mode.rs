@@ -1,5 +1,5 @@
 //! `forkyard run`: external FastCGI programs that accept from the public socket themselves. The programs are php-cgi with a script, a C
-//! program that uses libfcgi, and a few that misbehave.
+//! program that uses libfcgi, and several that misbehave.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -44,7 +44,7 @@ fn php_knows_its_slot_and_forks_no_children() {
     let children = server.workers();
     assert_eq!(children.len(), 2);
     let mut slots = BTreeSet::new();
-    // The kernel chooses which process answers, so each is made to answer by stopping the other.
+    // The kernel chooses which process answers, so the test stops one process to make the other one answer.
     for (&pid, other) in children.iter().zip(children.iter().rev()) {
         common::stop(Pid::from_raw(*other));
         let environment = place.text("/pages.php?do=environment");
@@ -72,7 +72,7 @@ fn php_may_leave_after_some_requests() {
         let pid: i32 = value(&environment, "pid").and_then(|pid| pid.parse().ok()).expect("it says its pid");
         seen.insert(pid);
     }
-    // 200 requests at 20 per process; two processes have not reached the limit yet.
+    // 200 requests at 20 per process, except that two processes have not reached the limit yet.
     assert!(seen.len() >= 10, "{seen:?}");
     for _ in 0..8 {
         let line = server.wait_for("worker left of its own accord");
@@ -86,7 +86,7 @@ fn php_may_leave_after_some_requests() {
     assert!(!server.log().contains("worker died"), "{}", server.log());
 }
 
-/// Requests are always in flight, so that the processes are never seen idle.
+/// Requests are always in flight, so that the master never sees the processes idle.
 #[test]
 fn php_may_leave_however_busy_it_is() {
     let place = Place::new();
@@ -115,7 +115,7 @@ fn php_may_leave_however_busy_it_is() {
     assert!(!failing.into_inner(), "{}", server.log());
     server.stop();
     let log = server.log();
-    // 800 requests at 20 per process; two processes have not reached the limit yet.
+    // 800 requests at 20 per process, except that two processes have not reached the limit yet.
     assert!(log.matches("worker left of its own accord").count() >= 38, "{log}");
 }
 
@@ -168,7 +168,7 @@ fn a_program_inherits_what_it_should() {
     for pid in server.workers() {
         // The program keeps the signal mask that it inherited, which must be empty.
         wait_until("it blocks no signal", || (blocked_signals(pid)? == 0).then_some(()));
-        // The socket, the output twice, and the segment; a connection may still be closing.
+        // The socket, standard output and standard error, and the segment; a connection may still be closing.
         wait_until("it has four descriptors", || (descriptors_of(pid) == 4).then_some(()));
         let environment = std::fs::read_to_string(format!("/proc/{pid}/environ")).unwrap().replace('\0', "\n");
         let segment = value(&environment, "FORKYARD_SHM").expect("the descriptor of the segment");
@@ -209,7 +209,7 @@ fn what_outlives_its_program_does_not_keep_the_cache_file() {
     assert_eq!(std::fs::read_link(format!("/proc/{pid}/fd/{segment}")).unwrap(), file);
     let of_the_first = survivors(3);
     server.stop();
-    // A stop ends the processes that a daemon has left.
+    // A stop terminates the processes that a daemon has left behind.
     assert_eq!(of_the_first.iter().filter(|&&pid| !is_gone(pid)).count(), 2, "{}", server.log());
 
     let mut server = Server::start_command(&mut command());
@@ -226,7 +226,7 @@ fn what_outlives_its_program_does_not_keep_the_cache_file() {
     server.stop();
 }
 
-/// The client stops like one whose output goes to a pager.
+/// The client is stopped, like a client whose output goes to a pager.
 #[test]
 fn a_client_that_hangs_does_not_keep_the_cache_file() {
     let place = Place::new();
@@ -257,7 +257,7 @@ impl Drop for Killed<'_> {
     fn drop(&mut self) {
         let pids = std::fs::read_to_string(self.0).unwrap_or_default();
         for pid in pids.lines().filter_map(|pid| pid.parse().ok()) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL); // the process may have ended
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL); // the process may have exited
         }
     }
 }
@@ -305,7 +305,7 @@ fn the_log_says_how_a_program_died() {
     server.stop();
 }
 
-/// Reloads while two clients send requests one after the other. Returns the number of responses.
+/// Reloads while two clients send requests continuously. Returns the number of responses.
 fn reload_under_load(place: &Place, server: &mut Server, target: &str) -> usize {
     let before = server.workers();
     let (done, answered) = (AtomicBool::new(false), std::sync::atomic::AtomicUsize::new(0));
@@ -368,7 +368,7 @@ fn at_the_end_nothing_is_left() {
     assert!(place.socket().exists());
     server.stop();
     assert!(!place.socket().exists());
-    // The master reaped the processes, so not even zombies are left.
+    // The master has reaped the processes, so not even zombies are left.
     assert!(pids.iter().all(|pid| process(*pid).is_none()));
 }
 
@@ -442,14 +442,14 @@ fn a_program_that_dies_at_once_is_tried_ever_more_rarely() {
     server.stop();
     assert!(!place.socket().exists());
     let log = server.log();
-    // Two at the start, then one alone each time. Deaths after the last awaited line are not counted.
+    // Two at the start, then one at a time. Deaths after the last awaited line are not counted.
     let until_then = log.split(" 4 in a row").next().unwrap();
     let died = until_then.lines().filter(|line| line.contains("worker died") && line.contains("status=1")).count();
     assert!((4..=6).contains(&died), "{log}");
     assert!(!log.contains("ready in "), "{log}");
 }
 
-/// Each process leaves two orphans: one that ends at once, and one that ends when the test requests it.
+/// Each process leaves two orphans: one that exits at once, and one that exits when the test asks it to.
 #[test]
 fn an_orphan_of_a_program_is_reaped() {
     let place = Place::new();
@@ -500,7 +500,7 @@ fn a_program_that_does_not_want_to_leave_is_killed() {
     assert!(!place.socket().exists());
 }
 
-/// The children of a wrapper script hold the listening socket too: they would go on accepting connections alongside the replacement.
+/// The children of a wrapper script hold the listening socket too, so they would keep accepting connections alongside the replacement.
 #[test]
 fn what_a_wrapper_started_goes_with_it() {
     let place = Place::new();

@@ -1,4 +1,4 @@
-//! The number of workers follows demand between two limits, and is zero while there are no requests.
+//! The number of workers follows demand between two limits, and drops to zero while there are no requests.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -75,7 +75,7 @@ fn the_last_worker_stays_while_it_has_connections() {
     let fresh = scgi::Client::connect(&server.binds[2]).unwrap();
     assert_eq!(http.request("GET", "/ok", b"").unwrap().status, 200);
     assert_eq!(fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
-    // Within this time the last worker exits if no client is connected.
+    // This takes long enough for the last worker to exit if no client were connected.
     for _ in 0..4 {
         assert_eq!(http::get(&other.http(), "/ok").unwrap().status, 200);
         other.wait_for("scaled workers=0");
@@ -96,7 +96,7 @@ fn programs_are_scaled_by_whether_they_wait_for_connections() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("a.sock");
     let bind = format!("fastcgi:unix:{}", socket.display());
-    // The program accepts nothing, and has no connection: the demand shows in the kernel's accept queue.
+    // The program accepts nothing, and has no connection, so the demand shows in the kernel's accept queue.
     let mut server = Server::start_command(Command::new(program("forkyard")).args([
         "run",
         "--bind",

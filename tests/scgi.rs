@@ -1,4 +1,4 @@
-//! SCGI on the wire, on Unix sockets and over TCP, with our own client; and behind nginx and lighttpd.
+//! SCGI on the wire, on Unix sockets and over TCP, with the tests' own client, and behind nginx and lighttpd.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 
 const MIB: usize = 1 << 20;
 
-/// A server with one worker that runs `crashy`, on a Unix socket and on a port.
+/// A server with one worker that runs `crashy`, on a Unix socket and on a TCP port.
 struct Fixture {
     server: Server,
     _folder: tempfile::TempDir,
@@ -163,7 +163,7 @@ fn limits_and_nonsense_have_answers() {
     fixture.end();
 }
 
-/// A reset shows a web server that a response without a length is incomplete.
+/// A reset tells a web server that a response without a length is incomplete.
 fn expect_reset(client: &mut Client, what: &str) {
     let mut bytes = Vec::new();
     let error = client.stream.read_to_end(&mut bytes).expect_err(what);
@@ -205,14 +205,14 @@ fn when_the_client_leaves_its_request_is_dropped() {
     let mut fixture = start(&[]);
     for mut client in fixture.clients() {
         client.stream.write_all(&request("GET", "/slow/600000", b"")).unwrap();
-        // The start of the request is not visible from outside, but a later request is answered only after it.
+        // The start of the request cannot be observed, but a later request is answered only after it has started.
         for other in fixture.clients() {
             other.request("GET", "/ok", b"").unwrap();
         }
         drop(client);
         fixture.server.wait_for("the peer left before it had its response");
     }
-    // No request is in flight, so the drain ends at once.
+    // No request is in flight, so the drain completes at once.
     fixture.end();
 }
 
@@ -228,7 +228,7 @@ fn a_body_that_is_cut_is_an_error_to_the_application() {
         client.stream.write_all(&[&head("POST", "/echo", "10")[..], b"12345"].concat()).unwrap();
         client.end_writing().unwrap();
         let mut bytes = Vec::new();
-        let _ = client.stream.read_to_end(&mut bytes); // the kernel decides whether the cut is a reset or an end
+        let _ = client.stream.read_to_end(&mut bytes); // the kernel decides whether the break appears as a reset or as an end
         assert!(!bytes.ends_with(b"\r\n\r\n1234512345"));
     }
     fixture.server.wait_for("refused: a body that broke off, or cannot be read status=400 protocol=scgi");
@@ -254,12 +254,12 @@ fn a_drain_finishes_what_has_begun() {
     drop(idle);
 }
 
-/// The error must not be a timeout of the client.
+/// The error must not be a timeout of the client itself.
 fn expect_an_end(error: &io::Error) {
     assert!(!matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "{error}");
 }
 
-/// Checks that hold for every web server. `address` belongs to the web server in front of `server`.
+/// Checks that apply to every web server. `address` is that of the web server in front of `server`.
 fn check_front(address: &str, server: &Server) {
     assert_eq!(http::get(address, "/ok").unwrap().text(), "ok\n");
     assert_eq!(http::get(address, "/panic").unwrap().status, 500);

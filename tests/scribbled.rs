@@ -1,5 +1,5 @@
-//! Shared memory that another process has overwritten, or whose file it has truncated: the server keeps running, logs the damage once,
-//! and a reload creates new memory.
+//! Shared memory that another process has overwritten, or whose file it has truncated: the server keeps running, logs the damage once, and
+//! a reload creates new memory.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -32,7 +32,7 @@ impl Scribbled {
         Self { server: Server::start_command(&mut command), name, control, _folder: directory }
     }
 
-    /// Overwrites the whole memory, as a program with `FORKYARD_SHM` can.
+    /// Overwrites all shared memory, as a program that has `FORKYARD_SHM` can.
     fn scribble(&self, memory: &File, with: &str) {
         let length = memory.metadata().unwrap().len();
         let mut random = fastrand::Rng::with_seed(length);
@@ -70,7 +70,7 @@ impl Scribbled {
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
-    /// Reloads, and returns the output of the reload when the old processes are gone.
+    /// Reloads, and returns the output of the reload once the old processes are gone.
     fn reload(&self) -> String {
         let old = self.server.children();
         let output = self.ask(&["reload"]);
@@ -151,7 +151,7 @@ fn a_damaged_cache_file_makes_room_for_a_new_one() {
     again.server.stop();
 }
 
-/// Damages a cache file while requests are answered.
+/// Damages a cache file while requests are being answered.
 fn damage_file(file: &File, how: &str) {
     let whole = file.metadata().unwrap().len();
     match how {

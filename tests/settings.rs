@@ -53,7 +53,7 @@ fn a_log_level_that_there_is_not_is_refused_with_those_that_there_are() {
         complained(&run("hello", &["--log-level", level]), 2, &["--log-level", levels, hint]);
         complained(&run("hello", &["check", "--log-level", level]), 1, &["--log-level", levels, hint]);
     }
-    // A level for one module does not silence the other modules.
+    // A level for one module does not silence the others.
     let mut server =
         Server::start("crashy", &["--bind", "http:127.0.0.1:0", "--workers", "1", "--log-level", "hyper=debug"]);
     server.signal(nix::sys::signal::Signal::SIGHUP);
@@ -127,13 +127,13 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
         "--daemon and --cron: the name 'a' is used twice",
     ];
     complained(&check("hello", &directory, text), 1, &words);
-    // Sidecars with distinct names are looked up. With a duplicate name, none is looked up.
+    // Programs of sidecars with distinct names are looked up. With a duplicate name, none is looked up.
     let text = "bind = 'fastcgi:127.0.0.1:0'\nworkers = 'many'\ncommand = ['no-such-program']\n\
         daemon = ['a=no-such-a', 'b=no-such-b']\ncron = ['c=@daily=no-such-c']\n";
     let words = ["'workers': 'many'", "no-such-program", "--daemon a: ", "--daemon b: ", "--cron c: "];
     complained(&check("forkyard", &directory, text), 1, &words);
 
-    // A value that cannot be parsed causes no further errors.
+    // A value that cannot be parsed does not cause further errors.
     let said = complained(
         &check("forkyard", &directory, "bind = 'gopher:1'\ncommand = 'sleep 1'\n"),
         1,
@@ -157,7 +157,7 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
     assert_eq!(said.matches("--workers").count(), 1, "{said}");
 }
 
-/// Each setting for a file, as the arguments that give it this path.
+/// Each setting that takes a file, as the arguments that set it to this path.
 fn settings_of_files(path: &str) -> [(&'static str, Vec<String>); 7] {
     let with = |flag: &'static str| (flag, ["--bind", "http:127.0.0.1:0", flag, path].map(ToOwned::to_owned).to_vec());
     [
@@ -209,7 +209,7 @@ fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
                 complained(&checked, 0, &[]);
                 continue;
             }
-            // Settings of files that are opened follow a link. For files that are created, the link itself is in the way.
+            // A setting follows a link if it opens the file. If it creates the file, the link itself is in the way.
             let cause = match flag {
                 _ if !path.ends_with("/loop") || LINKS.contains(&flag) => cause,
                 "--pid-file" => "it is a symbolic link, not a pid file",
@@ -222,7 +222,7 @@ fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
             assert_eq!(start.trim_end().replacen("forkyard: ", "forkyard: error: ", 1), lines[0]);
         }
     }
-    // Problems that depend on the moment of the start are only a warning in `check`.
+    // Problems that depend on the moment of the start are only warnings in `check`.
     for flag in ["--log-file", "--access-log"] {
         let fifo = at("fifo");
         let output = run("hello", &["check", "--user", "root", "--bind", "http:127.0.0.1:0", flag, &fifo]);
@@ -282,7 +282,7 @@ fn a_list_that_is_not_closed_is_one_mistake_with_its_place() {
         "{said}"
     );
     assert!(lines[2..].iter().all(|line| !line.contains("forkyard.toml")), "{said}");
-    // The same if the list is closed later, or never.
+    // The same applies if the list is closed later, or never.
     for (text, place) in [
         ("bind = ['http:127.0.0.1:0'\nallow = ['unix']\n", "before line 2"),
         ("bind = ['http:127.0.0.1:0'\n", "at the end"),
@@ -321,7 +321,7 @@ fn flags_that_run_has_not_are_refused_with_the_reason_and_named_in_the_documenta
     assert!(!said.contains("tip:"), "{said}");
     let named: Vec<&str> = named.into_iter().filter(|flag| !missing.iter().any(|missing| missing == flag)).collect();
     assert!(named.is_empty(), "run has these: {named:?}");
-    // Alone, without a value, and vice versa.
+    // The same for a flag without its value, and for flags that only `run` has.
     complained(
         &run("forkyard", &["run", "--slow-request", "--", "cat"]),
         2,
@@ -344,7 +344,7 @@ fn what_was_probably_meant_is_said() {
     assert!(said.contains(line) || said.contains(&line.replace('\'', "")), "{said}");
     complained(&run("forkyard", &["restart"]), 2, &["'restart'", "'reload' replaces all workers", "'upgrade'"]);
     complained(&run("hello", &["restart"]), 2, &["'restart'", "'reload' replaces all workers"]);
-    // The suggested command is right, wherever the flags and the sub-command were.
+    // The suggested command is right, wherever the flags and the sub-command were given.
     for (name, wrong, right) in [
         ("hello", "--control /x status", "hello status --control /x"),
         ("hello", "--control /x cache purge --tag a", "hello cache purge --control /x --tag a"),
@@ -370,7 +370,7 @@ fn what_was_probably_meant_is_said() {
         assert_eq!(said.matches("tip:").count(), 1, "{said}");
     }
     complained(&run("hello", &["run", "--", "cat"]), 2, &["'forkyard run' runs a program"]);
-    // Nothing to purge, or to release.
+    // A request to purge or release nothing.
     for what in [&[][..], &["--tag", ""], &["--prefix", ""], &[""]] {
         let said = run("hello", &[&["cache", "purge", "--control", "/x"], what].concat());
         complained(&said, 2, if what.is_empty() { &["--tag", "--prefix", "'cache clear'"] } else { &["for '"] });
@@ -448,13 +448,13 @@ fn settings_that_name_one_place_are_all_named_by_check_and_by_a_start_that_makes
         Command::new(program("hello")).arg("--config").arg(path).output_in_time().unwrap()
     };
     complained(&start(&text), 1, &words);
-    // The reason is in the log, which is not one of the files checked here.
+    // The reason is in the log, which is not among the files checked here.
     let log = std::fs::read_to_string(at("real/log")).unwrap();
     assert!(words.iter().all(|word| log.contains(word)), "{log}");
     std::fs::remove_file(at("real/log")).unwrap();
     assert_eq!(before().collect::<Vec<_>>(), ["forkyard.toml", "link", "real"]);
 
-    // A log file that another setting also names is not created; an existing one is left unchanged.
+    // A log file that another setting also names is not created, and an existing one is left unchanged.
     let text = format!("bind = 'fastcgi:unix:{}'\nlog-file = '{}'\n", at("real/x"), at("link/x"));
     complained(&start(&text), 1, &["name the same file"]);
     assert_eq!(before().collect::<Vec<_>>(), ["forkyard.toml", "link", "real"]);
@@ -506,7 +506,7 @@ fn check_finds_that_a_file_system_is_full_and_leaves_nothing_on_it() {
     assert!(nix::unistd::geteuid().is_root(), "this test mounts file systems: run it as root");
     let check = |options: &str, full: bool, arguments: &[&str]| {
         let fill = if full { "head -c 1M /dev/zero > /mnt/fill 2>/dev/null;" } else { "" };
-        // The list at the end shows that no file is left.
+        // The list at the end shows whether a file is left.
         let script = format!(
             "mount -t tmpfs -o {options} tmpfs /mnt && {fill} ls -A /mnt >&2; \"$0\" \"$@\"; code=$?; ls -A /mnt >&2; exit $code"
         );

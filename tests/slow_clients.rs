@@ -1,4 +1,4 @@
-//! Slow clients: thousands of them cost little and do not delay other clients, and each is disconnected after its timeout.
+//! Slow clients: thousands of them use few resources and do not delay other clients, and each is disconnected after its timeout.
 
 #![allow(
     clippy::unwrap_used,
@@ -16,16 +16,16 @@ use common::raw::{self, ALL, Protocol};
 use common::{Server, status_number, wait_until};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// The time between two bytes of a slow client.
+/// The interval between two bytes of a slow client.
 const PACE: Duration = Duration::from_secs(1);
-/// Duration of the measurement, in seconds.
+/// The duration of the measurement, in seconds.
 const ROUNDS: usize = 5;
 
 /// The number of clients that the limits of this machine allow, up to 10,000.
 fn clients() -> usize {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(1 << 16), hard).unwrap();
-    // Each worker may get all clients, and needs descriptors for itself.
+    // One worker may get all clients, and it also needs descriptors for itself.
     let clients = usize::try_from(hard).unwrap_or(usize::MAX).saturating_sub(100).min(10_000);
     assert!(clients >= 4000, "the hard limit of descriptors is {hard}, and this test needs 4100 (ulimit -Hn)");
     clients
@@ -35,7 +35,7 @@ fn memory(server: &Server) -> u64 {
     server.workers().into_iter().map(|worker| status_number(worker, "VmRSS").unwrap()).sum()
 }
 
-/// Thousands of slow clients, each of which has sent `begun`, send a byte per second. Checks the memory in KiB per client.
+/// Thousands of slow clients, each of which has sent `begun`, send a byte per second. Checks the memory per client, in KiB.
 fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
     let most = clients();
     // Opening this many connections can take longer than the timeout for a head.
@@ -149,7 +149,7 @@ fn a_head_that_trickles_is_cut_off() {
         let text = String::from_utf8_lossy(&came);
         match protocol {
             Protocol::Http => assert_eq!(raw::status(&came), Some(408), "{text}"),
-            // There is no request yet that could be answered.
+            // There is no request yet to which the server could respond.
             _ => assert!(came.is_empty(), "{protocol:?}: {text}"),
         }
         wait_for_cut(&server, "sending the head of a request");
@@ -176,7 +176,7 @@ fn a_body_that_trickles_into_a_blocking_function_gives_its_thread_back() {
         let mut stream = raw::connect(&server.binds[0]);
         stream.write_all(&protocol.head("POST", "/count", 1 << 20)).unwrap();
         let trickling = std::thread::spawn(move || trickle(stream));
-        // This request waits for the only thread, and so for the end of the first request.
+        // This request waits for the only thread, and therefore for the end of the first request.
         let next = protocol.head("GET", "/", 0);
         assert_eq!(raw::ask(&mut raw::connect(&server.binds[0]), &next).0, 200, "{protocol:?}");
         assert_eq!(raw::status(&trickling.join().unwrap()), Some(408), "{protocol:?}");
@@ -197,7 +197,7 @@ fn who_reads_nothing_is_cut_off() {
     }
 }
 
-/// The application has finished, and the connection holds the whole response: the connection is not idle.
+/// The application has finished, and the rest of the response waits in the connection, which therefore is not idle.
 #[test]
 fn who_reads_slowly_but_steadily_gets_all() {
     const LENGTH: usize = 16 << 20;
@@ -210,7 +210,7 @@ fn who_reads_slowly_but_steadily_gets_all() {
             let read = stream.read(&mut piece).unwrap();
             assert!(read > 0, "{protocol:?}: {count} bytes came of {LENGTH}");
             count += read;
-            // About four seconds for the whole body, of which the kernel's buffers hold little.
+            // The pause makes the whole body take about four seconds. The kernel's buffers hold little of it.
             std::thread::sleep(Duration::from_micros(15 * read as u64 / 64));
         }
         server.stop();
@@ -228,7 +228,7 @@ fn who_asks_for_nothing_is_cut_off() {
             clients.push(kept);
         }
         if protocol == Protocol::FastCgi {
-            // It goes on after a request that cannot be read.
+            // The connection stays open after a request that cannot be parsed.
             let mut refused = raw::connect(&server.binds[0]);
             assert_eq!(raw::ask(&mut refused, &protocol.head("G(T", "/ok", 0)).0, 400);
             clients.push(refused);

@@ -1,4 +1,4 @@
-//! A stalled upload fails, and affects no other request.
+//! A stalled upload fails, and does not affect any other request.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -32,7 +32,7 @@ fn statuses(directory: &tempfile::TempDir) -> BTreeMap<String, String> {
     lines.lines().map(|line| fields(line).unwrap_or_else(|| panic!("{line}"))).collect()
 }
 
-/// A target whose request blocks until the stream is dropped.
+/// A target whose request blocks until the returned stream is dropped.
 fn gate() -> (String, impl FnOnce() -> TcpStream) {
     let gate = TcpListener::bind("127.0.0.1:0").unwrap();
     let target = format!("/gate/{}", gate.local_addr().unwrap().port());
@@ -168,9 +168,9 @@ fn an_idle_http2_connection_is_told_that_it_ends() {
     assert!(idle.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
     let goaway = idle.next(http2::GOAWAY).unwrap();
     assert_eq!(goaway.payload[4..8], [0; 4], "NO_ERROR");
-    // PINGs are answered until the end.
+    // PINGs are answered until the connection closes.
     assert_eq!(idle.next(http2::DATA + 100).unwrap_err().kind(), ErrorKind::UnexpectedEof);
-    // A connection whose client does not process the GOAWAY ends as well.
+    // A connection whose client does not process the GOAWAY is closed as well.
     let mut deaf = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
     while deaf.frame().is_ok() {}
     server.stop();

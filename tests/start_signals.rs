@@ -1,5 +1,5 @@
-//! Each documented signal at many moments between the start of the program and its end, also as process 1: it has its documented effect,
-//! and leaves no file behind.
+//! Each documented signal at many moments between the start of the program and its exit, also with the server as process 1: the signal has
+//! its documented effect, and no file is left behind.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -21,7 +21,7 @@ use nix::unistd::{Pid, mkfifo};
 use tempfile::TempDir;
 
 const ENDS: [Signal; 3] = [SIGTERM, SIGINT, SIGQUIT];
-/// The log line for the effect of each other signal.
+/// The log line that shows the effect of each other signal.
 const MEANINGS: [(Signal, &str); 5] = [
     (SIGHUP, "reload done"),
     (SIGUSR1, "log files reopened"),
@@ -30,7 +30,7 @@ const MEANINGS: [(Signal, &str); 5] = [
     (SIGTTOU, "is the limit"),
 ];
 
-/// The files of a server, and the FIFOs that block it.
+/// The files of a server, and the FIFOs that hold it up.
 struct Place {
     directory: TempDir,
     as_pid_1: bool,
@@ -81,14 +81,14 @@ impl Place {
         mkfifo(&self.path("stages").join(stage), Mode::S_IRWXU).unwrap();
     }
 
-    /// Waits until a process waits at this stage. The process continues when the returned file is dropped.
+    /// Waits until a process is held at this stage. The process continues when the returned file is dropped.
     fn await_stage(&self, stage: &str) -> File {
         let mut options = File::options();
         options.write(true).custom_flags(libc::O_NONBLOCK);
         wait_until(stage, || options.open(self.path("stages").join(stage)).ok())
     }
 
-    /// Releases the process that waits at this stage, and lets later ones pass.
+    /// Releases the process that is held at this stage, and lets later ones pass.
     fn release(&self, stage: &str, held: File) {
         std::fs::remove_file(self.path("stages").join(stage)).unwrap();
         drop(held);
@@ -138,7 +138,7 @@ impl Running {
         kill(self.master, signal).unwrap();
     }
 
-    /// Checks that the server exits with status 0, and leaves no file.
+    /// Checks that the server exits with status 0 and leaves no file behind.
     fn ends(&mut self, place: &Place, of: &str) {
         let status = self.server.wait_end();
         assert_eq!(status, Some(0), "{of}: the log:\n{}", self.server.log());
@@ -248,7 +248,7 @@ fn signals_in_a_reload_and_an_upgrade_mean_what_they_say() {
             let ends = ENDS.contains(&signal);
             let meaning = MEANINGS.iter().find(|(other, _)| *other == signal).map_or("", |(_, meaning)| meaning);
 
-            // In a reload: a new worker is being started.
+            // During a reload, while a new worker is being started.
             let of = named("in a reload", signal, as_pid_1);
             let place = Place::new(as_pid_1);
             let mut running = place.server();
@@ -267,7 +267,7 @@ fn signals_in_a_reload_and_an_upgrade_mean_what_they_say() {
             }
             running.ends(&place, &of);
 
-            // In the check of an upgrade: the new build preloads.
+            // During the check of an upgrade, while the new build runs its preload.
             let of = named("in the check of an upgrade", signal, as_pid_1);
             let place = Place::new(as_pid_1);
             let mut running = place.server();
@@ -284,7 +284,7 @@ fn signals_in_a_reload_and_an_upgrade_mean_what_they_say() {
             }
             running.ends(&place, &of);
 
-            // In the new build itself, before it has taken over.
+            // In the new build itself, before it takes over.
             let of = named("in the start of a new build", signal, as_pid_1);
             let place = Place::new(as_pid_1);
             let mut running = place.server();

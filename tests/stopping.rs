@@ -1,5 +1,5 @@
-//! Listening sockets when a server stops or is killed: new connections are refused at once, earlier connections are served, and the
-//! address is free for the next start.
+//! Listening sockets when a server stops or is killed: new connections are refused at once, earlier connections are served, and the address
+//! is free for the next start.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -20,7 +20,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-/// Timeouts long enough that a test fails if any process waits for their end.
+/// Timeouts so long that a test fails if any process waits for them to expire.
 const FOR_EVER: [&str; 6] = ["--drain-timeout", "10m", "--start-timeout", "10m", "--workers", "1"];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -95,7 +95,7 @@ impl Place {
         stream
     }
 
-    /// Checks that a connection is refused, within the time of TCP's retransmissions if needed.
+    /// Checks that a connection is refused, if necessary after TCP's retransmissions.
     fn is_refused(&self) {
         let error = self.connect().expect_err("nobody accepts").kind();
         assert!(matches!(error, ErrorKind::ConnectionRefused | ErrorKind::NotFound), "{error}");
@@ -131,7 +131,7 @@ fn a_server_that_stops_refuses_new_connections_at_once_and_finishes_what_it_serv
             server.wait_for("new connections are refused");
             place.is_refused();
             assert!(!place.path("app.sock").exists());
-            // The next server can start while this one finishes.
+            // The next server can start while this one is still draining.
             let mut next = Server::start_command(&mut place.staged(protocol, &FOR_EVER[2..]));
             place.go();
             went(&mut served);
@@ -156,7 +156,7 @@ fn what_is_queued_at_the_stop_is_served_and_then_all_are_refused() {
             server.signal(Signal::SIGTERM);
             server.wait_for("asked to drain");
             if family != Family::Tcp {
-                // On Unix sockets, refusing connections resets no queued connection.
+                // On Unix sockets, refusing new connections does not reset the queued ones.
                 wait_until("it refuses", || place.connect().is_err().then_some(()));
             }
             kill(worker, Signal::SIGCONT).unwrap();
@@ -253,7 +253,7 @@ fn a_reload_refuses_nobody() {
     }
 }
 
-/// The number of listening sockets of a process.
+/// The number of listening sockets that a process holds.
 fn listening(pid: i32) -> usize {
     let table = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/net/{name}")).unwrap_or_default();
     let row = |line: &str| line.split_ascii_whitespace().map(str::to_owned).collect::<Vec<_>>();
@@ -282,7 +282,7 @@ fn a_socket_that_was_passed_to_the_server_goes_on_to_listen() {
         server.wait_for("waits");
         server.signal(signal);
         wait_until("our own address is refused", || own.connect().is_err().then_some(()));
-        // This connection waits for the next start.
+        // This connection waits for the next server.
         let mut waiting = place.send(Protocol::Http, "/until");
         place.go();
         if signal != Signal::SIGINT {
@@ -303,7 +303,7 @@ fn the_address_of_a_killed_master_is_free_at_once_whatever_its_workers_serve() {
         for family in FAMILIES {
             for target in ["/until", "/block"] {
                 if (target, family) == ("/block", Family::Abstract) {
-                    continue; // the kernel holds the name until the event loop gives it up
+                    continue; // the name stays in use until the event loop closes the socket
                 }
                 let place = Place::new(family);
                 let mut killed = Server::start_command(&mut place.staged(protocol, &["--workers", "2"]));
@@ -350,7 +350,7 @@ fn send_to_php(place: &Place) -> UnixStream {
     stream
 }
 
-/// Reads to the end of the page, and closes the connection: php-cgi waits for the close before it accepts again.
+/// Reads to the end of the page, and closes the connection, because php-cgi waits for the close before it accepts again.
 fn php_went(mut stream: UnixStream) {
     read_until(&mut stream, "went");
 }
@@ -508,7 +508,7 @@ fn a_stop_does_not_wait_for_a_worker_that_is_still_starting() {
     }
 }
 
-/// Waits until a process waits at the FIFO. The process continues when the returned file is dropped.
+/// Waits until a process is held at the FIFO. The process continues when the returned file is dropped.
 fn hold(fifo: &Path) -> std::fs::File {
     use std::os::unix::fs::OpenOptionsExt as _;
     let mut options = std::fs::File::options();
@@ -596,7 +596,7 @@ fn the_log_file_tells_of_the_start() {
         let text = std::fs::read_to_string(&log).unwrap();
         assert!(text.contains("asked to drain and stop"), "{text}");
 
-        // The log also contains the reason of a failed start.
+        // The log also contains the reason why a start failed.
         let taken = std::net::TcpListener::bind(&place.address).unwrap();
         let mut failed = Server::launch(&mut place.staged(Protocol::Http, &arguments));
         assert_eq!(failed.wait_end(), Some(1));
@@ -608,8 +608,8 @@ fn the_log_file_tells_of_the_start() {
 
 // ---- processes that do not belong to the server ----
 
-/// An entry script with a background process, which has a child, and with a process that leaves a child behind when `go` exists. The pids
-/// of the three sleeping processes are written to files.
+/// An entry script with a background process that has a child, and with a process that leaves a child behind once `go` exists. The pids of
+/// the three sleeping processes are written to files.
 fn entry_script(directory: &Path, server: &str) -> String {
     let at = |name: &str| directory.join(name).display().to_string();
     let (parent, child, late, go) = (at("parent"), at("child"), at("late"), at("go"));

@@ -21,7 +21,7 @@ fn start() -> Server {
     Server::start("mirror", &["--workers", "1", "--bind", bind])
 }
 
-/// The status of a request with these CGI variables, over FastCGI, SCGI and CGI. Without `REQUEST_METHOD` the method is GET. Without
+/// The statuses of a request with these CGI variables over FastCGI, SCGI and CGI. Without `REQUEST_METHOD` the method is GET. Without
 /// `CONTENT_LENGTH` there is no body; otherwise the body is `12345`.
 fn statuses(server: &Server, variables: &[(&str, &str)]) -> [u16; 3] {
     [over_fastcgi(server, variables), over_scgi(server, variables), over_cgi(variables)]
@@ -67,7 +67,7 @@ fn over_cgi(variables: &[(&str, &str)]) -> u16 {
     command.env_clear().env("GATEWAY_INTERFACE", "CGI/1.1").envs(with_method(variables));
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
-    let _ = std::io::Write::write_all(&mut stdin, body(variables)); // the program may have ended
+    let _ = std::io::Write::write_all(&mut stdin, body(variables)); // the program may have exited
     drop(stdin);
     let output = limit::output_of(child, "the program");
     scgi::Response::parse(&output.stdout).status()
@@ -79,7 +79,7 @@ fn over_http(server: &Server, head: &str) -> u16 {
     client.response(false).unwrap().status
 }
 
-/// Whether the request gets a 200. Otherwise it must get a 400, or a stream reset with PROTOCOL_ERROR.
+/// Whether the request gets a 200. Otherwise it must get a 400, or the stream must be reset with PROTOCOL_ERROR.
 fn is_served_over_http2(server: &Server, head: &[u8]) -> bool {
     let mut client = http2::Client::connect(&server.http()).unwrap();
     client.send(head).unwrap();
@@ -175,7 +175,7 @@ fn a_content_length_that_is_none_is_a_400_over_every_protocol() {
         let variables = [("REQUEST_METHOD", "POST"), ("REQUEST_URI", "/"), ("CONTENT_LENGTH", length)];
         assert_eq!(statuses(&server, &variables), [400; 3], "{length:?}");
     }
-    // lighttpd sends this value for a body of unknown length. As CGI that body has no end.
+    // lighttpd sends this value for a body of unknown length. Over CGI that body has no end.
     let unknown = [("REQUEST_METHOD", "POST"), ("REQUEST_URI", "/"), ("CONTENT_LENGTH", "-1")];
     assert_eq!(statuses(&server, &unknown), [200, 200, 411]);
     server.stop();

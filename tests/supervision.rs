@@ -1,4 +1,4 @@
-//! Reactions of the master and the other workers when a process dies or is asked to exit.
+//! Reactions of the master and of the other workers when a process dies or is asked to exit.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -19,14 +19,14 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&HTTP, arguments].concat())
 }
 
-/// Stops the only worker by SIGSTOP: data sent to it from now on waits in the kernel.
+/// Stops the only worker with SIGSTOP: data sent to it from now on waits in the kernel.
 fn stop_worker(server: &Server) -> Pid {
     let worker = Pid::from_raw(*server.workers().first().unwrap());
     common::stop(worker);
     worker
 }
 
-/// Each client sends a request while the worker is stopped and asked to drain. Then the worker continues, and must answer all requests.
+/// Each client sends a request while the worker is stopped and asked to drain. Then the worker is resumed, and must answer all requests.
 fn drains_with(server: &mut Server, worker: Pid, clients: Vec<Client>) {
     server.signal(Signal::SIGTERM);
     server.wait_for("asked to drain");
@@ -82,7 +82,7 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
         }
         for round in 0..200 {
             let before = good.load(Ordering::Relaxed);
-            // A worker that has exited since it was listed is not killed; another one takes its place in the list.
+            // A worker that has exited since it was listed is not killed; its replacement takes its place in the list.
             let victim = wait_until("there is a worker to kill", || {
                 let victim = *server.workers().iter().nth(round % 2)?;
                 kill(Pid::from_raw(victim), Signal::SIGKILL).ok().map(|()| victim)
@@ -154,7 +154,7 @@ fn term_drains_and_int_does_not() {
         idle.request("GET", "/ok", b"").unwrap();
         let segment = server.segment();
         std::thread::scope(|scope| {
-            // A request that is to be cut off must not end by itself meanwhile.
+            // A request that is to be cut off must not complete by itself before that.
             let target = if answered { "/slow/3000" } else { "/slow/600000" };
             let slow = scope.spawn(move || client.request("GET", target, b""));
             wait_until("it is being served", || {
@@ -183,7 +183,7 @@ fn a_client_that_gave_up_in_the_queue_costs_the_others_nothing() {
     let mut server = crashy(&["--workers", "1"]);
     let worker = stop_worker(&server);
     let gone = Client::connect(&server.http()).unwrap();
-    // The connection ends with a reset, so that accept(2) or getpeername(2) fails.
+    // The connection is closed by a reset, so that accept(2) or getpeername(2) fails.
     setsockopt(gone.stream.get_ref(), sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).unwrap();
     drop(gone);
     let clients = (0..5).map(|_| Client::connect(&server.http()).unwrap()).collect();
@@ -223,7 +223,7 @@ fn hup_replaces_every_worker_and_no_request_fails() {
                     if thread % 3 == 0 {
                         assert_eq!(http::get(address, "/slow/1").unwrap().status, 200);
                     } else if thread % 3 == 1 {
-                        // A kept connection ends with a response that announces the close.
+                        // A kept connection is closed after a response that announces the close.
                         let response = kept.request("GET", "/slow/1", b"").unwrap();
                         assert_eq!(response.status, 200);
                         if response.header("connection") == Some("close") {
@@ -365,14 +365,15 @@ fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
         rows.map(|row| row.in_flight).sum::<u32>()
     };
     std::thread::scope(|scope| {
-        // A worker whose event loop hangs cannot drain; the alarm kills it. The other workers serve the remaining requests.
+        // A worker whose event loop hangs cannot drain, so the alarm kills it. The other workers serve the remaining requests.
         let mut hanging = Client::connect(&address).unwrap();
         let hung = scope.spawn(move || hanging.request("GET", "/hang", b"").unwrap().status);
         wait_until("it hangs", || (in_flight() == 1).then_some(()));
         let slow = scope.spawn({
             let address = address.clone();
             move || {
-                // A connection may wait in the hung worker. That connection is cut, and the request is repeated on another worker.
+                // A connection may be waiting in the hung worker. That connection is cut off, and the request is repeated on another
+                // worker.
                 wait_until("a slow request is answered", || {
                     http::get(&address, "/slow/2000").ok().filter(|slow| slow.status == 200)
                 })
@@ -413,7 +414,7 @@ fn as_pid_1_it_reaps_orphans_and_stops_on_term() {
     }
     command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(program("forkyard"));
     command.args(["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--log-level", "debug"]);
-    // The program leaves an orphan behind and continues.
+    // The program leaves an orphan behind and keeps running.
     command.args(["--", "sh", "-c", "(exit 7 &) ; exec sleep 600"]);
     let mut server = Server::start_command(&mut command);
     let master = *server.children().first().unwrap();

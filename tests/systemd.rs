@@ -17,7 +17,7 @@ use common::{PATIENCE, Server, program, sockets_of};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-/// Receives notifications like the service manager.
+/// Receives notifications in place of the service manager.
 struct Manager {
     _folder: tempfile::TempDir,
     socket: UnixDatagram,
@@ -34,7 +34,7 @@ impl Manager {
         Self { _folder: directory, socket, path, stored: None }
     }
 
-    /// The next message. A descriptor that comes with the message is stored.
+    /// The next message. A descriptor that is attached to the message is stored.
     #[expect(unsafe_code, reason = "what the kernel has just made for us is a number in nix")]
     fn hear(&mut self) -> String {
         let mut text = [0; 4096];
@@ -66,7 +66,7 @@ impl Manager {
     }
 }
 
-/// Starts a program as systemd does: with these descriptors from number 3 on, and with variables that describe them.
+/// Starts a program as systemd does: these descriptors are numbered from 3, and environment variables describe them.
 fn start(name: &str, arguments: &[&str], passed: Vec<(&str, OwnedFd)>, manager: &Manager) -> Server {
     let mut command = Command::new("sh");
     let names: Vec<&str> = passed.iter().map(|(name, _)| *name).collect();
@@ -98,7 +98,7 @@ fn sockets_come_from_systemd_and_names_tell_their_protocols() {
     assert_eq!(client.response(1).unwrap().status(), 200);
     drop(client);
 
-    // The sockets are kept through an upgrade, although they are not passed a second time.
+    // The sockets survive an upgrade, although they are not passed a second time.
     server.signal(Signal::SIGUSR2);
     server.wait_for("upgraded version=");
     server.wait_for("reload done");
@@ -198,7 +198,7 @@ fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
     assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page);
     server.stop();
 
-    // The stored memory is not used: it must be released.
+    // The stored memory is not used, so it must be released.
     for _ in 0..2 {
         manager.wait_for("STOPPING=1");
     }
@@ -209,7 +209,7 @@ fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
     assert!(server.log().contains("what systemd kept of a cache was dropped"), "{}", server.log());
     server.stop();
 
-    // A changed memory layout: the stored memory is dropped, and the log reports that.
+    // After a change of the memory layout, the stored memory is dropped, and the log reports that.
     let larger = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "4M"];
     let mut server = start("pages", &larger, vec![("forkyard-segment", again)], &manager);
     assert!(server.log().contains("what systemd kept was dropped"), "{}", server.log());
@@ -223,7 +223,7 @@ fn what_is_the_masters_is_not_in_a_programs_environment() {
     let directory = tempfile::tempdir().unwrap();
     let (out, socket) = (directory.path().join("variables"), directory.path().join("a.sock"));
     let bind = format!("fastcgi:unix:{}", socket.display());
-    // The rename makes the file appear complete.
+    // The rename ensures that the file is complete when it appears.
     let script = format!("env > {0}.new; mv {0}.new {0}; exec sleep 600", out.display());
     let run = ["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--", "sh", "-c", &script];
     let mut server = start("forkyard", &run, Vec::new(), &manager);

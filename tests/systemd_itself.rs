@@ -1,8 +1,8 @@
 //! Tests the unit files in scripts/systemd under systemd itself: a manager in its own namespaces and control group, isolated from this
-//! machine. `tests/programs/systemd.sh` runs inside.
+//! machine. `tests/programs/systemd.sh` runs inside these namespaces.
 //!
-//! The test needs root, and a writable control group hierarchy of version 2, which some containers lack. In that case the test reports
-//! what it has tried. Any other problem is a failure.
+//! The test needs root, and a writable control group hierarchy of version 2, which some containers lack. In that case the test reports what
+//! it has tried, and passes. Any other problem is a failure.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -15,7 +15,7 @@ use std::process::{Command, Stdio};
 use common::limit::InTime as _;
 use common::{program, wait_until};
 
-/// Prints a line that is shown even if the test passes, unlike the output of `eprintln!`.
+/// Prints a line that is shown even if the test passes, unlike `eprintln!`.
 fn say(text: &str) {
     std::io::stderr().write_all(format!("systemd_itself: {text}\n").as_bytes()).unwrap();
 }
@@ -73,7 +73,8 @@ fn the_unit_files_do_what_they_promise() {
     let (pages, crashy) = (program("pages"), program("crashy"));
     let programs = pages.parent().filter(|directory| crashy.starts_with(directory)).unwrap();
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // Everything stays inside the group. All processes in the pid namespace end with its first process, which ends with the test.
+    // Everything stays inside the group. When the first process of the pid namespace dies, which it does with the test, all others are
+    // killed.
     let script = "echo $$ > \"$1\" || exit; shift; exec setpriv --pdeathsig KILL \
                   unshare --mount --pid --fork --kill-child --cgroup bash tests/programs/systemd.sh \"$@\"";
     let output = Command::new("sh")

@@ -1,5 +1,5 @@
-//! The example `ticker` in a real browser, behind real web servers: prices arrive at once, by EventSource or by polling. When the worker
-//! that serves them is killed, the page continues; no event is lost or delivered twice.
+//! The example `ticker` in a real browser, behind real web servers: prices arrive at once, by EventSource or by long polling. When the
+//! worker that serves them is killed, the page keeps receiving them; no event is lost or delivered twice.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
 
@@ -56,7 +56,7 @@ fn prices_go_on(front: Front, script: &str, by: &str) {
     browser.wait_for("window.ticker && ticker.ids.length >= 3");
     assert_eq!(browser.evaluate("ticker.by"), by);
     assert!(browser.evaluate("document.querySelectorAll('td.price').length") == 6);
-    // Kills every worker in turn, including the worker that serves the page and the worker that makes the prices.
+    // Kill every worker in turn, including the one that serves the page and the one that generates the prices.
     for _ in 0..3 {
         for worker in server.workers() {
             kill_one(server, worker);
@@ -88,7 +88,7 @@ fn behind_lighttpd_the_page_goes_on_when_its_worker_is_killed() {
     prices_go_on(LIGHTTPD_EVENTS, "", "EventSource");
 }
 
-/// The two ways in docs/events.md for a page to subscribe.
+/// The two ways for a page to subscribe, from docs/events.md.
 #[test]
 fn the_documents_scripts_get_what_is_published_whatever_is_in_it() {
     const DOCUMENT: &str = include_str!("../docs/events.md");
@@ -100,7 +100,7 @@ fn the_documents_scripts_get_what_is_published_whatever_is_in_it() {
     browser.open(&format!("http://{}/who", server.http()));
     browser.wait_for("document.readyState === 'complete'");
     browser.evaluate("window.polled = []; window.pushed = []; console.log = data => pushed.push(data)");
-    // The application's path and topic.
+    // The path and topic of the application under test.
     let by_event_source = by_event_source.replace("\"/events\"", "\"/events?topics=news\"");
     browser.evaluate(&format!("{by_event_source}; window.source = source"));
     browser.evaluate(&format!(

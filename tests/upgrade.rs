@@ -1,4 +1,4 @@
-//! USR2: the master executes a new build of its program, without an effect on clients.
+//! USR2: the master executes a new build of its program, without affecting clients.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -31,9 +31,9 @@ impl Place {
         self.directory.path().join("app")
     }
 
-    /// Installs like a package manager: writes the new file under another name, then renames it over the old one. Another process writes
-    /// the file: a child that a concurrent test forks inherits this process's open files, and while the file is open for writing,
-    /// executing it fails ("text file busy").
+    /// Installs like a package manager: writes the new file under another name, then renames it over the old one. A separate process writes
+    /// the file, because a child that a concurrent test forks would inherit this process's open files, and executing a file that is open
+    /// for writing fails ("text file busy").
     fn put(&self, source: &Path, mode: u32) {
         let new = self.directory.path().join("app.new");
         assert!(Command::new("cp").arg(source).arg(&new).status_in_time().unwrap().success());
@@ -198,7 +198,7 @@ fn a_cache_of_another_size_begins_empty_and_says_so() {
     server.wait_for("reload done");
     let now = server.renewed(2, &old);
     assert_ne!(http::get(&address, "/page/7").unwrap().text(), page, "it is rendered again");
-    // The next upgrade executes the wrapper.
+    // The next upgrade executes the wrapper script.
     upgrade(&mut server);
     server.renewed(2, &now);
     server.stop();
@@ -253,7 +253,7 @@ fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
     let place = Place::with("hello");
     let mut server = place.start(&ARGUMENTS);
     let mut old = server.workers();
-    // If the script received its own flag again as an argument, the duplicate would be an error.
+    // If the script received its own flag as an argument as well, the duplicate would be an error.
     let text = "#!/bin/sh\nprintf 'a line without an end: ' >&2; exec";
     let text = format!("{text} {} --drain-timeout 5s \"$@\"\n", program("crashy").display());
     place.script(&text, 0o755);
@@ -312,7 +312,7 @@ fn a_state_that_cannot_be_written_prevents_an_upgrade_and_is_named() {
     };
     let descriptors = descriptors_of(server.pid().as_raw());
     set_limit("100:");
-    // Set once before the check and once after the check, because the check itself lowers the limit.
+    // The first time, the limit applies before the check. The second time, the script in place of the program lowers it during the check.
     let text = format!("#!/bin/sh\nprlimit --pid $PPID --fsize=100:\nexec {} \"$@\"\n", program("hello").display());
     for is_checked in [false, true] {
         server.signal(Signal::SIGUSR2);
@@ -374,11 +374,11 @@ fn twenty_upgrades_under_load_leave_nothing_behind() {
             upgrade(&mut server);
             server.renewed(2, &old);
             wait_until("requests are answered", || (count.load(Ordering::Relaxed) > before + 5).then_some(()));
-            // The first upgrade closes descriptors left open by the test's own parent.
+            // The first upgrade closes the descriptors that the test's own parent has left open.
             least = least.min(descriptors_of(server.pid().as_raw()));
         }
     });
-    // A dead worker's pipe is closed a moment after the worker's pid is gone; a leaked descriptor is never closed.
+    // A dead worker's pipe is closed a moment after its pid is gone; a leaked descriptor is never closed.
     wait_until("no more descriptors are open than at the least", || {
         (descriptors_of(server.pid().as_raw()) <= least).then_some(())
     });
@@ -424,7 +424,7 @@ fn what_died_during_an_upgrade_is_reaped_and_replaced() {
 fn a_program_and_its_output_outlive_the_upgrade_of_what_runs_it() {
     let place = Place::with("forkyard");
     let bind = format!("fastcgi:unix:{}", place.directory.path().join("a.sock").display());
-    // The worker's last output arrives after the upgrade, through a pipe that was created before.
+    // The worker's last output arrives after the upgrade, through a pipe that was created before it.
     let text = "trap 'echo parting words; exit' TERM; while :; do sleep 0.01; done";
     let run = ["run", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--", "sh", "-c", text];
     let mut server = place.start(&run);

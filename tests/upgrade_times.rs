@@ -1,4 +1,4 @@
-//! Times of processes go on while an upgraded master runs its `preload`, before it takes the processes over.
+//! Timers of processes keep running while an upgraded master runs its `preload`, before it takes over the processes.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -16,7 +16,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use tempfile::TempDir;
 
-/// A server whose stages can be held up: see `examples/staged.rs`.
+/// A server whose startup stages can be held up: see `examples/staged.rs`.
 struct Staged {
     server: Server,
     stages: TempDir,
@@ -38,27 +38,27 @@ impl Staged {
         mkfifo(&self.stage(stage), Mode::S_IRWXU).unwrap();
     }
 
-    /// Returns when a process waits at the stage. The process continues when the result is dropped.
+    /// Returns when a process is held at the stage. The process continues when the result is dropped.
     fn held(&self, stage: &str) -> File {
         let mut options = File::options();
         options.write(true).custom_flags(libc::O_NONBLOCK);
         wait_until(stage, || options.open(self.stage(stage)).ok())
     }
 
-    /// Lets the process that waits at the stage continue, and no other process wait there.
+    /// Lets the process that is held at the stage continue, and no other process stop there.
     fn release(&self, stage: &str, held: File) {
         std::fs::remove_file(self.stage(stage)).unwrap();
         drop(held);
     }
 
-    /// Begins an upgrade. Returns when the new build's check is in its `preload`.
+    /// Begins an upgrade. Returns when the check of the new build is in its `preload`.
     fn begin_upgrade(&self) -> File {
         self.hold("preload");
         self.server.signal(Signal::SIGUSR2);
         self.held("preload")
     }
 
-    /// Ends the check. Returns when the new master is in its `preload`.
+    /// Completes the check. Returns when the new master is in its `preload`.
     fn enter_new_master(&self, check: File) -> File {
         drop(check);
         self.server.logged("upgrade: becoming");
@@ -87,7 +87,7 @@ fn the_time_of_a_job_and_the_age_of_a_worker_go_on() {
     let mut staged = Staged::start(&["--cron", "j=* * * * * *=sleep 600", "--cron-timeout", "2s"]);
     let check = staged.begin_upgrade();
     let worker = staged.server.workers().first().unwrap().to_string();
-    // A job that has just started: it lives at the exec.
+    // A job that has just started, and that is still running at the exec.
     let runs = || staged.server.log().matches("cron started name=j").count();
     let before = runs();
     wait_until("the job starts again", || (runs() > before).then_some(()));

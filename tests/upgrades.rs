@@ -28,7 +28,7 @@ fn websocket(server: &Server) -> WebSocket<TcpStream> {
     tungstenite::client(format!("ws://{}/ws", server.http()), stream).unwrap().0
 }
 
-/// Requests an upgrade, with `early` directly after the request, and reads the head of the response.
+/// Requests an upgrade, with the bytes of `early` directly after the request, and reads the head of the response.
 fn upgrade(server: &Server, target: &str, early: &str) -> (u16, TcpStream) {
     let mut client = http::Client::connect(&server.http()).unwrap();
     let request = format!("GET {target} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n{early}");
@@ -61,7 +61,7 @@ fn echoes(stream: &mut TcpStream, text: &str) {
     assert_eq!(echo, text.as_bytes());
 }
 
-/// The scoreboard row of the only worker: its connections, and the streams among its requests.
+/// The only worker's row in the scoreboard: its connections, and the streams among its requests.
 fn counts(server: &Server) -> (u32, u32) {
     let row = server.segment().scoreboard().read(0).expect("it has a row");
     (row.connections, row.streams)
@@ -123,7 +123,7 @@ fn any_protocol_can_be_switched_to_and_each_direction_ends_by_itself() {
         stream.read_to_string(&mut echo).unwrap();
         assert!(echo == long, "{} bytes", echo.len());
     });
-    // A client that leaves at once.
+    // A client that disconnects at once.
     drop(upgrade(&server, "/upgrade", ""));
     wait_until("they are over", || (counts(&server) == (0, 0)).then_some(()));
     server.stop();
@@ -187,7 +187,7 @@ fn an_upgrade_begins_behind_the_body_of_its_request() {
         (chunked.to_owned(), "5\r\nhello\r\n0\r\n\r\n", &[101]),
         (format!("{length}{expect}"), "hello", &[100, 101]),
         (format!("{chunked}{expect}"), "5\r\nhello\r\n0\r\n\r\n", &[100, 101]),
-        // What comes behind such a body would not be known to be the other protocol.
+        // After such a body, it is unknown where the other protocol begins.
         (chunked.to_owned(), "x\r\n", &[400]),
         (length.to_owned(), "", &[400]),
         (format!("{length}{expect}"), "hell", &[100, 400]),
@@ -306,7 +306,7 @@ fn the_timeouts_of_requests_are_not_those_of_an_upgraded_connection() {
     let mut server = start("scenarios", &short);
     let (_, mut upgraded) = upgrade(&server, "/upgrade", "");
     for round in 0..2 {
-        // The end of an idle connection marks the time.
+        // The closing of an idle connection marks the time.
         let mut idle = http::Client::connect(&server.http()).unwrap();
         idle.request("GET", "/empty", b"").unwrap();
         assert_eq!(idle.stream.read(&mut [0]).unwrap(), 0);
@@ -332,7 +332,7 @@ fn an_upgrade_is_the_last_request_that_a_connection_may_have() {
     server.stop();
 }
 
-/// A client's frame, masked with a zero mask.
+/// A frame from a client, masked with a zero mask.
 fn masked(text: &str) -> Vec<u8> {
     [&[0x81, 0x80 | u8::try_from(text.len()).unwrap(), 0, 0, 0, 0][..], text.as_bytes()].concat()
 }
@@ -352,12 +352,12 @@ fn a_websocket_over_http_2() {
     client.send(&http2::frame(http2::DATA, 0, 1, &masked("hello"))).unwrap();
     assert_eq!(client.next(http2::DATA).unwrap().payload, b"\x81\x05hello");
     assert_eq!(counts(&server), (1, 1));
-    // Other streams on the connection are not affected, and do not affect the tunnel.
+    // Other streams on the connection are not affected by the tunnel, and do not affect it.
     client.send(&http2::head(3, http2::END_STREAM, "GET", "/", &[])).unwrap();
     assert_eq!(client.next(http2::HEADERS).unwrap().stream, 3);
     client.send(&http2::frame(http2::DATA, 0, 1, &masked("again"))).unwrap();
     while client.next(http2::DATA).unwrap().payload != b"\x81\x05again" {}
-    // The worker exits: the application sends a close frame, and the stream ends.
+    // When the worker exits, the application sends a close frame and the stream ends.
     server.signal(Signal::SIGTERM);
     let goodbye = client.next(http2::DATA).unwrap();
     assert_eq!((goodbye.stream, &goodbye.payload[2..4]), (1, &1001_u16.to_be_bytes()[..]));

@@ -1,7 +1,7 @@
 //! Forkyard behind real web servers and with real clients: crashes, panics, the shared cache and many concurrent requests, with the
 //! examples `pages` and `crashy` over FastCGI; `cgi-fcgi`; curl. tests/scenarios covers single requests and responses.
 //!
-//! The checks are the same for each web server: the list is at the end of this file's first part.
+//! The checks are the same for each web server: the list is at the end of the first part of this file.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
@@ -67,13 +67,13 @@ impl Clients {
 
 // ---- checks that are the same for each web server ----
 
-/// Random bytes, in which each piece of a given length is unique.
+/// Random bytes, so that no slice of sufficient length occurs twice.
 fn some_bytes(length: usize) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(7);
     std::iter::repeat_with(|| random.u8(..)).take(length).collect()
 }
 
-/// The log names the request as the client sent it, with its query.
+/// The log shows the request as the client sent it, with its query.
 fn a_panic_costs_one_response(site: &mut Site) {
     let workers = site.crashy.workers();
     for round in 0..4 {
@@ -108,9 +108,9 @@ fn pid_in(text: &str) -> i32 {
     digits.parse().unwrap()
 }
 
-/// Both workers answer requests through the web server. A worker with more load leaves connections to the other one, so with several
+/// Both workers answer requests through the web server. A worker with more load leaves connections to the other one, so under several
 /// concurrent clients both workers soon answer. If all clients share one multiplexed connection (`option max-reqs 64` for HAProxy), this
-/// needs more clients than one connection carries.
+/// takes more clients than one connection carries.
 fn both_workers_answer(site: &mut Site) {
     let workers = site.pages.workers();
     assert_eq!(workers.len(), 2);
@@ -137,13 +137,13 @@ fn both_workers_answer(site: &mut Site) {
     panic!("of the workers {workers:?} only {seen:?} have answered");
 }
 
-/// A kept connection to each worker, without the web server.
+/// A kept connection to each worker, not through the web server.
 fn connections_to_both(site: &Site) -> BTreeMap<i32, fastcgi::Client> {
     let (mut by_worker, mut others) = (BTreeMap::new(), Vec::new());
     for _ in 0..200 {
         let mut client = fastcgi::Client::connect(&site.pages.binds[0]).unwrap();
         let pid = pid_in(&String::from_utf8_lossy(client.request("GET", "/who", b"").unwrap().body()));
-        // Both connections stay open: the worker with fewer connections accepts the next one.
+        // Both connections stay open, because the worker with fewer connections accepts the next one.
         others.extend(by_worker.insert(pid, client));
         if by_worker.len() == 2 {
             return by_worker;
@@ -162,7 +162,7 @@ fn renderer(page: &[u8]) -> i32 {
     pid_in(&String::from_utf8_lossy(page))
 }
 
-/// A page rendered by one worker is served by the other worker and to the web server's clients, until it is purged.
+/// A page rendered by one worker is served by the other worker, and through the web server, until it is purged.
 fn a_page_is_shared_and_purged(site: &mut Site) {
     let mut workers = connections_to_both(site);
     let pids: Vec<i32> = workers.keys().copied().collect();
@@ -196,7 +196,7 @@ fn a_page_outlives_its_worker(site: &mut Site) {
     assert_ne!(renderer(&anew), dead);
 }
 
-/// 300 sequential requests on one connection, concurrent with eight clients: each gets the right response.
+/// 300 consecutive requests on one connection, concurrent with eight clients: each gets the right response.
 fn many_requests_at_once(site: &mut Site) {
     let clients = &site.clients;
     let one_client = |count: usize| {
@@ -248,7 +248,7 @@ fn nginx_passes_the_news_of_a_response_that_breaks_off() {
     }
 }
 
-/// lighttpd queries the application as an authorizer before it serves a file.
+/// lighttpd asks the application, as an authorizer, before it serves a file.
 #[test]
 fn lighttpd_has_an_authorizer() {
     let site = fronts::Site::start(fronts::LIGHTTPD_AUTHORIZER, "roles");
@@ -261,7 +261,7 @@ fn lighttpd_has_an_authorizer() {
     assert_eq!(ask("/file?user=ann"), (200, "for friends\n".to_owned()));
 }
 
-/// Connections that the web server wants to keep are kept, and all others are closed, as the number of the workers' sockets shows.
+/// Connections that the web server wants to keep stay open, and all others are closed. The number of the workers' sockets shows this.
 fn connections_are_kept_if_that_was_asked(site: &mut Site, front: Front) {
     let sockets = || site.pages.workers().into_iter().map(common::sockets_of).sum::<usize>();
     let before = sockets();
@@ -351,12 +351,12 @@ fn cgi_fcgi_is_a_client() {
         assert_eq!(status, "Status: 200 OK");
         assert!(echo == body, "{} bytes came back of {length}", echo.len());
     }
-    // A call without variables, as in a health check, has no method.
+    // A call without variables, like a health check, has no method.
     assert_eq!(ask(&[], b"").0, "Status: 400 Bad Request");
     drop(crashy);
 }
 
-/// curl's result: the version and status of the response, and the body.
+/// The result of curl: the version and status of the response, and the body.
 fn curl(arguments: &[&str], url: &str, input: &[u8]) -> (String, Vec<u8>) {
     let mut command = Command::new("curl");
     command.args(["-q", "--silent", "--show-error", "--noproxy", "*", "--write-out", "\n%{http_version} %{http_code}"]);

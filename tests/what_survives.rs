@@ -1,5 +1,5 @@
-//! Tests each line of "Crash tolerance" in `docs/architecture.md`: the effects of a death on the rest of the system. Other files test the
-//! details: `no_request_lost.rs` for reloads, upgrades, scaling and recycling under load; `slow_clients.rs` for slow clients;
+//! Tests each line of "Crash tolerance" in `docs/architecture.md`: the effects of a process's death on the rest of the system. Other files
+//! test the details: `no_request_lost.rs` for reloads, upgrades, scaling and recycling under load; `slow_clients.rs` for slow clients;
 //! `events_publish.rs` for the relay; `killed_master.rs` for the programs of a killed master and for the guard.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
@@ -46,7 +46,7 @@ fn a_worker_panics_in_one_request() {
         assert_eq!(http::get(&address, "/panic").unwrap().status, 500);
         assert_eq!(beside.join().unwrap(), 200, "the request beside it is unharmed");
     });
-    server.has_only(&workers); // the worker lives
+    server.has_only(&workers); // the worker is still alive
     server.stop();
 }
 
@@ -78,8 +78,8 @@ fn a_worker_is_killed_or_segfaults() {
 
 #[test]
 fn a_worker_dies_holding_a_lock_in_shared_memory() {
-    // Quarantine is off: where only the machine-wide count of OOM kills is available, an OOM kill in another test would make these deaths
-    // count against the request.
+    // Quarantine is off, because where only the machine-wide count of OOM kills is available, an OOM kill in another test would make these
+    // deaths count against the request.
     let arguments = ["--workers", "2", "--cache", "2M", "--respawn-rate", "1000", "--quarantine", "0"];
     let mut server = Server::start("pages", &[&HTTP[..], &arguments].concat());
     let (address, segment) = (server.http(), server.segment());
@@ -92,7 +92,7 @@ fn a_worker_dies_holding_a_lock_in_shared_memory() {
         });
         let board = segment.scoreboard();
         while !asking.is_finished() {
-            // Only a ready worker is killed: deaths before readiness trigger the circuit breaker, and its delays.
+            // Only a ready worker is killed, because deaths before readiness trigger the circuit breaker and its delays.
             let ready = (0..2).filter_map(|slot| board.read(slot)).find(|row| row.state == State::Ready);
             if let Some(worker) = ready.map(|row| i32::try_from(row.pid).unwrap()) {
                 let _ = kill(Pid::from_raw(worker), Signal::SIGKILL); // the worker may be dead already
@@ -140,8 +140,8 @@ fn all_workers_crash_at_start() {
     for failures in 1..=5 {
         server.wait_for(&format!("{failures} in a row"));
     }
-    // The master waits 1600 ms now. The processor time of a master that did not sleep would depend on the load of the machine, so it is
-    // compared with a thread that does not sleep.
+    // The master now waits for 1600 ms. The processor time of a master that did not sleep would depend on the load of the machine, so it is
+    // compared with that of a thread that does not sleep.
     let (before, over) = (cpu_time_ns(server.pid()), AtomicBool::new(false));
     let spun = std::thread::scope(|scope| {
         let spinning = scope.spawn(|| {
@@ -157,7 +157,7 @@ fn all_workers_crash_at_start() {
     });
     let used = cpu_time_ns(server.pid()) - before;
     assert!(used < spun / 4, "the master used {used} ns while a thread that never sleeps got {spun} ns");
-    // So far 100, 200, 400, 800 and 1600 ms have passed. After the first four deaths, only one worker was started at a time.
+    // The delays so far were 100, 200, 400, 800 and 1600 ms. After the first four deaths, only one worker was started at a time.
     let log = server.log();
     let forks = log.split(" 6 in a row").next().unwrap().matches("worker died").count();
     assert!(forks <= 4 + 5, "{forks} forks");
@@ -182,7 +182,7 @@ fn sighup_with_a_build_that_does_not_start() {
     let refused = reload();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(1) && said.contains("broken on purpose"), "{said}");
-    server.has_only(&workers); // the old ones stay
+    server.has_only(&workers); // the old workers stay
     std::fs::remove_file(&broken).unwrap();
     assert_eq!(reload().status.code(), Some(0));
     server.stop();
@@ -223,7 +223,7 @@ fn descriptors_run_out() {
         client.stream.get_mut().write_all(b"GET /ok HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     }
     server.wait_for("accepting pauses until it can go on");
-    // Each worker that exits makes room for a waiting client; no request is lost.
+    // Each worker that exits makes room for a waiting client, and no request is lost.
     for mut client in clients {
         assert_eq!(client.response(false).unwrap().status, 200);
     }
@@ -240,7 +240,7 @@ fn a_power_cut() {
     let mut server = Server::start("pages", &arguments);
     assert_eq!(http::get(&server.http(), "/page/1").unwrap().status, 200);
     let ours: Vec<i32> = server.children().into_iter().collect();
-    // All processes are killed at once, without a chance to log.
+    // All processes are killed at once, without a chance to log anything.
     for pid in [server.pid()].into_iter().chain(ours.iter().map(|&pid| Pid::from_raw(pid))) {
         let _ = kill(pid, Signal::SIGKILL);
     }

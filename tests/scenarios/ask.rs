@@ -7,27 +7,27 @@ use std::time::Duration;
 
 use crate::common::accepted;
 
-/// The size of a piece that is written or read at a time.
+/// The number of bytes that are written or read at a time.
 pub(crate) const PIECE: usize = 64 << 10;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Ask {
     pub(crate) method: &'static str,
-    /// `{gate}` stands for the port of a [`Gate`].
+    /// `{gate}` is replaced by the port of a [`Gate`].
     pub(crate) target: String,
     pub(crate) headers: Vec<(&'static str, &'static [u8])>,
     pub(crate) body: Sent,
     pub(crate) pace: Pace,
-    /// The client connected over TLS. Only protocols with CGI variables can report this to the server.
+    /// Whether the client connected over TLS. Only protocols with CGI variables can report this to the server.
     pub(crate) is_tls: bool,
 }
 
 #[derive(Clone, Debug)]
 pub(crate) enum Sent {
     Nothing,
-    /// With its length announced.
+    /// The length is announced.
     Known(Arc<[u8]>),
-    /// In chunks.
+    /// The body is sent in chunks.
     Chunked(Arc<[u8]>),
 }
 
@@ -51,7 +51,7 @@ impl Sent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pace {
     Even,
-    /// Sends the request in 50 pieces.
+    /// Sends the request in 50 parts.
     SlowSender,
     SlowReader,
     /// Over HTTP: sends the body only after the server's 100 Continue.
@@ -85,7 +85,7 @@ impl Reply {
 
 const XS: [u8; 4096] = [b'x'; 4096];
 
-/// The body of a response. If all bytes are `x`, only the length is kept.
+/// The body of a response. If all bytes are `x`, only the length is stored.
 #[derive(Debug, Default)]
 pub(crate) struct Taken {
     pub(crate) length: u64,
@@ -101,7 +101,7 @@ impl Taken {
     pub(crate) fn add(&mut self, piece: &[u8]) -> io::Result<()> {
         let before = usize::try_from(self.length).map_err(io::Error::other)?;
         self.length += piece.len() as u64;
-        // Compared in pieces: byte by byte, a response of 4 GiB takes minutes in a test that is not optimized.
+        // Whole slices are compared, because a comparison byte by byte takes minutes for a response of 4 GiB in an unoptimized test.
         let is_all_x = || piece.chunks(XS.len()).all(|piece| Some(piece) == XS.get(..piece.len()));
         if self.is_all_x && !is_all_x() {
             self.bytes.resize(before, b'x');
@@ -114,7 +114,7 @@ impl Taken {
     }
 }
 
-/// Reads a body, at the client's pace. Opens the gate when the first bytes have arrived.
+/// Reads a body at the client's pace. Opens the gate once the first bytes have arrived.
 pub(crate) fn take(from: &mut impl Read, pace: Pace, gate: &mut Gate) -> io::Result<Taken> {
     let mut taken = Taken::nothing();
     let mut buffer = vec![0; PIECE];
@@ -131,7 +131,7 @@ pub(crate) fn take(from: &mut impl Read, pace: Pace, gate: &mut Gate) -> io::Res
     }
 }
 
-/// Sends a request, at the client's pace. Write errors are ignored: a server may respond and close before it has read everything.
+/// Sends a request at the client's pace. Write errors are ignored, because a server may respond and close before it has read everything.
 pub(crate) fn give(to: &mut impl Write, bytes: &[u8], pace: Pace) {
     let piece = if pace == Pace::SlowSender { bytes.len().div_ceil(50).max(1) } else { PIECE };
     for piece in bytes.chunks(piece) {
@@ -144,7 +144,7 @@ pub(crate) fn give(to: &mut impl Write, bytes: &[u8], pace: Pace) {
     }
 }
 
-/// Blocks the application in mid-response: it connects to the gate, and continues when the connection is closed.
+/// Holds up the application in mid-response: it connects to the gate, and continues when the connection is closed.
 #[derive(Debug)]
 pub(crate) struct Gate(Option<TcpListener>);
 

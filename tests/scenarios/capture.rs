@@ -1,5 +1,5 @@
-//! Captures the exact bytes that each web server sends to a FastCGI or SCGI application. The test reads the request piece by piece and
-//! writes the response itself. With `CAPTURE_SEEDS=DIRECTORY` in the environment (scripts/capture-seeds) the bytes are stored there.
+//! Captures the exact bytes that each web server sends to a FastCGI or SCGI application. The test itself reads the request and writes the
+//! response. If `CAPTURE_SEEDS=DIRECTORY` is in the environment (scripts/capture-seeds), the bytes are stored in that directory.
 
 use std::fs::{self, Permissions};
 use std::io::{self, Read, Write as _};
@@ -17,9 +17,9 @@ use crate::http::Connection;
 
 const ANSWER: &[u8] = b"Status: 200 OK\r\nContent-Length: 3\r\n\r\nok\n";
 
-/// Reads, and records the bytes.
+/// A connection that records the bytes it reads.
 struct Recorder {
-    /// May be a TCP socket: reading and writing use the same system calls.
+    /// This may be a TCP socket, because reading and writing use the same system calls.
     stream: UnixStream,
     bytes: Vec<u8>,
 }
@@ -42,7 +42,7 @@ impl Recorder {
         Ok((header[1], number(2), content))
     }
 
-    /// Like [`Recorder::serve`], for SCGI. Zero bytes separate the parameters.
+    /// Like [`Recorder::serve`], for SCGI. NUL bytes separate the parameters.
     fn serve_scgi(&mut self) -> io::Result<(Vec<u8>, Vec<u8>)> {
         let mut length = 0;
         loop {
@@ -110,7 +110,7 @@ enum Backend {
 }
 
 impl Backend {
-    /// A Unix socket in `directory`, or a TCP port for mod_proxy_scgi, which supports no Unix sockets here.
+    /// A Unix socket in `directory`, or a TCP port for mod_proxy_scgi, which does not support Unix sockets here.
     fn new(front: Front, directory: &Path) -> (Self, String) {
         if front == fronts::APACHE_SCGI {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -147,7 +147,7 @@ fn capture(front: Front) {
             let client = scope.spawn(|| Connection::open(&site.address)?.ask(&ask, &mut Gate::none()));
             let mut recorder = backend.accept();
             let (params, body) = if is_scgi { recorder.serve_scgi() } else { recorder.serve() }.unwrap();
-            // If the connection were kept, the web server would use it for the next case, where the test does not read it.
+            // If the connection were kept, the web server would use it for the next case, but nothing would read it.
             drop(recorder.stream);
             let (reply, _) = client.join().unwrap().unwrap();
             assert_eq!((reply.status, reply.body.bytes.as_slice()), (200, &b"ok\n"[..]), "{front}, {name}");

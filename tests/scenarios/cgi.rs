@@ -1,4 +1,4 @@
-//! Clients for the protocols with CGI variables (RFC 3875): they send what a web server sends, and parse responses as a web server does.
+//! Clients for the protocols with CGI variables (RFC 3875). They send what a web server sends, and parse responses as a web server does.
 
 use std::ffi::OsStr;
 use std::io::{self, BufReader, Read};
@@ -45,7 +45,7 @@ pub(crate) fn variables(ask: &Ask) -> Variables {
             "Content-Type" => "CONTENT_TYPE".to_owned(),
             name => format!("HTTP_{}", name.to_ascii_uppercase().replace('-', "_")),
         };
-        // Several headers with the same name form one variable (4.1.18).
+        // Multiple headers with the same name form one variable (4.1.18).
         match all.iter_mut().find(|(other, _)| *other == name) {
             Some((_, before)) => before.extend([glue, value].concat()),
             None => all.push((name, value.to_vec())),
@@ -103,7 +103,7 @@ impl FastCgi {
         Ok(Self { stream })
     }
 
-    /// The response. The connection stays open if `keep`, and must be closed otherwise.
+    /// The response. If `keep`, the connection stays open; otherwise the server must close it.
     pub(crate) fn ask(mut self, ask: &Ask, gate: &mut Gate, keep: bool) -> io::Result<(Reply, Option<Self>)> {
         let pairs: Vec<u8> = variables(ask).iter().flat_map(|(name, value)| pair(name, value)).collect();
         let mut sent = [begin(1, 1, keep), record(PARAMS, 1, &pairs, 0), record(PARAMS, 1, b"", 0)].concat();
@@ -154,7 +154,7 @@ impl Scgi {
         std::thread::scope(|scope| {
             scope.spawn(|| give(&mut to, &sent, ask.pace));
             let reply = reply(&mut self.stream, ask, gate);
-            let _ = self.stream.shutdown(Shutdown::Both); // ends the sending thread once the response has arrived
+            let _ = self.stream.shutdown(Shutdown::Both); // stops the sending thread once the response has arrived
             reply
         })
     }

@@ -1,4 +1,4 @@
-//! Sends one table of requests over each protocol directly, and behind each web server in each configuration of docs/web-servers.md.
+//! Sends one table of requests over each protocol, directly and behind each web server in each configuration of docs/web-servers.md.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
@@ -23,10 +23,10 @@ use common::Server;
 use fronts::{Front, Link, Site, WebServer};
 use table::{Content, Expect, Row, rows};
 
-/// What is between the client and the application.
+/// The servers and protocols between the client and the application.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// Nothing: the client speaks this protocol to the application.
+    /// No server: the client speaks this protocol to the application.
     Direct(Protocol),
     Behind(Front),
 }
@@ -67,7 +67,7 @@ impl Way {
         matches!(self, Self::Behind(front) if front.server == server)
     }
 
-    /// Whether this is behind this web server, over a protocol with CGI variables.
+    /// Whether the application is behind this web server, over a protocol with CGI variables.
     fn is_cgi_of(self, server: WebServer) -> bool {
         self.is_behind(server) && !self.is_http()
     }
@@ -84,13 +84,13 @@ impl Way {
         self == Self::Behind(fronts::APACHE_FCGID)
     }
 
-    /// Whether this is behind Apache's mod_proxy, over FastCGI or SCGI.
+    /// Whether the application is behind Apache's mod_proxy, over FastCGI or SCGI.
     fn is_apache_proxy_cgi(self) -> bool {
         self.is_apache_proxy_fastcgi() || self == Self::Behind(fronts::APACHE_SCGI)
     }
 
-    /// Whether this is behind an Apache module that does not determine the length of a chunked body, and leaves the length of a response
-    /// to Apache.
+    /// Whether the application is behind an Apache module that does not determine the length of a chunked body, and leaves the length of a
+    /// response to Apache.
     fn is_apache_scgi_or_cgi(self) -> bool {
         self == Self::Behind(fronts::APACHE_SCGI) || self == Self::Behind(fronts::APACHE_CGI)
     }
@@ -149,14 +149,14 @@ impl Address {
 enum Connection {
     Http(http::Connection),
     Http2(http2::Connection),
-    /// The flag: keep the connection.
+    /// The flag: whether to keep the connection.
     FastCgi(cgi::FastCgi, bool),
     Scgi(cgi::Scgi),
     Cgi,
 }
 
 impl Connection {
-    /// The response, and the connection if it can be used again.
+    /// The response, and the connection if it can be reused.
     fn ask(self, ask: &Ask, gate: &mut Gate) -> io::Result<(Reply, Option<Self>)> {
         Ok(match self {
             Self::Http(connection) => {
@@ -177,7 +177,7 @@ impl Connection {
     }
 }
 
-/// Sends one row. Returns what is wrong, and the connection if it can be used again.
+/// Sends one row. Returns the mismatches, and the connection if it can be reused.
 fn check(
     way: Way,
     row: &Row,
@@ -204,7 +204,7 @@ fn check(
     }
 }
 
-/// Rules for every response directly from Forkyard, whatever the application produced (`docs/http.md`).
+/// The rules for every response that comes directly from Forkyard, whatever the application has produced (`docs/http.md`).
 fn broken_rule(way: Way, ask: &Ask, reply: &Reply) -> Option<String> {
     let Way::Direct(protocol) = way else { return None };
     let has = |name: &str| !reply.all(name).is_empty();
@@ -233,7 +233,7 @@ fn broken_rule(way: Way, ask: &Ask, reply: &Reply) -> Option<String> {
 }
 
 impl Expect {
-    /// The difference between a response and the expected one.
+    /// The difference between a response and the expected response.
     fn miss(&self, reply: &Reply) -> Option<String> {
         let text = String::from_utf8_lossy(&reply.body.bytes[..reply.body.bytes.len().min(200)]);
         if !self.statuses.contains(&reply.status) {
@@ -257,7 +257,7 @@ impl Expect {
     }
 }
 
-/// Sends each row on its own connection, then the small rows on one connection that the client keeps as long as possible.
+/// Sends each row on its own connection, then the small rows on one connection that the client reuses as long as possible.
 fn scenarios(way: Way) {
     let (_running, address) = start(way);
     let mut rows = rows();

@@ -1,5 +1,5 @@
 //! The table of requests and expected responses, for every way between the client and the application. Where a web server is known to
-//! behave differently, the row contains its behavior and the reason.
+//! behave differently, the row describes the difference and the reason.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use super::fronts::{APACHE_CGI, NGINX_SCGI, WebServer};
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
-/// Large enough to fill every buffer on the way.
+/// Large enough to fill every buffer between the client and the application.
 const HUGE: usize = 64 * MIB;
 /// More than a 32-bit counter can hold.
 const BEYOND_32_BITS: u64 = (4 << 30) + 1;
@@ -21,7 +21,7 @@ pub(crate) struct Row {
     differences: Vec<Difference>,
 }
 
-/// A different expectation for some ways.
+/// An expectation that applies to some ways only.
 struct Difference {
     at: fn(Way) -> bool,
     why: &'static str,
@@ -35,16 +35,16 @@ pub(crate) struct Expect {
     pub(crate) body: Content,
     /// The values of headers, in order; an empty list means that the header must be absent.
     pub(crate) headers: Vec<(&'static str, Vec<&'static [u8]>)>,
-    /// The first bytes of the response must arrive before the application has produced the last ones.
+    /// Whether the first bytes of the response must arrive before the application has produced the last ones.
     pub(crate) streams: bool,
-    /// The client must not use the connection again.
+    /// Whether the client must not reuse the connection.
     pub(crate) is_last: bool,
 }
 
 #[derive(Clone, Debug)]
 pub(crate) enum Content {
     Is(Vec<u8>),
-    /// This number of `x`.
+    /// This many `x`.
     Xs(u64),
     /// Any content, such as an error page of the web server.
     Any,
@@ -62,7 +62,7 @@ impl Row {
         }
     }
 
-    /// Small enough to be sent a second time.
+    /// Whether the row is small enough to be sent a second time.
     pub(crate) fn is_small(&self) -> bool {
         let large = matches!(self.expect.body, Content::Xs(length) if length > MIB as u64);
         self.ask.body.bytes().len() <= MIB && !large && self.ask.pace == Pace::Even
@@ -170,7 +170,7 @@ fn sum(bytes: &[u8]) -> Expect {
     body(format!("{} {sum:016x}\n", bytes.len()))
 }
 
-/// Random bytes, in which each piece of a given length is unique.
+/// Random bytes, so that no slice of sufficient length occurs twice.
 fn some_bytes(length: usize) -> Arc<[u8]> {
     let mut random = fastrand::Rng::with_seed(7);
     std::iter::repeat_with(|| random.u8(..)).take(length).collect()
@@ -335,8 +335,8 @@ fn response_headers() -> Vec<Row> {
     ]
 }
 
-/// Requirements of RFC 9110, 9112, 9113 and 3875 for any application. `/raw/STATUS?HEADERS` answers with a body of 5 bytes and these
-/// headers, whatever the method and the status; `/raw-stream` does the same without a length.
+/// Requirements of RFC 9110, 9112, 9113 and 3875 that hold for any application. `/raw/STATUS?HEADERS` answers with a body of 5 bytes and
+/// these headers, whatever the method and the status; `/raw-stream` does the same without a length.
 fn semantics() -> Vec<Row> {
     let direct = "it is about what we send, not about what a web server makes of it";
     let rows = lengths_and_codings().into_iter().chain(headers_and_targets());
@@ -467,7 +467,7 @@ fn uploads() -> Vec<Row> {
             "HAProxy 2.6 forgets a client whose request was answered before it had come whole",
             body("the body was not read\n").last(),
         ),
-        // After its response the server reads up to 64 MiB more, for up to two seconds, which a busy machine needs for this body.
+        // After its response the server reads up to 64 MiB more, for up to two seconds. A busy machine needs that long for this body.
         row("a huge body that nobody reads", post("/early").sending(&huge[..8 * MIB]), body("the body was not read\n")),
         row("a body comes back while it is sent", post("/echo").sending(&large), body(&large))
             .not_asked(|way| way.is_cgi_of(WebServer::Nginx), "nginx stops sending when the response begins, and waits")
