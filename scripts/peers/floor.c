@@ -1,11 +1,11 @@
-/* The floor: the minimum work of prefork workers on epoll for a request, as a base for comparison.
+/* The baseline for comparisons: the minimum work of prefork workers on epoll for a request.
  *
  *   floor fastcgi WORKERS SIZE PATH     on a Unix socket
  *   floor http WORKERS SIZE             on a free port of loopback
  *
  * It prints its address when it listens. It checks only where a request ends and whether its connection is kept. The
- * response is always the same SIZE bytes, made before the first fork: one recv and one send per request. It supports only
- * the benchmark's client, which sends each request in one piece and reads each response: a connection with a partial
+ * response is always the same SIZE bytes, prepared before the first fork: one recv and one send per request. It supports
+ * only the benchmark's client, which sends each request in one write and reads each response: a connection with a partial
  * request is closed.
  */
 #define _GNU_SOURCE
@@ -105,7 +105,7 @@ static struct request fastcgi_request(const unsigned char *bytes, size_t n) {
     return request;
 }
 
-/* ---- a connection; false: it has ended ---- */
+/* ---- a connection; false: it is closed ---- */
 
 static bool answer(int fd, const struct request *request) {
     const size_t records[] = {0, end_at, end_at + HEADER};
@@ -140,7 +140,7 @@ static bool serve(int fd) {
 
 /* ---- a worker ---- */
 
-/* Spreads kept connections: a worker with over an eighth more than another worker leaves new connections to that worker. */
+/* Balances kept connections: a worker with over an eighth more than another worker leaves new connections to the latter. */
 static bool has_enough(int me) {
     int mine = connections[me], fewest = mine;
 
@@ -260,7 +260,7 @@ int main(int argc, char **argv) {
         }
     }
     signal(SIGTERM, stop);
-    wait(NULL); /* no worker ends by itself; all die with the master */
+    wait(NULL); /* no worker exits by itself; all die with the master */
     fputs("floor: a worker died\n", stderr);
     return 1;
 }

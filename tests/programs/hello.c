@@ -4,8 +4,8 @@
  *   /echo   returns the body      /params  the parameters of the request, one per line
  *   /pid    prints its pid        /abort   kills it by SIGABRT
  *
- * On SIGTERM it finishes the current request and exits. For that it calls accept itself, and unblocks the signal
- * only there: FCGX_Accept_r drops a connection if a signal arrives before the connection's first byte does.
+ * On SIGTERM it finishes the current request and exits. Therefore it calls accept itself, and unblocks the signal
+ * only there, because FCGX_Accept_r drops a connection if a signal arrives before the connection's first byte does.
  *
  * cc -o hello hello.c -lfcgi
  */
@@ -39,7 +39,7 @@ static void list_environment(FCGX_Request *request) { list(request->out, environ
 
 static void list_params(FCGX_Request *request) { list(request->out, request->envp); }
 
-/* Reads to the end before it writes, because a client may write everything before it reads. */
+/* Reads the whole body before it writes, because a client may write the whole request before it reads. */
 static void echo(FCGX_Request *request) {
     size_t length = 0, room = 4096;
     char *body = malloc(room);
@@ -82,7 +82,7 @@ static void answer(FCGX_Request *request) {
 }
 
 int main(void) {
-    struct sigaction on_term = {.sa_handler = leave}; /* without SA_RESTART: it interrupts accept */
+    struct sigaction on_term = {.sa_handler = leave}; /* without SA_RESTART, so that it interrupts accept */
     sigset_t term;
     FCGX_Request request;
 
