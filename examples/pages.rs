@@ -31,7 +31,7 @@ async fn front() -> Html<&'static str> {
     Html(include_str!("pages.html"))
 }
 
-/// How long rendering takes: `/page/7?ms=500`, for example.
+/// How long rendering takes, for example `/page/7?ms=500`.
 #[derive(Deserialize)]
 struct Effort {
     #[serde(default = "usual_ms")]

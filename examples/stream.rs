@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     })
 }
 
-/// The query: `/events?topics=a,b&keep_alive_ms=200&only=even`, for example.
+/// The query, for example `/events?topics=a,b&keep_alive_ms=200&only=even`.
 #[derive(Deserialize)]
 struct Wish {
     topics: String,
@@ -81,7 +81,7 @@ async fn answer(Path(pieces): Path<u32>) -> ([(HeaderName, &'static str); 1], Bo
     ([(CONTENT_TYPE, "text/event-stream")], Body::from_stream(pieces))
 }
 
-/// The query: `/publish/news?name=headline`, for example.
+/// The query, for example `/publish/news?name=headline`.
 #[derive(Deserialize)]
 struct Named {
     #[serde(default)]
