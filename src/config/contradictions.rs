@@ -1,8 +1,8 @@
-//! Settings that are valid alone and contradict each other.
+//! Settings that are valid on their own but contradict each other.
 
 use super::Config;
 
-/// Descriptors that a worker needs in addition to those of its connections.
+/// Descriptors that a worker needs in addition to those for its connections.
 const OTHER_DESCRIPTORS: u64 = 64;
 
 impl Config {

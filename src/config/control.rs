@@ -13,11 +13,12 @@ pub(crate) struct ControlConfig {
     pub(crate) file: Option<PathBuf>,
 }
 
-/// The configuration after a reload: `read`, with the settings of `running` where they cannot change in a running master.
-/// Also returns the flags whose change is ignored for that reason. `slots` is the number of processes that there is room for.
+/// The configuration after a reload: `read`, but with the settings of `running` where a running master cannot change them.
+/// Also returns the flags whose change is ignored for that reason. `slots` is the number of processes that the master has
+/// space for.
 ///
-/// The sockets and the shared memory are created once and shared with running processes; other programs find this master
-/// by its pid file and control socket.
+/// The sockets and the shared memory are created once and shared with running processes; other programs find this master by
+/// its pid file and control socket.
 pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, Vec<String>) {
     let mut fixed = Vec::new();
     let mut differs = |flag: &str, differs: bool| {

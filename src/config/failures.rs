@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Zero disables, for each of the times and for the number of deaths.
+/// For each of the times, and for the number of deaths, zero disables.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Failures {
     /// Time until the head of the response; then the request gets 504.
@@ -14,7 +14,7 @@ pub(crate) struct Failures {
     pub(crate) quarantine: QuarantineConfig,
 }
 
-/// When a request is refused because workers died while serving it.
+/// The conditions under which a request is refused because workers died while serving it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct QuarantineConfig {
     pub(crate) deaths: u32,
@@ -28,7 +28,7 @@ pub(crate) struct QuarantineConfig {
 /// What a quarantine covers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum QuarantineBy {
-    /// The path; if several paths that differ only in numbers crashed workers, all paths of that form.
+    /// The path; if several paths that differ only in numbers crashed workers, all paths of that pattern.
     #[default]
     Pattern,
     /// The path only.

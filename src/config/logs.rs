@@ -59,11 +59,11 @@ pub(crate) enum AccessFormat {
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Filters(String);
 
-/// The levels, from the quietest on.
+/// The levels, starting with the quietest.
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 /// The general level, if only levels of modules are given.
 const DEFAULT: &str = "info";
-/// Names of levels in other programs.
+/// Names that other programs use for levels.
 const OTHER_NAMES: [(&str, &str); 19] = [
     ("warning", "warn"),
     ("notice", "info"),
@@ -87,8 +87,8 @@ const OTHER_NAMES: [(&str, &str); 19] = [
 ];
 
 impl Filters {
-    /// Parses `LEVEL`, `MODULE=LEVEL`, or a comma-separated list of them. `env_logger` itself would take any word for a
-    /// module's name, and then log nothing else.
+    /// Parses `LEVEL`, `MODULE=LEVEL`, or a comma-separated list of them. `env_logger` itself would take any word for
+    /// the name of a module, and then log nothing else.
     ///
     /// # Errors
     /// A sentence for the operator.
@@ -117,7 +117,7 @@ impl Filters {
         Ok(Self(directives.join(",")))
     }
 
-    /// In the syntax of `env_logger`.
+    /// The filter in the syntax of `env_logger`.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }

@@ -47,7 +47,7 @@ pub(crate) struct Config {
     pub(crate) drain_timeout: Duration,
     /// Time after which an external program counts as started, if set.
     pub(crate) settle: Option<Duration>,
-    /// Dead workers per second that are replaced at once; further replacements are delayed.
+    /// Dead workers per second that are replaced immediately; further replacements are delayed.
     pub(crate) respawn_rate: u32,
     pub(crate) limits: Limits,
     /// Peers that may connect; all if `None`.
@@ -87,7 +87,7 @@ pub(crate) struct CacheConfig {
     pub(crate) shrunk_for: Option<u64>,
 }
 
-/// Default size of the page cache, if a quarter of the memory is not less.
+/// Default size of the page cache, unless a quarter of the memory is less.
 pub(crate) const DEFAULT_CACHE: u64 = 64 << 20;
 
 impl CacheConfig {
@@ -101,14 +101,14 @@ impl CacheConfig {
     }
 }
 
-/// Limits for the clients of a worker.
+/// Limits that apply to the clients of a worker.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Limits {
     /// Bytes of a request's body.
     pub(crate) max_body: u64,
     /// Bytes of a request's head: FastCGI parameters, HTTP request line and headers.
     pub(crate) max_params: usize,
-    /// Connections per worker; at the limit it leaves new ones to its siblings.
+    /// Connections per worker; a worker at the limit leaves new connections to its siblings.
     pub(crate) max_connections: u32,
     /// Connections per worker from one address; 0 is no limit.
     pub(crate) max_connections_per_address: u32,
@@ -118,7 +118,7 @@ pub(crate) struct Limits {
     pub(crate) max_headers: usize,
     /// Bytes of a request's path and query.
     pub(crate) max_uri: usize,
-    /// Requests at a time on one FastCGI or HTTP/2 connection.
+    /// Concurrent requests on one FastCGI or HTTP/2 connection.
     pub(crate) max_multiplexed: usize,
     /// Requests after which an HTTP connection is closed; 0 is no limit.
     pub(crate) max_requests_per_connection: u32,
@@ -140,7 +140,7 @@ pub(crate) struct Timeouts {
     pub(crate) upgraded: Duration,
 }
 
-/// Factor between workers and slots: old workers may still finish long requests while all are replaced.
+/// Factor between workers and slots: old workers may still finish long requests while all workers are replaced.
 pub(crate) const SLOTS_PER_WORKER: u32 = 2;
 /// Additional slots for TTIN.
 pub(crate) const SPARE_SLOTS: u32 = 16;
@@ -162,8 +162,8 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Finds `name` as a shell would: as a path if it has a slash, else in the directories of PATH. With `root`, below that
-    /// directory, where it will be executed.
+    /// Finds `name` as a shell would: as a path if it contains a slash, otherwise in the directories of PATH. With `root`,
+    /// searches below that directory, because the program will be executed there.
     ///
     /// # Errors
     /// A sentence for the operator, if there is no such program or it cannot be executed.
@@ -203,10 +203,10 @@ impl Program {
         Self::find(command, chroot.as_deref())?.with_path_for(chdir.as_deref().filter(|_| chroot.is_none()))
     }
 
-    /// The same program, with a path that is also valid when it is started in `directory`.
+    /// The same program, with a path that is also valid when the program is started in `directory`.
     ///
     /// # Errors
-    /// If the working directory of this process does not exist any more.
+    /// If the working directory of this process no longer exists.
     fn with_path_for(self, directory: Option<&std::path::Path>) -> Result<Self, String> {
         if directory.is_none() {
             return Ok(self);
@@ -246,7 +246,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(expected)
 }
 
-/// Writes a size in the form that [`parse_size`] reads, in the largest unit without a remainder.
+/// Formats a size the way [`parse_size`] reads it, in the largest unit without a remainder.
 pub(crate) fn format_size(bytes: u64) -> String {
     let units = ["", " KiB", " MiB", " GiB", " TiB"];
     let (mut rest, mut unit) = (bytes, 0);
@@ -257,12 +257,12 @@ pub(crate) fn format_size(bytes: u64) -> String {
     format!("{rest}{}", units[unit])
 }
 
-/// A length of time in whole milliseconds.
+/// Converts a duration to whole milliseconds.
 pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Reads a length of time: seconds, or with ms, s, m or h.
+/// Reads a duration: seconds, or a number with ms, s, m or h.
 ///
 /// # Errors
 /// A sentence with the expected form.
@@ -281,7 +281,7 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     number.checked_mul(ms_per_unit).map(Duration::from_millis).ok_or_else(expected)
 }
 
-/// Like [`parse_duration`], for a time that must not be zero.
+/// Like [`parse_duration`], for a duration that must not be zero.
 ///
 /// # Errors
 /// Fails as [`parse_duration`] does, or with a sentence about the minimum.
@@ -293,7 +293,7 @@ pub(crate) fn parse_positive_duration(text: &str) -> Result<Duration, String> {
     Ok(time)
 }
 
-/// Shortest interval between checks: with less, a process would do nothing else.
+/// Shortest interval between checks: with a shorter one, a process would do nothing but check.
 const MIN_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Like [`parse_duration`], for an interval between checks.

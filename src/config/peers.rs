@@ -18,15 +18,15 @@ pub(crate) enum Who {
 pub(crate) struct Peers(Vec<Who>);
 
 impl Peers {
-    /// `None` if no peer is named, which is not an empty set.
+    /// `None` if no peer is named, which is different from an empty set.
     pub(crate) fn new(members: Vec<Who>) -> Option<Self> {
         (!members.is_empty()).then_some(Self(members))
     }
 
     /// The web servers that may connect to a FastCGI application: `FCGI_WEB_SERVER_ADDRS`, a comma-separated list of IPv4
-    /// addresses (FastCGI specification 1.0, section 3.2). IPv6 addresses are accepted too, and host names, with which web
-    /// servers are configured; `resolve` finds the addresses of a name. Peers on Unix sockets are never in the set. `None`
-    /// if the variable is empty.
+    /// addresses (FastCGI specification 1.0, section 3.2). IPv6 addresses are accepted too, and so are host names, because
+    /// web servers are configured with them; `resolve` finds the addresses of a name. Peers on Unix sockets are never in
+    /// the set. `None` if the variable is empty.
     ///
     /// # Errors
     /// A sentence for the operator, for any invalid element: half of such a list would admit, or refuse, the wrong peers.
@@ -72,7 +72,7 @@ impl Peers {
     }
 }
 
-/// Whether two addresses differ in their last `host_bits` only.
+/// Whether two addresses differ only in their last `host_bits` bits.
 fn same_start(one: u128, other: u128, host_bits: u32) -> bool {
     (one ^ other).checked_shr(host_bits).unwrap_or(0) == 0
 }
@@ -114,7 +114,7 @@ impl FromStr for Who {
             IpAddr::V4(address) => u128::from(u32::from(address)),
             IpAddr::V6(address) => address.into(),
         };
-        // Probably a typing error, which would admit more peers than intended.
+        // Probably a typo, which would admit more peers than intended.
         if network & 1_u128.checked_shl(size - bits).map_or(u128::MAX, |above| above - 1) != 0 {
             return Err(format!("'{text}' names an address within the network, not its first one ({FORM})"));
         }

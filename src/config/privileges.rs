@@ -1,7 +1,8 @@
-//! The privileges of the application's processes, as configured: each setting is parsed, looked up and checked alone.
+//! The privileges of the application's processes, as configured: each setting is parsed, looked up and checked on its
+//! own.
 //!
 //! Names of users and groups are resolved here, in the master, before any fork, so that a child that changes its user
-//! looks up nothing. `privileges` decides whether the settings are possible together.
+//! looks up nothing. `privileges` decides whether the settings are possible in combination.
 
 use std::ffi::CString;
 use std::fmt;
@@ -36,7 +37,7 @@ pub(crate) struct PrivilegesConfig {
 }
 
 impl PrivilegesConfig {
-    /// Whether the limit of descriptors is configured; otherwise a worker raises it.
+    /// Whether the descriptor limit is configured. If not, a worker raises it.
     pub(crate) fn limits_descriptors(&self) -> bool {
         self.limits.iter().any(|limit| limit.resource == Resource::RLIMIT_NOFILE)
     }
@@ -49,7 +50,7 @@ impl PrivilegesConfig {
         )
     }
 
-    /// The limit of descriptors of a worker, if it is known.
+    /// The descriptor limit of a worker, if it is known.
     pub(crate) fn most_descriptors(&self) -> Option<u64> {
         let set = self.limits.iter().rev().find(|limit| limit.resource == Resource::RLIMIT_NOFILE);
         set.map(|limit| limit.soft).or_else(sys::hard_descriptor_limit)
@@ -66,7 +67,7 @@ impl PrivilegesConfig {
         Some(Owner { user: user.uid, group: self.group.or(user.gid)? })
     }
 
-    /// The variables that are set for the application. Those of `--env` come last, and override.
+    /// The variables that are set for the application. Those of `--env` come last, and override the others.
     pub(crate) fn environment(&self) -> Vec<Variable> {
         let account = self.user.iter().filter_map(|user| Some((user.name.as_ref()?, user.home.as_ref()?)));
         let account = account.flat_map(|(name, home)| {
@@ -77,7 +78,7 @@ impl PrivilegesConfig {
     }
 }
 
-/// Whether user 0 is root of the machine: in a user namespace it can be any user.
+/// Whether user 0 is root of the machine: in a user namespace, user 0 can be any user.
 fn is_root_of_machine() -> bool {
     let Ok(map) = std::fs::read_to_string("/proc/self/uid_map") else { return true };
     let of_root = map.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
@@ -107,7 +108,7 @@ pub(crate) struct Owner {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct GroupList(pub(crate) Vec<Gid>);
 
-/// Capabilities, a bit for each (see capabilities(7)).
+/// Capabilities, one bit each (see capabilities(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CapabilitySet(pub(crate) u64);
 
@@ -230,7 +231,7 @@ fn listed(text: &str) -> impl Iterator<Item = &str> {
     text.split(',').map(str::trim).filter(|word| !word.is_empty())
 }
 
-/// The resources, with their names in shells and systemd.
+/// The resources, with the names that shells and systemd use.
 const RESOURCES: [(&str, Resource); 15] = [
     ("as", Resource::RLIMIT_AS),
     ("core", Resource::RLIMIT_CORE),
@@ -249,7 +250,7 @@ const RESOURCES: [(&str, Resource); 15] = [
     ("stack", Resource::RLIMIT_STACK),
 ];
 
-/// In the form of `--rlimit`.
+/// Formats the limit like `--rlimit`.
 impl fmt::Display for ResourceLimit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown = |value: u64| match value {
@@ -331,7 +332,7 @@ pub(crate) fn parse_affinity(text: &str) -> Result<Affinity, String> {
     Ok(Affinity::Processors(processors))
 }
 
-/// Reads `NAME=VALUE`; `NAME` alone passes on the master's variable.
+/// Reads `NAME=VALUE`; `NAME` alone passes the master's variable on.
 ///
 /// # Errors
 /// A sentence for the operator.

@@ -13,7 +13,7 @@ const MOST: u32 = 1024;
 pub(crate) struct Scaling {
     /// Workers that are replaced at a time, for any reason.
     pub(crate) max_unavailable: Share,
-    /// Time for which workers may fail to start while none was ever ready; zero is no limit.
+    /// Time for which workers may fail to start while none has ever been ready; zero is no limit.
     pub(crate) give_up_after: Duration,
     /// Time after which a worker that is not needed is stopped.
     pub(crate) scale_down_after: Duration,
@@ -27,11 +27,11 @@ pub(crate) struct Scaling {
     pub(crate) max_age: Option<Jittered<Duration>>,
     /// Path that a new worker requests from its application before it is ready.
     pub(crate) health_path: Option<String>,
-    /// Time that a request may wait before the application begins with it; zero is no limit.
+    /// Time that a request may wait before the application begins to process it; zero is no limit.
     pub(crate) max_queue_time: Duration,
 }
 
-/// The number of workers: fixed if both limits are equal, otherwise depending on the load.
+/// The number of workers: fixed if both limits are equal, otherwise following the load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Range {
     pub(crate) min: u32,
@@ -61,7 +61,7 @@ impl FromStr for Range {
     }
 }
 
-/// A number of workers, or a percentage of all.
+/// A number of workers, or a percentage of all workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Share {
     Number(u32),
@@ -91,7 +91,7 @@ pub(crate) struct Jittered<T> {
 impl Jittered<u64> {
     /// Draws the limit of one worker.
     pub(crate) fn draw(self) -> u64 {
-        // Without random numbers, all workers have the same limit; this must not prevent the start.
+        // If no random numbers are available, all workers have the same limit: this must not prevent the start.
         let random = getrandom::u64().unwrap_or(0);
         let room = u128::from(self.jitter) + 1;
         self.limit.saturating_add(u64::try_from(u128::from(random) % room).unwrap_or(0))

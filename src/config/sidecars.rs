@@ -79,7 +79,7 @@ impl SidecarConfig {
         Ok(Self { name: parse_name(name)?, schedule: Some(schedule), command: parse_command(command)? })
     }
 
-    /// Finds the program, as it will be seen with this root directory and working directory.
+    /// Finds the program as it will be seen with this root directory and working directory.
     ///
     /// # Errors
     /// A sentence for the operator, which names the flag.
@@ -90,15 +90,15 @@ impl SidecarConfig {
         found.map_err(|error| format!("--{} {}: {error}", self.kind(), self.name))
     }
 
-    /// The name of its flag, also used in the log.
+    /// The name of the sidecar's flag, which is also used in the log.
     pub(crate) fn kind(&self) -> &'static str {
         if self.schedule.is_some() { "cron" } else { "daemon" }
     }
 }
 
 impl Schedule {
-    /// Reads minute, hour, day, month and day of the week, with seconds first if there are six fields; or `@hourly` and the
-    /// like.
+    /// Reads minute, hour, day, month and day of the week, with seconds first if there are six fields; or a shorthand such
+    /// as `@hourly`.
     ///
     /// # Errors
     /// A sentence with the expected form.
@@ -108,13 +108,13 @@ impl Schedule {
             format!("'{text}' is not a schedule: {error} (expected minute, hour, day, month, day of the week, as in */5 * * * *)")
         })?;
         let schedule = Self { cron, zone };
-        // For example the thirtieth of February.
+        // For example, February 30.
         let never = || format!("the schedule '{text}' never occurs (check day and month)");
         schedule.after(Timestamp::now()).ok_or_else(never)?;
         Ok(schedule)
     }
 
-    /// The first time after this one; `None` if there is none.
+    /// The first time after `time`; `None` if there is none.
     pub(crate) fn after(&self, time: Timestamp) -> Option<Timestamp> {
         let next = self.cron.find_next_occurrence(&time.to_zoned(self.zone.clone()), false).ok()?.timestamp();
         // A time that is not later would be due forever.
@@ -204,10 +204,10 @@ mod tests {
         let zone = TimeZone::get("Europe/Berlin").unwrap();
         let daily = Schedule::parse("30 2 * * *", zone.clone()).unwrap();
         assert_eq!(daily.after(time("2026-01-10T00:00:00Z")), Some(time("2026-01-10T01:30:00Z")));
-        // On March 29th there is no 2:30: the job runs when the clock has jumped.
+        // On March 29 there is no 2:30: the job runs after the clock has jumped.
         let jumped = daily.after(time("2026-03-28T12:00:00Z")).unwrap();
         assert!((time("2026-03-29T00:59:00Z")..time("2026-03-29T02:00:00Z")).contains(&jumped), "{jumped}");
-        // On October 25th there are two times 2:30.
+        // On October 25 there are two times 2:30.
         let first = daily.after(time("2026-10-24T12:00:00Z")).unwrap();
         assert_eq!(first, time("2026-10-25T00:30:00Z"));
         assert_eq!(daily.after(first), Some(time("2026-10-26T01:30:00Z")));

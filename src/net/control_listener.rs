@@ -20,7 +20,7 @@ impl AsFd for ControlListener {
 }
 
 impl ControlListener {
-    /// Continues with a socket that a predecessor created at `path`, and with its `file`.
+    /// Adopts a socket that a predecessor created at `path`, with its `file`.
     pub(crate) fn adopt(path: PathBuf, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
         Self { path, socket, file }
     }

@@ -1,11 +1,11 @@
-//! Passes connections from one process to another.
+//! Hands connections over from one process to another.
 //!
-//! The master creates one channel: a pair of sockets, of which every worker has both ends. A worker
-//! that leaves passes on its open connections, and the heir of a dead worker passes on those that
-//! can continue. Any free worker takes them, in the same way as new connections from a listener. A
-//! connection in the channel belongs to no process, and survives its sender.
+//! The master creates one channel: a pair of sockets, of which every worker has both ends. A worker that leaves hands
+//! its open connections over, and so does the heir of a dead worker with those that can continue. Any worker with free
+//! capacity takes them, in the same way as new connections from a listener. A connection in the channel belongs to no
+//! process, and survives its sender.
 //!
-//! Each message is one connection: its descriptor, and a [`Handoff`].
+//! Each message is one connection: its descriptor and a [`Handoff`].
 //!
 //! Must not depend on the protocol of a connection.
 
@@ -17,11 +17,11 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair, sockopt,
 };
 
-/// Bytes of a handoff before the connection's bytes.
+/// Size of a handoff's header, which precedes the connection's bytes.
 pub(crate) const HEADER: usize = 32;
 const MAGIC: [u8; 4] = *b"FYHO";
-/// Send buffer for connections in transit: with the kernel's overhead, some thousand of them if the
-/// kernel allows it.
+/// Send buffer for connections in transit. With the kernel's overhead it holds some thousands of connections, if the
+/// kernel allows this size.
 const BUFFER: usize = 4 << 20;
 
 /// The message that accompanies a connection.
@@ -127,7 +127,7 @@ impl Channel {
         Ok(Self { send, receive })
     }
 
-    /// Continues with the ends that a former master left.
+    /// Adopts the ends that a former master left.
     pub(crate) fn resume((send, receive): (OwnedFd, OwnedFd)) -> Self {
         Self { send, receive }
     }
@@ -143,7 +143,7 @@ impl Channel {
     }
 }
 
-/// Passes a connection on; the caller must close it next.
+/// Sends a connection into the channel; the caller must close its own descriptor next.
 ///
 /// # Errors
 /// `WouldBlock` if too many connections are in transit already, or another error of the channel.

@@ -1,9 +1,8 @@
-//! Creates listening sockets: from the text of `--bind PROTO:ADDR` to a descriptor that all workers
-//! inherit.
+//! Creates listening sockets: from the text of `--bind PROTO:ADDR` to a descriptor that all workers inherit.
 //!
-//! One socket serves all workers, and its queue belongs to no process: a queued connection survives
-//! any worker's death. (With SO_REUSEPORT each worker would have a queue of its own, and its death
-//! would reset the connections in it.)
+//! One socket serves all workers, and its queue belongs to no process: a queued connection survives the death of any
+//! worker. (With SO_REUSEPORT each worker would have its own queue, and its death would reset the connections in that
+//! queue.)
 
 mod closing;
 mod repair;
@@ -121,12 +120,12 @@ impl Listener {
         listener.prepared(bind)
     }
 
-    /// Like [`Listener::bind`], for all addresses of a name. Programs have one socket, for the
-    /// first address. `leaves_ipv4`: see [`Bind`].
+    /// Like [`Listener::bind`], for all addresses of a name. Programs have one socket, for the first address.
+    /// `leaves_ipv4`: see [`Bind`].
     ///
     /// # Errors
-    /// As for [`Listener::bind`]; then no address is bound. An address that this machine does not
-    /// have is left out if another one is bound.
+    /// As for [`Listener::bind`]; in that case no address is bound. An address that this machine does not have is left
+    /// out if another one is bound.
     pub(crate) fn bind_all(
         bind: &Bind,
         backlog: u32,
@@ -147,10 +146,9 @@ impl Listener {
         bound.into_iter().map(prepare).collect()
     }
 
-    /// Continues with a socket that a predecessor created for `bind`, and with its `file`. Does not
-    /// change whether the socket blocks: this is a property of the socket, not of the descriptor,
-    /// and the processes that accept on it depend on it. (A program with an event loop may have set
-    /// it.)
+    /// Adopts a socket that a predecessor created for `bind`, with its `file`. Does not change whether the socket
+    /// blocks: this is a property of the socket, not of the descriptor, and the processes that accept on it depend on
+    /// it. (A program with an event loop may have set it.)
     ///
     /// # Errors
     /// If it is not a listening socket, or it blocks and must not.
@@ -185,7 +183,7 @@ impl Listener {
         let fail = |cause: String| ListenError { bind: bind.clone(), cause };
         let listener = &mut self;
         if listener.family == Family::Tcp {
-            // Responses are written whole, so a delay gains nothing. Accepted sockets inherit the
+            // Responses are written in one piece, so delaying segments gains nothing. Accepted sockets inherit the
             // option.
             setsockopt(&listener.socket, sockopt::TcpNoDelay, &true).map_err(|errno| fail(errno.desc().to_owned()))?;
         }
@@ -269,8 +267,8 @@ pub(super) fn set_blocking(socket: &OwnedFd, blocking: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Checks a `--bind` as far as possible without listening. Returns a note if the address is in use:
-/// the user may be this service itself.
+/// Checks a `--bind` as far as possible without listening. Returns a note if the address is in use, because the process
+/// that uses it may be this service itself.
 ///
 /// # Errors
 /// A message for the operator: why the address cannot be bound.
@@ -287,8 +285,8 @@ pub(crate) fn examine(bind: &Bind, all: &[Bind]) -> Result<Option<String>, Strin
     found.map(|note| note.map(|note| format!("{bind}: {note}"))).map_err(|cause| format!("cannot bind {bind}: {cause}"))
 }
 
-/// Waits up to `patience` while the address is in use: for example, the workers of a server that
-/// was just killed may still be about to release it.
+/// Waits up to `patience` while the address is in use: the workers of a server that was just killed may be about to
+/// release it.
 pub(crate) fn await_address(bind: &Bind, patience: Duration, leaves_ipv4: bool) {
     let begun = Instant::now();
     while is_in_use(bind, leaves_ipv4) && begun.elapsed() < patience {

@@ -1,4 +1,4 @@
-//! Provides the listening sockets and their queues, and passes connections between processes.
+//! Provides the listening sockets and their queues, and hands connections over between processes.
 
 pub(crate) mod control_listener;
 pub(crate) mod handover;

@@ -1,11 +1,9 @@
-//! Creates the publish socket, to which programs in any language send events as datagrams, and
-//! which the relay reads.
+//! Creates the publish socket, to which programs in any language send events as datagrams. The relay reads it.
 //!
-//! The socket has a file, so that file permissions decide which users may send. Without
-//! `--events-socket` it is in a directory of its own, which is removed with it. The directory of a
-//! master that was killed is removed by the next master that creates one. The directory is created
-//! in the first suitable place; if there is none, programs cannot publish, and the server starts
-//! without the socket.
+//! The socket has a file, so that file permissions decide which users may send. Without `--events-socket` the file is
+//! in a directory of its own, which is removed together with the file. If a master was killed, the next master that
+//! creates such a directory removes the old one. The directory is created in the first suitable place; if there is
+//! none, programs cannot publish, and the server starts without the socket.
 
 use std::fs::DirBuilder;
 use std::io;
@@ -22,7 +20,7 @@ use crate::privileges::Visitor;
 use crate::sys::file_path::examine_directory;
 use crate::sys::lock_file::LockFile;
 
-/// Environment variable of every program: the path of the socket.
+/// Environment variable of every program that contains the path of the socket.
 pub(crate) const VARIABLE: &str = "FORKYARD_EVENTS";
 const FLAG: &str = "--events-socket";
 /// Prefix of the directories' names, and the name of the socket in them.
@@ -32,7 +30,7 @@ const NAME: &str = "socket";
 /// Removes its file when dropped, unless the file was replaced.
 #[derive(Debug)]
 pub(crate) struct PublishSocket {
-    /// The path of `--events-socket`; without it, the directory belongs to this socket too.
+    /// The path of `--events-socket`. If `None`, this socket owns the directory as well.
     asked: Option<PathBuf>,
     path: PathBuf,
     socket: OwnedFd,
@@ -79,7 +77,7 @@ impl PublishSocket {
         Ok(made)
     }
 
-    /// Continues with a socket that a predecessor created.
+    /// Adopts a socket that a predecessor created.
     pub(crate) fn adopt(
         asked: Option<PathBuf>,
         path: PathBuf,
@@ -249,14 +247,14 @@ fn private_directory(place: &Path) -> io::Result<PathBuf> {
     Ok(directory)
 }
 
-/// Removes the directories that dead masters of this user left.
+/// Removes the directories that dead masters of this user left behind.
 fn sweep(place: &Path) {
     let ours = nix::unistd::geteuid().as_raw();
     let entries = std::fs::read_dir(place).into_iter().flatten().filter_map(Result::ok);
     for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(DIRECTORY)) {
         let is_ours = entry.metadata().is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == ours);
         let socket = entry.path().join(NAME);
-        // A socket that is being created looks like one that a dead program left.
+        // A socket that is being created looks like one that a dead program left behind.
         let turn = is_ours.then(|| LockFile::for_path(&socket));
         if turn.is_some() && listen::is_stale(&socket) && std::fs::remove_file(&socket).is_ok() {
             drop(turn); // the lock file is in the directory

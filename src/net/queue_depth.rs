@@ -1,11 +1,11 @@
-//! Counts the connections in the kernel's queue of a listening socket that are not accepted yet.
+//! Counts the connections in the kernel's queue of a listening socket that have not been accepted yet.
 //!
-//! A TCP socket reports its own count. For Unix sockets only the kernel's socket diagnosis does
-//! (`NETLINK_SOCK_DIAG`), which needs no privilege; php-fpm and uWSGI show 0 for Unix sockets.
-//! Where the diagnosis is missing (a kernel without `unix_diag`, a socket from another network
-//! namespace), only the presence of waiting connections can be determined.
+//! A TCP socket reports its own count. For Unix sockets only the kernel's socket diagnosis does (`NETLINK_SOCK_DIAG`),
+//! which needs no privilege; php-fpm and uWSGI show 0 for Unix sockets. Where the diagnosis is missing (a kernel
+//! without `unix_diag`, a socket from another network namespace), it is only possible to determine whether any
+//! connections wait.
 //!
-//! Must not block. The kernel has put its reply into the socket before `send` returns.
+//! Must not block. The kernel puts its reply into the socket before `send` returns.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
@@ -66,7 +66,7 @@ fn unix_queue(diagnosis: &OwnedFd, listener: &Listener) -> io::Result<u32> {
     // The kernel identifies sockets by the number of their inode, truncated to 32 bits.
     let inode = fstat(listener.as_fd())?.st_ino & u64::from(u32::MAX);
     let inode = u32::try_from(inode).map_err(io::Error::other)?;
-    // Discard unread replies to an earlier request that failed half-way.
+    // Discard unread replies to an earlier request that failed before they were read.
     let mut answer = [0; 512];
     while socket::recv(diagnosis.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT).is_ok() {}
     socket::send(diagnosis.as_raw_fd(), &question(inode), MsgFlags::MSG_DONTWAIT)?;

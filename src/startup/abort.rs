@@ -1,10 +1,11 @@
-//! Aborts a start: a signal that stops the server while the application's `preload` runs ends the process at once.
+//! Aborts a start: while the application's `preload` runs, a signal that stops the server terminates the process
+//! immediately.
 //!
-//! `preload` is the application's code, runs on the only thread, and takes any time, so no loop could check a flag. The
-//! signal's action itself removes the files that the start has created, and exits. It uses only memory that was prepared
-//! before, and async-signal-safe system calls.
+//! `preload` is application code, runs on the only thread, and takes any amount of time, so no loop could check a flag.
+//! The signal handler itself removes the files that the start has created, and exits. It uses only memory that was
+//! prepared before, and async-signal-safe system calls.
 //!
-//! The other parts of a start are short: signals are blocked or remembered, and handled when the start is over.
+//! The other parts of a start are short: signals are blocked or remembered, and handled when the start is complete.
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt as _;
@@ -39,12 +40,12 @@ fn absolute(path: &Path) -> Option<CString> {
     CString::new(std::path::absolute(path).ok()?.as_os_str().as_bytes()).ok()
 }
 
-/// The steps of the signal's action.
+/// The steps of the signal handler.
 #[derive(Debug)]
 pub(crate) struct AbortSteps {
     /// Removed in this order.
     pub(crate) leftovers: Vec<Leftover>,
-    /// The log line, with room for the time at `time_at`; empty if it is not logged.
+    /// The log line, with space for the time at `time_at`; empty if nothing is logged.
     pub(crate) line: Vec<u8>,
     pub(crate) time_at: usize,
     pub(crate) log: i32,
@@ -65,8 +66,8 @@ impl AbortSteps {
     }
 }
 
-/// Runs `preload` with signals unblocked: TERM, INT and QUIT end the process, if `leftovers` are given. Blocks them again
-/// when it returns.
+/// Runs `preload` with signals unblocked: if `leftovers` are given, TERM, INT and QUIT terminate the process. Blocks the
+/// signals again when `preload` returns.
 pub(crate) fn interruptible<T>(leftovers: Option<Vec<Leftover>>, preload: impl FnOnce() -> T) -> T {
     let armed = leftovers.map(|leftovers| super::abort_signal::AbortHandler::arm(AbortSteps::new(leftovers)));
     sys::unblock_signals();

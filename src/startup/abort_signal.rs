@@ -1,4 +1,4 @@
-//! Implements the signal action that aborts a start: see `abort.rs`.
+//! Implements the signal handler that aborts a start: see `abort.rs`.
 #![expect(unsafe_code, reason = "a signal's action, and the system calls that it makes")]
 
 use std::io;
@@ -12,7 +12,7 @@ use crate::sys::exit_now;
 /// Null outside of `preload`. [`AbortHandler`] stores, removes and frees it.
 static ABORT_STEPS: AtomicPtr<AbortSteps> = AtomicPtr::new(std::ptr::null_mut());
 
-/// While it lives, the signals of [`abort_start_on`] end this process.
+/// While it lives, the signals of [`abort_start_on`] terminate this process.
 #[derive(Debug)]
 pub(crate) struct AbortHandler(());
 
@@ -35,7 +35,8 @@ impl Drop for AbortHandler {
     }
 }
 
-/// Registers an action that ends this process on `signal` while an [`AbortHandler`] lives, and otherwise does nothing.
+/// Registers a handler that terminates this process on `signal` while an [`AbortHandler`] lives, and otherwise does
+/// nothing.
 ///
 /// # Errors
 /// The error of `sigaction(2)`.
@@ -51,7 +52,8 @@ pub(crate) fn abort_start_on(signal: i32) -> io::Result<signal_hook::SigId> {
     unsafe { signal_hook::low_level::register(signal, action) }
 }
 
-/// Removes the files of the start, and ends the process. Async-signal-safe: system calls and prepared memory only.
+/// Removes the files of the start, and terminates the process. Async-signal-safe: system calls and prepared memory
+/// only.
 fn end_start(signal: i32, steps: &AbortSteps) {
     // SAFETY: getpid(2) is always sound.
     if unsafe { libc::getpid() } != steps.pid {

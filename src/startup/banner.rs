@@ -1,5 +1,6 @@
-//! Prints output for the operator outside the log: the banner, `ready in N ms`, and the line of an error. It goes to standard
-//! error, and also to the log if that is a file. If the log is JSON, it goes only there, to keep standard error parseable.
+//! Prints output for the operator outside the log: the banner, `ready in N ms`, and errors. The output goes to standard
+//! error, and also to the log if the log is a file. If the log is JSON, the output goes only there, to keep standard error
+//! parseable.
 
 use std::fmt::Display;
 use std::time::Duration;
@@ -41,7 +42,7 @@ pub(crate) fn ready(after: Duration) {
 
 /// Reports to a running master that this build can take over. Always returns true: nothing failed.
 pub(crate) fn can_take_over() -> bool {
-    // Independent of the log: the master that started the check reads standard error.
+    // Independent of the log: the master that started the check reads this process's standard error.
     logging::to_standard_error(format!("{}\n", crate::upgrade::password()).as_bytes());
     true
 }

@@ -1,5 +1,5 @@
 //! Detects whether a web server has started this program to answer one request (CGI, RFC 3875), and which of its arguments can
-//! then be trusted. The request itself is served in `worker/cgi.rs`.
+//! then be trusted. `worker/conn/cgi.rs` serves the request itself.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -20,8 +20,8 @@ fn said_by(variable: impl Fn(&str) -> Option<OsString>) -> bool {
     interface && variable("REQUEST_METHOD").is_some()
 }
 
-/// The arguments without those that a web server may have taken from the query string, as it does if there is no `=` in it
-/// (RFC 3875, 4.4): clients must not be able to set flags.
+/// The arguments without those that a web server may have taken from the query string, as it does if the query string
+/// contains no `=` (RFC 3875, 4.4): clients must not be able to set flags.
 pub(crate) fn trusted(mut arguments: Vec<OsString>) -> Vec<OsString> {
     if is_one() && arguments_may_be_the_clients(std::env::var_os("QUERY_STRING").as_deref()) {
         arguments.truncate(1);
@@ -29,8 +29,8 @@ pub(crate) fn trusted(mut arguments: Vec<OsString>) -> Vec<OsString> {
     arguments
 }
 
-/// Takes standard output for the response, and replaces it with standard error: later output of the application and its
-/// children belongs in the web server's log.
+/// Takes standard output for the response, and replaces it with standard error, because later output of the application
+/// and its children belongs in the web server's log.
 ///
 /// # Errors
 /// If standard output is closed, or no descriptor is available.

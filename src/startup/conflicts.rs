@@ -1,8 +1,8 @@
 //! Finds pairs of settings that name the same file, socket or port.
 //!
-//! Checked before a start creates anything, since the second setting would truncate, replace or remove the file of the
-//! first; also by a reload and `check`. The log and the access log may share a file: both append whole lines. Paths are
-//! compared after resolution of symbolic links, `..`, hard links and bind mounts.
+//! A start checks this before it creates anything, because the second setting would truncate, replace or remove the
+//! file of the first; a reload and `check` check it too. The log and the access log may share a file, because both
+//! append whole lines. Paths are compared after resolving symbolic links, `..`, hard links and bind mounts.
 //!
 //! Must not create or change anything.
 
@@ -97,7 +97,7 @@ fn conflicts_among(claims: &[Claim]) -> Vec<Conflict> {
 fn claim_of_bind(bind: &Bind, all: &[Bind]) -> Claim {
     let places = match &bind.address {
         Address::Tcp(address) => {
-            // Resolving names takes time, so only addresses with a port in common are resolved.
+            // Resolving names takes time, so only addresses with a common port are resolved.
             let port = |text: &str| text.rsplit_once(':').map(|(_, port)| port.to_owned());
             let same_port =
                 |other: &&Bind| matches!(&other.address, Address::Tcp(other) if port(other) == port(address));

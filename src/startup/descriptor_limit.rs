@@ -6,11 +6,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::config::Config;
 
 /// The standard descriptors, the segment, both ends of the lifeline, the channel and the signal pipe, logs, pid file,
-/// sockets, the configuration file in a reload, and descriptors that are open briefly while a process is created.
+/// sockets, the configuration file during a reload, and descriptors that are open briefly while a process is created.
 const OF_THE_MASTER: u64 = 40;
-/// Clients of the control socket.
+/// Connections of control socket clients.
 const OF_CLIENTS: u64 = 16;
-/// The output of a worker, its reports, and the socket that passes log files to it; for a program, its output.
+/// The output of a worker, its reports, and the socket that passes log files to the worker; for a program, its output.
 const PER_WORKER: u64 = 3;
 const PER_PROGRAM: u64 = 1;
 

@@ -1,4 +1,4 @@
-//! Opens the shared memory for a start: the memory of a former master, or the memory that systemd stored, if it fits the
+//! Opens the shared memory for a start: the memory of a former master or the memory that systemd stored, if it fits the
 //! configuration; otherwise new memory, or a file.
 
 use std::error::Error;
@@ -27,7 +27,7 @@ pub(crate) fn plan(config: &Config) -> Plan {
     Plan { cache_bytes: bytes, rows, max_entry, events_bytes: config.events.bytes }
 }
 
-/// The highest number of workers for which [`plan`] does not ask for more than `rows`.
+/// The highest number of workers for which [`plan`] needs at most `rows` rows.
 fn workers_for(rows: u32) -> u32 {
     let usable = rows - rows % ROWS_STEP;
     usable.saturating_sub(SPARE_SLOTS) / SLOTS_PER_WORKER
@@ -97,8 +97,8 @@ fn open_stored(config: &Config) -> Result<Segment, BoxError> {
     }
 }
 
-/// New memory in place of a damaged segment. A file is unlinked and created again; the old one exists until its last user
-/// has exited.
+/// Creates new memory in place of a damaged segment. A file is unlinked and recreated; the old one exists until its last
+/// user has exited.
 ///
 /// # Errors
 /// As for [`open`].
@@ -168,7 +168,7 @@ fn explain(error: &SegmentError, config: &Config) -> String {
         SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
         SegmentError::LogTooSmall { .. } => "--events",
         SegmentError::CacheTooSmall { .. } => "--cache",
-        // The larger part of the memory.
+        // The larger consumer of the memory.
         _ if config.events.bytes > bytes => "--events",
         _ => "--cache",
     };
@@ -199,8 +199,8 @@ fn note_on(config: &Config) -> Option<String> {
     ))
 }
 
-/// Checks without reserving anything whether the memory is available; may return a warning. [`examine_file`] reports errors
-/// of the file's path.
+/// Checks, without reserving anything, whether the memory is available; may return a warning. [`examine_file`] reports
+/// errors in the path of the file.
 ///
 /// # Errors
 /// A sentence for the operator.

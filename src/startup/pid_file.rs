@@ -1,8 +1,9 @@
 //! Writes the pid file: the master's pid for other programs, and a lock against a second master.
 //!
-//! The file is written under another name, locked, and moved into place, so that no reader sees a part of it. The lock ends
-//! with the master, so a file without a lock was left by a dead master. It is a write lock of fcntl(2): a process that can
-//! only read the file cannot take one, and cannot pass for a running master. The file must stay open until the master exits.
+//! The file is written under another name, locked, and moved into place, so that no reader sees a partial file. The lock
+//! ends with the master, so a file without a lock was left by a dead master. It is an fcntl(2) write lock, which a process
+//! that can only read the file cannot take, so such a process cannot pass for a running master. The file must stay open
+//! until the master exits.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -111,7 +112,7 @@ fn lock(file: &File) -> io::Result<()> {
     let flock = flock_of(libc::F_WRLCK);
     match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
         Ok(_) => Ok(()),
-        // The file system has no locks: continue without one.
+        // The file system does not support locks: continue without one.
         Err(nix::errno::Errno::ENOLCK | nix::errno::Errno::EOPNOTSUPP) => Ok(()),
         Err(errno) => Err(errno.into()),
     }
@@ -131,7 +132,7 @@ fn flock_of(kind: libc::c_int) -> libc::flock {
 }
 
 /// Removes temporary files of this user's masters that were killed before they had moved their file into place. The caller
-/// holds the directory lock, so no other master is about to do so.
+/// holds the directory lock, so no other master is about to move one.
 fn remove_leftovers(directory: &Path, prefix: &str) {
     let is_number = |rest: &str| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_hexdigit());
     let ours = nix::unistd::geteuid().as_raw();

@@ -1,6 +1,7 @@
-//! Checks whether `--rlimit` leaves a worker the minimum that it needs, as far as it is known before the first worker starts.
+//! Checks whether `--rlimit` leaves a worker the minimum that it needs, as far as this is known before the first worker
+//! starts.
 //!
-//! These are lower bounds: a worker needs more, and the application more than that. The needs of an external program are
+//! These are lower bounds: a worker needs more, and the application needs more still. The needs of an external program are
 //! not known.
 
 use forkyard_shm::Segment;
@@ -14,7 +15,8 @@ use crate::sys;
 
 /// Stack size of the serving thread, the default of the standard library.
 const STACK: u64 = 2 << 20;
-/// Descriptors of a worker without its listening sockets: the standard ones, the segment, its pipes and its event loop.
+/// Descriptors of a worker apart from its listening sockets: the standard ones, the segment, its pipes and its event
+/// loop.
 const DESCRIPTORS: u64 = 16;
 
 /// # Errors

@@ -11,8 +11,8 @@ use crate::net::listen::{self, ListenError, Listener};
 use crate::net::publish_socket::PublishSocket;
 use crate::upgrade::Takeover;
 
-/// Time to wait for an address in use: a supervisor restarts the server as soon as the former master is dead, when its
-/// workers may still hold the address.
+/// How long to wait for an address in use: a supervisor restarts the server as soon as the former master is dead, when
+/// the former workers may still hold the address.
 const FORMER: Duration = Duration::from_secs(1);
 
 type BoxError = Box<dyn Error + Send + Sync>;
@@ -61,8 +61,8 @@ pub(crate) fn open(
     }
 }
 
-/// The control socket: that of a former master, if it has the same path, or a new one. A former master's socket at another
-/// path is removed. An upgrade check does not take it over.
+/// The control socket: that of a former master if it has the same path, otherwise a new one. A former master's socket at
+/// another path is removed. An upgrade check does not take it over.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -83,9 +83,9 @@ pub(crate) fn open_control(
     Ok(wanted.map(ControlListener::bind).transpose()?)
 }
 
-/// The publish socket: that of a former master, if its path is still the configured one, or a new one. `None` without an
-/// event log, or if no path is configured and no place is suitable. A former master's socket at another path is removed.
-/// An upgrade check does not take it over.
+/// The publish socket: that of a former master if its path is still the configured one, otherwise a new one. `None`
+/// without an event log, or if no path is configured and no place is suitable. A former master's socket at another path
+/// is removed. An upgrade check does not take it over.
 ///
 /// # Errors
 /// A sentence for the operator.

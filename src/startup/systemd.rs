@@ -1,5 +1,5 @@
 //! Receives the descriptors that systemd, or a program with the same protocol, passes to a service at its start (`sd_listen_fds(3)`):
-//! listening sockets, and the memory that a former start stored. The names of the descriptors tell them apart.
+//! listening sockets, and the memory that a former start stored. The descriptors are distinguished by their names.
 
 use std::os::fd::{OwnedFd, RawFd};
 

@@ -1,20 +1,18 @@
-//! Closes a listening socket for good, without losing a queued connection.
+//! Closes a listening socket permanently, without losing a queued connection.
 //!
-//! Closing a descriptor is not enough: other processes hold the socket too, and as long as one of
-//! them does, the kernel completes connections that no process will accept. shutdown(2) acts on the
-//! socket itself, for all holders. Its effect depends on the family (Linux):
+//! Closing a descriptor is not enough: other processes hold the socket too, and as long as one of them does, the kernel
+//! completes connections that no process will accept. shutdown(2) acts on the socket itself, for all holders. Its
+//! effect depends on the address family (Linux):
 //!
-//! - Unix: new connections are refused from that moment on; queued connections can still be
-//!   accepted.
-//! - TCP: new connections are refused, and queued connections are reset. So a socket filter that
-//!   drops SYN segments first holds off new connections until the queue is empty (the client's
-//!   kernel sends its SYN again after a second).
+//! - Unix: new connections are refused from that moment on; queued connections can still be accepted.
+//! - TCP: new connections are refused, and queued connections are reset. So a socket filter that drops SYN segments
+//!   first holds off new connections until the queue is empty (the client's kernel retransmits its SYN after a second).
 //!
-//! After that a non-blocking `accept` returns EINVAL over TCP, and EAGAIN on a Unix socket, which
-//! polls as readable forever; a blocking `accept` returns EINVAL on both.
+//! After that a non-blocking `accept` returns EINVAL over TCP, and EAGAIN on a Unix socket, which polls as readable
+//! forever; a blocking `accept` returns EINVAL on both.
 //!
-//! Sockets that were passed to this server (systemd, fd:N) belong to other processes too, and are
-//! never closed in this way.
+//! Sockets that were passed to this server (systemd, fd:N) belong to other processes too, and are never closed in this
+//! way.
 
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -64,8 +62,7 @@ impl Listener {
 
     fn shut(&self) {
         match socket::shutdown(self.socket.as_raw_fd(), Shutdown::Read) {
-            // Not a socket: this process has already given it up. Not connected: it was already
-            // shut down.
+            // ENOTSOCK or EBADF: this process has already given the socket up. ENOTCONN: it was already shut down.
             Ok(()) | Err(Errno::ENOTSOCK | Errno::ENOTCONN | Errno::EBADF) => {}
             Err(errno) => log::warn!("cannot close bind={}: {}", self.bind, errno.desc()),
         }
@@ -103,14 +100,14 @@ struct Open {
     index: usize,
     /// Limit of the wait for the queue to empty.
     until: Instant,
-    /// Set when the wait is over.
+    /// Set when the queue is no longer waited for.
     refuses_at: Option<Instant>,
 }
 
 impl Closing {
-    /// Begins to close the `listeners` that this server bound. Their queues have `patience` to
-    /// empty. With `linger`, processes that block in accept(2) are left alone for that long
-    /// afterwards: a separate request makes them leave.
+    /// Begins to close the `listeners` that this server bound. Their queues have `patience` to empty. With `linger`,
+    /// processes that block in accept(2) are left undisturbed for that long afterwards: a separate request makes them
+    /// leave.
     pub(crate) fn begin(listeners: &[Listener], patience: Duration, linger: Duration) -> Self {
         let now = Instant::now();
         let own = listeners.iter().enumerate().filter(|(_, listener)| listener.is_own());
@@ -138,8 +135,8 @@ impl Closing {
         }
     }
 
-    /// Closes each socket whose queue is empty according to `queued`, or whose time is over.
-    /// Returns the number of lost connections.
+    /// Closes each socket whose queue is empty according to `queued`, or whose time has run out. Returns the number of
+    /// lost connections.
     pub(crate) fn advance(&mut self, listeners: &[Listener], queued: impl Fn(&Listener) -> u32, now: Instant) -> u32 {
         let (mut lost, linger) = (0, self.linger);
         self.open.retain_mut(|Open { index, until, refuses_at }| {

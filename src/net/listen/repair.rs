@@ -1,12 +1,11 @@
-//! Detects and repairs damage that other processes do to a listening socket. They hold it too: it
-//! is the standard input of programs and of their children. `O_NONBLOCK` and shutdown(2) are
-//! properties of the socket, not of a descriptor.
+//! Detects and repairs damage that other processes do to a listening socket. Those processes hold the socket too,
+//! because it is the standard input of programs and of their children, and `O_NONBLOCK` and shutdown(2) act on the
+//! socket, not on a descriptor.
 //!
-//! A socket that was shut down for reading no longer listens. Over TCP, listen(2) makes it listen
-//! again, but on another port if it was bound to any port; a Unix socket never listens again. So
-//! sockets that this server bound are bound anew, and the new socket takes the descriptor of the
-//! old one. Only sockets that were passed to the server are made to listen again, where that is
-//! possible.
+//! A socket that was shut down for reading no longer listens. Over TCP, listen(2) makes it listen again, but on another
+//! port if it was bound to port 0; a Unix socket never listens again. So sockets that this server bound are bound anew,
+//! and the new socket takes the descriptor of the old one. Only sockets that were passed to the server are made to
+//! listen again, where that is possible.
 
 use std::io;
 use std::net::SocketAddr;
@@ -24,11 +23,11 @@ use crate::sys;
 impl Listener {
     /// Whether the socket can still receive connections.
     pub(crate) fn is_listening(&self) -> bool {
-        // For a Unix socket that was shut down, SO_ACCEPTCONN still reports that it listens.
+        // A Unix socket that was shut down still reports in SO_ACCEPTCONN that it listens.
         let asked = PollFlags::from_bits_retain(libc::POLLRDHUP);
         let mut watched = [PollFd::new(self.as_fd(), asked)];
         let polled = poll(&mut watched, PollTimeout::ZERO);
-        // The library has no name for POLLRDHUP, and returns `None` if that bit is set.
+        // nix has no name for POLLRDHUP, and returns `None` if that bit is set.
         let is_over = polled.is_ok() && watched[0].revents().is_none_or(|events| events.contains(PollFlags::POLLHUP));
         socket::getsockopt(&self.socket, sockopt::AcceptConn).unwrap_or(false) && !is_over
     }

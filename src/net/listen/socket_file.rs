@@ -1,5 +1,5 @@
-//! Manages the file of a Unix socket: creates it with its permissions, replaces only a file that a
-//! dead program left, and removes it only if it is still this server's.
+//! Manages the file of a Unix socket: creates it with its permissions, replaces only a file that a dead program left
+//! behind, and removes it only if it still belongs to this server.
 
 use std::fs::Metadata;
 use std::io;
@@ -39,13 +39,13 @@ pub(in crate::net) fn bind_file(
 ) -> Result<SocketAndFile, String> {
     let address = UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
     file_path::examine(path, Links::Keep, flag)?;
-    // Until it listens, the new socket looks like one that a dead program left.
+    // Until it listens, the new socket looks like one that a dead program left behind.
     let _turn = LockFile::for_path(path);
     clear_stale(path, flag)?;
     let kind = if backlog.is_some() { SockType::Stream } else { SockType::Datagram };
     let socket = new_socket(AddressFamily::Unix, kind)?;
-    // The file is created with its permissions, so no client can connect between a bind and a
-    // chmod.
+    // The file is created with its final permissions, so there is no window between bind and chmod in which a client
+    // could connect.
     let before = mode.map(|mode| umask(Mode::from_bits_truncate(0o777 & !mode)));
     let bound = socket::bind(socket.as_raw_fd(), &address);
     if let Some(before) = before {
@@ -67,7 +67,7 @@ fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
         Err(Errno::EACCES) => Err(format!(
             "permission denied for the socket that is there (run as its owner, or choose another path with {flag})"
         )),
-        // A full queue (EAGAIN) means a live listener too.
+        // A full queue (EAGAIN) also means a live listener.
         Ok(_) | Err(_) => {
             Err(format!("another program is listening there (stop that one, or choose another path with {flag})"))
         }
@@ -87,7 +87,7 @@ pub(crate) fn is_stale(path: &Path) -> bool {
     probe(path) == Err(Errno::ECONNREFUSED)
 }
 
-/// Connects without waiting for room in a full queue (which is EAGAIN).
+/// Connects without waiting for space in a full queue (EAGAIN).
 pub(super) fn probe(path: &Path) -> Result<(), Errno> {
     let kind = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket::socket(AddressFamily::Unix, SockType::Stream, kind, None)?;
@@ -135,7 +135,7 @@ pub(crate) fn give_socket_file_of(path: &Path, ours: (u64, u64), from: Uid, owne
     if same { privileges::give_of(file.as_fd(), from, owner) } else { Err(io::Error::other("it was replaced")) }
 }
 
-/// Removes a socket file if it is still this file.
+/// Removes a socket file if it is still `file`.
 pub(crate) fn remove_own(path: &Path, file: Option<(u64, u64)>) {
     if file.is_some()
         && file_identity(path) == file

@@ -49,7 +49,7 @@ pub(super) fn bind_tcp(
     if listeners.is_empty() { Err(cause) } else { Ok(listeners) }
 }
 
-/// Whether the machine does not have the address; such an address of a name is left out.
+/// Whether the error means that this machine does not have the address; such an address of a name is left out.
 fn is_absent(errno: Errno) -> bool {
     matches!(errno, Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)
 }
