@@ -1,4 +1,4 @@
-//! A worker at its limit of connections, or at its limit of memory for requests.
+//! A worker that has reached its limit for connections, or for memory held for requests.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! No request fails while workers are replaced. A killed worker loses only the requests that it was serving.
+//! No request fails while workers are replaced. When a worker is killed, only the requests that it was serving fail.
 //!
 //! Each test sends some 100,000 requests; `scripts/soak` sets the number (`FORKYARD_SOAK`), `scripts/repeat` a percentage
 //! (`FORKYARD_SCALE`).

@@ -107,7 +107,7 @@ fn without_newer_system_calls_all_is_served_and_one_line_says_what_is_missing() 
     }
 }
 
-// ---- no place for the default publish socket ----
+// ---- no usable directory for the default publish socket ----
 
 /// Runs `check`. Returns whether it succeeded, and its output.
 fn check(command: &mut Command) -> (bool, String) {

@@ -210,7 +210,7 @@ struct Served {
     server: Server,
     directory: tempfile::TempDir,
     name: &'static str,
-    /// The worker and the daemon after the last reload.
+    /// The pids of the worker and the daemon after the last reload.
     processes: (i32, i32),
     /// The log since the last reload was requested.
     log: String,

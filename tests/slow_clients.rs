@@ -78,7 +78,7 @@ fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
     });
     let grown = memory(&server) - before;
     eprintln!("{protocol:?}, {what}: {most} connections, {grown} KiB, meanwhile {served} requests of others");
-    // Measured: 21 and 16 with HTTP, mostly hyper's buffers; 5 and 6 with FastCGI.
+    // Measured for heads and bodies: 21 and 16 KiB with HTTP, mostly hyper's buffers; 5 and 6 KiB with FastCGI.
     let most_each = if protocol == Protocol::Http { 24 } else { 8 };
     assert!(grown < most_each * most as u64, "{protocol:?}, {what}: {grown} KiB for {most} connections");
     for stream in &mut slow {

@@ -344,7 +344,7 @@ fn a_check_that_is_ended_leaves_nothing_of_its_own() {
     let mut command = place.command();
     command.arg("--config").arg(&settings);
     let mut server = Server::start_command(&mut command);
-    // The new build would have one more socket.
+    // The new build would create one more socket.
     let more = place.path("made/more.sock");
     std::fs::write(&settings, format!("events-socket = {:?}\n", more.display().to_string())).unwrap();
     place.hold("preload");

@@ -3,7 +3,7 @@
 //! /proc reports times in clock ticks, usually of 10 ms, each rounded down: if 64 processes share half a second, each shows
 //! zero. Therefore living processes are measured by their CPU-time clocks, in nanoseconds, and only dead ones in ticks.
 //!
-//! A parent's count of its reaped children includes the time of a dead child, so workers may come and go during a run.
+//! The time of a dead child is included in its parent's sum for reaped children, so workers may come and go during a run.
 //! Descendants that have left the tree (by a double fork) are not counted.
 
 use std::collections::HashMap;
