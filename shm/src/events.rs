@@ -1,4 +1,4 @@
-//! The event log: any process can publish events, and every process can read them, in order, and more than once.
+//! The event log: any process can publish events, and every process can read them in order, any number of times.
 //!
 //! ```text
 //! topics   "prices" last 17 ──────────────────────────────┐    "chat" last 4 ─────┐
@@ -6,34 +6,32 @@
 //! ring     ... free ... | prices 15 | chat 3 | prices 16 | prices 17 | pad | ... | chat 4 | ... free ...
 //!                       ^ floor          each links to the previous event of its topic          ^ head
 //! ```
-//! There is one ring of records for all topics, with endless positions, as in the page cache. The ids of a topic count from 1
-//! without a gap. An event is written beyond the head, and the oldest events are evicted to make room for it.
+//! All topics share one ring of records with endless positions, as in the page cache. The ids of a topic count from 1 without gaps. An
+//! event is written beyond the head, and the oldest events are evicted to make room for it.
 //!
-//! - **One store publishes**: the store of the head makes the record before it an event. A publisher that is killed before that store
-//!   has not published; one that is killed afterwards has. Then the topic's cell is updated. `linked` is the position up to which the
-//!   cells are updated, and a reader that looks for the events of a topic also looks beyond `linked`. So a death in between needs no
-//!   special treatment.
-//! - **Publishers hold the log's lock** (`protocols/lock.rs`), never for longer than a copy of the event. The lock of a dead publisher is
-//!   taken over.
+//! - **One store publishes**: the store of the head turns the record before it into an event. A publisher that is killed before that
+//!   store has not published; one that is killed afterwards has. Then the topic's cell is updated. `linked` is the position up to which
+//!   the cells are updated, and a reader that looks for the events of a topic also searches beyond `linked`. So a publisher that dies
+//!   between the two stores needs no special treatment.
+//! - **Publishers hold the log's lock** (`protocols/lock.rs`), but only while they copy an event. The lock of a dead publisher is taken
+//!   over.
 //! - **Readers take no lock and write nothing.** They copy, and then check that the floor has not passed the copied record.
-//! - **Waiting readers** wait for `sequence` to change, a futex. A publisher makes the system call to wake only if a reader sleeps. If
-//!   a publisher is killed before that call, the sleepers are woken by the next publisher or by their timeout, which should therefore
-//!   be short.
+//! - **Waiting readers** wait for the futex `sequence` to change. A publisher makes the system call that wakes them only if a reader
+//!   sleeps. If a publisher is killed before that call, the sleepers are woken by the next publisher or by their timeout, which should
+//!   therefore be short.
 //!
-//! The files: [`publish`] writes, [`read`] reads, [`topics`] is the table of topics, [`ring`] contains the record format that both
-//! use, [`bell`] and [`told`] are protocols between processes, which loom runs as well, [`audit`] is for tests.
+//! The files: [`publish`] writes, and [`read`] reads; [`topics`] is the table of topics; [`ring`] defines the record format that both
+//! use; [`bell`] and [`told`] are protocols between processes, which are also tested with loom; [`audit`] is for tests.
 //!
-//! # Reading without gaps
-//! A reader that needs all events of a topic after some id, and then each new one, first takes a [`Tail`] and then calls
-//! [`Events::since`]. An event that is published in between comes from both, and is recognized by its id.
+//! # Reading without gaps To read all events of a topic after some id, and then each new one, a reader first takes a [`Tail`] and then
+//! calls [`Events::since`]. An event published in between is returned by both, and can be recognized by its id.
 //!
-//! # Topics that come and go
-//! The table has room for one topic for each 4 KiB of the log. If it is full, a new topic replaces the topic that has been idle for
-//! longest, so that a publisher that creates many topics cannot prevent others from publishing. Events of a replaced topic
-//! stay in the log, and a reader that follows the log by a [`Tail`] gets them; a lookup by the topic's name does not find them any
-//! more. If a replaced topic comes back, its ids continue above the highest id of any replaced topic: no id is used twice, and a
-//! reader that requests events after its last id gets a number of missed events. Until then, that highest id is returned as the
-//! topic's last id: a reader that begins there misses nothing. A topic that is really new also begins above it, because new and
+//! # Replaced topics The table has room for one topic per 4 KiB of the log. If it is full, a new topic replaces the topic that has been
+//! idle for longest, so that a publisher that creates many topics cannot prevent others from publishing. Events of a replaced topic stay
+//! in the log, and a reader that follows the log with a [`Tail`] gets them; a lookup by the topic's name no longer finds them. If a
+//! replaced topic is published to again, its ids continue above the highest id of any replaced topic. So no id is used twice, and a
+//! reader that requests the events after its last id is told how many it missed. Until then, that highest id is returned as the topic's
+//! last id, so a reader that starts there misses nothing. A topic that has never existed before also starts above it, because new and
 //! replaced topics cannot be distinguished.
 
 mod audit;
@@ -70,21 +68,21 @@ pub struct Events {
 pub struct EventStats {
     /// Events published so far.
     pub published: u64,
-    /// The number of these events that were evicted to make room.
+    /// The number of these events that have been evicted.
     pub evicted: u64,
     /// Topics in the table.
     pub topics: u64,
-    /// Topics that the table has room for.
+    /// Maximum number of topics in the table.
     pub most_topics: u64,
     /// Bytes in use.
     pub used_bytes: u64,
-    /// Bytes for events.
+    /// Bytes available for events.
     pub capacity: u64,
     /// When the oldest event in the log was published, in microseconds since 1970; 0 if there is none.
     pub oldest_us: u64,
-    /// How often a publisher died while publishing, and another one took over.
+    /// How many times a publisher died while publishing and another publisher took over.
     pub recoveries: u64,
-    /// How often the log was found inconsistent, and was emptied.
+    /// How many times the log was found inconsistent and was emptied.
     pub restarts: u64,
 }
 
@@ -98,7 +96,8 @@ impl Events {
         self.segment.geometry.events_ring_len == 0
     }
 
-    /// A number that distinguishes this log from earlier ones, never 0: ids of another epoch have no meaning here.
+    /// A number that distinguishes this log from earlier ones; 0 if there is no log. Ids of another epoch have no
+    /// meaning in this log.
     pub fn epoch(&self) -> u32 {
         self.segment.events_head().map_or(0, |head| head.epoch.load(Ordering::Relaxed))
     }
@@ -108,13 +107,13 @@ impl Events {
         self.segment.geometry.max_event
     }
 
-    /// The number of publications so far, which wraps around: for [`Events::wait`].
+    /// The number of publications so far, which wraps around; for [`Events::wait`].
     pub fn sequence(&self) -> u32 {
         self.segment.events_head().map_or(0, |head| head.sequence.load(Ordering::SeqCst))
     }
 
-    /// Sleeps until the sequence differs from `seen`, the time is over, or a signal or [`Events::wake`] comes. Returns the
-    /// sequence.
+    /// Sleeps until the sequence differs from `seen`, `longest` has passed, a signal arrives, or [`Events::wake`] is
+    /// called. Returns the sequence.
     pub fn wait(&self, seen: u32, longest: Duration) -> u32 {
         let Some(head) = self.segment.events_head() else {
             std::thread::sleep(longest);
@@ -161,7 +160,7 @@ struct Log<'a> {
 }
 
 impl<'a> Log<'a> {
-    /// Returns `None` if there is no log, or its file was truncated.
+    /// Returns `None` if there is no log, or if its file was truncated.
     fn of(segment: &'a SharedMemory) -> Option<Log<'a>> {
         if segment.map.is_lost() {
             return None;

@@ -1,14 +1,15 @@
 //! The scoreboard: what each process is doing, readable by all processes, even after its death.
 //!
-//! There is one row for each process, on cache lines of its own and written by its owner only, with plain atomic stores; there is
-//! no lock. What a reader gets is gossip: numbers that are moments apart, text that may be torn between two requests. So the
+//! There is one row per process, in cache lines of its own. Only its owner writes it, with plain atomic stores; there is no lock.
+//! What a reader gets is unreliable: numbers may be slightly inconsistent, and text may be torn between two requests. So the
 //! reader limits and sanitizes everything, and never bases a decision on the text.
 //!
 //! - [`thread_slot`]: the request that each thread is processing.
-//! - [`surplus`]: the requests that a row has no room for.
+//! - [`surplus`]: the requests for which a row has no room.
 //! - [`text`]: the text form of a request.
 //!
-//! `begin`, and the end of a request, must not lock, allocate or make a system call: they are in the path of every request.
+//! `begin`, and dropping what it returns, must not lock, allocate or make a system call, because every request passes through
+//! them.
 
 pub(crate) mod quarantine;
 mod surplus;
@@ -29,7 +30,7 @@ use crate::memory::SharedMemory;
 use crate::memory::clock::monotonic_ms;
 use crate::memory::layout::{CELLS, Cell, ROW_BYTES, RowCells};
 
-/// A bit in the word of hung threads: all threads hang.
+/// The bit that indicates, in the word of hung threads, that all threads hang.
 const ALL_HANG: u32 = 1 << 31;
 
 /// Maximum number of attempts to read a row that another process claims during the read.
@@ -41,7 +42,7 @@ pub struct Scoreboard {
     segment: Arc<SharedMemory>,
 }
 
-/// What a process is doing, as reported by the process.
+/// What a process is doing, as reported by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// The row is not in use.
@@ -57,16 +58,16 @@ pub enum State {
 /// How busy a process is; a less busy process compares as smaller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Load {
-    /// Another request would have to wait: see [`Occupancy`].
+    /// Whether another request would have to wait: see [`Occupancy`].
     pub occupied: bool,
-    /// Connections open.
+    /// Number of open connections.
     pub connections: u32,
 }
 
-/// A row, held by the process that it describes, on the thread that serves.
+/// A row, held by the process that it describes, on the thread that serves requests.
 ///
-/// To be claimed after the fork, by the process itself. Once another process has claimed the row, operations of the former holder
-/// have no effect.
+/// Must be claimed after the fork, by the process itself. Once another process has claimed the row, operations of the former
+/// holder have no effect.
 #[derive(Clone, Debug)]
 pub struct Row {
     held: Rc<Holding>,
@@ -80,8 +81,8 @@ pub struct Occupancy {
     epoch: u64,
 }
 
-/// Reports whether the event loop of a row's process makes progress, and what each thread is processing; usable from any of its
-/// threads and from signal handlers.
+/// Reports whether the event loop of a row's process makes progress, and what each thread is processing. Usable from any thread
+/// of the process and from signal handlers.
 #[derive(Clone, Debug)]
 pub struct EventLoopBeat {
     segment: Arc<SharedMemory>,
@@ -96,7 +97,7 @@ struct Holding {
     segment: Arc<SharedMemory>,
     at: u64,
     epoch: u64,
-    /// One bit for each cell of the row that is in use.
+    /// One bit per cell of the row; set if the cell is in use.
     used: Local<u16>,
     surplus: Arc<Surplus>,
     /// The free cells of the surplus, and the number of cells created.
@@ -118,9 +119,9 @@ pub struct InFlight {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Snapshot {
-    /// Process id; 0 if no process ever claimed the row.
+    /// Process id; 0 if no process has ever claimed the row.
     pub pid: u32,
-    /// Generation that the process belongs to.
+    /// The generation to which the process belongs.
     pub generation: u64,
     /// What the process is doing.
     pub state: State,
@@ -128,28 +129,28 @@ pub struct Snapshot {
     pub started: Duration,
     /// Requests served since then.
     pub requests: u64,
-    /// Connections open.
+    /// Number of open connections.
     pub connections: u32,
-    /// Requests being served.
+    /// Number of requests being served.
     pub in_flight: u32,
-    /// Open event streams, which are not included in `in_flight`.
+    /// Number of open event streams, which are not included in `in_flight`.
     pub streams: u32,
-    /// The requests being served, at most 16 of them, the oldest first.
+    /// The requests being served, oldest first, up to 16 of them.
     pub serving: Vec<Serving>,
     /// The request that the crashing thread was processing, if known. It need not be one of `serving`.
     pub culprit: Option<String>,
-    /// The thread that crashed was processing no request.
+    /// Whether the crash was in a thread that was processing no request.
     pub no_culprit: bool,
-    /// The requests that threads are running, while all other requests wait for something. They need not be in `serving`.
+    /// The requests that threads are running; all other requests are waiting. They need not be in `serving`.
     pub running: Vec<String>,
-    /// Whether `running` is complete: a row has 16 thread slots.
+    /// Whether `running` is complete, because a row has only 16 thread slots.
     pub all_running: bool,
     /// Number of threads whose function hangs.
     pub hung_threads: u32,
-    /// Whether all threads hang, so that no request that needs a thread is served.
+    /// Whether all threads hang, so that no request that requires a thread is served.
     pub all_hang: bool,
-    /// Since when the event loop has been busy without a pause, in milliseconds of a clock that stops during
-    /// suspend; `None` if the event loop sleeps.
+    /// When the event loop last became busy, in milliseconds of a clock that stops during suspend; `None` if the event
+    /// loop sleeps.
     pub busy_since_ms: Option<u64>,
     /// Changes whenever the event loop makes progress.
     pub pulse: u32,
@@ -161,9 +162,9 @@ pub struct Snapshot {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Serving {
-    /// Method and target, as in `GET /path`; printable ASCII, cut to 112 bytes.
+    /// Method and target, as in `GET /path`; printable ASCII, truncated to 112 bytes.
     pub what: String,
-    /// For how long.
+    /// Time since the request began.
     pub since: Duration,
     /// The cell of the request: see [`InFlight::cell`].
     pub cell: usize,
@@ -204,7 +205,7 @@ impl Scoreboard {
 
     /// Takes a row for this process and resets it; `None` if there is no such row.
     ///
-    /// The caller must make sure that the row's former owner is gone, or that its reports may be lost.
+    /// The caller must ensure that the row's former owner is gone, or that its reports may be lost.
     pub fn claim(&self, slot: u32, pid: u32, generation: u64) -> Option<Row> {
         let (at, row) = self.row(slot)?;
         let epoch = row.epoch.fetch_add(1, Ordering::AcqRel) + 1;
@@ -250,8 +251,8 @@ impl Scoreboard {
         snapshot
     }
 
-    /// Marks the row of a dead process, if the row still belongs to that process: to be called when the process is reaped. The rest of the
-    /// row can still be read.
+    /// Marks the row of a dead process, if the row still belongs to that process. Must be called when the process is reaped. The rest of
+    /// the row can still be read.
     pub fn mark_dead(&self, slot: u32, pid: u32) {
         if let Some((_, row)) = self.row(slot)
             && row.pid.load(Ordering::Relaxed) == pid
@@ -260,16 +261,16 @@ impl Scoreboard {
         }
     }
 
-    /// The load of the least busy serving process, apart from the process in `slot`. `None` if no other process is serving.
+    /// The load of the least busy serving process other than the one in `slot`. `None` if no other process is serving.
     pub fn freest(&self, slot: u32) -> Option<Load> {
-        // For each accepted connection: rows that were never claimed are not looked at.
+        // Called for each accepted connection, so rows that were never claimed are skipped.
         let claimed = self.segment.header().map_or(0, |header| header.claimed_rows.load(Ordering::Relaxed));
         let others = (0..claimed.min(self.rows())).filter(|&other| other != slot).filter_map(|other| self.row(other));
         let serving = others.filter(|(_, row)| State::from_word(row.state.load(Ordering::Relaxed)) == State::Ready);
         serving.map(|(_, row)| Load::of(row)).min()
     }
 
-    /// Empties all rows: for a segment that no process uses yet.
+    /// Empties all rows, for a segment that no process uses yet.
     pub(crate) fn reset(&self) {
         if let Some(header) = self.segment.header() {
             header.claimed_rows.store(0, Ordering::Relaxed);
@@ -406,8 +407,8 @@ impl EventLoopBeat {
 }
 
 impl InFlight {
-    /// The cell of the request, until it becomes a stream. The row contains the first 16 cells; further ones are in this process's own
-    /// memory.
+    /// The cell of the request, until it becomes a stream. The row contains the first 16 cells; further cells are in this process's
+    /// private memory.
     pub fn cell(&self) -> usize {
         self.cell
     }
@@ -419,13 +420,14 @@ impl InFlight {
         }
     }
 
-    /// The request being served: "GET /path", in the form of [`request_text`]. A hyphen if another process has taken the row.
+    /// The request being served, such as "GET /path", in the form of [`request_text`]. A hyphen if another process has
+    /// claimed the row.
     pub fn what(&self) -> String {
         let text = self.held.cell(self.cell).map(|cell| cell.text.read());
         text.filter(|text| !text.is_empty()).unwrap_or_else(|| "-".to_owned())
     }
 
-    /// Turns the request into an event stream, which keeps no thread busy. It no longer counts as in flight. It counts as served when this
+    /// Turns the request into an event stream, which occupies no thread. It no longer counts as in flight, and counts as served when this
     /// is dropped.
     pub fn becomes_stream(&mut self) {
         if std::mem::replace(&mut self.is_stream, true) {
@@ -440,7 +442,7 @@ impl InFlight {
         self.held.row().inspect(|row| step(&row.streams, 1));
     }
 
-    /// Ends the request being in flight, and frees its cell.
+    /// Takes the request out of those in flight, and frees its cell.
     fn leave(&mut self) {
         self.held.give_back(self.cell);
         self.held.row().inspect(|row| step(&row.in_flight, -1));
@@ -510,7 +512,7 @@ impl Holding {
 }
 
 impl Cell {
-    /// The stamp is stored last: a reader that finds it set also finds the text, or a later text.
+    /// The stamp is stored last, so a reader that finds it set also finds the text, or a later text.
     fn fill(&self, method: &str, target: &str) {
         self.text.put(method, target);
         self.stamp_ms.store(monotonic_ms(), Ordering::Release);

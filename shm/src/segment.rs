@@ -1,7 +1,7 @@
-//! The segment as a whole: created once, attached by processes that inherit or receive the descriptor.
+//! The segment as a whole: created once, and attached by processes that inherit or receive the descriptor.
 //!
-//! `create` exposes no half-finished state: the descriptor is returned only after the memory is
-//! reserved, the locks work and the header is written. `attach` trusts nothing that it has not checked.
+//! `create` exposes no half-finished state, because it returns the descriptor only after the memory is reserved, the
+//! locks work and the header is written. `attach` trusts nothing that it has not checked.
 
 pub(crate) mod adopt;
 pub(crate) mod file;
@@ -43,10 +43,10 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Creates a segment: a sealed memory file with its memory reserved, mapped, and ready for use.
+    /// Creates a segment in a sealed memory file, with its memory reserved and mapped.
     ///
     /// # Errors
-    /// Fails if the plan is out of range, or the memory or a descriptor is not available.
+    /// Fails if the plan is out of range, or if the memory or a descriptor is not available.
     pub fn create(plan: &Plan) -> Result<Segment, SegmentError> {
         let geometry = Geometry::of(plan)?;
         let fd = memory_file(geometry.total)?;
@@ -62,7 +62,7 @@ impl Segment {
         Ok(Geometry::of(plan)?.total)
     }
 
-    /// Initializes memory that is all zero, and that no other process has yet.
+    /// Initializes memory that contains only zeroes and is not shared with other processes yet.
     pub(crate) fn make(
         plan: &Plan,
         geometry: Geometry,
@@ -83,14 +83,14 @@ impl Segment {
     ///
     /// # Errors
     /// Fails if the descriptor is not a sealed memory file, or if its header, version or size differs from what this
-    /// build would have created. Fails for a file that was [closed](Segment::close), until it is opened again.
+    /// build would have created. Fails for a file that was [closed](Segment::close), until it is reopened.
     pub fn attach(fd: OwnedFd) -> Result<Segment, SegmentError> {
         close_on_exec(&fd)?;
         let stat = nix::sys::stat::fstat(&fd).map_err(|errno| system("stat the shared segment", errno))?;
         let is_sealed = match fcntl(&fd, FcntlArg::F_GET_SEALS) {
             Ok(seals) if SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) => true,
             // A file on a disk does not support seals. Only its owner may change it, and a process that finds the file shared does not
-            // create it anew.
+            // recreate it.
             Err(Errno::EINVAL) if is_private_file(&stat) => {
                 if !file::lock_users(&fd, libc::F_RDLCK) {
                     return Err(unusable("another program has the file for itself"));
@@ -108,7 +108,8 @@ impl Segment {
         let header = map.at::<Header>(0).ok_or(unusable("it is too short"))?;
         let (geometry, seed) = checked_header(header, len)?;
         if !is_sealed && file::is_clean(header) {
-            // Even a lookup writes, and this would write into a file that a start after a power cut would use unchecked.
+            // Even a lookup writes, and would modify a clean file, which would be used without checks after a power
+            // failure.
             file::lock_users(&fd, libc::F_UNLCK);
             return Err(unusable("its server has stopped, and closed the file"));
         }
@@ -123,11 +124,11 @@ impl Segment {
         self.inner.fd.as_fd()
     }
 
-    /// A descriptor for a process that may outlive this one and all that share its lock on the segment's file: it does not
-    /// keep the file locked. Like [`fd`](Segment::fd), it can be [attached](Segment::attach), and is close-on-exec.
+    /// A descriptor for a process that may outlive all processes that share this one's lock on the segment's file. It does
+    /// not keep the file locked. Like [`fd`](Segment::fd), it can be [attached](Segment::attach), and is close-on-exec.
     ///
     /// # Errors
-    /// Fails if the file cannot be opened again, for example where there is no `/proc`.
+    /// Fails if the file cannot be reopened, for example because there is no `/proc`.
     pub fn fd_without_lock(&self) -> io::Result<OwnedFd> {
         match self.inner.file {
             Some(_) => Ok(self.inner.open_again()?),
@@ -168,14 +169,14 @@ impl Segment {
         shards.chain(events).fold(0, u64::wrapping_add)
     }
 
-    /// The page cache. If the plan has none, every lookup is a miss and every page is refused.
+    /// The page cache. If the plan has none, every lookup misses and every page is refused.
     pub fn cache(&self) -> Cache {
         Cache::new(Arc::clone(&self.inner))
     }
 
     /// Registers this process as a member now, rather than when it first uses the cache.
     ///
-    /// Call it in a process that will not be able to open the segment again, because it changes its user or will no
+    /// Call it in a process that will not be able to reopen the segment later, because it changes its user or will no
     /// longer see `/proc`. Returns false if the process cannot become a member, or if there is neither a cache nor an
     /// event log.
     pub fn enter(&self) -> bool {
@@ -192,14 +193,14 @@ impl Segment {
         Events::new(Arc::clone(&self.inner))
     }
 
-    /// The table of requests that are currently refused.
+    /// The table of quarantined requests.
     pub fn quarantine(&self) -> Quarantine {
         Quarantine::new(Arc::clone(&self.inner))
     }
 }
 
 impl SharedMemory {
-    /// Whether the file is shorter than the segment, or was when a process accessed the lost part. Marks the memory lost in this case.
+    /// Whether the file is shorter than the segment, or was when a process accessed the lost part. If so, marks the memory as lost.
     fn is_truncated(&self) -> bool {
         let is_short = |stat: FileStat| u64::try_from(stat.st_size).is_ok_and(|size| size < self.geometry.total);
         self.map.is_lost_if(|| nix::sys::stat::fstat(&self.fd).is_ok_and(is_short))
@@ -234,7 +235,7 @@ impl SharedMemory {
     }
 }
 
-/// The plan that a header was written for.
+/// The plan for which a header was written.
 pub(crate) fn plan_of(header: &Header) -> Plan {
     Plan {
         cache_bytes: header.cache_bytes.load(Ordering::Relaxed),
@@ -244,7 +245,7 @@ pub(crate) fn plan_of(header: &Header) -> Plan {
     }
 }
 
-/// Why a segment that was created for one plan cannot serve another. It may have more rows than requested.
+/// Why a segment that was created for one plan cannot serve another. The segment may have more rows than requested.
 pub(crate) fn misfit(found: &Plan, wanted: &Plan) -> Option<&'static str> {
     if found.cache_bytes != wanted.cache_bytes {
         Some("its page cache has another size")
@@ -258,7 +259,8 @@ pub(crate) fn misfit(found: &Plan, wanted: &Plan) -> Option<&'static str> {
     }
 }
 
-/// The offsets come from `Geometry::of`, whose tests show that all lie inside. This error exists only for the types.
+/// Never returned, because `Geometry::of` places all parts inside the segment, as its tests show. Needed for the types
+/// only.
 pub(crate) const BAD_GEOMETRY: SegmentError = SegmentError::Unusable { why: "its parts do not fit into it" };
 
 /// Returns the geometry and the seed from a header, if it is complete and consistent.
@@ -301,7 +303,7 @@ fn memory_file(_: u64) -> Result<OwnedFd, SegmentError> {
     File::open("/dev/null").map(OwnedFd::from).map_err(|error| system("open /dev/null", error))
 }
 
-/// Creates a memory file of `len` bytes, all of them reserved, with a fixed size.
+/// Creates a memory file of `len` bytes, with a fixed size and all of its memory reserved.
 #[cfg(not(miri))]
 fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     let out_of_memory = |source: io::Error| SegmentError::no_memory(len, source);
@@ -309,7 +311,7 @@ fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     let size = i64::try_from(len).map_err(|_| out_of_memory(Errno::EFBIG.into()))?;
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let fd = memfd_create(c"forkyard", flags).map_err(|errno| system("create a memory file", errno))?;
-    // Also sets the size.
+    // `fallocate` also sets the size.
     loop {
         match fallocate(&fd, FallocateFlags::empty(), 0, size) {
             Ok(()) => break,
@@ -321,8 +323,8 @@ fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     Ok(fd)
 }
 
-/// Refuses a size that cannot be available before the kernel tries: the kernel detects the lack of memory page by page, and may kill a
-/// process (in a control group, this process) before it returns an error.
+/// Refuses a size that cannot be available before the kernel is asked, because the kernel detects a lack of memory page by page, and
+/// may kill a process (in a control group, this process) before it returns an error.
 pub(crate) fn check_memory(len: u64) -> Result<(), SegmentError> {
     check_file_size(len)?;
     if let Some(Left { limit, free }) = memory_limit::tightest().filter(|left| len > left.free) {
@@ -334,7 +336,7 @@ pub(crate) fn check_memory(len: u64) -> Result<(), SegmentError> {
     Ok(())
 }
 
-/// The kernel sends SIGXFSZ to a process that creates a larger file than its limit.
+/// The kernel sends SIGXFSZ to a process that creates a file larger than its limit.
 pub(crate) fn check_file_size(len: u64) -> Result<(), SegmentError> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if len > limit => Err(SegmentError::OverFileSize { bytes: len, limit }),

@@ -12,8 +12,8 @@ use super::{Events, Log};
 type Latest = HashMap<Box<str>, (u64, u64)>;
 
 impl Events {
-    /// Checks that the log is consistent: the ids of each topic are dense, and all records are valid. Must not run while another process
-    /// publishes.
+    /// Checks that the log is consistent: the ids of each topic have no gaps, and all records are valid. Must not run while another
+    /// process publishes.
     ///
     /// # Errors
     /// Describes the inconsistency.
@@ -42,7 +42,7 @@ impl Log<'_> {
             if let Record::Event(lies) = record {
                 let event = self.event(at, &lies).ok_or_else(|| format!("no event at {at}"))?;
                 let follows = match latest.insert(event.topic.clone(), (event.id, at)) {
-                    // The topic was replaced, and has come back.
+                    // The topic was replaced, and has been created again.
                     Some((id, _)) if lies.before == 0 => id < event.id,
                     Some((id, before)) => id.checked_add(1) == Some(event.id) && before == lies.before,
                     None => event.id > 0 && lies.before < floor,
@@ -63,12 +63,12 @@ impl Log<'_> {
         let mut names = HashSet::new();
         for name in self.topics.names() {
             let (id, at) = self.topics.last(&name).ok_or_else(|| format!("{name} is where nobody finds it"))?;
-            // A topic that came back, and has no event yet, has no position of its former events.
+            // A topic that was created again and has no event yet does not have the position of its former events.
             let is_at = |events: &Latest| {
                 events.get(&*name).map_or(at < floor, |event| *event == (id, at) || at == 0 && event.0 <= id)
             };
             let newest = latest.get(&*name).filter(|newest| known.get(&*name) != Some(newest));
-            // A publisher that died may have stored the position, and not the id.
+            // A publisher that died may have stored the position but not the id.
             let is_half_told = newest.is_some_and(|&(newest, place)| place == at && newest == id + 1);
             if !(is_at(known) || is_at(latest) || is_half_told) {
                 return Err(format!("{name} is at {:?} and not at {:?}", latest.get(&*name), (id, at)));

@@ -27,25 +27,25 @@ use crate::protocols::told;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PublishError {
-    /// There is no event log.
+    /// The segment has no event log.
     Off,
     /// The topic name is invalid.
     BadTopic,
-    /// Name and data are too long together.
+    /// The name and data together are too long.
     TooLong {
         /// The maximum length in bytes.
         most: u64,
     },
-    /// The log is too small for any topic. (A log with topics always has room for another one, which replaces the topic that was idle for
-    /// longest.)
+    /// The log is too small for any topic. (A log with topics always has room for another one, which replaces the topic that has been
+    /// idle for longest.)
     TooManyTopics {
         /// The maximum number of topics.
         most: u64,
     },
-    /// A process that is stopped holds the log's lock, or this one cannot take part in the locking (no `/proc`, too many
-    /// processes).
+    /// A stopped process holds the log's lock, or this process cannot become a member (because there is no `/proc`, or
+    /// there are too many processes).
     Busy,
-    /// The file in which the log lies was truncated.
+    /// The file that contains the log was truncated.
     Lost,
 }
 
@@ -74,7 +74,8 @@ impl std::error::Error for PublishError {}
 impl Events {
     /// Publishes an event, and returns its id. `name` is the kind of event, and may be empty.
     ///
-    /// Waits up to 20 ms for other publishers, not at all while one of them is known to be stopped, and never for readers.
+    /// Waits up to 20 ms for other publishers, but not at all while one of them is known to be stopped. Never waits for
+    /// readers.
     ///
     /// # Errors
     /// See [`PublishError`]; in this case nothing has been published.
@@ -172,7 +173,7 @@ impl Log<'_> {
                     evicted += u64::from(matches!(record, Record::Event(_)));
                 }
                 None => {
-                    // Not the effect of a death: the log was overwritten.
+                    // The death of a process cannot cause this, so the log was overwritten.
                     self.head.counters.restarts.fetch_add(1, Ordering::Relaxed);
                     floor = head;
                 }
@@ -180,7 +181,7 @@ impl Log<'_> {
         }
         self.head.counters.evicted.fetch_add(evicted, Ordering::Relaxed);
         self.head.floor.store(floor, Ordering::Release);
-        // A reader that sees anything written from here on also sees that the floor has passed.
+        // A reader that sees anything written from now on also sees that the floor has passed.
         fence(Ordering::Release);
     }
 

@@ -1,8 +1,8 @@
-//! Reads events without a lock: by topic from an id on, or all topics in the order of publication.
+//! Reads events without a lock: those of one topic after an id, or those of all topics in the order of publication.
 //!
-//! What was read is valid if the floor has not passed it until then: only bytes below the floor are overwritten.
+//! What was read is valid if the floor has not passed it since, because only bytes below the floor are overwritten.
 //!
-//! Must not write anything shared, wait, or return an event without checking the floor afterwards.
+//! Must not write to shared memory, wait, or return an event without checking the floor afterwards.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -19,9 +19,9 @@ pub struct Event {
     pub id: u64,
     /// The kind of event; may be empty.
     pub name: Box<str>,
-    /// The content: any bytes.
+    /// The content, which may be any bytes.
     pub data: Vec<u8>,
-    /// When it was published, in microseconds since 1970, by the system's clock.
+    /// When it was published, in microseconds since 1970, according to the system's clock.
     pub published_us: u64,
 }
 
@@ -29,10 +29,10 @@ pub struct Event {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Since {
-    /// The events, the oldest first, their ids without a gap.
+    /// The events, oldest first, with consecutive ids.
     pub events: Vec<Event>,
-    /// The number of events between the requested id and the first of `events` that are no longer in the log; an upper bound, if the topic
-    /// was replaced and has come back meanwhile.
+    /// The number of events between the requested id and the first of `events` that are no longer in the log. An upper bound if the topic
+    /// was replaced and created again meanwhile.
     pub missed: u64,
 }
 
@@ -48,7 +48,8 @@ pub struct Tail {
 pub enum Tailed {
     /// An event.
     Event(Event),
-    /// The next events are no longer in the log. The ids of the following events show how many are missing in each topic.
+    /// The next events are no longer in the log. The ids of the following events show how many are missing from each
+    /// topic.
     Gap,
     /// There is no further event yet.
     CaughtUp,
@@ -56,10 +57,10 @@ pub enum Tailed {
 
 impl Events {
     /// The id of the latest event of a topic. For a topic that is not in the table, the highest id of any replaced topic, because the topic
-    /// may be one of them; 0 if no topic was replaced.
+    /// may be one of them; 0 if no topic has been replaced.
     pub fn last_id(&self, topic: &str) -> u64 {
         let Some(log) = Log::of(&self.segment) else { return 0 };
-        // Read first: an event published later need not be included.
+        // Read first. An event published later need not be included.
         let unlinked = log.unlinked(topic, 0);
         let known = log.last(topic).0;
         unlinked.last().map_or(known, |event| known.max(event.id))
@@ -72,16 +73,16 @@ impl Events {
         log.topics.names().filter_map(known).collect()
     }
 
-    /// The events of a topic whose ids are above `after`, at most `most` of them: the oldest.
+    /// Returns the events of a topic whose ids are above `after`, oldest first, up to `most` of them.
     ///
-    /// Walks back over all of them, so the cost is proportional to their number. To read them piece by piece, use
-    /// [`Events::since_at`].
+    /// Walks back over all events after `after`, so the cost is proportional to their number. To read them in chunks,
+    /// use [`Events::since_at`].
     pub fn since(&self, topic: &str, after: u64, most: usize) -> Since {
         self.since_at(topic, after, most, &mut 0)
     }
 
-    /// Like [`Events::since`], for repeated calls, each for the events after the last result. `place` stores the position in the log at
-    /// which the last result ended, so that the next call continues there. Initially 0; any other value is harmless.
+    /// Like [`Events::since`], for repeated calls that each return the events after the previous result. `place` stores the position in
+    /// the log at which the previous result ended, so that the next call continues there. Initially 0; any other value is harmless.
     pub fn since_at(&self, topic: &str, after: u64, most: usize, place: &mut u64) -> Since {
         let Some(log) = Log::of(&self.segment) else { return Since::default() };
         if let Some((events, last)) = log.onwards(topic, after, most, *place) {
@@ -123,7 +124,8 @@ impl Tail {
                         return Tailed::Event(event);
                     }
                 }
-                // Either the floor has passed the position, or the log was overwritten, which must not keep this loop running forever.
+                // Either the floor has passed the position, or the log was overwritten. In the latter case, the loop must still
+                // terminate.
                 _ => {
                     self.position = if floor > self.position && self.position < head { floor } else { head };
                     return Tailed::Gap;
@@ -134,7 +136,7 @@ impl Tail {
 }
 
 impl Log<'_> {
-    /// The floor, read after everything that was read so far.
+    /// The floor, loaded after everything that was read so far.
     fn floor_now(&self) -> u64 {
         fence(Ordering::Acquire);
         self.head.floor.load(Ordering::Acquire)
@@ -150,7 +152,7 @@ impl Log<'_> {
         Some(Event { topic, id: lies.id, name, data: data.to_vec(), published_us: lies.published_us })
     }
 
-    /// The events of a topic above an id that may not be in its cell yet: at most one, unless a publisher died.
+    /// The events of a topic above an id that may not be in its cell yet: at most one, unless a publisher has died.
     fn unlinked(&self, topic: &str, after: u64) -> Vec<Event> {
         let mut at = self.head.linked.load(Ordering::Acquire);
         let head = self.head.head.load(Ordering::Acquire);
@@ -175,7 +177,7 @@ impl Log<'_> {
 
     /// The id of a topic's latest event, and the position of that event or of a later one; 0 if there is none.
     fn last(&self, topic: &str) -> (u64, u64) {
-        // Read first: a topic that is created meanwhile begins above it.
+        // Must be read first, because a topic that is created meanwhile starts above it.
         let retired = self.head.retired.load(Ordering::Acquire);
         self.topics.last(topic).unwrap_or((retired, 0))
     }
@@ -235,7 +237,7 @@ impl Log<'_> {
     /// Follows the links from each event to the previous one. Sets `place` to the position of the last event. `None` if the links are
     /// inconsistent.
     fn since(&self, topic: &str, after: u64, most: usize, place: &mut u64) -> Option<Since> {
-        // Read first: an event that is added to its cell meanwhile is found twice, and not missed.
+        // Must be read first: an event that is added to its cell meanwhile is then found twice, rather than missed.
         let unlinked = self.unlinked(topic, after);
         let (last_id, mut at) = self.last(topic);
         let mut places = Vec::new();

@@ -1,9 +1,9 @@
 //! Reads and writes records in the ring, and checks what is read.
 //!
-//! A position is endless; its place in the ring is the remainder. A record never crosses the ring's end: a pad fills the space
-//! left there.
+//! Positions are endless; the offset in the ring is the remainder. A record never crosses the ring's end: a pad fills the
+//! space left there.
 //!
-//! Must not trust a length before it is checked, or decide whether what was read is still valid.
+//! Must not use a length before it has been checked, or decide whether what was read is still valid.
 
 use std::sync::atomic::Ordering;
 
@@ -17,7 +17,7 @@ pub(super) struct Ring<'a> {
     len: u64,
 }
 
-/// The head of a record, as it was read.
+/// The head of a record, as read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Record {
     Pad { size: u64 },
@@ -118,13 +118,13 @@ impl<'a> Ring<'a> {
         is_one.then_some(lies)
     }
 
-    /// Whether an event is of this topic.
+    /// Whether an event belongs to this topic.
     pub(super) fn is_of(&self, position: u64, lies: &Lies, topic: &str) -> bool {
         let at = self.offset(position) + EVENT_HEAD;
         lies.topic_len == topic.len() as u64 && self.map.equals(at, topic.as_bytes()) == Some(true)
     }
 
-    /// Copies topic, name and data, one after the other.
+    /// Copies the topic, name and data, one after the other.
     pub(super) fn copy(&self, position: u64, lies: &Lies) -> Option<Vec<u8>> {
         let length = lies.topic_len + lies.name_len + lies.data_len;
         let mut bytes = Vec::with_capacity(usize::try_from(length).ok()?);
@@ -132,7 +132,7 @@ impl<'a> Ring<'a> {
         Some(bytes)
     }
 
-    /// Writes a pad at a position that no reader looks at yet.
+    /// Writes a pad at a position that is not visible to readers yet.
     pub(super) fn write_pad(&self, position: u64, size: u64) -> Option<()> {
         let record: &RecordHead = self.map.at(self.offset(position))?;
         record.size.store(u32::try_from(size).ok()?, Ordering::Relaxed);
@@ -140,7 +140,7 @@ impl<'a> Ring<'a> {
         Some(())
     }
 
-    /// Writes an event at a position that no reader looks at yet.
+    /// Writes an event at a position that is not visible to readers yet.
     pub(super) fn write(&self, position: u64, draft: &Draft<'_>) -> Option<()> {
         let event: &EventHead = self.map.at(self.offset(position))?;
         let length = |part: usize| u32::try_from(part).ok();

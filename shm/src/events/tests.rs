@@ -252,7 +252,7 @@ fn a_log_that_was_written_over_is_emptied_and_counted() {
         }
         let geometry = segment.inner.geometry;
         let most = if round % 2 == 0 { 192 } else { geometry.total - geometry.events_at - 8 };
-        // Except the lock: random bytes may name a running process as its owner.
+        // The lock is left out, because random bytes may name a running process as its owner.
         let at = geometry.events_at + 4 + random.u64(..most);
         segment.inner.map.write(at, &random.u64(..).to_le_bytes()[..random.usize(1..=4)]).unwrap();
         let mut tail = events.tail();
@@ -266,7 +266,7 @@ fn a_log_that_was_written_over_is_emptied_and_counted() {
     }
 }
 
-/// A reader that continues at its place gets what a new search returns, whatever was published and evicted meanwhile.
+/// A reader that continues from its place gets what a new search returns, whatever was published and evicted meanwhile.
 #[test]
 fn piece_by_piece_it_is_the_same() {
     const TOPICS: [&str; 3] = ["a", "b", "c"];

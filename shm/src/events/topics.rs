@@ -1,7 +1,7 @@
 //! The table of topics, with the position of the latest event of each.
 //!
-//! The search for a topic begins at the cell that its hash selects, and ends at a cell that was never used. A cell whose topic was
-//! replaced, or whose writer died, stays marked as used, so that no search ends there.
+//! The search for a topic starts at the cell selected by its hash, and ends at a cell that was never used. A cell whose topic was
+//! replaced, or whose writer died, stays marked as used, so that searches do not end there.
 //!
 //! Readers search without a lock, and check the name again after they have read the cell.
 //!
@@ -55,11 +55,11 @@ impl<'a> Topics<'a> {
         })
     }
 
-    /// The id of a topic's latest event, and the position of that event or a later one.
+    /// The id of a topic's latest event, and the position of that event or of a later one.
     pub(super) fn last(&self, topic: &str) -> Option<(u64, u64)> {
         let (number, cell) = self.search(topic).0?;
         let last = told::told(&cell.last_id, &cell.last_at);
-        // If the cell belonged to another topic by then, the check of the name fails.
+        // If the cell belonged to another topic by then, checking the name fails.
         self.is(number, cell, topic, xxh3_64(topic.as_bytes())).then_some(last)
     }
 
@@ -88,8 +88,8 @@ impl<'a> Topics<'a> {
         (None, None)
     }
 
-    /// Returns the cell of a topic. A new topic gets a free cell, or replaces the topic that was idle for longest. `None` if the table has
-    /// no cells, or lies outside of the memory. Requires the lock, and cells that are up to date.
+    /// Returns the cell of a topic. A new topic gets a free cell, or replaces the topic that has been idle for longest. `None` if the
+    /// table has no cells, or lies outside the memory. Requires the lock, and cells that are up to date.
     pub(super) fn find_or_make(&self, topic: &str, head: &EventsHead) -> Option<(u32, &'a TopicCell)> {
         let (found, unused) = self.search(topic);
         if found.is_some() {
@@ -106,7 +106,7 @@ impl<'a> Topics<'a> {
             crash::point("topic: retired");
         }
         cell.length.store(GIVEN_UP, Ordering::Release);
-        // A reader that sees anything written from here on also sees that the name is gone.
+        // A reader that sees anything written from now on also sees that the name is gone.
         fence(Ordering::Release);
         crash::point("topic: cell taken");
         cell.last_at.store(0, Ordering::Relaxed);
@@ -119,7 +119,7 @@ impl<'a> Topics<'a> {
         Some((index, cell))
     }
 
-    /// A cell without a topic, or else the cell whose last event is the oldest, whether that event is still in the log or not.
+    /// A cell without a topic, otherwise the cell with the oldest last event, whether or not that event is still in the log.
     fn idle_longest(&self) -> Option<u32> {
         let last_at = |cell: &TopicCell| match cell.length.load(Ordering::Relaxed) {
             GIVEN_UP => 0,

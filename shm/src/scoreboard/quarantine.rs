@@ -1,9 +1,10 @@
-//! The requests that are refused for a while because workers crashed on them: written by the master, read by all workers.
+//! The requests that are refused for a while because workers crashed on them; written by the master, read by all workers.
 //!
-//! A small table in the header's page, written by the master alone with plain atomic stores; there is no lock. A process that
-//! reads an entry while it is written may miss it, or see it slightly too long. One request more or less does not matter.
+//! A small table in the header's page, written only by the master, with plain atomic stores; there is no lock. A process that
+//! reads an entry while it is written may miss it, or see its time slightly too long. One request more or less does not
+//! matter.
 //!
-//! `is_empty` and `left` must not lock, allocate or make a system call: they are in the path of every request.
+//! `is_empty` and `left` must not lock, allocate or make a system call, because every request passes through them.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,19 +23,19 @@ pub struct Quarantine {
 }
 
 impl Quarantine {
-    /// The number of requests that the table has room for.
+    /// The maximum number of requests in the table.
     pub const ROOM: usize = BARRED;
 
     pub(crate) fn new(segment: Arc<SharedMemory>) -> Quarantine {
         Quarantine { segment }
     }
 
-    /// Whether nothing is refused: one relaxed load.
+    /// Whether no request is refused; costs one relaxed load.
     pub fn is_empty(&self) -> bool {
         self.table().is_none_or(|table| table.count.load(Ordering::Relaxed) == 0)
     }
 
-    /// How long requests with this key are still refused; `None` if they are not.
+    /// How much longer requests with this key are refused; `None` if they are not.
     pub fn left(&self, key: &str) -> Option<Duration> {
         let (hash, now_ms) = (hash(key), monotonic_ms());
         let barred = &self.table()?.barred;
@@ -46,8 +47,8 @@ impl Quarantine {
         (until_ms > now_ms).then(|| Duration::from_millis(until_ms - now_ms))
     }
 
-    /// Refuses requests with these keys for these times, and no others. For the master alone. Keys beyond the size of the table are
-    /// left out.
+    /// Refuses requests with these keys for these times, and no others. For the master only. Keys beyond the size of the table are
+    /// ignored.
     pub fn set<'a>(&self, keys: impl IntoIterator<Item = (&'a str, Duration)>) {
         let Some(table) = self.table() else { return };
         let now_ms = monotonic_ms();

@@ -1,16 +1,17 @@
-//! Cells in a process's own memory, for the requests that its row has no room for.
+//! Cells in a process's private memory, for the requests for which its row has no room.
 //!
-//! A row contains 16 requests. The texts of all others are kept here: no other process reads them, but the crash handler and
-//! the threads of this process do, at any moment. So a cell never moves after its creation, and consists of atomics only.
+//! A row contains 16 requests. The texts of all others are kept here. No other process reads them, but the crash handler and
+//! the threads of this process may do so at any moment. So a cell never moves after its creation, and consists of atomics
+//! only.
 
 use std::sync::OnceLock;
 
 use crate::memory::layout::{Cell, TEXT_WORDS, Text, ThreadCells};
 
-/// Cells of the first chunk; each further chunk has twice as many as the one before.
+/// Number of cells in the first chunk; each further chunk is twice as large as the previous one.
 const FIRST: usize = 64;
 const CHUNKS: usize = 24;
-/// Thread slots in one chunk.
+/// Number of thread slots in one chunk.
 const THREAD_CHUNK: usize = 64;
 const THREAD_CHUNKS: usize = 32;
 
@@ -21,13 +22,13 @@ pub(super) struct Surplus {
 }
 
 impl Surplus {
-    /// Returns a cell that was created before. Async-signal-safe.
+    /// Returns a cell that was created earlier. Async-signal-safe.
     pub(super) fn cell(&self, number: usize) -> Option<&Cell> {
         let (chunk, index) = place(number);
         self.cells.get(chunk)?.get()?.get(index)
     }
 
-    /// Creates a cell, if it does not exist. Returns false if there are too many.
+    /// Creates a cell if it does not exist. Returns false if there are too many.
     pub(super) fn make(&self, number: usize) -> bool {
         let (chunk, _) = place(number);
         let Some(chunk_of_cells) = self.cells.get(chunk) else { return false };
@@ -42,7 +43,7 @@ impl Surplus {
     }
 }
 
-/// The chunk of a cell, and its index there.
+/// The chunk of a cell, and its index in the chunk.
 fn place(number: usize) -> (usize, usize) {
     let chunk = (number / FIRST + 1).ilog2();
     (chunk as usize, number + FIRST - (FIRST << chunk))

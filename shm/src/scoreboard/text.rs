@@ -1,4 +1,4 @@
-//! Stores "GET /path" in a fixed number of atomic words: in a row, or in a process's own memory.
+//! Stores "GET /path" in a fixed number of atomic words, in a row or in a process's private memory.
 
 use std::sync::atomic::Ordering;
 
@@ -7,8 +7,8 @@ use crate::memory::layout::{TEXT_WORDS, Text};
 /// The capacity of a text in bytes.
 pub(super) const TEXT_BYTES: usize = TEXT_WORDS * 8;
 
-/// A method and a target as the scoreboard stores them: `GET /path`, printable ASCII, cut to 112 bytes. To compare a
-/// request with a request in the scoreboard, compare these texts.
+/// A method and a target as the scoreboard stores them: `GET /path`, printable ASCII, truncated to 112 bytes. To
+/// compare a request with a request in the scoreboard, compare these texts.
 pub fn request_text(method: &str, target: &str) -> String {
     let (bytes, length) = cut(method, target);
     bytes[..length].iter().copied().map(printable).collect()
@@ -54,7 +54,7 @@ impl Text {
     }
 }
 
-/// Replaces characters that cannot be printed, or that could affect a terminal or a log, by a question mark.
+/// Replaces characters that cannot be printed, or that could affect a terminal or a log, with a question mark.
 fn printable(byte: u8) -> char {
     if byte.is_ascii_graphic() || byte == b' ' { char::from(byte) } else { '?' }
 }

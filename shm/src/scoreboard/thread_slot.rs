@@ -1,10 +1,10 @@
-//! Thread slots: the request that each thread of a process is running, readable by other processes even after a SIGKILL.
+//! Thread slots record the request that each thread of a process is running, readable by other processes even after a SIGKILL.
 //!
-//! A thread takes a thread slot for its lifetime. Its word contains the cell of the request that it runs. If the request's text is not in
-//! the row, the text is copied into the thread slot. Threads for which a row has no thread slot use the process's own memory, which only
-//! the crash handler reads.
+//! A thread holds its thread slot for its lifetime. The slot's word contains the cell of the request that the thread runs. If the
+//! request's text is not in the row, the text is copied into the thread slot. Threads for which a row has no thread slot use private
+//! memory, which only the crash handler reads.
 //!
-//! Must not lock, allocate or make a system call: this code is in the path of every request, and in signal handlers.
+//! Must not lock, allocate or make a system call, because every request passes through this code, and so do signal handlers.
 
 use std::sync::atomic::Ordering;
 
@@ -12,7 +12,7 @@ use super::EventLoopBeat;
 use super::surplus::Surplus;
 use crate::memory::layout::{CELLS, RowCells, THREADS, ThreadCells};
 
-/// In the word of a thread slot: the text in the slot belongs to a request that has no cell any more.
+/// In the word of a thread slot: the text in the slot belongs to a request that no longer has a cell.
 pub(super) const NO_CELL: u64 = u64::MAX;
 
 /// Value of the culprit's stamp in a row: the culprit is known.
@@ -33,8 +33,8 @@ pub struct ThreadSlot<'a> {
 pub struct Before(u64);
 
 impl EventLoopBeat {
-    /// The thread slot with this number, which one thread takes for itself. `None` if there are fewer, or if another process has claimed
-    /// the row.
+    /// The thread slot with this number, which one thread claims for itself. `None` if there are fewer, or if another process has
+    /// claimed the row.
     pub fn thread_slot(&self, number: usize) -> Option<ThreadSlot<'_>> {
         let row = self.row()?;
         let cells = match row.threads.get(number) {
@@ -46,21 +46,21 @@ impl EventLoopBeat {
         Some(ThreadSlot { row, epoch: self.epoch, cells, surplus: &self.surplus })
     }
 
-    /// Records that this process is about to die because of a thread without a thread slot. Async-signal-safe.
+    /// Records that this process is about to die because of a thread that has no thread slot. Async-signal-safe.
     pub fn accuse_nobody(&self) {
         self.row().inspect(|row| row.culprit.stamp_ms.store(NOBODY, Ordering::Release));
     }
 }
 
 impl ThreadSlot<'_> {
-    /// Records that the thread runs the request in this cell from now on, or none. Returns what it ran before.
+    /// Records that the thread now runs the request in this cell, or none. Returns what it ran before.
     pub fn switch_to(&self, cell: Option<usize>) -> Before {
         let before = self.cells.current.load(Ordering::Relaxed);
         self.sit(cell.map_or(0, |cell| cell as u64 + 1));
         Before(before)
     }
 
-    /// Records that the thread continues with what it ran before.
+    /// Records that the thread resumes what it ran before.
     pub fn return_to(&self, Before(word): Before) {
         self.sit(word);
     }
@@ -104,8 +104,8 @@ impl ThreadSlot<'_> {
         let _ = self.cells.current.compare_exchange(word, NO_CELL, Ordering::Release, Ordering::Relaxed);
     }
 
-    /// Records that this process is about to die because of this thread: stores the request that the thread is running as the culprit, or
-    /// that there is none. Async-signal-safe.
+    /// Records that this process is about to die because of this thread, by storing the request that the thread is running, or its
+    /// absence, as the culprit. Async-signal-safe.
     pub fn accuse(&self) {
         let word = self.cells.current.load(Ordering::Relaxed);
         if self.row.epoch.load(Ordering::Relaxed) != self.epoch {

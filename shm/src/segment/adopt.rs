@@ -1,5 +1,5 @@
-//! Adopts a segment that outlives the master that created it: it is handed to the program that replaces the master, or kept
-//! by another process meanwhile (systemd's file descriptor store).
+//! Adopts a segment that outlives the master that created it: one that is passed to the program that replaces the master,
+//! or kept meanwhile by another process (systemd's file descriptor store).
 //!
 //! Must not use a segment that this build would not have created for the same plan, or for one with more rows.
 
@@ -15,8 +15,8 @@ use crate::memory::geometry::Geometry;
 use crate::segment::{self, Segment, system};
 
 impl Segment {
-    /// Attaches to the segment of a former master whose workers may still use it, if it is what `plan` would create,
-    /// or has more scoreboard rows.
+    /// Attaches to the segment of a former master whose workers may still use it, if it is what `plan` would create, or
+    /// has more scoreboard rows.
     ///
     /// A segment in a file can be [closed](Segment::close) by the process that adopts it.
     ///
@@ -42,8 +42,8 @@ impl Segment {
         Ok(segment)
     }
 
-    /// Like [`Segment::adopt`], for a segment whose former users have all ended: everything they held is freed, the rows of
-    /// the scoreboard are emptied, and the cache is audited.
+    /// Like [`Segment::adopt`], for a segment whose former users have all exited: everything they held is released, the
+    /// rows of the scoreboard are emptied, and the cache is audited.
     ///
     /// # Errors
     /// Fails as [`Segment::adopt`] does, and if the cache is inconsistent.

@@ -1,9 +1,9 @@
 //! A segment in a file, so that the cache is still warm after a restart.
 //!
-//! The file has the same bytes as a memory file, and only one master has it open, by flock(2). Alongside a master or without one,
-//! any number of processes may [join](Segment::join): each holds a shared lock on one byte after the file's end as long as it uses
-//! the file. A process that holds that byte exclusively may create the file anew, repair it, or mark it. The existing content is used as
-//! a whole or dropped as a whole:
+//! The file has the same bytes as a memory file, and only one master has it open, enforced by flock(2). With or without a master, any
+//! number of processes may [join](Segment::join). Each holds a shared lock on one byte after the file's end while it uses the file. A
+//! process that holds that byte exclusively may recreate the file, repair it, or mark it clean. The existing content is used or dropped
+//! as a whole:
 //!
 //! | the file | is |
 //! |---|---|
@@ -13,18 +13,19 @@
 //! | not clean, and the machine was not rebooted since | used if an audit of all shards finds no fault |
 //! | not clean, and the machine was rebooted since | dropped: it is undefined which of its pages reached the disk |
 //!
-//! Without a reboot, the kernel has kept all bytes of the file, and the death of a process at any instruction leaves the cache
-//! consistent; so the audit suffices.
+//! Without a reboot, the kernel has kept all bytes of the file, and a process that dies at any instruction leaves the cache
+//! consistent. So the audit suffices.
 //!
-//! The mark is removed, on the disk, before anything else is written. So after a power cut, the file is either clean or dropped. A
-//! process that only has the descriptor (`FORKYARD_SHM`), and attaches it for the first time after the file was closed, is refused:
-//! its writes would not clear the mark, and even a lookup writes.
+//! The mark is removed on disk before anything else is written. So after a power failure, the file is either clean or dropped. A
+//! process that only has the descriptor (`FORKYARD_SHM`), and attaches it for the first time after the file was closed, is refused,
+//! because its writes would not clear the mark, and even a lookup writes.
 //!
-//! A process that joins uses a file that is not clean without an audit: a process that had joined earlier would not have audited it
-//! either, and what dead members hold is freed as in any segment. It does not mark the file clean at its end; a master does that.
+//! A process that joins a file that is not clean uses it without an audit. A process that joined earlier would have continued
+//! without an audit too, and what dead members hold is released as in any segment. A joined process does not mark the file clean
+//! when it exits; a master does.
 //!
-//! When a file is reused, it has no members, so all locks, pins and leases in it belong to dead processes. Its clock continues
-//! where it stopped, plus the time that passed.
+//! When a file is reused, it has no members, so all locks, pins and leases in it belong to dead processes. Its clock continues from
+//! where it stopped, plus the time that has passed.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read};
@@ -50,11 +51,11 @@ use crate::memory::map::Map;
 use crate::memory::members::Membership;
 use crate::segment::{self, Segment, plan_of, system};
 
-/// How long to wait for the processes of a former master, which finish their requests and hold the file's lock.
+/// Timeout for the processes of a former master to finish their requests and release the file's lock.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 const CLEAN: u64 = 1;
-/// The byte that every user of the file locks. The members' bytes are far below it.
+/// The byte that every user of the file locks, far above the members' bytes.
 const USERS: i64 = 1 << 60;
 
 /// What happened to the previous contents of the file.
@@ -87,7 +88,7 @@ impl Segment {
             if lock_users(&file, libc::F_WRLCK) {
                 return prepared(file, plan, geometry);
             }
-            // Processes that joined the file earlier may stay, if it is what this process would have created.
+            // Processes that joined the file earlier may stay, if the file matches the plan.
             if lock_users(&file, libc::F_RDLCK)
                 && let Some(segment) = in_use(&file)?
                 && segment.inner.header().is_some_and(|header| segment::misfit(&plan_of(header), plan).is_none())
@@ -100,8 +101,8 @@ impl Segment {
         }
     }
 
-    /// Checks whether [`open`](Segment::open) would find a usable file, and room for it. Changes nothing, and does not
-    /// take quotas into account.
+    /// Checks whether [`open`](Segment::open) would find a usable file and enough room for it. Changes nothing, and
+    /// ignores quotas.
     ///
     /// # Errors
     /// Fails as [`Segment::open`] would.
@@ -131,7 +132,7 @@ impl Segment {
         Ok(())
     }
 
-    /// Opens the file alongside other processes that use it, or as the first one.
+    /// Opens the file, whether or not other processes use it.
     ///
     /// Existing contents are used whatever their plan; if they are unusable, a segment is created from `plan`. The
     /// scoreboard belongs to the master and must not be used.
@@ -160,7 +161,7 @@ impl Segment {
 
     /// Writes a file's segment to disk and marks it clean, so that its contents can be reused even after a reboot.
     ///
-    /// Call it when no other process uses the segment any more. It does nothing for a memory segment.
+    /// Call it when no other process uses the segment any more. Does nothing for a memory segment.
     ///
     /// # Errors
     /// Fails if writing to the disk fails; the contents are then dropped after the next reboot.
@@ -191,7 +192,7 @@ impl SharedMemory {
         self.file.as_ref().map_or(Ok([0, 0]), |file| boot_and_file(file))
     }
 
-    /// Removes the mark, on the disk.
+    /// Removes the clean mark on disk.
     fn mark_in_use(&self) -> Result<(), SegmentError> {
         let header = self.header().ok_or(segment::BAD_GEOMETRY)?;
         header.clean.store(0, Ordering::Relaxed);
@@ -209,7 +210,7 @@ pub(crate) fn is_clean(header: &Header) -> bool {
 }
 
 fn open(path: &Path) -> Result<File, SegmentError> {
-    // The flags prevent waiting, and the side effects of opening a device.
+    // The flags prevent blocking, and side effects of opening a device.
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let opened = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
@@ -219,7 +220,7 @@ fn open(path: &Path) -> Result<File, SegmentError> {
     if is_other { Err(other()) } else { Ok(file) }
 }
 
-/// Prepares the segment of a file that this process uses alone. Other processes may join when it returns.
+/// Prepares the segment of a file that only this process uses. Other processes may join once it returns.
 fn prepared(file: Arc<File>, plan: &Plan, geometry: Geometry) -> Result<(Segment, Found), SegmentError> {
     let (segment, found) = match warm(&file, plan)? {
         Ok(segment) => (segment, Found::Warm),
@@ -232,7 +233,7 @@ fn prepared(file: Arc<File>, plan: &Plan, geometry: Geometry) -> Result<(Segment
             (segment, found)
         }
     };
-    // Changes the exclusive lock to a shared one in one step, which cannot fail.
+    // Converts the exclusive lock to a shared one in one step, which cannot fail.
     lock_users(&file, libc::F_RDLCK);
     Ok((segment, found))
 }
@@ -269,8 +270,8 @@ fn found_in(file: &File) -> Result<Option<(Map, Geometry, u64)>, SegmentError> {
     Ok(checked.ok().map(|(geometry, seed)| (map, geometry, seed)))
 }
 
-/// Takes the users' byte shared (`F_RDLCK`) or exclusively (`F_WRLCK`), or releases it (`F_UNLCK`); false if that would have to wait.
-/// A process that inherits the descriptor shares the lock, until the last of them closes it.
+/// Locks the users' byte shared (`F_RDLCK`) or exclusively (`F_WRLCK`), or releases it (`F_UNLCK`); false if that would block.
+/// Processes that inherit the descriptor share the lock, until the last of them closes it.
 pub(crate) fn lock_users(file: &impl AsFd, kind: i32) -> bool {
     let flock = libc::flock {
         l_type: i16::try_from(kind).unwrap_or_default(),
@@ -288,10 +289,10 @@ pub(crate) fn lock_users(file: &impl AsFd, kind: i32) -> bool {
     }
 }
 
-/// Leaves the file to other processes for a moment.
+/// Releases the file for a moment, so that other processes can lock it.
 ///
 /// # Errors
-/// Fails if this has gone on for longer than the timeout.
+/// Fails if the timeout has passed since `begun`.
 fn wait(file: &File, begun: Instant) -> Result<(), SegmentError> {
     lock_users(file, libc::F_UNLCK);
     if begun.elapsed() >= OPEN_TIMEOUT {
@@ -306,7 +307,7 @@ fn busy() -> SegmentError {
     system("lock the cache file", source)
 }
 
-/// The segment in a file, or why its contents are dropped.
+/// The segment in a file, or the reason why its contents are dropped.
 fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, SegmentError> {
     let dropped = |why| Ok(Err(Found::Dropped { why }));
     let len = file.metadata().map_err(|error| system("look at the cache file", error))?.len();
@@ -317,7 +318,7 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
     if len < size_of::<Header>() as u64 {
         return dropped("it is too short");
     }
-    // Maps the header alone: nothing is reserved for a file that is dropped.
+    // Maps the header alone, so that nothing is reserved for a file that is dropped.
     let map =
         Map::new(file.as_fd(), size_of::<Header>() as u64).map_err(|error| system("map the cache file", error))?;
     let Some(header) = map.at::<Header>(0) else { return dropped("it is too short") };
@@ -329,7 +330,7 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
     if let Some(why) = segment::misfit(&plan_of(header), plan) {
         return dropped(why);
     }
-    // A copy may have holes, and writing to them would raise a signal when the disk is full.
+    // A copied file may have holes, and writing to them would raise a signal when the disk is full.
     allocate(file, len)?;
     let fd = owned(file)?;
     let map = Map::new(fd.as_fd(), len).map_err(|error| system("map the cache file", error))?;
@@ -354,7 +355,7 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
     Ok(Ok(segment))
 }
 
-/// Fails if the file is not a segment, and never was.
+/// Fails if the file contains something other than a segment.
 fn refuse_others(file: &File) -> Result<(), SegmentError> {
     let mut start = [0; 8];
     file.read_exact_at(&mut start, 0).or_else(not_the_end).map_err(|error| system("read the cache file", error))?;
@@ -365,15 +366,15 @@ fn refuse_others(file: &File) -> Result<(), SegmentError> {
     Ok(())
 }
 
-/// The clock's base after a pause: the clock advances by the time that passed, as far as the wall clock can be trusted.
+/// The clock's base after a pause: the clock advances by the time that has passed, but never backwards.
 fn clock_after(header: &Header) -> u64 {
     let value = |word: &AtomicU64| word.load(Ordering::Relaxed);
     let passed = real_ms().saturating_sub(value(&header.clean_real_ms));
     value(&header.clean_ms).saturating_add(passed).wrapping_sub(monotonic_ms())
 }
 
-/// Takes the file's lock, which all processes that inherit the descriptor share, and which ends when the last of them closes it. (It is
-/// not released by unlocking, because a child that ends would then unlock it for all the others.)
+/// Takes the file's lock, which is shared by all processes that inherit the descriptor, and released when the last of them closes it.
+/// (It is not unlocked explicitly, because a child that exits would then unlock it for all the others.)
 fn locked(file: File) -> Result<Arc<File>, SegmentError> {
     let begun = Instant::now();
     loop {
@@ -389,7 +390,7 @@ fn locked(file: File) -> Result<Arc<File>, SegmentError> {
     }
 }
 
-/// Bytes missing at the end of a short file count as zeros.
+/// Treats bytes missing at the end of a short file as zeroes.
 fn not_the_end(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::UnexpectedEof { Ok(()) } else { Err(error) }
 }
@@ -403,18 +404,18 @@ fn reserve(file: &File, len: u64) -> Result<(), SegmentError> {
     })
 }
 
-/// The free bytes of a file system that this process may use.
+/// The free bytes of a file system that are available to this process.
 fn free_in(found: &Statvfs) -> u64 {
     let blocks = if nix::unistd::geteuid().is_root() { found.blocks_free() } else { found.blocks_available() };
     blocks.saturating_mul(found.fragment_size())
 }
 
-/// Reserves all of the file, so that a full disk is detected now, and not by a signal later.
+/// Reserves the whole file, so that a full disk is detected now rather than by a signal later.
 fn allocate(file: &File, len: u64) -> Result<(), SegmentError> {
     let free = fstatvfs(file).ok().map(|found| free_in(&found));
     let no_room = |source: io::Error| SegmentError::NoSpace { bytes: len, free, source };
     let size = i64::try_from(len).map_err(|_| no_room(Errno::EFBIG.into()))?;
-    // A file in tmpfs is memory, and its current blocks are already counted as used.
+    // A file in tmpfs is memory, and its current blocks already count as used.
     let has = file.metadata().map_or(0, |metadata| metadata.blocks().saturating_mul(512));
     if fstatfs(file).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC) {
         segment::check_memory(len.saturating_sub(has))?;
@@ -433,7 +434,7 @@ fn owned(file: &File) -> Result<OwnedFd, SegmentError> {
     file.as_fd().try_clone_to_owned().map_err(|error| system("duplicate a descriptor", error))
 }
 
-/// Identifies the boot of the machine, combined with the file: a copy of a file that was in use is another file.
+/// Identifies the machine's boot combined with the file, because a copy of a file that was in use is a different file.
 fn boot_and_file(file: &File) -> Result<[u64; 2], SegmentError> {
     let metadata = file.metadata().map_err(|error| system("look at the cache file", error))?;
     let [one, other] = boot_id();

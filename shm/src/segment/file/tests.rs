@@ -6,11 +6,11 @@ use crate::StoreOptions;
 
 const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 2, max_entry: 0, events_bytes: 64 * 1024 };
 
-/// Written by a test that forks: until its child ends, it has a copy of each descriptor of this process, and keeps the files locked
-/// that other tests have just closed.
+/// Locked for writing by a test that forks. Until its child exits, the child has a copy of each descriptor of this process, and
+/// keeps files locked that other tests have just closed.
 pub(in crate::segment) static FORKS: RwLock<()> = RwLock::new(());
 
-/// A path for a file, and the assurance that no test forks.
+/// A path for a file, and a guard that keeps tests from forking.
 struct Scratch(
     PathBuf,
     #[expect(dead_code, reason = "released when the test ends")] Option<RwLockReadGuard<'static, ()>>,
@@ -72,7 +72,7 @@ fn a_closed_file_is_warm_and_its_clock_goes_on() {
     drop(cache);
     segment.close().unwrap();
 
-    // Two minutes later, after a reboot.
+    // Reopened two minutes later, after a reboot.
     let (segment, _) = scratch.open();
     header(&segment).boot_id[0].fetch_xor(1, Ordering::Relaxed);
     let cache = segment.cache();
@@ -89,7 +89,7 @@ fn a_file_that_was_not_closed_is_warm_unless_the_machine_was_started_since() {
     let scratch = Scratch::new("killed");
     let (segment, _) = scratch.open();
     segment.cache().set("k", "v", &StoreOptions::new()).unwrap();
-    // The state that a process leaves if it is killed with a lock held.
+    // The state left by a process that is killed while it holds a lock.
     let shard: &crate::memory::layout::ShardHead = segment.inner.map.at(segment.inner.geometry.shards_at).unwrap();
     shard.lock.store(5, Ordering::Relaxed);
     drop(segment);
@@ -150,7 +150,7 @@ fn who_attaches_a_closed_file_is_refused_and_changes_nothing() {
     assert!(refused.to_string().contains("closed the file"), "{refused}");
     assert!(state() == before, "it is as it was");
 
-    // It does not keep the next server from opening the file, and can join once that server has it.
+    // It does not keep the next server from opening the file, and can join once that server has opened it.
     let (segment, found) = scratch.open();
     assert_eq!(found, Found::Warm);
     let attached = Segment::attach(left).unwrap();
@@ -200,7 +200,7 @@ fn a_file_with_more_rows_is_warm_and_any_other_misfit_is_named() {
     }
 }
 
-/// Uses memory whose file was truncated in every way; all of them must return.
+/// Uses memory whose file was truncated in every way. All calls must return.
 fn use_what_is_lost(segment: &Segment) {
     let (cache, events) = (segment.cache(), segment.events());
     assert_eq!(cache.get("k"), None);
@@ -237,7 +237,7 @@ fn a_file_that_is_truncated_is_damage_and_ends_nobody() {
         file.set_len(len).unwrap();
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                // All at once, because each may be the first to access the lost part.
+                // Concurrently, because each may be the first to access the lost part.
                 scope.spawn(|| {
                     (0..segment.len() / 8).for_each(|word| {
                         touch(&segment, word * 8);
@@ -298,13 +298,13 @@ fn a_child_and_its_parent_learn_from_each_other_that_pages_are_lost() {
     let (segment, _) = scratch.open();
     OpenOptions::new().write(true).open(&scratch.0).unwrap().set_len(0).unwrap();
     assert!(!segment.inner.map.is_lost());
-    // SAFETY: the child calls nothing that another thread could have been executing: it reads a word, and exits.
+    // SAFETY: the child depends on no state of other threads: it reads a word, and exits.
     #[expect(unsafe_code, reason = "fork")]
     let child = match unsafe { nix::unistd::fork() }.unwrap() {
         nix::unistd::ForkResult::Parent { child } => child,
         nix::unistd::ForkResult::Child => {
             touch(&segment, 0);
-            // SAFETY: ends the child, which must not use the locks of the test's threads.
+            // SAFETY: terminates the child, which must not use the locks of the test's threads.
             unsafe { libc::_exit(7) }
         }
     };
