@@ -1,6 +1,6 @@
-//! The fenced system calls by which a process drops privileges, and the signal handler that reports a refused call.
+//! The fenced system calls with which a process drops privileges, and the signal handler that reports a refused call.
 //!
-//! All of it may run between fork and exec: it allocates no memory and takes no lock. Nothing is decided here.
+//! All of it may run between fork and exec: it allocates no memory and takes no lock. No decision is made here.
 #![expect(unsafe_code, reason = "capset, setpriority, prctl and a signal's context have no safe form")]
 
 use std::fmt::Write as _;
@@ -60,7 +60,7 @@ fn set_nice(nice: i32) -> io::Result<()> {
     outcome(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }.into())
 }
 
-/// Removes all but these capabilities from the bounding set, so that no program executed later can get them.
+/// Removes all capabilities but these from the bounding set, so that no program executed later can get them.
 fn bound_capabilities(CapabilitySet(kept): CapabilitySet) -> io::Result<()> {
     for number in (0..64).filter(|number| kept & (1 << number) == 0) {
         // SAFETY: plain system call with integers.
@@ -107,7 +107,7 @@ fn outcome(returned: libc::c_long) -> io::Result<()> {
     if returned < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Makes a system call that the sandbox traps return an error, and logs its name: once for each call and process.
+/// Makes each system call that the sandbox traps return an error, and logs its name: once per call and process.
 ///
 /// # Errors
 /// Returns the error of `sigaction(2)`.
@@ -121,7 +121,7 @@ pub(super) fn report_refused_calls() -> io::Result<()> {
     outcome(unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) }.into())
 }
 
-/// A bit for each system call by its number: whether it was reported.
+/// One bit for each system call, by its number: whether it was reported.
 static TOLD: [AtomicU64; 16] = [const { AtomicU64::new(0) }; 16];
 
 extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
@@ -171,7 +171,7 @@ fn set_result(context: &mut libc::ucontext_t, value: i64) {
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn set_result(_: &mut libc::ucontext_t, _: i64) {}
 
-/// Writes one line to standard error, at once, without allocating or locking.
+/// Writes one line to standard error, immediately, without allocating or locking.
 fn tell(number: u64) {
     struct Line {
         bytes: [u8; 160],

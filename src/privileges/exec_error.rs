@@ -1,6 +1,7 @@
-//! Explains why a program could not be executed, for the log: the kernel's error alone names neither the file nor the user.
+//! Explains, for the log, why a program could not be executed: the kernel's error alone names neither the file nor the
+//! user.
 //!
-//! The checks run as the master, which may have more access than the user of the process. Nothing is decided here.
+//! The checks run as the master, which may have more access than the user of the process. No decision is made here.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
@@ -12,7 +13,7 @@ use crate::config::privileges::PrivilegesConfig;
 use crate::sys;
 use crate::sys::file_path::directory_of;
 
-/// The cause, and then the command, the user and the directory.
+/// The cause, followed by the command, the user and the directory.
 pub(super) fn explain(error: &io::Error, program: &Program, config: &PrivilegesConfig) -> String {
     let directory = match (&config.chdir, &config.chroot) {
         (Some(directory), _) => directory.clone(),

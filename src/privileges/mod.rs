@@ -1,8 +1,8 @@
 //! The privileges of the application's processes: resolved and checked once, in the master, and applied in each process before
-//! any code of the application runs.
+//! any application code runs.
 //!
 //! - [`steps`] decides which steps are taken, and in which order (pure).
-//! - [`drop_calls`] makes the system calls; between fork and exec too.
+//! - [`drop_calls`] makes the system calls, also between fork and exec.
 //! - [`exec_error`] explains why a program could not be executed.
 //! - [`reach`] determines whether another user can access a path.
 //! - [`sandbox`] confines a worker; [`sandbox_syscalls`] is its list of system calls.
@@ -33,7 +33,7 @@ use crate::config::Program;
 use crate::config::privileges::{Affinity, Owner, PrivilegesConfig, Variable};
 use crate::sys;
 
-/// The privileges that a process gives up, and those it is given instead.
+/// The privileges that a process gives up, and those that replace them.
 #[derive(Clone, Debug)]
 pub(crate) struct Privileges {
     config: PrivilegesConfig,
@@ -42,10 +42,10 @@ pub(crate) struct Privileges {
 }
 
 impl Privileges {
-    /// Checks what can be done of `config`. `executes` means that each process executes a program.
+    /// Checks that `config` can be applied. `executes` means that each process executes a program.
     ///
     /// # Errors
-    /// Returns everything that cannot be done, each as a sentence for the operator that names the flag.
+    /// Returns every setting that cannot be applied, each as a sentence for the operator that names the flag.
     pub(crate) fn examine(config: &PrivilegesConfig, executes: bool) -> Result<Self, Vec<String>> {
         let standing =
             standing().map_err(|error| vec![format!("what this process may do cannot be found out: {error}")])?;
@@ -85,7 +85,7 @@ impl Privileges {
         Ok(affinity.into_iter().chain(self.steps.iter().cloned()).collect())
     }
 
-    /// The steps for a process without a slot: the same, except the processor that is specific to each slot.
+    /// The steps for a process without a slot: the same, except for the processor that is specific to each slot.
     ///
     /// # Errors
     /// A sentence for the operator.
@@ -96,8 +96,9 @@ impl Privileges {
         }
     }
 
-    /// Applies the privileges of its slot to this process, a worker that has just been forked and has one thread. It must
-    /// run before any code of the application. Afterwards, the kernel has forgotten a requested parent-death signal.
+    /// Applies the privileges of its slot to this process, a worker that has just been forked and has one thread. Must
+    /// run before any application code. If the user changes, the kernel drops a parent-death signal that was requested
+    /// before.
     ///
     /// # Errors
     /// Returns the step that failed, with the flag that requested it.
@@ -135,7 +136,7 @@ impl Privileges {
         exec_error::explain(error, program, &self.config)
     }
 
-    /// Whether processes may differ from the master in which files they can open.
+    /// Whether the processes may be able to open other files than the master.
     pub(crate) fn change_access(&self) -> bool {
         !self.steps.is_empty() || self.config.sandbox.is_some()
     }
@@ -165,8 +166,8 @@ pub(crate) fn carry_out_before_exec(steps: &[Step]) -> io::Result<()> {
     Ok(())
 }
 
-/// Changes the owner of an open file, if it is a regular file or a socket that belongs to this user and has one name: in a directory
-/// that others can write to, a name may lead anywhere.
+/// Changes the owner of an open file if it is a regular file or a socket, belongs to this user, and has only one name: in a
+/// directory that others can write to, a name may lead anywhere.
 ///
 /// # Errors
 /// Returns the error of the system call.
@@ -234,8 +235,8 @@ fn hard_limits() -> Vec<(Resource, u64)> {
     all.filter_map(|resource| Some((resource, getrlimit(resource).ok()?.1))).collect()
 }
 
-/// The first user namespace contains all users, each under its own number: user_namespaces(7). Without /proc, this process is
-/// assumed to be in it.
+/// The first user namespace contains all users, each under its own number (user_namespaces(7)). Without /proc, this process
+/// is assumed to be in that namespace.
 fn is_in_first_namespace() -> bool {
     let Ok(map) = std::fs::read_to_string("/proc/self/uid_map") else { return true };
     map.split_ascii_whitespace().eq(["0", "0", "4294967295"])

@@ -1,4 +1,4 @@
-//! Determines whether processes of another user can access a path: the directories above it may admit the master, but not that user.
+//! Determines whether processes of another user can access a path: its parent directories may admit the master, but not that user.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt as _;
@@ -28,8 +28,7 @@ impl Visitor {
         Some(Self { user: user.uid.as_raw(), groups })
     }
 
-    /// The outermost directory on the way into directory `path` that this user cannot pass through; `None` if there is none, according
-    /// to the modes.
+    /// The outermost directory on the path to directory `path` that this user cannot pass through; `None` if the modes show none.
     pub(crate) fn barred_at(&self, path: &Path) -> Option<PathBuf> {
         let path = path.canonicalize().ok()?;
         let mut above: Vec<&Path> = path.ancestors().collect();

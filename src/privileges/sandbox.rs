@@ -1,8 +1,8 @@
 //! The sandbox of a worker: Landlock for files, seccomp for system calls. Both bind the process and all its children permanently.
 //!
 //! Landlock: files below `READ` and the paths of `--sandbox-read` can be read; files below `WRITE` and the paths of `--sandbox-write` can
-//! also be written; nothing else can be opened. What is open already stays usable: sockets, the segment, files that the application
-//! opened in `preload`. No TCP port can be bound; no process outside can be signalled or reached over an abstract socket.
+//! also be written; nothing else can be opened. Files that are already open stay usable: sockets, the segment, files that the application
+//! opened in `preload`. No TCP port can be bound; no outside process can be signalled, or reached over an abstract socket.
 //!
 //! Seccomp: a list of allowed system calls. A refused call returns an error, and its name is logged.
 //!
@@ -60,8 +60,8 @@ const READ: [&str; 33] = [
 ];
 const WRITE: [&str; 3] = ["/dev/null", "/dev/zero", "/dev/full"];
 
-/// Checks that this kernel supports the sandbox, and that the paths the operator named exist.
-/// Returns each problem as a sentence for the operator.
+/// Checks that this kernel supports the sandbox, and that the paths that the operator named exist. Returns each problem
+/// as a sentence for the operator.
 pub(super) fn check(config: &SandboxConfig, root: &Path) -> Vec<String> {
     let read = config.read.iter().map(|path| ("--sandbox-read", path));
     let named = read.chain(config.write.iter().map(|path| ("--sandbox-write", path)));
@@ -97,7 +97,7 @@ fn ruleset(required: bool) -> Result<RulesetCreated, landlock::RulesetError> {
     Ruleset::default()
         .set_compatibility(level)
         .handle_access(AccessFs::from_all(ABI::V3))?
-        // Features of later kernels are used where available.
+        // Features of later kernels are used if they are available.
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(ABI::V6))?
         .handle_access(AccessNet::BindTcp)?
@@ -111,7 +111,7 @@ fn restrict_files(config: &SandboxConfig) -> Result<(), String> {
     let no_devices = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock;
     let write = AccessFs::from_all(ABI::V6) & !no_devices;
     let mut rules = ruleset(config.required).map_err(failed)?;
-    // Backtraces of a program read the program's file.
+    // Backtraces of a program read the program's own file.
     let own = std::env::current_exe().ok();
     let system = READ.iter().map(Path::new).chain(own.as_deref());
     rules = rules.add_rules(landlock::path_beneath_rules(system, read)).map_err(failed)?;
@@ -142,7 +142,7 @@ fn filters() -> Result<Vec<BpfProgram>, String> {
         BpfProgram::try_from(filter).map_err(|error| error.to_string())
     };
     let whole = |calls: &[i64]| calls.iter().map(|&call| (call, Vec::new())).collect();
-    // The C library makes these calls where a signal could not report them, or only to probe: they fail silently.
+    // The C library makes these calls where a signal could not report them, or only as a probe: they fail silently.
     let errno = |number: i32| SeccompAction::Errno(number.cast_unsigned());
     let tried = [libc::SYS_clone3, libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
     let executed = [libc::SYS_execve, libc::SYS_execveat];
@@ -172,7 +172,7 @@ fn conditional() -> Result<[(i64, Vec<SeccompRule>); 3], seccompiler::BackendErr
     let no_namespace = SeccompCmpOp::MaskedEq(u64::from(namespaces.cast_unsigned()));
     let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
     let families = families.map(|family| SeccompRule::new(vec![word(0, SeccompCmpOp::Eq, family)?]));
-    // A process that can push characters into a terminal can type there.
+    // A process that can push characters into a terminal's input can type commands there.
     let (push, console) = (i32::try_from(libc::TIOCSTI).unwrap_or(0), 0x541c);
     Ok([
         (libc::SYS_clone, vec![SeccompRule::new(vec![word(0, no_namespace, 0)?])?]),

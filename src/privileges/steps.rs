@@ -4,16 +4,16 @@
 //!
 //! ```text
 //! limits, priority, processors   may need CAP_SYS_RESOURCE and CAP_SYS_NICE
-//! root directory                    needs CAP_SYS_CHROOT, and the accounts were looked up before
+//! root directory                 needs CAP_SYS_CHROOT; accounts must be looked up before
 //! bounding set                   needs CAP_SETPCAP
-//! groups, group, user            in this order: a process that is not root any more cannot change its groups
-//! capabilities                   capabilities to be kept survive the change of user until here
+//! groups, group, user            in this order: a process that is no longer root cannot change its groups
+//! capabilities                   the capabilities to keep survive the change of user until this step
 //! no_new_privs                   from here on no privilege can be regained, not even by a setuid program
-//! directory                         as that user: it must be able to enter it
+//! directory                      as the new user, which must be able to enter it
 //! sandbox                        Landlock, which opens files, then seccomp (in `sandbox.rs`)
 //! ```
 //!
-//! This file makes no system call: the state of this process comes as [`Standing`].
+//! This file makes no system call: the caller passes the state of this process as [`Standing`].
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt as _;
@@ -34,7 +34,7 @@ pub(crate) struct Standing {
     pub(crate) group: Gid,
     /// Effective capabilities, one bit each.
     pub(crate) capabilities: u64,
-    /// Whether the capabilities count against the limits of the machine: those of a user namespace do not.
+    /// Whether the capabilities apply to the limits of the machine: those of a user namespace do not.
     pub(crate) in_first_namespace: bool,
     /// The processors that the process may run on, in order.
     pub(crate) processors: Vec<usize>,
@@ -91,7 +91,7 @@ impl Step {
         }
     }
 
-    /// What to add to the flag in the message, if the step fails.
+    /// Text added to the flag in the message if the step fails.
     pub(crate) fn detail(&self) -> &'static str {
         match self {
             Self::Limit { resource, .. } => name_of(*resource),
@@ -105,7 +105,7 @@ impl Step {
 /// `executes` means that the process will execute a program.
 ///
 /// # Errors
-/// Returns everything that cannot be done, as sentences for the operator with the reason and the flag.
+/// Returns everything that cannot be done, as sentences for the operator that give the reason and the flag.
 pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bool) -> Result<Vec<Step>, Vec<String>> {
     let limits = config.limits.iter().map(|limit| {
         let step = Step::Limit { resource: limit.resource, soft: limit.soft, hard: limit.hard };
@@ -245,7 +245,7 @@ fn identity(config: &PrivilegesConfig, standing: &Standing) -> Result<Identity, 
     let groups = groups.or_else(of_user).or_else(|| group.map(|_| Vec::new()));
     let user = config.user.as_ref().map(|user| user.uid).filter(|&user| user != standing.user);
     let group = group.filter(|&group| group != standing.group);
-    // A process that runs as that user already, and cannot change its groups, was given its groups by the program that started it.
+    // A process that already runs as that user, and cannot change its groups, got its groups from the program that started it.
     let given = user.is_none() && group.is_none() && config.supplementary_groups.is_none();
     let groups = groups.filter(|_| !given || standing.has(Capability::CAP_SETGID));
     Ok(Identity { groups, group, user })
@@ -405,7 +405,7 @@ mod tests {
             Step::NoNewPrivileges,
         ];
         assert_eq!(steps(&config, &root(), false).unwrap(), expected);
-        // A process that was started as that user already has nothing to change, and needs no privileges.
+        // A process that was already started as that user has nothing to change, and needs no privileges.
         let same = Standing { user: Uid::from_raw(33), group: gid, ..nobody() };
         assert_eq!(steps(&config, &same, false).unwrap(), expected[4..]);
         assert_eq!(steps(&PrivilegesConfig::default(), &root(), true), Ok(Vec::new()));

@@ -1,9 +1,9 @@
-//! Converts between CGI variables (RFC 3875) and `http`: parses a request's head from parameters,
-//! and writes a response's head in CGI form.
+//! Converts between CGI variables (RFC 3875) and `http`: parses a request's head from parameters, and writes a
+//! response's head in CGI form.
 //!
-//! Section numbers refer to RFC 3875. FastCGI, SCGI and CGI use both directions. The web server in
-//! front implements HTTP, and this module does not undo its decisions: `REQUEST_URI` is used as
-//! received, and no variable is trusted beyond its meaning in CGI.
+//! Section numbers refer to RFC 3875. FastCGI, SCGI and CGI use both directions. The web server in front implements
+//! HTTP, and this module does not undo its decisions: `REQUEST_URI` is used as received, and no variable is trusted
+//! beyond its meaning in CGI.
 
 mod response;
 
@@ -35,8 +35,8 @@ pub struct ClientInfo {
     pub is_https: bool,
     /// The CGI variables of the request, as sent by the web server; empty over HTTP.
     pub params: Params,
-    /// The address is missing because the peer is a Unix socket, on this machine or on the load
-    /// balancer's.
+    /// The address is missing because the peer is a Unix socket, on this machine or on the machine of the load
+    /// balancer.
     pub(crate) over_unix: bool,
 }
 
@@ -87,8 +87,8 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Maximum number of header names in a request. A `HeaderMap` holds half as many again, and panics
-/// when one more is inserted, by this server or by the application.
+/// Maximum number of header names in a request. A `HeaderMap` has space for half as many again, and panics when this
+/// server or the application inserts one more.
 const MAX_NAMES: usize = 16_384;
 
 /// The CGI variables of a request that this module needs, collected in one pass.
@@ -154,8 +154,8 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
 }
 
 impl<'a> Variables<'a> {
-    /// Takes a variable without an `HTTP_` prefix. Returns whether it is a header of the client all
-    /// the same: `CONTENT_TYPE`.
+    /// Takes a variable without an `HTTP_` prefix. Returns whether it is a client's header nevertheless:
+    /// `CONTENT_TYPE`.
     #[inline]
     fn take(&mut self, name: &[u8], value: &'a [u8]) -> Result<bool, Error> {
         if has_control(value) && !may_have_control(name, value) {
@@ -183,17 +183,17 @@ impl<'a> Variables<'a> {
             },
             Some(b'P') if name == b"PATH_INFO" => self.path_info = value,
             Some(b'Q') if name == b"QUERY_STRING" => self.query = value,
-            // Servers agree on HTTPS; REQUEST_SCHEME is nginx's. A server whose client uses plain
-            // HTTP omits HTTPS, or sets another value such as `off`.
+            // Servers agree on HTTPS; REQUEST_SCHEME is specific to nginx. A server whose client uses plain HTTP omits
+            // HTTPS, or sets another value such as `off`.
             Some(b'H') if name == b"HTTPS" => self.is_https |= value.eq_ignore_ascii_case(b"on") || value == b"1",
             _ => {}
         }
         Ok(false)
     }
 
-    /// Takes a CONTENT_LENGTH. Servers send it empty without a body (4.1.2). An empty value cancels
-    /// an earlier one, so an nginx configuration can override what it includes. `-1` is ignored:
-    /// lighttpd sends it for a body of unknown length, and the end of the stream decides. Any other value that is not digits is refused, and so are two lengths that differ.
+    /// Takes a CONTENT_LENGTH. Servers send an empty one if there is no body (4.1.2). An empty value cancels an earlier one, so that an
+    /// nginx configuration can override an included one. `-1` is ignored: lighttpd sends it for a body of unknown length, which then ends
+    /// with the stream. Any other value that is not digits is refused, and so are two different lengths.
     fn length(&mut self, value: &[u8]) -> Result<(), Error> {
         match value {
             b"" => self.length = None,
@@ -209,10 +209,9 @@ impl<'a> Variables<'a> {
     }
 }
 
-/// Whether a variable that is not a header may have this value, which has a control character. RFC
-/// 3875 does not allow CR, LF or NUL in its own variables, except that a path is decoded: `/a%0Ab`
-/// has an LF in SCRIPT_NAME or PATH_INFO. Variables that RFC 3875 does not define belong to the
-/// server: some are certificates of many lines.
+/// Whether a variable that is not a header may have this value, which contains a control character. RFC 3875 does not
+/// allow CR, LF or NUL in its own variables, except in a decoded path: `/a%0Ab` has an LF in SCRIPT_NAME or PATH_INFO.
+/// Variables that RFC 3875 does not define belong to the server: some are certificates of many lines.
 #[cold]
 fn may_have_control(name: &[u8], value: &[u8]) -> bool {
     match name {
@@ -233,8 +232,8 @@ fn has_control(bytes: &[u8]) -> bool {
     // Subtracting 0x20 sets the high bit of a byte below 0x20, and of a byte whose high bit was
     // already set.
     let below = |word: u64| word.wrapping_sub(LOW * 0x20) & !word & (LOW * 0x80);
-    // The last word overlaps the word before it; in fewer than eight bytes, the two halves overlap
-    // likewise.
+    // The last word overlaps the word before it. If there are fewer than eight bytes, the two halves overlap in the
+    // same way.
     let found = match (bytes.last_chunk(), bytes.first_chunk(), bytes.last_chunk()) {
         (Some(&last), ..) => {
             let words = bytes.as_chunks().0.iter();
@@ -292,8 +291,8 @@ fn version(protocol: &[u8]) -> Version {
     }
 }
 
-/// Parses the URI as the server passed it on. Bytes that a URI must not have, but that clients
-/// send, are percent-encoded.
+/// Parses the URI as the server forwarded it. Bytes that a URI must not have, but that clients send, are
+/// percent-encoded.
 fn request_uri(uri: Bytes) -> Result<Uri, Error> {
     let uri = Uri::from_maybe_shared(uri.clone()).or_else(|_| {
         let mut encoded = BytesMut::with_capacity(uri.len() + 16);
@@ -303,14 +302,14 @@ fn request_uri(uri: Bytes) -> Result<Uri, Error> {
     if uri.authority().is_none() {
         return Ok(uri);
     }
-    // A client may send its server the absolute URI; the host alone is for proxies.
+    // A client may send its server the absolute URI; a host alone is only sent to proxies.
     if uri.scheme().is_none() || !uri.authority().is_none_or(|authority| is_host(authority.as_str().as_bytes())) {
         return Err(Error::Uri);
     }
     Ok(uri.into_parts().path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/")).into())
 }
 
-/// Builds the URI from the decoded path, for servers that do not pass the URI on.
+/// Builds the URI from the decoded path, for servers that do not forward the URI.
 fn rebuilt_uri(script_name: &[u8], path_info: &[u8], query: &[u8]) -> Result<Uri, Error> {
     let mut uri = BytesMut::with_capacity(script_name.len() + path_info.len() + query.len() + 16);
     let path = if script_name.is_empty() { path_info } else { script_name };

@@ -6,10 +6,9 @@
 //!   peer ───────────────▶ Decoder::decode ─────────▶ worker::fastcgi ─────▶ stdout_header, end_request ──▶ peer
 //! ```
 //!
-//! The [`Decoder`] keeps the state between records: the request ids in use, the stream each request
-//! is in, and the parameters received so far. It never copies a body, and copies parameters only
-//! when they span several records. The same bytes always result in the same requests, bodies and
-//! replies, however they are cut into pieces.
+//! The [`Decoder`] keeps the state between records: the request ids in use, the current stream of each request, and the
+//! parameters received so far. It never copies a body, and copies parameters only if they span several records. The
+//! same bytes always result in the same requests, bodies and replies, however they are split into chunks.
 //!
 //! Faults: if the specification defines a reply, the decoder returns an [`Event`] with the reply.
 //! If the start of the next record cannot be determined, or a record contradicts the state of its
@@ -61,11 +60,11 @@ pub(crate) enum Event {
     /// A request that cannot be served because its parameters are too long or malformed. The rest
     /// of the request is skipped; the request must be answered.
     BadRequest { id: RequestId, keep_connection: bool, fault: Fault },
-    /// A piece of a request's body, never empty.
+    /// A chunk of a request's body, never empty.
     Stdin { id: RequestId, bytes: Bytes },
     /// The end of a request's body.
     StdinEnd { id: RequestId },
-    /// A piece of the file for a filter, never empty.
+    /// A chunk of the file for a filter, never empty.
     Data { id: RequestId, bytes: Bytes },
     /// The end of that file.
     DataEnd { id: RequestId },
@@ -134,7 +133,7 @@ impl Record {
 enum Place {
     /// Before a record's header.
     Header,
-    /// In the content of a record that is passed on piece by piece.
+    /// In the content of a record that is passed on in chunks.
     Content { kind: u8, id: RequestId, left: u16, padding: u8 },
     /// In bytes that are ignored.
     Skip { left: u32 },
@@ -174,7 +173,7 @@ pub(crate) struct Decoder {
 }
 
 impl Decoder {
-    /// Accepts `max_params` bytes of parameters per request, and `max_requests` requests at a time.
+    /// Accepts `max_params` bytes of parameters per request, and `max_requests` concurrent requests.
     pub(crate) fn new(max_params: usize, max_requests: usize) -> Self {
         Self { max_params, max_requests, place: Place::Header, open: Vec::new(), shares: false }
     }
@@ -245,8 +244,7 @@ impl Decoder {
         whole
     }
 
-    /// Whether the next record in `input`, the unprocessed rest of a read, shows that this request
-    /// has no body.
+    /// Whether the next record in `input`, the unprocessed rest of a read, shows that this request has no body.
     pub(crate) fn body_is_empty(&self, id: RequestId, input: &[u8]) -> bool {
         let padding = match self.place {
             Place::Header => 0,
@@ -430,7 +428,7 @@ impl Decoder {
         }
     }
 
-    /// The reply to GET_VALUES (4.1): those requested values that this server has.
+    /// The reply to GET_VALUES (4.1): those of the requested values that this server has.
     fn values(&self, asked: &[u8]) -> Bytes {
         let mut content = BytesMut::new();
         let asked = Params::parse(Bytes::copy_from_slice(asked));
@@ -442,8 +440,7 @@ impl Decoder {
                 b"FCGI_MPXS_CONNS" => String::from(if self.max_requests > 1 { "1" } else { "0" }),
                 _ => continue,
             };
-            // Each name only once, however often it was requested: the reply must fit in its
-            // record.
+            // Each name only once, however often it was requested, because the reply must fit in its record.
             if !content.windows(name.len()).any(|window| window == name) {
                 put_length(&mut content, name.len());
                 put_length(&mut content, value.len());
@@ -498,12 +495,11 @@ pub(crate) fn end_request(out: &mut BytesMut, id: RequestId, application: u32, s
     out.put_slice(&[status as u8, 0, 0, 0]);
 }
 
-/// Writes eight bytes that are not a record, because their version is 0: the last bytes of a
-/// connection on which a response failed.
+/// Writes eight bytes that are not a record, because their version is 0: the last bytes of a connection on which a
+/// response failed.
 ///
-/// If nginx does not keep the connection, it takes a close alone as the end of a response without a
-/// length, and waits for the rest of a response with a length. After these bytes it fails the
-/// response in both cases.
+/// If nginx does not keep the connection, it accepts a close as the end of a response without a length, and waits for
+/// the rest of a response with a length. After these bytes nginx fails the response in both cases.
 pub(crate) fn break_off(out: &mut BytesMut) {
     out.put_slice(&[0; HEADER]);
 }

@@ -1,5 +1,4 @@
-//! Tests the decoder: records written by hand, and the events that must result however the bytes
-//! are cut.
+//! Tests the decoder: hand-written records, and the events that must result however the bytes are split.
 
 use super::*;
 
@@ -44,8 +43,8 @@ fn request(id: RequestId, params: &[u8], body: &[u8]) -> Vec<u8> {
     .concat()
 }
 
-/// Feeds `bytes` in pieces of the given sizes and collects the events; adjacent pieces of a stream
-/// are joined. An error is returned together with the events before it.
+/// Feeds `bytes` in chunks of the given sizes and collects the events; adjacent chunks of a stream are joined. An error
+/// is returned together with the events before it.
 fn decode(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<Event>, Result<(), Error>) {
     let mut decoder = Decoder::new(MAX_PARAMS, 4);
     let (mut input, mut events) = (BytesMut::new(), Vec::new());
@@ -77,8 +76,8 @@ fn push(events: &mut Vec<Event>, event: Event) {
     }
 }
 
-/// Returns the events of `bytes`, after checking that they are the same however the bytes are cut:
-/// in two at every place (in a long script at some places), in single bytes, and at random.
+/// Returns the events of `bytes`, after checking that they are the same however the bytes are split: in two at every
+/// position (in a long script at some positions), into single bytes, and at random.
 fn outcome(bytes: &[u8]) -> (Vec<Event>, Result<(), Error>) {
     let expected = decode(bytes, || usize::MAX);
     for at in (1..bytes.len()).step_by(bytes.len() / 1000 + 1) {
@@ -373,7 +372,7 @@ fn padding_is_skipped_on_every_kind_of_record() {
 
 #[test]
 fn get_values_is_answered_in_mid_request_and_without_a_byte_more() {
-    // libfcgi replies only when the next record arrives, for which HAProxy waits in vain.
+    // libfcgi replies only when the next record arrives, so HAProxy waits in vain.
     let asked = pairs(&[("FCGI_MPXS_CONNS", ""), ("FCGI_COLOUR", "red"), ("", ""), ("FCGI_MAX_CONNS", "7")]);
     let expected = pairs(&[("FCGI_MPXS_CONNS", "1"), ("FCGI_MAX_CONNS", "4")]);
     let question = record(GET_VALUES, 0, &asked, 0);
@@ -520,7 +519,7 @@ fn the_seed_of_odd_records_gets_every_kind_of_reply() {
     assert!(events.contains(&Event::BadRequest { id: 2, keep_connection: true, fault }), "{events:?}");
 }
 
-/// Requests in the shape of each web server, in fuzz/seeds, which the fuzzer also starts from.
+/// Requests as each web server sends them, from fuzz/seeds, which the fuzzer also starts from.
 #[test]
 fn requests_in_the_shape_of_each_web_server_are_read() {
     let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/fastcgi");

@@ -1,9 +1,9 @@
 //! Reads the headers that proxies add to a request: `X-Forwarded-For`, `-Proto` and `-Host`, or
 //! `Forwarded` (RFC 7239).
 //!
-//! Each proxy appends its information, and a client can send anything. So the headers are read from
-//! the right, where the last proxy wrote, and only as far as the writers are trusted: elements
-//! further left may be forged by the client.
+//! Each proxy appends its information, and a client can send anything. So the headers are read from the right, where
+//! the last proxy wrote, and only as far as the writers are trusted: elements further to the left may be forged by the
+//! client.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -30,8 +30,7 @@ const ALL: [HeaderName; 10] = [
     HeaderName::from_static("x-real-ip"),
 ];
 
-/// The headers that trusted proxies write. They pass on the other family's headers as received from
-/// clients.
+/// The headers that trusted proxies write. They forward the other family's headers as received from clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Family {
     /// `X-Forwarded-For`, `-Proto`, `-Host`.
@@ -40,11 +39,11 @@ pub(crate) enum Family {
     Rfc7239,
 }
 
-/// The client's data according to the trusted proxies.
+/// Information about the client according to the trusted proxies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Client {
-    /// `None` if they do not name the client; `Some(None)` if they report it as unknown, or hide
-    /// it. The port is 0 if they do not name it.
+    /// `None` if the proxies do not name the client; `Some(None)` if they report the client as unknown, or hide it. The
+    /// port is 0 if they do not name it.
     pub(crate) address: Option<Option<SocketAddr>>,
     pub(crate) is_https: Option<bool>,
     /// The client's `Host`. May be any valid header value.
@@ -59,8 +58,7 @@ pub(crate) fn client(headers: &HeaderMap, family: Family, is_trusted: impl Fn(Ip
     }
 }
 
-/// Removes untrusted headers: all of them, or from a trusted peer those of the family that it does
-/// not write.
+/// Removes untrusted headers: all of them or, if the peer is trusted, those of the family that it does not write.
 pub(crate) fn remove(headers: &mut HeaderMap, trusted: Option<Family>) {
     let names: Vec<HeaderName> =
         headers.keys().filter(|name| is_not_believed(name.as_str().as_bytes(), trusted)).cloned().collect();
@@ -99,8 +97,8 @@ fn client_of_x(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Clie
             break;
         }
     }
-    // If a list is shorter, its first element comes from a proxy closer to this server than the
-    // client, and is used.
+    // If a list is shorter than this, its first element is used. It comes from a proxy closer to this server than the
+    // client.
     let at_depth = |name| elements(headers, name).take(depth.max(1)).last();
     client.is_https = at_depth(X_PROTO).and_then(is_https);
     client.host = at_depth(X_HOST).and_then(|host| HeaderValue::from_bytes(host).ok());
@@ -175,8 +173,8 @@ fn unquoted(value: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// Splits at separators outside quotes, from the right: a quote that a client left open further
-/// left cannot hide what a proxy appended after it.
+/// Splits at separators outside quotes, from the right: a quote that a client left open further to the left cannot hide
+/// what a proxy appended after it.
 struct FromRight<'a> {
     rest: Option<&'a [u8]>,
     separator: u8,

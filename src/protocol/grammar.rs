@@ -1,8 +1,8 @@
-//! Rules of grammar that several protocols share: numbers, and headers whose value is a list.
+//! Grammar rules that several protocols share: numbers, and headers whose value is a list.
 
 use http::header::{HeaderMap, HeaderName};
 
-/// A number that consists of digits alone, at least one. `None` if it does not fit.
+/// Parses a number that consists of one or more digits only. `None` if it does not fit.
 pub(crate) fn parse_digits(text: &[u8]) -> Option<u64> {
     let (first, rest) = text.split_first()?;
     let digit = |byte: u8| byte.is_ascii_digit().then(|| u64::from(byte - b'0'));

@@ -4,8 +4,8 @@ use std::net::Ipv6Addr;
 
 use super::grammar::parse_digits;
 
-/// Whether this is a host with or without a port (RFC 3986, sections 3.2.2 and 3.2.3), or empty:
-/// the field of a request whose URI has no authority. `userinfo@` is not allowed, and neither is a
+/// Whether this is a host with or without a port (RFC 3986, sections 3.2.2 and 3.2.3), or empty, as in a request whose
+/// URI has no authority. `userinfo@` is not allowed, and neither is a port without a host.
 /// port without a host.
 pub(crate) fn is_host(host: &[u8]) -> bool {
     // Nearly all hosts are a plain name, with or without a port.
@@ -61,7 +61,8 @@ fn after_registered_name(mut name: &[u8]) -> &[u8] {
     }
 }
 
-/// Whether a byte is one of `unreserved` and `sub-delims` of RFC 3986. Looked up, as every byte of every `Host` is checked.
+/// Whether a byte is one of `unreserved` and `sub-delims` of RFC 3986. A table lookup, because every byte of every `Host`
+/// is checked.
 fn is_plain(byte: u8) -> bool {
     /// One bit for each ASCII character.
     const PLAIN: u128 = {

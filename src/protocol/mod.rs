@@ -5,7 +5,7 @@
 //!   request, for the application.
 //! - [`scgi`]: the netstring, and the body after it.
 //! - [`cgi`]: CGI variables as an `http::Request`, and the head of a response.
-//! - [`host`]: valid values of `Host`. [`grammar`]: numbers and lists, as several of these have them.
+//! - [`host`]: valid values of `Host`. [`grammar`]: numbers and lists, which several of these use.
 //! - [`query`]: the pairs of a query.
 //! - [`proxy`]: the header of the PROXY protocol. [`forwarded`]: the client according to HTTP
 //!   headers.

@@ -1,6 +1,5 @@
-//! Stores name-value pairs: the parameters of a request, which are CGI variables, in the formats of
-//! FastCGI (specification 1.0, section 3.4), SCGI and the environment of a CGI program; and the
-//! values of FastCGI's GET_VALUES.
+//! Stores name-value pairs: the parameters of a request, which are CGI variables, in the formats of FastCGI
+//! (specification 1.0, section 3.4), SCGI and the environment of a CGI program; and the values of FastCGI's GET_VALUES.
 
 use std::fmt;
 
@@ -9,7 +8,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 /// The parameters of a request: CGI variables, in the order and with the bytes in which they were received.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Params {
-    /// Complete pairs: already checked.
+    /// Complete pairs, already checked.
     raw: Bytes,
     form: Form,
 }
@@ -17,10 +16,10 @@ pub struct Params {
 /// The encoding of the pairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Form {
-    /// FastCGI: two lengths, and the bytes.
+    /// FastCGI: two lengths, followed by the bytes.
     #[default]
     Lengths,
-    /// SCGI: two strings, each ended by a NUL.
+    /// SCGI: two strings, each terminated by a NUL.
     Strings,
 }
 
@@ -30,8 +29,8 @@ impl Params {
         Self::read(raw, Form::Lengths)
     }
 
-    /// Parses SCGI strings, each ended by a NUL: name, value, name, value. `None` if their number
-    /// is odd, or the last one is not ended.
+    /// Parses SCGI strings, each terminated by a NUL: name, value, name, value. `None` if their number is odd, or the
+    /// last one is not terminated.
     pub(crate) fn from_strings(raw: Bytes) -> Option<Self> {
         Self::read(raw, Form::Strings)
     }
@@ -167,8 +166,8 @@ mod tests {
             for value in lengths {
                 let four = |length: u32| (length | 0x8000_0000).to_be_bytes();
                 let params = [&four(name)[..], &four(value), b"ab"].concat();
-                // Two bytes are left. If they are not all used, the rest would have to be another
-                // pair, and it is not.
+                // Two bytes are left. If the pair does not use both of them, the rest would have to be another pair,
+                // and it is not.
                 let fits = u64::from(name) + u64::from(value) == 2;
                 assert_eq!(Params::parse(params.into()).is_some(), fits, "{name} + {value}");
             }

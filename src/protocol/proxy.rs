@@ -1,19 +1,19 @@
 //! Decodes the header of the PROXY protocol, versions 1 and 2 (HAProxy's `proxy-protocol.txt`): the
 //! load balancer in front reports the peer of a connection in the connection's first bytes.
 //!
-//! The caller decides whether to trust it. Section numbers refer to that text.
+//! The caller decides whether to trust the header. Section numbers refer to that text.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// Maximum length of a version 1 header, CRLF included (2.1).
 const LONGEST_V1: usize = 107;
-/// Maximum length of a version 2 header. This is our limit; 2.2 would allow 64 KiB. Addresses take
-/// up to 232 bytes; the rest is for additions (TLVs).
+/// Maximum length of a version 2 header, a limit of this implementation: 2.2 would allow 64 KiB. Addresses take up to
+/// 232 bytes; the rest is for extensions (TLVs).
 const LONGEST_V2: usize = 4096;
 const START_V1: &[u8] = b"PROXY ";
 const START_V2: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
-/// The addition about TLS (2.2.6), and its flag for a client that uses TLS.
+/// The TLV about TLS (2.2.6), and its flag for a client that uses TLS.
 const TYPE_SSL: u8 = 0x20;
 const CLIENT_SSL: u8 = 1;
 
@@ -29,8 +29,8 @@ pub(crate) struct Header {
 /// The source of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// The connection's own peer: a health check (LOCAL), or the sender has no other information
-    /// (UNKNOWN, UNSPEC).
+    /// The connection's own peer: for a health check (LOCAL), or if the sender has no other information (UNKNOWN,
+    /// UNSPEC).
     Itself,
     Inet(SocketAddr),
     /// A Unix socket on the sender's machine.
@@ -132,7 +132,7 @@ fn version_2(rest: &[u8]) -> Result<Opening, Error> {
         // LOCAL: the rest must be skipped.
         return Ok(Opening::Header(Header { length, source: Source::Itself, is_tls: false }));
     }
-    // The address block: source, destination, and for internet addresses their ports.
+    // The address block: source, destination and, for internet addresses, their ports.
     let (source, additions) = match family {
         0x00 => return Ok(Opening::Header(Header { length, source: Source::Itself, is_tls: false })),
         0x11 => {
@@ -154,8 +154,8 @@ fn version_2(rest: &[u8]) -> Result<Opening, Error> {
     Ok(Opening::Header(Header { length, source, is_tls: tells_tls(additions)? }))
 }
 
-/// Reads the additions (2.2), for whether the client uses TLS. A checksum is not verified, because
-/// TCP has done that.
+/// Reads the TLVs (2.2) to find out whether the client uses TLS. A checksum is not verified, because TCP has already
+/// done so.
 fn tells_tls(mut rest: &[u8]) -> Result<bool, Error> {
     let mut is_tls = false;
     while let Some((&[kind, high, low], tail)) = rest.split_first_chunk() {

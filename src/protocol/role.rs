@@ -1,9 +1,10 @@
-//! Defines the role of a FastCGI request and the status of its end, for the application. Section
-//! numbers refer to the FastCGI specification 1.0.
+//! Defines, for the application, the role of a FastCGI request and the status with which it ends. Section numbers refer
+//! to the FastCGI specification 1.0.
 
 use http::Extensions;
 
-/// The role in which a FastCGI server calls the application (section 6 of the specification). [`Role::of`] returns that
+/// The role in which a FastCGI server calls the application (section 6 of the specification). [`Role::of`] returns the
+/// role of a request.
 /// of a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -15,7 +16,7 @@ pub enum Role {
     /// unchanged.
     ///
     /// A header `variable-NAME` of a 200 passes a variable to the web server, with its name in capitals, for use by
-    /// whatever serves the request next. The request's body is empty, because it goes to whatever serves the request.
+    /// whatever serves the request next. The body goes there too, so an authorizer's request has an empty body.
     /// lighttpd (`"mode" => "authorizer"`) and Apache's mod_fcgid and mod_authnz_fcgi use this role.
     Authorizer,
     /// Produce a response from the request and a file that the server sends along (6.4): [`crate::FilterData`].
@@ -43,7 +44,7 @@ impl Role {
 
 /// An extension of a response: the `appStatus` of its FastCGI END_REQUEST (5.5). Without it, `appStatus` is 0.
 ///
-/// It corresponds to the exit status of a CGI program: 0 for success. Web servers log it at most; a custom FastCGI
+/// It corresponds to the exit status of a CGI program: 0 for success. Web servers at most log it; a custom FastCGI
 /// client may use it. Other protocols have no equivalent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AppStatus(pub u32);

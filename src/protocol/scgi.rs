@@ -8,9 +8,9 @@
 //!   └ its length                      └ ends each string
 //! ```
 //!
-//! A connection carries one request. The response has the format of CGI, ends with the stream, and
-//! is written elsewhere. The same bytes always result in the same events, however they are cut into
-//! pieces. Nothing is allocated for a length that was only announced.
+//! A connection carries one request. The response has the format of CGI, ends with the stream, and is written
+//! elsewhere. The same bytes always result in the same events, however they are split into chunks. Nothing is allocated
+//! for a length that was only announced.
 //!
 //! [`Decoder::to_come`] returns the minimum distance to the request's last byte, so that a caller
 //! can leave that byte in the kernel's queue: see `worker/conn/scgi.rs`.
@@ -22,8 +22,7 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use super::grammar::parse_digits;
 use super::params::Params;
 
-/// The length of the shortest possible request: the netstring's length, the two required variables,
-/// and the comma.
+/// Length of the shortest possible request: the netstring's length, the two required variables, and the comma.
 const MIN_LENGTH: usize = b"24:CONTENT_LENGTH\x000\x00SCGI\x001\x00,".len();
 
 /// A decoded event.
@@ -31,7 +30,7 @@ const MIN_LENGTH: usize = b"24:CONTENT_LENGTH\x000\x00SCGI\x001\x00,".len();
 pub(crate) enum Event {
     /// The request's variables. Its body follows, with this length if one was announced.
     Request { params: Params, length: Option<u64> },
-    /// A piece of the body, never empty.
+    /// A chunk of the body, never empty.
     Body(Bytes),
     /// The body is complete. Not returned for a body without an announced length, which ends with
     /// the stream.
@@ -47,7 +46,7 @@ pub(crate) enum Error {
     Size,
     /// No comma ends the netstring.
     Comma,
-    /// The variables are not an even number of strings, each ended by a NUL, with non-empty names.
+    /// The variables are not an even number of strings, each terminated by a NUL, with non-empty names.
     Strings,
     /// The first variable is not CONTENT_LENGTH, or is not a number, or there is a second
     /// CONTENT_LENGTH.
@@ -80,7 +79,7 @@ enum Place {
     Strings(usize),
     /// Before the comma.
     Comma { params: Params, length: Option<u64> },
-    /// In a body, of which this many bytes are still to come.
+    /// In a body of which this many bytes are still missing.
     Body(u64),
     /// In a body that ends with the stream.
     Stream,
@@ -114,9 +113,9 @@ impl Decoder {
         event
     }
 
-    /// The minimum number of bytes that are still to come, after the `waiting` bytes that were read
-    /// and not processed, until the request is complete. 1 only if exactly one is missing; 0 if it
-    /// is complete; `None` if the body ends with the stream.
+    /// The minimum number of bytes that are missing, after the `waiting` bytes that were read but not processed, until
+    /// the request is complete. 1 only if exactly one byte is missing; 0 if the request is complete; `None` if the body
+    /// ends with the stream.
     pub(crate) fn to_come(&self, waiting: usize) -> Option<u64> {
         let to_come = match self.place {
             Place::Size => MIN_LENGTH.saturating_sub(waiting).max(2) as u64,
@@ -129,7 +128,7 @@ impl Decoder {
         Some(to_come)
     }
 
-    /// Whether no request has arrived that must be answered.
+    /// Whether no request has arrived that needs a response.
     pub(crate) fn is_untouched(&self) -> bool {
         matches!(self.place, Place::Size)
     }
@@ -209,9 +208,8 @@ fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, Error> 
     Ok(None)
 }
 
-/// Checks the variables that the specification requires, and returns the length of the body. Other
-/// names may occur twice, although the specification forbids this: servers pass on repeated headers
-/// in this way.
+/// Checks the variables that the specification requires, and returns the length of the body. Other names may occur
+/// twice, although the specification forbids this, because servers pass repeated headers on in this way.
 fn checked(params: &Params) -> Result<Option<u64>, Error> {
     let of = |wanted: &'static [u8]| params.iter().filter(move |(name, _)| *name == wanted);
     if params.iter().any(|(name, _)| name.is_empty()) {
@@ -222,7 +220,7 @@ fn checked(params: &Params) -> Result<Option<u64>, Error> {
         return Err(Error::Length);
     }
     let length = match length {
-        // lighttpd sends this for a chunked body that it passes on as it arrives.
+        // lighttpd sends this for a chunked body that it forwards as it arrives.
         b"-1" => None,
         digits => Some(parse_digits(digits).ok_or(Error::Length)?),
     };
@@ -247,8 +245,7 @@ mod tests {
         bytes
     }
 
-    /// Feeds `bytes` in pieces of the given sizes and collects the events; adjacent pieces of a
-    /// body are joined.
+    /// Feeds `bytes` in chunks of the given sizes and collects the events; adjacent chunks of a body are joined.
     fn decode(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<Event>, Option<Error>) {
         let mut decoder = Decoder::new(4096);
         let (mut input, mut events) = (BytesMut::new(), Vec::new());

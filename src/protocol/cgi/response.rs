@@ -12,10 +12,9 @@ pub(crate) fn has_no_body(status: StatusCode) -> bool {
         || status.is_informational()
 }
 
-/// Writes the head of a response (6.3): always the status, because some servers do not infer a
-/// redirection from `Location`; then the headers; then an empty line. `Location` comes before the
-/// status, because HAProxy turns every response with a later `Location` into a 302. Headers that
-/// concern a single HTTP connection are left out.
+/// Writes the head of a response (6.3): always the status, because some servers do not infer a redirection from
+/// `Location`; then the headers; then an empty line. `Location` comes before the status, because HAProxy turns every
+/// response with a later `Location` into a 302. Headers that concern a single HTTP connection are left out.
 pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &HeaderMap, length: Option<u64>) {
     out.reserve(64 + headers.len() * 48);
     // The header names in these options are left out too (RFC 9110, section 7.6.1). There are
@@ -32,7 +31,7 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
     out.put_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
     out.put_slice(b"\r\n");
     for (name, value) in headers {
-        // A server would take a header named status as the status.
+        // A server would interpret a header named status as the status.
         if is_of_one_connection(name) || *name == header::LOCATION || name == "status" {
             continue;
         }
@@ -44,7 +43,7 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
             continue;
         }
         match name.as_str().strip_prefix("variable-") {
-            // An authorizer sends a variable (FastCGI 6.3), whose name is in capitals.
+            // An authorizer sends a variable (FastCGI 6.3), whose name must be in capitals.
             Some(variable) => {
                 out.put_slice(b"Variable-");
                 out.extend(variable.bytes().map(|byte| byte.to_ascii_uppercase()));
