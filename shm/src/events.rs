@@ -23,16 +23,18 @@
 //! The files: [`publish`] writes, and [`read`] reads; [`topics`] is the table of topics; [`ring`] defines the record format that both
 //! use; [`bell`] and [`told`] are protocols between processes, which are also tested with loom; [`audit`] is for tests.
 //!
-//! # Reading without gaps To read all events of a topic after some id, and then each new one, a reader first takes a [`Tail`] and then
-//! calls [`Events::since`]. An event published in between is returned by both, and can be recognized by its id.
+//! # Reading without gaps
+//! To read all events of a topic after some id, and then each new one, a reader first takes a [`Tail`] and then calls
+//! [`Events::since`]. An event published in between is returned by both, and can be recognized by its id.
 //!
-//! # Replaced topics The table has room for one topic per 4 KiB of the log. If it is full, a new topic replaces the topic that has been
-//! idle for longest, so that a publisher that creates many topics cannot prevent others from publishing. Events of a replaced topic stay
-//! in the log, and a reader that follows the log with a [`Tail`] gets them; a lookup by the topic's name no longer finds them. If a
+//! # Replaced topics
+//! The table has room for one topic per 4 KiB of the log. If it is full, a new topic replaces the topic that has been idle for
+//! longest, so that a publisher that creates many topics cannot prevent others from publishing. Events of a replaced topic stay in
+//! the log, and a reader that follows the log with a [`Tail`] gets them; a lookup by the topic's name no longer finds them. If a
 //! replaced topic is published to again, its ids continue above the highest id of any replaced topic. So no id is used twice, and a
-//! reader that requests the events after its last id is told how many it missed. Until then, that highest id is returned as the topic's
-//! last id, so a reader that starts there misses nothing. A topic that has never existed before also starts above it, because new and
-//! replaced topics cannot be distinguished.
+//! reader that requests the events after its last id is told how many it missed. Until then, that highest id is returned as the
+//! topic's last id, so a reader that starts there misses nothing. A topic that has never existed before also starts above it,
+//! because new and replaced topics cannot be distinguished.
 
 mod audit;
 mod publish;

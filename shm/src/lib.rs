@@ -33,7 +33,7 @@
 //!  |- tag table   when each tag was last purged                                    written: all, atomically
 //!  |- prefixes    the latest purges by prefix                                      written: holder of the prefix lock
 //!  |- leases      which member renders which key                                   written: all, one word each
-//!  |- shard 0..15 lock | floors | heads | books | intent | counters                written: holder of the shard's lock
+//!  |- shard 0..15 lock | floors | heads | accounting | intent | counters           written: holder of the shard's lock
 //!  |              index: buckets of 7 slots and their visits                       slots: holder of the lock; visits: all
 //!  |              ghosts: hashes of recently evicted entries                       written: holder of the lock
 //!  |              small ring: new entries       main ring: requested again         written: holder of the lock
