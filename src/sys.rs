@@ -1,6 +1,6 @@
-//! The fence: system calls that need `unsafe`, or that are only sound at one moment of a process's life, behind safe functions.
+//! The fence: safe functions around system calls that need `unsafe`, or that are sound only at one moment of a process's life.
 //!
-//! Nothing here makes decisions: policy lives in `master::supervisor`. Other files with `unsafe` are the signal handlers of
+//! No decision is made here: policy is in `master::supervisor`. Other files with `unsafe` are the signal handlers in
 //! `diagnostics/`, `startup/abort_signal.rs` and `logging/`, and the steps between fork and exec in `privileges/`.
 
 mod descriptors;

@@ -1,4 +1,4 @@
-//! Lists, closes, duplicates and takes over file descriptors by number, and their limit.
+//! Lists, closes, duplicates and takes over file descriptors by number, and raises their limit.
 #![expect(unsafe_code, reason = "part of the fence: see `sys.rs`")]
 
 use std::collections::BTreeMap;
@@ -22,8 +22,8 @@ pub(crate) fn own(fd: RawFd) -> Option<OwnedFd> {
 /// The original descriptor limit of this process, if it has raised the limit for itself.
 pub(super) static DESCRIPTOR_LIMIT: OnceLock<(u64, u64)> = OnceLock::new();
 
-/// Makes all programs start with this descriptor limit, because this process is about to raise its own: programs that use select(2) break
-/// with more than 1024.
+/// Makes all programs start with this descriptor limit. This process is about to raise its own limit, and programs that use select(2)
+/// break with more than 1024 descriptors.
 pub(crate) fn note_descriptor_limit(soft: u64, hard: u64) {
     let _ = DESCRIPTOR_LIMIT.set((soft, hard)); // the first call has the original limit
 }
@@ -40,8 +40,8 @@ fn close_range(first: u32, last: u32, flags: u32) -> io::Result<()> {
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The argument for [`set_close_on_exec_from`]: nothing where close_range(2) is available, else the descriptors open here. To be
-/// called before a fork, because it allocates.
+/// The argument for [`set_close_on_exec_from`]: empty if close_range(2) is available, otherwise the descriptors that are open
+/// here. Must be called before a fork, because it allocates.
 pub(super) fn numbers_without_close_range() -> Vec<RawFd> {
     if has_close_range() { Vec::new() } else { open_or_possible() }
 }
@@ -49,13 +49,13 @@ pub(super) fn numbers_without_close_range() -> Vec<RawFd> {
 /// The descriptors that are open here, or may be open.
 fn open_or_possible() -> Vec<RawFd> {
     open_descriptors().unwrap_or_else(|_| {
-        // There is no /proc here: all numbers up to the limit, within reason.
+        // /proc is not mounted here: all numbers up to the limit, within reason.
         let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard);
         (0..RawFd::try_from(limit.min(1 << 20)).unwrap_or(RawFd::MAX)).collect()
     })
 }
 
-/// Async-signal-safe. `open` lists the open descriptors, where the kernel cannot enumerate them itself.
+/// Async-signal-safe. `open` lists the open descriptors, for kernels that cannot enumerate them.
 pub(super) fn set_close_on_exec_from(first: u32, open: &[RawFd]) -> io::Result<()> {
     if open.is_empty() {
         return close_range(first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
@@ -88,8 +88,8 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
             None => Some(u32::MAX),
         };
         if let Some(last) = last.filter(|&last| first <= last) {
-            // Closes descriptors by number. The values in this process that own them are the master's, which the child never
-            // touches again: it exits by `_exit`.
+            // Closes descriptors by number. The values that own them in this process are the master's, which the child never
+            // uses again: it exits by `_exit`.
             let _ = close_range(first, last, 0); // it was found to work before
         }
         if let Some(fd) = fd {
@@ -105,12 +105,12 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
 pub(crate) fn open_descriptors() -> io::Result<Vec<RawFd>> {
     let listed: Vec<RawFd> =
         fs::read_dir("/proc/self/fd")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    // One of them was the directory itself, which is closed by now.
+    // One of them was the directory itself, which has been closed since.
     Ok(listed.into_iter().filter(|&fd| descriptor_flags(fd).is_some()).collect())
 }
 
-/// The open descriptors that this program opened itself: Rust opens everything close-on-exec, and inherited descriptors
-/// are not.
+/// The open descriptors that this program opened itself: Rust opens every descriptor close-on-exec, and inherited
+/// descriptors are not.
 ///
 /// # Errors
 /// Fails as [`open_descriptors`] does.
@@ -142,7 +142,7 @@ pub(crate) fn descriptor(fd: RawFd) -> Option<OwnedFd> {
 }
 
 /// Makes descriptor `fd` refer to the file of `file`, atomically. `fd` must be a descriptor that stays open for this
-/// process's lifetime. Above standard error it is closed on exec.
+/// process's lifetime. If `fd` is above standard error, it is closed on exec.
 ///
 /// # Errors
 /// Returns the error of `dup3(2)`.
@@ -153,8 +153,8 @@ pub(crate) fn replace(fd: RawFd, file: &OwnedFd) -> io::Result<()> {
     if outcome >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Takes ownership of the inherited descriptors among `numbers`. Descriptors that this program opened itself are not
-/// touched, because Rust opens everything close-on-exec. The descriptors are close-on-exec from now on.
+/// Takes ownership of the inherited descriptors among `numbers`. Descriptors that this program opened itself are not touched;
+/// they are recognized because Rust opens them close-on-exec. The descriptors are close-on-exec from now on.
 ///
 /// `numbers` come from the process that became this program, or started it, and opened the descriptors for it. Each can be taken
 /// once.
@@ -182,7 +182,7 @@ pub(crate) fn raise_descriptor_limit() {
     }
 }
 
-/// The hard limit of descriptors of this process.
+/// The hard descriptor limit of this process.
 pub(crate) fn hard_descriptor_limit() -> Option<u64> {
     use nix::sys::resource::{Resource, getrlimit};
     getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(_, hard)| hard)

@@ -1,23 +1,23 @@
-//! A descriptor of which each event wakes one of the waiting processes rather than all: EPOLLEXCLUSIVE (epoll_ctl(2)),
-//! which tokio does not offer.
+//! A descriptor whose events each wake one of the waiting processes rather than all: EPOLLEXCLUSIVE (epoll_ctl(2)), which tokio
+//! does not offer.
 //!
-//! tokio registers a descriptor with its epoll instance under a token, and uses an event's token as the address of its
-//! record of the descriptor. `/proc/self/fdinfo` contains the token. Here the descriptor is removed
-//! from the instance and added again, with the same token and with that flag.
+//! tokio registers a descriptor with its epoll instance under a token, and uses an event's token as the address of its record of
+//! the descriptor. `/proc/self/fdinfo` contains the token. This module removes the descriptor from the instance and adds it again
+//! with the same token and with EPOLLEXCLUSIVE.
 //!
 //! Why such a token cannot dangle, whatever it means to tokio:
-//! - An event loop has to be ready for a descriptor's token from the moment it registers the descriptor until it removes it,
-//!   which it does when its `AsyncFd` is dropped. [`Exclusive`] owns the `AsyncFd`, does not hand it out, and
-//!   is the only code that adds the token to the instance: never before the registration, never after its end.
+//! - An event loop must accept a descriptor's token from the moment it registers the descriptor until it removes it, which it
+//!   does when its `AsyncFd` is dropped. [`Exclusive`] owns the `AsyncFd`, does not hand it out, and is the only code that adds
+//!   the token to the instance: never before the registration, never after its end.
 //! - The token belongs to that registration and no other: the descriptor's number was in no epoll instance before it was
-//!   registered, or such entries are ignored; and there is exactly one token afterwards. If there is not (an event loop
-//!   without epoll, for example, or one that registers a copy), there is no exclusive registration, and every process is woken.
-//! - The token is added to the instance in which it was found, through a descriptor of our own for that instance, not by a number
-//!   that may refer to another file by now.
-//! - A loop that changed the token of an existing registration would do it by EPOLL_CTL_MOD, which the kernel refuses for an
-//!   exclusive registration (EINVAL) and for a paused one (ENOENT): the loop would get an error.
+//!   registered (existing entries are ignored), and there is exactly one token afterwards. Otherwise (an event loop without
+//!   epoll, for example, or one that registers a copy) there is no exclusive registration, and every process is woken.
+//! - The token is added to the instance in which it was found, through this module's own descriptor for that instance, not by a
+//!   number that may refer to another file by now.
+//! - An event loop that changed the token of an existing registration would use EPOLL_CTL_MOD, which the kernel refuses for an
+//!   exclusive registration (EINVAL) and for a paused one (ENOENT): the event loop would get an error.
 //!
-//! At the end the descriptor is in the instance again, so that tokio removes it as usual.
+//! When an [`Exclusive`] is dropped, the descriptor is in the instance again, so that tokio removes it as usual.
 #![expect(unsafe_code, reason = "epoll_ctl with a token")]
 
 use std::cell::Cell;
@@ -78,7 +78,7 @@ impl Exclusive {
         unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, self.fd.as_raw_fd(), std::ptr::null_mut()) };
     }
 
-    /// Lets events arrive again, each at one of the processes that wait for them.
+    /// Lets events arrive again, each at one of the waiting processes.
     ///
     /// # Errors
     /// Returns the error of `epoll_ctl(2)`.
@@ -100,7 +100,7 @@ impl Exclusive {
         Ok(())
     }
 
-    /// Returns when it may be readable.
+    /// Returns when the descriptor may be readable.
     ///
     /// # Errors
     /// Fails if the event loop ends.
@@ -117,7 +117,7 @@ impl AsFd for Exclusive {
 
 impl Drop for Exclusive {
     fn drop(&mut self) {
-        // If it fails, tokio finds nothing to remove, and keeps its record of the descriptor until the loop ends.
+        // On failure, tokio finds nothing to remove, and keeps its record of the descriptor until the event loop ends.
         let _ = self.resume();
     }
 }

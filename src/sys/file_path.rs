@@ -1,7 +1,7 @@
-//! Checks the paths of files that settings name: what exists there, and whether a file can be created there.
+//! Checks the file paths that settings name: what exists there, and whether a file can be created there.
 //!
-//! A start checks before it creates a file, and `check` runs the same checks, so that both report the same reason. Each sentence ends with
-//! the remedy, and names the flag.
+//! A start makes these checks before it creates a file, and `check` makes the same ones, so that both report the same reason. Each
+//! sentence ends with the remedy, and names the flag.
 //!
 //! Must not create or change anything.
 
@@ -19,7 +19,7 @@ use nix::unistd::{AccessFlags, access};
 const NAME_MAX: usize = 255;
 const PATH_MAX: usize = 4095;
 
-/// Whether a symbolic link at the path means the file that it leads to, as for open(2), or the link itself, as for bind(2) and rename(2).
+/// Whether a symbolic link at the path stands for its target, as for open(2), or for the link itself, as for bind(2) and rename(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Links {
     Follow,
@@ -31,7 +31,8 @@ pub(crate) fn directory_of(path: &Path) -> &Path {
     path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// The metadata of what exists at `path`; `None` if a file can be created there. `flag` is the flag that chose the path.
+/// The metadata of the existing file at `path`; `None` if a file can be created there. `flag` is the flag that chose the
+/// path.
 ///
 /// # Errors
 /// A sentence for the operator: no file can have this path, or none can be created there.

@@ -1,9 +1,9 @@
-//! Announces each program to the guard (`master/guard.rs`): the program's process does this itself, between fork and exec, so that there
-//! is no moment at which it runs without the guard knowing. The end of a process group, whose number may then be reused, is announced by
-//! the master when it reaps the group's last process.
+//! Announces each program to the guard (`master/guard.rs`). The program's process does this itself, between fork and exec, so it never
+//! runs without the guard's knowledge. When the master reaps the last process of a group, it announces the end of the group, because the
+//! group's number may then be reused.
 //!
-//! A message is the number of a group that begins, or its negative when the group has ended. Two numbers are a process that the master
-//! has found, and 0: its group is not settled yet.
+//! A message is the number of a group that begins, or its negative when the group has ended. A pair of numbers, a pid and 0, is a
+//! process that the master has found and that may still change its group.
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -22,7 +22,7 @@ pub(crate) fn announce_by(link: Option<RawFd>) {
 }
 
 /// Announces a process group. Async-signal-safe, and never waits. Without a guard nothing is announced; the next guard finds existing
-/// groups by itself.
+/// groups on its own.
 pub(crate) fn announce(group: Pid) {
     let link = LINK.load(Ordering::Relaxed);
     if link >= 0 {
@@ -30,7 +30,7 @@ pub(crate) fn announce(group: Pid) {
     }
 }
 
-/// Announces a process that may still leave its group and found another one, as daemons do that put themselves into the background.
+/// Announces a process that may still leave its group and create another one, as daemons do that put themselves in the background.
 pub(crate) fn announce_process(pid: Pid) {
     let link = LINK.load(Ordering::Relaxed);
     if link >= 0 {
@@ -39,13 +39,14 @@ pub(crate) fn announce_process(pid: Pid) {
     }
 }
 
-/// The process groups that may end together with a child that has ended and is not reaped yet: its own, and its initial group.
+/// The process groups that may end with a child that has ended but is not reaped yet: its current group, and its initial
+/// group.
 pub(super) fn groups_of(pid: Pid) -> [Pid; 2] {
     [pid, getpgid(Some(pid)).unwrap_or(pid)]
 }
 
-/// Announces which of these groups have no process any more. To be called right after a child is reaped, before this
-/// process creates another one, which may get the same number, and announces itself on the same link.
+/// Announces which of these groups no longer have a process. Must be called right after a child is reaped, before this
+/// process creates another child, which may get the same number and announces itself on the same link.
 pub(super) fn announce_ends(groups: [Pid; 2]) {
     for group in groups {
         if killpg(group, None) == Err(Errno::ESRCH) {

@@ -1,9 +1,9 @@
-//! A lock that is held while a file is examined and replaced: two masters that start at the same time with the same socket path, or
-//! pid file, would otherwise each take the other's file for the remains of a dead master.
+//! A lock that is held while a file is examined and replaced. Without it, two masters that start at the same time with the same
+//! socket path or pid file would each take the other's file for one that a dead master left behind.
 //!
 //! The lock is flock(2) on a separate file next to the path, `.NAME.lock`, which only its owner can open. A lock on the directory
-//! itself could be held by any user, because flock(2) requires nothing but a readable descriptor. The holder of the lock removes
-//! the file, so a process that gets a lock checks that the name still leads to the file that it locked.
+//! itself could be held by any user, because flock(2) requires only a readable descriptor. The holder of the lock removes the file,
+//! so a process that gets a lock checks that the name still leads to the file that it locked.
 //!
 //! ```text
 //! open or create ─▶ is it ours alone? ─▶ flock ─▶ does the name still lead here? ─▶ use ─▶ unlink ─▶ close
@@ -11,8 +11,8 @@
 //!        └──────────────────────────────────────────────────┘
 //! ```
 //!
-//! The lock cannot prevent a start: if it is not available, the reason is logged and the start continues. The
-//! race that it prevents is rare. The lock must not be held for longer than the replacement takes.
+//! The lock cannot prevent a start: if it is not available, the reason is logged and the start continues, because the
+//! race that the lock prevents is rare. The lock must not be held for longer than the replacement takes.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -29,15 +29,15 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to sleep between two attempts.
 const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Released on drop, which also removes the file.
+/// A lock that is released on drop, which also removes its file.
 #[derive(Debug)]
 pub(crate) struct LockFile {
     held: Option<(PathBuf, File)>,
 }
 
 impl LockFile {
-    /// Waits until no other master is replacing `path`. Continues without a lock if no lock is possible, or
-    /// another process holds it for too long.
+    /// Waits until no other master is replacing `path`. Continues without a lock if locking is impossible, or if
+    /// another process holds the lock for too long.
     pub(crate) fn for_path(path: &Path) -> Self {
         Self::with_timeout(path, LOCK_TIMEOUT)
     }
@@ -51,7 +51,7 @@ impl LockFile {
                 Ok(file) => file,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    // If the directory is unusable, the code that needs it reports that.
+                    // If the directory is unusable, the code that needs it reports the error.
                     if let Ok(found) = lock.symlink_metadata() {
                         log::warn!(
                             "starting without a lock: {} belongs to somebody else: {error} (remove it) uid={} path={}",
@@ -80,7 +80,7 @@ impl LockFile {
                 Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(TryLockError::Error(error)) => {
                     log::debug!("cannot lock {}: {error}", lock.display()); // a file system without locks
-                    let _ = std::fs::remove_file(&lock); // an empty file, which is useless
+                    let _ = std::fs::remove_file(&lock); // an empty file that serves no purpose
                     return Self { held: None };
                 }
             }
@@ -99,13 +99,13 @@ impl Drop for LockFile {
     }
 }
 
-/// Opens the file, which must belong to this user alone: a file of another user could be locked by that user.
+/// Opens the file, which must belong to this user alone: another user could hold a lock on a file of its own.
 fn open(lock: &Path) -> io::Result<File> {
     let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
     let file = OpenOptions::new().read(true).write(true).create(true).mode(0o600).custom_flags(flags).open(lock)?;
     let found = file.metadata()?;
     let ours = found.uid() == nix::unistd::geteuid().as_raw() && found.nlink() <= 1 && found.mode() & 0o077 == 0;
-    // A file without a name has just been removed, which the caller checks.
+    // A file without a name has just been removed, which the caller detects.
     if found.is_file() && ours { Ok(file) } else { Err(io::Error::other("others can open it")) }
 }
 

@@ -1,7 +1,7 @@
-//! Forks, executes, ends and reaps processes.
+//! Forks, executes, terminates and reaps processes.
 //!
-//! [`fork`] runs only with one thread (it checks that) and with every signal blocked. The child can neither return into the
-//! caller's code nor run its destructors: it ends in `_exit`.
+//! [`fork`] requires a single thread (it checks this), and every signal to be blocked. The child can neither return into
+//! the caller's code nor run its destructors: it ends in `_exit`.
 #![expect(unsafe_code, reason = "part of the fence: see `sys.rs`")]
 
 use std::ffi::{CString, OsString};
@@ -28,7 +28,7 @@ use super::{announce, block_signals, guard_link, restore_signals, unblock_signal
 pub(crate) enum Ending {
     /// It called `exit` with this status.
     Exited(i32),
-    /// The signal with this number ended it.
+    /// The signal with this number terminated it.
     Signaled(i32),
 }
 
@@ -88,12 +88,12 @@ pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     }
 }
 
-/// Clones this process, which has one thread: the child gets a copy of the memory, and shares the table of descriptors, so
-/// that a descriptor that the parent opens or closes later is open or closed in both. The child runs `child` and exits with the
-/// status it returns. Signals stay blocked in the child, and must be blocked in the parent during the call.
+/// Clones this process, which has one thread. The child gets a copy of the memory and shares the descriptor table, so that a
+/// descriptor that the parent opens or closes later is open or closed in both. The child runs `child` and exits with the status it
+/// returns. Signals stay blocked in the child, and must be blocked in the parent during the call.
 ///
-/// No signal is sent when the child ends, and `wait(2)` does not report it, until the parent is dead and another process inherits the
-/// child.
+/// No signal is sent when the child ends, and `wait(2)` does not report the child until the parent is dead and another process
+/// inherits it.
 ///
 /// # Errors
 /// Returns the error of `clone(2)`.
@@ -110,7 +110,7 @@ pub(crate) fn clone_with_descriptors(child: impl FnOnce() -> u8) -> io::Result<P
     }
 }
 
-/// A descriptor of process `pid`, which becomes readable when the process has ended.
+/// A descriptor of process `pid` that becomes readable when the process has ended.
 ///
 /// # Errors
 /// Returns the error of `pidfd_open(2)`.
@@ -123,8 +123,8 @@ pub(crate) fn process_descriptor(pid: Pid) -> io::Result<OwnedFd> {
 }
 
 /// Starts `command` as a child that dies with this process, in its own process group, which is announced to the guard. The child inherits
-/// standard input, output and error as set in `command`, the descriptors of `pass`, and nothing else. It first
-/// calls `prepare`, which must be async-signal-safe.
+/// standard input, output and error as set in `command`, the descriptors of `pass`, and nothing else. Before exec it calls `prepare`,
+/// which must be async-signal-safe.
 ///
 /// # Errors
 /// Returns the error of `fork(2)`, `execve(2)` or `prepare`; the latter two come back through the standard library's pipe.
@@ -155,7 +155,8 @@ pub(crate) fn spawn(
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
-        // The mask outlives exec, and the standard library leaves it unchanged: a program would never receive TERM.
+        // The mask survives exec, and the standard library leaves it unchanged: without this, a program would never
+        // receive TERM.
         unblock_signals();
         Ok(())
     };
@@ -171,10 +172,10 @@ pub(crate) fn spawn(
     spawned
 }
 
-/// Replaces this process by another program, which inherits standard input, output and error and the descriptors of `keep`, and
-/// starts in `directory`. Returns only if that fails, and then nothing has changed.
+/// Replaces this process with another program, which inherits standard input, output and error and the descriptors of `keep`,
+/// and starts in `directory`. Returns only on failure; in that case nothing has changed.
 ///
-/// To be called with all signals blocked: a signal must not arrive before the other program has installed its handlers.
+/// Must be called with all signals blocked: a signal must not arrive before the other program has installed its handlers.
 pub(crate) fn exec(
     program: &Path,
     arguments: &[OsString],
@@ -230,7 +231,7 @@ pub(crate) fn is_child(pid: Pid) -> bool {
     unsafe { libc::waitid(libc::P_PID, id, &raw mut info, flags) == 0 }
 }
 
-/// Ends the process at once: no destructors, no `atexit` functions, which belong to the master.
+/// Terminates the process immediately: no destructors, and no `atexit` functions, which belong to the master.
 pub(crate) fn exit_now(status: u8) -> ! {
     // SAFETY: `_exit` is always sound; it never returns.
     unsafe { libc::_exit(i32::from(status)) }
@@ -245,12 +246,12 @@ pub(crate) fn die_with_parent(master: Pid) -> io::Result<()> {
     if getppid() == master { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
 }
 
-/// A child that has ended and was not reaped yet, if there is one. This includes processes that this process inherited
-/// because their parent died. Until the child is reaped, its pid is not reused.
+/// A child that has ended but is not reaped yet, if any. This includes processes that this process inherited because
+/// their parent died. Until the child is reaped, its pid is not reused.
 pub(crate) fn ended_child() -> Option<Pid> {
     let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-    // libc's call and not nix's: nix reports a process ended by a real-time signal, for which it has no name,
-    // as an error, and the pid would be lost.
+    // Calls libc, not nix: nix has no names for real-time signals, so it reports a process terminated by one as an
+    // error, and the pid would be lost.
     loop {
         // SAFETY: all zeroes is a valid siginfo_t.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };

@@ -2,7 +2,7 @@
 
 use nix::unistd::Pid;
 
-/// The value of the field `name`, given with its colon. `None` if there is no such process or field.
+/// The value of the field `name`, which includes its colon. `None` if there is no such process or field.
 pub(crate) fn process_status(pid: Pid, name: &str) -> Option<String> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status.lines().find_map(|line| line.strip_prefix(name)).map(|rest| rest.trim().to_owned())

@@ -1,8 +1,8 @@
 //! Receives descriptors that another process sends along with a message (SCM_RIGHTS, unix(7)).
 //!
 //! Every received descriptor is owned from the first moment; descriptors that do not fit, or are not expected, are closed. A message that
-//! arrives without all of its descriptors is an error: the kernel drops descriptors for which there is no room, or for which this process
-//! has no free numbers.
+//! arrives without all of its descriptors is an error: the kernel drops descriptors if there is no space for them, or if this process has
+//! no free numbers.
 #![expect(unsafe_code, reason = "descriptors by number")]
 
 use std::io;
@@ -10,10 +10,10 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-/// Reads once from a Unix socket, together with a descriptor if one is attached: closed on exec, and owned by this process.
+/// Reads once from a Unix socket, and receives a descriptor if one is attached: closed on exec, and owned by this process.
 ///
 /// # Errors
-/// Returns the error of `recvmsg(2)`; or [`cut_short`] if there is no room for the attached descriptors.
+/// Returns the error of `recvmsg(2)`; or [`cut_short`] if there is no space for the attached descriptors.
 pub(crate) fn receive_with_descriptor(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
     let (bytes, descriptors) = receive_with_descriptors::<1>(socket, into, MsgFlags::empty())?;
     Ok((bytes, descriptors.into_iter().next()))

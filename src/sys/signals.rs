@@ -7,8 +7,8 @@ use std::time::Duration;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use nix::unistd::Pid;
 
-/// Blocks every signal in this thread and returns the previous mask. SIGBUS is not blocked: a file in shared
-/// memory may be truncated at any moment, and the kernel kills a process that blocks the signal of its own fault.
+/// Blocks every signal in this thread and returns the previous mask. SIGBUS is not blocked: a shared-memory file may be
+/// truncated at any moment, and the kernel kills a process that blocks the signal of its own fault.
 pub(crate) fn block_signals() -> SigSet {
     let (mut before, mut all) = (SigSet::empty(), SigSet::all());
     all.remove(Signal::SIGBUS);

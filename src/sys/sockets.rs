@@ -1,4 +1,4 @@
-//! Accepts connections, and reads what the kernel knows about them.
+//! Accepts connections, and reads the kernel's information about them.
 #![expect(unsafe_code, reason = "part of the fence: see `sys.rs`")]
 
 use std::io;
@@ -31,7 +31,7 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<So
     Ok((socket, address.as_ref().and_then(peer_address)))
 }
 
-/// The address of a client. An IPv4 client has an IPv4 address even if a dual-stack socket has accepted it.
+/// The address of a client. An IPv4 client has an IPv4 address even if a dual-stack socket accepted it.
 pub(crate) fn peer_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     let address = internet_address(address)?;
     Some(SocketAddr::new(address.ip().to_canonical(), address.port()))

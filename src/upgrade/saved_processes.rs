@@ -8,7 +8,8 @@ pub(crate) struct Roster {
     pub(crate) generation: u64,
     /// The generation of the latest reload.
     pub(crate) newest: u64,
-    /// `workers`: the configured minimum and maximum at the start. `limits`: the current ones. `target`: the current goal.
+    /// `workers`: the configured minimum and maximum at the start. `limits`: the current ones. `target`: the current
+    /// target.
     pub(crate) workers: (u32, u32),
     pub(crate) limits: (u32, u32),
     pub(crate) target: u32,
@@ -26,12 +27,12 @@ pub(crate) struct Place {
     /// The process has reached the end of its lifetime.
     #[serde(default)]
     pub(crate) worn: bool,
-    /// The process leaves because another one has replaced it.
+    /// The process is leaving because another one has replaced it.
     #[serde(default)]
     pub(crate) replaced: bool,
 }
 
-/// The state of a running process. Times are the remaining ones.
+/// The state of a running process. Durations are remaining times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Phase {
     Starting { left_ms: u64 },

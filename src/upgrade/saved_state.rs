@@ -1,8 +1,8 @@
 //! Saves the state of a master for the program that replaces it, as JSON in a sealed memory file.
 //!
-//! The two programs may be builds of different age. So a field that a later build adds must have a default
+//! The two programs may be builds of different ages. So a field that a later build adds must have a default
 //! (`#[serde(default)]`), and a build ignores fields that it does not have. Any other change requires a new [`FORMAT`], which
-//! the check refuses.
+//! the upgrade check then refuses.
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
@@ -21,8 +21,8 @@ use crate::config::millis;
 
 /// The format that this build writes, and the only one that it reads.
 pub(crate) const FORMAT: u32 = 1;
-/// More than almost any state needs: 4096 processes with 4 KiB of last words each, escaped. Unfinished lines of output can
-/// exceed the limit for a moment.
+/// Larger than almost any state: 4096 processes with 4 KiB of last words each, escaped. Unfinished lines of output can
+/// briefly exceed the limit.
 const MAX_STATE: u64 = 64 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +30,7 @@ pub(crate) struct Saved {
     pub(crate) format: u32,
     /// Version of the build that wrote the state.
     pub(crate) version: String,
-    /// When the state was written, by [`clock_ms`]: ages and remaining times are those of that moment.
+    /// When the state was written, by [`clock_ms`]. Ages and remaining times refer to that moment.
     #[serde(default)]
     pub(crate) written_ms: Option<u64>,
     /// Pid of the master, the same before and after the upgrade.
@@ -38,14 +38,14 @@ pub(crate) struct Saved {
     pub(crate) start_command: StartCommand,
     pub(crate) listeners: Vec<SavedListener>,
     pub(crate) segment: SavedSegment,
-    /// Both ends of the pipe whose end shows workers that the master is dead.
+    /// Both ends of the pipe whose end of file shows workers that the master is dead.
     pub(crate) lifeline: (RawFd, RawFd),
-    /// Both ends of the channel on which workers pass connections on: first the sending end, then the receiving end.
+    /// Both ends of the channel on which workers hand connections over: first the sending end, then the receiving end.
     #[serde(default)]
     pub(crate) handover: Option<(RawFd, RawFd)>,
     pub(crate) roster: Roster,
     pub(crate) children: Vec<SavedChild>,
-    /// Outputs of dead processes whose heirs and children live.
+    /// Outputs of dead processes whose heirs and children are still alive.
     #[serde(default)]
     pub(crate) orphaned_outputs: Vec<SavedOutput>,
     /// Daemons and jobs.
@@ -62,25 +62,25 @@ pub(crate) struct Saved {
     pub(crate) pid_file: Option<SavedPidFile>,
     #[serde(default)]
     pub(crate) publish: Option<SavedPublish>,
-    /// Pid of the relay, which ends by itself.
+    /// Pid of the relay, which exits on its own.
     #[serde(default)]
     pub(crate) relay: Option<i32>,
     #[serde(default)]
     pub(crate) guard: Option<SavedGuard>,
-    /// Processes that were there before the master started.
+    /// Processes that existed before the master started.
     #[serde(default)]
     pub(crate) earlier: Vec<SavedProcess>,
     #[serde(default)]
     pub(crate) strays: Vec<SavedStray>,
 }
 
-/// A process that accepts connections though its program has ended.
+/// A process that accepts connections although its program has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedStray {
     pub(crate) process: SavedProcess,
     pub(crate) left_ms: u64,
     pub(crate) asked: bool,
-    /// TERM ended its wrapper, and did not reach it.
+    /// TERM ended its wrapper, but did not reach the process itself.
     pub(crate) unasked: bool,
 }
 
@@ -91,7 +91,7 @@ pub(crate) struct SavedProcess {
     pub(crate) started: u64,
 }
 
-/// The guard, and the link whose end would show the guard that the master is dead.
+/// The guard, and the link whose end of file shows the guard that the master is dead.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedGuard {
     pub(crate) pid: i32,
@@ -125,7 +125,7 @@ pub(crate) struct SavedChild {
     pub(crate) hung: bool,
     pub(crate) link: SavedLink,
     pub(crate) output: Option<SavedOutput>,
-    /// The process receives the reopened log files here.
+    /// The descriptor on which the process receives the reopened log files.
     #[serde(default)]
     pub(crate) files: Option<RawFd>,
 }
@@ -146,15 +146,15 @@ pub(crate) enum SavedLink {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedProgram {
     pub(crate) started: bool,
-    /// The program was seen to accept connections.
+    /// The program has been seen to accept connections.
     #[serde(default)]
     pub(crate) seen: bool,
-    /// It was asked to leave, and has this time left.
+    /// Time that the process, which was asked to leave, has left.
     #[serde(default)]
     pub(crate) leave_left_ms: Option<u64>,
     #[serde(default)]
     pub(crate) hidden: bool,
-    /// The processes below it that had the socket when it was asked to leave.
+    /// Its descendants that had the socket when the process was asked to leave.
     #[serde(default)]
     pub(crate) servers: Vec<SavedProcess>,
     #[serde(default)]
@@ -182,12 +182,12 @@ pub(crate) struct SavedSidecar {
     /// Time since its start.
     #[serde(default)]
     pub(crate) age_ms: u64,
-    /// Time that is left to stop, if the process was asked to.
+    /// Time left to stop, if the process was asked to.
     #[serde(default)]
     pub(crate) stop_left_ms: Option<u64>,
 }
 
-/// A request of which workers died, and which is or was refused.
+/// A request that killed workers, and that is or was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedRefusal {
     pub(crate) request: String,
@@ -248,8 +248,8 @@ pub(crate) fn clock_ms() -> u64 {
 }
 
 impl Saved {
-    /// Converts all ages and remaining times to those of `now_ms`, and returns the time since the state was written. The new build's
-    /// `preload` runs in between, which may take long.
+    /// Adjusts all ages and remaining times to `now_ms`, and returns the time since the state was written. The new build's `preload`
+    /// runs in between, and may take a long time.
     pub(crate) fn catch_up(&mut self, now_ms: u64) -> Duration {
         let passed = self.written_ms.replace(now_ms).map_or(0, |written| now_ms.saturating_sub(written));
         let age = |age_ms: &mut u64| *age_ms = age_ms.saturating_add(passed);
@@ -305,7 +305,7 @@ impl Saved {
         all
     }
 
-    /// Writes the state to a memory file that nothing can change any more.
+    /// Writes the state to a memory file that can no longer be changed.
     ///
     /// # Errors
     /// If a path is not Unicode, the state is too large, or no memory is available.
@@ -466,7 +466,7 @@ mod tests {
         let phases = vec![Phase::Draining { left_ms: 0 }, Phase::Starting { left_ms: 400 }];
         assert_eq!(read(&state), (phases, [101, 104], Some(200), 300));
         assert_eq!(state.catch_up(1100), Duration::ZERO, "once");
-        // Whatever is a remaining time or an age by its name was changed, and nothing else.
+        // Every remaining time and age, recognized by its name, was changed, and nothing else.
         let (mut changed, after) = (Vec::new(), serde_json::to_value(&state).unwrap());
         differences(&before, &after, "", &mut changed);
         changed.sort_unstable();
@@ -476,7 +476,7 @@ mod tests {
         let is_time = |name: &&str| name.ends_with("age_ms") || name.ends_with("left_ms");
         let times: std::collections::BTreeSet<&str> = text.split('"').filter(is_time).collect();
         assert_eq!(times.into_iter().collect::<Vec<_>>(), changed[..4]);
-        // A build that does not write down when has no times that could be put right.
+        // A build that does not record when it wrote the state has no times that could be adjusted.
         state.written_ms = None;
         assert_eq!(state.catch_up(5000), Duration::ZERO);
     }

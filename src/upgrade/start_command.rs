@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 /// Recorded at the first start, before the working directory changes, and kept through upgrades.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct StartCommand {
-    /// The path by which the program was called. Each upgrade resolves a link in it anew, so that it may point to the next release.
+    /// The path by which the program was called. Each upgrade resolves a symbolic link in it again, so that the link may point to
+    /// the next release.
     pub(crate) program: PathBuf,
     /// The base of relative paths on the command line. Empty if the directory was removed before the start.
     pub(crate) directory: PathBuf,
@@ -66,7 +67,7 @@ impl StartCommand {
     }
 }
 
-/// The original path of a file that was replaced after its execution: the system appends " (deleted)" to its path.
+/// The original path of a file that was replaced after its execution: the kernel appends " (deleted)" to its path.
 fn place_of(executable: PathBuf) -> PathBuf {
     match executable.as_os_str().as_bytes().strip_suffix(b" (deleted)") {
         Some(path) if !executable.exists() => PathBuf::from(OsStr::from_bytes(path)),

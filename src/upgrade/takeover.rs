@@ -1,7 +1,7 @@
 //! Receives the state of a running master, in a program that takes over from it or checks whether it could.
 //!
 //! The environment variables of an upgrade count only if the descriptor that they name is a sealed state whose master is this
-//! very process, or for the check its parent. A stray variable in another environment has no effect.
+//! process or, for the upgrade check, its parent. A stray variable in another environment has no effect.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
@@ -32,7 +32,7 @@ pub(crate) fn is_check() -> bool {
     std::env::var_os(CHECK).is_some()
 }
 
-/// The state of the former master, as far as it is not claimed yet. On drop, the remaining descriptors are closed.
+/// The part of the former master's state that has not been claimed yet. On drop, the remaining descriptors are closed.
 #[derive(Debug)]
 pub(crate) struct Takeover {
     pub(crate) saved: Saved,
@@ -62,7 +62,7 @@ impl Takeover {
         let Some(saved) = saved.filter(|saved| saved.pid == master.as_raw()) else {
             return if check { Err(format!("{STATE} is not the state of the master that asks")) } else { Ok(None) };
         };
-        // The check inherits no other descriptors, so other numbers may belong to any file.
+        // The check inherits no other descriptors, so other numbers could refer to any file.
         let left = if check { saved.foundation() } else { saved.descriptors() };
         let mut descriptors = sys::take_over(&[&[number], left.as_slice()].concat());
         descriptors.remove(&number);
@@ -70,9 +70,9 @@ impl Takeover {
         Ok(Some(Self { saved, binds, descriptors, check }))
     }
 
-    /// The sockets that were made for this `--bind`, with the device and inode of their files. There may be several if systemd
-    /// passed them or if a name was resolved to several addresses; otherwise at most one. Each of several binds to port 0 gets
-    /// its own socket.
+    /// The sockets that were created for this `--bind`, with the device and inode of their files. There may be several if
+    /// systemd passed them or if a name was resolved to several addresses; otherwise at most one. Each of several binds to
+    /// port 0 gets its own socket.
     pub(crate) fn listeners(&mut self, bind: &Bind) -> Vec<(OwnedFd, Option<(u64, u64)>)> {
         let text = bind.to_string();
         let most = if bind.address.may_be_several() { usize::MAX } else { 1 };
@@ -89,8 +89,8 @@ impl Takeover {
         Ties { lifeline: self.lifeline(), handover: self.handover(listeners) }
     }
 
-    /// The channel on which the old workers pass connections on, if `listeners` are the former master's sockets in the same order:
-    /// a connection in the channel identifies its listener by index.
+    /// The channel on which the old workers hand connections over, if `listeners` are the former master's sockets in the same
+    /// order: a connection in the channel identifies its listener by index.
     fn handover(&mut self, listeners: &[Listener]) -> Option<Channel> {
         let (send, receive) = self.saved.handover?;
         let now = listeners.iter().map(|listener| listener.bind.to_string());
