@@ -1,7 +1,7 @@
-//! The page cache, inspected and purged from outside.
+//! Inspects and purges the page cache from outside the server.
 //!
-//! The master only passes the descriptor of the shared memory. This process then becomes a member of the segment like a
-//! worker, and can die at any instruction without harm.
+//! The master only passes the descriptor of the shared memory. This process then attaches to the segment like a worker,
+//! and can die at any instruction without harm.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};

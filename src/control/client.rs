@@ -1,7 +1,7 @@
 //! A connection to a master's control socket: one request and its replies.
 //!
-//! Every wait has a limit ([`Place::timeout`]): the kernel accepts connections for a master that is stopped or hangs. Ctrl-C
-//! ends the client only; the master completes the command.
+//! Every wait has a limit ([`Place::timeout`]), because the kernel accepts connections even for a master that is stopped or
+//! hangs. Ctrl-C ends only the client; the master completes the command.
 
 use std::io::{self, BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
@@ -31,7 +31,7 @@ pub(crate) struct Place {
 /// A connection on which one request was sent.
 pub(crate) struct Connection {
     stream: BufReader<UnixStream>,
-    /// The part of the next reply that was received.
+    /// The received part of the next reply.
     unfinished: Vec<u8>,
     /// The path of the socket, for messages.
     at: String,
@@ -64,7 +64,7 @@ impl Connection {
         Ok(Self { stream: BufReader::new(stream), unfinished: Vec::new(), at, timeout: *timeout })
     }
 
-    /// The master's pid, if it is in this pid namespace.
+    /// The master's pid, if the master is in this pid namespace.
     pub(crate) fn master(&self) -> Option<Pid> {
         let peer = getsockopt(self.stream.get_ref(), PeerCredentials).ok()?;
         (peer.pid() > 0).then(|| Pid::from_raw(peer.pid()))
@@ -78,7 +78,7 @@ impl Connection {
         self.next_in_time()?.ok_or_else(|| self.silence())
     }
 
-    /// The next reply; `None` after a timeout. The part that was received is kept.
+    /// The next reply; `None` after a timeout. The received part is kept.
     ///
     /// # Errors
     /// Fails as [`Connection::next`] does.
@@ -94,7 +94,7 @@ impl Connection {
         }
     }
 
-    /// The error for a master that does not answer.
+    /// The error for a master that does not reply.
     pub(crate) fn silence(&self) -> String {
         let (at, after) = (&self.at, shown(self.timeout));
         match self.master() {
@@ -129,10 +129,10 @@ impl Connection {
             .map_err(|error| format!("unexpected response from the master at {}: {error}", self.at))
     }
 
-    /// Returns when the master has closed the connection: after a stop, when it has exited.
+    /// Returns when the master has closed the connection: after a stop, when the master has exited.
     ///
     /// # Errors
-    /// A sentence for the operator, if it does not close it in time.
+    /// A sentence for the operator, if the master does not close it in time.
     pub(crate) fn wait_for_close(mut self) -> Result<(), String> {
         match io::copy(&mut self.stream, &mut io::sink()) {
             Err(error) if is_timeout(&error) => {
@@ -178,7 +178,7 @@ pub(crate) fn status(place: &Place) -> Result<Status, String> {
     }
 }
 
-/// Connects; `None` if the socket's queue is full for this time. A blocking connect(2) would wait without a limit.
+/// Connects; `None` if the socket's queue stays full for this time. A blocking connect(2) would wait without a limit.
 fn reach(path: &Path, timeout: Option<Duration>) -> io::Result<Option<UnixStream>> {
     let deadline = timeout.map(|timeout| Instant::now() + timeout);
     let address = UnixAddr::new(path)?;

@@ -1,7 +1,7 @@
 //! The sub-commands that contact a running master. Each returns when the outcome is known.
 //!
-//! Exit status: 0 success, 1 failure (with an error on standard error), 2 wrong usage, which is detected before. It is not a
-//! failure if the reader closes the output early (`top | head`).
+//! Exit status: 0 success, 1 failure (with an error on standard error), 2 wrong usage, which is detected earlier. It is not
+//! a failure if the reader closes the output early (`top | head`).
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub(crate) struct Errand {
 #[derive(Clone, Debug)]
 pub(crate) enum What {
     Ask(Request),
-    /// The status, repeatedly; `rounds` times, if given.
+    /// Show the status repeatedly; `rounds` times, if given.
     Top {
         interval: Duration,
         rounds: Option<u32>,
@@ -34,8 +34,8 @@ pub(crate) enum What {
     Quarantine,
 }
 
-/// Consecutive timeouts, of this request and of a status request, after which the master is given up. A new build that takes
-/// over answers no request until it is loaded, so an upgrade may take several.
+/// Consecutive timeouts, of this request and of a status request, after which the client gives up. A new build that takes
+/// over replies to no request until it is loaded, so an upgrade may take several timeouts.
 fn patience(request: &Request) -> u32 {
     if *request == Request::Upgrade { 6 } else { 1 }
 }
@@ -74,8 +74,8 @@ fn quarantined(place: &Place, json: bool) -> Result<String, String> {
     String::from_utf8(lines).map_err(|error| error.to_string())
 }
 
-/// Prints progress until the outcome is known. A master that is silent for the timeout is sent a status request: if it
-/// answers that, it is still working.
+/// Prints progress until the outcome is known. If the master is silent for the timeout, this sends it a status request:
+/// if the master replies, it is still working.
 fn ask(place: &Place, request: &Request, json: bool) -> Result<(), String> {
     let mut connection = Connection::ask(place, request)?;
     let (mut is_read, mut silent) = (true, 0);
@@ -113,7 +113,7 @@ fn top(place: &Place, json: bool, interval: Duration, rounds: Option<u32>) -> Re
     let mut round = 0;
     loop {
         let text = shown(place, json)?;
-        // Cursor to the top left, and clear the screen.
+        // Moves the cursor to the top left and clears the screen.
         let is_read = write(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })?;
         round += 1;
         if !is_read || rounds.is_some_and(|rounds| round >= rounds) {
@@ -132,7 +132,7 @@ fn write(text: &str) -> Result<bool, String> {
     }
 }
 
-/// Turns an error of printing into a message. A closed output is not an error.
+/// Turns an error from printing into a message. A closed output is not an error.
 ///
 /// # Errors
 /// A sentence for the operator.

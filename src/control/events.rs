@@ -1,4 +1,4 @@
-//! The event log from outside: publishing, listing, following.
+//! Publishes, lists and follows events from outside the server.
 //!
 //! As with the cache, the master only passes the descriptor of the shared memory. [`Follow`] decides what is shown, without
 //! I/O.
@@ -33,7 +33,7 @@ pub(crate) enum Operation {
     List,
 }
 
-/// The id of the first event to be shown: `17`, or with the epoch of its log as in an event stream, `9f3a61c2-17`.
+/// The id of the first event to show: `17`, or with the epoch of its log, as in an event stream, `9f3a61c2-17`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FirstId {
     epoch: Option<u32>,
@@ -68,9 +68,9 @@ impl FirstId {
     }
 }
 
-/// Events of a topic per read.
+/// Number of events of a topic per read.
 const CHUNK: usize = 256;
-/// Time between checks whether the output is still open, and whether the master lives.
+/// Interval between checks whether the output is still open and the master is still alive.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs the operation, and writes its output to standard output.
@@ -155,7 +155,7 @@ enum End {
     NoMaster,
 }
 
-/// Prints events until a signal, the count, or the end of the reader or the master.
+/// Prints events until a signal arrives, the count is reached, or the reader or the master is gone.
 fn tail(
     events: &Events,
     topics: &[String],
@@ -168,7 +168,7 @@ fn tail(
         signal_hook::flag::register(signal, Arc::clone(&enough))?;
     }
     let is_enough = || enough.load(Ordering::SeqCst);
-    // Follow the end first, then read the past: events that come from both are recognized by their ids.
+    // Follow the end first, then read past events: events that come from both are recognized by their ids.
     let mut tail = events.tail();
     let mut follow = Follow::new(topics);
     let before = if from.is_some() && !topics.is_empty() {
@@ -244,7 +244,7 @@ enum Shown {
     },
 }
 
-/// The last id that was shown of each topic, so that no event is shown twice and gaps are reported.
+/// The last shown id of each topic, so that no event is shown twice and gaps are reported.
 #[derive(Debug)]
 struct Follow {
     /// All topics, if empty.
@@ -265,7 +265,7 @@ impl Follow {
         Self { wanted: wanted.to_vec(), topics: HashMap::new(), gaps: 0 }
     }
 
-    /// Show events of the topic after this id.
+    /// Shows events of the topic after this id.
     fn start(&mut self, topic: &str, last: u64) {
         self.topics.insert(topic.to_owned(), Known { last, gaps: self.gaps });
     }
@@ -274,7 +274,7 @@ impl Follow {
         self.topics.get(topic).map_or(0, |known| known.last)
     }
 
-    /// Events that the log has of a topic after the last id, with the number of events that are gone.
+    /// Events of a topic that the log still has after the last shown id, preceded by the number of lost events.
     fn since(&mut self, topic: &str, missed: u64, events: Vec<Event>) -> Vec<Shown> {
         let last = events.last().map_or(self.last(topic) + missed, |event| event.id);
         self.start(topic, last);
@@ -342,7 +342,7 @@ impl<W: Write> Printer<W> {
     }
 }
 
-/// One line of text, with control characters escaped.
+/// Formats the bytes as one line of text, with control characters escaped.
 fn visible(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {

@@ -1,4 +1,4 @@
-//! A master's status as text.
+//! Formats a master's status as text.
 
 use std::fmt::Write as _;
 
@@ -79,7 +79,7 @@ fn row(worker: &WorkerStatus) -> [String; 9] {
     ]
 }
 
-/// As in `340ms`, `12s`, `3m20s`, `5h07m` and `12d04h`.
+/// Formats a duration, as in `340ms`, `12s`, `3m20s`, `5h07m` and `12d04h`.
 pub(crate) fn time(ms: u64) -> String {
     let seconds = ms / 1000;
     match seconds {

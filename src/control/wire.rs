@@ -1,8 +1,8 @@
-//! The messages of the control socket: one request, a line of JSON; then replies, a line of JSON each, the last of which is
-//! the outcome. After that the master closes the connection.
+//! The messages of the control socket. The client sends one request, a line of JSON. The master sends replies, each a line
+//! of JSON, the last of which is the outcome, and closes the connection.
 //!
-//! No I/O. Masters and sub-commands of different versions must understand each other:
-//! fields are added, never renamed, and an unknown request is answered with a failure.
+//! No I/O. Masters and sub-commands of different versions must understand each other: fields are added, never renamed, and
+//! the reply to an unknown request is a failure.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) const MAX_REQUEST: usize = 4096;
 /// Longest reply that a client reads, in bytes: twice the status of a thousand workers.
 pub(crate) const MAX_REPLY: u64 = 4 << 20;
-/// Requests in flight that a status lists, of all workers.
+/// Maximum number of requests in flight that a status lists, over all workers.
 pub(crate) const MAX_SERVING: usize = 2048;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,7 +21,7 @@ pub(crate) enum Request {
     Reload,
     /// Replace the master's program.
     Upgrade,
-    /// Stop, at once (`now`) or after the requests in flight.
+    /// Stop, immediately (`now`) or after the requests in flight.
     Stop {
         now: bool,
     },
@@ -31,13 +31,13 @@ pub(crate) enum Request {
     },
     /// Reopen the log files.
     ReopenLogs,
-    /// Release a quarantined request, as the status lists it; with `null`, all.
+    /// Release a quarantined request, named as in the status; with `null`, all.
     Release {
         // Makes the field mandatory.
         #[serde(deserialize_with = "Option::deserialize")]
         request: Option<String>,
     },
-    /// Pass the descriptor of the shared memory, with the outcome, for the cache.
+    /// Pass the descriptor of the shared memory with the outcome, for the cache.
     Segment,
     /// Like `Segment`, for the event log.
     Events,
@@ -100,7 +100,7 @@ pub(crate) struct QuarantinedStatus {
     pub(crate) times: u32,
 }
 
-/// A worker, or a slot that waits for one. `None` is unknown: external programs report nothing.
+/// A worker, or a slot that waits for one. `None` means unknown: external programs report nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct WorkerStatus {
     pub(crate) slot: u32,
@@ -112,7 +112,7 @@ pub(crate) struct WorkerStatus {
     pub(crate) requests: Option<u64>,
     pub(crate) connections: Option<u32>,
     pub(crate) in_flight: Option<u32>,
-    /// Number of threads whose function hangs.
+    /// Number of threads on which a function hangs.
     #[serde(default)]
     pub(crate) hung_threads: Option<u32>,
     /// Resident memory, including shared memory.
@@ -138,7 +138,7 @@ impl Request {
         })
     }
 
-    /// For the log.
+    /// The request's name in the log.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Status => "status",
@@ -177,7 +177,7 @@ impl Reply {
 
 /// The message as it is sent, including the newline.
 pub(crate) fn line(message: &impl Serialize) -> Vec<u8> {
-    // Both types can always be serialized; otherwise the empty line would be an invalid message.
+    // Both types can always be serialized; if not, the empty line would be an invalid message.
     let mut line = serde_json::to_vec(message).unwrap_or_default();
     line.push(b'\n');
     line

@@ -1,12 +1,12 @@
-//! Formats addresses of code so that other processes can read them: relative to the file that the code came
-//! from, as in `app+0x1234`. `addr2line -fipe app 0x1234` converts that to a function name and a line.
+//! Formats addresses of code so that other processes can read them: relative to the file that contains the code, as in
+//! `app+0x1234`. `addr2line -fipe app 0x1234` converts that to a function name and a line.
 
 use std::fmt::{self, Write};
 use std::fs;
 
-/// A file name is cut to this many bytes.
+/// A file name is truncated to this many bytes.
 const MAX_NAME: usize = 48;
-/// A function name, which may contain many types, is cut to this many characters.
+/// A function name, which may contain many types, is truncated to this many characters.
 const MAX_FUNCTION: usize = 120;
 
 /// The files whose code this process has mapped.
@@ -48,7 +48,7 @@ impl Modules {
         Self(modules)
     }
 
-    /// Writes an address, in plain form if it is in no file. Async-signal-safe, if `out` is.
+    /// Writes an address, in plain form if it is in no file. Async-signal-safe if `out` is.
     pub(crate) fn write(&self, out: &mut impl Write, address: usize) -> fmt::Result {
         match self.0.iter().find(|module| (module.base..module.end).contains(&address)) {
             Some(Module { name, base, .. }) => write!(out, "{name}+{:#x}", address - base),
@@ -75,10 +75,10 @@ pub(crate) fn names_of(addresses: impl Iterator<Item = usize>) -> Vec<String> {
     let mut names = Vec::new();
     for address in addresses {
         let before = names.len();
-        // `resolve` expects a return address, which is one behind.
+        // `resolve` expects a return address, which is one byte further.
         backtrace::resolve(std::ptr::without_provenance_mut(address.wrapping_add(1)), |symbol| {
             let Some(name) = symbol.name() else { return };
-            // The standard library's sources are named by their build directory, which is of no use.
+            // The standard library's sources are named by their build directory, which helps no reader.
             let file = symbol.filename().filter(|file| !file.starts_with("/rustc/"));
             let place = file.zip(symbol.lineno());
             let place = place.map_or_else(String::new, |(file, line)| format!(" {}:{line}", file.display()));

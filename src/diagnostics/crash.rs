@@ -1,15 +1,15 @@
 //! The crash handler of a worker: the crashing thread writes a report.
 //!
-//! On SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGSYS, SIGTRAP and SIGXCPU, a line with the location and the reason is written to
-//! the report pipe, then a line with a backtrace in addresses. Then the process dies as it would have without this handler: by the same
-//! signal, with the same core dump. Nothing here symbolizes addresses; a child of the master does that.
+//! On SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGSYS, SIGTRAP and SIGXCPU, the handler writes a line with the location and the reason
+//! to the report pipe, then a line with a backtrace in addresses. Then the process dies as it would have without this handler: by the
+//! same signal, with the same core dump. This module does not symbolize addresses; a child of the master does.
 //!
-//! - The first line is written before anything is tried that might not return. If the backtrace hangs (the
-//!   unwinder is not made for signal handlers), SIGALRM ends the process; if the backtrace faults, the kernel ends the process, because
-//!   the signal is blocked.
-//! - The standard library's handler, which recognizes a stack overflow, and a handler that the application set before the fork
-//!   are called first, and may recover. A handler that the application sets later receives the signal alone.
-//! - SIGBUS of a cache file that was truncated is not a crash: the page is replaced, and the instruction runs again.
+//! - The first line is written before anything is tried that might not return. If the backtrace hangs (the unwinder is not designed for
+//!   signal handlers), SIGALRM terminates the process; if the backtrace faults, the kernel terminates the process, because the signal
+//!   is blocked.
+//! - The standard library's handler, which recognizes a stack overflow, and a handler that the application set before the fork are
+//!   called first, and may recover. A handler that the application sets later replaces this one.
+//! - SIGBUS caused by a truncated cache file is not a crash: the page is replaced, and the instruction runs again.
 //! - Only the worker itself reports: a child that the application forks reports nothing.
 //!
 //! The handlers must not allocate, lock or panic.
@@ -39,14 +39,15 @@ const SIGNALS: [(c_int, &str); 8] = [
     (libc::SIGTRAP, "TRAP"),
     (libc::SIGXCPU, "XCPU"),
 ];
-/// Signals caused by an instruction, which runs again when the handler returns. Their address is the accessed address, or the
+/// Signals caused by an instruction that runs again when the handler returns. Their address is the accessed address, or the
 /// instruction's own.
 const FAULTS: [c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
-/// Size in bytes of the stack for handlers in our threads. The standard library's own stack has room for the first line only.
+/// Size in bytes of the handler stack in this crate's threads. The standard library's own stack has space only for the first
+/// line.
 const STACK: usize = 64 << 10;
 /// Maximum number of functions in a backtrace.
 pub(crate) const MAX_FRAMES: usize = 48;
-/// A line is one write, which a pipe accepts as a whole.
+/// A line is one write, which a pipe accepts in one piece.
 const MAX_LINE: usize = 2048;
 /// Time limit for the backtrace, in seconds.
 const ANSWER_TIMEOUT: u32 = 2;
@@ -72,15 +73,15 @@ static SENDER: AtomicI32 = AtomicI32::new(0);
 static INSTRUCTION: AtomicUsize = AtomicUsize::new(0);
 static STACK_POINTER: AtomicUsize = AtomicUsize::new(0);
 
-/// Makes crashes of this process write to `report`, and store the request of the crashing thread in the scoreboard; the latter
-/// also for a thread that calls `exit(3)`. Called once, in a new worker.
+/// Makes crashes of this process write to `report`, and record the request of the crashing thread in the scoreboard. The
+/// request is also recorded for a thread that calls `exit(3)`. Called once, in a new worker.
 ///
 /// # Errors
 /// Returns the error of `sigaction(2)`.
 pub(crate) fn install(report: OwnedFd) -> io::Result<()> {
     let before = SIGNALS.map(|(signal, _)| action_of(signal).filter(|action| is_ours_to_take(signal, action)));
     let process = process::id().cast_signed();
-    // The unwinder initializes itself at its first use.
+    // The unwinder initializes itself on first use.
     backtrace::trace(|_| true);
     let will = CrashContext { process, report: report.into_raw_fd(), modules: Modules::own(), before };
     let taken = CONTEXT.get_or_init(|| will).before.map(|before| before.is_some());
@@ -93,7 +94,8 @@ pub(crate) fn install(report: OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs when the application calls `exit(3)` on this thread. A worker itself exits by `_exit`, which does not run this.
+/// Runs when the application calls `exit(3)` on this thread. The worker itself exits by `_exit`, which does not run
+/// this.
 extern "C" fn on_exit() {
     // SAFETY: async-signal-safe calls without arguments.
     let process = unsafe { libc::getpid() };
@@ -149,13 +151,13 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
     }
     match DYING.compare_exchange(0, thread, Ordering::SeqCst, Ordering::SeqCst) {
         Ok(_) => {}
-        // A second crash of the thread that already reports one: the previous handler, which was called for the first signal,
-        // has aborted.
+        // A second crash of the thread that is already reporting one: the previous handler, which was called for the first
+        // signal, has aborted.
         Err(first) if first == thread => {
             say(will);
             return die_of(signal, by_itself);
         }
-        // Another thread is already reporting a crash, which will end this process.
+        // Another thread is already reporting a crash, and will terminate this process.
         Err(_) => {
             for _ in 0..ANSWER_TIMEOUT + 2 {
                 // SAFETY: async-signal-safe, and accesses no memory of this program.
@@ -203,7 +205,7 @@ fn is_default(signal: c_int) -> bool {
     action_of(signal).is_none_or(|action| action.sa_sigaction == libc::SIG_DFL)
 }
 
-/// Makes the process die as without a handler, as soon as the handler returns.
+/// Makes the process die as it would without a handler, as soon as the handler returns.
 fn die_of(signal: c_int, by_itself: bool) {
     let _ = set_action(signal, libc::SIG_DFL, 0);
     if !by_itself {
@@ -212,7 +214,7 @@ fn die_of(signal: c_int, by_itself: bool) {
     }
 }
 
-/// Writes the report: the request first, then the line that is safe to write, then the backtrace.
+/// Writes the report: first the request, then the line that is safe to write, then the backtrace.
 fn say(will: &CrashContext) {
     current_request::accuse();
     let sender = SENDER.load(Ordering::Relaxed);
@@ -285,8 +287,8 @@ extern "C" fn on_alarm(_: c_int) {
     unsafe { libc::raise(signal) };
 }
 
-/// The addresses of the instructions that this thread is executing, the innermost first, without those of the handler: `at` was
-/// interrupted. For a caller, the address is that of its call.
+/// The addresses of the instructions that this thread is executing, the innermost first, without those of the handler: `at` is
+/// the interrupted instruction. For a caller, the address is that of its call.
 pub(crate) fn unwind(at: usize, frames: &mut [usize; MAX_FRAMES]) -> &[usize] {
     let (mut count, mut begun) = (0, false);
     // SAFETY: the function is unsynchronized with respect to symbolization only, which is not done here.
@@ -386,11 +388,11 @@ thread_local! {
     static OWN_STACK: Cell<Option<AlternateStack>> = const { Cell::new(None) };
 }
 
-/// Size of the inaccessible page, at the largest page size that exists.
+/// Size of the inaccessible page, for the largest page size in use.
 const GUARD: usize = 64 << 10;
 
-/// Gives this thread a stack for its signal handlers that is large enough for a backtrace. If there is no memory,
-/// the thread keeps its current one.
+/// Gives this thread a stack for its signal handlers that is large enough for a backtrace. If no memory is available,
+/// the thread keeps its current stack.
 pub(crate) fn give_stack() {
     let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: new memory, at an address that the kernel chooses.

@@ -1,5 +1,5 @@
-//! Records which request each thread of this worker is running. Signal handlers and the thread that looks for slow
-//! requests read it; so does the master, in the worker's row of the scoreboard, even after the worker was killed.
+//! Records which request each thread of this worker is running. Readers are signal handlers, the thread that looks for
+//! slow requests, and the master, which reads the worker's row of the scoreboard even after the worker was killed.
 //!
 //! Must not lock or allocate: this code is in the path of every request.
 
@@ -18,7 +18,7 @@ static REGISTERED: [OnceLock<(i32, ThreadSlot<'static>)>; MAX_THREADS] = [const 
 static BEAT: OnceLock<EventLoopBeat> = OnceLock::new();
 
 thread_local! {
-    /// Without a destructor and initialized at compile time, because a signal handler may read it.
+    /// Has no destructor and is initialized at compile time, because a signal handler may read it.
     static THREAD_SLOT: Cell<Option<ThreadSlot<'static>>> = const { Cell::new(None) };
 }
 
@@ -57,7 +57,7 @@ pub(crate) fn enter<T>(cell: Option<usize>, work: impl FnOnce() -> T) -> T {
     work()
 }
 
-/// Changes the request of this thread from here on, within [`enter`].
+/// Changes this thread's request from here on, within [`enter`].
 pub(crate) fn switch_to(cell: Option<usize>) {
     if let Some(slot) = THREAD_SLOT.get() {
         slot.switch_to(cell);
@@ -69,7 +69,7 @@ pub(crate) fn forget(cell: usize) {
     taken().for_each(|(_, slot)| slot.keep_text_of(cell));
 }
 
-/// Records that this process is about to die because of this thread: stores the thread's request in the scoreboard, or that it has none.
+/// Records that this process is about to die because of this thread: stores in the scoreboard the thread's request, or that it has none.
 /// Async-signal-safe.
 pub(crate) fn accuse() {
     match (THREAD_SLOT.get(), BEAT.get()) {

@@ -1,19 +1,19 @@
-//! The key of a request for the quarantine: pure, and the same in both kinds of processes. The master counts deaths by it,
-//! and workers refuse requests by it.
+//! The key of a request for the quarantine: pure, and the same in masters and workers. The master counts deaths by this
+//! key, and workers refuse requests by it.
 //!
-//! It is made from the text in the scoreboard, "GET /path?query", which is cut at 112 bytes.
+//! It is derived from the text in the scoreboard, "GET /path?query", which is truncated to 112 bytes.
 
 use crate::config::failures::QuarantineBy;
 
-/// This many hexadecimal digits in a row are an id, if one of them is a decimal digit.
+/// This many consecutive hexadecimal digits are an id if at least one of them is a decimal digit.
 const MIN_ID: usize = 8;
 
-/// The key of a request, in two degrees of precision.
+/// The key of a request, at two levels of precision.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct RequestKey {
     /// Method and path: `GET /users/17`.
     pub(crate) path: String,
-    /// The same for all requests that differ in numbers and ids alone: `GET /users/*`. `None` if only paths count.
+    /// The same for all requests that differ only in numbers and ids: `GET /users/*`. `None` if only paths count.
     pub(crate) pattern: Option<String>,
 }
 
@@ -36,7 +36,7 @@ impl RequestKey {
     }
 }
 
-/// Whether a path segment is a number, or a long hexadecimal number, also with hyphens as in a UUID.
+/// Whether a path segment is a number, or a long hexadecimal number, possibly with hyphens as in a UUID.
 fn is_id(segment: &str) -> bool {
     let digits = || segment.bytes().filter(|byte| *byte != b'-');
     let is_number = !segment.is_empty() && segment.bytes().all(|byte| byte.is_ascii_digit());

@@ -1,7 +1,7 @@
 //! Samples the stack of another thread of this process: a signal interrupts the thread, and its handler stores the
 //! addresses of the instructions.
 //!
-//! The signal is SIGURG: it is ignored if no handler is installed, and few programs use it.
+//! The signal is SIGURG, because it is ignored if no handler is installed, and few programs use it.
 //!
 //! The handler must not allocate, lock or panic.
 #![expect(unsafe_code, reason = "a signal handler")]
@@ -33,8 +33,8 @@ pub(crate) fn install() -> io::Result<()> {
     crash::set_action(libc::SIGURG, on_signal as *const () as usize, flags)
 }
 
-/// The addresses of the instructions that a thread is executing, the innermost first; none if the thread does not answer. Must be called
-/// by one thread only, for one thread at a time.
+/// The addresses of the instructions that a thread is executing, the innermost first; empty if the thread does not answer. Must be
+/// called from one thread only, for one thread at a time.
 pub(crate) fn of(thread: i32) -> Vec<usize> {
     FRAMES.iter().for_each(|frame| frame.store(0, Ordering::Relaxed));
     ASKED.store(thread, Ordering::SeqCst);

@@ -1,7 +1,7 @@
 //! Formats a line of the access log. Pure.
 //!
-//! Clients choose much of its content: control characters, quotes and non-ASCII characters are escaped, so that an entry is
-//! one line, and each field is cut, so that a line is never longer than [`LONGEST`].
+//! Clients choose much of its content. Control characters, quotes and non-ASCII characters are escaped, so that an entry is
+//! one line, and each field is truncated, so that a line is never longer than [`LONGEST`].
 
 use std::io::Write as _;
 use std::net::IpAddr;
@@ -17,7 +17,7 @@ pub(crate) const LONGEST: usize = 60 << 10;
 /// Maximum length of the target, and of other fields, in bytes.
 const TARGET: usize = 4 << 10;
 const OTHER: usize = 1 << 10;
-/// Marks a field that was cut.
+/// Marks a truncated field.
 const CUT: &[u8] = b"...";
 
 /// One completed request.
@@ -126,7 +126,7 @@ fn write(line: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
     let _ = line.write_fmt(text); // writing to a Vec cannot fail
 }
 
-/// Escapes like Apache.
+/// Escapes a value like Apache.
 fn escaped(line: &mut Vec<u8>, value: &[u8], most: usize) {
     for &byte in value.iter().take(most) {
         match byte {
@@ -140,7 +140,7 @@ fn escaped(line: &mut Vec<u8>, value: &[u8], most: usize) {
     }
 }
 
-/// Replaces invalid UTF-8, and cuts the text.
+/// Replaces invalid UTF-8, and truncates the text.
 fn cut(value: &[u8], most: usize) -> String {
     let mut text = String::from_utf8_lossy(value.get(..most).unwrap_or(value)).into_owned();
     if value.len() > most {

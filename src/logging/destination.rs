@@ -1,12 +1,12 @@
 //! Writes log lines to their destination, without ever waiting for a reader.
 //!
 //! A log that is not read (a paused terminal, a pipe whose reader has stopped) must not stop the master, which supervises,
-//! or a worker's event loop. So a line that cannot be written at once waits in this process's queue, up to a limit. Further
-//! lines are lost and counted; the count is logged as soon as the log is read again.
+//! or a worker's event loop. So a line that cannot be written immediately waits in this process's queue, up to a limit.
+//! Further lines are lost and counted; the count is logged as soon as the log is read again.
 //!
 //! A pipe or a terminal on standard error is shared with other programs, and making it non-blocking would affect them too.
-//! Such a destination is opened once more through `/proc/self/fd`, which gives this program its own file description. Where
-//! that is not allowed, `poll(2)` is called before each write, which stays below PIPE_BUF.
+//! Such a destination is reopened through `/proc/self/fd`, which gives this program its own file description. Where that is
+//! not permitted, `poll(2)` is called before each write, and the write stays below PIPE_BUF.
 //!
 //! Must not log, or wait.
 
@@ -28,7 +28,7 @@ use crate::sys::file_path::{self, Links};
 /// A destination that has accepted nothing for this long counts as stopped: processes that fill the queue are no longer slowed down.
 const STALL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How a write is kept from blocking.
+/// How a write is prevented from blocking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Files on a disk, and devices, which accept writes without waiting for a reader.
@@ -46,7 +46,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// The kind of `fd`, and the descriptor to use instead of `fd`, if that is another one.
+    /// The kind of `fd`, and the descriptor to use in its place, if it is a different one.
     pub(crate) fn of(fd: BorrowedFd<'_>) -> (Self, Option<OwnedFd>) {
         let kind = fstat(fd).map_or(SFlag::S_IFREG, |status| SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT);
         match kind {
@@ -64,7 +64,7 @@ impl Kind {
         }
     }
 
-    /// The maximum number of bytes that are written in one piece, among the lines of other processes.
+    /// The maximum number of bytes in one write that lines of other processes do not interrupt.
     fn most(self) -> usize {
         if self == Self::File { usize::MAX } else { libc::PIPE_BUF }
     }
@@ -83,7 +83,7 @@ fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> 
             Kind::SharedPipe | Kind::SharedTerminal => {
                 match poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::ZERO) {
                     Ok(0) => Err(Errno::EAGAIN),
-                    // Another process may have filled the pipe meanwhile; a write of that size waits for one read of the reader at most.
+                    // Another process may have filled the pipe meanwhile; a write of that size waits for at most one read.
                     Ok(_) => {
                         let write = || nix::unistd::write(fd, bytes.get(..libc::PIPE_BUF).unwrap_or(bytes));
                         if kind == Kind::SharedTerminal { from_the_background(write) } else { write() }
@@ -100,8 +100,8 @@ fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> 
 }
 
 /// Makes a write to a terminal succeed whatever job this process belongs to. With `stty tostop` the kernel sends SIGTTOU to a
-/// background job that writes, unless the thread blocks that signal. The master would treat SIGTTOU as a command of the operator,
-/// and the write would be restarted forever.
+/// background job that writes, unless the thread blocks that signal. The master would treat SIGTTOU as a command from the
+/// operator, and the write would be restarted forever.
 fn from_the_background<T>(write: impl FnOnce() -> T) -> T {
     let before = SigSet::from(Signal::SIGTTOU).thread_swap_mask(SigmaskHow::SIG_BLOCK);
     let outcome = write();
@@ -111,7 +111,8 @@ fn from_the_background<T>(write: impl FnOnce() -> T) -> T {
     outcome
 }
 
-/// Writes lines, in groups that stay in one piece. Returns the number of bytes written, and why no more were.
+/// Writes lines, in groups that stay in one piece. Returns the number of bytes written, and why the rest was not
+/// written.
 pub(crate) fn write_lines(fd: BorrowedFd<'_>, kind: Kind, lines: &[u8]) -> (usize, io::Result<()>) {
     let mut written = 0;
     while written < lines.len() {
@@ -124,7 +125,7 @@ pub(crate) fn write_lines(fd: BorrowedFd<'_>, kind: Kind, lines: &[u8]) -> (usiz
     (written, Ok(()))
 }
 
-/// Like [`write_lines`], but waits for a reader, up to `limit`. For a process that is about to end.
+/// Like [`write_lines`], but waits for a reader, up to `limit`. For a process that is about to exit.
 pub(crate) fn write_lines_within(
     fd: BorrowedFd<'_>,
     kind: Kind,
@@ -146,14 +147,14 @@ pub(crate) fn write_lines_within(
     }
 }
 
-/// The length of the whole lines at the beginning, up to `most` bytes; or of the first line, if it is longer.
+/// The length of the complete lines at the beginning, up to `most` bytes; or of the first line, if it is longer.
 fn whole_lines(lines: &[u8], most: usize) -> usize {
     let is_end = |&byte: &u8| byte == b'\n';
     let within = lines.iter().take(most).rposition(is_end);
     within.or_else(|| lines.iter().position(is_end)).map_or(lines.len(), |end| end + 1)
 }
 
-/// The result for a line that was passed to a [`Queue`].
+/// The outcome for a line that was passed to a [`Queue`].
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Written,
@@ -174,7 +175,7 @@ pub(super) struct Queue {
     /// The number of lost lines.
     lost: u64,
     last_progress: Option<Instant>,
-    /// The last write ended within a line.
+    /// The last write ended in the middle of a line.
     is_torn: bool,
 }
 
@@ -215,7 +216,7 @@ impl Queue {
 
     fn write(&mut self, fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> (usize, io::Result<()>) {
         if self.is_torn && kind == Kind::File {
-            // The file ends with the beginning of a line that was written elsewhere.
+            // The file ends with the beginning of a line whose rest was written elsewhere.
             match write_now(fd, kind, b"\n") {
                 Ok(_) => self.is_torn = false,
                 Err(error) => return (0, Err(error)),
@@ -242,7 +243,7 @@ impl Queue {
             self.last_progress = Some(Instant::now());
         }
         if self.written == self.bytes.len() {
-            (self.bytes, self.written) = (Vec::new(), 0); // frees the memory, which is not needed any more
+            (self.bytes, self.written) = (Vec::new(), 0); // frees the memory, which is no longer needed
         }
         match outcome {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
@@ -272,8 +273,8 @@ impl Queue {
     }
 }
 
-/// Opens a file for appending, and creates it if it does not exist. It belongs to the master's user: workers do not open it.
-/// The names of standard output and standard error mean these, whatever they are.
+/// Opens a file for appending, and creates it if it does not exist. The file belongs to the master's user: workers do not
+/// open it. The names of standard output and standard error stand for these streams, whatever they are.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -286,7 +287,7 @@ pub(super) fn open(path: &Path, flag: &str) -> Result<OwnedFd, String> {
     open_file(path, true).map_err(|error| fail(explain(&error, kind, flag)))
 }
 
-/// Checks a log without creating its file. Returns a note if a start depends on something else.
+/// Checks a log without creating its file. Returns a note if the result of a start depends on something else.
 ///
 /// # Errors
 /// A sentence for the operator: the error that a start would report.
@@ -298,7 +299,7 @@ pub(crate) fn examine(path: &Path, flag: &str) -> Result<Option<String>, String>
     let kind = kind_at(path, flag).map_err(fail)?;
     match kind {
         None => Ok(None),
-        // Opening and closing the FIFO would look to its reader like a writer that has left.
+        // Opening and closing the FIFO would look to its reader like a writer that has disconnected.
         Some(kind) if kind.is_fifo() => {
             let allowed = nix::unistd::access(path, nix::unistd::AccessFlags::W_OK);
             allowed.map_err(|errno| fail(explain(&errno.into(), Some(kind), flag)))?;

@@ -1,8 +1,8 @@
 //! The files of the log and the access log: opened by the master, and reopened after a rotation.
 //!
-//! Workers may lack permission to open them (`--user`, `--chroot`, `--sandbox`), so each worker has a socket through which it receives
-//! the new files from the master. It replaces the old files under the same descriptor number: a concurrent write goes to the old or to
-//! the new file, and the worker's heir, which shares the descriptor table, uses the new files too.
+//! Workers may lack permission to open them (`--user`, `--chroot`, `--sandbox`), so each worker receives the new files from the master
+//! through a socket. It replaces the old files under the same descriptor numbers: a concurrent write goes to the old or to the new
+//! file, and the worker's heir, which shares the descriptor table, uses the new files too.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
@@ -50,8 +50,8 @@ impl LogFiles {
         self.access.is_some()
     }
 
-    /// Writes lines to the access log: all at once to a file; to a pipe, only as many as stay in one piece. Never waits for a
-    /// reader. Returns the number of bytes written, and why no more were.
+    /// Writes lines to the access log: all in one write to a file; to a pipe, only as many as stay in one piece. Never waits
+    /// for a reader. Returns the number of bytes written, and why the rest was not written.
     pub(crate) fn write_access(&self, lines: &[u8]) -> (usize, io::Result<()>) {
         match &self.access {
             Some(access) => destination::write_lines(access.as_fd(), self.access_kind, lines),
@@ -59,7 +59,8 @@ impl LogFiles {
         }
     }
 
-    /// Like [`write_access`](Self::write_access), but waits for a slow reader, up to `limit`. For a process that is about to end.
+    /// Like [`write_access`](Self::write_access), but waits for a slow reader, up to `limit`. For a process that is about to
+    /// exit.
     pub(crate) fn write_access_within(&self, lines: &[u8], limit: Duration) -> (usize, io::Result<()>) {
         match &self.access {
             Some(access) => destination::write_lines_within(access.as_fd(), self.access_kind, lines, limit),
@@ -77,7 +78,7 @@ impl LogFiles {
     /// # Errors
     /// A sentence for the operator.
     pub(crate) fn reconfigured(self: &Arc<Self>, config: &LogConfig) -> Result<Arc<Self>, String> {
-        // Workers only depend on whether there is a log file, and on all of the access log.
+        // Workers depend only on whether there is a log file, and on all settings of the access log.
         let same = self.config.file == config.file && self.config.access == config.access;
         if same { Ok(Arc::clone(self)) } else { Self::open(config).map(Arc::new) }
     }
@@ -116,16 +117,16 @@ impl LogFiles {
         Ok(())
     }
 
-    /// Replaces the old files by those waiting in the channel. Returns false when no more will arrive.
+    /// Replaces the old files with those waiting in the channel. Returns false when no more will arrive.
     ///
     /// # Errors
-    /// Returns `WouldBlock` if none are waiting, or the error of the system call. If this process has no free descriptors, the files keep
-    /// waiting.
+    /// Returns `WouldBlock` if none are waiting, or the error of the system call. If this process has no free descriptors, the files stay
+    /// in the channel.
     pub(crate) fn take_in(&self, channel: BorrowedFd<'_>) -> io::Result<bool> {
         let mut byte = [0];
         let mut receive =
             |flags| sys::receive_with_descriptors::<2>(channel, &mut byte, MsgFlags::MSG_DONTWAIT | flags);
-        // Peeks first: a message received without room for its descriptors would lose them.
+        // Peeks first: receiving a message without space for its descriptors would lose them.
         drop(receive(MsgFlags::MSG_PEEK)?);
         let (bytes, taken) = receive(MsgFlags::empty())?;
         let mut taken = taken.into_iter();

@@ -1,6 +1,7 @@
 //! Formats a line of the log. Pure: the time is passed as text, and nothing is written here.
 //!
-//! Forkyard's own lines have the form `event key=value key="a value"`. The text format keeps it; in JSON the pairs become fields.
+//! Forkyard's own lines have the form `event key=value key="a value"`. The text format keeps this form; in JSON the pairs become
+//! fields.
 
 use std::io::Write as _;
 use std::time::Duration;
@@ -22,7 +23,7 @@ pub(crate) struct Line<'a> {
     pub(crate) is_output: bool,
 }
 
-/// Placeholder for the time, until [`stamp`] overwrites it.
+/// Placeholder for the time, which [`stamp`] overwrites.
 pub(crate) const NO_TIME: &str = "0000-00-00T00:00:00.000Z";
 
 /// Writes a time since 1970 over [`NO_TIME`]. Allocates nothing, so that a signal handler may call it.
@@ -66,7 +67,7 @@ impl Line<'_> {
         let _ = writeln!(out, "{time} {level:<5} [{pid}] {message}"); // writing to a Vec cannot fail
     }
 
-    /// The field `pid` is the process that the line is about: from its pairs, or else the writer.
+    /// The field `pid` is the process that the line is about: the one in its pairs, otherwise the writer.
     pub(crate) fn write_json(&self, out: &mut Vec<u8>) {
         let (ours, words) = match self.message.split_once(" | ").filter(|_| self.is_output) {
             Some((ours, words)) => (ours, Some(words)),
@@ -99,7 +100,7 @@ struct Pair<'a> {
 }
 
 /// Splits a message into the event, which is the text before the pairs at its end, and all pairs, each key once. If a key occurs twice,
-/// the last pair counts: Forkyard's own pairs are at the end, and earlier text may come from a client.
+/// the last pair counts, because Forkyard's own pairs are at the end and earlier text may come from a client.
 fn parse(message: &str) -> (&str, Vec<Pair<'_>>) {
     let mut pairs: Vec<Pair<'_>> = Vec::new();
     let mut tail = None;

@@ -1,5 +1,5 @@
-//! Buffers lines of the access log, in memory that a worker shares with its heir: if the worker is killed,
-//! the heir writes them.
+//! Buffers lines of the access log in memory that a worker shares with its heir. If the worker is killed, the heir
+//! writes them.
 //!
 //! One thread of the worker uses the buffer while the worker lives, and the heir afterwards. If a worker is killed between the
 //! write of its lines and the store that records it, the lines are written twice.
@@ -33,7 +33,7 @@ pub(crate) struct LineBuffer {
 unsafe impl Send for LineBuffer {}
 
 impl LineBuffer {
-    /// Creates a buffer that children of this process share. It exists until the last of them has ended.
+    /// Creates a buffer that children of this process share. The buffer exists until the last of them has exited.
     ///
     /// # Errors
     /// Returns the error of `mmap(2)`.
@@ -49,7 +49,7 @@ impl LineBuffer {
         Ok(Self { region })
     }
 
-    /// Adds a line. Returns false if there is no room for it.
+    /// Adds a line. Returns false if there is no space for it.
     pub(crate) fn push(&self, line: &[u8]) -> bool {
         let length = self.length();
         if line.len() > ROOM - length {
@@ -60,7 +60,7 @@ impl LineBuffer {
         let place = unsafe { bytes.add(length) };
         // SAFETY: there is room for the line, as checked, and nothing else reads or writes there now.
         unsafe { std::ptr::copy_nonoverlapping(line.as_ptr(), place, line.len()) };
-        // Stored after the bytes: a line that a killed worker had not finished does not count.
+        // Stored after the bytes: a line that a killed worker had not completed does not count.
         self.region().length.store(length + line.len(), Ordering::Release);
         true
     }
@@ -69,7 +69,8 @@ impl LineBuffer {
         self.written() == self.length()
     }
 
-    /// Passes the lines to `write`, and drops as many bytes as it returns. Room for new lines is made when all are written.
+    /// Passes the lines to `write`, and drops as many bytes as it returns. Space for new lines becomes available when all
+    /// are written.
     pub(crate) fn write_out(&self, write: impl FnOnce(&[u8]) -> usize) {
         let (length, written) = (self.length(), self.written());
         let bytes = self.region().bytes.get().cast::<u8>();

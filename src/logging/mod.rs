@@ -5,10 +5,10 @@
 //! println!    in a worker or program ──▶ a pipe ──▶ the master ──▶ log::info!("slot=S pid=P | …")
 //! ```
 //!
-//! Every process writes its own lines, each with one write(2), so no line depends on another running process. The descriptor is
-//! a copy of the master's standard error, or the file that the master has opened, because a worker's own standard error is a pipe. Workers
-//! need no permission to open anything: after USR1 the master reopens the files, and passes them to the workers ([`files`]). A reload may
-//! change all of this ([`prepare`]); existing workers keep their levels and their line format.
+//! Every process writes its own lines, each with one write(2), so no line depends on another running process. The descriptor is a copy of
+//! the master's standard error, or the file that the master has opened, because a worker's own standard error is a pipe. Workers need no
+//! permission to open any file: after USR1 the master reopens the files, and passes them to the workers ([`files`]). A reload may change
+//! all of this ([`prepare`]); existing workers keep their levels and their line format.
 //!
 //! No process ever waits for the log's reader ([`destination`]), and no client can flood the log: a worker logs a limited number of lines
 //! per second from each place in the source, and a limited number of bytes per second of the application's lines ([`rate`]).
@@ -16,7 +16,7 @@
 //! - [`line`] and [`json`] format lines, and [`access`] those of the access log (pure).
 //! - [`line_buffer`] keeps access log lines until they are written, possibly by a worker's heir.
 //!
-//! Imports the configuration, and nothing of master or worker.
+//! Imports the configuration, but nothing from master or worker.
 
 pub(crate) mod access;
 mod destination;
@@ -43,13 +43,13 @@ use self::rate::{ByteLimit, LeftOut, Now, Sample, SiteLimits};
 use crate::config::logs::{LogConfig, LogFormat};
 use crate::sys;
 
-/// The target of lines that are output of application processes.
+/// The target of lines that are output from application processes.
 pub(crate) const OUTPUT: &str = "app";
 /// The module that logs those lines.
 const OUTPUT_FROM: &str = concat!(env!("CARGO_CRATE_NAME"), "::master::output");
 /// Prefix of the targets of Forkyard's own lines.
 const OURS: &str = concat!(env!("CARGO_CRATE_NAME"), "::");
-/// How long a process that ends waits for the readers of its logs, in total.
+/// How long a process that is about to exit waits for the readers of its logs, in total.
 const LAST_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// When that wait began.
 static LAST_FLUSH: OnceLock<Instant> = OnceLock::new();
@@ -70,7 +70,7 @@ struct Sink {
     limit: usize,
     /// The log is a file, so standard error is available as well.
     is_file: bool,
-    /// The file cannot be written, so lines go to standard error instead.
+    /// The file cannot be written, so lines go to standard error.
     is_failing: bool,
     queue: Option<Queue>,
     /// The limits for a worker's lines; the master has none.
@@ -112,7 +112,8 @@ impl Sink {
             Outcome::Queued => self.later(),
             Outcome::Lost => {}
             Outcome::Failed(why) if self.is_file => {
-                // For example, the disk is full. A worker's standard error leads to the master, which may be able to write.
+                // For example, the disk is full. A worker's standard error leads to the master, which may still be able to
+                // write.
                 if !std::mem::replace(&mut self.is_failing, true) {
                     let text =
                         format!("the log file cannot be written: {why}: its lines go to standard error (--log-file)");
@@ -170,7 +171,7 @@ impl Sink {
         admission.is_admitted
     }
 
-    /// Logs how much was left out, as far as the report is due by `now`: one line for each place in the source, and one for the
+    /// Logs how much was left out, if the report is due by `now`: one line for each place in the source, and one for the
     /// application's lines.
     fn report_left_out(&mut self, now: Now) {
         let Some(limits) = &mut self.limits else { return };
@@ -188,7 +189,7 @@ impl Sink {
         self.put(&own_line(Level::Warn, &text));
     }
 
-    /// Does the work that is due. Returns when to call it again, if work is left.
+    /// Does the work that is due. Returns when to call this again, if work is left.
     fn tick(&mut self) -> Option<Duration> {
         let now = self.now();
         self.report_left_out(now);
@@ -253,14 +254,14 @@ pub(crate) fn start(config: &LogConfig) -> Result<(), String> {
         open_as_log(opened);
     }
     describe(config);
-    // If the application has set its own logger, that stays.
+    // If the application has set its own logger, that logger stays.
     if log::set_logger(&LOGGER).is_ok() {
         filter(config);
     }
     Ok(())
 }
 
-/// Another configuration of the log, for which everything that can fail has been done.
+/// A different configuration of the log, for which every step that can fail is complete.
 #[derive(Debug)]
 pub(crate) struct Change {
     config: LogConfig,
@@ -268,7 +269,7 @@ pub(crate) struct Change {
     opened: Option<OwnedFd>,
 }
 
-/// Opens what another configuration needs. `running` is the current configuration.
+/// Opens what a different configuration needs. `running` is the current configuration.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -281,7 +282,7 @@ pub(crate) fn prepare(running: &LogConfig, config: &LogConfig) -> Result<Change,
     Ok(Change { config: config.clone(), opened })
 }
 
-/// Applies another configuration to this process's log. Returns true if the log's destination changes.
+/// Applies a different configuration to this process's log. Returns true if the log's destination changes.
 pub(crate) fn change(Change { config, opened }: Change) -> bool {
     let moved = opened.is_some();
     if let Some(opened) = opened {
@@ -364,7 +365,8 @@ fn own_line(level: Level, message: &str) -> Vec<u8> {
     line(level, module_path!(), message, false)
 }
 
-/// For a child that was just forked and becomes a worker: queued lines are left to the master, and its own lines have limits from now on.
+/// For a child that was just forked and becomes a worker: leaves queued lines to the master, and limits the worker's own lines from now
+/// on.
 pub(crate) fn begin_worker(config: &LogConfig) {
     let mut sink = sink();
     sink.queue = None;
@@ -373,12 +375,12 @@ pub(crate) fn begin_worker(config: &LogConfig) {
     sink.limits = Some(Limits { sites, application });
 }
 
-/// Sets the function that is called whenever [`tick`] must be called soon.
+/// Sets the function to call whenever [`tick`] must be called soon.
 pub(crate) fn on_pending(call: impl Fn() + Send + 'static) {
     sink().on_pending = Some(Box::new(call));
 }
 
-/// Writes queued lines, and logs how much was left out, as far as that is due. Returns when to call it again, if work is left.
+/// Writes queued lines, and logs how much was left out, if that is due. Returns when to call this again, if work is left.
 pub(crate) fn tick() -> Option<Duration> {
     sink().tick()
 }
@@ -388,26 +390,26 @@ pub(crate) fn waits_for() -> Option<BorrowedFd<'static>> {
     sink().queue.as_ref().filter(|queue| !queue.is_empty()).map(|_| fd())
 }
 
-/// If the log's reader is slow: how long processes that fill the log should be slowed down. None if the reader has stopped; then lines
-/// are dropped rather than service being stopped.
+/// If the log's reader is slow: how long processes that fill the log should be slowed down. `None` if the reader has stopped, because
+/// lines are then dropped rather than service being stopped.
 pub(crate) fn is_slow_for() -> Option<Duration> {
     sink().queue.as_ref().and_then(Queue::is_slow_for)
 }
 
-/// How long this process, which is about to end, may still wait for the readers of its logs. Without one deadline for all, a stop would
+/// How long this process, which is about to exit, may still wait for the readers of its logs. Without a common deadline, a stop would
 /// take a second for each log and process.
 pub(crate) fn last_flush_timeout() -> Duration {
     LAST_FLUSH_TIMEOUT.saturating_sub(LAST_FLUSH.get_or_init(Instant::now).elapsed())
 }
 
-/// Before this process ends: writes queued lines, if the reader has not stopped, and reads them within a second.
+/// Writes queued lines before this process exits, if the reader has not stopped and reads them within a second.
 pub(crate) fn finish() {
     let mut sink = sink();
     sink.report_left_out(Now::MAX);
     let kind = sink.kind;
     if let Some(queue) = sink.queue.as_mut().filter(|queue| !queue.is_empty()) {
         let limit = queue.is_slow_for().unwrap_or_default().min(last_flush_timeout());
-        let _ = destination::write_lines_within(fd(), kind, &queue.take(), limit); // an error cannot be reported any more
+        let _ = destination::write_lines_within(fd(), kind, &queue.take(), limit); // an error can no longer be reported
         sink.goes_on();
     }
 }
@@ -443,7 +445,7 @@ pub(crate) fn blocking_copy() -> io::Result<OwnedFd> {
     destination::blocking_copy(fd())
 }
 
-/// Whether lines are JSON objects, in which case nothing else is written to standard error.
+/// Whether lines are JSON objects, in which case no other output goes to standard error.
 pub(crate) fn is_json() -> bool {
     IS_JSON.load(Ordering::Relaxed)
 }
@@ -474,7 +476,7 @@ pub(crate) fn to_standard_error(text: &[u8]) {
     write_to_standard_error(text);
 }
 
-/// Text that cannot be written at once is lost. Must not lock the sink.
+/// Text that cannot be written immediately is lost. Must not lock the sink.
 fn write_to_standard_error(text: &[u8]) {
     let stderr = io::stderr();
     let (kind, own) = Kind::of(stderr.as_fd());

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use log::Level;
 
-/// A point in time, relative to any moment that all callers share.
+/// A point in time, relative to a moment that all callers share.
 pub(crate) type Now = Duration;
 
-/// How often the count of what was left out is reported.
+/// Interval between reports of what was left out.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// The capacity of a bucket, in seconds of its rate: a burst of that size is logged completely.
 const BURST_SECONDS: u32 = 8;
@@ -28,7 +28,7 @@ impl Bucket {
         Self { rate, burst, full_at: Now::ZERO }
     }
 
-    /// Takes `cost`, if available. A cost above the capacity is admitted by a full bucket.
+    /// Takes `cost`, if available. A full bucket admits a cost above its capacity.
     fn admits(&mut self, cost: u64, now: Now) -> bool {
         if self.rate == 0 {
             return true;
@@ -115,8 +115,8 @@ pub(super) struct Sample {
     pub(super) more: u64,
 }
 
-/// Limits the lines of each place in the source, so that no client can flood the log through any of them. The last line that
-/// was left out is kept as a sample.
+/// Limits the lines from each place in the source, so that no client can flood the log through any of them. The last line
+/// that was left out is kept as a sample.
 #[derive(Debug)]
 pub(super) struct SiteLimits {
     /// Lines per second of each place; 0 is no limit.
