@@ -1,8 +1,8 @@
 //! A scoreboard, a page cache and an event log in shared memory, for processes that were forked from one another.
 //!
-//! One process creates a [`Segment`]; its children inherit the mapping, and any process that receives the descriptor can
-//! [attach](Segment::attach). The memory outlives each of them: any process may be killed at any instruction, and the
-//! others carry on. The cache loses nothing but the page that was being stored.
+//! One process creates a [`Segment`]. Its children inherit the mapping, and any process that receives the descriptor can
+//! [attach](Segment::attach). The memory outlives each of these processes: any of them may be killed at any instruction,
+//! and the others continue. The cache loses at most the page that was being stored.
 //!
 //! ```
 //! use std::convert::Infallible;
@@ -24,7 +24,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! # The picture
+//! # Architecture
 //! ```text
 //! segment (a sealed memfd, or a file; reserved when it is created, its size fixed)
 //!  |- header      format, plan, tag clock                                          written: creator; clock: all
@@ -43,8 +43,8 @@
 //!                          ... free ... | old | dead | live | pad | live | new | ... free ...
 //!                                         ^ evicted, or moved to a head         ^ written next
 //! ```
-//! A slot holds, in one word, the location of an entry: a position in a ring's endless log, which is never reused. An entry
-//! is valid as long as its position is not below the ring's floor, and does not change until then. The rest follows:
+//! A slot holds, in one word, the location of an entry: a position in a ring's endless log, which is never reused. An entry is
+//! valid, and does not change, while its position is not below the ring's floor. Everything else follows from this:
 //!
 //! - **Readers take no lock.** A reader follows the slot, copies the entry, and checks the floor once more. It writes nothing that
 //!   is shared, except the visit count of an entry that has been requested fewer than three times.
@@ -54,24 +54,25 @@
 //! - **Reading in place** ([`Cache::pin`]) records the entry in the reader's own cell; the head skips pinned entries.
 //!
 //! `memory/layout.rs` defines the byte layout, checked by assertions. All positions are offsets; the segment contains no pointers.
-//! Each protocol between processes has its own file in `protocols/`, without system calls, which the model checker loom also runs:
-//! `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `bell.rs`, `told.rs`.
+//! Each protocol between processes has its own file in `protocols/`, without system calls, so that the model checker loom can run
+//! it too: `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `bell.rs`, `told.rs`.
 //!
 //! # Locks
-//! There are three kinds of locks: one for each shard, one for the prefix table, and one for the event log. No process holds
-//! two locks at once, so there is no lock order. No lock is held across a system call or an allocation. Waiting for a lock is
-//! bounded: 20 ms, or no time at all while a process is known not to release the lock. A page that cannot be stored for that
-//! reason is [`StoreError::Busy`], and counted; an event that cannot be published is [`PublishError::Busy`]. Reading is not
-//! affected. The scoreboard has no locks, so a process that must never wait may read and write it.
+//! There are three kinds of locks: one per shard, one for the prefix table, and one for the event log. No process holds two
+//! locks at once, so there is no lock order. No lock is held across a system call or an allocation. Waiting for a lock is
+//! limited to 20 ms, and does not happen at all while a process is known not to release the lock. A page that cannot be
+//! stored for this reason is reported as [`StoreError::Busy`] and counted; an event that cannot be published, as
+//! [`PublishError::Busy`]. Reading is not affected. The scoreboard has no locks, so a process that must never wait may read
+//! and write it.
 //!
-//! # What survives a death
+//! # Crash tolerance
 //! A process that uses the cache, or publishes events, is a *member*: it holds a lock on one byte of the segment's file,
-//! which the kernel releases when the process ends (`memory/members.rs`). A dead member is cleaned up (*buried*) by the first
-//! process that needs something the dead member held, or by the [sweep](Cache::sweep) within a second.
+//! which the kernel releases when the process terminates (`memory/members.rs`). A dead member is cleaned up (*buried*) by the
+//! first process that needs something the dead member held, or by the [sweep](Cache::sweep) within a second.
 //!
 //! | killed while | what the other processes find |
 //! |---|---|
-//! | creating the segment | nothing: no other process has the descriptor yet; a file without a magic number is created again |
+//! | creating the segment | nothing: no other process has the descriptor yet; a file without a magic number is recreated |
 //! | writing its row | the row as far as it was written; readers expect partial rows |
 //! | becoming a member | the byte is unlocked again; the next process that claims the cell cleans it up first |
 //! | looking up, copying out | nothing: it wrote nothing |
@@ -79,18 +80,18 @@
 //! | waiting for a lock or a lease | nothing |
 //! | writing the bytes of an entry or of padding, lock held | the lock is taken over; the bytes lie beyond the head, and are overwritten |
 //! | the head raised, no slot stored | the lock is taken over; no slot leads to the record, which is dropped when the floor reaches it |
-//! | the slot stored, the books not | the next owner finds the intent and the intended word in the slot, and completes the books |
+//! | the slot stored, the accounting not | the next owner finds the intent, and the intended word in the slot, and updates the accounting |
 //! | moving an entry | the slot leads to the old copy or to the new copy, and both are whole |
 //! | the floor raised | the bytes below it are free; a writer looks for pins before it overwrites them |
 //! | emptying a shard | the next owner finds the intent and finishes |
-//! | purging a tag, between its two stores | the purge has not happened; its caller never got an answer |
+//! | purging a tag, between its two stores | the purge may or may not have happened; its caller got no answer |
 //! | purging a prefix, before its time is stored | the purge has not happened; its cell is reused |
-//! | purging a prefix, while removing | the purge holds for all readers; the sweep removes the remaining pages |
+//! | purging a prefix, while removing pages | the purge is in effect for all readers; the sweep removes the remaining pages |
 //! | clearing, the clock raised, some shards not emptied | no old page is served; the memory is freed gradually |
 //! | rendering under a lease | the first process that waits buries the member within milliseconds, and another process renders |
 //! | the page stored, the lease held | other processes find the page |
 //! | cleaning up after a member | the byte is unlocked again; the next process cleans up from the start, which is harmless |
-//! | taking a lock over, before the repair | the lock again reports a dead owner, because the intent is still there |
+//! | taking over a lock, before the repair | the lock reports a dead owner again, because the intent is still there |
 //! | publishing an event | `events/publish.rs` |
 //! | using a file | `segment/file.rs` |
 //!
@@ -98,22 +99,21 @@
 //! lease that it holds ends at its deadline.
 //!
 //! # Trust
-//! The processes of one segment trust each other about as far as threads do, with two differences. The death of a process
-//! does not harm the others. And no value read from the segment is trusted where it could lead outside the segment or into
-//! an endless loop; a shard that is found inconsistent is emptied and counted. There is no defense against a process that
-//! overwrites the segment: it can serve any content, change what another process reads in place, or name a running process
-//! as the owner of a lock, which keeps others from storing in that shard until that process ends. A process that closes
-//! descriptors it did not open (all above 2, for example) also closes the descriptor whose lock shows that it is alive: it is taken
-//! for dead, and must not use the cache any more. [`Segment::damage`] detects a segment that was overwritten.
+//! The processes of one segment trust each other about as far as threads do, with two differences. The death of a process does not
+//! harm the others. And no value read from the segment is trusted where it could lead outside the segment or into an endless loop;
+//! a shard that is found inconsistent is emptied and counted. There is no defense against a process that overwrites the segment: it
+//! can serve any content, change what another process reads in place, or name a running process as the owner of a lock, which
+//! prevents others from storing in that shard until the named process exits. A process that closes descriptors it did not open (all
+//! above 2, for example) also closes the descriptor whose lock shows that the process is alive: it is then taken for dead, and must
+//! not use the cache any more. [`Segment::damage`] detects a segment that was overwritten.
 //!
-//! Even such a process cannot cause undefined behavior in the safe functions of this crate. [`Segment::attach`],
-//! [`Segment::open`], [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes
-//! write, for three reasons. The size of the memory is fixed (sealed, or a file that is reserved and locked), so reading it
-//! raises no SIGBUS unless that file is truncated: then a signal handler maps zeroes in place of the lost pages (`memory/lost_pages.rs`),
-//! and the memory is not used any more. The only references to the memory are
-//! references to atomics, for which any value is valid; raw pointers do not leave `memory/map.rs`. And bytes are copied by
-//! instructions that are opaque to the compiler. The only function that lends a slice of shared memory,
-//! [`Pinned::into_slice`], is unsafe and documents its caller's obligations.
+//! Even such a process cannot cause undefined behavior in the safe functions of this crate. [`Segment::attach`], [`Segment::open`],
+//! [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes write to, for three reasons. First,
+//! the size of the memory is fixed (sealed, or a file that is reserved and locked), so reading it raises no SIGBUS unless that file is
+//! truncated; then a signal handler maps zeroes in place of the lost pages (`memory/lost_pages.rs`), and the memory is not used any more.
+//! Second, the only references to the memory are references to atomics, for which any value is valid; raw pointers do not leave
+//! `memory/map.rs`. Third, bytes are copied by instructions that are opaque to the compiler. The only function that lends a slice of
+//! shared memory, [`Pinned::into_slice`], is unsafe and documents its caller's obligations.
 
 mod cache;
 #[doc(hidden)]
@@ -168,11 +168,11 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Checks whether a memory segment of this plan would fit into the available memory and into the limits of control
+    /// Checks whether a memory segment of this plan would fit into the available memory and the limits of control
     /// groups. Reserves nothing.
     ///
     /// # Errors
-    /// Fails if the plan is out of range, or the memory is not available: see [`SegmentError`].
+    /// Fails if the plan is out of range, or if the memory is not available: see [`SegmentError`].
     pub fn check_memory(&self) -> Result<(), SegmentError> {
         crate::segment::check_memory(crate::memory::geometry::Geometry::of(self)?.total)
     }

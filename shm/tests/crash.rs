@@ -52,7 +52,7 @@ fn a_child_attaches_by_descriptor(_seed: u64) {
 fn killed_while_holding_loses_nothing(_seed: u64) {
     let cache = segment(16 << 20).cache();
     fill(&cache, KEYS, 500);
-    // The lock of a dead process is detected when it is next needed: by the next child, and in the end by this process.
+    // The next child that needs the lock of a dead process detects the death; this process does so for the last child.
     for _ in 0..11 {
         let mut child = spawn(|mut pipe| {
             let _held = cache.hold(name(0)).expect("lock");
@@ -120,7 +120,7 @@ fn a_stop_costs_one_wait(_seed: u64) {
     }
     assert!(since.elapsed() < Duration::from_secs(10), "each waits its 20 ms: {:?}", since.elapsed());
     assert_eq!(cache.stats().lock_timeouts, 1001);
-    // A process that dies while it is stopped counts as dead.
+    // A process that is killed while it is stopped counts as dead.
     child.kill();
     assert_eq!(cache.set(name(0), "x", &StoreOptions::new()), Ok(()));
     let stats = assert_well(&cache, KEYS);
@@ -189,7 +189,7 @@ fn what_is_pinned_never_changes(_seed: u64) {
     });
     child.await_ready();
     assert_eq!(cache.pins_set(), 8);
-    // The reader lives throughout, so the writers have to jump over its pins.
+    // The reader lives throughout, so the writers must skip its pins.
     for _ in 0..10 {
         lap(&cache, 3);
         assert_eq!(cache.pins_set(), 8);

@@ -1,7 +1,8 @@
-//! Kills a process at each marked step of each act, and kills the process that repairs the damage at each marked step of the repair.
+//! Kills a process at each marked step of each act, and also kills the process that repairs the damage, at each marked step of the
+//! repair.
 //!
-//! After deaths in a long act, except for the first, such a repair is tested only for some deaths, or for each with FORKYARD_EVERY=1. The
-//! test also checks that it reaches every mark, and that every repair is needed.
+//! In long acts, the death of the repairing process is tested only after some of the deaths; FORKYARD_EVERY=1 tests it after every death.
+//! The test also checks that it reaches every mark, and that every repair is needed.
 #![expect(clippy::print_stdout, reason = "a report of its own")]
 
 mod common;
@@ -16,7 +17,7 @@ use common::{not_longer_than, spawn};
 use forkyard_shm::crash::{self, Recovery};
 use forkyard_shm::{Cache, Segment};
 
-/// Checking one state takes far less time.
+/// Far more than checking one state takes.
 const HANGS: Duration = Duration::from_secs(120);
 /// More marks than any act passes.
 const MOST_MARKS: u64 = 5000;
@@ -35,7 +36,7 @@ fn mend(cache: &Cache) {
     cache.sweep_all();
 }
 
-/// Has a child die at a mark of an act. Returns false if the act ended before this mark.
+/// Has a child die at a mark of an act. Returns false if the act finished before this mark.
 fn dies(segment: &Segment, at: u64, act: fn(&Cache)) -> bool {
     not_longer_than(HANGS);
     let cache = segment.cache();
@@ -132,7 +133,7 @@ fn every_mark_of_the_sources_is_passed(_seed: u64) {
         let play = Play::of(scene);
         passed.extend(marks(&play.slate.pour(&play.image).cache(), scene.act));
         for (_, segment) in play.deaths() {
-            // With another membership than that of the dead process.
+            // Uses a membership other than that of the dead process.
             passed.extend(marks(&play.slate.pour(&Image::of(&segment)).cache(), mend));
         }
     }
@@ -164,6 +165,6 @@ fn marks_of_the_sources() -> BTreeSet<String> {
 
 fn marks_of(source: &str) -> Vec<String> {
     let calls = source.lines().filter(|line| line.contains("crash::point(") && !line.trim_start().starts_with("//"));
-    // Every second piece between quotes is inside a string.
+    // Every second chunk between quotes is inside a string.
     calls.flat_map(|line| line.split('"').skip(1).step_by(2)).map(str::to_owned).collect()
 }

@@ -1,6 +1,6 @@
-//! The event log under deaths: publishers are killed at each marked step and at every instruction, and publishers and readers are killed
-//! at random. No event is torn or delivered twice, no confirmed event is lost, the ids of each topic have no gap, and every sleeping
-//! reader is woken.
+//! Crash tests of the event log: publishers are killed at each marked step and at every instruction, and publishers and readers are
+//! killed at random. No event is torn or delivered twice, no confirmed event is lost, the ids of each topic have no gap, and every
+//! sleeping reader is woken.
 //!
 //! FORKYARD_KILLS sets the number of random deaths (default 300).
 #![expect(clippy::print_stdout, reason = "a report of its own")]
@@ -55,7 +55,7 @@ fn publish(events: &Events, topic: &str, seed: u64) -> u64 {
     loop {
         match events.publish(topic, "kind", &data) {
             Ok(id) => return id,
-            // The owner of the lock has no processor time: other tests run as well.
+            // The owner of the lock got no CPU time, because other tests are running too.
             Err(PublishError::Busy) => std::thread::yield_now(),
             Err(why) => panic!("{why}"),
         }
@@ -87,7 +87,7 @@ const SCENES: [Scene; 5] = [
     }),
 ];
 
-/// Has a child publish and die at a mark. Returns false if the child reached its end.
+/// Has a child publish and die at a mark. Returns false if the child finished before this mark.
 fn dies(events: &Events, at: u64, topic: &str) -> bool {
     not_longer_than(HANGS);
     let child = spawn(|_| {
@@ -153,7 +153,8 @@ fn seen(tail: &mut Tail) -> Result<Vec<Event>, String> {
     }
 }
 
-/// Checks a log after one or two deaths: the event is either there or not, and with `by_tail` a tail has returned the same events.
+/// Checks a log after one or two deaths: the event is either present or not, and with `by_tail`, a tail has returned the same
+/// events.
 fn verify(events: &Events, by_tail: Option<&[Event]>, before: u64) -> Result<(), String> {
     events.audit()?;
     let since = events.since(TOPIC, before, 10);
@@ -283,7 +284,7 @@ fn publisher(events: &Events, mut said: File, seed: u64) {
     }
 }
 
-/// Reads without end, alternately by `since` and by a tail.
+/// Reads without end, alternating between `since` and a tail.
 fn reader(events: &Events, mut said: File) {
     let (mut tail, mut last) = (events.tail(), HashMap::new());
     common::say_ready(&mut said);

@@ -1,8 +1,8 @@
-//! Many processes request one page at the same moment: it is rendered once, even if processes die, fail, stop or are late.
+//! Many processes request one page at the same moment. It is rendered once, even if processes die, fail, stop or are late.
 //!
-//! The test is single-threaded, so that forking is safe; therefore it does not use the test harness. The tests do not rely on sleeping
-//! long enough: a renderer continues when the other processes are seen waiting, and the tests wait for it by a byte in a pipe. The time
-//! until another process takes over is printed, not asserted.
+//! The test does not use the test harness, because it must be single-threaded for forking to be safe. The tests do not depend on sleep
+//! times: a renderer continues when the other processes are seen waiting, and the tests wait for it by reading a byte from a pipe. The
+//! time until another process takes over is printed, not asserted.
 #![expect(unsafe_code, reason = "forks, and maps memory to count in")]
 #![expect(clippy::print_stdout, reason = "reports like the test harness that it replaces")]
 
@@ -72,7 +72,7 @@ fn store_expired(cache: &Cache, options: StoreOptions) {
 
 // ---- herds ----
 
-/// All processes request the page at once. The renderer ends when all other processes wait, or render as well.
+/// All processes request the page at once. The renderer finishes when all other processes wait, or render as well.
 fn herd(one_process: impl Fn(&Cache, &Counts, &mut File)) {
     let (cache, counts) = (cache(), Counts::new());
     store_expired(&cache, StoreOptions::new());
@@ -88,7 +88,7 @@ fn herd(one_process: impl Fn(&Cache, &Counts, &mut File)) {
     assert_eq!((load(counts.rendering), load(counts.served), load(counts.stale)), (1, all, 0));
     assert_eq!((stats.renders, stats.lease_waits, stats.stores - before.stores), (1, all - 1, 1));
     assert_eq!(stats.misses - before.misses, 1);
-    // A hit may remain uncounted where threads of one process count at the same instant (`Stats::hits`).
+    // A hit may be lost if threads of one process count at the same instant (`Stats::hits`).
     assert!(stats.hits - before.hits < all);
 }
 
@@ -143,7 +143,7 @@ fn a_herd_of_tasks_renders_once() {
                 task.await.expect("no panic");
             }
         });
-        // The thread that served the tasks ends when no tasks are left.
+        // The thread that served the tasks exits when no tasks are left.
         let threads = || std::fs::read_dir("/proc/self/task").expect("/proc").count();
         until(|| threads() == 1);
     });
@@ -176,8 +176,8 @@ fn wait_in_five(cache: &Cache, counts: &Counts, threads: bool) {
     }
 }
 
-/// Twenty times: a renderer begins, and ends without a page on request, while two processes wait with five requests each. In half of the
-/// cases they wait in threads.
+/// Twenty times: a renderer starts, and terminates on request without a page, while two processes wait with five requests each. In half
+/// of the cases they wait in threads.
 fn succession(what: &str, renderer: impl Fn(&Cache, &Counts, &mut File), end: impl Fn(Child, &Counts)) {
     for threads in [true, false] {
         let mut delays: Vec<[u64; 2]> = Vec::new();
@@ -297,7 +297,7 @@ fn a_stopped_renderer_is_passed_over() {
     assert_eq!(cache.stats().lease_waits, 1);
 }
 
-/// Kills a renderer at the first step, at the second, and so on until it reaches its end.
+/// Kills a renderer at the first step, at the second, and so on until it finishes.
 fn killed_at_each_step() {
     let mut steps = 0;
     loop {

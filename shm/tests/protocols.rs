@@ -1,13 +1,13 @@
 //! Runs the shared-memory protocols under loom, through the possible interleavings of threads and delays of stores.
 //!
-//! The protocol files are compiled here against loom's atomics: the checked code is the shipped code. [`Futex`] models sleeping in the
-//! kernel. Each protocol has variants with a deliberate error in an ordering or a fence. These variants must fail, which shows that the
-//! models cover the critical places.
+//! The protocol files are compiled here against loom's atomics, so the checked code is the shipped code. [`Futex`] models sleeping in
+//! the kernel. Each protocol has variants with a deliberate error in an ordering or a fence. These variants must fail, which shows that
+//! the models cover the critical places.
 //!
-//! The models are not a proof. Preemptions are bounded. Loom (0.7) decides what to reorder only by the *last* access to an atomic, so it
-//! misses some orders if several threads read the atomic. Each model is therefore run with its threads in several arrangements, of which
-//! one is enough for a variant to fail. `SeqCst` loads and stores count as acquire and release, which is weaker than in reality; fences
-//! are exact.
+//! The models are not a proof. Preemptions are bounded. Loom (0.7) decides what to reorder based only on the *last* access to an atomic,
+//! so it misses some orders if several threads read the atomic. Each model is therefore run with its threads in several arrangements; a
+//! variant counts as failed if one arrangement fails. Loom treats `SeqCst` loads and stores as acquire and release, which is weaker than
+//! in reality; fences are exact.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -64,7 +64,7 @@ struct Model {
     afterwards: Work,
 }
 
-/// Runs a model with at most `preemptions` preemptions in one execution. The model is created anew for each execution, and runs in
+/// Runs a model with at most `preemptions` preemptions per execution. The model is recreated for each execution, and runs in
 /// several arrangements: with each of the threads as the main thread, and with none.
 fn check(preemptions: usize, model: impl Fn() -> Model + Sync + Send + 'static) {
     let model = Arc::new(model);
@@ -99,8 +99,8 @@ fn work<T: 'static>(shared: &Rc<T>, work: impl FnOnce(&T) + 'static) -> Work {
 
 /// futex(2): compares and goes to sleep in one step, as far as wakers can observe.
 ///
-/// No thread really sleeps: the id of a sleeping thread is recorded, and its thread ends. The waking thread does what the woken thread
-/// would do next.
+/// No thread really sleeps: the id of a sleeping thread is recorded, and its thread finishes. The waking thread then does what the
+/// woken thread would do next.
 #[derive(Default)]
 struct Futex {
     asleep: Mutex<Vec<u32>>,

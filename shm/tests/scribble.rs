@@ -1,8 +1,8 @@
 //! A process overwrites the cache with random data, while other processes use it.
 //!
-//! Locks, members, tags, prefixes, leases, heads, index and rings: none of them can be trusted. No process may crash, hang, or loop
-//! without end. A served value may be wrong, but must not come from outside of the memory. The scoreboard and the constant part of the
-//! header are not overwritten.
+//! None of the locks, members, tags, prefixes, leases, heads, index and rings can be trusted. No process may crash, hang, or loop
+//! forever. A served value may be wrong, but must not come from outside the memory. The scoreboard and the constant part of the header
+//! are not overwritten.
 #![expect(unsafe_code, clippy::print_stdout, reason = "scribbles, and a report of its own")]
 
 mod common;
@@ -19,9 +19,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 
 const TIME: Duration = Duration::from_millis(150);
-/// A child that has not ended by then hangs.
+/// A child that is still running after this time hangs.
 const HANGS: Duration = Duration::from_secs(120);
-/// Each round has a new segment, because a segment whose lock seems to be held soon becomes unusable.
+/// Each round has a new segment, because a segment whose locks appear to be held soon becomes unusable.
 const ROUNDS: u32 = 8;
 const USERS: usize = 3;
 const KEYS: u32 = 200;

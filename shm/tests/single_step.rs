@@ -1,11 +1,11 @@
 //! Kills a process at every single instruction of each act on the cache.
 //!
-//! One child steps through the act. After each step the memory is as if the child had been killed there. When the memory has changed, it
+//! One child steps through the act. After each step, the memory is as if the child had been killed there. If the memory has changed, it
 //! is copied, and the copy is checked as a segment whose members are all dead (see `common/image.rs`). One run thus covers every
 //! instruction of the act.
 //!
-//! An instruction that copies bytes is stepped byte by byte. Of the states within such an instruction, one in sixteen is checked, or each
-//! with FORKYARD_EVERY=1.
+//! An instruction that copies bytes is stepped byte by byte. Of the states within such an instruction, one in sixteen is checked, or
+//! every one with FORKYARD_EVERY=1.
 #![expect(clippy::print_stdout, reason = "a report of its own")]
 
 mod common;
@@ -19,7 +19,7 @@ use nix::sys::ptrace;
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::Pid;
 
-/// Checking one state takes far less time.
+/// Far more than checking one state takes.
 const HANGS: Duration = Duration::from_secs(120);
 
 fn main() {

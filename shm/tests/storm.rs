@@ -23,9 +23,9 @@ use nix::unistd::Pid;
 const KILLS: u64 = 20_000;
 const CHILDREN: usize = 5;
 const TAGS: u32 = 64;
-/// The longest allowed time of a lookup.
+/// The maximum duration of a lookup.
 const SLOWEST_GET: Duration = Duration::from_secs(20);
-/// The longest allowed time without progress of a child.
+/// The maximum time without progress of a child.
 const STUCK: Duration = Duration::from_secs(60);
 /// Words of a torn page that are reported.
 const TORN_WORDS: usize = 8192;
@@ -360,7 +360,7 @@ fn storm(seed: u64, cache_bytes: u64, keys: u32, percent: u64) {
     assert!(used.abs_diff(fresh) <= fresh / 50, "{used} live bytes, where a new segment has {fresh}");
 }
 
-/// Checks that nothing of the dead children is left.
+/// Checks that nothing remains of the dead children.
 fn after(cache: &Cache) -> Stats {
     assert_eq!(cache.audit(), Ok(()));
     // The sweep runs at most once per second, and a child may have run it just before.

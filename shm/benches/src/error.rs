@@ -1,4 +1,4 @@
-//! The errors that end a benchmark without a table.
+//! The errors that abort a benchmark before it prints a table.
 
 use std::{fmt, io};
 

@@ -1,8 +1,8 @@
 //! Measures the event log: publishing, with and without a sleeping reader to wake, and reading.
 //!
-//! Publishers and readers are threads of one process. The log treats threads like processes: all communication uses the shared memory.
-//! Times are means over a round, and the table shows the median of the rounds. Where each operation is timed individually, the median
-//! replaces the mean.
+//! Publishers and readers are threads of one process. The log treats threads like processes, because all communication uses the shared
+//! memory. Times are means over a round, and the table shows the median of the rounds. Where each operation is timed individually, the
+//! median replaces the mean.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;

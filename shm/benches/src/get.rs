@@ -55,11 +55,11 @@ pub(crate) struct Options {
     #[arg(long, value_name = "S", default_value = "0.3", value_parser = seconds)]
     seconds: Duration,
 
-    /// Leave out what are programs of their own: APCu (PHP), memcached and Redis
+    /// Leave out the contestants that are separate programs: APCu (PHP), memcached and Redis
     #[arg(long)]
     no_servers: bool,
 
-    /// What all that is drawn follows from
+    /// Seed of all random numbers
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
 
@@ -102,7 +102,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// The columns and the rows. The limit is always included, because the other rows are compared with it.
+/// The columns and the rows. The baseline is always included, because the other rows are compared with it.
 fn wanted(options: &Options) -> Result<(Vec<&'static Cell>, Vec<usize>), Error> {
     let names = CONTESTANTS.iter().map(|each| each.name.to_owned());
     options.only.check(&names.chain(CELLS.iter().map(Cell::name)).collect::<Vec<_>>())?;
@@ -164,7 +164,8 @@ impl Stage {
                 results.notes.push(format!("{}, process {}: {notes}", shape.name(), number + 1));
             }
         }
-        // All users have opened the directory, so nothing of it is left even if this process is killed.
+        // All users have opened the directory, so it can be removed now; nothing is left even if this process is
+        // killed.
         drop(memory_dir);
         let apcu = has(Group::Apcu).then(|| Apcu::start(dir.path(), &data)).transpose()?;
         let servers = redis.into_iter().chain(memcached).collect();

@@ -39,7 +39,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(..=20_000_000))]
     warmup: u32,
 
-    /// What all that is drawn follows from
+    /// Seed of all random numbers
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
 

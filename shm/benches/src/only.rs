@@ -2,10 +2,11 @@
 
 use crate::error::Error;
 
-/// Of each kind, a pattern chooses those whose names contain it; of a kind that no pattern matches, all take part.
+/// Patterns select rows and columns by name. If no pattern matches a row (or a column), all rows (or columns) are
+/// included.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Only {
-    /// Only what has this in its name, of the rows and of the columns; repeatable
+    /// Show only rows and columns whose names contain this; repeatable
     #[arg(long, value_name = "PATTERN")]
     only: Vec<String>,
 }

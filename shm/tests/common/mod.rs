@@ -1,10 +1,10 @@
 //! Shared code of the tests with dying processes: children, pages that show whether they are whole, and a limit for hangs.
 //!
-//! Each test binary is single-threaded, so that forking is safe; therefore it does not use the test harness. The tests wait for children
-//! by a byte in a pipe or by `waitpid`. No test can hang: a separate process watches the tests. At the limit (FORKYARD_TEST_LIMIT
-//! seconds, default 900, or an earlier limit that a test has set) it prints the state of the tests and kills them. Run with
-//! FORKYARD_SEED=n to repeat a history (the timing of the kills is not repeated), and with a word as argument to run the tests whose
-//! names contain it.
+//! The test binaries do not use the test harness, because they must be single-threaded for forking to be safe. The tests wait for
+//! children by reading a byte from a pipe, or with `waitpid`. No test can hang, because a separate process watches the tests. At the
+//! limit (FORKYARD_TEST_LIMIT seconds, default 900, or an earlier limit that a test has set) it prints the state of the tests and kills
+//! them. Set FORKYARD_SEED=n to repeat a history (the timing of the kills is not repeated). With a word as argument, only the tests
+//! whose names contain it are run.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 #![allow(unsafe_code, clippy::print_stdout, reason = "forks, and reports like the test harness that it replaces")]
 
@@ -85,7 +85,7 @@ pub fn spawn(work: impl FnOnce(File)) -> Child {
     }
 }
 
-/// Ends a child at once, before it can return into the code of its parent.
+/// Terminates a child at once, before it can return into the code of its parent.
 pub fn leave(code: i32) -> ! {
     // SAFETY: ends the process without running other code.
     unsafe { libc::_exit(code) }
@@ -107,7 +107,7 @@ impl Child {
         assert!(matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)), "child ended by itself: {status:?}");
     }
 
-    /// Waits for the child. Returns false if the child was killed before its end.
+    /// Waits for the child. Returns false if the child was killed before it finished.
     pub fn ended(self) -> bool {
         match waitpid(self.pid, None).expect("waitpid") {
             WaitStatus::Exited(_, 0) => true,

@@ -1,8 +1,7 @@
 //! Scenes: a state of the cache, and an act on it during which a process will be killed.
 //!
-//! After the kill, each key holds its value from before the act or its value from after the act. The act determines whether the key may
-//! also be missing, and whether it may change without the other keys. In each case, other processes must be able to continue from the
-//! resulting state.
+//! After the kill, each key holds its value from before or after the act. The act determines whether the key may also be missing, and
+//! whether it may change without the other keys. In each case, other processes must be able to continue from the resulting state.
 
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
@@ -176,7 +175,7 @@ fn reprieving() -> Stage {
     })
 }
 
-/// The next store runs into four adjacent pins, and jumps over them.
+/// The next store encounters four adjacent pins, and skips them.
 fn pinned() -> Stage {
     // Another member than the parent sets the pins, because the parent's membership differs in copies, where it marks its predecessor
     // dead.
@@ -249,7 +248,7 @@ fn half_cleared() -> Stage {
     died_in(Cache::clear, "empty: floor raised")
 }
 
-/// The state after a process died that held a lock and read in place.
+/// The state after the death of a process that held a lock and read in place.
 fn dead_reader() -> Stage {
     let stage = few();
     let cache = stage.segment.cache();

@@ -17,7 +17,7 @@ use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 
 use super::{leave, limit, number};
 
-/// The limit for all tests of a binary together, in seconds, unless FORKYARD_TEST_LIMIT sets another limit.
+/// The time limit for all tests of a binary together, in seconds, unless FORKYARD_TEST_LIMIT sets another.
 const LIMIT: u64 = 900;
 const LOOK: Duration = Duration::from_millis(100);
 

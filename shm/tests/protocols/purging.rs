@@ -33,7 +33,7 @@ impl Tags {
         snapshot >= self.clock.load(Ordering::SeqCst) || purge::is_current(&self.slots(), snapshot)
     }
 
-    /// Makes a page from the fragment, if the fragment is good, and a page from that page. Each inherits the tag.
+    /// Composes a page from the fragment, if the fragment is valid, and a page from that page. Each inherits the tag.
     fn make_pages(&self) {
         let page_of = |fragment: Option<u64>| {
             let snapshot = self.clock.load(Ordering::SeqCst);
@@ -53,7 +53,7 @@ impl Tags {
     }
 }
 
-/// Pages are made while the tag and another tag are purged.
+/// Pages are composed while the tag and another tag are purged.
 fn purge_of_a_fragment(purge: fn(&AtomicU64, &[&AtomicU64])) {
     check(3, move || {
         let tags = Tags::new();

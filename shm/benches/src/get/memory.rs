@@ -1,4 +1,4 @@
-//! Stores in the memory of the process: a lower limit for the cost of a lookup, and two Rust crates.
+//! Stores in the memory of the process: the baseline for the cost of a lookup, and two Rust crates.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::sample::Key;
 
 type Bytes = Box<[u8]>;
 
-/// The hash table of the standard library, and a copy: the lower limit for any cache that copies.
+/// The hash table of the standard library, with a copy: the baseline for any cache that copies.
 #[derive(Debug, Default)]
 pub(crate) struct Limit {
     values: HashMap<Bytes, Bytes>,

@@ -16,8 +16,8 @@ use crate::error::Error;
 #[derive(Debug)]
 pub(crate) struct Child(Pid);
 
-/// Forks. The child runs `work` and ends; it runs no other code of the parent, not even a destructor. It is killed when the parent ends.
-/// The process must be single-threaded.
+/// Forks. The child runs `work` and exits; it runs no other code of the parent, not even a destructor. It is killed when the parent
+/// terminates. The process must be single-threaded.
 pub(crate) fn spawn(work: impl FnOnce()) -> Result<Child, Error> {
     // SAFETY: this process is single-threaded, so no lock is held by a thread that the child lacks.
     match unsafe { fork() }.map_err(Error::errno("fork"))? {
@@ -28,7 +28,7 @@ pub(crate) fn spawn(work: impl FnOnce()) -> Result<Child, Error> {
                     work();
                 }
             }));
-            // SAFETY: ends the process here, before it can return into the code of the parent.
+            // SAFETY: terminates the process here, before it can return into the code of the parent.
             unsafe { libc::_exit(i32::from(done.is_err())) }
         }
     }
@@ -41,7 +41,7 @@ impl Drop for Child {
     }
 }
 
-/// Has the kernel kill the program when this process ends in any way.
+/// Has the kernel kill the program when this process terminates in any way.
 pub(crate) fn die_with_us(command: &mut Command) {
     let request = || set_pdeathsig(Signal::SIGKILL).map_err(Into::into);
     // SAFETY: between fork and exec, the closure makes one system call and does nothing else.

@@ -35,8 +35,8 @@ struct Queue {
     bytes: u64,
 }
 
-/// Names of evicted objects, oldest first. The name of an object that came back is removed from `set`, and stays in `order` until its
-/// turn.
+/// Names of evicted objects, oldest first. The name of an object that is stored again is removed from `set`, and stays in `order`
+/// until it is the oldest.
 #[derive(Debug, Default)]
 struct Ghosts {
     order: VecDeque<u32>,
