@@ -314,24 +314,31 @@ impl Groups {
 
     /// Kills the groups and the processes. Returns the processes.
     fn kill(&mut self) -> Vec<(i32, String)> {
-        let mut killed = Vec::new();
-        for (pid, started) in std::mem::take(&mut self.processes) {
-            let Some(stat) =
-                procfs::stat(Pid::from_raw(pid)).filter(|stat| is_process(pid, started) && !stat.is_zombie)
-            else {
-                continue;
-            };
-            if stat.group == pid {
-                self.add(pid); // killed below, with the rest of its group
-            } else if !self.groups.contains_key(&stat.group) && kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok() {
-                killed.push((pid, stat.name));
+        let processes = std::mem::take(&mut self.processes);
+        let alive = |(pid, started): (i32, u64)| {
+            let stat = procfs::stat(Pid::from_raw(pid))?;
+            (stat.started == started && !stat.is_zombie).then_some((pid, stat))
+        };
+        let processes: Vec<_> = processes.into_iter().filter_map(alive).collect();
+        for (pid, stat) in &processes {
+            if stat.group == *pid {
+                self.add(*pid);
+            } else if let Some(group) = self.groups.get_mut(&stat.group).filter(|group| group.leader.is_none()) {
+                group.session = stat.session; // its leader has ended, and this process is known to belong to the server
             }
         }
+        let mut killed = Vec::new();
         for (group, processes) in self.left() {
             match killpg(Pid::from_raw(group), Signal::SIGKILL) {
                 Ok(()) => killed.extend(processes),
                 Err(Errno::ESRCH) => {}
                 Err(errno) => log::error!("cannot end what a program has left group={group}: {errno}"),
+            }
+        }
+        for (pid, stat) in processes {
+            let is_killed = killed.iter().any(|(other, _)| *other == pid);
+            if !is_killed && kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok() {
+                killed.push((pid, stat.name));
             }
         }
         killed

@@ -15,7 +15,7 @@ use forkyard_shm::Segment;
 use jiff::Timestamp;
 use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, killpg};
-use nix::unistd::{Pid, pipe2};
+use nix::unistd::{Pid, getpgid, pipe2};
 
 use self::supervisor::{Action, Event, Notice, STEADY_TIME, SidecarSupervisor};
 use super::background_daemons::Inherited;
@@ -340,7 +340,10 @@ impl Sidecars {
     pub(super) fn inherit(&mut self, orphans: &[Pid]) {
         let names: Vec<&str> = self.programs.iter().map(|sidecar| sidecar.label.name.as_str()).collect();
         for (sidecar, pid) in self.inherited.take(orphans, &names) {
-            sys::announce_process(pid);
+            if let Ok(group) = getpgid(Some(pid)) {
+                sys::announce(group);
+            }
+            sys::announce_process(pid); // it may still found another group
             self.feed(Event::Detached { sidecar, pid });
         }
     }

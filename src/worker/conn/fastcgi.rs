@@ -216,7 +216,7 @@ where
             self.last_chance_over |= self.draining;
             self.spare = Some(ended.work);
         }
-        let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff);
+        let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff { .. });
         if !self.exchanges.is_empty() && self.exchanges.iter().all(broken_off) {
             // Every other response has ended before the connection is broken off.
             for exchange in self.exchanges.drain(..) {

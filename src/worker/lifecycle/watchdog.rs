@@ -210,6 +210,8 @@ impl Watched {
         if self.activity.is_closed() {
             return false;
         }
+        // hyper may hold the rest of a response whose request is over.
+        let has_written = self.activity.written() != self.written;
         let stage = self.count();
         let (doing, limit) = match stage {
             Stage::Idle => ("idle", timeouts.idle),
@@ -224,7 +226,7 @@ impl Watched {
             self.goodbye.get_or_insert(0);
         }
         if let Some(ticks) = &mut self.goodbye {
-            *ticks = if stage == Stage::Idle { *ticks + 1 } else { 0 };
+            *ticks = if stage == Stage::Idle && !has_written { *ticks + 1 } else { 0 };
             if *ticks > GOODBYE {
                 self.cut_off("ending", Shutdown::Both);
                 return false;
@@ -251,7 +253,7 @@ impl Watched {
     fn count(&mut self) -> Stage {
         let activity = &self.activity;
         let (stage, requests, written) = (activity.stage(), activity.requests(), activity.written());
-        if requests != self.requests || stage != self.stage {
+        if requests != self.requests || stage != self.stage || stage == Stage::Idle && written != self.written {
             self.waited = 0;
         }
         (self.stage, self.requests) = (stage, requests);

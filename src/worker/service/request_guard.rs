@@ -123,6 +123,11 @@ impl RequestGuard {
         self.kind = Kind::Events(None);
     }
 
+    /// The response has no body, or another one than the application's.
+    pub(super) fn is_no_stream(&mut self) {
+        self.kind = Kind::Ordinary;
+    }
+
     /// The head of the response is about to be sent, after `waiting` bytes of output that are not written yet.
     pub(crate) fn response_begins(&mut self, waiting: usize) {
         let Some(under_way) = &mut self.under_way else { return };

@@ -274,7 +274,8 @@ impl<S: Service<Request<Body>>, B> ResponseFuture<S, B> {
 
     /// The request, until its response is available.
     pub(crate) fn guard(self: Pin<&mut Self>) -> Option<&mut RequestGuard> {
-        self.project().guard.as_mut()
+        let answer = self.project();
+        answer.begun.as_mut().map(|begun| &mut begun.guard).or(answer.guard.as_mut())
     }
 }
 

@@ -16,6 +16,7 @@ use crate::app::body::{Body, pipe};
 use crate::protocol::cgi;
 use crate::protocol::fastcgi::{self, MAX_CONTENT, RequestId};
 use crate::protocol::role::AppStatus;
+use crate::worker::service::request_guard::RequestGuard;
 use crate::worker::service::serve::{BoxError, ResponseFuture, Served};
 
 pub(super) struct Exchange<S: Service<Request<Body>>, B> {
@@ -38,7 +39,7 @@ pin_project! {
         Sending { #[pin] body: Served<B> },
         Ended,
         /// The response failed. Nothing more is sent for it until the connection is closed.
-        BrokenOff,
+        BrokenOff { guard: Option<RequestGuard> },
     }
 }
 
@@ -81,7 +82,7 @@ where
                     }
                     Poll::Ready(None) => self.end(outbox),
                 },
-                Working::Ended | Working::BrokenOff => return Ok(()),
+                Working::Ended | Working::BrokenOff { .. } => return Ok(()),
             }
         }
         Ok(())
@@ -147,7 +148,8 @@ where
         let guard = match self.work.as_mut().project() {
             Working::Answering { answer } => answer.guard(),
             Working::Sending { body } => body.guard_pinned(),
-            Working::Ended | Working::BrokenOff => None,
+            Working::BrokenOff { guard } => guard.as_mut(),
+            Working::Ended => None,
         };
         if let Some(guard) = guard {
             guard.response_ends(outbox.len());
@@ -158,7 +160,11 @@ where
 
     /// Abandons the response: nothing tells the peer that it has ended.
     pub(super) fn break_off(&mut self) {
-        self.work.set(Work::BrokenOff);
+        let guard = match self.work.as_mut().project() {
+            Working::Sending { body } => body.take_guard(),
+            Working::Answering { .. } | Working::Ended | Working::BrokenOff { .. } => None,
+        };
+        self.work.set(Work::BrokenOff { guard });
         (self.stdin, self.data) = (None, None);
     }
 }

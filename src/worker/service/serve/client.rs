@@ -48,7 +48,7 @@ impl Client {
 pub(super) struct Begun<B> {
     head: Parts,
     content: Pin<Box<Content<B>>>,
-    guard: RequestGuard,
+    pub(super) guard: RequestGuard,
     was_polled: bool,
 }
 

@@ -41,7 +41,8 @@ impl<B> Served<B> {
         Self { content: Content::App { body, left }, guard: Some(guard) }
     }
 
-    pub(super) fn canned(text: Bytes, guard: RequestGuard) -> Self {
+    pub(super) fn canned(text: Bytes, mut guard: RequestGuard) -> Self {
+        guard.is_no_stream();
         Self { content: Content::Canned { text }, guard: Some(guard) }
     }
 
@@ -55,7 +56,8 @@ impl<B> Served<B> {
     }
 
     /// Drops the body.
-    pub(super) fn emptied(self) -> Self {
+    pub(super) fn emptied(mut self) -> Self {
+        self.guard.iter_mut().for_each(RequestGuard::is_no_stream);
         Self { content: Content::Nothing, guard: self.guard }
     }
 
@@ -72,6 +74,11 @@ impl<B> Served<B> {
     /// Like [`Self::guard_mut`].
     pub(crate) fn guard_pinned(self: Pin<&mut Self>) -> Option<&mut RequestGuard> {
         self.project().guard.as_mut()
+    }
+
+    /// Takes the request out of a response that is broken off.
+    pub(crate) fn take_guard(self: Pin<&mut Self>) -> Option<RequestGuard> {
+        self.project().guard.take()
     }
 
     /// Whether the client can make the body fail: the request has a body that has not been read to its end.
