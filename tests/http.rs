@@ -297,7 +297,7 @@ fn http_2_without_tls_on_the_same_port() {
     let connect = b"\x02\x07CONNECT\x01\x04x:80";
     client.send(&http2::frame(http2::HEADERS, http2::END_HEADERS | http2::END_STREAM, 1, connect)).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(501)));
-    // The server does not wait for the body of a refused request, and a RST_STREAM tells the client that it need not send it.
+    // The server does not wait for the body of a refused request, and sends RST_STREAM, so that the client need not send it.
     client.send(&http2::head(3, 0, "POST", "/", &[("content-length", "1001")])).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(413)));
     let reset = client.next(http2::RST_STREAM).unwrap();

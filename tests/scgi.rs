@@ -163,7 +163,7 @@ fn limits_and_nonsense_have_answers() {
     fixture.end();
 }
 
-/// A reset tells a web server that a response without a length is incomplete.
+/// By a reset, a web server detects that a response without a length is incomplete.
 fn expect_reset(client: &mut Client, what: &str) {
     let mut bytes = Vec::new();
     let error = client.stream.read_to_end(&mut bytes).expect_err(what);

@@ -32,8 +32,8 @@
 //! longest, so that a publisher that creates many topics cannot prevent others from publishing. Events of a replaced topic stay in
 //! the log, and a reader that follows the log with a [`Tail`] gets them; a lookup by the topic's name no longer finds them. If a
 //! replaced topic is published to again, its ids continue above the highest id of any replaced topic. So no id is used twice, and a
-//! reader that requests the events after its last id is told how many it missed. Until then, that highest id is returned as the
-//! topic's last id, so a reader that starts there misses nothing. A topic that has never existed before also starts above it,
+//! reader that requests the events after its last id receives the number of events that it missed. Until then, that highest id is
+//! returned as the topic's last id, so a reader that starts there misses nothing. A topic that has never existed before also starts above it,
 //! because new and replaced topics cannot be distinguished.
 
 mod audit;

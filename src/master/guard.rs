@@ -246,9 +246,9 @@ fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
     0
 }
 
-/// Whether this process, which started at this time, still exists.
-fn is_process(pid: i32, started: u64) -> bool {
-    procfs::stat(Pid::from_raw(pid)).is_some_and(|stat| stat.started == started)
+/// The process with this pid, if it is the one that started at this time.
+fn process_of(pid: i32, started: u64) -> Option<procfs::Stat> {
+    procfs::stat(Pid::from_raw(pid)).filter(|stat| stat.started == started)
 }
 
 fn own_session() -> i32 {
@@ -280,7 +280,7 @@ impl Groups {
     }
 
     fn add_process(&mut self, pid: Pid) {
-        self.processes.retain(|&pid, started| is_process(pid, *started));
+        self.processes.retain(|&pid, started| process_of(pid, *started).is_some());
         if let Some(stat) = procfs::stat(pid) {
             self.processes.insert(pid.as_raw(), stat.started);
         }
@@ -315,11 +315,8 @@ impl Groups {
     /// Kills the groups and the processes. Returns the processes.
     fn kill(&mut self) -> Vec<(i32, String)> {
         let processes = std::mem::take(&mut self.processes);
-        let alive = |(pid, started): (i32, u64)| {
-            let stat = procfs::stat(Pid::from_raw(pid))?;
-            (stat.started == started && !stat.is_zombie).then_some((pid, stat))
-        };
-        let processes: Vec<_> = processes.into_iter().filter_map(alive).collect();
+        let running = |(pid, started)| Some((pid, process_of(pid, started).filter(|stat| !stat.is_zombie)?));
+        let processes: Vec<_> = processes.into_iter().filter_map(running).collect();
         for (pid, stat) in &processes {
             if stat.group == *pid {
                 self.add(*pid);

@@ -24,18 +24,18 @@ pub(crate) fn announce_by(link: Option<RawFd>) {
 /// Announces a process group. Async-signal-safe, and never waits. Without a guard nothing is announced; the next guard finds existing
 /// groups on its own.
 pub(crate) fn announce(group: Pid) {
-    let link = LINK.load(Ordering::Relaxed);
-    if link >= 0 {
-        let _ = send(link, &group.as_raw().to_ne_bytes(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
-    }
+    send_message(&group.as_raw().to_ne_bytes());
 }
 
 /// Announces a process that may still leave its group and create another one, as daemons do that put themselves in the background.
 pub(crate) fn announce_process(pid: Pid) {
+    send_message([pid.as_raw().to_ne_bytes(), [0; 4]].as_flattened());
+}
+
+fn send_message(message: &[u8]) {
     let link = LINK.load(Ordering::Relaxed);
     if link >= 0 {
-        let message = [pid.as_raw().to_ne_bytes(), [0; 4]].concat();
-        let _ = send(link, &message, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+        let _ = send(link, message, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
     }
 }
 

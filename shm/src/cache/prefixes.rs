@@ -101,7 +101,7 @@ impl<'a> Prefixes<'a> {
         cell.swept.store(0, Ordering::Release);
         crash::point("prefix: text written");
         let time = clock.tick();
-        // Can be raised early, because it only tells readers whether a search is worthwhile; the purge is published when its
+        // Can be raised early, because it only shows readers whether a search is worthwhile; the purge is published when its
         // cell's time is stored.
         self.header.prefix_clock.fetch_max(time, Ordering::SeqCst);
         crash::point("prefix: about to be published");

@@ -92,8 +92,7 @@ mod tests {
 
     #[test]
     fn who_adopts_a_file_may_close_it() {
-        let _nobody_forks =
-            crate::segment::file::tests::FORKS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _nobody_forks = crate::segment::file::tests::nobody_forks();
         let path = std::env::temp_dir().join(format!("forkyard-adopt-{}", std::process::id()));
         let (made, _) = Segment::open(&path, &PLAN).unwrap();
         made.cache().set("k", "v", &crate::StoreOptions::new()).unwrap();

@@ -14,7 +14,6 @@ pub(crate) struct UnderWay {
     /// `None` over HTTP/2, whose requests are not in the journal.
     entry: Option<Entry>,
     end: End,
-    has_begun: bool,
 }
 
 /// Where the response ends in the connection's output.
@@ -30,21 +29,18 @@ impl UnderWay {
     /// A request whose protocol announces where its response ends.
     pub(crate) fn begin(activity: &Arc<Activity>, conn: &ConnHandle, entry: Entry) -> Self {
         activity.request_came();
-        Self { activity: Arc::clone(activity), conn: *conn, entry: Some(entry), end: End::Announced, has_begun: false }
+        Self { activity: Arc::clone(activity), conn: *conn, entry: Some(entry), end: End::Announced }
     }
 
     /// A request over HTTP, whose response ends when hyper drops it.
     pub(crate) fn begin_http(activity: &Arc<Activity>, conn: &ConnHandle, entry: Option<Entry>) -> Self {
         activity.request_came();
-        Self { activity: Arc::clone(activity), conn: *conn, entry, end: End::Unwritten, has_begun: false }
+        Self { activity: Arc::clone(activity), conn: *conn, entry, end: End::Unwritten }
     }
 
-    /// Records that the response begins after `waiting` bytes of output that are not written yet. Only the first call
-    /// counts.
+    /// Records that the response begins after `waiting` bytes of output that are not written yet.
     pub(crate) fn response_begins(&mut self, waiting: usize) {
-        if let Some(entry) = self.entry
-            && !std::mem::replace(&mut self.has_begun, true)
-        {
+        if let Some(entry) = self.entry {
             self.conn.response_from(entry, self.conn.output(waiting));
         }
     }

@@ -212,7 +212,7 @@ impl Watched {
         }
         // hyper may hold the rest of a response whose request is over.
         let has_written = self.activity.written() != self.written;
-        let stage = self.count();
+        let stage = self.count(has_written);
         let (doing, limit) = match stage {
             Stage::Idle => ("idle", timeouts.idle),
             Stage::Head => ("sending the head of a request", timeouts.header),
@@ -250,10 +250,10 @@ impl Watched {
         true
     }
 
-    fn count(&mut self) -> Stage {
+    fn count(&mut self, has_written: bool) -> Stage {
         let activity = &self.activity;
         let (stage, requests, written) = (activity.stage(), activity.requests(), activity.written());
-        if requests != self.requests || stage != self.stage || stage == Stage::Idle && written != self.written {
+        if requests != self.requests || stage != self.stage || stage == Stage::Idle && has_written {
             self.waited = 0;
         }
         (self.stage, self.requests) = (stage, requests);

@@ -8,7 +8,11 @@ const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 2, max_entry: 0, events
 
 /// Locked for writing by a test that forks. Until its child exits, the child has a copy of each descriptor of this process, and
 /// keeps files locked that other tests have just closed.
-pub(in crate::segment) static FORKS: RwLock<()> = RwLock::new(());
+static FORKS: RwLock<()> = RwLock::new(());
+
+pub(in crate::segment) fn nobody_forks() -> RwLockReadGuard<'static, ()> {
+    FORKS.read().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A path for a file, and a guard that keeps tests from forking.
 struct Scratch(
@@ -18,8 +22,7 @@ struct Scratch(
 
 impl Scratch {
     fn new(name: &str) -> Scratch {
-        let nobody_forks = FORKS.read().unwrap_or_else(PoisonError::into_inner);
-        Scratch(Self::path(name), Some(nobody_forks))
+        Scratch(Self::path(name), Some(nobody_forks()))
     }
 
     fn path(name: &str) -> PathBuf {

@@ -158,7 +158,7 @@ where
         (self.stdin, self.data) = (None, None);
     }
 
-    /// Abandons the response: nothing tells the peer that it has ended.
+    /// Abandons the response, without a record that ends it.
     pub(super) fn break_off(&mut self) {
         let guard = match self.work.as_mut().project() {
             Working::Sending { body } => body.take_guard(),
