@@ -8,7 +8,8 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use common::{Process, Server, fastcgi, http, http2, is_gone, process, processes, scgi, wait_until};
+use common::{Process, Server, children_of, fastcgi, http, http2, is_gone, process, processes, scgi, wait_until};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -48,7 +49,6 @@ impl Fixture {
 
 /// The heir of a running worker.
 fn heir_of(worker: Pid) -> Pid {
-    // A new heir briefly has its worker's name.
     wait_until("each worker has an heir", || {
         let is_heir = |process: &Process| process.parent == worker.as_raw() && process.name == "heir";
         processes().into_iter().find(is_heir).map(|heir| Pid::from_raw(heir.pid))
@@ -171,6 +171,34 @@ fn heirs_leave_with_their_workers() {
         }
         wait_until("it is gone", || is_gone(heir.as_raw()).then_some(()));
     }
+}
+
+/// The master recognizes heirs by their names. It would take a new heir with another name for a process that a program has left behind, and
+/// kill it in a stop.
+#[test]
+fn an_heir_has_its_name_before_it_runs() {
+    let mut at = start(&["--workers", "1"]);
+    // On one processor, a new process runs only after its parent.
+    let allowed = sched_getaffinity(at.server.pid()).unwrap();
+    let first = (0..CpuSet::count()).find(|&cpu| allowed.is_set(cpu).unwrap()).unwrap();
+    let mut one = CpuSet::new();
+    one.set(first).unwrap();
+    sched_setaffinity(at.server.pid(), &one).unwrap();
+    for _ in 0..20 {
+        let old = at.worker();
+        kill(old, Signal::SIGKILL).unwrap();
+        let worker = wait_until("a new worker starts", || {
+            children_of(at.server.pid()).into_iter().find(|&pid| pid != old.as_raw())
+        });
+        let name = wait_until("it has a child", || {
+            let children = format!("/proc/{worker}/task/{worker}/children");
+            let first_child = || std::fs::read_to_string(&children).ok()?.trim().parse().ok();
+            process((0..1000).find_map(|_| first_child())?).map(|process| process.name)
+        });
+        assert_eq!(name, "heir", "when it is first seen");
+        wait_until("the worker is ready", || at.server.workers().contains(&worker).then_some(()));
+    }
+    at.server.stop();
 }
 
 /// Whether a stop completes at once, and not after the two seconds that clients otherwise have to read the end of the connection. On a busy

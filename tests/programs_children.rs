@@ -316,10 +316,12 @@ fn those_below_a_program_that_term_ends_finish_what_they_serve() {
     {
         let options = [&ALL[..], if signal.is_none() { &["--max-age", "1s"] } else { &[] }].concat();
         let mut server = Server::start_command(&mut place.run(&options, command));
-        let old = wait_until("all are there", || Some(named(&server, "python3")).filter(|all| all.len() == 6));
+        wait_until("all are there", || (named(&server, "python3").len() >= 6).then_some(()));
         let name = format!("request-{index}");
         let serving = || number_in(&place.path(&format!("{name}.in")));
         is_finished(&place, &name, &mut server, |server| {
+            // Not earlier, because --max-age replaces processes at any time.
+            let old = named(server, "python3");
             signal.iter().for_each(|signal| server.signal(*signal));
             wait_until_only(serving(), &old);
         });

@@ -24,6 +24,7 @@ pub(crate) mod journal;
 pub(crate) mod settlement;
 
 use std::collections::BTreeMap;
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -33,7 +34,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     MsgFlags, Shutdown, SockaddrStorage, getpeername, getsockname, recv, send, setsockopt, shutdown, sockopt,
 };
-use nix::unistd::{Pid, setpgid};
+use nix::unistd::Pid;
 
 use self::journal::{ConnRecord, Journal, LastOp, MAX_CONNECTIONS, WireProtocol};
 use self::settlement::{Settlement, Then, settle};
@@ -44,6 +45,9 @@ use crate::logging::line_buffer::LineBuffer;
 use crate::net::handover::{self, Channel, Handoff, PackedOrigin};
 use crate::net::listen::{Closing, Listener};
 use crate::{logging, sys};
+
+/// The name of the process: in `ps`, and for the master, which recognizes the heirs of dead workers by it.
+pub(crate) const NAME: &CStr = c"heir";
 
 /// How long the heir reads from peers after it has written its last bytes to them. If the heir closed a connection on which the peer is
 /// still sending, the kernel would reset it, and the peer could lose those bytes.
@@ -169,7 +173,7 @@ pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
     };
     let heir = end_of_worker.and_then(|end| {
         retained.worker = Some(end);
-        sys::clone_with_descriptors(|| run(worker, heritage, journal, lines, &retained))
+        sys::clone_with_descriptors(NAME, || run(worker, heritage, journal, lines, &retained))
             .and_then(sys::process_descriptor)
     });
     match &heir {
@@ -189,8 +193,6 @@ pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
 
 /// The main function of the heir. Signals stay blocked, as they were when the worker was forked.
 fn run(worker: Pid, heritage: &Heritage, journal: Journal, lines: Option<LineBuffer>, retained: &RetainedFds) -> u8 {
-    let _ = nix::sys::prctl::set_name(c"heir"); // for `ps`
-    let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the worker's group terminates both
     let Some(end) = &retained.worker else { return 0 };
     retained.await_death(worker, end);
     let settlement = OpenConnections::open(heritage, journal, retained.lifeline.as_fd());

@@ -15,8 +15,8 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::net::listen::Listener;
-use crate::sys;
 use crate::upgrade::saved_state::SavedProcess;
+use crate::{heir, sys};
 
 /// Maximum number of threads of one process, and of processes in one tree, that are examined.
 const MAX_PROCESSES: usize = 256;
@@ -53,6 +53,13 @@ pub(super) struct Stat {
     /// The process has exited and has not been reaped yet.
     pub(super) is_zombie: bool,
     has_empty_environment: bool,
+}
+
+impl Stat {
+    /// Whether the process is an heir: of a dead worker, if it is a child of the master.
+    pub(super) fn is_heir(&self) -> bool {
+        self.name.as_bytes() == heir::NAME.to_bytes()
+    }
 }
 
 /// The environment that a process was started with.

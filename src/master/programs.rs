@@ -377,7 +377,7 @@ impl Master {
         let mut orphans = procfs::own_children();
         orphans.retain(|&pid| {
             self.kind_of(pid) == Kind::Orphan
-                && procfs::stat(pid).is_some_and(|stat| !stat.is_zombie && stat.name != "heir")
+                && procfs::stat(pid).is_some_and(|stat| !stat.is_zombie && !stat.is_heir())
         });
         orphans
     }

@@ -14,9 +14,9 @@ use nix::unistd::{Pid, pipe2, setpgid};
 
 use super::output::Output;
 use super::programs::ProgramState;
-use super::sd_notify;
 use super::signals::SignalInbox;
 use super::supervisor::Now;
+use super::{procfs, sd_notify};
 use crate::app::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::config::{Config, Program};
 use crate::inherited_by_workers::{Heritage, Report, WorkerMain};
@@ -471,8 +471,6 @@ fn keep(last_words: &mut String, line: &str) {
 }
 
 /// Whether heirs of dead workers, which are now children of this process, are still running.
-pub(crate) fn has_heirs() -> bool {
-    let children = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
-    let name = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    children.split_ascii_whitespace().any(|pid| name(pid) == "heir\n")
+pub(super) fn has_heirs() -> bool {
+    procfs::own_children().into_iter().any(|pid| procfs::stat(pid).is_some_and(|stat| stat.is_heir()))
 }

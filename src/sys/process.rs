@@ -4,7 +4,7 @@
 //! the caller's code nor run its destructors: it ends in `_exit`.
 #![expect(unsafe_code, reason = "part of the fence: see `sys.rs`")]
 
-use std::ffi::{CString, OsString};
+use std::ffi::{CStr, CString, OsString};
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::fd::{BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
@@ -15,10 +15,11 @@ use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitPidFlag;
-use nix::unistd::{ForkResult, Pid, getppid};
+use nix::unistd::{ForkResult, Pid, getppid, setpgid};
 
 use super::descriptors::{DESCRIPTOR_LIMIT, numbers_without_close_range, set_close_on_exec_from};
 use super::{announce, block_signals, guard_link, restore_signals, unblock_signals};
@@ -95,19 +96,29 @@ pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
 /// No signal is sent when the child ends, and `wait(2)` does not report the child until the parent is dead and another process
 /// inherits it.
 ///
+/// The child has this name from its first instant, before it has run at all, and a process group of its own.
+///
 /// # Errors
-/// Returns the error of `clone(2)`.
-pub(crate) fn clone_with_descriptors(child: impl FnOnce() -> u8) -> io::Result<Pid> {
+/// Returns the error of `clone(2)` or `prctl(2)`.
+pub(crate) fn clone_with_descriptors(name: &CStr, child: impl FnOnce() -> u8) -> io::Result<Pid> {
     expect_one_thread()?;
+    // A child begins with its parent's name.
+    let own_name = prctl::get_name()?;
+    prctl::set_name(name)?;
     // Not the C library's `fork`: its handlers would close descriptors that the parent continues to use.
     // SAFETY: as in `fork`; without a stack of its own the child continues with a copy of this one. Every further argument
     // is zero, whatever the order of arguments on this architecture.
     let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) };
-    match pid {
-        0 => exit_now(std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101)),
-        1.. => Ok(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?)),
-        _ => Err(io::Error::last_os_error()),
+    if pid == 0 {
+        let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // cannot fail
+        exit_now(std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101));
     }
+    let cloned = if pid < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(pid).map_err(io::Error::other) };
+    prctl::set_name(&own_name)?;
+    let pid = Pid::from_raw(cloned?);
+    // Here as well, because the child may not have run yet. If this fails, the child has exited.
+    let _ = setpgid(pid, pid);
+    Ok(pid)
 }
 
 /// A descriptor of process `pid` that becomes readable when the process has ended.

@@ -221,8 +221,7 @@ impl Server {
         }
     }
 
-    /// Checks that the server has exactly these workers and no other children, such as failed attempts or zombies. A new heir briefly has
-    /// its worker's name; this waits until the heir has its own name.
+    /// Checks that the server has exactly these workers and no other children, such as failed attempts or zombies.
     pub fn has_only(&self, workers: &BTreeSet<i32>) {
         assert_eq!(&self.workers(), workers);
         wait_until("it has no other children", || (self.children() == *workers).then_some(()));
@@ -236,7 +235,7 @@ impl Server {
         })
     }
 
-    /// The pids of all children: workers, sidecars, zombies, and new heirs that still have their workers' names.
+    /// The pids of all children: workers, sidecars and zombies, but not heirs.
     pub fn children(&self) -> BTreeSet<i32> {
         children_of(self.pid())
     }
