@@ -103,6 +103,54 @@ fn a_killed_worker_s_requests_get_502_and_its_idle_connections_go_on() {
     at.server.stop();
 }
 
+/// The heir must not send a response to a request that has been aborted: its client would take it for the response to the next request.
+#[test]
+fn a_connection_whose_requests_were_aborted_is_idle() {
+    let mut at = start(&["--workers", "1"]);
+    let abort = |id| vec![fastcgi::record(fastcgi::ABORT, id, b"", 0)];
+    let half_upload = || {
+        let mut records = fastcgi::head(1, true, "POST", "/echo", Some(9));
+        records.push(fastcgi::record(fastcgi::STDIN, 1, b"part", 0));
+        records
+    };
+    let slow = || fastcgi::request(1, true, "GET", "/slow/60000", b"");
+    let mut clients: Vec<_> = (0..4).map(|_| fastcgi::Client::connect(&at.fastcgi).unwrap()).collect();
+    let [unread, waiting, begun, broken] = &mut clients[..] else { unreachable!("there are four") };
+
+    // In the read that begins the request: the head of the response waits for the first part of its body.
+    unread.send(&[half_upload(), abort(1)].concat()).unwrap();
+    unread.response(1).unwrap();
+
+    waiting.send(&slow()).unwrap();
+    at.serves(1);
+    waiting.send(&abort(1)).unwrap();
+    waiting.response(1).unwrap();
+
+    begun.send(&half_upload()).unwrap();
+    assert_eq!(begun.record().unwrap().kind, fastcgi::STDOUT);
+    begun.send(&abort(1)).unwrap();
+    begun.response(1).unwrap();
+
+    // The response to request 2 fails. The connection stays open for request 1.
+    broken.send(&[slow(), fastcgi::request(2, true, "GET", "/break", b"")].concat()).unwrap();
+    let mut part = Vec::new();
+    while !part.ends_with(b"a part\n") {
+        part.extend(broken.record().unwrap().content);
+    }
+    for id in [2, 1] {
+        broken.send(&abort(id)).unwrap();
+        broken.response(id).unwrap();
+    }
+
+    at.kill();
+    let line = at.server.wait_for("connections settled");
+    assert!(line.contains("answered=0 cut=0 passed_on=4"), "{line}");
+    for client in &mut clients {
+        assert_eq!(client.request("GET", "/ok", b"").unwrap().status(), 200);
+    }
+    at.server.stop();
+}
+
 #[test]
 fn half_a_request_gets_502_and_half_a_response_breaks_off() {
     let mut at = start(&["--workers", "1"]);
