@@ -1,7 +1,8 @@
 //! Kills a process at each marked step of each act, and also kills the process that repairs the damage, at each marked step of the
 //! repair.
 //!
-//! In long acts, the death of the repairing process is tested only after some of the deaths; FORKYARD_EVERY=1 tests it after every death.
+//! In long acts, the death of the repairing process is tested only after some of the deaths; FORKYARD_EVERY=1 tests it after every death,
+//! and FORKYARD_SCALE=n only after n percent of these deaths, chosen at random.
 //! The test also checks that it reaches every mark, and that every repair is needed.
 #![expect(clippy::print_stdout, reason = "a report of its own")]
 
@@ -80,8 +81,10 @@ impl Play<'_> {
     }
 }
 
-fn death_at_each_mark(_seed: u64) {
+fn death_at_each_mark(seed: u64) {
     let every = common::number("FORKYARD_EVERY").is_some();
+    let scale = common::number("FORKYARD_SCALE").unwrap_or(100);
+    let mut random = fastrand::Rng::with_seed(seed);
     for scene in &SCENES {
         let play = Play::of(scene);
         let (mut deaths, mut deaths_in_repair) = (0, 0);
@@ -92,7 +95,8 @@ fn death_at_each_mark(_seed: u64) {
                 panic!("{}, killed at mark {at}: {why}", scene.name);
             }
             drop(segment);
-            if deaths > 14 && deaths % 16 != 0 && !every {
+            let is_left_out = (deaths > 14 && deaths % 16 != 0) || random.u64(0..100) >= scale;
+            if is_left_out && !every {
                 continue;
             }
             for again in 0..MOST_MARKS {
