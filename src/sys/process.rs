@@ -103,7 +103,7 @@ pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
 pub(crate) fn clone_with_descriptors(name: &CStr, child: impl FnOnce() -> u8) -> io::Result<Pid> {
     expect_one_thread()?;
     // A child begins with its parent's name.
-    let own_name = prctl::get_name()?;
+    let own_name = thread_name();
     prctl::set_name(name)?;
     // Not the C library's `fork`: its handlers would close descriptors that the parent continues to use.
     // SAFETY: as in `fork`; without a stack of its own the child continues with a copy of this one. Every further argument
@@ -114,11 +114,21 @@ pub(crate) fn clone_with_descriptors(name: &CStr, child: impl FnOnce() -> u8) ->
         exit_now(std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101));
     }
     let cloned = if pid < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(pid).map_err(io::Error::other) };
-    prctl::set_name(&own_name)?;
+    if let Ok(own_name) = CStr::from_bytes_until_nul(&own_name) {
+        prctl::set_name(own_name)?;
+    }
     let pid = Pid::from_raw(cloned?);
     // Here as well, because the child may not have run yet. If this fails, the child has exited.
     let _ = setpgid(pid, pid);
     Ok(pid)
+}
+
+/// The name of this thread, with a null byte at its end. Async-signal-safe.
+pub(crate) fn thread_name() -> [u8; 16] {
+    let mut name = [0; 16];
+    // SAFETY: the kernel writes at most 16 bytes.
+    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+    name
 }
 
 /// A descriptor of process `pid` that becomes readable when the process has ended.
