@@ -1,9 +1,9 @@
 //! The page cache: keys to bytes, with a time to live and tags.
 //!
-//! This file maps keys to shards and entries, and turns a failure in a shard into a miss or a refusal. It holds at most one
-//! shard lock at a time, and does not allocate while it holds one.
+//! This file maps keys to shards and entries. It turns a failure in a shard into a miss or a refusal. It holds at most one shard lock at a
+//! time and does not allocate while it holds one.
 //!
-//! Must not depend on the memory layout of an entry, or let an error in the cache fail a request.
+//! Must not depend on the memory layout of an entry. Must not let an error in the cache fail a request.
 
 pub(crate) mod audit;
 pub(crate) mod claim;
@@ -49,15 +49,15 @@ use crate::memory::SharedMemory;
 use crate::memory::layout::{ENTRY_HEAD, GRAIN};
 use crate::protocols::lease;
 
-/// Tags and keys are hashed with different seeds, so that no key equals a tag.
+/// Salt for the hashes of tags. Tags and keys are hashed with different seeds, so that no key equals a tag.
 const TAG_SALT: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Upper bound for the padding of key, metadata and value in an entry, in bytes.
 const PADDING: u64 = 16 + GRAIN;
 
-/// A handle to the page cache; cheap to clone, usable from any thread.
+/// A handle to the page cache. Cheap to clone, and usable from any thread.
 ///
-/// Reading takes no lock. Storing waits up to about 20 ms for one. No failure of the cache is an error for the caller:
-/// a page that cannot be read is a miss, and a page that cannot be stored is refused.
+/// Reading takes no lock. Storing waits up to about 20 ms for a lock. No failure of the cache is an error for the caller: a page that
+/// cannot be read is a miss, and a page that cannot be stored is refused.
 #[derive(Clone, Debug)]
 pub struct Cache {
     pub(crate) segment: Arc<SharedMemory>,
@@ -70,18 +70,18 @@ pub(crate) enum Trouble {
     Lost,
 }
 
-/// What to store in addition to the options.
+/// The parameters for storing a page, in addition to its options.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Rendering<'a> {
     pub(crate) meta: &'a [u8],
     /// Hashes of the tags inherited from fragments.
     pub(crate) lent: &'a [u64],
-    /// When the first of the fragments expires; 0 for never.
+    /// When the first of the fragments expires; 0 means never.
     pub(crate) until_ms: u64,
     pub(crate) cost_ms: u32,
-    /// The tag clock before rendering.
+    /// The clock of purges, read before the rendering began.
     pub(crate) snapshot: Option<PurgeSnapshot>,
-    /// The entry is stored only if the lease still holds this word.
+    /// A lease's cell and word. The entry is stored only if the cell still contains this word.
     pub(crate) lease: Option<(&'a AtomicU64, u64)>,
 }
 
@@ -96,7 +96,7 @@ impl Cache {
         self.get_into(key, &mut value).then_some(value)
     }
 
-    /// Copies the page stored under `key` into `value`, replacing its contents, and returns whether there was one.
+    /// Copies the page stored under `key` into `value`, replacing the contents of `value`. Returns whether there was such a page.
     ///
     /// The buffer keeps its capacity, so a caller that reuses it avoids further allocations.
     pub fn get_into(&self, key: impl AsRef<[u8]>, value: &mut Vec<u8>) -> bool {
@@ -105,9 +105,8 @@ impl Cache {
 
     /// Returns the page in place, without a copy. The page stays in place until the result is dropped.
     ///
-    /// This pays off for pages of about 16 KiB or more. Hold the result only as long as it takes to send the page,
-    /// because the cache cannot reuse its memory until then. A process can pin 32 pages at a time; beyond that it gets
-    /// copies.
+    /// This is worthwhile for pages of about 16 KiB or more. Hold the result only as long as it takes to send the page, because the cache
+    /// cannot reuse the page's memory until then. A process can pin 32 pages at a time; beyond that, this function returns copies.
     pub fn pin(&self, key: impl AsRef<[u8]>) -> Option<Pinned> {
         let key = self.key(key.as_ref());
         let judge = self.judge(Moment::Now(&self.segment))?;
@@ -127,12 +126,11 @@ impl Cache {
 
     /// Stores a page under `key`, replacing any page stored there.
     ///
-    /// A page that was purged while it was being rendered (see [`StoreOptions::as_of`]) is not stored. This is not an error:
-    /// a purge a moment later would have had the same result.
+    /// A page that was purged while it was being rendered (see [`StoreOptions::as_of`]) is not stored. This is not an error, because a
+    /// purge a moment later would have had the same effect.
     ///
     /// # Errors
-    /// Fails if there is no cache, if the page is too large, or if its shard is locked by a process that does not
-    /// release it.
+    /// Fails if there is no cache, if the page is too large, or if its shard is locked by a process that does not release the lock.
     pub fn set(
         &self,
         key: impl AsRef<[u8]>,
@@ -144,8 +142,7 @@ impl Cache {
 
     /// Invalidates the page stored under `key`, including one that is being rendered.
     ///
-    /// Returns whether there was a valid page. Returns `false` if the shard is locked, although the page is purged in
-    /// that case too.
+    /// Returns whether there was a valid page. Returns `false` if the shard is locked, although the page is purged in that case too.
     pub fn purge(&self, key: impl AsRef<[u8]>) -> bool {
         self.purge_at(key.as_ref(), self.segment.now_ms())
     }
@@ -161,14 +158,14 @@ impl Cache {
 
     /// Invalidates all pages whose keys begin with `prefix`, including those that are being rendered.
     ///
-    /// The purge takes effect at once; removing the affected pages and freeing their memory takes longer. Only the
-    /// first 112 bytes of the prefix are significant.
+    /// The purge takes effect immediately. Removing the affected pages and freeing their memory takes longer. Only the first 112 bytes of
+    /// the prefix are significant.
     pub fn purge_prefix(&self, prefix: impl AsRef<[u8]>) {
         let Some((clock, prefixes)) = self.tag_clock().zip(Prefixes::of(&self.segment)) else { return };
         match prefixes.announce(prefix.as_ref(), clock) {
             Some(purge) => self.sweep_prefix(&purge),
-            // There are too many purges at once, or a stopped process holds the table's lock. The purged pages must not be served, so
-            // everything is cleared.
+            // Too many purges are in progress, or a stopped process holds the table's lock. The purged pages must not be served, so the
+            // whole cache is cleared.
             None => self.clear(),
         }
     }
@@ -177,8 +174,8 @@ impl Cache {
     pub fn clear(&self) {
         let Some(clock) = self.tag_clock() else { return };
         clock.clear();
-        // Advancing the clock invalidates the pages. Emptying the shards only frees their memory, and skips shards that
-        // cannot be locked.
+        // Advancing the clock invalidates the pages. Emptying the shards only frees their memory, so shards that cannot be locked are
+        // skipped.
         for index in 0..self.segment.geometry.shards {
             let _ = self.with_shard_at(index, |shard| {
                 shard.empty();
@@ -187,14 +184,14 @@ impl Cache {
         }
     }
 
-    /// Reads the cache's logical clock, which counts purges. Read it before rendering a page, and pass it to
+    /// Returns the time on the cache's logical clock, which counts purges. Read it before rendering a page, and pass it to
     /// [`StoreOptions::as_of`].
     pub fn clock(&self) -> PurgeSnapshot {
         PurgeSnapshot(self.tag_clock().map_or(0, TagClock::now))
     }
 
-    /// The size of the largest entry that the cache can hold, in bytes: the length of the key and the value, plus 8 for
-    /// each tag. 0 if there is no cache.
+    /// Returns the size of the largest entry that the cache can hold, in bytes: the length of the key and the value, plus 8 for each tag.
+    /// Returns 0 if there is no cache.
     pub fn max_entry(&self) -> u64 {
         self.segment.geometry.max_record.saturating_sub(ENTRY_HEAD + PADDING)
     }
@@ -257,19 +254,19 @@ impl Cache {
             return Err(StoreError::TooLarge { limit });
         };
         let done = self.with_shard_at(shard.number, |shard| {
-            // Checked under the lock, so a process that takes over the lease later also stores its page later.
+            // This is checked under the lock, so a process that takes over the lease later also stores its page later.
             if rendering.lease.is_some_and(|(lease, word)| !lease::is_held(lease, word)) {
                 return Ok(Stored::Yes);
             }
-            // Checked under the lock, so a purge that is issued later also removes this entry later.
+            // This is checked under the lock, so a purge that is issued later also removes this entry.
             if judge.is_outdated(key, &tags, new.times.snapshot) {
                 add(&shard.shard.counters().outdated, 1);
                 if let Some(clock) = self.tag_clock() {
                     clock.finish(tags.iter().copied().chain([key.hash]));
                 }
-                // Treated as if the page had been stored and then purged. A page already stored under the key is removed, even if
-                // it was rendered later: tags that share slots can look purged when they are not, and a lookup after this store
-                // must not return a page other than the last one set.
+                // The page is treated as if it had been stored and then purged. A page already stored under the key is removed, even if it
+                // was rendered later. Tags that share slots can look purged when they are not, and a lookup after this store must not
+                // return a page other than the last one set.
                 if let Some(old) = shard.find(key)? {
                     shard.remove(&old)?;
                     shard.count_drop(Verdict::Purged, old.place.ring);
@@ -300,7 +297,7 @@ impl Cache {
         was_good.unwrap_or(false)
     }
 
-    /// Returns `None` if there is no cache, or if its file was truncated.
+    /// Returns the judge of entries at `moment`, or `None` if there is no cache or if its file was truncated.
     pub(crate) fn judge<'a>(&'a self, moment: Moment<'a>) -> Option<Judge<'a>> {
         let is_there = self.segment.geometry.shards > 0 && !self.segment.map.is_lost();
         let header = self.segment.header().filter(|_| is_there)?;
@@ -319,7 +316,7 @@ impl Cache {
         xxh3_64_with_seed(tag.as_bytes(), self.segment.seed ^ TAG_SALT)
     }
 
-    /// The shard is chosen by four bits below the fingerprint; the buckets are chosen by the low bits.
+    /// Returns the number of the shard for a hash. Four bits below the fingerprint select the shard; the low bits select the buckets.
     pub(crate) fn shard_of(&self, hash: u64) -> u64 {
         (hash >> 49) & self.segment.geometry.shards.saturating_sub(1)
     }
@@ -340,7 +337,7 @@ impl Cache {
         self.with_shard_at(self.shard_of(hash), work)
     }
 
-    /// Runs `work` under a shard's lock. A shard that turns out to be corrupt is emptied.
+    /// Runs `work` under a shard's lock. Empties the shard if it turns out to be corrupt.
     pub(crate) fn with_shard_at<R>(
         &self,
         index: u64,
@@ -359,7 +356,7 @@ impl Cache {
         self.count(shard, retries, if hit { Seen::Hit } else { Seen::Miss });
     }
 
-    /// Counts in this process's own member cell, which no other process writes to.
+    /// Counts an event in this process's own member cell, which no other process writes to.
     #[inline]
     pub(crate) fn count(&self, shard: u64, retries: usize, seen: Seen) {
         if let Some(tally) = self.segment.tally(shard) {
@@ -371,8 +368,8 @@ impl Cache {
                 Seen::Render => &tally.renders,
             };
             if seen == Seen::Hit {
-                // Not `fetch_add`, which would stall until the bytes just copied are written. If two threads of a process count a hit
-                // at the same instant, one count is lost, which is acceptable.
+                // `fetch_add` would stall until the bytes that were just copied are written. If two threads of a process count a hit at the
+                // same instant, one count is lost, which is acceptable.
                 counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
             } else {
                 counter.fetch_add(1, Ordering::Relaxed);
@@ -392,7 +389,7 @@ pub(crate) enum Seen {
     Render,
 }
 
-/// Copies an entry's value into an empty buffer; `None` if the entry was overwritten during the copy.
+/// Copies an entry's value into an empty buffer. Returns `None` if the entry was overwritten during the copy.
 pub(crate) fn copy_value(sight: &Sight<'_, '_>, value: &mut Vec<u8>) -> Option<()> {
     let len = usize::try_from(sight.entry.value_len).ok()?;
     value.clear();
@@ -406,12 +403,12 @@ pub(crate) fn copy_value(sight: &Sight<'_, '_>, value: &mut Vec<u8>) -> Option<(
     sight.entry.copy_value(value)
 }
 
-/// When a page stored now expires; 0 for never.
+/// Returns when a page that is stored now expires; 0 means never.
 pub(crate) fn expiry(ttl: Option<Duration>, now_ms: u64) -> u64 {
     ttl.map_or(0, |ttl| now_ms.saturating_add(millis(ttl).max(1)))
 }
 
-/// The earlier of two times; 0 is never.
+/// Returns the earlier of two times, where 0 means never.
 pub(crate) fn earlier(one: u64, other: u64) -> u64 {
     match (one, other) {
         (0, only) | (only, 0) => only,
@@ -423,7 +420,7 @@ pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Holds the lock of a key's shard until dropped, like a process in the middle of a store. For tests of killed and stopped
+/// Holds the lock of a key's shard until it is dropped, like a process in the middle of a store. For tests with killed and stopped
 /// processes.
 #[cfg(feature = "crash-test")]
 #[doc(hidden)]
@@ -434,7 +431,7 @@ pub struct Held<'a> {
 
 #[cfg(feature = "crash-test")]
 impl Cache {
-    /// See [`Held`].
+    /// Locks the shard of a key: see [`Held`].
     #[doc(hidden)]
     pub fn hold(&self, key: impl AsRef<[u8]>) -> Option<Held<'_>> {
         Some(Held { _shard: self.shard(self.shard_index(key))?.lock().ok()? })
@@ -446,7 +443,7 @@ impl Cache {
         self.sweep_now(1, self.segment.now_ms());
     }
 
-    /// The number of locks held by live or dead processes.
+    /// Returns the number of locks held by live or dead processes.
     #[doc(hidden)]
     pub fn locks_held(&self) -> usize {
         let locks = self.shards().map(|shard| &shard.head.lock);
@@ -454,14 +451,14 @@ impl Cache {
         locks.filter(|lock| lock.load(Ordering::Relaxed) & 0xffff != 0).count()
     }
 
-    /// The number of entries pinned by live or dead processes.
+    /// Returns the number of entries pinned by live or dead processes.
     #[doc(hidden)]
     pub fn pins_set(&self) -> usize {
         let pins = self.segment.member_cells().flat_map(|member| &member.head.pins);
         pins.filter(|pin| pin.load(Ordering::Relaxed) != 0).count()
     }
 
-    /// The shard that a key belongs to.
+    /// Returns the number of the shard that a key belongs to.
     #[doc(hidden)]
     pub fn shard_index(&self, key: impl AsRef<[u8]>) -> u64 {
         self.shard_of(self.key(key.as_ref()).hash)

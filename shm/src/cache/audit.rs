@@ -1,7 +1,7 @@
-//! Checks that a shard is consistent: for tests, and after the death of a process that may have corrupted the memory.
+//! Checks that a shard is consistent. Used in tests, and after the death of a process that may have corrupted the memory.
 //!
-//! Walks the logs from floor to head, then all slots, and compares the result with the accounting. Each slot must lead to a
-//! record of a log, and no two slots to the same record, so no entry is lost or counted twice.
+//! The audit walks the logs from floor to head, then all slots, and compares the result with the accounting. Each slot must lead to a
+//! record in a log, and no two slots may lead to the same record. This shows that no entry is lost or counted twice.
 //!
 //! Must not change anything.
 
@@ -16,7 +16,7 @@ impl Cache {
     /// Locks one shard after another and checks that each is consistent.
     ///
     /// # Errors
-    /// Names the first shard that is inconsistent and the inconsistency, or the first shard that could not be locked.
+    /// Returns a description of the first shard that is inconsistent or could not be locked.
     pub fn audit(&self) -> Result<(), String> {
         for shard in self.shards() {
             let checked = match shard.lock() {
@@ -29,7 +29,7 @@ impl Cache {
     }
 }
 
-/// Checks one shard; `hash_of` computes the hash under which keys were stored.
+/// Checks one shard. `hash_of` computes the hash under which keys were stored.
 fn audit(shard: &LockedShard<'_>, hash_of: impl Fn(&[u8]) -> u64) -> Result<(), String> {
     if shard.shard.head.intent.armed.load(Ordering::Relaxed) != 0 {
         return Err("is marked as being changed though its lock was free".to_owned());

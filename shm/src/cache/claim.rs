@@ -1,9 +1,9 @@
-//! Takes leases, holds them, and waits for them to end: applies the decisions of `protocols/lease.rs` to a segment.
+//! Takes leases, holds them, and waits for them to end, by applying the decisions in `protocols/lease.rs` to a segment.
 //!
-//! A waiting thread also monitors the holder of the lease: it wakes up periodically and checks with a system call whether the holder is
-//! dead; if so, it releases what the holder held. The more threads of a process wait, the longer each sleeps, so that together they check
-//! about as often as a single thread. (The waiter count in the segment cannot be used for this: a waiter that is killed is never
-//! subtracted from it.)
+//! A waiting thread also monitors the holder of the lease. It wakes up periodically and checks with a system call whether the holder is
+//! dead. If so, it releases everything that the holder held. The more threads of a process are waiting, the longer each of them sleeps, so
+//! that together they check about as often as a single thread. (The count of waiters in the segment cannot be used for this, because a
+//! waiter that is killed is never subtracted from it.)
 //!
 //! A forked child that inherits a lease does not release it, because the lease belongs to the parent.
 //!
@@ -21,13 +21,12 @@ use crate::memory::layout::LeaseCell;
 use crate::memory::{fork, futex};
 use crate::protocols::lease::{self, Claim};
 
-/// The longest sleep per waiting thread of the process; the average is half of it.
+/// Maximum sleep per waiting thread of the process, in milliseconds. The average sleep is half of it.
 const POLL_INTERVAL_MS: u64 = 4;
-/// The longest sleep, regardless of the number of waiting threads.
+/// Maximum sleep in milliseconds, regardless of the number of waiting threads.
 const MAX_POLL_INTERVAL_MS: u64 = 500;
 
-/// The number of waiting threads of this process; the high half holds the process's generation, so that a forked child starts
-/// at 0.
+/// The number of waiting threads of this process. The high half contains the process's fork generation, so that a forked child starts at 0.
 static WAITING: AtomicU64 = AtomicU64::new(0);
 
 /// The result of an attempt to take a lease.
@@ -35,11 +34,11 @@ static WAITING: AtomicU64 = AtomicU64::new(0);
 pub(crate) enum Claimed {
     Mine(Lease),
     Held(Ticket),
-    /// No lease can be taken: the cell is in use for another key, or this process is not a member.
+    /// No lease can be taken, because the cell is in use for another key or because this process is not a member.
     None,
 }
 
-/// A lease that this process holds; released on drop.
+/// A lease that this process holds. It is released on drop.
 #[derive(Debug)]
 pub(crate) struct Lease {
     inner: Arc<SharedMemory>,
@@ -48,7 +47,7 @@ pub(crate) struct Lease {
     generation: u32,
 }
 
-/// A snapshot of a lease that another process or thread holds, to wait for its end.
+/// A snapshot of a lease that another process or thread holds, used to wait for its end.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     pub(crate) inner: Arc<SharedMemory>,
@@ -56,12 +55,12 @@ pub(crate) struct Ticket {
     word: u64,
     turn: u32,
     pub(crate) holder: u32,
-    /// The end of the lease, or of the caller's patience.
+    /// The deadline of the lease, or the end of the time that the caller is willing to wait.
     until_ms: u64,
 }
 
 impl SharedMemory {
-    /// The lease cell of the key with this hash. Several keys share a cell.
+    /// Returns the lease cell for the key with this hash. Several keys share a cell.
     pub(crate) fn lease_cell(&self, hash: u64) -> Option<&LeaseCell> {
         let cells = self.lease_cells();
         cells.get(usize::try_from(hash & (cells.len() as u64).saturating_sub(1)).ok()?)
@@ -89,7 +88,7 @@ impl SharedMemory {
 }
 
 impl Lease {
-    /// The word in shared memory, and its value while the lease is held.
+    /// Returns the word in shared memory, and its value while the lease is held.
     pub(crate) fn word(&self) -> Option<(&AtomicU64, u64)> {
         Some((&self.inner.lease_cell(self.hash)?.word, self.word))
     }
@@ -111,7 +110,7 @@ impl Drop for Lease {
 }
 
 impl Ticket {
-    /// Limits the wait to this time.
+    /// Limits the wait to end at this time.
     pub(crate) fn until(mut self, until_ms: u64) -> Ticket {
         self.until_ms = self.until_ms.min(until_ms);
         self
@@ -124,7 +123,7 @@ impl Ticket {
         self.inner.lease_cell(self.hash).is_some_and(same) && self.inner.now_ms() < self.until_ms
     }
 
-    /// Sleeps until the lease ends, for one interval at most, and then checks whether its holder is alive.
+    /// Sleeps until the lease ends, but for one interval at most. Then checks whether the holder of the lease is alive.
     pub(crate) fn wait_here(&self) {
         let Some(cell) = self.inner.lease_cell(self.hash) else { return };
         let turn = lease::enter(&cell.waiters, &cell.turn);
@@ -161,7 +160,7 @@ thread_local! {
     static RENDERED_HERE: RefCell<Vec<(u32, u64)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// While it exists, its thread is rendering a page, so a request by this thread for the same page must not wait for the lease.
+/// While this value exists, its thread is rendering a page, so a request by this thread for the same page must not wait for the lease.
 #[derive(Debug)]
 pub(crate) struct Here {
     hash: u64,

@@ -1,9 +1,9 @@
 //! Decides whether to render a page again before it expires, so that requests rarely find it expired (XFetch).
 //!
-//! Each request draws a random number and decides on its own. The closer the expiry and the longer the rendering takes, the likelier
-//! the request renders: `now - cost * beta * ln(random) >= expiry`. With beta 1, the requests for a popular page taken together
-//! start rendering about one rendering time before the expiry (Vattani, Chierichetti, Lowenstein: Optimal Probabilistic Cache
-//! Stampede Prevention, VLDB 2015).
+//! Each request draws a random number and decides independently. A request is more likely to render the page the closer the expiry is and
+//! the longer the rendering takes: it renders if `now - cost * beta * ln(random) >= expiry`. With beta 1, the requests for a popular page
+//! taken together start rendering about one rendering time before the expiry (Vattani, Chierichetti, Lowenstein: Optimal Probabilistic
+//! Cache Stampede Prevention, VLDB 2015).
 //!
 //! Must not render.
 
@@ -14,8 +14,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::entry::Times;
 
-/// The largest possible value of -ln(random): rendering never starts earlier than this multiple of the cost before the
-/// expiry.
+/// Largest possible value of -ln(random). Rendering never starts earlier than this multiple of the cost before the expiry.
 const MOST: f64 = 37.0;
 
 /// Whether a fresh page should be rendered again, based on a random number in (0, 1].
@@ -25,12 +24,12 @@ pub(crate) fn is_early(times: &Times, now_ms: u64, beta: f64, random: impl FnOnc
     }
     let left_ms = times.expires_ms.saturating_sub(now_ms) as f64;
     let unit_ms = f64::from(times.cost_ms) * beta;
-    // Nearly always the expiry is too far away for any random number to matter, so none is drawn.
+    // The expiry is nearly always too far away for any random number to matter, so none is drawn.
     unit_ms * MOST >= left_ms && unit_ms * -random().ln() >= left_ms
 }
 
-/// A number in (0, 1], different on each call, on every thread and in every process. A generator with its own state is not an
-/// option, because all children of a fork would draw the same numbers.
+/// Returns a number in (0, 1] that differs on each call, on every thread and in every process. A generator with its own state cannot be
+/// used, because all children of a fork would draw the same numbers.
 pub(crate) fn random() -> f64 {
     static DRAWN: AtomicU64 = AtomicU64::new(0);
     let call = DRAWN.fetch_add(1, Ordering::Relaxed) ^ u64::from(std::process::id()) << 32;

@@ -1,9 +1,9 @@
 //! Serializes entries, and validates them when they are read.
 //!
-//! The bytes read here may be overwritten concurrently, or corrupted by a process that breaks the protocol. All parts of an
-//! [`Entry`] lie within its ring; the reader must check afterwards whether their contents are still valid.
+//! The bytes read here may be overwritten concurrently or corrupted by a process that breaks the protocol. All parts of an [`Entry`] are
+//! guaranteed to lie within its ring. The reader must check afterwards whether their contents are still valid.
 //!
-//! Must not take locks, or change anything but the bytes of an entry that is not published yet.
+//! Must not take locks. Must not change anything but the bytes of an entry that is not published yet.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -27,17 +27,17 @@ pub(crate) struct NewEntry<'a> {
     pub(crate) times: Times,
 }
 
-/// When an entry was stored and how long it is valid: times of the segment's clock, and durations, all in milliseconds.
+/// When an entry was stored, and how long it is valid. Times on the segment's clock, and durations, all in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Times {
-    /// The tag clock before the rendering began.
+    /// The clock of purges, read before the rendering began.
     pub(crate) snapshot: u64,
     pub(crate) stored_ms: u64,
-    /// 0 for never.
+    /// 0 means never.
     pub(crate) expires_ms: u64,
-    /// For this long after its expiry, the entry may be served while it is rendered again.
+    /// How long after its expiry the entry may be served while it is being rendered again.
     pub(crate) stale_ms: u32,
-    /// For this long after its expiry, the entry may be served if rendering fails.
+    /// How long after its expiry the entry may be served if rendering fails.
     pub(crate) error_ms: u32,
     /// How long the rendering took.
     pub(crate) cost_ms: u32,
@@ -73,7 +73,7 @@ pub(crate) struct Entry<'a> {
 }
 
 impl NewEntry<'_> {
-    /// The size of its record in bytes, or `None` if it exceeds `limit`.
+    /// Returns the size of the entry's record in bytes, or `None` if it exceeds `limit`.
     pub(crate) fn size(&self, limit: u64) -> Option<u64> {
         let tags = (self.tags.len() as u64).checked_mul(8)?;
         let key = (self.key.bytes.len() as u64).checked_next_multiple_of(8)?;
@@ -85,12 +85,12 @@ impl NewEntry<'_> {
 }
 
 impl<'a> Bytes<'a> {
-    /// The segment offset of a ring position.
+    /// Returns the offset in the segment of a ring position.
     pub(crate) fn offset(self, position: u64) -> u64 {
         self.at + position % self.len.max(1)
     }
 
-    /// The bytes left in the ring at `position` if `size` bytes do not fit there, otherwise 0.
+    /// Returns the number of bytes left in the ring at `position` if `size` bytes do not fit there, otherwise 0.
     pub(crate) fn pad_before(self, position: u64, size: u64) -> u64 {
         let left = self.left(position);
         if left < size { left } else { 0 }
@@ -100,7 +100,7 @@ impl<'a> Bytes<'a> {
         self.len - position % self.len.max(1)
     }
 
-    /// The record at a position, or `None` if the bytes are not a valid record.
+    /// Returns the record at a position, or `None` if the bytes are not a valid record.
     pub(crate) fn record(self, position: u64) -> Option<Record> {
         let words: &RecordHead = self.map.at(self.offset(position))?;
         let size = u64::from(words.size.load(Ordering::Relaxed));
@@ -113,7 +113,7 @@ impl<'a> Bytes<'a> {
         fits.then_some(Record { is_entry, size })
     }
 
-    /// The entry at a position, or `None` if the bytes are not a valid entry stored with this position.
+    /// Returns the entry at a position, or `None` if the bytes are not a valid entry that was stored with this position.
     #[inline]
     pub(crate) fn entry(self, position: u64) -> Option<Entry<'a>> {
         let into = position % self.len.max(1);

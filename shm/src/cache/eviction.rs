@@ -1,24 +1,24 @@
-//! Makes room in the rings: chooses the entries to evict, and decides when bytes may be overwritten.
+//! Makes room in the rings: selects the entries to evict, and determines when bytes may be overwritten.
 //!
-//! The policy is S3-FIFO (Yang et al., SOSP 2023), with objects weighted by their size in bytes. A ring is a log: the oldest
-//! record lies at its floor. To make room, the floor is raised record by record:
+//! The policy is S3-FIFO (Yang et al., SOSP 2023), with objects weighted by their size in bytes. A ring is a log, and its oldest record
+//! lies at its floor. To make room, the floor is raised record by record:
 //!
 //! ```text
 //! small ring   requested since it was stored, or the main ring is not full -> moved to the main ring     otherwise -> evicted,
 //!              and remembered as a ghost
 //! main ring    requested since it was stored or moved -> moved to the head, with one visit less          otherwise -> evicted
 //! ```
-//! Records that no slot leads to, purged entries and expired entries are dropped on the way. While more than an eighth of a ring
-//! consists of such dead bytes, live entries at its floor are moved to its head instead of being evicted: the floor then reaches
-//! the dead records sooner or later.
+//! Records that no slot leads to, purged entries and expired entries are dropped on the way. While such dead bytes make up more than an
+//! eighth of a ring, live entries at its floor are moved to its head instead of being evicted. The floor therefore reaches the dead records
+//! sooner or later.
 //!
-//! This policy was chosen for three reasons. A hit writes nothing but a visit counter, and only up to its maximum. Order is kept
-//! by position alone, so there are no linked lists that a killed process could leave broken. And among the policies with these
-//! two properties, it has the highest hit ratio (`docs/benchmarks.md`).
+//! This policy was chosen for three reasons. First, a hit writes only a visit counter, and only until the counter reaches its maximum.
+//! Second, the order is determined by position alone, so there are no linked lists that a killed process could leave broken. Third, among
+//! the policies with these two properties, it has the highest hit ratio (`docs/benchmarks.md`).
 //!
-//! Bytes are overwritten only when no reader can rely on them: first the floor is raised over them (readers check the floor
-//! after they have copied), *then* the writer checks that no pin covers them. A pinned entry stays in place, and the head skips
-//! it.
+//! Bytes are overwritten only when no reader can rely on them. First, the floor is raised above them, which readers detect because they
+//! check the floor after they have copied. *Then* the writer checks that no pin covers the bytes. A pinned entry stays in place, and the
+//! head skips it.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -35,8 +35,8 @@ use crate::protocols::pin;
 const MOVES: u32 = 64;
 /// Maximum number of bytes moved while making room for one entry.
 const MOVED_BYTES: u64 = 512 * 1024;
-/// The floor is raised by at least this fraction (1/n) of a ring at a time, because each change evicts it from every reader's
-/// CPU cache.
+/// The floor is raised by at least this fraction (1/n) of a ring at a time, because each change of the floor evicts it from the CPU caches
+/// of all readers.
 const STRIDE: u64 = 128;
 /// Fraction (1/n) of the main ring that is kept free, so that requested entries can be moved to its head. At least
 /// [`MIN_RESERVE`], unless that is more than 1/[`MOST_RESERVE`] of the ring.
@@ -50,14 +50,14 @@ const PROMOTION: u8 = 1;
 /// Maximum number of pinned entries that one store skips.
 const JUMPS: u32 = 256;
 
-/// The remaining number of moves and bytes that one store may spend.
+/// How many more moves and bytes one store may spend.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Budget {
     moves: u32,
     bytes: u64,
 }
 
-/// A pinned entry, expressed in the positions at which the head will reach it.
+/// A pinned entry, described by the positions at which the head will reach it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Obstacle {
     start: u64,
@@ -81,8 +81,8 @@ impl Budget {
 }
 
 impl LockedShard<'_> {
-    /// Returns a position for a record of `size` bytes at a ring's head: free, contiguous and not pinned. `None` if pins leave no
-    /// such position.
+    /// Returns a position at a ring's head for a record of `size` bytes. The bytes at the position are free, contiguous and not pinned.
+    /// Returns `None` if pins leave no such position.
     pub(crate) fn place(&mut self, ring: Ring, size: u64, judge: &Judge<'_>) -> Result<Option<u64>, Corrupt> {
         let bytes = self.shard.bytes(ring);
         for _ in 0..JUMPS {
@@ -114,8 +114,8 @@ impl LockedShard<'_> {
         let skip = (obstacle.end.saturating_sub(head)).min(to_end);
         self.make_room(ring, skip, judge)?;
         let (floor, moved) = self.bounds(ring)?;
-        // The size of the obstacle is rounded up, so the skip may end inside the next entry. If that entry was pinned before the
-        // floor was raised over it, the next attempt skips all of it.
+        // The size of the obstacle is rounded up, so the skip may end inside the next entry. If the next entry was pinned before the floor
+        // was raised above it, the next attempt skips all of it.
         let is_clear = || self.end_of_pins(ring, head, head + skip) <= head + skip || skip == to_end;
         if moved == head && head + skip <= floor + bytes.len && is_clear() {
             self.pad(ring, head, skip)?;
@@ -175,7 +175,7 @@ impl LockedShard<'_> {
         }
     }
 
-    /// Drops, moves or evicts the record at `at`; everything below it is already free. Returns the position of the next record.
+    /// Drops, moves or evicts the record at `at`. Everything below `at` must already be free. Returns the position of the next record.
     fn pass(&mut self, ring: Ring, at: u64, judge: &Judge<'_>, budget: &mut Budget) -> Result<u64, Corrupt> {
         let bytes = self.shard.bytes(ring);
         let record = bytes.record(at).ok_or(Corrupt)?;
@@ -192,7 +192,7 @@ impl LockedShard<'_> {
         Ok(at + record.size)
     }
 
-    /// Moves or evicts the live entry at `at`, the oldest in its ring.
+    /// Moves or evicts the live entry at `at`, which is the oldest in its ring.
     fn retire(
         &mut self,
         ring: Ring,
@@ -234,7 +234,7 @@ impl LockedShard<'_> {
         Ok(())
     }
 
-    /// The number of bytes from `at` to the head that no slot leads to.
+    /// Returns the number of bytes between `at` and the head that no slot leads to.
     fn dead_weight(&self, ring: Ring, at: u64) -> Result<u64, Corrupt> {
         let (_, head) = self.bounds(ring)?;
         let [small, main] = self.shard.books().bytes;
@@ -242,7 +242,7 @@ impl LockedShard<'_> {
         Ok(head.saturating_sub(at).saturating_sub(live))
     }
 
-    /// Copies an entry from the small ring to the main ring; `false` if there is no room.
+    /// Copies an entry from the small ring to the main ring. Returns `false` if there is no room.
     fn promote(&mut self, slot: Slot<'_>, entry: &Entry<'_>, from: Place, judge: &Judge<'_>) -> Result<bool, Corrupt> {
         let Some(position) = self.place(Ring::Main, entry.size, judge)? else { return Ok(false) };
         self.copy_to(slot, entry, from, Place { ring: Ring::Main, position }, 0)?;
@@ -250,7 +250,7 @@ impl LockedShard<'_> {
         Ok(true)
     }
 
-    /// Copies the oldest entry of a ring to its head, if that is possible without an eviction.
+    /// Copies the oldest entry of a ring to the ring's head, if that is possible without an eviction.
     fn send_to_head(&mut self, slot: Slot<'_>, entry: &Entry<'_>, from: Place, visits: u8) -> Result<bool, Corrupt> {
         let Place { ring, position: at } = from;
         // Everything below `at` has been dropped or moved, and may be overwritten.
@@ -268,7 +268,7 @@ impl LockedShard<'_> {
         Ok(true)
     }
 
-    /// Copies an entry to a free position, and points its slot to the copy.
+    /// Copies an entry to a free position, and stores that position in the entry's slot.
     fn copy_to(
         &mut self,
         slot: Slot<'_>,
@@ -298,14 +298,14 @@ impl LockedShard<'_> {
         if to > floor {
             self.shard.floor(ring).store(to, Ordering::Release);
             crash::point("room: floor raised");
-            // The fence must come before any byte below is written, because readers check the floor after they read the bytes; and before
-            // the pins are checked, because readers check the floor after they set a pin.
+            // The fence must come before any freed byte is written, because readers check the floor after they have read the bytes. It must
+            // also come before the pins are checked, because readers check the floor after they have set a pin.
             fence(Ordering::SeqCst);
         }
         Ok(())
     }
 
-    /// The first pinned entry between the head and `end`, if any.
+    /// Returns the first pinned entry between the head and `end`, if any.
     fn obstacle(&mut self, ring: Ring, end: u64) -> Result<Option<Obstacle>, Corrupt> {
         let (floor, head) = self.bounds(ring)?;
         let len = self.shard.bytes(ring).len;
@@ -321,7 +321,7 @@ impl LockedShard<'_> {
         Ok(obstacle.filter(|obstacle| obstacle.start < end))
     }
 
-    /// The first pinned entry that begins in `from..to`, a range of less than one lap, extended over the pinned entries that overlap
+    /// Returns the first pinned entry that begins in `from..to`, a range of less than one lap, extended by the pinned entries that overlap
     /// it.
     ///
     /// The head never lies inside a pinned entry, so a pinned entry that begins before `from` also ends before it.
@@ -332,10 +332,11 @@ impl LockedShard<'_> {
         Some(nearest)
     }
 
-    /// The first position at or after `end` that lies inside none of the pinned entries that begin between `from` and that position.
+    /// Returns the first position at or after `end` that lies inside none of the pinned entries that begin between `from` and that
+    /// position.
     ///
-    /// A pin may begin inside another pinned entry, for two reasons: entry sizes are rounded up; and a reader that has not yet detected
-    /// that its entry is gone may have pinned a position that is now in the middle of another entry.
+    /// A pin may begin inside another pinned entry, for two reasons. First, the sizes of entries are rounded up. Second, a reader may have
+    /// pinned a position that is now in the middle of another entry, and may not have detected yet that its own entry is gone.
     fn end_of_pins(&self, ring: Ring, from: u64, mut end: u64) -> u64 {
         let ends = |end| self.pins_from(ring, from).filter(move |pin| pin.start < end).map(|pin| pin.end).max();
         while let Some(further) = ends(end).filter(|&further| further > end) {
@@ -344,7 +345,7 @@ impl LockedShard<'_> {
         end
     }
 
-    /// The pinned entries of a ring, expressed in the positions at which a head that starts at `from` will reach them.
+    /// Returns the pinned entries of a ring, described by the positions at which a head that starts at `from` will reach them.
     fn pins_from(&self, ring: Ring, from: u64) -> impl Iterator<Item = Obstacle> {
         let len = self.shard.bytes(ring).len.max(1);
         let number = self.shard.number;
@@ -363,8 +364,7 @@ impl LockedShard<'_> {
         })
     }
 
-    /// For the sweep: raises the floors over dead records, and moves some live entries if dead bytes take up too much of a
-    /// ring.
+    /// Raises the floors over dead records, and moves some live entries if dead bytes take up too much of a ring. Called by the sweep.
     pub(crate) fn tidy(&mut self, judge: &Judge<'_>) -> Result<(), Corrupt> {
         for ring in Ring::BOTH {
             let mut budget = Budget::new(0);
@@ -391,7 +391,7 @@ impl LockedShard<'_> {
         Ok(self.slot_of(&entry, Place { ring, position: at }).is_some())
     }
 
-    /// Moves a live entry from the floor to the head, keeping its visits; `false` if that is not possible.
+    /// Moves a live entry from the floor to the head and keeps its visits. Returns `false` if that is not possible.
     fn rotate(&mut self, ring: Ring, at: u64, judge: &Judge<'_>, budget: &mut Budget) -> Result<bool, Corrupt> {
         let entry = self.shard.bytes(ring).entry(at).ok_or(Corrupt)?;
         let Some(slot) = self.slot_of(&entry, Place { ring, position: at }) else { return Ok(true) };

@@ -1,5 +1,4 @@
-//! Decides whether an entry is still valid, by its expiry times and by purges of its key, its tags or a prefix of its
-//! key.
+//! Determines whether an entry is still valid, based on its expiry times and on purges of its key, its tags or a prefix of its key.
 //!
 //! Must not change anything.
 
@@ -23,7 +22,7 @@ pub(crate) struct Judge<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Moment<'a> {
     At(u64),
-    /// Read from the clock only when needed, because pages without a time limit do not need it.
+    /// The time is read from the clock only when it is needed, because pages without a time limit do not need it.
     Now(&'a SharedMemory),
 }
 
@@ -39,7 +38,7 @@ impl Moment<'_> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Fresh,
-    /// Expired, but may be served while it is rendered again.
+    /// Expired, but may be served while it is being rendered again.
     Stale,
     /// Expired, but may be served if rendering fails.
     OnError,
@@ -71,7 +70,7 @@ impl Judge<'_> {
 
     /// Whether the entry's key, a prefix of it, or one of its tags was purged after the rendering began.
     fn is_purged(&self, entry: &Entry<'_>, snapshot: u64) -> bool {
-        // Usually nothing at all has been purged since then, and the check costs a single load.
+        // Usually there has been no purge since then, and the check costs a single load.
         if snapshot >= self.header.tag_clock.load(Ordering::SeqCst) {
             return false;
         }
@@ -100,7 +99,7 @@ impl Judge<'_> {
     }
 }
 
-/// The verdict based on an entry's times alone.
+/// Returns the verdict based on an entry's times alone.
 pub(crate) fn freshness(times: &Times, now_ms: u64) -> Verdict {
     let until = |grace_ms: u32| times.expires_ms.saturating_add(grace_ms.into());
     if times.expires_ms == 0 || now_ms < times.expires_ms {

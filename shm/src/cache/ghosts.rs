@@ -1,15 +1,15 @@
-//! Remembers ghosts: hashes of entries that were evicted from the small ring. An entry that is stored again soon after its eviction
-//! goes directly to the main ring.
+//! Remembers ghosts, which are hashes of entries that were evicted from the small ring. An entry that is stored again soon after its
+//! eviction is placed directly in the main ring.
 //!
-//! A ghost is one word: half of the hash, and the sequence number of the eviction. The other half of the hash chooses the bucket, in
-//! which a new ghost replaces the oldest. A ghost stays valid for as many evictions as the main ring has entries, as in S3-FIFO.
-//! Ghosts are hints: a wrong ghost only leads to a worse eviction choice.
+//! A ghost is one word: half of the hash, and the sequence number of the eviction. The other half of the hash selects the bucket, in which
+//! a new ghost replaces the oldest one. A ghost stays valid for as many evictions as the main ring has entries, as in S3-FIFO. Ghosts are
+//! hints: an incorrect ghost only leads to a worse choice of the entry to evict.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::memory::layout::GhostBucket;
 
-/// A ghost stays valid for at least this many evictions, even if the main ring is nearly empty.
+/// Minimum number of evictions for which a ghost stays valid, even if the main ring is nearly empty.
 const FEWEST: u64 = 128;
 
 /// Records that an entry with this hash was evicted.

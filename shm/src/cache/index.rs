@@ -1,11 +1,11 @@
-//! The index of a shard: buckets of seven slots. Each slot is one word with the location of an entry.
+//! The index of a shard: buckets of seven slots. Each slot is one word that contains the location of an entry.
 //!
-//! A key has two buckets. A new entry goes into the first bucket unless that is full, so that most lookups touch one cache
-//! line, which also contains the visits. A slot is changed by a single store, under the shard's lock; readers load it without
-//! the lock.
+//! A key has two buckets. A new entry is placed in the first bucket unless that bucket is full. Most lookups therefore access a single
+//! cache line, which also contains the visits. A slot is changed by a single store, under the shard's lock. Readers load it without the
+//! lock.
 //!
-//! A position identifies a byte of a ring's endless log and is never reused, so a slot's word cannot come to denote a
-//! different entry while a reader uses it.
+//! A position identifies a byte in a ring's endless log and is never reused. A slot's word can therefore not refer to a different entry
+//! while a reader is using it.
 //!
 //! Must not read entries.
 
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use crate::memory::layout::{Bucket, GRAIN, SLOTS};
 
-/// Hits raise an entry's visits up to this number.
+/// Maximum number of visits that are counted for an entry.
 pub(crate) const MAX_VISITS: u8 = 3;
 
 const FINGERPRINT_SHIFT: u32 = 53;
@@ -36,7 +36,7 @@ pub(crate) struct Place {
     pub(crate) position: u64,
 }
 
-/// A slot, and its visits.
+/// A slot and its visits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slot<'a> {
     pub(crate) number: u64,
@@ -62,7 +62,7 @@ impl Ring {
 }
 
 impl Place {
-    /// The word for a slot, which includes the fingerprint: some bits of the key's hash.
+    /// Returns the word for a slot. It includes the fingerprint, which consists of some bits of the key's hash.
     pub(crate) fn word(self, hash: u64) -> u64 {
         let ring = match self.ring {
             Ring::Small => 0,
@@ -71,7 +71,7 @@ impl Place {
         hash >> FINGERPRINT_SHIFT << FINGERPRINT_SHIFT | ring << RING_SHIFT | (self.position / GRAIN)
     }
 
-    /// Returns `None` for the word of a free slot.
+    /// Decodes a slot's word. Returns `None` if the slot is free.
     pub(crate) fn of(word: u64) -> Option<Place> {
         let ring = if word >> RING_SHIFT & 1 == 0 { Ring::Small } else { Ring::Main };
         (word != 0).then_some(Place { ring, position: (word & POSITION_MASK) * GRAIN })
@@ -79,7 +79,7 @@ impl Place {
 }
 
 impl<'a> Index<'a> {
-    /// The slots that may hold an entry with this hash, starting with those of its first bucket.
+    /// Returns the slots that may hold an entry with this hash, beginning with the slots in its first bucket.
     pub(crate) fn candidates(self, hash: u64) -> impl Iterator<Item = Slot<'a>> {
         [self.first(hash), self.second(hash)]
             .into_iter()
@@ -88,7 +88,7 @@ impl<'a> Index<'a> {
 
     /// Calls `visit` for each candidate slot whose fingerprint matches this hash, until `visit` returns `Some`.
     ///
-    /// Every lookup runs this function, so it is a plain loop over two cache lines.
+    /// Every lookup runs this function, so it is a simple loop over two cache lines.
     pub(crate) fn find<R>(self, hash: u64, mut visit: impl FnMut(Slot<'a>, u64) -> Option<R>) -> Option<R> {
         let first = self.first(hash);
         self.find_in(first, hash, &mut visit).or_else(|| self.find_in(self.second(hash), hash, &mut visit))
@@ -98,8 +98,8 @@ impl<'a> Index<'a> {
     fn find_in<R>(self, bucket: usize, hash: u64, visit: &mut impl FnMut(Slot<'a>, u64) -> Option<R>) -> Option<R> {
         let cells = self.buckets.get(bucket)?;
         let words = cells.slots.each_ref().map(|slot| slot.load(Ordering::Acquire));
-        // All seven are compared at once: the matching slot cannot be predicted, and a mispredicted branch costs more than seven
-        // comparisons.
+        // All seven words are compared at once, because the matching slot cannot be predicted, and a mispredicted branch costs more than
+        // seven comparisons.
         let matches = words.map(|word| u32::from((word ^ hash) >> FINGERPRINT_SHIFT == 0));
         let mut mask = matches.iter().enumerate().fold(0, |mask, (at, is_match)| mask | is_match << at);
         while mask != 0 {
@@ -110,7 +110,7 @@ impl<'a> Index<'a> {
                 word: cells.slots.get(at)?,
                 visits: cells.visits.get(at)?,
             };
-            // A free slot looks like a slot with fingerprint 0, and leads to no entry.
+            // A free slot looks like a slot with fingerprint 0, and does not lead to an entry.
             if let Some(result) = words.get(at).and_then(|&word| visit(slot, word)) {
                 return Some(result);
             }
@@ -122,7 +122,7 @@ impl<'a> Index<'a> {
         (self.buckets.len() * SLOTS) as u64
     }
 
-    /// A slot by its number.
+    /// Returns the slot with this number.
     pub(crate) fn slot(self, number: u64) -> Option<Slot<'a>> {
         let at = usize::try_from(number % SLOTS as u64).ok()?;
         self.slot_in(usize::try_from(number / SLOTS as u64).ok()?, at)
@@ -147,8 +147,7 @@ impl<'a> Index<'a> {
 }
 
 impl Slot<'_> {
-    /// Counts a request for the entry. Stores nothing at the maximum, so that the cache line of a hot page is not
-    /// invalidated.
+    /// Counts a request for the entry. Does not store at the maximum, so that the cache line of a popular page is not invalidated.
     pub(crate) fn visit(self) {
         let visits = self.visits.load(Ordering::Relaxed);
         if visits < MAX_VISITS {

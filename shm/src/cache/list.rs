@@ -17,11 +17,11 @@ pub struct EntryInfo {
     pub key: Vec<u8>,
     /// Length of the value in bytes.
     pub len: u64,
-    /// Time since it was stored.
+    /// Time since the page was stored.
     pub age: Duration,
-    /// Time until it expires; `None` if it does not.
+    /// Time until the page expires; `None` if it never expires.
     pub left: Option<Duration>,
-    /// Whether it has expired, but may be served while it is rendered again, or if rendering fails.
+    /// Whether the page has expired, but may be served while it is being rendered again, or if rendering fails.
     pub stale: bool,
     /// Number of tags.
     pub tags: u64,
@@ -29,20 +29,20 @@ pub struct EntryInfo {
 
 /// The number of pages by age and by size.
 ///
-/// `ages[n]` counts the pages stored less than 2ⁿ seconds ago that are not in a smaller class; `sizes[n]` counts those
-/// whose value has less than 2ⁿ bytes. The last class contains the rest.
+/// `ages[n]` is the number of pages that were stored less than 2ⁿ seconds ago and are not in a lower class. `sizes[n]` is the same for
+/// pages whose value is shorter than 2ⁿ bytes. The last class contains all remaining pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Distribution {
-    /// By age.
+    /// Number of pages by age.
     pub ages: [u64; 32],
-    /// By size.
+    /// Number of pages by size.
     pub sizes: [u64; 32],
 }
 
 impl Cache {
-    /// Lists up to `most` pages whose keys begin with `prefix`, in no particular order. Takes no lock, so pages that
-    /// are stored or removed meanwhile may be missing.
+    /// Lists up to `most` pages whose keys begin with `prefix`, in no particular order. Takes no lock, so pages that are stored or removed
+    /// during the call may be missing.
     pub fn list(&self, prefix: impl AsRef<[u8]>, most: usize) -> Vec<EntryInfo> {
         let prefix = prefix.as_ref();
         let now_ms = self.segment.now_ms();
@@ -80,8 +80,7 @@ impl Cache {
         distribution
     }
 
-    /// Calls `look` for every entry that is still valid; its result is used only if the entry was not overwritten
-    /// meanwhile.
+    /// Calls `look` for every entry that is still valid. A result is used only if the entry was not overwritten in the meantime.
     fn survey<R>(
         &self,
         now_ms: u64,
@@ -100,13 +99,13 @@ impl Cache {
     }
 }
 
-/// The locations in all slots of a shard.
+/// Returns the locations stored in all slots of a shard.
 fn places(shard: Shard<'_>) -> impl Iterator<Item = Place> {
     let slots = (0..shard.index.len()).filter_map(move |number| shard.index.slot(number));
     slots.filter_map(|slot| Place::of(slot.word.load(Ordering::Acquire)))
 }
 
-/// The least `n` with `value < 2ⁿ`, or the last class.
+/// Returns the smallest `n` with `value < 2ⁿ`, or the last class.
 fn class(value: u64) -> usize {
     usize::try_from(u64::BITS - value.leading_zeros()).unwrap_or(31).min(31)
 }

@@ -1,6 +1,6 @@
 //! Looks up the entry of a key with its verdict, times and tags, for rendering and for pages composed of fragments.
 //!
-//! Must not count, or decide what is served.
+//! Must not count lookups, or decide what is served.
 
 use std::sync::atomic::Ordering;
 
@@ -28,7 +28,7 @@ pub(crate) enum Tags {
 }
 
 impl Cache {
-    /// Returns the entry stored under a key, if `wanted` accepts it, and the number of times the lookup was repeated.
+    /// Returns the entry stored under a key, if `wanted` accepts it, and the number of times that the lookup was repeated.
     pub(crate) fn lookup<V: CacheValue>(
         &self,
         key: Key<'_>,

@@ -1,4 +1,4 @@
-//! The options that a page is stored with.
+//! The options with which a page is stored.
 
 use std::time::Duration;
 
@@ -53,15 +53,15 @@ impl StoreOptions {
         StoreOptions::default()
     }
 
-    /// Sets the time to live: how long the page is fresh.
+    /// Sets the time to live, which is how long the page is fresh.
     #[must_use]
     pub fn ttl(mut self, ttl: Duration) -> StoreOptions {
         self.ttl = Some(ttl);
         self
     }
 
-    /// Sets how long after its time to live [`Cache::get_or_render`](crate::Cache::get_or_render) still serves the page
-    /// while one process renders it again (stale-while-revalidate, RFC 5861 §3).
+    /// Sets how long after its time to live [`Cache::get_or_render`](crate::Cache::get_or_render) still serves the page while one process
+    /// is rendering it again (stale-while-revalidate, RFC 5861 §3).
     #[must_use]
     pub fn stale(mut self, stale: Duration) -> StoreOptions {
         self.stale = stale;
@@ -76,45 +76,44 @@ impl StoreOptions {
         self
     }
 
-    /// Sets the page's tags. The page is invalidated when any of them is purged. The number of tags is limited by the
-    /// size of an entry, in which each tag takes 8 bytes.
+    /// Sets the page's tags. The page is invalidated when any of its tags is purged. The number of tags is limited by the size of an entry,
+    /// in which each tag takes 8 bytes.
     #[must_use]
     pub fn tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> StoreOptions {
         self.tags = tags.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Declares that the page shows the data as of this time of [`Cache::clock`](crate::Cache::clock).
+    /// Declares that the page shows the data as of this time on [`Cache::clock`](crate::Cache::clock).
     ///
-    /// Without this option, the page counts as rendered when it is stored, and a purge during rendering goes unnoticed.
-    /// `get_or_render` sets the time itself.
+    /// Without this option, the page is treated as rendered when it is stored, and a purge during rendering is not detected.
+    /// `get_or_render` sets this time itself.
     #[must_use]
     pub fn as_of(mut self, clock: PurgeSnapshot) -> StoreOptions {
         self.as_of = Some(clock);
         self
     }
 
-    /// Makes requests occasionally render a page again shortly *before* it expires, so that a popular page never
-    /// expires (XFetch; Vattani et al., VLDB 2015).
+    /// Makes requests occasionally render a page again shortly *before* it expires, so that a popular page never expires (XFetch; Vattani
+    /// et al., VLDB 2015).
     ///
-    /// This is more likely the closer the expiry and the longer the rendering takes. `beta` is usually 1; larger values
-    /// render earlier.
+    /// A request is more likely to do so the closer the expiry is and the longer the rendering takes. `beta` is usually 1; with larger
+    /// values, rendering starts earlier.
     #[must_use]
     pub fn early(mut self, beta: f64) -> StoreOptions {
         self.early = Some(beta);
         self
     }
 
-    /// Sets the rendering deadline: when a process has been rendering for this long, another process may start (default
-    /// 30 s).
+    /// Sets the rendering deadline (30 s by default). When a process has been rendering for this long, another process may start to render.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> StoreOptions {
         self.deadline = deadline;
         self
     }
 
-    /// Sets how long a caller waits for a page that another process renders, before it renders the page itself (default
-    /// 10 s).
+    /// Sets how long a caller waits for a page that another process is rendering before the caller renders the page itself (10 s by
+    /// default).
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> StoreOptions {
         self.patience = patience;

@@ -5,12 +5,12 @@
 //!        client ◀─ negotiate ◀─ Page ◀─ meta::decode ◀─────────────────┘
 //! ```
 //!
-//! The body is compressed once, when the page is stored. A client that accepts gzip gets the stored bytes; for any other client,
-//! the body is decompressed. In neither case is the page rendered again.
+//! The body is compressed once, when the page is stored. A client that accepts gzip is sent the stored bytes. For any other client, the
+//! body is decompressed. The page is rendered again in neither case.
 //!
 //! - [`fields`] parses single header fields: pure functions on bytes.
 //! - [`meta`] encodes everything but the body as bytes, and decodes those bytes without trusting them.
-//! - [`serve`] decides which pages may be stored, and what is sent to a client.
+//! - [`serve`] determines which pages may be stored, and what is sent to a client.
 
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
@@ -27,10 +27,10 @@ use flate2::write::GzEncoder;
 
 pub use self::serve::NotStorable;
 
-/// Bodies up to this length, in bytes, are not compressed, because that would save at most a network packet or two.
+/// Bodies of up to this length, in bytes, are not compressed, because that would save at most a network packet or two.
 const GZIP_MIN: usize = 1024;
-/// Initial buffer for a decompressed body, as a multiple of its compressed length. The buffer grows with the output instead of
-/// being allocated at the recorded length, which may be wrong.
+/// Initial size of the buffer for a decompressed body, as a multiple of the compressed length. The buffer grows with the output instead of
+/// being allocated with the recorded length, which may be incorrect.
 const FIRST_ROOM: usize = 16;
 
 /// A header: its name in lower case, and its value.
@@ -57,7 +57,7 @@ pub struct Page {
     status: u16,
     headers: Vec<Header>,
     body: Vec<u8>,
-    /// The length of the body before the cache compressed it; `None` if the cache did not.
+    /// The length of the body before the cache compressed it; `None` if the cache did not compress it.
     plain_len: Option<u64>,
 }
 
@@ -75,12 +75,12 @@ pub enum Encoding {
 pub enum CorruptPage {
     /// The stored metadata is invalid.
     Meta {
-        /// What is wrong with it.
+        /// What is wrong with the metadata.
         why: &'static str,
     },
     /// The stored compressed body is invalid.
     Body {
-        /// What is wrong with it.
+        /// What is wrong with the body.
         why: &'static str,
     },
 }
@@ -118,54 +118,54 @@ impl Page {
         self
     }
 
-    /// The status code, such as 200.
+    /// Returns the status code, such as 200.
     pub fn status_code(&self) -> u16 {
         self.status
     }
 
-    /// The headers in order, with lower-case names.
+    /// Returns the headers in order, with lower-case names.
     pub fn headers(&self) -> &[Header] {
         &self.headers
     }
 
-    /// The value of the first header with this name. `name` must be in lower case.
+    /// Returns the value of the first header with this name. `name` must be in lower case.
     pub fn value(&self, name: &str) -> Option<&[u8]> {
         self.values(name).next()
     }
 
-    /// The values of all headers with this name. `name` must be in lower case.
+    /// Returns the values of all headers with this name. `name` must be in lower case.
     pub fn values(&self, name: &str) -> impl Iterator<Item = &[u8]> {
         self.headers.iter().filter(move |(known, _)| known == name.as_bytes()).map(|(_, value)| value.as_slice())
     }
 
-    /// Whether the cache has compressed the body; the headers do not declare it.
+    /// Whether the cache has compressed the body. The headers do not declare this.
     pub fn encoding(&self) -> Encoding {
         if self.plain_len.is_some() { Encoding::Gzip } else { Encoding::Identity }
     }
 
-    /// The body as stored: see [`Page::encoding`].
+    /// Returns the body as stored: see [`Page::encoding`].
     pub fn body(&self) -> &[u8] {
         &self.body
     }
 
-    /// Splits the page into status, headers and body. Call [`negotiate`](Page::negotiate) first, because until then the
-    /// headers do not declare that the body is compressed.
+    /// Splits the page into status, headers and body. Call [`negotiate`](Page::negotiate) first, because the headers do not declare that
+    /// the body is compressed until then.
     pub fn into_parts(self) -> (u16, Vec<Header>, Vec<u8>) {
         (self.status, self.headers, self.body)
     }
 
     /// Compresses the body, if that is useful and allowed.
     ///
-    /// The body is left unchanged if it has at most 1024 bytes or does not become smaller; if its content type is
-    /// compressed already; if there is a `Content-Encoding`, a `Content-Range`, or a digest of the exact bytes; or if
-    /// `Cache-Control` contains `no-transform` (RFC 9111 §5.2.2.6).
+    /// The body is left unchanged in the following cases: it has at most 1024 bytes; it does not become smaller; its content type is
+    /// already compressed; there is a `Content-Encoding`, a `Content-Range`, or a digest of the exact bytes; or `Cache-Control` contains
+    /// `no-transform` (RFC 9111 §5.2.2.6).
     #[must_use]
     pub fn gzip(mut self) -> Page {
         if self.plain_len.is_some() || self.body.len() <= GZIP_MIN || fields::forbid_coding(&self.headers) {
             return self;
         }
         let mut encoder = GzEncoder::new(Vec::with_capacity(self.body.len() / 4), Compression::default());
-        // Writing to memory cannot fail. If it did, the page would stay uncompressed.
+        // Writing to memory cannot fail. If it did, the page would remain uncompressed.
         if encoder.write_all(&self.body).is_ok()
             && let Ok(compressed) = encoder.finish()
             && compressed.len() < self.body.len()
@@ -177,11 +177,11 @@ impl Page {
         self
     }
 
-    /// Decompresses the body: the inverse of [`Page::gzip`].
+    /// Decompresses the body. This is the inverse of [`Page::gzip`].
     ///
     /// # Errors
-    /// Fails if the stored body is not valid gzip, or does not decompress to its original length. Never decompresses
-    /// more than one byte beyond that length.
+    /// Fails if the stored body is not valid gzip, or if it does not decompress to its original length. At most one byte beyond that length
+    /// is decompressed.
     pub fn into_plain(mut self) -> Result<Page, CorruptPage> {
         if let Some(plain_len) = self.plain_len.take() {
             self.body = decompress(&self.body, plain_len)?;
@@ -194,7 +194,7 @@ fn decompress(body: &[u8], plain_len: u64) -> Result<Vec<u8>, CorruptPage> {
     let damaged = |why| CorruptPage::Body { why };
     let room = body.len().saturating_mul(FIRST_ROOM);
     let mut plain = Vec::with_capacity(usize::try_from(plain_len).map_or(room, |len| len.min(room)));
-    // The extra byte makes the decoder reach the end and verify the checksum, or reveals that the body is too long.
+    // With the extra byte, the decoder reaches the end and verifies the checksum, or finds that the body is too long.
     let mut decoder = GzDecoder::new(body).take(plain_len.saturating_add(1));
     decoder.read_to_end(&mut plain).map_err(|_| damaged("it cannot be decompressed"))?;
     if plain.len() as u64 != plain_len {

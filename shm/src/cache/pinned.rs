@@ -17,15 +17,15 @@ use crate::memory::fork;
 use crate::protocols::pin;
 use crate::protocols::pin::Pin;
 
-/// A page of the cache, read in place. Its bytes do not change until this is dropped, even if the page is purged or
-/// replaced meanwhile, provided that all processes that map the segment follow its protocol.
+/// A page in the cache that is read in place. Its bytes do not change until this value is dropped, even if the page is purged or replaced,
+/// provided that all processes that map the segment follow its protocol.
 ///
-/// Rust cannot enforce that for another process, so this type does not lend a `&[u8]`, which would guarantee to the
-/// compiler that the bytes do not change. Instead, it copies the bytes, or has the kernel write them from shared
-/// memory. If a process misbehaves, the result is a mixture of old and new bytes, and nothing worse.
-/// [`Pinned::into_slice`] is for callers that can guarantee the behavior of all processes.
+/// Rust cannot enforce this for another process. This type therefore does not lend a `&[u8]`, which would guarantee to the compiler that
+/// the bytes do not change. Instead, it copies the bytes, or has the kernel write them from shared memory. If a process misbehaves, the
+/// result is a mixture of old and new bytes, and nothing worse. [`Pinned::into_slice`] is for callers that can guarantee the behavior of
+/// all processes.
 ///
-/// In a forked child that inherits it, it is empty, because the pin belongs to the parent.
+/// In a forked child that inherits this value, it is empty, because the pin belongs to the parent.
 pub struct Pinned {
     bytes: Kept,
 }
@@ -40,7 +40,7 @@ enum Kept {
 }
 
 impl Pinned {
-    /// Pins the entry, or copies it if no pin is available; `None` if it has been overwritten already.
+    /// Pins the entry, or copies it if no pin is available. Returns `None` if the entry has already been overwritten.
     pub(crate) fn new(inner: &Arc<SharedMemory>, sight: &Sight<'_, '_>) -> Option<Pinned> {
         let (entry, place) = (&sight.entry, sight.place);
         let pin = Pin {
@@ -68,14 +68,14 @@ impl Pinned {
     }
 }
 
-/// Sets the pin in a free cell of this process.
+/// Sets the pin in a free cell of this process, and returns the cell.
 fn take_cell(cells: &[AtomicU64], pin: Pin) -> Option<(u64, &AtomicU64)> {
     let mut cells = (0..).zip(cells);
     cells.find(|(_, cell)| cell.load(Ordering::Relaxed) == 0 && pin::set(cell, pin))
 }
 
 impl Pinned {
-    /// The length in bytes.
+    /// Returns the length in bytes.
     pub fn len(&self) -> usize {
         match &self.bytes {
             Kept::Copy(bytes) => bytes.len(),
@@ -83,13 +83,12 @@ impl Pinned {
         }
     }
 
-    /// Whether the page has no bytes.
+    /// Whether the page is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Copies bytes, starting at offset `from`, into `target`, until the page or `target` ends. Returns the number of
-    /// bytes copied.
+    /// Copies bytes into `target`, beginning at offset `from`, until the page or `target` ends. Returns the number of bytes copied.
     pub fn copy_to(&self, from: usize, target: &mut [u8]) -> usize {
         let count = self.len().saturating_sub(from).min(target.len());
         let target = &mut target[..count];
@@ -113,11 +112,11 @@ impl Pinned {
         copy
     }
 
-    /// Writes the bytes, starting at offset `from`, to a file or a socket with `write(2)`; the kernel reads them in
-    /// place. Returns the number of bytes written, which may be fewer than requested.
+    /// Writes the bytes from offset `from` on to a file or a socket with `write(2)`; the kernel reads them in place. Returns the number of
+    /// bytes written, which may be fewer than requested.
     ///
     /// # Errors
-    /// The error of `write(2)`.
+    /// Returns the error from `write(2)`.
     pub fn write_to(&self, from: usize, file: impl AsFd) -> io::Result<usize> {
         let count = self.len().saturating_sub(from);
         match (&self.bytes, self.here()) {
@@ -129,18 +128,17 @@ impl Pinned {
         }
     }
 
-    /// Returns the bytes as a slice, without a copy, for libraries that accept nothing else (`Bytes::from_owner`, for
-    /// example).
+    /// Returns the bytes as a slice, without a copy, for libraries that accept nothing else (`Bytes::from_owner`, for example).
     ///
     /// # Safety
-    /// While the result lives, no process may write to the bytes of this entry. Forkyard's own code does not, in any process; a
-    /// stray write by any process that maps the segment would. The bytes must also not be handed to the kernel for deferred
-    /// reading (`MSG_ZEROCOPY`, `vmsplice`) that may outlast the result.
+    /// While the result exists, no process may write to the bytes of this entry. Forkyard's own code never does so, in any process; a stray
+    /// write by any process that maps the segment would. The bytes must also not be passed to the kernel for deferred reading
+    /// (`MSG_ZEROCOPY`, `vmsplice`) that may outlast the result.
     pub unsafe fn into_slice(self) -> PinnedSlice {
         PinnedSlice(self)
     }
 
-    /// The location of the bytes, if they are pinned by this process.
+    /// Returns the location of the bytes, if they are pinned by this process.
     fn here(&self) -> Option<(&SharedMemory, u64, u64)> {
         match &self.bytes {
             Kept::Here { inner, generation, at, len, .. } if *generation == fork::generation() => {
@@ -157,7 +155,7 @@ impl Deref for PinnedSlice {
     fn deref(&self) -> &[u8] {
         match (&self.0.bytes, self.0.here()) {
             (Kept::Copy(bytes), _) => bytes,
-            // SAFETY: the bytes are pinned as long as `self` lives. The caller of `into_slice` guarantees that nothing else writes to
+            // SAFETY: the bytes are pinned as long as `self` exists. The caller of `into_slice` guarantees that nothing else writes to
             // them.
             (Kept::Here { .. }, Some((inner, at, len))) => unsafe { inner.map.pinned(at, len) }.unwrap_or_default(),
             (Kept::Here { .. }, None) => &[],

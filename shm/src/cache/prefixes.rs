@@ -1,10 +1,10 @@
-//! Purges by prefix, which take effect for all readers at once, although removing the affected pages takes a while.
+//! Purges by prefix. A purge takes effect for all readers immediately, although removing the affected pages takes a while.
 //!
-//! The table holds the latest purges, each with its prefix and its time on the tag clock. A page is purged if its key begins with a
-//! prefix whose time is later than the page's. Storing the time, in a single store, publishes a purge. The purger then scans the
-//! index, removes the affected pages, and marks the purge as *swept*. A swept purge still rejects pages whose rendering began
-//! before it, until its cell is reused. The *floor* is the latest time of a purge whose cell was reused; a page whose rendering
-//! began before the floor is not stored, whatever its key.
+//! The table contains the latest purges, each with its prefix and its time on the purge clock (`tags.rs`). A page is purged if its key
+//! begins with a prefix whose time is later than the page's. A single store, the store of its time, publishes a purge. The purger then
+//! scans the index, removes the affected pages, and marks the purge as *swept*. A swept purge still rejects pages whose rendering began
+//! before it, until its cell is reused. The *floor* is the latest time of a purge whose cell was reused. A page whose rendering began
+//! before the floor is not stored, whatever its key.
 //!
 //! If the purger is killed before it stores the time, the purge has not happened. If it is killed while sweeping, the purge remains
 //! in effect, and the next sweep of the cache removes the remaining pages. If no cell is free or swept, the whole cache is cleared
@@ -21,7 +21,7 @@ use crate::memory::SharedMemory;
 use crate::memory::layout::{Header, PREFIX_WORDS, PREFIXES, PrefixCell};
 use crate::memory::wait;
 
-/// A longer prefix is truncated to this length, and thus purges more pages than requested.
+/// Maximum length of a prefix in bytes. A longer prefix is truncated, and thus purges more pages than requested.
 pub(crate) const LONGEST: usize = PREFIX_WORDS * 8;
 
 /// The table of one segment.
@@ -72,10 +72,10 @@ impl<'a> Prefixes<'a> {
         Some(Prefixes { inner, header: inner.header()?, cells })
     }
 
-    /// Publishes a purge. `None` if no cell can be used, because all are still being swept, or because the table is locked by a
-    /// process that does not continue.
+    /// Publishes a purge. Returns `None` if no cell can be used, because all purges are still being swept or because the table is locked by
+    /// a process that does not release the lock.
     pub(crate) fn announce(self, prefix: &[u8], clock: TagClock<'_>) -> Option<Purge> {
-        // A cell that a dead process left half written is invalid and will be reused, so no repair is needed.
+        // A cell that a dead process left partly written is invalid and will be reused, so no repair is needed.
         self.inner.take_lock(&self.header.prefix_lock, false)?;
         let purge = self.announce_locked(prefix, clock);
         wait::release(&self.header.prefix_lock);
@@ -101,8 +101,8 @@ impl<'a> Prefixes<'a> {
         cell.swept.store(0, Ordering::Release);
         crash::point("prefix: text written");
         let time = clock.tick();
-        // Can be raised early, because it only shows readers whether a search is worthwhile; the purge is published when its
-        // cell's time is stored.
+        // This may be raised early, because it only shows readers whether a search is worthwhile. The purge is published when the time is
+        // stored in its cell.
         self.header.prefix_clock.fetch_max(time, Ordering::SeqCst);
         crash::point("prefix: about to be published");
         cell.clock.store(time, Ordering::SeqCst);
@@ -119,7 +119,7 @@ impl<'a> Prefixes<'a> {
         }
     }
 
-    /// The purges whose sweep has not finished.
+    /// Returns the purges whose sweep has not finished.
     pub(crate) fn unswept(self) -> impl Iterator<Item = Purge> {
         let unswept = self.cells.iter().enumerate().filter(|(_, cell)| cell.swept.load(Ordering::Acquire) == 0);
         unswept.filter_map(|(at, cell)| read(at, cell))
@@ -133,9 +133,9 @@ impl<'a> Prefixes<'a> {
         self.since(snapshot).any(|purge| entry.key_starts_with(purge.prefix.bytes()))
     }
 
-    /// Whether a page about to be stored under `key`, whose rendering began at `snapshot`, is out of date.
+    /// Whether a page that is about to be stored under `key`, and whose rendering began at `snapshot`, is out of date.
     pub(crate) fn purged_key(self, key: &[u8], snapshot: u64) -> bool {
-        // The floor must be read last: it is raised before a purge leaves its cell, so a purge missed in the cells is
+        // The floor must be read last. It is raised before a purge is removed from its cell, so a purge that was missed in the cells is
         // detected here.
         self.since(snapshot).any(|purge| key.starts_with(purge.prefix.bytes()))
             || self.header.prefix_floor.load(Ordering::SeqCst) > snapshot
@@ -150,7 +150,7 @@ impl<'a> Prefixes<'a> {
     }
 }
 
-/// Reads a cell; `None` if it is empty or being written.
+/// Reads a cell. Returns `None` if it is empty or is being written.
 fn read(at: usize, cell: &PrefixCell) -> Option<Purge> {
     let clock = cell.clock.load(Ordering::Acquire);
     if clock == 0 {

@@ -1,11 +1,11 @@
 //! Reads entries without a lock.
 //!
-//! A reader follows a slot to an entry, copies what it needs, and then checks that the ring's floor is not above the entry.
-//! While that holds, the entry does not change, because only bytes below the floor are overwritten. If the floor has passed
-//! the entry, the copy is discarded and the lookup is repeated, because the entry may have been moved; after a few attempts
-//! the lookup counts as a miss.
+//! A reader follows a slot to an entry, copies what it needs, and then checks that the ring's floor is not above the entry. As long as the
+//! floor is not above the entry, the entry does not change, because only bytes below the floor are overwritten. If the floor has passed the
+//! entry, the copy is discarded and the lookup is repeated, because the entry may have been moved. After a few attempts, the lookup counts
+//! as a miss.
 //!
-//! A reader stores only to its own member cell, and to the visits of a slot, which are only a hint.
+//! A reader writes only to its own member cell and to the visits of a slot, which are hints.
 //!
 //! Must not wait, or use a length before it has been checked.
 
@@ -19,7 +19,7 @@ use super::shard::Shard;
 /// Maximum number of attempts for a lookup whose entry was overwritten while it was read.
 const TRIES: usize = 4;
 
-/// An entry found without a lock: any word of it may have changed since it was read, unless [`Sight::holds`] confirms it.
+/// An entry that was found without a lock. Any word in it may have changed since it was read, unless [`Sight::holds`] confirms it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sight<'s, 'a> {
     pub(crate) shard: &'s Shard<'a>,
@@ -30,10 +30,10 @@ pub(crate) struct Sight<'s, 'a> {
 }
 
 impl<'a> Shard<'a> {
-    /// Looks up a key and passes the entry to `take`; the result of `take` is used only if the entry was not overwritten
-    /// meanwhile. `take` may run several times, and returns `None` if it detects an overwritten entry itself.
+    /// Looks up a key and passes the entry to `take`. The result of `take` is used only if the entry was not overwritten in the meantime.
+    /// `take` may be called several times, and returns `None` if it detects an overwritten entry itself.
     ///
-    /// Also returns how many times the lookup was repeated.
+    /// Also returns the number of times that the lookup was repeated.
     #[inline]
     pub(crate) fn look<R>(
         &self,
@@ -67,21 +67,22 @@ impl<'a> Shard<'a> {
         (None, TRIES)
     }
 
-    /// Whether the bytes read at a place so far are those of the entry stored there.
+    /// Whether the bytes read so far at a place belong to the entry stored there.
     pub(crate) fn holds(&self, place: Place) -> bool {
-        // The earlier reads happened before this load, so if the floor is still not above the place, nothing was written there meanwhile.
+        // The earlier reads happened before this load. If the floor is still not above the place, nothing was written there in the
+        // meantime.
         fence(Ordering::Acquire);
         self.floor(place.ring).load(Ordering::Acquire) <= place.position && !self.inner.map.is_lost()
     }
 }
 
 impl<'a> Sight<'_, 'a> {
-    /// Whether everything read from the entry so far is valid.
+    /// Whether everything read so far from the entry is valid.
     pub(crate) fn holds(&self) -> bool {
         self.shard.holds(self.place)
     }
 
-    /// The floor of the entry's ring.
+    /// Returns the floor of the entry's ring.
     pub(crate) fn floor(&self) -> &'a AtomicU64 {
         self.shard.floor(self.place.ring)
     }

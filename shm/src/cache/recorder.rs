@@ -1,8 +1,8 @@
-//! Records what a page depends on, while it is rendered.
+//! Records what a page depends on while it is being rendered.
 //!
-//! Each fragment *lends* the page three things: its tags, so that a purge of the fragment also purges the page; its key's hash,
-//! because a key counts as a tag of its own page; and its expiry, so that the page does not outlive the fragment. A page that
-//! includes such a page in turn inherits all of these.
+//! Each fragment *lends* three things to the page. It lends its tags, so that a purge of the fragment also purges the page. It lends the
+//! hash of its key, because a key counts as a tag of its own page. And it lends its expiry, so that the page does not outlive the fragment.
+//! A page that includes such a page in turn inherits all of these.
 //!
 //! Must not change the cache, except by rendering fragments on request.
 
@@ -42,10 +42,9 @@ use crate::cache::{Cache, Rendering, earlier, expiry};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// The page is not stored if anything it depends on was purged after the recorder was created. Two things are not
-/// recorded. One is the prefixes of a fragment's key, so [`Cache::purge_prefix`] purges pages by their own keys only.
-/// The other is the absence of a fragment, so a page rendered without a fragment stays valid when that fragment
-/// appears.
+/// The page is not stored if anything it depends on was purged after the recorder was created. Two things are not recorded. The first is
+/// the prefixes of a fragment's key, so [`Cache::purge_prefix`] purges pages only by their own keys. The second is the absence of a
+/// fragment, so a page rendered without a fragment remains valid when that fragment appears.
 ///
 /// Clones record for the same page, and can be sent to other threads.
 #[derive(Clone, Debug)]
@@ -56,7 +55,7 @@ pub struct Recorder {
 #[derive(Debug)]
 struct Shared {
     cache: Cache,
-    /// The hashes of the nested pages being rendered, from the outermost page to this one. Each page waits for the next.
+    /// The hashes of the nested pages that are being rendered, from the outermost page to this one. Each page waits for the next.
     pages: Vec<u64>,
     snapshot: PurgeSnapshot,
     began: Instant,
@@ -67,7 +66,7 @@ struct Shared {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Loan {
     pub(crate) tags: BTreeSet<u64>,
-    /// 0 for never.
+    /// 0 means never.
     pub(crate) until_ms: u64,
 }
 
@@ -84,11 +83,10 @@ impl Cache {
         Recorder::new(self, Vec::new())
     }
 
-    /// Stores a page like [`set`](Cache::set), with the tags and the expiry of everything it was composed from.
+    /// Stores a page like [`set`](Cache::set), with the tags and the expiry of everything from which it was composed.
     ///
     /// # Errors
-    /// Fails if there is no cache, if the page is too large, or if its shard is locked by a process that does not
-    /// release it.
+    /// Fails if there is no cache, if the page is too large, or if its shard is locked by a process that does not release the lock.
     ///
     /// # Panics
     /// Panics if the recorder belongs to the cache of another segment, where its tags have no meaning.
@@ -137,11 +135,11 @@ impl Recorder {
     /// Like [`Cache::get_or_render`], for a fragment of the page being rendered. The fragment may come from the cache
     /// or be rendered.
     ///
-    /// If a fragment is served stale, the page expires at once: callers that already wait for the page get it, but no
-    /// later caller does, unless the page itself may be served stale.
+    /// If a fragment is served stale, the page expires immediately. Callers that are already waiting for the page receive it, but no later
+    /// caller does, unless the page itself may be served stale.
     ///
     /// # Errors
-    /// Returns the error of `render`, if there is no page that can be served instead.
+    /// Returns the error from `render` if there is no page that can be served instead.
     pub fn get_or_render<V: CacheValue, E>(
         &self,
         key: impl AsRef<[u8]>,
@@ -154,7 +152,7 @@ impl Recorder {
     /// Like [`get_or_render`](Self::get_or_render), without blocking the thread: see [`Cache::get_or_render_async`].
     ///
     /// # Errors
-    /// Returns the error of `render`, if there is no page that can be served instead.
+    /// Returns the error from `render` if there is no page that can be served instead.
     pub async fn get_or_render_async<V: CacheValue, E, F: Future<Output = Result<V, E>>>(
         &self,
         key: impl AsRef<[u8]>,
@@ -176,12 +174,12 @@ impl Recorder {
         self.borrow(key, tags, earlier(loan.until_ms, expiry(options.ttl, cache.segment.now_ms())));
     }
 
-    /// Everything lent so far.
+    /// Returns everything that was lent so far.
     pub(crate) fn loan(&self) -> MutexGuard<'_, Loan> {
         self.shared.loan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The parameters for storing the page, except the tags.
+    /// Returns the parameters for storing the page, except the tags.
     pub(crate) fn rendering(&self) -> Rendering<'static> {
         let cost_ms = u32::try_from(self.shared.began.elapsed().as_millis()).unwrap_or(u32::MAX);
         let (until_ms, snapshot) = (self.loan().until_ms, Some(self.shared.snapshot));

@@ -7,12 +7,12 @@ use super::page::NotStorable;
 pub enum StoreError {
     /// The segment has no cache.
     Off,
-    /// Key, value and tags together are larger than an entry can be.
+    /// The key, the value and the tags together are larger than an entry can be.
     TooLarge {
-        /// The size of the largest possible entry in bytes: the length of the key and the value, plus 8 for each tag.
+        /// Maximum size of an entry in bytes: the length of the key and the value, plus 8 for each tag.
         limit: u64,
     },
-    /// The shard of the key is locked by a process that does not release it.
+    /// The shard of the key is locked by a process that does not release the lock.
     Busy,
     /// The page must not be stored in a shared cache.
     NotStorable(NotStorable),

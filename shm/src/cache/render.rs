@@ -8,10 +8,10 @@
 //!    '---------------------------------------------'
 //!            else  -- the lease is ours -- look again -- render -- store -- release it
 //! ```
-//! [`Request::step`] decides, for blocking and asynchronous callers alike; only the way of waiting differs. A lease is
-//! released when its holder stores the page, fails, panics, or is dropped while rendering. If the holder dies, a waiting
-//! caller releases the lease (`claim.rs`, `watch.rs`). If no lease can be taken, because its cell is in use for another
-//! key, the page is rendered without one. Waiting is bounded.
+//! [`Request::step`] makes the decisions for blocking and asynchronous callers alike; only the way of waiting differs. A lease is released
+//! when its holder stores the page, fails, panics, or is dropped while rendering. If the holder dies, a waiting caller releases the lease
+//! (`claim.rs`, `watch.rs`). If no lease can be taken, because its cell is in use for another key, the page is rendered without a lease.
+//! The time spent waiting is limited.
 //!
 //! Must not withhold a rendered page from its caller because of a failure of the cache.
 
@@ -35,9 +35,9 @@ use crate::crash;
 use crate::memory::layout::LeaseCell;
 use crate::protocols::lease;
 
-/// After a page was refused, callers do not wait for its lease for this long, because the page would be refused again.
+/// How long callers do not wait for the lease of a page after the page was refused, because it would be refused again.
 const PASS_MS: u64 = 10_000;
-/// The same, if the page was refused because its shard was busy.
+/// How long callers do not wait for the lease of a page after the page was refused because its shard was busy.
 const PASS_BUSY_MS: u64 = 1000;
 
 /// The result of [`Cache::get_or_render`].
@@ -45,14 +45,14 @@ const PASS_BUSY_MS: u64 = 1000;
 pub struct Cached<V = Vec<u8>> {
     /// The page: bytes, or a [`Page`](crate::Page).
     pub value: V,
-    /// Where the page comes from.
+    /// Where the page came from.
     pub source: CacheStatus,
 }
 
-/// Where a page comes from, for logs and response headers.
+/// Where a page came from, for logs and response headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CacheStatus {
-    /// From the cache, within its time to live; also if the caller waited for it.
+    /// From the cache, within its time to live. Returned even if the caller waited for the page.
     Fresh,
     /// From the cache, after its time to live: the page is being rendered again, or rendering failed.
     Stale,
@@ -61,9 +61,8 @@ pub enum CacheStatus {
 }
 
 impl Cache {
-    /// Returns the page stored under `key`, or renders and stores it *once*, however many callers in however many
-    /// processes ask for it. The other callers wait for the one that renders, or get a stale page if [that is
-    /// allowed](StoreOptions::stale).
+    /// Returns the page stored under `key`, or renders and stores it *once*, however many callers in however many processes request it. The
+    /// other callers wait for the caller that is rendering, or receive a stale page if [that is allowed](StoreOptions::stale).
     ///
     /// ```
     /// # use std::time::Duration;
@@ -81,17 +80,16 @@ impl Cache {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
-    /// If the process that renders dies, or `render` fails, panics or takes longer than [`StoreOptions::deadline`], another
-    /// waiting caller renders at once. A page that is finished too late does not replace a newer one. A page that was
-    /// purged while it was being rendered is not stored, but it is returned to the caller that rendered it, as is a page
-    /// that cannot be stored.
+    /// If the process that is rendering dies, or if `render` fails, panics or takes longer than [`StoreOptions::deadline`], another waiting
+    /// caller renders immediately. A page that is finished too late does not replace a newer one. A page that was purged while it was being
+    /// rendered is not stored, but it is returned to the caller that rendered it. The same applies to a page that cannot be stored.
     ///
-    /// Blocks the calling thread for up to [`StoreOptions::patience`] and then renders the page itself. In asynchronous
-    /// code, use [`get_or_render_async`](Cache::get_or_render_async).
+    /// Blocks the calling thread for up to [`StoreOptions::patience`] and then renders the page itself. In asynchronous code, use
+    /// [`get_or_render_async`](Cache::get_or_render_async).
     ///
     /// # Errors
-    /// Returns the error of `render`, if there is no page that [can be served instead](StoreOptions::stale_if_error). Each
-    /// caller gets its own error: the next waiting caller tries again.
+    /// Returns the error from `render` if there is no page that [can be served instead](StoreOptions::stale_if_error). Each caller receives
+    /// its own error, because the next waiting caller tries again.
     pub fn get_or_render<V: CacheValue, E>(
         &self,
         key: impl AsRef<[u8]>,
@@ -103,13 +101,13 @@ impl Cache {
 
     /// Like [`get_or_render`](Cache::get_or_render), without blocking the thread. Works on any executor.
     ///
-    /// If the future is dropped while it renders, another waiting caller renders at once. Each process has one thread
-    /// for waiting, which checks about every millisecond whether the other processes have made progress; the thread
-    /// exists only while a future waits.
+    /// If the future is dropped while it is rendering, another waiting caller renders immediately. Each process has one thread for waiting,
+    /// which checks about every millisecond whether the other processes have made progress. The thread exists only while a future is
+    /// waiting.
     ///
     /// # Errors
-    /// Returns the error of `render`, if there is no page that [can be served instead](StoreOptions::stale_if_error). Each
-    /// caller gets its own error: the next waiting caller tries again.
+    /// Returns the error from `render` if there is no page that [can be served instead](StoreOptions::stale_if_error). Each caller receives
+    /// its own error, because the next waiting caller tries again.
     pub async fn get_or_render_async<V: CacheValue, E, F: Future<Output = Result<V, E>>>(
         &self,
         key: impl AsRef<[u8]>,
@@ -120,7 +118,7 @@ impl Cache {
     }
 }
 
-/// One call that requests a page.
+/// A call that requests a page.
 #[derive(Debug)]
 pub(crate) struct Request<'a> {
     cache: &'a Cache,
@@ -130,9 +128,9 @@ pub(crate) struct Request<'a> {
     within: Option<&'a Recorder>,
     began_ms: u64,
     waited: bool,
-    /// No thread can wake this future when the lease ends.
+    /// Whether no thread can wake this future when the lease ends.
     cannot_wait: bool,
-    /// Repeated lookups that have not been counted yet.
+    /// Number of repeated lookups that have not been counted yet.
     retries: Cell<usize>,
 }
 
@@ -144,7 +142,7 @@ enum Step<V> {
     Render(Option<Lease>),
 }
 
-/// A page being rendered.
+/// A page that is being rendered.
 #[derive(Debug)]
 struct Work {
     lease: Option<Lease>,
@@ -215,8 +213,7 @@ impl<'a> Request<'a> {
     fn step<V: CacheValue>(&mut self) -> Step<V> {
         let now_ms = self.cache.segment.now_ms();
         let Some(cell) = self.cache.segment.lease_cell(self.key.hash) else { return Step::Render(None) };
-        // Read before the lookup: if a page is stored after the lookup, `turn` changes when its lease ends, and the
-        // wait ends.
+        // Read before the lookup. If a page is stored after the lookup, `turn` changes when its lease ends, which ends the wait.
         let turn = cell.turn.load(Ordering::Acquire);
         match self.look(now_ms) {
             Some(page) if self.is_good(page.verdict, &page.times) && !self.is_early(&page, now_ms) => Step::Serve(page),
@@ -224,7 +221,7 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// Called if there is no page, or the page should be rendered again.
+    /// Tries to take the lease, because there is no page or the page should be rendered again.
     fn try_for_lease<V: CacheValue>(
         &mut self,
         cell: &LeaseCell,
@@ -244,7 +241,7 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// This process now holds the lease, but another process may have held it and stored the page since the first
+    /// Looks the page up again. This process now holds the lease, but another process may have held it and stored the page since the first
     /// lookup.
     fn look_again<V: CacheValue>(&self, lease: Lease, found: Option<Lookup<V>>) -> Step<V> {
         let now_ms = self.cache.segment.now_ms();
@@ -273,7 +270,7 @@ impl<'a> Request<'a> {
         self.within.is_some_and(|recorder| recorder.pages().contains(&hash)) || Here::renders(hash)
     }
 
-    /// The page, if it can be served now.
+    /// Returns the page, if it can be served now.
     fn look<V: CacheValue>(&self, now_ms: u64) -> Option<Lookup<V>> {
         self.look_for(now_ms, |verdict, times| verdict == Verdict::Stale || self.is_good(verdict, times))
     }
@@ -289,7 +286,7 @@ impl<'a> Request<'a> {
     fn is_good(&self, verdict: Verdict, times: &Times) -> bool {
         match verdict {
             Verdict::Fresh => true,
-            // The page was rendered while this caller waited, but expired before the caller woke up.
+            // The page was rendered while this caller was waiting, but expired before the caller woke up.
             Verdict::Stale | Verdict::OnError | Verdict::Expired => self.waited && times.stored_ms >= self.began_ms,
             Verdict::Purged => false,
         }
@@ -328,7 +325,7 @@ impl<'a> Request<'a> {
                 Ok(Cached { value, source: CacheStatus::Rendered })
             }
             Err(error) => {
-                // Released now, so that waiting callers do not have to wait for the lookup below.
+                // The lease is released now, so that waiting callers do not have to wait for the lookup below.
                 drop(work);
                 let page = self.look_for(self.cache.segment.now_ms(), |verdict, _| verdict.keeps());
                 page.map(|page| self.serve(page)).ok_or(error).inspect_err(|_| self.count(Seen::Miss))

@@ -1,16 +1,16 @@
 //! One shard: an index, two rings of entries, and the lock for writers.
 //!
-//! Readers need no lock; their code is in `read.rs`. A writer holds the shard's lock, and orders its stores so that the shard is
-//! consistent after every single store, both for readers and for the next owner of the lock if the writer dies:
+//! Readers need no lock; their code is in `read.rs`. A writer holds the shard's lock and orders its stores so that the shard is consistent
+//! after every single store. It is consistent both for readers and, if the writer dies, for the next owner of the lock:
 //!
-//! - A new entry's bytes are written beyond the ring's head, where no reader looks. Raising the head makes them part of the log,
-//!   where they have no effect until a slot leads to them.
-//! - Storing a slot's word ([`LockedShard::change_slot`]) publishes, moves or removes an entry. The accounting of live bytes and
-//!   entries (`books`) is updated afterwards. An *intent*, written first, lets the next owner complete the update.
-//! - Bytes are free when the ring's floor is above them. A reader checks the floor after it has copied, so the floor is raised
-//!   before anything is overwritten (`eviction.rs`).
+//! - A new entry's bytes are written beyond the ring's head, where no reader looks. Raising the head makes the bytes part of the log, where
+//!   they have no effect until a slot leads to them.
+//! - Storing a slot's word ([`LockedShard::change_slot`]) publishes, moves or removes an entry. The accounting of live bytes and entries
+//!   (`books`) is updated afterwards. An *intent*, which is written first, lets the next owner complete the update.
+//! - Bytes are free when the ring's floor is above them. A reader checks the floor after it has copied, so the floor is raised before any
+//!   byte is overwritten (`eviction.rs`).
 //!
-//! Nothing read from shared memory is trusted: each position, size and link is checked, each loop is bounded, and an inconsistency
+//! Nothing that is read from shared memory is trusted: each position, size and link is checked, and each loop is bounded. An inconsistency
 //! is reported as [`Corrupt`], which empties the shard.
 //!
 //! While the lock is held, this code must not wait for another lock, allocate, or make a system call.
@@ -26,7 +26,7 @@ use crate::memory::SharedMemory;
 use crate::memory::layout::{BUCKET_BYTES, Counters, GRAIN, GhostBucket, SHARD_HEAD, ShardHead};
 use crate::memory::wait;
 
-/// Upper bound of positions: a slot has 52 bits for a position, in units of 32 bytes.
+/// Upper bound for positions. A slot has 52 bits for a position, in units of 32 bytes.
 const LAST_POSITION: u64 = 1 << 56;
 /// Maximum number of suspects recorded while a shard is locked.
 const SUSPECTS: usize = 8;
@@ -39,7 +39,7 @@ pub(crate) struct Corrupt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct NotLocked;
 
-/// A reference to a shard; cheap to create, holds no lock.
+/// A reference to a shard. It is cheap to create and holds no lock.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shard<'a> {
     pub(crate) inner: &'a SharedMemory,
@@ -49,11 +49,11 @@ pub(crate) struct Shard<'a> {
     at: u64,
 }
 
-/// A shard whose lock is held; the lock is released on drop.
+/// A shard whose lock is held. The lock is released on drop.
 #[derive(Debug)]
 pub(crate) struct LockedShard<'a> {
     pub(crate) shard: Shard<'a>,
-    /// Possibly dead members whose pins were in the way.
+    /// Members that may be dead and whose pins were in the way.
     suspects: [Option<u32>; SUSPECTS],
 }
 
@@ -68,7 +68,7 @@ pub(crate) struct Books {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stored {
     Yes,
-    /// Pinned entries leave no room.
+    /// Pinned entries leave no room for the entry.
     NoRoom,
 }
 
@@ -85,7 +85,7 @@ const ARMED_EMPTY: u64 = 2;
 const ARMED_LOSE: u64 = 3;
 
 impl<'a> Shard<'a> {
-    /// Returns `None` if the segment has no such shard.
+    /// Returns the shard with this number, or `None` if the segment has no such shard.
     pub(crate) fn of(inner: &'a SharedMemory, number: u64) -> Option<Shard<'a>> {
         let geometry = &inner.geometry;
         if number >= geometry.shards {
@@ -124,8 +124,8 @@ impl<'a> Shard<'a> {
 
     /// Takes the lock, and repairs what a dead owner may have left.
     ///
-    /// After a timeout, callers fail at once until the lock has been taken again, so that a stopped process delays one request
-    /// and not every request.
+    /// After a timeout, callers fail immediately until the lock has been taken again, so that a stopped process delays one request rather
+    /// than every request.
     pub(crate) fn lock(self) -> Result<LockedShard<'a>, NotLocked> {
         let suspect = self.head.suspect.load(Ordering::Relaxed) != 0;
         let Some(from_the_dead) = self.inner.take_lock(&self.head.lock, suspect) else {
@@ -239,10 +239,10 @@ impl<'a> LockedShard<'a> {
         crash::point("lose: index cleared");
         let restarts = head.restarts.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         for (at, (ring, floor)) in head.rings.iter().zip(&head.floors).enumerate() {
-            // Positions must not be reused while a reader may look at them.
+            // Positions must not be reused while a reader may access them.
             let known = ring.head.load(Ordering::Relaxed).max(floor.load(Ordering::Relaxed));
             let base = if known < LAST_POSITION / 2 { known } else { restarts << 40 & (LAST_POSITION / 4 - 1) };
-            // Advances by whole laps, so that the head stays outside pinned entries.
+            // The head advances by whole laps, so that it stays outside pinned entries.
             let laps = (1_u64 << 40).next_multiple_of(self.shard.inner.geometry.ring_len[at].max(GRAIN));
             let start = base.next_multiple_of(GRAIN) + laps;
             floor.store(start, Ordering::Relaxed);
@@ -256,7 +256,7 @@ impl<'a> LockedShard<'a> {
         fence(Ordering::SeqCst);
     }
 
-    /// The floor and head of a ring, if they are plausible.
+    /// Returns the floor and the head of a ring, if they are plausible.
     pub(crate) fn bounds(&self, ring: Ring) -> Result<(u64, u64), Corrupt> {
         let floor = self.shard.floor(ring).load(Ordering::Relaxed);
         let head = ring.of(&self.shard.head.rings).head.load(Ordering::Relaxed);
@@ -270,7 +270,7 @@ impl<'a> LockedShard<'a> {
         if sane { Ok((floor, head)) } else { Err(Corrupt) }
     }
 
-    /// The entry stored under a key, valid or not.
+    /// Returns the entry stored under a key, valid or not.
     pub(crate) fn find(&self, key: Key<'_>) -> Result<Option<Found<'a>>, Corrupt> {
         let found = self.shard.index.find(key.hash, |slot, word| match self.follow(slot, word) {
             Ok(found) => found.filter(|found| found.entry.is_for(key)).map(Ok),
@@ -279,7 +279,7 @@ impl<'a> LockedShard<'a> {
         found.transpose()
     }
 
-    /// The entry that a slot leads to; `None` if its position is below the floor.
+    /// Returns the entry that a slot leads to, or `None` if its position is below the floor.
     pub(crate) fn follow(&self, slot: Slot<'a>, word: u64) -> Result<Option<Found<'a>>, Corrupt> {
         let Some(place) = Place::of(word) else { return Ok(None) };
         let (floor, head) = self.bounds(place.ring)?;
@@ -293,7 +293,7 @@ impl<'a> LockedShard<'a> {
         Ok(Some(Found { slot, place, entry }))
     }
 
-    /// The slot that leads to an entry, if any.
+    /// Returns the slot that leads to an entry, if any.
     pub(crate) fn slot_of(&self, entry: &Entry<'_>, place: Place) -> Option<Slot<'a>> {
         let word = place.word(entry.hash());
         let mut candidates = self.shard.index.candidates(entry.hash());
@@ -364,8 +364,8 @@ impl<'a> LockedShard<'a> {
         }
     }
 
-    /// S3-FIFO: a new entry goes to the small ring; an entry that was requested, or recently evicted from there, goes to the main
-    /// ring.
+    /// Selects the ring for a new entry, as in S3-FIFO: an entry that was requested before, or was recently evicted from the small ring, is
+    /// placed in the main ring, and any other entry in the small ring.
     fn ring_for(&self, key: Key<'_>, size: u64) -> Result<Ring, Corrupt> {
         if size > self.shard.bytes(Ring::Small).len / 2 {
             return Ok(Ring::Main);
@@ -382,7 +382,7 @@ impl<'a> LockedShard<'a> {
         Ok(if wanted { Ring::Main } else { Ring::Small })
     }
 
-    /// A slot for a new key: a free slot if there is one, otherwise the slot of the entry with the fewest visits.
+    /// Returns a slot for a new key: a free slot if there is one, otherwise the slot of the entry with the fewest visits.
     fn slot_for(&mut self, hash: u64, books: &mut Books) -> Result<Slot<'a>, Corrupt> {
         let mut least: Option<(u8, Found<'a>)> = None;
         for slot in self.shard.index.candidates(hash) {
@@ -414,7 +414,7 @@ impl Books {
     }
 }
 
-/// Adds to a word that is only changed under the lock, or that may be slightly inexact.
+/// Adds to a word that is changed only under the lock, or that may be slightly inexact.
 pub(crate) fn add(word: &AtomicU64, amount: u64) {
     if amount > 0 {
         word.fetch_add(amount, Ordering::Relaxed);

@@ -7,8 +7,8 @@ use super::shard::Shard;
 use crate::cache::Cache;
 use crate::memory::geometry::Geometry;
 
-/// Statistics of the cache: sums over all shards, or those of one shard. The values are read without a lock, so they
-/// may be slightly inconsistent with each other.
+/// Statistics of the cache: sums over all shards, or the values of one shard. The values are read without a lock, so they may be slightly
+/// inconsistent with each other.
 ///
 /// `used_bytes + free_bytes == capacity`, and `live_bytes + wasted_bytes == used_bytes`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,14 +20,13 @@ pub struct Stats {
     pub used_bytes: u64,
     /// Unused bytes.
     pub free_bytes: u64,
-    /// Bytes of entries that can be served, or that have expired or been purged without the cache having noticed yet.
+    /// Bytes of entries that can be served, or whose expiry or purge the cache has not detected yet.
     pub live_bytes: u64,
     /// Bytes of replaced, purged and expired entries and of padding. They are freed when the ring's floor passes them.
     pub wasted_bytes: u64,
     /// Number of entries in `live_bytes`.
     pub entries: u64,
-    /// Lookups that returned a fresh page. If threads of one process count at the same instant, some lookups are not
-    /// counted.
+    /// Lookups that returned a fresh page. If several threads of a process count at the same instant, some lookups are not counted.
     pub hits: u64,
     /// Lookups that returned a stale page.
     pub stale_hits: u64,
@@ -39,11 +38,11 @@ pub struct Stats {
     pub stores: u64,
     /// Pages stored that replaced an older page under the same key.
     pub replaced: u64,
-    /// Valid pages evicted from the small ring to make room. They had not been requested while there.
+    /// Valid pages evicted from the small ring to make room. They had not been requested while they were in it.
     pub evicted_small: u64,
     /// Valid pages evicted from the main ring to make room.
     pub evicted_main: u64,
-    /// Valid pages evicted because the index was full: there are more and smaller pages than it was sized for.
+    /// Valid pages evicted because the index was full. This happens if pages are more numerous and smaller than the index was sized for.
     pub evicted_index: u64,
     /// Pages dropped because they had expired.
     pub expired: u64,
@@ -61,22 +60,22 @@ pub struct Stats {
     pub ghost_hits: u64,
     /// Bytes copied within the cache.
     pub moved_bytes: u64,
-    /// Times a caller waited for a page that another caller rendered.
+    /// Number of times that a caller waited for a page that another caller was rendering.
     pub lease_waits: u64,
     /// Pages rendered by [`get_or_render`](Cache::get_or_render).
     pub renders: u64,
-    /// Times a process died while it held a lock.
+    /// Number of times that a process died while it held a lock.
     pub lock_recoveries: u64,
-    /// Times a lock could not be acquired.
+    /// Number of times that a lock could not be acquired.
     pub lock_timeouts: u64,
-    /// Times a shard was found inconsistent, and was emptied.
+    /// Number of times that a shard was found inconsistent and was emptied.
     pub lost: u64,
     /// Number of shards; 1 in the statistics of one shard.
     pub shards: u64,
 }
 
 impl Cache {
-    /// The statistics of the whole cache.
+    /// Returns the statistics of the whole cache.
     pub fn stats(&self) -> Stats {
         let mut sum = Stats::default();
         for shard in self.shard_stats() {
@@ -85,7 +84,7 @@ impl Cache {
         sum
     }
 
-    /// The statistics of each shard.
+    /// Returns the statistics of each shard.
     pub fn shard_stats(&self) -> Vec<Stats> {
         self.shards().map(|shard| Stats::of(&shard, &self.segment.geometry)).collect()
     }

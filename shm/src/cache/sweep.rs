@@ -1,7 +1,7 @@
-//! Sweeps the cache: removes expired entries even if their memory is not needed, and frees what dead processes held.
+//! Sweeps the cache: removes expired entries even if their memory is not needed, and releases what dead processes held.
 //!
-//! The sweep scans the index like a reader, without a lock, one part of the index per sweep. It takes a shard's lock only to remove
-//! the entries that it found. Any process may call it at any time, but at most one call per second does the work.
+//! The sweep scans the index like a reader, without a lock, and covers one part of the index at a time. It takes a shard's lock only to
+//! remove the entries that it found. Any process may start a sweep at any time, but at most one sweep per second does any work.
 //!
 //! Must not hold a lock for longer than it takes to remove a batch.
 
@@ -14,9 +14,9 @@ use super::prefixes::{Prefixes, Purge};
 use super::shard::{Corrupt, LockedShard, Shard};
 use crate::cache::Cache;
 
-/// Minimum time between two sweeps.
+/// Minimum time between two sweeps, in milliseconds.
 const INTERVAL_MS: u64 = 1000;
-/// The whole index is examined within this many sweeps.
+/// Number of sweeps in which the whole index is examined.
 const ROUNDS: u64 = 8;
 /// Minimum number of slots examined in one sweep of a shard.
 const FEWEST: u64 = 4096;
@@ -27,10 +27,10 @@ const BATCH: usize = 64;
 type Doomed = (u64, u64);
 
 impl Cache {
-    /// Removes expired and purged pages, frees what dead processes held, and finishes purges that dead processes began.
+    /// Removes expired and purged pages, releases what dead processes held, and finishes purges that dead processes began.
     ///
-    /// Every process should call this about once a second; all but one of the calls return at once. A call examines
-    /// part of the cache, which may take a few milliseconds in a large cache.
+    /// Every process should call this function about once a second; all but one of the calls return immediately. A call examines a part of
+    /// the cache, which may take a few milliseconds in a large cache.
     pub fn sweep(&self) {
         let now_ms = self.segment.now_ms();
         let Some(header) = self.segment.header() else { return };
@@ -73,7 +73,7 @@ impl Cache {
         for shard in self.shards() {
             let concerns =
                 |entry: Entry<'_>| entry.times().snapshot < purge.clock && entry.key_starts_with(purge.prefix());
-            // Waits for the current holder of the lock, which may not have seen the purge. Later holders see the purge.
+            // Waits for the current holder of the lock, which may not have detected the purge. Later holders detect the purge.
             if shard.lock().is_err() || !self.remove_from(&shard, 0, shard.index.len(), concerns, &judge) {
                 return;
             }
@@ -83,7 +83,7 @@ impl Cache {
         }
     }
 
-    /// Removes all `doomed` entries from `count` slots; `false` if the shard could not be locked.
+    /// Removes all `doomed` entries from `count` slots. Returns `false` if the shard could not be locked.
     fn remove_from(
         &self,
         shard: &Shard<'_>,
@@ -115,12 +115,12 @@ impl Cache {
     }
 }
 
-/// A due time too far in the future was not written by a sweep, and is ignored.
+/// Whether a sweep is due. A due time that is too far in the future was not written by a sweep, and is ignored.
 fn is_due(due: u64, now_ms: u64) -> bool {
     due <= now_ms || due - now_ms > INTERVAL_MS
 }
 
-/// The word of a slot, if its entry is doomed.
+/// Returns the word of a slot, if its entry is doomed.
 fn look(shard: &Shard<'_>, slot: Slot<'_>, doomed: impl Fn(Entry<'_>) -> bool) -> Option<u64> {
     let word = slot.word.load(Ordering::Acquire);
     let place = Place::of(word)?;

@@ -1,15 +1,15 @@
 //! The logical clock that makes a purge by tag a constant-time operation, however many pages carry the tag.
 //!
-//! The clock counts purges. A purge writes the next time into the tag's slots and raises the clock to it (`protocols/purge.rs`); a page
-//! stores the time *before* its rendering began. So a page is out of date iff one of its tags was purged later than that time, and a
-//! page whose tag is purged while it is being rendered is out of date before it is stored.
+//! The clock counts purges. A purge writes the next time into the tag's slots and raises the clock to that time (`protocols/purge.rs`). A
+//! page stores the time that was read *before* its rendering began. A page is therefore out of date if and only if one of its tags was
+//! purged later than that time. A page whose tag is purged while the page is being rendered is out of date before it is stored.
 //!
-//! A tag has two slots, selected by the two halves of its hash; the earlier of their two times is when the tag was last purged. Tags
-//! that share one slot do not affect each other; tags that share both slots only cause additional misses. Every key counts as a tag of
-//! its own page, so purging a key works the same way, even while its shard is locked.
+//! A tag has two slots, selected by the two halves of its hash. The earlier of their two times is when the tag was last purged. Tags that
+//! share one slot do not affect each other; tags that share both slots only cause additional misses. Every key counts as a tag of its own
+//! page, so purging a key works in the same way, even while its shard is locked.
 //!
-//! There are no locks. If a purger is killed before its last store, the purge may or may not have happened, but its caller got no
-//! answer.
+//! There are no locks. If a purger is killed before its last store, the purge may or may not have taken effect, but the purge never
+//! returned to its caller.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -30,7 +30,7 @@ pub(crate) struct TagClock<'a> {
 }
 
 impl<'a> TagClock<'a> {
-    /// Returns `None` if there is no cache.
+    /// Returns the clock of a segment, or `None` if there is no cache.
     pub(crate) fn of(segment: &'a SharedMemory) -> Option<TagClock<'a>> {
         let header = segment.map.at::<Header>(0)?;
         let slots = segment.map.slice::<AtomicU64>(segment.geometry.tags_at, segment.geometry.tag_slots)?;
@@ -52,7 +52,7 @@ impl<'a> TagClock<'a> {
         purge::purge(self.now, &[self.cleared]);
     }
 
-    /// Whether this tag has not been purged since `snapshot`, the time when a page's rendering began.
+    /// Whether this tag has not been purged since `snapshot`, the time at which a page's rendering began.
     pub(crate) fn is_current(self, tag: u64, snapshot: u64) -> bool {
         purge::is_current(&self.slots_of(tag), snapshot)
     }
@@ -62,14 +62,14 @@ impl<'a> TagClock<'a> {
         purge::is_current(&[self.cleared], snapshot)
     }
 
-    /// Completes a purge of one of these tags, or a clear, by a process that died before it raised the clock. Must be called when one
-    /// of the tags turns out to be purged.
+    /// Completes a purge of one of these tags, or a clear, by a process that died before it raised the clock. Must be called when one of
+    /// the tags turns out to be purged.
     pub(crate) fn finish(self, tags: impl Iterator<Item = u64>) {
         purge::finish(self.now, &[self.cleared]);
         tags.for_each(|tag| purge::finish(self.now, &self.slots_of(tag)));
     }
 
-    /// Advances the clock, and returns the new time.
+    /// Advances the clock and returns the new time.
     pub(crate) fn tick(self) -> u64 {
         self.now.fetch_add(1, Ordering::SeqCst).wrapping_add(1)
     }

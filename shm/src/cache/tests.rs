@@ -204,8 +204,7 @@ fn what_is_asked_for_outlives_what_is_not() {
 #[test]
 fn nothing_is_lost_before_the_memory_is_full() {
     let cache = cache(8 << 20);
-    // With 5000 keys, both buckets of some key would be full in one of a hundred runs, because each run hashes with a
-    // new seed.
+    // With 5000 keys, both buckets of some key would be full in one run out of a hundred, because each run hashes with a new seed.
     for n in 0..3000 {
         cache.set(format!("k{n}"), n.to_string(), &StoreOptions::new()).unwrap();
     }
@@ -216,7 +215,7 @@ fn nothing_is_lost_before_the_memory_is_full() {
     cache.audit().unwrap();
 }
 
-/// The content that a cache with infinite memory would have.
+/// The content of a cache with infinite memory.
 #[derive(Default)]
 struct Model {
     pages: HashMap<u8, ModelPage>,
@@ -290,7 +289,7 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// Runs one history. Returns the number of lookups of pages that the model has, and how many of these the cache had.
+/// Runs one history. Returns the number of lookups of pages that are in the model, and how many of these were hits.
 fn history(acts: &[Act]) -> (u32, u32) {
     let cache = cache(SMALL);
     let mut model = Model::default();
@@ -355,7 +354,7 @@ fn histories_agree_with_a_plain_model() {
     assert!(hits * 10 > due * 3, "misses are allowed, but so many? {hits} of {due}");
 }
 
-/// Sizes like those of real pages, from 100 bytes to 256 KiB, half of them below 8 KiB.
+/// The sizes resemble those of real pages: from 100 bytes to 256 KiB, half of them below 8 KiB.
 #[test]
 fn most_of_the_segment_is_pages() {
     let mut random = fastrand::Rng::with_seed(7);
@@ -385,7 +384,7 @@ impl Drop for Finish<'_> {
     }
 }
 
-/// Runs renderers, a purging writer, and readers concurrently: after a purge has returned, no reader gets an older page.
+/// Runs renderers, a purging writer and readers concurrently. After a purge has returned, no reader may receive an older page.
 #[test]
 fn no_page_from_before_a_purge_is_served_after_it() {
     let cache = cache(SMALL);
@@ -478,8 +477,7 @@ fn the_sweep_reclaims_what_is_over_without_pressure() {
     cache.audit().unwrap();
 }
 
-/// Whatever the segment contains, there is no panic, endless loop or out-of-bounds access, and the cache works again
-/// afterwards.
+/// Whatever the segment contains, there must be no panic, endless loop or out-of-bounds access, and the cache must work again afterwards.
 #[test]
 fn nonsense_in_the_segment_costs_the_cache_only() {
     let seed = Seed::new();
@@ -492,8 +490,7 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
             let _ = cache.set([n], vec![n; random.usize(..3000)], &StoreOptions::new().tags(["t"]));
         }
         for _ in 0..random.u32(1..40) {
-            // Overwrites any word after the scoreboard, including locks and members; half of the time, a word of a
-            // shard's head.
+            // Overwrites any word after the scoreboard, including locks and members. Half of the time, overwrites a word in a shard's head.
             let at = if random.bool() { random.u64(start..len - 8) } else { shard + random.u64(..512) } / 8 * 8;
             let noise = if random.bool() { random.u64(..) } else { random.u64(..len * 2) };
             cache.segment.map.write(at, &noise.to_le_bytes()).unwrap();
@@ -524,8 +521,7 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
     assert!(cache.stats().lost > 0);
 }
 
-/// A reader sets a pin before it detects that its entry is gone. The position may then be in the middle of another
-/// entry.
+/// A reader sets a pin before it can detect that its entry is gone. The position may then be in the middle of another entry.
 #[test]
 fn a_pin_in_the_middle_of_a_pinned_entry_does_not_shorten_it() {
     for into in [32, 192, 1024, 1984] {

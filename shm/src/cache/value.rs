@@ -10,15 +10,15 @@ use crate::cache::{Cache, Rendering, copy_value};
 
 /// A value that the cache can store: `Vec<u8>`, or a [`Page`].
 pub trait CacheValue: Sized {
-    /// The parts that are stored: metadata, and the value.
+    /// Returns the parts that are stored: the metadata and the value.
     #[doc(hidden)]
     fn parts(&self) -> (Vec<u8>, &[u8]);
 
-    /// Restores the value from its stored metadata and bytes; `None` if they are invalid.
+    /// Restores the value from its stored metadata and bytes. Returns `None` if they are invalid.
     #[doc(hidden)]
     fn from_parts(meta: &[u8], value: Vec<u8>) -> Option<Self>;
 
-    /// Whether the value may be stored in a shared cache.
+    /// Checks whether the value may be stored in a shared cache.
     #[doc(hidden)]
     fn may_be_kept(&self) -> Result<(), StoreError> {
         Ok(())
@@ -40,7 +40,7 @@ impl CacheValue for Page {
         (self.encode_meta(), self.body())
     }
 
-    /// A value that was stored as plain bytes is returned as a page without headers.
+    /// Restores a page. A value that was stored as plain bytes becomes a page without headers.
     fn from_parts(meta: &[u8], value: Vec<u8>) -> Option<Page> {
         if meta.is_empty() { Some(Page::new(value)) } else { Page::decode(meta, value).ok() }
     }
@@ -64,8 +64,8 @@ impl Cache {
     /// [`set`](Cache::set).
     ///
     /// # Errors
-    /// Fails if there is no cache, if the page is too large, if its shard is locked by a process that does not release
-    /// it, or if the page must not be stored in a shared cache ([`Page::storable`]).
+    /// Fails if there is no cache, if the page is too large, if its shard is locked by a process that does not release the lock, or if the
+    /// page must not be stored in a shared cache ([`Page::storable`]).
     pub fn set_page(&self, key: impl AsRef<[u8]>, page: &Page, options: &StoreOptions) -> Result<(), StoreError> {
         page.may_be_kept()?;
         let (meta, value) = page.parts();
@@ -74,7 +74,7 @@ impl Cache {
     }
 }
 
-/// Copies an entry's metadata and value; `None` if the entry was overwritten during the copy.
+/// Copies an entry's metadata and value. Returns `None` if the entry was overwritten during the copy.
 pub(crate) fn copy_parts(sight: &Sight<'_, '_>) -> Option<(Vec<u8>, Vec<u8>)> {
     let mut value = Vec::new();
     copy_value(sight, &mut value)?;

@@ -1,13 +1,13 @@
 //! Lets a future wait for another process: a thread checks about every millisecond whether the lease has ended.
 //!
-//! Each process has one such thread. It starts when a future first waits, and exits when no future has waited for a while. It
-//! compares a few words, wakes the wakers of leases that have ended, and checks with a system call whether the holders are alive.
-//! It does not depend on an executor.
+//! Each process has one such thread. It starts when a future waits and there is no thread yet, and exits when no future has been waiting
+//! for a while. It compares a few words, wakes the wakers of leases that have ended, and checks with a system call whether the holders are
+//! alive. It does not depend on an executor.
 //!
-//! After a fork, the child has neither the thread nor a usable lock. So each fork generation (`memory/fork.rs`) has its own watch,
+//! After a fork, the child has neither the thread nor a usable lock. Each fork generation (`memory/fork.rs`) therefore has its own watch,
 //! and never uses its parent's.
 //!
-//! Must not hold its lock while it wakes or drops a waker, or cleans up after a member, because all of these may call back into
+//! Must not hold its lock while it wakes or drops a waker, or while it cleans up after a member, because all of these may call back into
 //! this file.
 
 use std::collections::BTreeMap;
@@ -25,7 +25,7 @@ use crate::memory::fork;
 
 /// Time between two checks.
 const INTERVAL: Duration = Duration::from_millis(1);
-/// The thread exits after this many checks without a waiting future.
+/// Number of checks without a waiting future after which the thread exits.
 const IDLE_LOOKS: u32 = 100;
 /// Maximum depth of nested forks in which futures can wait.
 const GENERATIONS: usize = 64;
@@ -47,11 +47,11 @@ struct Waiting {
     waker: Waker,
 }
 
-/// No thread can wake the future: the thread could not be started, or there were too many forks.
+/// No thread can wake the future, because the thread could not be started or there were too many forks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Unwatched;
 
-/// Waits until a lease ends, or the time limit of its ticket passes.
+/// A future that waits until a lease ends or the time limit of its ticket passes.
 #[derive(Debug)]
 pub(crate) struct Change {
     state: State,
@@ -69,7 +69,7 @@ impl Watch {
         Watch { runs: false, next: 0, waiting: BTreeMap::new() }
     }
 
-    /// The watch of this process; `None` after too many forks.
+    /// Returns the watch of this process, or `None` after too many forks.
     fn of(generation: u32) -> Option<MutexGuard<'static, Watch>> {
         let watch = WATCHES.get(usize::try_from(generation).ok()?.checked_sub(1)?)?;
         Some(watch.lock().unwrap_or_else(PoisonError::into_inner))
@@ -82,7 +82,7 @@ impl Watch {
         changed.iter().filter_map(|number| self.waiting.remove(number)).collect()
     }
 
-    /// The members whose leases are waited for, without duplicates.
+    /// Returns the members whose leases are being waited for, without duplicates.
     fn holders(&self) -> Vec<(Arc<SharedMemory>, u32)> {
         let mut holders: Vec<(Arc<SharedMemory>, u32)> = Vec::new();
         for Waiting { ticket, .. } in self.waiting.values() {
@@ -143,7 +143,7 @@ impl Drop for Change {
     }
 }
 
-/// Adds a waiting future, and starts the thread if needed.
+/// Adds a waiting future, and starts the thread if necessary.
 fn wait(generation: u32, waiting: Waiting) -> Option<u64> {
     let mut watch = Watch::of(generation)?;
     let number = watch.next;
@@ -162,7 +162,7 @@ fn wait(generation: u32, waiting: Waiting) -> Option<u64> {
     None
 }
 
-/// Replaces the waker of a waiting future; `false` if the future is no longer waiting.
+/// Replaces the waker of a waiting future. Returns `false` if the future is no longer waiting.
 fn replace_waker(generation: u32, number: u64, mut waker: Waker) -> bool {
     let Some(mut watch) = Watch::of(generation) else { return false };
     let waits = watch.waiting.get_mut(&number);
@@ -175,7 +175,7 @@ fn replace_waker(generation: u32, number: u64, mut waker: Waker) -> bool {
     is_there
 }
 
-/// The main loop of the thread.
+/// Runs the main loop of the thread.
 fn run(generation: u32) {
     // Signals must be delivered to the program's own threads.
     let _ = SigSet::all().thread_block();

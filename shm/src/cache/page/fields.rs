@@ -9,7 +9,7 @@ const FULL_WEIGHT: u16 = 1000;
 /// Fields that describe the exact bytes of the body.
 const OF_THESE_BYTES: [&[u8]; 6] =
     [b"content-encoding", b"content-range", b"content-md5", b"digest", b"content-digest", b"repr-digest"];
-/// Types whose bytes are compressed already, in addition to images, audio and video.
+/// Types whose bytes are already compressed, in addition to images, audio and video.
 const COMPRESSED_TYPES: [&[u8]; 16] = [
     b"application/gzip",
     b"application/x-gzip",
@@ -29,15 +29,15 @@ const COMPRESSED_TYPES: [&[u8]; 16] = [
     b"font/woff2",
 ];
 
-/// The values of all fields of this name.
+/// Returns the values of all fields with this name.
 pub(super) fn values<'h>(headers: &'h [Header], name: &'h [u8]) -> impl Iterator<Item = &'h [u8]> {
     headers.iter().filter(move |(known, _)| known == name).map(|(_, value)| value.as_slice())
 }
 
-/// The elements of a list (5.6.1), over all fields of this name.
+/// Returns the elements of a list (5.6.1), from all fields with this name.
 ///
-/// A comma inside a quoted string splits too. That is safe for the uses here: no element of the list is lost, and at worst
-/// additional elements are seen.
+/// A list is split at a comma inside a quoted string too. This is safe for the uses here, because no element of the list is lost; at worst,
+/// there are additional elements.
 pub(super) fn elements<'h>(headers: &'h [Header], name: &'h [u8]) -> impl Iterator<Item = &'h [u8]> {
     values(headers, name).flat_map(split)
 }
@@ -46,7 +46,7 @@ fn split(list: &[u8]) -> impl Iterator<Item = &[u8]> {
     list.split(|&byte| byte == b',').map(<[u8]>::trim_ascii).filter(|element| !element.is_empty())
 }
 
-/// Whether `Cache-Control` has this directive, with or without an argument (RFC 9111 5.2).
+/// Whether `Cache-Control` contains this directive, with or without an argument (RFC 9111 5.2).
 pub(super) fn has_directive(headers: &[Header], directive: &[u8]) -> bool {
     elements(headers, b"cache-control").any(|element| {
         let name = element.split(|&byte| byte == b'=').next().unwrap_or(element);
@@ -66,7 +66,7 @@ pub(super) fn forbid_coding(headers: &[Header]) -> bool {
         || values(headers, b"content-type").any(is_compressed)
 }
 
-/// Whether bytes of this type are compressed already.
+/// Whether bytes of this type are already compressed.
 fn is_compressed(content_type: &[u8]) -> bool {
     let media_type = content_type.split(|&byte| byte == b';').next().unwrap_or(content_type);
     let media_type = media_type.trim_ascii().to_ascii_lowercase();
@@ -83,13 +83,13 @@ fn is_compressed(content_type: &[u8]) -> bool {
     }
 }
 
-/// The names listed in `Connection`: further fields that apply to one connection only (7.6.1).
+/// Returns the names listed in `Connection`, which are further fields that apply to one connection only (7.6.1).
 pub(super) fn connection_options(headers: &[Header]) -> Vec<Vec<u8>> {
     elements(headers, b"connection").map(<[u8]>::to_ascii_lowercase).collect()
 }
 
-/// Whether a field belongs to a connection or a single message rather than to a page (7.6.1, RFC 9111 3.1). This includes
-/// `Content-Length`, because it differs between the encodings of the body.
+/// Whether a field belongs to a connection or a single message rather than to a page (7.6.1, RFC 9111 3.1). This includes `Content-Length`,
+/// because it differs between the encodings of the body.
 pub(super) fn is_passing(name: &[u8], connection_options: &[Vec<u8>]) -> bool {
     matches!(
         name,
@@ -105,7 +105,7 @@ pub(super) fn is_sound((name, value): &Header) -> bool {
     !name.is_empty() && name.iter().all(in_name) && value.iter().all(in_value)
 }
 
-/// Whether a client with this `Accept-Encoding` accepts gzip, with a weight not below that of identity (12.5.3).
+/// Whether a client with this `Accept-Encoding` accepts gzip, with a weight that is not lower than the weight of identity (12.5.3).
 pub(super) fn accepts_gzip(accept_encoding: &[u8]) -> bool {
     let (mut gzip, mut identity, mut others) = (None, None, None);
     for element in split(accept_encoding) {
@@ -118,14 +118,14 @@ pub(super) fn accepts_gzip(accept_encoding: &[u8]) -> bool {
             _ => continue,
         };
         let weight = parts.find_map(weight).unwrap_or(FULL_WEIGHT);
-        // If a coding is listed twice, the lower weight applies, because sending the plain body is never wrong.
+        // If a coding is listed twice, the lower weight applies, because it is never incorrect to send the plain body.
         *known = Some(known.map_or(weight, |known| known.min(weight)));
     }
     let gzip = gzip.or(others).unwrap_or(0);
     gzip > 0 && gzip >= identity.unwrap_or(0)
 }
 
-/// The weight in `q=0.5`, in thousandths; 0 if it is invalid, `None` for another parameter.
+/// Returns the weight in `q=0.5`, in thousandths. Returns 0 if the weight is invalid, and `None` for a different parameter.
 fn weight(parameter: &[u8]) -> Option<u16> {
     let (b'q' | b'Q', rest) = parameter.split_first()? else { return None };
     let value = rest.trim_ascii_start().strip_prefix(b"=")?.trim_ascii_start();

@@ -16,7 +16,7 @@
 use super::{CorruptPage, Header, Page, fields};
 
 const VERSION: u8 = 1;
-/// The minimum size of a header: two lengths, and one byte of a name.
+/// Minimum size of an encoded header in bytes: two lengths, and one byte of a name.
 const HEADER_MIN: usize = 3;
 
 impl Page {
@@ -39,7 +39,7 @@ impl Page {
         meta
     }
 
-    /// Decodes the page that was stored as `meta` and `body`. The body is not examined.
+    /// Decodes the page that was stored as `meta` and `body`. Does not examine the body.
     ///
     /// # Errors
     /// Fails if `meta` is not the output of [`Page::encode_meta`] for a page that can be sent.
@@ -104,7 +104,7 @@ fn take_number(rest: &mut &[u8]) -> Option<u64> {
         }
         number |= bits << shift;
         if byte & 0x80 == 0 {
-            // A last byte of zero is redundant, and rejected to keep the encoding unique.
+            // A final byte of zero is redundant, and is rejected to keep the encoding unique.
             return (byte != 0 || shift == 0).then_some(number);
         }
     }
@@ -125,7 +125,7 @@ mod tests {
 
     use super::*;
 
-    /// Any storable page; its body may or may not be compressible.
+    /// Generates any storable page. Its body may or may not be compressible.
     fn page() -> impl Strategy<Value = Page> {
         let name = "[a-z0-9!#_~-]{1,40}".prop_map(|name| format!("x-{name}"));
         let value = vec(prop_oneof![Just(b'\t'), b' '..=0x7e, 0x80..=0xffu8], 0..300);

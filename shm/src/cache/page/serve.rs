@@ -1,4 +1,4 @@
-//! Decides which pages may be stored, and what is sent to a client. Section numbers refer to RFC 9110 unless RFC 9111 is named.
+//! Determines which pages may be stored, and what is sent to a client. Section numbers refer to RFC 9110 unless RFC 9111 is named.
 
 use std::fmt;
 
@@ -26,8 +26,7 @@ pub enum NotStorable {
     NoStore,
     /// `Vary` contains `*`: the page is valid for one request only (RFC 9111 §4.1).
     VaryAll,
-    /// The status is not that of a complete page: it is not final, or it is 206 (partial content) or 304 (not
-    /// modified).
+    /// The status does not belong to a complete page: it is not final, or it is 206 (partial content) or 304 (not modified).
     Status(u16),
     /// A header has a name or value that HTTP does not allow.
     Header,
@@ -54,16 +53,15 @@ impl fmt::Display for NotStorable {
 impl std::error::Error for NotStorable {}
 
 impl Page {
-    /// Checks whether the page may be stored and served to other clients (RFC 9111 §3; the rule about cookies is
-    /// stricter than §7.3 there).
+    /// Checks whether the page may be stored and served to other clients (RFC 9111 §3; the rule about cookies is stricter than §7.3 of that
+    /// RFC).
     ///
-    /// Two decisions are left to the caller. Header fields listed in `Vary`, other than `*` and `Accept-Encoding`, must
-    /// be part of the key. And only the caller can know whether a page for a request with `Authorization` or cookies
-    /// may be sent to everyone. `no-cache` does not prevent storing, because the application that stores a page also
-    /// purges it.
+    /// Two decisions are left to the caller. First, header fields listed in `Vary`, other than `*` and `Accept-Encoding`, must be part of
+    /// the key. Second, only the caller can determine whether a page for a request with `Authorization` or cookies may be sent to everyone.
+    /// `no-cache` does not prevent storing, because the application that stores a page also purges it.
     ///
     /// # Errors
-    /// Returns the first reason against storing the page.
+    /// Returns the first reason why the page must not be stored.
     pub fn storable(&self) -> Result<(), NotStorable> {
         if !(200..=599).contains(&self.status) || matches!(self.status, 206 | 304) {
             return Err(NotStorable::Status(self.status));
@@ -88,17 +86,18 @@ impl Page {
 
     /// Prepares the page for a client with this `Accept-Encoding`. Join several fields with commas.
     ///
-    /// A body that the cache compressed is sent unchanged, with `Content-Encoding: gzip`, if the client accepts gzip
-    /// (§12.5.3: weights, `*`, `x-gzip`), and decompressed otherwise; `Vary` lists `Accept-Encoding` in both cases. A
-    /// client that sends no `Accept-Encoding` gets the body decompressed. With gzip, a strong `ETag` becomes weak,
-    /// because the bytes differ (§8.8.3). A weak tag, unlike a tag with a suffix, matches in `If-None-Match` whichever
-    /// encoding the client has. A tag without quotes is dropped, because it cannot be made weak.
+    /// If the client accepts gzip (§12.5.3: weights, `*`, `x-gzip`), a body that the cache compressed is sent unchanged, with
+    /// `Content-Encoding: gzip`. Otherwise, it is decompressed, even if the client sent no `Accept-Encoding`. `Vary` lists
+    /// `Accept-Encoding` in both cases.
+    ///
+    /// With gzip, a strong `ETag` becomes weak, because the bytes differ (§8.8.3). A weak tag, unlike a tag with a suffix, matches in
+    /// `If-None-Match` whichever encoding the client received. A tag without quotes is dropped, because it cannot be made weak.
     ///
     /// Connection-specific headers and `Content-Length` are dropped. Afterwards [`Page::encoding`] is
     /// [`Encoding::Identity`](super::Encoding::Identity).
     ///
     /// # Errors
-    /// Fails if the body must be decompressed and cannot be.
+    /// Fails if the body must be decompressed, but is corrupt.
     pub fn negotiate(mut self, accept_encoding: Option<&[u8]>) -> Result<Page, CorruptPage> {
         if self.negotiate_head(accept_encoding) {
             self.plain_len = None;
@@ -106,17 +105,17 @@ impl Page {
         self.into_plain()
     }
 
-    /// Whether a client that sent this `If-None-Match` already has the page (§13.1.2). Join several fields with commas.
-    /// For GET and HEAD only.
+    /// Whether a client that sent this `If-None-Match` already has the page (§13.1.2). Join several fields with commas. For GET and HEAD
+    /// only.
     ///
-    /// Never true for a page without an `ETag`, or whose status is not a success (§13.2.1).
+    /// Always returns false for a page without an `ETag` or with a status that is not a success (§13.2.1).
     pub fn matches(&self, if_none_match: &[u8]) -> bool {
         let tag = self.value("etag").and_then(fields::tag);
         (200..=299).contains(&self.status) && tag.is_some_and(|tag| fields::names_tag(if_none_match, tag))
     }
 
-    /// Creates the 304 response for a client that already has the page (§15.4.5): without the body and the headers that
-    /// describe it, and with the other headers that [`Page::negotiate`] produces.
+    /// Creates the 304 response for a client that already has the page (§15.4.5). It contains neither the body nor the headers that
+    /// describe it, but contains all other headers that [`Page::negotiate`] produces.
     #[must_use]
     pub fn not_modified(mut self, accept_encoding: Option<&[u8]>) -> Page {
         self.negotiate_head(accept_encoding);
@@ -137,7 +136,7 @@ impl Page {
                 None => self.headers.push((b"vary".to_vec(), b"Accept-Encoding".to_vec())),
             }
         }
-        // If the application added a coding after the compression, the stored gzip would be the inner coding; the application is
+        // If the application added a coding after the compression, the stored gzip would be the inner coding. The application is
         // responsible for that case.
         if !accept_encoding.is_some_and(fields::accepts_gzip) || self.value("content-encoding").is_some() {
             return false;
@@ -148,7 +147,7 @@ impl Page {
     }
 }
 
-/// Makes an entity tag weak; `false` if `etag` is not a valid entity tag.
+/// Makes an entity tag weak. Returns `false` if `etag` is not a valid entity tag.
 fn weaken(etag: &mut Vec<u8>) -> bool {
     let Some(tag) = fields::tag(etag) else { return false };
     *etag = [b"W/\"", tag, b"\""].concat();

@@ -44,7 +44,7 @@ fn lease_word(cache: &Cache, key: &str) -> u64 {
     cache.segment.lease_cell(cache.key(key.as_bytes()).hash).unwrap().word.load(Ordering::SeqCst)
 }
 
-/// Takes the lease of a key directly. With `flipped` bits of the hash, takes the lease of another key in the same cell.
+/// Takes the lease of a key directly. If bits of the hash are flipped (`flipped`), this takes the lease of another key in the same cell.
 fn hold(cache: &Cache, key: &str, flipped: u64, deadline_ms: u64) -> u64 {
     let hash = cache.key(key.as_bytes()).hash;
     let (cell, me) = (cache.segment.lease_cell(hash).unwrap(), cache.segment.member().unwrap());
@@ -193,7 +193,7 @@ fn a_page_that_renders_itself_does_not_wait_for_itself() {
     let cache = cache();
     let options = StoreOptions::new();
     let answer = cache.get_or_render("k", &options, |recorder| {
-        // Both in the same thread, and in another thread that received the recorder.
+        // The fragment is requested in the same thread, and in another thread that received the recorder.
         assert_eq!(cache.get_or_render("k", &options, |_| text("inner")), Ok(rendered("inner")));
         cache.purge("k");
         std::thread::scope(|scope| {
@@ -276,7 +276,7 @@ fn one_who_is_too_late_does_not_store() {
     assert_eq!((answer, cache.get("other").unwrap()), (Ok(rendered("late")), b"late".to_vec()));
 }
 
-/// One call renders, and finishes when the other call waits or has returned without waiting. Returns both results.
+/// Makes two calls. One of them renders, and finishes when the other is waiting or has returned without waiting. Returns both results.
 fn two(cache: &Cache, render: impl FnOnce(Recorder) -> Vec<u8>) -> (Cached, Cached) {
     std::thread::scope(|scope| {
         let mut other = None;
@@ -347,7 +347,7 @@ fn fragments_lend_however_they_come() {
         let (page, _) = cache.lookup::<Vec<u8>>(cache.key(key.as_bytes()), 0, Tags::Unwanted, |_, _| true);
         page.unwrap().times.expires_ms
     };
-    // Rendered on the first call, fresh on the second.
+    // The page is rendered on the first call and fresh on the second.
     for purge_inner in [true, false] {
         assert_eq!(page(), Ok(rendered("new")));
         assert!(ends_ms("k").abs_diff(ends_ms("inner")) < 1000);
@@ -357,7 +357,7 @@ fn fragments_lend_however_they_come() {
             cache.get_or_render("inner", &options, |_| text("new")).unwrap();
         }
     }
-    // A page that includes a stale fragment expires at once.
+    // A page that includes a stale fragment expires immediately.
     set_long_ago(&cache, "inner", options.clone());
     let word = hold(&cache, "inner", 0, LONG_MS);
     assert_eq!(page(), Ok(rendered("old")));
