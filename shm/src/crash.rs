@@ -1,8 +1,8 @@
 //! Marks the points at which a test can kill the process, and the repairs that a test can skip.
 //!
-//! Each step of a change in shared memory that another process could find half done is marked with `point`. Without the feature
-//! `crash-test`, `point` does nothing. With it, `tests/crash_points.rs` has a child process killed at the n-th point, for each
-//! n, and then checks that all guarantees hold. The tests also skip each repair in turn, to show that it is needed.
+//! Each step of a change in shared memory that another process could find partly done is marked with `point`. Without the feature
+//! `crash-test`, `point` does nothing. With this feature, `tests/crash_points.rs` has a child process killed at the n-th point, for each n,
+//! and then checks that all guarantees hold. The tests also skip each repair in turn, to show that the repair is necessary.
 
 /// A repair after the death of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ mod armed {
     static SKIPPED: AtomicU32 = AtomicU32::new(0);
     static NAMES: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
 
-    /// A step after which this process may be killed.
+    /// Marks a step after which this process may be killed.
     pub fn point(name: &'static str) {
         if PASSED.fetch_add(1, Ordering::Relaxed) == DIE_AT.load(Ordering::Relaxed) {
             let _ = raise(Signal::SIGKILL);
@@ -56,7 +56,7 @@ mod armed {
         }
     }
 
-    /// Kills this process at the n-th step from now; [`u64::MAX`] for never, [`u64::MAX`] - 1 to record the names only.
+    /// Kills this process at the n-th step from now. With [`u64::MAX`], never kills it; with [`u64::MAX`] - 1, only records the names.
     pub fn die_at(step: u64) {
         PASSED.store(0, Ordering::Relaxed);
         DIE_AT.store(step, Ordering::Relaxed);
@@ -65,7 +65,7 @@ mod armed {
         }
     }
 
-    /// The names of the steps passed since [`die_at`] started recording.
+    /// Returns the names of the steps passed since [`die_at`] started recording.
     pub fn points_passed() -> Vec<&'static str> {
         NAMES.lock().map(|names| names.clone()).unwrap_or_default()
     }

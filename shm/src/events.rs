@@ -9,32 +9,33 @@
 //! All topics share one ring of records with endless positions, as in the page cache. The ids of a topic count from 1 without gaps. An
 //! event is written beyond the head, and the oldest events are evicted to make room for it.
 //!
-//! - **One store publishes**: the store of the head turns the record before it into an event. A publisher that is killed before that
-//!   store has not published; one that is killed afterwards has. Then the topic's cell is updated. `linked` is the position up to which
-//!   the cells are updated, and a reader that looks for the events of a topic also searches beyond `linked`. So a publisher that dies
-//!   between the two stores needs no special treatment.
+//! - **One store publishes an event**: raising the head turns the record before it into an event. A publisher that is killed before that
+//!   store has not published; a publisher that is killed afterwards has. The topic's cell is updated after that store. `linked` is the
+//!   position up to which the cells are updated. A reader that looks for the events of a topic also searches beyond `linked`, so a
+//!   publisher that dies between the two stores needs no special treatment.
 //! - **Publishers hold the log's lock** (`protocols/lock.rs`), but only while they copy an event. The lock of a dead publisher is taken
 //!   over.
-//! - **Readers take no lock and write nothing.** They copy, and then check that the floor has not passed the copied record.
-//! - **Waiting readers** wait for the futex `sequence` to change. A publisher makes the system call that wakes them only if a reader
-//!   sleeps. If a publisher is killed before that call, the sleepers are woken by the next publisher or by their timeout, which should
-//!   therefore be short.
+//! - **Readers take no lock and write nothing.** They copy a record and then check that the floor has not passed it.
+//! - **Waiting readers** wait for the futex `sequence` to change. A publisher makes the system call that wakes them only if a reader is
+//!   sleeping. If a publisher is killed before that call, the sleeping readers are woken by the next publisher or by their timeout, which
+//!   should therefore be short.
 //!
-//! The files: [`publish`] writes, and [`read`] reads; [`topics`] is the table of topics; [`ring`] defines the record format that both
-//! use; [`bell`] and [`told`] are protocols between processes, which are also tested with loom; [`audit`] is for tests.
+//! The files: [`publish`] writes, and [`read`] reads. [`topics`] is the table of topics. [`ring`] defines the record format that both use.
+//! [`bell`] and [`told`] are protocols between processes, which are also tested with loom. [`audit`] is for tests.
 //!
 //! # Reading without gaps
-//! To read all events of a topic after some id, and then each new one, a reader first takes a [`Tail`] and then calls
-//! [`Events::since`]. An event published in between is returned by both, and can be recognized by its id.
+//! To read all events of a topic after some id, and then each new event, a reader first takes a [`Tail`] and then calls [`Events::since`].
+//! Both return an event that was published in between; the reader recognizes it by its id.
 //!
 //! # Replaced topics
-//! The table has room for one topic per 4 KiB of the log. If it is full, a new topic replaces the topic that has been idle for
-//! longest, so that a publisher that creates many topics cannot prevent others from publishing. Events of a replaced topic stay in
-//! the log, and a reader that follows the log with a [`Tail`] gets them; a lookup by the topic's name no longer finds them. If a
-//! replaced topic is published to again, its ids continue above the highest id of any replaced topic. So no id is used twice, and a
-//! reader that requests the events after its last id receives the number of events that it missed. Until then, that highest id is
-//! returned as the topic's last id, so a reader that starts there misses nothing. A topic that has never existed before also starts above it,
-//! because new and replaced topics cannot be distinguished.
+//! The table has room for one topic per 4 KiB of the log. If the table is full, a new topic replaces the topic that has been idle for
+//! longest, so that a publisher that creates many topics cannot prevent other processes from publishing. Events of a replaced topic stay in
+//! the log. A reader that follows the log with a [`Tail`] receives them, but a lookup by the topic's name no longer finds them.
+//!
+//! If an event is published to a replaced topic again, the topic's ids continue above the highest id of any replaced topic. No id is
+//! therefore used twice, and a reader that requests the events after its last id receives the number of events that it missed. Until an
+//! event is published, that highest id is returned as the topic's last id, so a reader that starts there misses nothing. A topic that has
+//! never existed before also starts above it, because new and replaced topics cannot be distinguished.
 
 mod audit;
 mod publish;
@@ -58,7 +59,7 @@ use crate::memory::futex;
 use crate::memory::layout::{EventsHead, GRAIN};
 use crate::protocols::bell::Bell;
 
-/// A handle to the event log; cheap to clone, usable from any thread.
+/// A handle to the event log. Cheap to clone, and usable from any thread.
 #[derive(Clone, Debug)]
 pub struct Events {
     segment: Arc<SharedMemory>,
@@ -68,23 +69,23 @@ pub struct Events {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct EventStats {
-    /// Events published so far.
+    /// Number of events published so far.
     pub published: u64,
-    /// The number of these events that have been evicted.
+    /// Number of published events that have been evicted.
     pub evicted: u64,
-    /// Topics in the table.
+    /// Number of topics in the table.
     pub topics: u64,
     /// Maximum number of topics in the table.
     pub most_topics: u64,
-    /// Bytes in use.
+    /// Number of bytes in use.
     pub used_bytes: u64,
-    /// Bytes available for events.
+    /// Number of bytes available for events.
     pub capacity: u64,
-    /// When the oldest event in the log was published, in microseconds since 1970; 0 if there is none.
+    /// When the oldest event in the log was published, in microseconds since 1970; 0 if there is no event.
     pub oldest_us: u64,
-    /// How many times a publisher died while publishing and another publisher took over.
+    /// Number of times that a publisher died while publishing and another publisher took over.
     pub recoveries: u64,
-    /// How many times the log was found inconsistent and was emptied.
+    /// Number of times that the log was found inconsistent and was emptied.
     pub restarts: u64,
 }
 
@@ -98,24 +99,24 @@ impl Events {
         self.segment.geometry.events_ring_len == 0
     }
 
-    /// A number that distinguishes this log from earlier ones; 0 if there is no log. Ids of another epoch have no
-    /// meaning in this log.
+    /// Returns a number that distinguishes this log from earlier logs, or 0 if there is no log. Ids from a different epoch have no meaning
+    /// in this log.
     pub fn epoch(&self) -> u32 {
         self.segment.events_head().map_or(0, |head| head.epoch.load(Ordering::Relaxed))
     }
 
-    /// The maximum length of an event's name and data together, in bytes.
+    /// Returns the maximum length of an event's name and data together, in bytes.
     pub fn max_event(&self) -> u64 {
         self.segment.geometry.max_event
     }
 
-    /// The number of publications so far, which wraps around; for [`Events::wait`].
+    /// Returns the number of publications so far, which wraps around. Used with [`Events::wait`].
     pub fn sequence(&self) -> u32 {
         self.segment.events_head().map_or(0, |head| head.sequence.load(Ordering::SeqCst))
     }
 
-    /// Sleeps until the sequence differs from `seen`, `longest` has passed, a signal arrives, or [`Events::wake`] is
-    /// called. Returns the sequence.
+    /// Sleeps until the sequence differs from `seen`, `longest` has passed, a signal arrives, or [`Events::wake`] is called. Returns the
+    /// sequence.
     pub fn wait(&self, seen: u32, longest: Duration) -> u32 {
         let Some(head) = self.segment.events_head() else {
             std::thread::sleep(longest);
@@ -134,7 +135,7 @@ impl Events {
         }
     }
 
-    /// The statistics of the log.
+    /// Returns the statistics of the log.
     pub fn stats(&self) -> EventStats {
         let Some(log) = Log::of(&self.segment) else { return EventStats::default() };
         let counters = &log.head.counters;
@@ -162,7 +163,7 @@ struct Log<'a> {
 }
 
 impl<'a> Log<'a> {
-    /// Returns `None` if there is no log, or if its file was truncated.
+    /// Returns the log of a segment, or `None` if there is no log or if its file was truncated.
     fn of(segment: &'a SharedMemory) -> Option<Log<'a>> {
         if segment.map.is_lost() {
             return None;
@@ -185,7 +186,7 @@ impl SharedMemory {
         if self.geometry.events_ring_len == 0 { None } else { self.map.at(self.geometry.events_at) }
     }
 
-    /// Position 0 means "none", so the ring starts after it.
+    /// Initializes the event log. Position 0 means "none", so the ring starts after it.
     pub(crate) fn init_events(&self) -> Option<()> {
         if self.geometry.events_ring_len == 0 {
             return Some(());

@@ -1,5 +1,5 @@
-//! Checks the properties of a page that must hold for any content of the shared memory and any request: see `docs/fuzzing.md` of
-//! Forkyard. Compiled for tests and with `--cfg fuzzing` only.
+//! Checks the properties of a page that must hold for any content of the shared memory and any request. `docs/fuzzing.md` in the Forkyard
+//! repository describes them. Compiled only for tests and with `--cfg fuzzing`.
 
 use crate::cache::page::{Encoding, Page};
 

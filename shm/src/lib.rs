@@ -43,32 +43,31 @@
 //!                          ... free ... | old | dead | live | pad | live | new | ... free ...
 //!                                         ^ evicted, or moved to a head         ^ written next
 //! ```
-//! A slot holds, in one word, the location of an entry: a position in a ring's endless log, which is never reused. An entry is
-//! valid, and does not change, while its position is not below the ring's floor. Everything else follows from this:
+//! A slot is one word that contains the location of an entry: a position in a ring's endless log, which is never reused. An entry is valid,
+//! and does not change, as long as its position is not below the ring's floor. This has the following consequences:
 //!
-//! - **Readers take no lock.** A reader follows the slot, copies the entry, and checks the floor once more. It writes nothing that
-//!   is shared, except the visit count of an entry that has been requested fewer than three times.
+//! - **Readers take no lock.** A reader follows the slot, copies the entry, and checks the floor again. It writes nothing that is shared,
+//!   except the visit count of an entry that has been requested fewer than three times.
 //! - **A writer locks one shard.** It writes an entry beyond the head, advances the head, and publishes the entry with one store
 //!   to a slot.
-//! - **Space is freed at the floor**, by S3-FIFO: `cache/eviction.rs` describes the policy and the reasons for it.
-//! - **Reading in place** ([`Cache::pin`]) records the entry in the reader's own cell; the head skips pinned entries.
+//! - **Space is freed at the floor**, by S3-FIFO. `cache/eviction.rs` describes the policy and the reasons for it.
+//! - **Reading in place** ([`Cache::pin`]) records the entry in the reader's own member cell. The head skips pinned entries.
 //!
-//! `memory/layout.rs` defines the byte layout, checked by assertions. All positions are offsets; the segment contains no pointers.
-//! Each protocol between processes has its own file in `protocols/`, without system calls, so that the model checker loom can run
-//! it too: `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `bell.rs`, `told.rs`.
+//! `memory/layout.rs` defines the byte layout, which assertions check. All positions are offsets; the segment contains no pointers. Each
+//! protocol between processes is in its own file in `protocols/`, without system calls, so that the model checker loom can run it too:
+//! `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `bell.rs`, `told.rs`.
 //!
 //! # Locks
-//! There are three kinds of locks: one per shard, one for the prefix table, and one for the event log. No process holds two
-//! locks at once, so there is no lock order. No lock is held across a system call or an allocation. Waiting for a lock is
-//! limited to 20 ms, and does not happen at all while a process is known not to release the lock. A page that cannot be
-//! stored for this reason is reported as [`StoreError::Busy`] and counted; an event that cannot be published, as
-//! [`PublishError::Busy`]. Reading is not affected. The scoreboard has no locks, so a process that must never wait may read
-//! and write it.
+//! There are three kinds of locks: one lock per shard, one for the prefix table, and one for the event log. No process holds two locks at
+//! the same time, so there is no lock order. No lock is held across a system call or an allocation. A process waits for a lock for up to 20
+//! ms, but does not wait at all while another process is known not to release the lock. A page that cannot be stored for this reason is
+//! reported as [`StoreError::Busy`] and counted. An event that cannot be published for this reason is reported as [`PublishError::Busy`].
+//! Reading is not affected. The scoreboard has no locks, so a process that must never wait may read and write it.
 //!
 //! # Crash tolerance
-//! A process that uses the cache, or publishes events, is a *member*: it holds a lock on one byte of the segment's file,
-//! which the kernel releases when the process terminates (`memory/members.rs`). A dead member is cleaned up (*buried*) by the
-//! first process that needs something the dead member held, or by the [sweep](Cache::sweep) within a second.
+//! A process that uses the cache or publishes events is a *member*. It holds a lock on one byte of the segment's file, which the kernel
+//! releases when the process terminates (`memory/members.rs`). A dead member is cleaned up (*buried*) by the first process that needs
+//! something that the dead member held, or by the [sweep](Cache::sweep) within a second.
 //!
 //! | killed while | what the other processes find |
 //! |---|---|
@@ -95,25 +94,28 @@
 //! | publishing an event | `events/publish.rs` |
 //! | using a file | `segment/file.rs` |
 //!
-//! A process that is stopped, but not dead, keeps its lock; until it continues, other processes do not store in that shard. A
-//! lease that it holds ends at its deadline.
+//! A process that is stopped, but not dead, keeps its lock. Until it continues, other processes do not store in that shard. A lease that it
+//! holds ends at its deadline.
 //!
 //! # Trust
-//! The processes of one segment trust each other about as far as threads do, with two differences. The death of a process does not
-//! harm the others. And no value read from the segment is trusted where it could lead outside the segment or into an endless loop;
-//! a shard that is found inconsistent is emptied and counted. There is no defense against a process that overwrites the segment: it
-//! can serve any content, change what another process reads in place, or name a running process as the owner of a lock, which
-//! prevents others from storing in that shard until the named process exits. A process that closes descriptors it did not open (all
-//! above 2, for example) also closes the descriptor whose lock shows that the process is alive: it is then taken for dead, and must
-//! not use the cache any more. [`Segment::damage`] detects a segment that was overwritten.
+//! The processes that share a segment trust each other about as much as threads do, with two differences. First, the death of a process
+//! does not harm the others. Second, no value read from the segment is trusted where it could lead outside the segment or into an endless
+//! loop. A shard that is found inconsistent is emptied and counted.
 //!
-//! Even such a process cannot cause undefined behavior in the safe functions of this crate. [`Segment::attach`], [`Segment::open`],
-//! [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes write to, for three reasons. First,
-//! the size of the memory is fixed (sealed, or a file that is reserved and locked), so reading it raises no SIGBUS unless that file is
-//! truncated; then a signal handler maps zeroes in place of the lost pages (`memory/lost_pages.rs`), and the memory is not used any more.
-//! Second, the only references to the memory are references to atomics, for which any value is valid; raw pointers do not leave
-//! `memory/map.rs`. Third, bytes are copied by instructions that are opaque to the compiler. The only function that lends a slice of
-//! shared memory, [`Pinned::into_slice`], is unsafe and documents its caller's obligations.
+//! There is no defense against a process that overwrites the segment. Such a process can serve any content, change what another process is
+//! reading in place, or name a running process as the owner of a lock, which prevents other processes from storing in that shard until the
+//! named process exits. A process that closes descriptors that it did not open (all above 2, for example) also closes the descriptor whose
+//! lock shows that the process is alive. Other processes then treat it as dead, and it must not use the cache any more. [`Segment::damage`]
+//! detects a segment that was overwritten.
+//!
+//! Even a process that overwrites the segment cannot cause undefined behavior in the safe functions of this crate. [`Segment::attach`],
+//! [`Segment::open`], [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes write to, for three
+//! reasons. First, the size of the memory is fixed, because it is sealed or because the file is reserved and locked. Reading the memory
+//! therefore raises no SIGBUS unless that file is truncated. If it is truncated, a signal handler maps zeroes in place of the lost pages
+//! (`memory/lost_pages.rs`), and the memory is not used any more. Second, the only references to the memory are references to atomics, for
+//! which any value is valid; raw pointers do not leave `memory/map.rs`. Third, bytes are copied by instructions that are opaque to the
+//! compiler. The only function that lends a slice of shared memory, [`Pinned::into_slice`], is unsafe and documents its caller's
+//! obligations.
 
 mod cache;
 #[doc(hidden)]
@@ -160,16 +162,15 @@ pub struct Plan {
     pub cache_bytes: u64,
     /// Number of scoreboard rows: one for each process that needs one.
     pub rows: u32,
-    /// The largest value that the cache accepts, in bytes. 0 selects 1/64 of the cache, but at least 1 MiB, as far as
-    /// there is room.
+    /// Maximum size of a value in the cache, in bytes. 0 selects 1/64 of the cache, but at least 1 MiB, as far as there is room.
     pub max_entry: u64,
     /// Size of the event log in bytes: at least 64 KiB, or 0 for no log.
     pub events_bytes: u64,
 }
 
 impl Plan {
-    /// Checks whether a memory segment of this plan would fit into the available memory and the limits of control
-    /// groups. Reserves nothing.
+    /// Checks whether a memory segment for this plan would fit into the available memory and the limits of control groups. Reserves
+    /// nothing.
     ///
     /// # Errors
     /// Fails if the plan is out of range, or if the memory is not available: see [`SegmentError`].

@@ -1,14 +1,14 @@
-//! The scoreboard: what each process is doing, readable by all processes, even after its death.
+//! The scoreboard shows what each process is doing. All processes can read it, even after the death of the process that it describes.
 //!
-//! There is one row per process, in cache lines of its own. Only its owner writes it, with plain atomic stores; there is no lock.
-//! What a reader gets is unreliable: numbers may be slightly inconsistent, and text may be torn between two requests. So the
-//! reader limits and sanitizes everything, and never bases a decision on the text.
+//! There is one row per process, in its own cache lines. Only the row's owner writes it, with plain atomic stores; there is no lock. What a
+//! reader reads is unreliable: numbers may be slightly inconsistent, and text may be torn between two requests. The reader therefore limits
+//! and sanitizes everything, and bases no decision on the text.
 //!
 //! - [`thread_slot`]: the request that each thread is processing.
 //! - [`surplus`]: the requests for which a row has no room.
 //! - [`text`]: the text form of a request.
 //!
-//! `begin`, and dropping what it returns, must not lock, allocate or make a system call, because every request passes through
+//! `begin`, and dropping the value that it returns, must not lock, allocate or make a system call, because every request passes through
 //! them.
 
 pub(crate) mod quarantine;
@@ -30,28 +30,28 @@ use crate::memory::SharedMemory;
 use crate::memory::clock::monotonic_ms;
 use crate::memory::layout::{CELLS, Cell, ROW_BYTES, RowCells};
 
-/// The bit that indicates, in the word of hung threads, that all threads hang.
+/// The bit in the word of hung threads that means that all threads have hung.
 const ALL_HANG: u32 = 1 << 31;
 
 /// Maximum number of attempts to read a row that another process claims during the read.
 const READS: usize = 3;
 
-/// A handle to the scoreboard; cheap to clone, usable from any thread.
+/// A handle to the scoreboard. Cheap to clone, and usable from any thread.
 #[derive(Clone, Debug)]
 pub struct Scoreboard {
     segment: Arc<SharedMemory>,
 }
 
-/// What a process is doing, as reported by itself.
+/// What a process is doing, as reported by the process itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// The row is not in use.
     Empty,
-    /// Started, not yet serving.
+    /// Started, but not serving yet.
     Starting,
     /// Serving.
     Ready,
-    /// Finishing its requests; accepting no new ones.
+    /// Finishing its requests, and no longer accepting new ones.
     Draining,
 }
 
@@ -66,14 +66,14 @@ pub struct Load {
 
 /// A row, held by the process that it describes, on the thread that serves requests.
 ///
-/// Must be claimed after the fork, by the process itself. Once another process has claimed the row, operations of the former
-/// holder have no effect.
+/// A row must be claimed after the fork, by the process itself. Once another process has claimed the row, operations by the former holder
+/// have no effect.
 #[derive(Clone, Debug)]
 pub struct Row {
     held: Rc<Holding>,
 }
 
-/// Reports whether all threads of a row's process are occupied; usable from any of them.
+/// Reports whether all threads of a row's process are occupied. Usable from any of these threads.
 #[derive(Clone, Debug)]
 pub struct Occupancy {
     segment: Arc<SharedMemory>,
@@ -97,7 +97,7 @@ struct Holding {
     segment: Arc<SharedMemory>,
     at: u64,
     epoch: u64,
-    /// One bit per cell of the row; set if the cell is in use.
+    /// One bit per cell of the row, which is set if the cell is in use.
     used: Local<u16>,
     surplus: Arc<Surplus>,
     /// The free cells of the surplus, and the number of cells created.
@@ -105,7 +105,7 @@ struct Holding {
     made: Local<usize>,
 }
 
-/// A request being served. Dropping it ends the request.
+/// A request that is being served. Dropping this value ends the request.
 #[derive(Debug)]
 #[must_use = "the request counts as served when this is dropped"]
 pub struct InFlight {
@@ -123,11 +123,11 @@ pub struct Snapshot {
     pub pid: u32,
     /// The generation to which the process belongs.
     pub generation: u64,
-    /// What the process is doing.
+    /// What the process was doing.
     pub state: State,
     /// Time since the process claimed the row.
     pub started: Duration,
-    /// Requests served since then.
+    /// Number of requests served since the process claimed the row.
     pub requests: u64,
     /// Number of open connections.
     pub connections: u32,
@@ -143,22 +143,21 @@ pub struct Snapshot {
     pub no_culprit: bool,
     /// The requests that threads are running; all other requests are waiting. They need not be in `serving`.
     pub running: Vec<String>,
-    /// Whether `running` is complete, because a row has only 16 thread slots.
+    /// Whether `running` is complete. It may be incomplete, because a row has only 16 thread slots.
     pub all_running: bool,
-    /// Number of threads whose function hangs.
+    /// Number of threads whose function has hung.
     pub hung_threads: u32,
-    /// Whether all threads hang, so that no request that requires a thread is served.
+    /// Whether all threads have hung, so that no request that requires a thread is served.
     pub all_hang: bool,
-    /// When the event loop last became busy, in milliseconds of a clock that stops during suspend; `None` if the event
-    /// loop sleeps.
+    /// When the event loop last became busy, in milliseconds of a clock that stops during suspend; `None` if the event loop is sleeping.
     pub busy_since_ms: Option<u64>,
-    /// Changes whenever the event loop makes progress.
+    /// A number that changes whenever the event loop makes progress.
     pub pulse: u32,
     /// The thread id of the event loop; 0 if it was not reported.
     pub loop_thread: u32,
 }
 
-/// A request being served.
+/// A request that is being served.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Serving {
@@ -182,7 +181,7 @@ impl State {
         }
     }
 
-    /// Decodes a row's state; unknown values count as empty.
+    /// Decodes a row's state. Unknown values count as empty.
     fn from_word(word: u32) -> State {
         match word {
             1 => State::Starting,
@@ -198,12 +197,12 @@ impl Scoreboard {
         Scoreboard { segment }
     }
 
-    /// The number of rows.
+    /// Returns the number of rows.
     pub fn rows(&self) -> u32 {
         self.segment.geometry.rows
     }
 
-    /// Takes a row for this process and resets it; `None` if there is no such row.
+    /// Claims a row for this process and resets it. Returns `None` if there is no such row.
     ///
     /// The caller must ensure that the row's former owner is gone, or that its reports may be lost.
     pub fn claim(&self, slot: u32, pid: u32, generation: u64) -> Option<Row> {
@@ -237,7 +236,7 @@ impl Scoreboard {
         Some(Row { held: Rc::new(Holding { segment, at, epoch, used, surplus, free, made }) })
     }
 
-    /// Reads a row; `None` if there is no such row.
+    /// Reads a row. Returns `None` if there is no such row.
     pub fn read(&self, slot: u32) -> Option<Snapshot> {
         let (_, row) = self.row(slot)?;
         let mut snapshot = None;
@@ -261,9 +260,9 @@ impl Scoreboard {
         }
     }
 
-    /// The load of the least busy serving process other than the one in `slot`. `None` if no other process is serving.
+    /// Returns the load of the least busy serving process other than the process in `slot`, or `None` if no other process is serving.
     pub fn freest(&self, slot: u32) -> Option<Load> {
-        // Called for each accepted connection, so rows that were never claimed are skipped.
+        // This is called for each accepted connection, so rows that were never claimed are skipped.
         let claimed = self.segment.header().map_or(0, |header| header.claimed_rows.load(Ordering::Relaxed));
         let others = (0..claimed.min(self.rows())).filter(|&other| other != slot).filter_map(|other| self.row(other));
         let serving = others.filter(|(_, row)| State::from_word(row.state.load(Ordering::Relaxed)) == State::Ready);
@@ -305,7 +304,7 @@ impl Row {
         }
     }
 
-    /// Returns a handle for the threads of the process, to report whether all of them are occupied.
+    /// Returns a handle with which the threads of the process report whether all of them are occupied.
     pub fn occupancy(&self) -> Occupancy {
         let Holding { segment, at, epoch, .. } = &*self.held;
         Occupancy { segment: Arc::clone(segment), at: *at, epoch: *epoch }
@@ -351,7 +350,7 @@ impl Row {
         InFlight { held: Rc::clone(&self.held), cell, is_stream: false }
     }
 
-    /// Requests served since the row was claimed.
+    /// Returns the number of requests served since the row was claimed.
     pub fn requests(&self) -> u64 {
         self.held.row().map_or(0, |row| row.requests.load(Ordering::Relaxed))
     }
@@ -365,7 +364,7 @@ impl Occupancy {
         }
     }
 
-    /// Sets how many threads hang, and whether all threads do.
+    /// Sets how many threads have hung, and whether all threads have hung.
     pub fn set_hung(&self, threads: u32, all: bool) {
         if let Some(row) = self.row() {
             row.hung.store(threads & !ALL_HANG | if all { ALL_HANG } else { 0 }, Ordering::Relaxed);
@@ -393,7 +392,7 @@ impl EventLoopBeat {
         }
     }
 
-    /// Records that the event loop sleeps because it has nothing to do.
+    /// Records that the event loop is about to sleep because it has nothing to do.
     pub fn sleep(&self) {
         if let Some(row) = self.row() {
             row.busy_ms.store(0, Ordering::Relaxed);
@@ -407,8 +406,8 @@ impl EventLoopBeat {
 }
 
 impl InFlight {
-    /// The cell of the request, until it becomes a stream. The row contains the first 16 cells; further cells are in this process's
-    /// private memory.
+    /// Returns the cell of the request, until the request becomes a stream. The row contains the first 16 cells; further cells are in this
+    /// process's private memory.
     pub fn cell(&self) -> usize {
         self.cell
     }
@@ -420,15 +419,15 @@ impl InFlight {
         }
     }
 
-    /// The request being served, such as "GET /path", in the form of [`request_text`]. A hyphen if another process has
-    /// claimed the row.
+    /// Returns the request that is being served, such as "GET /path", in the form of [`request_text`]. Returns a hyphen if another process
+    /// has claimed the row.
     pub fn what(&self) -> String {
         let text = self.held.cell(self.cell).map(|cell| cell.text.read());
         text.filter(|text| !text.is_empty()).unwrap_or_else(|| "-".to_owned())
     }
 
-    /// Turns the request into an event stream, which occupies no thread. It no longer counts as in flight, and counts as served when this
-    /// is dropped.
+    /// Turns the request into an event stream, which occupies no thread. The request no longer counts as in flight, and counts as served
+    /// when this value is dropped.
     pub fn becomes_stream(&mut self) {
         if std::mem::replace(&mut self.is_stream, true) {
             return;
@@ -442,7 +441,7 @@ impl InFlight {
         self.held.row().inspect(|row| step(&row.streams, 1));
     }
 
-    /// Takes the request out of those in flight, and frees its cell.
+    /// Removes the request from the requests in flight, and frees its cell.
     fn leave(&mut self) {
         self.held.give_back(self.cell);
         self.held.row().inspect(|row| step(&row.in_flight, -1));
@@ -464,7 +463,7 @@ impl Drop for InFlight {
 }
 
 impl Holding {
-    /// The row, unless another process has claimed it.
+    /// Returns the row, unless another process has claimed it.
     fn row(&self) -> Option<&RowCells> {
         let row: &RowCells = self.segment.map.at(self.at)?;
         (row.epoch.load(Ordering::Relaxed) == self.epoch).then_some(row)
@@ -481,7 +480,7 @@ impl Holding {
         Some(index)
     }
 
-    /// Takes a cell of this process's surplus. Cells are reused; a new one is created only if more are in use than ever before.
+    /// Takes a cell of this process's surplus. Cells are reused; a new cell is created only if more cells are in use than ever before.
     #[cold]
     fn take_surplus(&self) -> usize {
         let number = self.free.borrow_mut().pop().unwrap_or_else(|| {
@@ -512,13 +511,13 @@ impl Holding {
 }
 
 impl Cell {
-    /// The stamp is stored last, so a reader that finds it set also finds the text, or a later text.
+    /// Fills the cell. The stamp is stored last, so a reader that finds it set also finds the text, or a later text.
     fn fill(&self, method: &str, target: &str) {
         self.text.put(method, target);
         self.stamp_ms.store(monotonic_ms(), Ordering::Release);
     }
 
-    /// Returns `None` if the cell is free, or was reused while it was read.
+    /// Reads a cell. Returns `None` if the cell is free, or was reused while it was being read.
     fn read(&self, index: usize, now_ms: u64) -> Option<Serving> {
         let stamp_ms = self.stamp_ms.load(Ordering::Acquire);
         if stamp_ms == 0 {
@@ -568,7 +567,7 @@ impl Snapshot {
     }
 }
 
-/// Adds `by` to a word that only this thread writes. Does not go below 0.
+/// Adds `by` to a word that only this thread writes. The word does not go below 0.
 fn step(word: &AtomicU32, by: i32) {
     word.store(word.load(Ordering::Relaxed).saturating_add_signed(by), Ordering::Relaxed);
 }

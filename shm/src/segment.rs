@@ -1,7 +1,7 @@
 //! The segment as a whole: created once, and attached by processes that inherit or receive the descriptor.
 //!
-//! `create` exposes no half-finished state, because it returns the descriptor only after the memory is reserved, the
-//! locks work and the header is written. `attach` trusts nothing that it has not checked.
+//! `create` exposes no partly initialized state, because it returns the descriptor only after the memory is reserved, the locks work and
+//! the header is written. `attach` trusts nothing that it has not checked.
 
 pub(crate) mod adopt;
 pub(crate) mod file;
@@ -35,8 +35,8 @@ use crate::scoreboard::quarantine::Quarantine;
 
 /// A mapped segment: a cheap handle that can be cloned, shared between threads, and inherited by forked children.
 ///
-/// The memory is unmapped when the last handle in the process is dropped, and freed when the last process has released
-/// both mapping and descriptor.
+/// The memory is unmapped when the last handle in the process is dropped. It is freed when the last process has released both the mapping
+/// and the descriptor.
 #[derive(Clone, Debug)]
 pub struct Segment {
     pub(crate) inner: Arc<SharedMemory>,
@@ -54,7 +54,7 @@ impl Segment {
         Segment::make(plan, geometry, map, fd, None)
     }
 
-    /// The size in bytes of the segment that a plan would create. Creates nothing.
+    /// Returns the size in bytes of the segment that a plan would create. Creates nothing.
     ///
     /// # Errors
     /// Fails if the plan is out of range.
@@ -82,15 +82,15 @@ impl Segment {
     /// Attaches to a segment that another process created.
     ///
     /// # Errors
-    /// Fails if the descriptor is not a sealed memory file, or if its header, version or size differs from what this
-    /// build would have created. Fails for a file that was [closed](Segment::close), until it is reopened.
+    /// Fails if the descriptor is not a sealed memory file, or if its header, version or size differs from what this build would have
+    /// created. Also fails for a file that was [closed](Segment::close), until the file is reopened.
     pub fn attach(fd: OwnedFd) -> Result<Segment, SegmentError> {
         close_on_exec(&fd)?;
         let stat = nix::sys::stat::fstat(&fd).map_err(|errno| system("stat the shared segment", errno))?;
         let is_sealed = match fcntl(&fd, FcntlArg::F_GET_SEALS) {
             Ok(seals) if SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) => true,
-            // A file on a disk does not support seals. Only its owner may change it, and a process that finds the file shared does not
-            // recreate it.
+            // A file on a disk does not support seals. Only its owner may change it, and a process that finds the file in use by another
+            // process does not recreate it.
             Err(Errno::EINVAL) if is_private_file(&stat) => {
                 if !file::lock_users(&fd, libc::F_RDLCK) {
                     return Err(unusable("another program has the file for itself"));
@@ -108,8 +108,7 @@ impl Segment {
         let header = map.at::<Header>(0).ok_or(unusable("it is too short"))?;
         let (geometry, seed) = checked_header(header, len)?;
         if !is_sealed && file::is_clean(header) {
-            // Even a lookup writes, and would modify a clean file, which would be used without checks after a power
-            // failure.
+            // Even a lookup writes. It would modify a clean file, which would then be used without checks after a power failure.
             file::lock_users(&fd, libc::F_UNLCK);
             return Err(unusable("its server has stopped, and closed the file"));
         }
@@ -118,14 +117,14 @@ impl Segment {
         Ok(Segment { inner: Arc::new(SharedMemory { map, geometry, seed, time_base, membership, fd, file: None }) })
     }
 
-    /// The descriptor, which can be inherited by children or sent to another process. It is close-on-exec; a process
-    /// that passes it through exec must clear that flag explicitly.
+    /// Returns the descriptor, which can be inherited by children or sent to another process. It is close-on-exec; a process that passes it
+    /// through exec must clear that flag explicitly.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.inner.fd.as_fd()
     }
 
-    /// A descriptor for a process that may outlive all processes that share this one's lock on the segment's file. It does
-    /// not keep the file locked. Like [`fd`](Segment::fd), it can be [attached](Segment::attach), and is close-on-exec.
+    /// Returns a descriptor for a process that may outlive all processes that share this process's lock on the segment's file. The
+    /// descriptor does not keep the file locked. Like [`fd`](Segment::fd), it can be [attached](Segment::attach) and is close-on-exec.
     ///
     /// # Errors
     /// Fails if the file cannot be reopened, for example because there is no `/proc`.
@@ -136,15 +135,14 @@ impl Segment {
         }
     }
 
-    /// The size of the segment in bytes.
+    /// Returns the size of the segment in bytes.
     #[expect(clippy::len_without_is_empty, reason = "a segment has a header at least, so it is never empty")]
     pub fn len(&self) -> u64 {
         self.inner.geometry.total
     }
 
-    /// Returns what is wrong if a process has overwritten the segment, if its header differs from what this process found
-    /// when it created the segment or attached to it, or if its file was truncated. Takes no lock; for a file, makes one
-    /// system call.
+    /// Returns what is wrong with the segment, if anything. The segment is damaged if its header differs from the header that this process
+    /// found when it created the segment or attached to it, or if its file was truncated. Takes no lock. For a file, makes one system call.
     pub fn damage(&self) -> Option<&'static str> {
         let Some(header) = self.inner.header() else { return Some("it has no header") };
         let found = checked_header(header, self.inner.geometry.total);
@@ -159,7 +157,7 @@ impl Segment {
         }
     }
 
-    /// The number of times that a shard of the cache, or the event log, was found inconsistent and was emptied.
+    /// Returns the number of times that a shard of the cache, or the event log, was found inconsistent and was emptied.
     pub fn restarts(&self) -> u64 {
         let inner = &self.inner;
         let shards =
@@ -169,44 +167,43 @@ impl Segment {
         shards.chain(events).fold(0, u64::wrapping_add)
     }
 
-    /// The page cache. If the plan has none, every lookup misses and every page is refused.
+    /// Returns a handle to the page cache. If the plan has no cache, every lookup misses and every page is refused.
     pub fn cache(&self) -> Cache {
         Cache::new(Arc::clone(&self.inner))
     }
 
     /// Registers this process as a member now, rather than when it first uses the cache.
     ///
-    /// Call it in a process that will not be able to reopen the segment later, because it changes its user or will no
-    /// longer see `/proc`. Returns false if the process cannot become a member, or if there is neither a cache nor an
-    /// event log.
+    /// Call this in a process that will not be able to reopen the segment later, because it will change its user or will no longer be able
+    /// to access `/proc`. Returns false if the process cannot become a member, or if there is neither a cache nor an event log.
     pub fn enter(&self) -> bool {
         self.inner.member_at_last().is_some()
     }
 
-    /// The scoreboard.
+    /// Returns a handle to the scoreboard.
     pub fn scoreboard(&self) -> Scoreboard {
         Scoreboard::new(Arc::clone(&self.inner))
     }
 
-    /// The event log. If the plan has none, nothing can be published.
+    /// Returns a handle to the event log. If the plan has no event log, nothing can be published.
     pub fn events(&self) -> Events {
         Events::new(Arc::clone(&self.inner))
     }
 
-    /// The table of quarantined requests.
+    /// Returns a handle to the table of quarantined requests.
     pub fn quarantine(&self) -> Quarantine {
         Quarantine::new(Arc::clone(&self.inner))
     }
 }
 
 impl SharedMemory {
-    /// Whether the file is shorter than the segment, or was when a process accessed the lost part. If so, marks the memory as lost.
+    /// Whether the file is shorter than the segment, or was shorter when a process accessed the lost part. If so, marks the memory as lost.
     fn is_truncated(&self) -> bool {
         let is_short = |stat: FileStat| u64::try_from(stat.st_size).is_ok_and(|size| size < self.geometry.total);
         self.map.is_lost_if(|| nix::sys::stat::fstat(&self.fd).is_ok_and(is_short))
     }
 
-    /// Position 0 means "none" in a slot, so the logs start after it.
+    /// Initializes the shards. Position 0 means "none" in a slot, so the logs start after it.
     fn init_shards(&self) -> Option<()> {
         for number in 0..self.geometry.shards {
             let head: &ShardHead = self.map.at(self.geometry.shard_at(number))?;
@@ -235,7 +232,7 @@ impl SharedMemory {
     }
 }
 
-/// The plan for which a header was written.
+/// Returns the plan for which a header was written.
 pub(crate) fn plan_of(header: &Header) -> Plan {
     Plan {
         cache_bytes: header.cache_bytes.load(Ordering::Relaxed),
@@ -245,7 +242,7 @@ pub(crate) fn plan_of(header: &Header) -> Plan {
     }
 }
 
-/// Why a segment that was created for one plan cannot serve another. The segment may have more rows than requested.
+/// Returns why a segment that was created for one plan cannot be used for another. The segment may have more rows than requested.
 pub(crate) fn misfit(found: &Plan, wanted: &Plan) -> Option<&'static str> {
     if found.cache_bytes != wanted.cache_bytes {
         Some("its page cache has another size")
@@ -259,8 +256,8 @@ pub(crate) fn misfit(found: &Plan, wanted: &Plan) -> Option<&'static str> {
     }
 }
 
-/// Never returned, because `Geometry::of` places all parts inside the segment, as its tests show. Needed for the types
-/// only.
+/// Error for a part that lies outside the segment. It is never returned, because `Geometry::of` places all parts inside the segment, as its
+/// tests show. It is needed only for the types.
 pub(crate) const BAD_GEOMETRY: SegmentError = SegmentError::Unusable { why: "its parts do not fit into it" };
 
 /// Returns the geometry and the seed from a header, if it is complete and consistent.
@@ -297,7 +294,7 @@ fn checksum(header: &Header) -> u64 {
     xxh3_64(&words.map(u64::to_le_bytes).concat())
 }
 
-/// Miri uses private memory instead of the file: see `map.rs`.
+/// Returns an unused descriptor. Miri uses private memory instead of the file: see `map.rs`.
 #[cfg(miri)]
 fn memory_file(_: u64) -> Result<OwnedFd, SegmentError> {
     File::open("/dev/null").map(OwnedFd::from).map_err(|error| system("open /dev/null", error))
@@ -323,8 +320,8 @@ fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     Ok(fd)
 }
 
-/// Refuses a size that cannot be available before the kernel is asked, because the kernel detects a lack of memory page by page, and
-/// may kill a process (in a control group, this process) before it returns an error.
+/// Refuses a size that cannot be available before the kernel is asked for it. The kernel detects a lack of memory page by page, and may
+/// kill a process (in a control group, this process) before it returns an error.
 pub(crate) fn check_memory(len: u64) -> Result<(), SegmentError> {
     check_file_size(len)?;
     if let Some(Left { limit, free }) = memory_limit::tightest().filter(|left| len > left.free) {
@@ -336,7 +333,7 @@ pub(crate) fn check_memory(len: u64) -> Result<(), SegmentError> {
     Ok(())
 }
 
-/// The kernel sends SIGXFSZ to a process that creates a file larger than its limit.
+/// Refuses a size above the limit for files. The kernel sends SIGXFSZ to a process that creates a file larger than its limit.
 pub(crate) fn check_file_size(len: u64) -> Result<(), SegmentError> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if len > limit => Err(SegmentError::OverFileSize { bytes: len, limit }),

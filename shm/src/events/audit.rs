@@ -1,6 +1,6 @@
-//! Checks the log for consistency: for tests, and for a file that was not closed.
+//! Checks the log for consistency. Used in tests, and for a file that was not closed.
 //!
-//! Must not write. The result is valid only if no process publishes meanwhile.
+//! Must not write. The result is valid only if no process publishes during the audit.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use super::ring::Record;
 use super::{Events, Log};
 
-/// The id of a topic's latest event, and its position.
+/// The id of each topic's latest event, and its position.
 type Latest = HashMap<Box<str>, (u64, u64)>;
 
 impl Events {
@@ -16,7 +16,7 @@ impl Events {
     /// process publishes.
     ///
     /// # Errors
-    /// Describes the inconsistency.
+    /// Returns a description of the inconsistency.
     pub fn audit(&self) -> Result<(), String> {
         let Some(log) = Log::of(&self.segment) else { return Ok(()) };
         let [floor, linked, head] =
@@ -63,7 +63,7 @@ impl Log<'_> {
         let mut names = HashSet::new();
         for name in self.topics.names() {
             let (id, at) = self.topics.last(&name).ok_or_else(|| format!("{name} is where nobody finds it"))?;
-            // A topic that was created again and has no event yet does not have the position of its former events.
+            // The cell of a topic that was created again and has no event yet does not contain the position of the topic's former events.
             let is_at = |events: &Latest| {
                 events.get(&*name).map_or(at < floor, |event| *event == (id, at) || at == 0 && event.0 <= id)
             };

@@ -8,7 +8,7 @@
 //! | the head raised, the topic's cell not updated | the event; the next publisher updates the cell |
 //! | before waking sleeping readers | the event; they are woken by the next publisher, or by their timeout |
 //!
-//! Must not wait for readers, or hold the lock across a system call.
+//! Must not wait for readers. Must not hold the lock across a system call.
 
 use std::fmt;
 use std::sync::atomic::{Ordering, fence};
@@ -31,19 +31,19 @@ pub enum PublishError {
     Off,
     /// The topic name is invalid.
     BadTopic,
-    /// The name and data together are too long.
+    /// The name and the data together are too long.
     TooLong {
         /// The maximum length in bytes.
         most: u64,
     },
-    /// The log is too small for any topic. (A log with topics always has room for another one, which replaces the topic that has been
+    /// The log is too small for any topic. (A log with topics always has room for another topic, which replaces the topic that has been
     /// idle for longest.)
     TooManyTopics {
         /// The maximum number of topics.
         most: u64,
     },
-    /// A stopped process holds the log's lock, or this process cannot become a member (because there is no `/proc`, or
-    /// there are too many processes).
+    /// A stopped process holds the log's lock, or this process cannot become a member because there is no `/proc` or there are too many
+    /// processes.
     Busy,
     /// The file that contains the log was truncated.
     Lost,
@@ -72,13 +72,12 @@ impl fmt::Display for PublishError {
 impl std::error::Error for PublishError {}
 
 impl Events {
-    /// Publishes an event, and returns its id. `name` is the kind of event, and may be empty.
+    /// Publishes an event and returns its id. `name` is the kind of event and may be empty.
     ///
-    /// Waits up to 20 ms for other publishers, but not at all while one of them is known to be stopped. Never waits for
-    /// readers.
+    /// Waits up to 20 ms for other publishers, but does not wait at all while one of them is known to be stopped. Never waits for readers.
     ///
     /// # Errors
-    /// See [`PublishError`]; in this case nothing has been published.
+    /// See [`PublishError`]. If an error is returned, nothing has been published.
     pub fn publish(&self, topic: &str, name: &str, data: &[u8]) -> Result<u64, PublishError> {
         if self.segment.map.is_lost() {
             return Err(PublishError::Lost);
@@ -109,7 +108,7 @@ impl Events {
 }
 
 impl SharedMemory {
-    /// As for a shard: after a timeout, no caller waits for a live owner until the lock has been taken again.
+    /// Takes the log's lock. As for a shard, after a timeout no caller waits for a live owner until the lock has been taken again.
     fn lock_events(&self, head: &EventsHead) -> bool {
         let suspect = head.suspect.load(Ordering::Relaxed) != 0;
         let Some(from_the_dead) = self.take_lock(&head.lock, suspect) else {
@@ -126,7 +125,7 @@ impl SharedMemory {
     }
 }
 
-/// Wakes the readers that wait for events.
+/// Wakes the readers that are waiting for events.
 fn announce(head: &EventsHead) {
     let Some(before) = head.bell().ring() else { return };
     crash::point("event: counted");
@@ -135,9 +134,9 @@ fn announce(head: &EventsHead) {
     head.bell().all_woken(before);
 }
 
-/// The operations that require the lock.
+/// Operations that require the lock.
 impl Log<'_> {
-    /// Returns `None` if there is no room for the topic.
+    /// Publishes an event and returns its id. Returns `None` if there is no room for the topic.
     fn publish(&self, topic: &str, name: &str, data: &[u8], published_us: u64) -> Option<u64> {
         self.check();
         self.link();
@@ -181,11 +180,11 @@ impl Log<'_> {
         }
         self.head.counters.evicted.fetch_add(evicted, Ordering::Relaxed);
         self.head.floor.store(floor, Ordering::Release);
-        // A reader that sees anything written from now on also sees that the floor has passed.
+        // A reader that observes anything written from now on also observes that the floor has passed.
         fence(Ordering::Release);
     }
 
-    /// Updates the topics' cells for the events beyond `linked`: the event just published, or one whose publisher died.
+    /// Updates the topics' cells for the events beyond `linked`: for the event just published, and for an event whose publisher died.
     fn link(&self) {
         let head = self.head.head.load(Ordering::Relaxed);
         let mut at = self.head.linked.load(Ordering::Relaxed);
@@ -223,7 +222,7 @@ impl Log<'_> {
     }
 }
 
-/// Microseconds since 1970.
+/// Returns the current time in microseconds since 1970.
 fn wall_us() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)

@@ -1,8 +1,8 @@
-//! Reads events without a lock: those of one topic after an id, or those of all topics in the order of publication.
+//! Reads events without a lock: the events of one topic after an id, or the events of all topics in the order of publication.
 //!
 //! What was read is valid if the floor has not passed it since, because only bytes below the floor are overwritten.
 //!
-//! Must not write to shared memory, wait, or return an event without checking the floor afterwards.
+//! Must not write to shared memory or wait. Must not return an event without checking the floor afterwards.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -13,7 +13,7 @@ use super::{Events, Log};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Event {
-    /// The topic it was published to.
+    /// The topic to which the event was published.
     pub topic: Box<str>,
     /// The number of the event in its topic, counting from 1.
     pub id: u64,
@@ -21,7 +21,7 @@ pub struct Event {
     pub name: Box<str>,
     /// The content, which may be any bytes.
     pub data: Vec<u8>,
-    /// When it was published, in microseconds since 1970, according to the system's clock.
+    /// When the event was published, in microseconds since 1970, according to the system's clock.
     pub published_us: u64,
 }
 
@@ -31,8 +31,8 @@ pub struct Event {
 pub struct Since {
     /// The events, oldest first, with consecutive ids.
     pub events: Vec<Event>,
-    /// The number of events between the requested id and the first of `events` that are no longer in the log. An upper bound if the topic
-    /// was replaced and created again meanwhile.
+    /// The number of events between the requested id and the first of `events` that are no longer in the log. This is an upper bound if the
+    /// topic was replaced and created again in the meantime.
     pub missed: u64,
 }
 
@@ -56,17 +56,17 @@ pub enum Tailed {
 }
 
 impl Events {
-    /// The id of the latest event of a topic. For a topic that is not in the table, the highest id of any replaced topic, because the topic
-    /// may be one of them; 0 if no topic has been replaced.
+    /// Returns the id of a topic's latest event. For a topic that is not in the table, returns the highest id of any replaced topic,
+    /// because this topic may be one of them. Returns 0 if no topic has been replaced.
     pub fn last_id(&self, topic: &str) -> u64 {
         let Some(log) = Log::of(&self.segment) else { return 0 };
-        // Read first. An event published later need not be included.
+        // This must be read first. An event that is published later need not be included.
         let unlinked = log.unlinked(topic, 0);
         let known = log.last(topic).0;
         unlinked.last().map_or(known, |event| known.max(event.id))
     }
 
-    /// The topics, each with the id of its latest event.
+    /// Returns the topics, each with the id of its latest event.
     pub fn topics(&self) -> Vec<(String, u64)> {
         let Some(log) = Log::of(&self.segment) else { return Vec::new() };
         let known = |name: String| log.topics.last(&name).map(|(id, _)| (name, id));
@@ -75,14 +75,15 @@ impl Events {
 
     /// Returns the events of a topic whose ids are above `after`, oldest first, up to `most` of them.
     ///
-    /// Walks back over all events after `after`, so the cost is proportional to their number. To read them in chunks,
-    /// use [`Events::since_at`].
+    /// Walks back over all events after `after`, so the cost is proportional to their number. To read the events in chunks, use
+    /// [`Events::since_at`].
     pub fn since(&self, topic: &str, after: u64, most: usize) -> Since {
         self.since_at(topic, after, most, &mut 0)
     }
 
-    /// Like [`Events::since`], for repeated calls that each return the events after the previous result. `place` stores the position in
-    /// the log at which the previous result ended, so that the next call continues there. Initially 0; any other value is harmless.
+    /// Like [`Events::since`], for repeated calls that each return the events after the previous result. `place` contains the position in
+    /// the log at which the previous result ended, so that the next call continues there. Its initial value is 0; any other value is
+    /// harmless.
     pub fn since_at(&self, topic: &str, after: u64, most: usize, place: &mut u64) -> Since {
         let Some(log) = Log::of(&self.segment) else { return Since::default() };
         if let Some((events, last)) = log.onwards(topic, after, most, *place) {
@@ -124,8 +125,8 @@ impl Tail {
                         return Tailed::Event(event);
                     }
                 }
-                // Either the floor has passed the position, or the log was overwritten. In the latter case, the loop must still
-                // terminate.
+                // Either the floor has passed the position, or the log was overwritten. The loop must terminate even if the log was
+                // overwritten.
                 _ => {
                     self.position = if floor > self.position && self.position < head { floor } else { head };
                     return Tailed::Gap;
@@ -136,13 +137,13 @@ impl Tail {
 }
 
 impl Log<'_> {
-    /// The floor, loaded after everything that was read so far.
+    /// Returns the floor, loaded after everything that was read so far.
     fn floor_now(&self) -> u64 {
         fence(Ordering::Acquire);
         self.head.floor.load(Ordering::Acquire)
     }
 
-    /// A copy of an event, valid if the floor does not pass it meanwhile.
+    /// Copies an event. The copy is valid if the floor does not pass the event in the meantime.
     pub(super) fn event(&self, position: u64, lies: &Lies) -> Option<Event> {
         let bytes = self.ring.copy(position, lies)?;
         let (topic, rest) = bytes.split_at_checked(usize::try_from(lies.topic_len).ok()?)?;
@@ -152,7 +153,8 @@ impl Log<'_> {
         Some(Event { topic, id: lies.id, name, data: data.to_vec(), published_us: lies.published_us })
     }
 
-    /// The events of a topic above an id that may not be in its cell yet: at most one, unless a publisher has died.
+    /// Returns the events of a topic above an id that may not be in the topic's cell yet. There is at most one such event, unless a
+    /// publisher has died.
     fn unlinked(&self, topic: &str, after: u64) -> Vec<Event> {
         let mut at = self.head.linked.load(Ordering::Acquire);
         let head = self.head.head.load(Ordering::Acquire);
@@ -175,14 +177,14 @@ impl Log<'_> {
         events
     }
 
-    /// The id of a topic's latest event, and the position of that event or of a later one; 0 if there is none.
+    /// Returns the id of a topic's latest event, and the position of that event or of a later one. Returns 0 if there is none.
     fn last(&self, topic: &str) -> (u64, u64) {
-        // Must be read first, because a topic that is created meanwhile starts above it.
+        // Must be read first, because a topic that is created in the meantime starts above it.
         let retired = self.head.retired.load(Ordering::Acquire);
         self.topics.last(topic).unwrap_or((retired, 0))
     }
 
-    /// When the oldest event was published; 0 if there is none.
+    /// Returns when the oldest event was published, or 0 if there is none.
     pub(super) fn oldest_us(&self) -> u64 {
         let mut at = self.head.floor.load(Ordering::Acquire);
         loop {
@@ -197,7 +199,7 @@ impl Log<'_> {
         }
     }
 
-    /// The event at a position, if it is an event of this topic.
+    /// Returns the event at a position, if it belongs to this topic.
     fn lies(&self, at: u64, topic: &str) -> Option<Lies> {
         match self.ring.record(at, self.head.head.load(Ordering::Acquire))? {
             Record::Event(lies) if self.ring.is_of(at, &lies, topic) => Some(lies),
@@ -205,8 +207,9 @@ impl Log<'_> {
         }
     }
 
-    /// The events of a topic after an id, searched forwards from `place`, the position of the event with this id or of an earlier event.
-    /// Also returns the position of the last event. `None` if the events cannot be read from there, or there are none.
+    /// Returns the events of a topic after an id, searched forward from `place`, the position of the event with this id or of an earlier
+    /// event. Also returns the position of the last event found. Returns `None` if the events cannot be read from there, or if there are
+    /// none.
     fn onwards(&self, topic: &str, after: u64, most: usize, place: u64) -> Option<(Vec<Event>, u64)> {
         let (mut at, mut last) = (place, place);
         let head = self.head.head.load(Ordering::Acquire);
@@ -234,10 +237,10 @@ impl Log<'_> {
         (!events.is_empty()).then_some((events, last))
     }
 
-    /// Follows the links from each event to the previous one. Sets `place` to the position of the last event. `None` if the links are
-    /// inconsistent.
+    /// Follows the links from each event to the previous one. Sets `place` to the position of the last event. Returns `None` if the links
+    /// are inconsistent.
     fn since(&self, topic: &str, after: u64, most: usize, place: &mut u64) -> Option<Since> {
-        // Must be read first: an event that is added to its cell meanwhile is then found twice, rather than missed.
+        // Must be read first. An event that is added to its cell in the meantime is then found twice rather than missed.
         let unlinked = self.unlinked(topic, after);
         let (last_id, mut at) = self.last(topic);
         let mut places = Vec::new();

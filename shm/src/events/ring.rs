@@ -1,9 +1,9 @@
 //! Reads and writes records in the ring, and checks what is read.
 //!
-//! Positions are endless; the offset in the ring is the remainder. A record never crosses the ring's end: a pad fills the
-//! space left there.
+//! Positions are endless; the offset in the ring is the position modulo the length of the ring. A record never crosses the end of the ring:
+//! a pad fills the space left there.
 //!
-//! Must not use a length before it has been checked, or decide whether what was read is still valid.
+//! Must not use a length before it has been checked. Does not determine whether what was read is still valid.
 
 use std::sync::atomic::Ordering;
 
@@ -24,7 +24,7 @@ pub(super) enum Record {
     Event(Lies),
 }
 
-/// An event, and the location of its parts.
+/// An event and the location of its parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Lies {
     pub(super) size: u64,
@@ -73,7 +73,7 @@ impl<'a> Ring<'a> {
         self.len
     }
 
-    /// The number of bytes from a position to the ring's end.
+    /// Returns the number of bytes from a position to the end of the ring.
     pub(super) fn left_from(&self, position: u64) -> u64 {
         self.len - position % self.len
     }
@@ -82,7 +82,7 @@ impl<'a> Ring<'a> {
         self.at + position % self.len
     }
 
-    /// The record at a position, if it is valid and ends at or before `head`.
+    /// Returns the record at a position, if it is valid and ends at or before `head`.
     pub(super) fn record(&self, position: u64, head: u64) -> Option<Record> {
         let record: &RecordHead = self.map.at(self.offset(position))?;
         let size = u64::from(record.size.load(Ordering::Relaxed));

@@ -116,7 +116,7 @@ fn a_topic_that_comes_back_uses_no_id_twice() {
     events.audit().unwrap();
 }
 
-/// A publisher that keeps creating topics does not replace a topic that is still published to, and is never refused.
+/// A publisher that keeps creating topics must not replace a topic to which events are still published, and must never be refused.
 #[test]
 fn a_flood_of_topics_locks_nobody_out() {
     let events = log_of(1 << 20);
@@ -252,7 +252,7 @@ fn a_log_that_was_written_over_is_emptied_and_counted() {
         }
         let geometry = segment.inner.geometry;
         let most = if round % 2 == 0 { 192 } else { geometry.total - geometry.events_at - 8 };
-        // The lock is left out, because random bytes may name a running process as its owner.
+        // The lock is left unchanged, because random bytes might name a running process as its owner.
         let at = geometry.events_at + 4 + random.u64(..most);
         segment.inner.map.write(at, &random.u64(..).to_le_bytes()[..random.usize(1..=4)]).unwrap();
         let mut tail = events.tail();
@@ -266,7 +266,7 @@ fn a_log_that_was_written_over_is_emptied_and_counted() {
     }
 }
 
-/// A reader that continues from its place gets what a new search returns, whatever was published and evicted meanwhile.
+/// A reader that continues from its place must find what a new search returns, whatever was published and evicted in the meantime.
 #[test]
 fn piece_by_piece_it_is_the_same() {
     const TOPICS: [&str; 3] = ["a", "b", "c"];

@@ -1,11 +1,11 @@
 //! The table of topics, with the position of the latest event of each.
 //!
-//! The search for a topic starts at the cell selected by its hash, and ends at a cell that was never used. A cell whose topic was
-//! replaced, or whose writer died, stays marked as used, so that searches do not end there.
+//! The search for a topic starts at the cell selected by the topic's hash and ends at a cell that was never used. A cell whose topic was
+//! replaced, or whose writer died, remains marked as used, so that searches do not end there.
 //!
 //! Readers search without a lock, and check the name again after they have read the cell.
 //!
-//! Must not wait, or refuse a topic because other topics fill the table.
+//! Must not wait. Must not refuse a topic because other topics fill the table.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -17,7 +17,7 @@ use crate::memory::layout::{EVENTS_HEAD, EventsHead, TOPIC_BYTES, TOPIC_CELL, To
 use crate::memory::map::Map;
 use crate::protocols::told;
 
-/// The length stored in a used cell without a topic.
+/// Value of the length in a used cell that contains no topic.
 const GIVEN_UP: u32 = u32::MAX;
 const TEXT_AT: u64 = 32;
 
@@ -34,7 +34,7 @@ impl<'a> Topics<'a> {
         Some(Topics { map: &segment.map, at, cells: segment.map.slice(at, segment.geometry.topics)? })
     }
 
-    /// Whether a name is valid: 1 to 128 bytes, no control characters.
+    /// Whether a name is valid: 1 to 128 bytes without control characters.
     pub(super) fn is_name(topic: &str) -> bool {
         (1..=TOPIC_BYTES).contains(&topic.len()) && !topic.chars().any(char::is_control)
     }
@@ -43,7 +43,7 @@ impl<'a> Topics<'a> {
         self.cells.get(index as usize)
     }
 
-    /// The names of all topics.
+    /// Returns the names of all topics.
     pub(super) fn names(&self) -> impl Iterator<Item = String> {
         let all = self.cells.iter().zip(0_u64..);
         all.filter_map(|(cell, index)| {
@@ -55,11 +55,11 @@ impl<'a> Topics<'a> {
         })
     }
 
-    /// The id of a topic's latest event, and the position of that event or of a later one.
+    /// Returns the id of a topic's latest event, and the position of that event or of a later one.
     pub(super) fn last(&self, topic: &str) -> Option<(u64, u64)> {
         let (number, cell) = self.search(topic).0?;
         let last = told::told(&cell.last_id, &cell.last_at);
-        // If the cell belonged to another topic by then, checking the name fails.
+        // If the cell belonged to a different topic by then, the check of the name fails.
         self.is(number, cell, topic, xxh3_64(topic.as_bytes())).then_some(last)
     }
 
@@ -70,7 +70,7 @@ impl<'a> Topics<'a> {
             && self.map.equals(self.text_at(number.into()), topic.as_bytes()) == Some(true)
     }
 
-    /// The cell of a topic; if there is none, the never-used cell at which the search ended.
+    /// Returns the cell of a topic. If there is none, returns the never-used cell at which the search ended.
     fn search(&self, topic: &str) -> (Option<(u32, &'a TopicCell)>, Option<u32>) {
         let hash = xxh3_64(topic.as_bytes());
         let count = self.cells.len();
@@ -88,8 +88,8 @@ impl<'a> Topics<'a> {
         (None, None)
     }
 
-    /// Returns the cell of a topic. A new topic gets a free cell, or replaces the topic that has been idle for longest. `None` if the
-    /// table has no cells, or lies outside the memory. Requires the lock, and cells that are up to date.
+    /// Returns the cell of a topic. A new topic receives a free cell, or replaces the topic that has been idle for longest. Returns `None`
+    /// if the table has no cells or lies outside the memory. Requires the lock, and cells that are up to date.
     pub(super) fn find_or_make(&self, topic: &str, head: &EventsHead) -> Option<(u32, &'a TopicCell)> {
         let (found, unused) = self.search(topic);
         if found.is_some() {
@@ -106,7 +106,7 @@ impl<'a> Topics<'a> {
             crash::point("topic: retired");
         }
         cell.length.store(GIVEN_UP, Ordering::Release);
-        // A reader that sees anything written from now on also sees that the name is gone.
+        // A reader that observes anything written from now on also observes that the name is gone.
         fence(Ordering::Release);
         crash::point("topic: cell taken");
         cell.last_at.store(0, Ordering::Relaxed);
@@ -119,7 +119,7 @@ impl<'a> Topics<'a> {
         Some((index, cell))
     }
 
-    /// A cell without a topic, otherwise the cell with the oldest last event, whether or not that event is still in the log.
+    /// Returns a cell without a topic, or else the cell whose last event is the oldest, whether or not that event is still in the log.
     fn idle_longest(&self) -> Option<u32> {
         let last_at = |cell: &TopicCell| match cell.length.load(Ordering::Relaxed) {
             GIVEN_UP => 0,

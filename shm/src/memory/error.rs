@@ -47,28 +47,28 @@ pub enum SegmentError {
     NoMemory {
         /// Size of the whole segment in bytes.
         bytes: u64,
-        /// The memory available on the machine in bytes, if known.
+        /// Memory available on the machine in bytes, if known.
         available: Option<u64>,
-        /// The error returned by the kernel.
+        /// The error from the kernel.
         source: io::Error,
     },
     /// The file system does not have enough free space for the segment's file.
     NoSpace {
         /// Size of the whole segment in bytes.
         bytes: u64,
-        /// The free space of the file system in bytes, if known.
+        /// Free space in the file system in bytes, if known.
         free: Option<u64>,
-        /// The error returned by the kernel.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// The segment does not fit into the remainder of a control group's memory limit (of a container or a systemd
-    /// unit). The kernel would not refuse the memory, but would kill a process later.
+    /// The segment does not fit into the remainder of a control group's memory limit (for a container or a systemd unit). The kernel would
+    /// not refuse the memory, but would kill a process later.
     OverLimit {
         /// Size of the whole segment in bytes.
         bytes: u64,
         /// The group's memory limit in bytes.
         limit: u64,
-        /// The remainder of that limit in bytes.
+        /// The remainder of the group's limit in bytes.
         free: u64,
     },
     /// The segment exceeds the size limit for files that this process creates, so the kernel would send SIGXFSZ.
@@ -82,12 +82,12 @@ pub enum SegmentError {
     System {
         /// The operation that failed.
         tried: &'static str,
-        /// The error returned by the kernel.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// The descriptor passed to `attach` is not a segment, or not one that this build can use.
+    /// The descriptor passed to `attach` is not a segment, or is not a segment that this build can use.
     Unusable {
-        /// What is wrong with it.
+        /// What is wrong with the descriptor.
         why: &'static str,
     },
 }

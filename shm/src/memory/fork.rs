@@ -1,9 +1,9 @@
-//! Makes a forked child drop what belongs to its parent. This is necessary because the child inherits the memory of a
-//! process that holds locks.
+//! Makes a forked child drop what belongs to its parent. This is necessary because the child inherits the memory of a process that holds
+//! locks.
 //!
-//! A handler registered with pthread_atfork(3) runs in each child. It increments [`generation`], so that everything claimed
-//! earlier is recognized as the parent's. It also closes the descriptors whose locks show that the parent is alive;
-//! otherwise the parent would seem to be alive for as long as any of its children.
+//! A handler registered with pthread_atfork(3) runs in each child. It increments [`generation`], so that everything claimed earlier is
+//! recognized as belonging to the parent. It also closes the descriptors whose locks show that the parent is alive. Otherwise the parent
+//! would seem to be alive as long as any of its children.
 #![expect(unsafe_code, reason = "pthread_atfork")]
 
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -20,7 +20,7 @@ static DESCRIPTORS: [AtomicI32; MOST] = [const { AtomicI32::new(NONE) }; MOST];
 static LISTING: AtomicBool = AtomicBool::new(false);
 /// Whether the thread that forks holds [`LISTING`].
 static FORKING: AtomicBool = AtomicBool::new(false);
-/// Takes a few tenths of a second.
+/// Maximum number of iterations, which take a few tenths of a second.
 const MAX_SPINS: u32 = 10_000_000;
 /// The registration of the handlers: not yet attempted, in progress, or its result.
 static REGISTERED: AtomicU32 = AtomicU32::new(NOT_YET);
@@ -30,27 +30,27 @@ const UNDER_WAY: u32 = 1;
 const WORKS: u32 = 2;
 const FAILED: u32 = 3;
 
-/// The fork generation: a number that differs in each process of a chain of forks; never 0.
+/// Returns the fork generation: a number that differs in each process of a chain of forks and is never 0.
 #[inline]
 pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// Registers the handlers, once for a process and its children. Called when a segment is created or attached, because the process
-/// then has few threads.
+/// Registers the handlers, once for a process and its children. Called when a segment is created or attached, because the process has few
+/// threads at that time.
 pub(crate) fn watch() {
     if REGISTERED.compare_exchange(NOT_YET, UNDER_WAY, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
         REGISTERED.store(if register() { WORKS } else { FAILED }, Ordering::Release);
     }
 }
 
-/// A descriptor that is closed in forked children. Closed by [`Private::close`] rather than on drop, because a drop may run in a
+/// A descriptor that is closed in forked children. It is closed by [`Private::close`] rather than on drop, because a drop may run in a
 /// child of the process that opened it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Private(pub(crate) u32);
 
 impl Private {
-    /// Opens a descriptor; `None` if that fails, if there are too many already, or if the handlers cannot be
+    /// Opens a descriptor. Returns `None` if that fails, if there are too many descriptors already, or if the handlers cannot be
     /// registered.
     pub(crate) fn open(open: impl FnOnce() -> Option<OwnedFd>) -> Option<Private> {
         watch();
@@ -74,7 +74,7 @@ impl Private {
         place.and_then(|place| u32::try_from(place).ok()).map(Private)
     }
 
-    /// The descriptor, if this process opened it and has not closed it.
+    /// Returns the descriptor, if this process opened it and has not closed it.
     pub(crate) fn get<'a>(self) -> Option<BorrowedFd<'a>> {
         let raw = DESCRIPTORS.get(self.0 as usize)?.load(Ordering::Acquire);
         // SAFETY: a descriptor in the list is open, because it is removed from the list before it is closed; the caller (`members.rs`)
@@ -92,14 +92,14 @@ impl Private {
     fn close_listed(self) {
         let raw = DESCRIPTORS.get(self.0 as usize).map_or(NONE, |place| place.swap(NONE, Ordering::AcqRel));
         if raw != NONE {
-            // SAFETY: it came from an `OwnedFd` into the list, and was just removed from the list.
+            // SAFETY: it was taken from an `OwnedFd` into the list, and has just been removed from the list.
             drop(unsafe { OwnedFd::from_raw_fd(raw) });
         }
     }
 }
 
-/// Spins, because the lock is held for one or two system calls only. It is private to the process, so its holder cannot die
-/// alone.
+/// Acquires the list, by spinning, because the list is held for one or two system calls only. The list is private to the process, so its
+/// holder cannot die alone.
 fn begin_listing() {
     while LISTING.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
         std::hint::spin_loop();
@@ -110,14 +110,14 @@ fn end_listing() {
     LISTING.store(false, Ordering::Release);
 }
 
-/// Registers the fork handlers; returns whether that succeeded.
+/// Registers the fork handlers. Returns whether that succeeded.
 #[cfg(not(miri))]
 fn register() -> bool {
     // SAFETY: the handlers only access static atomics and call close(2), which is async-signal-safe.
     unsafe { libc::pthread_atfork(Some(before_fork), Some(in_parent), Some(in_child)) == 0 }
 }
 
-/// Miri does not support fork.
+/// Does nothing, because Miri does not support fork.
 #[cfg(miri)]
 fn register() -> bool {
     let _ = (before_fork, in_parent, in_child);
@@ -125,8 +125,8 @@ fn register() -> bool {
 }
 
 extern "C" fn before_fork() {
-    // A signal handler may fork while its own thread holds the list. The fork must not wait forever; giving up only
-    // risks a child that keeps a descriptor.
+    // A signal handler may fork while its own thread holds the list. The fork must not wait forever. Proceeding without the list only risks
+    // a child that keeps a descriptor.
     let free = |_: &u32| {
         std::hint::spin_loop();
         LISTING.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()

@@ -5,7 +5,7 @@ use std::ptr;
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
-/// Sleeps until the word is woken, `longest` has passed, or a signal arrives. Returns at once if the word differs from `seen`.
+/// Sleeps until the word is woken, `longest` has passed, or a signal arrives. Returns immediately if the word differs from `seen`.
 pub(crate) fn wait(word: &AtomicU32, seen: u32, longest: Duration) {
     let timeout = libc::timespec {
         tv_sec: libc::time_t::try_from(longest.as_secs()).unwrap_or(libc::time_t::MAX),

@@ -1,7 +1,7 @@
 //! Computes the size and the offset of each part of a segment.
 //!
-//! Everything follows from the [`Plan`] alone. The creator writes the plan into the header. A process that attaches computes the
-//! geometry from it and keeps its own copy, so later changes to the header cannot move any bound.
+//! The geometry follows from the [`Plan`] alone. The creator writes the plan into the header. A process that attaches computes the geometry
+//! from the plan and keeps its own copy, so later changes to the header cannot move any bound.
 //!
 //! Must not read or write the segment.
 
@@ -14,9 +14,9 @@ use crate::Plan;
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const MIN_CACHE: u64 = 256 * 1024;
-/// 64 TiB: keeps all sums of sizes far from overflow, and all positions within a slot's 52 bits for decades.
+/// Maximum size of the cache: 64 TiB. It keeps all sums of sizes far from overflow, and all positions within a slot's 52 bits for decades.
 const MAX_CACHE: u64 = 1 << 46;
-/// Minimum size of a shard in bytes; a shard also has room for at least [`SHARD_ENTRIES`] entries of the maximum size.
+/// Minimum size of a shard in bytes. A shard also has room for at least [`SHARD_ENTRIES`] entries of the maximum size.
 const MIN_SHARD: u64 = 8 << 20;
 const SHARD_ENTRIES: u64 = 6;
 const MAX_SHARDS: u64 = 16;
@@ -31,15 +31,15 @@ const SHARD_BYTES_PER_GHOSTS: u64 = 16 * 1024;
 const CACHE_BYTES_PER_TAG_SLOT: u64 = 1024;
 /// Bytes of the cache per lease.
 const CACHE_BYTES_PER_LEASE: u64 = 16 * 1024;
-/// The default maximum entry: this fraction (1/n) of the cache, but at least [`DEFAULT_ENTRY`].
+/// The default maximum entry is this fraction (1/n) of the cache, but at least [`DEFAULT_ENTRY`].
 const ENTRY_SHARE: u64 = 64;
 const DEFAULT_ENTRY: u64 = 1 << 20;
 pub(crate) const MIN_LOG: u64 = 64 * 1024;
 /// Bytes of the event log per topic.
 const LOG_BYTES_PER_TOPIC: u64 = 4096;
-/// The maximum event: this fraction (1/n) of the log's ring.
+/// The maximum event is this fraction (1/n) of the log's ring.
 const EVENT_SHARE: u64 = 8;
-/// The size of a record must fit into its 32-bit word.
+/// Maximum size of a record in bytes, because the size is stored in a 32-bit word.
 const MAX_ENTRY: u64 = 1 << 30;
 
 /// The location of every part, computed from the plan alone.
@@ -51,29 +51,29 @@ pub(crate) struct Geometry {
     pub(crate) members_at: u64,
     pub(crate) member_bytes: u64,
     pub(crate) tags_at: u64,
-    /// A power of two, or 0 without a cache.
+    /// Number of slots in the tag table. A power of two, or 0 without a cache.
     pub(crate) tag_slots: u64,
     pub(crate) prefixes_at: u64,
     pub(crate) leases_at: u64,
-    /// A power of two, or 0 without a cache.
+    /// Number of leases. A power of two, or 0 without a cache.
     pub(crate) leases: u64,
     pub(crate) shards_at: u64,
-    /// A power of two, or 0 without a cache.
+    /// Number of shards. A power of two, or 0 without a cache.
     pub(crate) shards: u64,
     pub(crate) shard_bytes: u64,
-    /// Per shard.
+    /// Number of buckets in each shard.
     pub(crate) buckets: u64,
-    /// Per shard: the number of buckets of eight ghosts.
+    /// Number of buckets of eight ghosts in each shard.
     pub(crate) ghosts: u64,
     /// Bytes of the small ring and of the main ring of each shard.
     pub(crate) ring_len: [u64; 2],
     /// Offsets of the two rings within the shard.
     pub(crate) ring_at: [u64; 2],
-    /// The maximum size of an entry's record, header included.
+    /// Maximum size of an entry's record in bytes, including the header.
     pub(crate) max_record: u64,
     /// Offset of the event log.
     pub(crate) events_at: u64,
-    /// 0 without a log.
+    /// Maximum number of topics; 0 without a log.
     pub(crate) topics: u64,
     pub(crate) events_ring_at: u64,
     pub(crate) events_ring_len: u64,
@@ -136,7 +136,7 @@ impl Geometry {
 
     fn with_events(mut self, bytes: u64) -> Geometry {
         if self.members == 0 {
-            // The lock of the log requires members as well.
+            // The lock of the log requires members too.
             (self.members, self.member_bytes) = (self.rows + MORE_MEMBERS, MEMBER_HEAD);
             self.total += (u64::from(self.members) * MEMBER_HEAD).next_multiple_of(PAGE);
             (self.tags_at, self.prefixes_at) = (self.total, self.total);
@@ -151,7 +151,7 @@ impl Geometry {
             topics,
             events_ring_at: self.total + before_ring,
             events_ring_len: ring_len,
-            // Subtracts the other parts of a record. The size of a record must also fit into 32 bits.
+            // The other parts of a record are subtracted. The size of a record must also fit into 32 bits.
             max_event: (ring_len / EVENT_SHARE).min(MAX_ENTRY) - EVENT_HEAD - TOPIC_BYTES as u64 - GRAIN,
             total: self.total + bytes,
             ..self
@@ -179,7 +179,7 @@ impl Geometry {
         let ghosts = floor_power_of_two(shard_bytes / SHARD_BYTES_PER_GHOSTS);
         let index = SHARD_HEAD + (buckets + ghosts) * BUCKET_BYTES;
         let rings = shard_bytes - index;
-        // As in S3-FIFO, a tenth is for new entries.
+        // As in S3-FIFO, a tenth is reserved for new entries.
         let small = rings / 10 / GRAIN * GRAIN;
         let main = (rings - small) / GRAIN * GRAIN;
         // With this limit, an entry and the padding before it always fit into half the ring.
@@ -210,13 +210,13 @@ impl Geometry {
         })
     }
 
-    /// The offset of a shard.
+    /// Returns the offset of a shard.
     pub(crate) fn shard_at(&self, index: u64) -> u64 {
         self.shards_at + index * self.shard_bytes
     }
 }
 
-/// The largest power of two not above `value`; 1 for 0.
+/// Returns the largest power of two that is not above `value`; 1 for 0.
 const fn floor_power_of_two(value: u64) -> u64 {
     if value == 0 { 1 } else { 1 << value.ilog2() }
 }

@@ -76,7 +76,7 @@ use super::map::Plain;
 
 /// "forkyard" in ASCII.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"forkyard");
-/// Must be incremented with every change of this file, or of the meaning of a word.
+/// Version of the layout. Must be incremented with every change to this file or to the meaning of a word.
 pub(crate) const VERSION: u32 = 6;
 
 /// Every record starts at a multiple of this many bytes.
@@ -84,7 +84,7 @@ pub(crate) const GRAIN: u64 = 32;
 pub(crate) const CELLS: usize = 16;
 pub(crate) const THREADS: usize = 16;
 pub(crate) const TEXT_WORDS: usize = 14;
-/// Offset of the quarantine in the header's page, and the number of requests it has room for.
+/// Offset of the quarantine in the header's page.
 pub(crate) const QUARANTINE_AT: u64 = 1024;
 pub(crate) const BARRED: usize = 64;
 pub(crate) const PINS: usize = 32;
@@ -176,7 +176,7 @@ pub(crate) struct Cell {
     pub(crate) text: Text,
 }
 
-/// The request that one thread is processing.
+/// The request that a thread is processing.
 #[repr(C, align(128))]
 #[derive(Debug, Default)]
 pub(crate) struct ThreadCells {
@@ -184,7 +184,7 @@ pub(crate) struct ThreadCells {
     pub(crate) text: Text,
 }
 
-/// "GET /path".
+/// The text of a request, such as "GET /path".
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Text {
@@ -204,7 +204,7 @@ pub(crate) struct MemberHead {
     pub(crate) pins: [AtomicU64; PINS],
 }
 
-/// The counts of one process in one shard, including those of previous owners of the same cell.
+/// The counts of one process for one shard, including those of previous owners of the same cell.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct Tally {
@@ -266,7 +266,8 @@ pub(crate) struct RingHead {
     pub(crate) clear_to: AtomicU64,
 }
 
-/// A change of a slot in progress, and the accounting after it.
+/// An announced change of a slot, with the accounting that applies after the change. If its writer dies, the next owner of the lock
+/// completes the change.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Intent {
@@ -277,7 +278,7 @@ pub(crate) struct Intent {
     unused: AtomicU64,
 }
 
-/// Changed under the lock, except for the last three. If a process dies between two changes, the counters are slightly
+/// Counters that are changed under the lock, except for the last three. If a process dies between two changes, the counters are slightly
 /// inconsistent, which is harmless.
 #[repr(C)]
 #[derive(Debug)]
@@ -304,7 +305,7 @@ pub(crate) struct Counters {
 #[derive(Debug)]
 pub(crate) struct Bucket {
     pub(crate) slots: [AtomicU64; SLOTS],
-    /// The number of requests for each slot's entry, up to 3: a hint that readers increment.
+    /// Number of requests for each slot's entry, up to 3. This is a hint that readers increment.
     pub(crate) visits: [AtomicU8; 8],
 }
 
@@ -354,7 +355,7 @@ pub(crate) struct EventsHead {
     unused: [AtomicU64; 5],
     /// The lowest valid position.
     pub(crate) floor: AtomicU64,
-    /// Position of the next record. Raising it turns the record before it into an event.
+    /// Position of the next record. Raising it publishes the record before it.
     pub(crate) head: AtomicU64,
     pub(crate) linked: AtomicU64,
     pub(crate) retired: AtomicU64,
@@ -410,8 +411,8 @@ pub(crate) const BUCKET_BYTES: u64 = size_of::<Bucket>() as u64;
 pub(crate) const LEASE_BYTES: u64 = size_of::<LeaseCell>() as u64;
 pub(crate) const PREFIX_BYTES: u64 = size_of::<PrefixCell>() as u64;
 
-// SAFETY: this type and the types below are `repr(C)`, all their fields are atomics, arrays of atomics, or structs of this list, and
-// they have no padding, as the assertions on offsets and sizes below show.
+// SAFETY: this type and the types below are `repr(C)`, all their fields are atomics, arrays of atomics, or structs in this list, and they
+// have no padding, as the assertions on offsets and sizes below show.
 unsafe impl Plain for Header {}
 // SAFETY: as for `Header`.
 unsafe impl Plain for RowCells {}
@@ -442,7 +443,7 @@ unsafe impl Plain for TopicCell {}
 // SAFETY: as for `Header`.
 unsafe impl Plain for EventHead {}
 
-// Verifies the byte table of the module documentation.
+// Verifies the byte table in the module documentation.
 const _: () = {
     assert!(offset_of!(Header, version) == 8 && offset_of!(Header, rows) == 12);
     assert!(offset_of!(Header, fingerprint) == 16 && offset_of!(Header, cache_bytes) == 24);
@@ -508,7 +509,7 @@ const _: () = {
     assert!(offset_of!(EventHead, topic_len) == 44 && offset_of!(EventHead, data_len) == 52);
 };
 
-/// Distinguishes builds of the same version that would lay out bytes differently, due to byte order or word size.
+/// Distinguishes builds with the same version that would lay out bytes differently, due to byte order or word size.
 pub(crate) const FINGERPRINT: u64 = {
     let order = if cfg!(target_endian = "little") { 1 } else { 2 };
     order | (size_of::<usize>() as u64) << 8

@@ -1,14 +1,14 @@
 //! Handles the truncation of mapped files.
 //!
-//! An access to a page beyond the end of its file raises SIGBUS, which by default kills the process. The handler here replaces the
-//! mapping with zeroes, private to the process. The instruction is then restarted and reads corrupted data, which every reader
-//! expects. The mapping is now *lost*: a word shared by all processes of a chain of forks records this, and none of them uses the
-//! memory any more, because each would have private pages, which a purge in another process does not reach.
+//! An access to a page beyond the end of its file raises SIGBUS, which by default kills the process. The handler in this file replaces the
+//! mapping with zeroes that are private to the process. The instruction is then restarted and reads corrupted data, which every reader
+//! expects. From then on, the mapping is *lost*. A word that is shared by all processes of a chain of forks records this, and none of them
+//! uses the memory any more, because each would have private pages, which a purge in another process does not reach.
 //!
-//! - The whole mapping is replaced rather than the page alone, so that a process sees a single state of it. If there is not enough
-//!   memory for that, only the page is replaced.
+//! - The whole mapping is replaced rather than only the page, so that a process sees a single state of it. If there is not enough memory
+//!   for that, only the page is replaced.
 //! - The handler is installed when the first file is mapped. For every other fault, it calls the previous handler. A handler that the
-//!   program installs later replaces it, and should therefore call [`recover_lost_pages`].
+//!   program installs later replaces it and should therefore call [`recover_lost_pages`].
 //! - If a thread has SIGBUS blocked, the fault still kills the process, because the kernel cannot defer a signal caused by a fault.
 //!
 //! The handler must not allocate, lock or panic.
@@ -26,16 +26,16 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 /// Maximum number of files that a process can have mapped at the same time.
 const MAX_FILES: usize = 256;
 const FREE: usize = 0;
-/// Another thread is filling in the entry.
+/// Value that means that a thread is filling in the entry.
 const TAKEN: usize = 1;
-/// Bytes to replace if the whole mapping cannot be replaced; any multiple of the system's page size works.
+/// Number of bytes to replace if the whole mapping cannot be replaced. Any multiple of the system's page size works.
 const PAGE: usize = 64 << 10;
 
 struct Entry {
-    /// The address, or [`FREE`] or [`TAKEN`].
+    /// The address of the mapping, or [`FREE`] or [`TAKEN`].
     start: AtomicUsize,
     len: AtomicUsize,
-    /// Nonzero if any process has lost pages; shared with the children.
+    /// Nonzero if any process has lost pages. Shared with the children.
     lost: AtomicPtr<AtomicU32>,
 }
 
@@ -53,10 +53,11 @@ pub(crate) struct Guarded {
 }
 
 impl Guarded {
-    /// Returns `None` if the size of the file `fd` is sealed, because such a file cannot be truncated.
+    /// Adds a mapping of the file `fd` to the table. Returns `None` if the size of the file is sealed, because such a file cannot be
+    /// truncated.
     ///
     /// # Errors
-    /// Fails if too many files are mapped, or there is no memory.
+    /// Fails if too many files are mapped, or if there is no memory.
     pub(crate) fn new(fd: BorrowedFd<'_>, start: *mut u8, len: usize) -> io::Result<Option<Guarded>> {
         let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_truncate);
         if seals.is_ok_and(|seals| seals.contains(SealFlag::F_SEAL_SHRINK)) {
@@ -98,7 +99,7 @@ impl Drop for Guarded {
         let entry = &ENTRIES[self.entry];
         let word = entry.lost.swap(null_mut(), Ordering::AcqRel);
         entry.start.store(FREE, Ordering::Release);
-        // SAFETY: the page was mapped by `new`. The mapping is not in use any more, so no handler reads its entry.
+        // SAFETY: the page was mapped by `new`. The mapping is no longer in use, so no handler reads its entry.
         unsafe { libc::munmap(word.cast(), size_of::<AtomicU32>()) };
     }
 }
@@ -106,9 +107,8 @@ impl Drop for Guarded {
 /// Replaces lost pages of a file that this crate has mapped, after a SIGBUS at `address`. Returns whether the instruction
 /// can be restarted.
 ///
-/// Async-signal-safe. A program that installs its own SIGBUS handler after opening or attaching to a
-/// [`Segment`](crate::Segment) in a file must call this function from it, because that handler replaces the handler of this
-/// crate.
+/// Async-signal-safe. A program that installs its own SIGBUS handler after it has opened or attached to a [`Segment`](crate::Segment) in a
+/// file must call this function from its handler, because its handler replaces the handler of this crate.
 pub fn recover_lost_pages(address: usize) -> bool {
     for entry in &ENTRIES {
         let start = entry.start.load(Ordering::Acquire);
@@ -126,8 +126,8 @@ impl Entry {
         if let Some(lost) = unsafe { self.lost.load(Ordering::Acquire).as_ref() } {
             lost.store(1, Ordering::SeqCst);
         }
-        // Another thread may have just replaced it. Its writes since then are discarded, which is harmless because the
-        // mapping is lost.
+        // Another thread may have just replaced the page. Its writes since then are discarded, which is harmless because the mapping is
+        // lost.
         let page = (address - start) / PAGE * PAGE;
         zeroed(start, len) || zeroed(start + page, PAGE.min(len - page))
     }

@@ -1,8 +1,8 @@
 //! The mapping, through which all accesses to shared bytes go.
 //!
-//! Raw pointers never leave this file. It returns references to [`Plain`] types, which consist of atomics only, and
-//! copies of byte ranges. Every offset is checked against the length that was mapped, never against a length read from
-//! the segment, so a corrupted segment yields `None` instead of an out-of-bounds access.
+//! Raw pointers never leave this file. It returns references to [`Plain`] types, which consist of atomics only, and copies of byte ranges.
+//! Every offset is checked against the length that was mapped, never against a length read from the segment. A corrupted segment therefore
+//! yields `None` instead of an out-of-bounds access.
 //!
 //! Must not interpret the bytes, take locks, or resize the mapping.
 #![expect(unsafe_code, reason = "the fence around the mapped memory")]
@@ -22,13 +22,13 @@ use super::lost_pages::Guarded;
 /// a valid value, so that a reference stays sound whatever another process stores there.
 pub(crate) unsafe trait Plain {}
 
-// SAFETY: one atomic word, valid for every bit pattern.
+// SAFETY: an atomic word, for which every bit pattern is valid.
 unsafe impl Plain for AtomicU64 {}
 
 /// A shared mapping of a whole segment; unmapped on drop.
 #[derive(Debug)]
 pub(crate) struct Map {
-    /// For a file, which may be truncated. Declared before the memory, because fields are dropped in declaration order.
+    /// The table entry for a file that may be truncated. Declared before the memory, because fields are dropped in declaration order.
     guarded: Option<Guarded>,
     memory: Memory,
 }
@@ -48,9 +48,9 @@ struct Memory {
 mod heap {
     use super::Memory;
 
-    // SAFETY: the memory is accessed only through atomics and the copies of this file.
+    // SAFETY: the memory is accessed only through atomics and the copy functions in this file.
     unsafe impl Send for Memory {}
-    // SAFETY: the memory is accessed only through atomics and the copies of this file.
+    // SAFETY: the memory is accessed only through atomics and the copy functions in this file.
     unsafe impl Sync for Memory {}
 
     impl Memory {
@@ -69,7 +69,7 @@ mod heap {
 
     impl Drop for Memory {
         fn drop(&mut self) {
-            // SAFETY: allocated with the same layout.
+            // SAFETY: the memory was allocated with the same layout.
             unsafe { std::alloc::dealloc(self.bytes, self.layout) }
         }
     }
@@ -78,8 +78,8 @@ mod heap {
 impl Map {
     /// Maps the first `len` bytes of `fd`, shared and writable.
     ///
-    /// The caller must have checked that the file is at least that long. If the file is not sealed and is truncated later, the
-    /// pages are [lost](Map::is_lost).
+    /// The caller must have checked that the file is at least that long. If the file is not sealed and is truncated later, its pages are
+    /// [lost](Map::is_lost).
     #[cfg(not(miri))]
     pub(crate) fn new(fd: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
@@ -88,14 +88,14 @@ impl Map {
         Ok(Map { guarded, memory })
     }
 
-    /// Uses private memory instead of the file.
+    /// Allocates private memory instead of mapping the file.
     #[cfg(miri)]
     pub(crate) fn new(_: BorrowedFd<'_>, len: u64) -> io::Result<Map> {
         Ok(Map { guarded: None, memory: Memory::new(usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?) })
     }
 
-    /// Whether the file was truncated and a process of this chain of forks has accessed the lost part. Once it returns true, the
-    /// memory must not be used: reads may return zeroes, and writes may be visible to this process only.
+    /// Whether the file was truncated and a process in this chain of forks has accessed the lost part. After that, the memory must not be
+    /// used: reads may return zeroes, and writes may be visible to this process only.
     #[inline]
     pub(crate) fn is_lost(&self) -> bool {
         self.guarded.as_ref().is_some_and(Guarded::is_lost)
@@ -144,12 +144,12 @@ impl Map {
         Ok(())
     }
 
-    /// The `T` at `offset`, if it lies inside the mapping and is aligned.
+    /// Returns the `T` at `offset`, if it lies inside the mapping and is aligned.
     pub(crate) fn at<T: Plain>(&self, offset: u64) -> Option<&T> {
         self.slice(offset, 1)?.first()
     }
 
-    /// `count` values of type `T` starting at `offset`, if all lie inside the mapping and are aligned.
+    /// Returns `count` values of type `T` starting at `offset`, if all of them lie inside the mapping and are aligned.
     pub(crate) fn slice<T: Plain>(&self, offset: u64, count: u64) -> Option<&[T]> {
         let bytes = count.checked_mul(size_of::<T>() as u64)?;
         let start = self.range(offset, bytes)?.cast::<T>();
@@ -165,17 +165,17 @@ impl Map {
     /// Copies `bytes` to `offset`.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Option<()> {
         let to = self.range(offset, bytes.len() as u64)?;
-        // SAFETY: the target lies inside the mapping, and `bytes`, a Rust slice, does not. The only references into the target are to
-        // `Plain` types, for which writes are harmless, and slices of pinned ranges, for which the caller of `pinned` is responsible.
-        // Another process may read or write the target at the same time, which `copy` permits.
+        // SAFETY: the target lies inside the mapping, and `bytes`, a Rust slice, does not. There are two kinds of references into the
+        // target. References to `Plain` types tolerate writes. For slices of pinned ranges, the caller of `pinned` is responsible. Another
+        // process may read or write the target at the same time, which `copy` permits.
         unsafe { copy(Side::Private(bytes.as_ptr()), Side::Shared(to), bytes.len()) };
         Some(())
     }
 
     /// Appends the `len` bytes at `offset` to `out`, which must have enough capacity. Never allocates.
     ///
-    /// Another process may write there at the same time. The copy may then be a mixture of old and new bytes, which the caller must
-    /// detect and discard.
+    /// Another process may write to these bytes at the same time. The copy may then be a mixture of old and new bytes, which the caller
+    /// must detect and discard.
     pub(crate) fn read(&self, offset: u64, len: u64, out: &mut Vec<u8>) -> Option<()> {
         let from = self.range(offset, len)?;
         let len = usize::try_from(len).ok()?;
@@ -191,7 +191,8 @@ impl Map {
         Some(())
     }
 
-    /// Copies `len` bytes from one offset in the mapping to another; also `None` if the two ranges overlap.
+    /// Copies `len` bytes from one offset in the mapping to another. Returns `None` if a range is not inside the mapping, or if the two
+    /// ranges overlap.
     pub(crate) fn shift(&self, from: u64, to: u64, len: u64) -> Option<()> {
         let apart = from.checked_add(len)? <= to || to.checked_add(len)? <= from;
         let from = self.range(from, len)?;
@@ -215,7 +216,7 @@ impl Map {
     }
 
     /// Has the kernel write the `len` bytes at `offset` to a file or socket, without a copy in this process. Returns the number of bytes
-    /// written; `None` if the bytes do not lie inside the mapping.
+    /// written, or `None` if the bytes do not lie inside the mapping.
     pub(crate) fn write_to(&self, offset: u64, len: u64, file: BorrowedFd<'_>) -> Option<io::Result<usize>> {
         let start = self.range(offset, len)?;
         let len = usize::try_from(len).ok()?;
@@ -225,20 +226,20 @@ impl Map {
         Some(usize::try_from(written).map_err(|_| io::Error::last_os_error()))
     }
 
-    /// The bytes of a pinned entry, in place.
+    /// Returns the bytes of a pinned entry, in place.
     ///
     /// # Safety
-    /// Nothing may write to the bytes while the result lives. The caller must hold a pin on the entry that contains them, and must have
-    /// found the entry valid after setting the pin: from then until the pin is removed, no member of the segment that follows the protocol
-    /// writes there. The caller is responsible for all processes that map the segment following the protocol.
+    /// No process may write to the bytes while the result exists. The caller must hold a pin on the entry that contains them, and must have
+    /// found the entry valid after setting the pin. From then until the pin is removed, no member of the segment that follows the protocol
+    /// writes to these bytes. The caller is responsible for ensuring that all processes that map the segment follow the protocol.
     pub(crate) unsafe fn pinned(&self, offset: u64, len: u64) -> Option<&[u8]> {
         let start = self.range(offset, len)?;
         let len = usize::try_from(len).ok()?;
-        // SAFETY: inside the mapping, which lives as long as `self`; unchanged, as the caller guarantees.
+        // SAFETY: the bytes lie inside the mapping, which lives as long as `self`, and do not change, as the caller guarantees.
         Some(unsafe { std::slice::from_raw_parts(start.cast_const(), len) })
     }
 
-    /// Whether the bytes at `offset`, which must be a multiple of 8, are `bytes`.
+    /// Whether the bytes at `offset`, which must be a multiple of 8, equal `bytes`.
     ///
     /// Compares word by word. The last word is masked, so up to 7 bytes after the range must be mapped too.
     #[inline]
@@ -253,7 +254,7 @@ impl Map {
         let Some(last) = words.get(whole.len()).map(|word| word.load(Ordering::Relaxed)) else {
             return Some(difference == 0);
         };
-        // The last eight bytes, if there are that many, without those that were compared already.
+        // The last eight bytes, if there are as many, without the bytes that were already compared.
         let rest_is_it = match bytes.last_chunk() {
             Some(&tail) => {
                 let unused = 8 * (8 - rest.len());
@@ -264,7 +265,7 @@ impl Map {
         Some(difference == 0 && rest_is_it)
     }
 
-    /// The start of `len` bytes at `offset`, if they lie inside the mapping.
+    /// Returns a pointer to the `len` bytes at `offset`, if they lie inside the mapping.
     fn range(&self, offset: u64, len: u64) -> Option<*mut u8> {
         let end = offset.checked_add(len)?;
         if end > self.memory.len() as u64 {
@@ -293,9 +294,9 @@ impl<P> Side<P> {
 
 /// Copies bytes that another process may change at the same time.
 ///
-/// To the compiler this is a few opaque instructions, not a read of Rust memory, so a race with another process or thread
-/// yields a mixture of old and new bytes, and no undefined behavior. It is about as fast as `memcpy`. Small pages are copied by
-/// a loop, because the string instruction is slow to start and does not overlap with other instructions.
+/// To the compiler, the copy is a few opaque instructions rather than a read of Rust memory. A race with another process or thread
+/// therefore yields a mixture of old and new bytes, but no undefined behavior. The copy is about as fast as `memcpy`. Small pages are
+/// copied by a loop, because the string instruction is slow to start and does not overlap with other instructions.
 ///
 /// # Safety
 /// `len` bytes must be readable at `from` and writable at `to`, and the two ranges must not overlap.
@@ -321,18 +322,18 @@ unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 const BLOCK: usize = 128;
-/// The loop is faster up to this length.
+/// Maximum length in bytes for which the loop is faster.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 const LOOPED: usize = 4096;
 
 /// Copies blocks of 128 bytes. The last block may overlap the one before it.
 ///
 /// # Safety
-/// As for `copy`; `len` is at least one block, and the CPU has AVX2.
+/// The requirements of `copy` apply. In addition, `len` must be at least one block, and the CPU must have AVX2.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[target_feature(enable = "avx2")]
 unsafe fn copy_blocks(from: *const u8, to: *mut u8, len: usize) {
-    // SAFETY: copies whole blocks before the last one, then the last one; all lie inside the two ranges.
+    // SAFETY: copies whole blocks before the last one, then the last one. All of them lie inside the two ranges.
     unsafe {
         std::arch::asm!(
             "2:",
@@ -369,8 +370,8 @@ unsafe fn copy_blocks(from: *const u8, to: *mut u8, len: usize) {
     }
 }
 
-/// The same for CPUs without such an instruction: word by word where both sides are aligned, otherwise byte by byte,
-/// and atomically on the shared sides.
+/// Copies bytes on CPUs without such an instruction: word by word where both sides are aligned, otherwise byte by byte, and atomically on
+/// the shared sides.
 ///
 /// # Safety
 /// `len` bytes must be readable at `from` and writable at `to`, and the two ranges must not overlap.
@@ -380,24 +381,24 @@ unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
     let aligned = from.pointer().cast::<u64>().is_aligned() && to.pointer().cast::<u64>().is_aligned();
     let whole = if aligned { len / word * word } else { 0 };
     for at in (0..whole).step_by(word) {
-        // SAFETY: inside the source, and aligned.
+        // SAFETY: the word lies inside the source, and is aligned.
         let value = match from {
             Side::Shared(from) => unsafe { (*from.add(at).cast::<AtomicU64>()).load(Ordering::Relaxed) },
             Side::Private(from) => unsafe { from.add(at).cast::<u64>().read() },
         };
-        // SAFETY: inside the target, and aligned.
+        // SAFETY: the word lies inside the target, and is aligned.
         match to {
             Side::Shared(to) => unsafe { (*to.add(at).cast::<AtomicU64>()).store(value, Ordering::Relaxed) },
             Side::Private(to) => unsafe { to.add(at).cast::<u64>().write(value) },
         }
     }
     for at in whole..len {
-        // SAFETY: inside the source.
+        // SAFETY: the byte lies inside the source.
         let value = match from {
             Side::Shared(from) => unsafe { (*from.add(at).cast::<AtomicU8>()).load(Ordering::Relaxed) },
             Side::Private(from) => unsafe { from.add(at).read() },
         };
-        // SAFETY: inside the target.
+        // SAFETY: the byte lies inside the target.
         match to {
             Side::Shared(to) => unsafe { (*to.add(at).cast::<AtomicU8>()).store(value, Ordering::Relaxed) },
             Side::Private(to) => unsafe { to.add(at).write(value) },

@@ -1,14 +1,15 @@
-//! Registers members, which are the processes that use the cache or publish events, and cleans up after dead ones.
+//! Registers members, which are the processes that use the cache or publish events, and cleans up after dead members.
 //!
-//! A process becomes a member on first use: it locks the byte of the segment's file whose offset is its member number, through an open
-//! file description of its own (`F_OFD_SETLK`). The kernel releases the byte only when the process is gone, because it closes descriptors
-//! after it has torn down the address space. So *a byte that can be locked has no living owner*. This covers zombies, and a reused pid
-//! does no harm.
+//! A process becomes a member when it first uses the cache or publishes an event. It locks the byte of the segment's file whose offset is
+//! its member number, through its own open file description (`F_OFD_SETLK`). The kernel closes a process's descriptors only after it has
+//! torn down the address space, so it releases the byte only when the process is gone. Therefore *a byte that can be locked has no living
+//! owner*. This is true for zombies too, and a reused pid does no harm.
 //!
-//! Everything that a member holds in shared memory is marked with its number: its locks, its leases, and its pins, which lie in its own
-//! cell. A process that needs something held by a dead member [cleans up](SharedMemory::release_if_dead) after it: it locks the byte,
-//! releases everything the member held, and unlocks the byte. The byte's lock also prevents two processes from cleaning up after the same
-//! member, and protects a new member, because a process that claims a cell first cleans up after its last owner.
+//! Everything that a member holds in shared memory is marked with the member's number: its locks, its leases, and its pins, which lie in
+//! its own cell. A process that needs something held by a dead member [cleans up](SharedMemory::release_if_dead) after that member. It
+//! locks the byte, releases everything that the member held, and unlocks the byte. The byte's lock also prevents two processes from
+//! cleaning up after the same member. It protects a new member too, because a process that claims a cell first cleans up after the cell's
+//! last owner.
 //!
 //! Must not run while a shard's lock is held, because this code makes system calls.
 
@@ -27,23 +28,23 @@ use crate::crash;
 use crate::crash::Recovery;
 use crate::protocols::{lease, lock, pin};
 
-/// The membership of this process in one segment: private memory, not shared.
+/// The membership of this process in one segment, in private memory.
 #[derive(Debug)]
 pub(crate) struct Membership {
-    /// Generation (see `fork.rs`) in the high half; member number, [`CLAIMING`] or [`NEVER`] in the low half. 0 before
-    /// the first claim.
+    /// The fork generation (see `fork.rs`) in the high half; the member number, [`CLAIMING`] or [`NEVER`] in the low half. 0 before the
+    /// first claim.
     claim: AtomicU64,
     /// The number of the descriptor through which the member's byte is locked.
     private: AtomicU32,
-    /// The generation in which a thread is cleaning up after a member, or 0.
+    /// The fork generation in which a thread is cleaning up after a member, or 0.
     releasing: AtomicU32,
 }
 
-/// Another thread of this process is claiming a cell.
+/// Value that means that another thread of this process is claiming a cell.
 const CLAIMING: u32 = u32::MAX;
-/// The process cannot become a member, because no cell is free or /proc is missing.
+/// Value that means that the process cannot become a member, because no cell is free or `/proc` is missing.
 const NEVER: u32 = u32::MAX - 1;
-/// Maximum number of polls while another thread claims.
+/// Maximum number of polls while another thread is claiming a cell.
 const LOOKS: u32 = 10_000;
 
 /// A member: its number and the location of its cell.
@@ -64,7 +65,7 @@ impl Membership {
 impl Drop for Membership {
     fn drop(&mut self) {
         let (generation, number) = halves(self.claim.load(Ordering::Acquire));
-        // In a child of the member, the fork handler has closed it already.
+        // In a child of the member, the fork handler has already closed the descriptor.
         if generation == fork::generation() && number < NEVER {
             Private(self.private.load(Ordering::Relaxed)).close();
         }
@@ -72,7 +73,7 @@ impl Drop for Membership {
 }
 
 impl SharedMemory {
-    /// Returns this process as a member, registering it if necessary; `None` if that is not possible.
+    /// Returns this process as a member, and registers it if necessary. Returns `None` if that is not possible.
     pub(crate) fn member(&self) -> Option<Member<'_>> {
         let (generation, number) = halves(self.membership.claim.load(Ordering::Acquire));
         if generation == fork::generation() && number < NEVER {
@@ -84,7 +85,7 @@ impl SharedMemory {
         self.claim()
     }
 
-    /// The counters of this process for a shard.
+    /// Returns the counters of this process for a shard.
     #[inline]
     pub(crate) fn tally(&self, shard: u64) -> Option<&Tally> {
         let claim = self.membership.claim.load(Ordering::Acquire);
@@ -95,22 +96,22 @@ impl SharedMemory {
         self.map.at(member_at + MEMBER_HEAD + shard * TALLY_BYTES)
     }
 
-    /// Returns this process as a member, retrying the registration if an earlier attempt failed.
+    /// Returns this process as a member. Retries the registration if an earlier attempt failed.
     pub(crate) fn member_at_last(&self) -> Option<Member<'_>> {
         self.member().or_else(|| self.claim())
     }
 
-    /// All cells whose owner is alive, or died and has not been cleaned up after.
+    /// Returns all cells whose owner is alive, or is dead and has not been cleaned up after.
     pub(crate) fn members(&self) -> impl Iterator<Item = Member<'_>> {
         self.member_cells().filter(|member| member.head.pid.load(Ordering::Acquire) != 0)
     }
 
-    /// The cells of all members, whether in use or not.
+    /// Returns the cells of all members, whether in use or not.
     pub(crate) fn member_cells(&self) -> impl Iterator<Item = Member<'_>> {
         (0..self.geometry.members).filter_map(|number| self.member_at(number))
     }
 
-    /// Releases everything a member holds if it is dead; returns whether it was.
+    /// Releases everything that a member holds, if the member is dead. Returns whether it is dead.
     pub(crate) fn release_if_dead(&self, number: u32) -> bool {
         if number >= self.geometry.members {
             self.free_all_of(number);
@@ -186,8 +187,7 @@ impl SharedMemory {
     fn claim_cell(&self, private: Private) -> Option<u32> {
         let pid = std::process::id();
         let count = self.geometry.members;
-        // Each process starts at a different byte, so that processes started at the same time do not compete for the
-        // same bytes.
+        // Each process begins with a different byte, so that processes that start at the same time do not compete for the same bytes.
         let mut numbers = (0..count).map(|step| (pid % count + step) % count);
         let number = numbers.find(|&number| lock_byte(private, number, libc::F_WRLCK))?;
         self.free_all_of(number);
@@ -200,7 +200,7 @@ impl SharedMemory {
         Some(number)
     }
 
-    /// For a file that has just been opened: it has no members, so everything held in it was held by dead processes.
+    /// Releases everything held in a file that has just been opened. Such a file has no members, so all holders are dead.
     pub(crate) fn forget_the_dead(&self) {
         for member in self.member_cells() {
             member.head.pins.iter().for_each(pin::free);
@@ -229,7 +229,7 @@ impl SharedMemory {
         open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
     }
 
-    /// Releases everything held by a dead member, whose byte is locked by this process.
+    /// Releases everything held by a dead member, whose byte this process has locked.
     fn free_all_of(&self, number: u32) {
         for index in 0..self.geometry.shards {
             let head = self.map.at::<ShardHead>(self.geometry.shard_at(index));
@@ -279,13 +279,13 @@ impl LeaseCell {
     }
 }
 
-/// Miri does not support file locks, but under Miri there is only one process.
+/// Always succeeds. Miri does not support file locks, but under Miri there is only one process.
 #[cfg(miri)]
 fn lock_byte(private: Private, _: u32, _: i32) -> bool {
     private.get().is_some()
 }
 
-/// Locks or unlocks one byte; returns whether that was possible.
+/// Locks or unlocks one byte. Returns whether that was possible.
 #[cfg(not(miri))]
 fn lock_byte(private: Private, number: u32, kind: i32) -> bool {
     let Some(fd) = private.get() else { return false };

@@ -1,7 +1,7 @@
-//! Determines how much memory is available on the machine, and within the limits of the control groups of this process (of a
-//! container or a systemd unit). The kernel does not refuse memory beyond such a limit, but kills a process.
+//! Determines how much memory is available on the machine and within the limits of this process's control groups (for a container or a
+//! systemd unit). The kernel does not refuse memory beyond such a limit, but kills a process.
 //!
-//! This file decides which values are read from which files. Files are read through a function, so that tests can replace them.
+//! This file determines which values are read from which files. Files are read through a function, so that tests can replace them.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -13,12 +13,12 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Left {
     pub(crate) limit: u64,
-    /// Memory that the kernel can reclaim at once (page cache) counts as free.
+    /// The unused part in bytes. Memory that the kernel can reclaim immediately (its cache of files) counts as free.
     pub(crate) free: u64,
 }
 
-/// The memory that this process and all its children may use, in bytes: the memory of the machine, or the lowest limit of the control
-/// groups of this process, whichever is lower. `None` if neither is known.
+/// Returns the memory that this process and all its children may use, in bytes. This is the memory of the machine or the lowest limit of
+/// this process's control groups, whichever is lower. Returns `None` if neither is known.
 #[must_use]
 pub fn memory_limit() -> Option<u64> {
     let machine =
@@ -27,12 +27,12 @@ pub fn memory_limit() -> Option<u64> {
     groups.chain(machine).min()
 }
 
-/// The control group with the least memory left.
+/// Returns the limit of the control group that has the least memory left.
 pub(crate) fn tightest() -> Option<Left> {
     limits(&read_file).into_iter().min_by_key(|left| left.free)
 }
 
-/// The kernel's estimate of the memory available without swapping, in bytes; `None` if /proc is missing.
+/// Returns the kernel's estimate of the memory available without swapping, in bytes, or `None` if `/proc` is missing.
 pub(crate) fn available_in_machine() -> Option<u64> {
     value_in(&read_file(Path::new("/proc/meminfo"))?, "MemAvailable:")?.checked_mul(1024)
 }
@@ -43,17 +43,17 @@ fn read_file(path: &Path) -> Option<String> {
     Some(text)
 }
 
-/// The number after a name at the start of a line.
+/// Returns the number that follows a name at the beginning of a line.
 fn value_in(text: &str, name: &str) -> Option<u64> {
     let mut lines = text.lines().map(str::split_ascii_whitespace);
     lines.find_map(|mut words| (words.next() == Some(name)).then(|| words.next()?.parse().ok())?)
 }
 
-/// File and field names, which differ between the two versions of control groups.
+/// The names of files and fields, which differ between the two versions of control groups.
 struct Version {
     limit: &'static str,
     used: &'static str,
-    /// Fields of `memory.stat`: the page cache of the group and its descendants.
+    /// Fields in `memory.stat` that give the kernel's cache of files for the group and its descendants.
     reclaimable: [&'static str; 2],
 }
 
@@ -65,10 +65,10 @@ const V1: Version = Version {
 const V2: Version =
     Version { limit: "memory.max", used: "memory.current", reclaimable: ["inactive_file", "active_file"] };
 
-/// "No limit" in version 1: a value above the memory of any machine.
+/// Value that means "no limit" in version 1: above the memory of any machine.
 const NO_LIMIT: u64 = 1 << 60;
 
-/// The limits of the groups of this process, as far as they are mounted.
+/// Returns the limits of this process's control groups, as far as they are mounted.
 fn limits(read: &dyn Fn(&Path) -> Option<String>) -> Vec<Left> {
     let (Some(ours), Some(mounts)) = (read(Path::new("/proc/self/cgroup")), read(Path::new("/proc/self/mountinfo")))
     else {
@@ -82,7 +82,7 @@ fn limits(read: &dyn Fn(&Path) -> Option<String>) -> Vec<Left> {
                 if mount.is_v2 { controllers.is_empty() } else { controllers.split(',').any(|one| one == "memory") };
             is_its.then(|| Path::new(path))
         });
-        // The group is outside the mounted part of the hierarchy, so its limit is unknown.
+        // The group is outside the mounted part of the hierarchy, so its limit is not known.
         let Some(below) = group.and_then(|group| group.strip_prefix(&mount.root).ok()) else { continue };
         if below.components().any(|part| part == std::path::Component::ParentDir) {
             continue;

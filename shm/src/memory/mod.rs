@@ -1,5 +1,4 @@
-//! The foundation of the cache, the event log and the scoreboard: the mapping, its layout, waiting for locks, and the
-//! member processes.
+//! The foundation of the cache, the event log and the scoreboard: the mapping, its layout, waiting for locks, and the member processes.
 
 pub(crate) mod clock;
 pub(crate) mod error;
@@ -23,14 +22,13 @@ use self::layout::Header;
 use self::map::Map;
 use self::members::Membership;
 
-/// A mapped segment, shared by all handles of this process. `geometry` is a private copy that is never read from the
-/// segment again.
+/// A mapped segment, shared by all handles in this process. `geometry` is a private copy that is never read from the segment again.
 #[derive(Debug)]
 pub(crate) struct SharedMemory {
     pub(crate) map: Map,
     pub(crate) geometry: Geometry,
     pub(crate) seed: u64,
-    /// Added to the monotonic clock, so that the segment's clock continues when a file is reopened.
+    /// Offset that is added to the monotonic clock, so that the segment's clock continues when a file is reopened.
     pub(crate) time_base: u64,
     pub(crate) membership: Membership,
     pub(crate) fd: OwnedFd,
@@ -39,7 +37,7 @@ pub(crate) struct SharedMemory {
 }
 
 impl SharedMemory {
-    /// Milliseconds of the segment's clock, never 0. The clock continues when a file is reopened.
+    /// Returns the milliseconds of the segment's clock, never 0. The clock continues when a file is reopened.
     pub(crate) fn now_ms(&self) -> u64 {
         self.time_base.wrapping_add(monotonic_ms())
     }

@@ -1,7 +1,7 @@
 //! Waits for a lock: spins briefly, then sleeps on the lock's word, and checks whether the owner is dead.
 //!
-//! No wait is longer than [`LOCK_TIMEOUT`], because the owner may be stopped rather than dead. After a timeout, the caller
-//! proceeds without what the lock protects.
+//! No wait is longer than [`LOCK_TIMEOUT`], because the owner may be stopped rather than dead. After a timeout, the caller proceeds without
+//! what the lock protects.
 
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
@@ -12,14 +12,14 @@ use super::SharedMemory;
 use super::futex;
 use crate::protocols::lock::{Taken, announce, release as give_back, take};
 
-/// The longest wait for a lock.
+/// Maximum wait for a lock.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(20);
 /// Time to sleep before checking whether the owner is dead.
 const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
 impl SharedMemory {
-    /// Takes a lock; returns whether its last owner died holding it. `None` if the lock is not available in time, or if the memory is
-    /// lost. With `hurry`, does not wait for a live owner.
+    /// Takes a lock. Returns whether its last owner died while holding it, or `None` if the lock does not become available in time or if
+    /// the memory is lost. With `hurry`, does not wait for a live owner.
     pub(crate) fn take_lock(&self, lock: &AtomicU32, hurry: bool) -> Option<bool> {
         let me = self.member_at_last().filter(|_| !self.map.is_lost())?.number;
         let backoff = Backoff::new();
@@ -35,8 +35,8 @@ impl SharedMemory {
                 backoff.snooze();
                 continue;
             }
-            // The timeout applies to living owners. If the owner is dead, try again, however much time has passed, but only once before
-            // each sleep, because a second attempt would not help.
+            // The timeout applies to living owners. If the owner is dead, the lock is tried again however much time has passed, but only
+            // once before each sleep, because a second attempt would not help.
             if owner != me && !has_released && self.release_if_dead(owner) {
                 has_released = true;
                 continue;

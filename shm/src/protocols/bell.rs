@@ -1,13 +1,13 @@
-//! The protocol by which readers sleep until something is published and publishers wake them.
+//! The protocol by which readers sleep until something is published, and by which publishers wake them.
 //!
 //! ```text
 //! sequence   counts publications; the futex that readers sleep on
 //! sleepers   counts readers that were about to sleep
 //! woken      the value of `sleepers` before the last publication whose publisher woke all readers
 //! ```
-//! If `woken` equals `sleepers`, every reader that ever went to sleep has been woken since: the reader had counted itself before that
-//! publication, so it passed an older sequence to the futex. Only in this case does a publisher make no system call. A publisher that dies
-//! before it has woken the readers leaves `woken` unchanged, so the next publisher wakes them.
+//! If `woken` equals `sleepers`, every reader that ever went to sleep has been woken since. The reader had counted itself before the
+//! publication that woke it, so it had passed an older sequence to the futex. Only in this case does a publisher make no system call. A
+//! publisher that dies before it has woken the readers leaves `woken` unchanged, so the next publisher wakes them.
 //!
 //! Must not wait, or make system calls.
 
@@ -21,8 +21,7 @@ pub(crate) struct Bell<'a> {
 }
 
 impl Bell<'_> {
-    /// Whether a reader may sleep, because nothing has been published since the sequence was `seen`. The futex checks this
-    /// again.
+    /// Whether a reader may sleep because nothing has been published since the sequence was `seen`. The futex checks this again.
     pub(crate) fn may_sleep(self, seen: u32) -> bool {
         if self.sequence.load(Ordering::SeqCst) != seen {
             return false;
@@ -32,8 +31,8 @@ impl Bell<'_> {
         self.sequence.load(Ordering::SeqCst) == seen
     }
 
-    /// Counts a publication. If a reader may be asleep, returns the number to pass to [`Bell::all_woken`] after waking all
-    /// readers.
+    /// Counts a publication. If a reader may be asleep, returns the number to be passed to [`Bell::all_woken`] after all readers have been
+    /// woken.
     pub(crate) fn ring(self) -> Option<u32> {
         let before = self.sleepers.load(Ordering::SeqCst);
         self.sequence.fetch_add(1, Ordering::SeqCst);

@@ -1,22 +1,22 @@
-//! The protocol of a lease: the right to render a page, which one process holds at a time.
+//! The protocol of a lease, which is the right to render a page and is held by one process at a time.
 //!
 //! ```text
 //! 0 = free | bits 0..32 deadline, in ms of the segment's clock, wrapped | 15 bits member + 1 | 17 bits tag of the key
 //! ```
-//! The whole lease is one word, so it is taken, released and taken over in one step each. It ends in one of four ways: the holder stores
-//! the page, or gives up ([`release`] in both cases); the holder dies ([`take_from`], called by the process that cleans up after it); or
-//! its deadline passes and another process takes it over ([`take`]). In the last case the late holder detects that it no longer holds the
-//! lease ([`is_held`]), and its page does not replace a newer one.
+//! The whole lease is one word, so it is taken, released and taken over in one step each. It ends in one of four ways. The holder stores
+//! the page, or fails ([`release`] in both cases). The holder dies, and the process that cleans up after it ends the lease ([`take_from`]).
+//! Or the deadline passes, and another process takes the lease over ([`take`]). In this last case, the late holder detects that it no
+//! longer holds the lease ([`is_held`]), and its page does not replace a newer one.
 //!
-//! Two keys may share a cell; the tag distinguishes them (17 bits in addition to those that select the cell). A process that finds the
-//! cell taken for another key renders without a lease, because otherwise it would wait for the wrong page.
+//! Two keys may share a cell. The tag distinguishes them (17 bits in addition to those that select the cell). A process that finds the cell
+//! taken for a different key renders without a lease, because otherwise it would wait for the wrong page.
 //!
 //! A waiting process counts itself ([`enter`]), then checks that the lease is still held, and sleeps on the *turn*, a counter of ended
-//! leases. A process that ends a lease increments the turn, then checks whether any process is counted as waiting ([`end_turn`]). With a
-//! full fence between the two steps on both sides, no process sleeps through the end of the lease it waits for.
+//! leases. A process that ends a lease increments the turn, then checks whether any process is counted as waiting ([`end_turn`]). There is
+//! a full fence between the two steps on both sides, so no process sleeps through the end of the lease that it is waiting for.
 //!
-//! A lease is useless for a page that cannot be stored, because the waiting processes would get nothing. The key of such a page is marked
-//! ([`set_pass`]) for a while, during which a process that finds the lease taken does not wait.
+//! A lease is useless for a page that cannot be stored, because the waiting processes would receive nothing. The key of such a page is
+//! marked ([`set_pass`]) for a while. During that time, a process that finds the lease taken does not wait.
 //!
 //! Must not wait, make system calls, or depend on what is rendered.
 
@@ -25,7 +25,7 @@ use super::sync::{AtomicU32, AtomicU64, Ordering, fence};
 const MEMBER_SHIFT: u32 = 32;
 const TAG_SHIFT: u32 = 47;
 const MEMBER_MASK: u64 = 0x7fff;
-/// The latest possible deadline: 18 hours ahead. A word with a later deadline expired long ago, or is invalid.
+/// Maximum time to a deadline, in milliseconds: 18 hours. A word with a later deadline expired long ago, or is invalid.
 pub(crate) const MAX_LEASE_MS: u64 = 1 << 26;
 
 /// The result of an attempt to take a lease.
@@ -35,7 +35,7 @@ pub(crate) enum Claim {
     Mine(u64),
     /// This member is rendering the page; wait for the word to change.
     Held { by: u32, word: u64 },
-    /// The cell is taken for another key.
+    /// The cell is taken for a different key.
     OtherKey,
 }
 
@@ -61,17 +61,17 @@ pub(crate) fn take(cell: &AtomicU64, hash: u64, member: u32, now_ms: u64, deadli
     }
 }
 
-/// Releases a lease; returns whether it was still held.
+/// Releases a lease. Returns whether it was still held.
 pub(crate) fn release(cell: &AtomicU64, mine: u64) -> bool {
     cell.compare_exchange(mine, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
 }
 
-/// Whether the lease still has this word.
+/// Whether the lease's cell still contains this word.
 pub(crate) fn is_held(cell: &AtomicU64, word: u64) -> bool {
     cell.load(Ordering::Acquire) == word
 }
 
-/// Releases a lease if this dead member holds it; returns whether it did.
+/// Releases a lease if this dead member holds it. Returns whether it did.
 pub(crate) fn take_from(cell: &AtomicU64, member: u32) -> bool {
     let seen = cell.load(Ordering::Acquire);
     seen != 0 && member_of(seen) == member && release(cell, seen)
@@ -82,14 +82,14 @@ pub(crate) fn is_over(word: u64, now_ms: u64) -> bool {
     left_ms(word, now_ms) == 0
 }
 
-/// The time until a lease's deadline, in milliseconds.
+/// Returns the time until a lease's deadline, in milliseconds.
 pub(crate) fn left_ms(word: u64, now_ms: u64) -> u64 {
     // The clock's low half wraps after 49 days, so a deadline far in the past looks like one far in the future.
     let ahead = low(low(word).wrapping_sub(low(now_ms)));
     if ahead <= MAX_LEASE_MS { ahead } else { 0 }
 }
 
-/// Counts a process that is about to wait, and returns the turn to sleep on. The caller must check the lease afterwards.
+/// Counts a process that is about to wait, and returns the turn on which it must sleep. The caller must check the lease afterwards.
 pub(crate) fn enter(waiters: &AtomicU32, turn: &AtomicU32) -> u32 {
     waiters.fetch_add(1, Ordering::AcqRel);
     fence(Ordering::SeqCst);
@@ -98,19 +98,19 @@ pub(crate) fn enter(waiters: &AtomicU32, turn: &AtomicU32) -> u32 {
 
 /// Removes a process from the count of waiting processes.
 pub(crate) fn leave(waiters: &AtomicU32) {
-    // Saturates at 0, in case another process has overwritten the counter.
+    // The count does not go below 0, in case another process has overwritten the counter.
     let one_less = |count: u32| count.checked_sub(1);
     let _ = waiters.fetch_update(Ordering::AcqRel, Ordering::Relaxed, one_less);
 }
 
-/// Records the end of a lease; returns whether waiting processes must be woken.
+/// Records the end of a lease. Returns whether waiting processes must be woken.
 pub(crate) fn end_turn(turn: &AtomicU32, waiters: &AtomicU32) -> bool {
     turn.fetch_add(1, Ordering::AcqRel);
     fence(Ordering::SeqCst);
     waiters.load(Ordering::Acquire) > 0
 }
 
-/// Marks the key with this hash: until `until_ms`, no process waits for its page.
+/// Marks the key with this hash. Until `until_ms`, no process waits for its page.
 pub(crate) fn set_pass(pass: &AtomicU64, hash: u64, until_ms: u64) {
     let any_member = 1 << MEMBER_SHIFT;
     pass.store(hash >> TAG_SHIFT << TAG_SHIFT | any_member | low(until_ms), Ordering::Release);

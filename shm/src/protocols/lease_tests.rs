@@ -43,7 +43,7 @@ fn a_late_holder_changes_nothing() {
     let first = mine(take(&cell, KEY, 3, NOW, NOW + 100));
     let second = mine(take(&cell, KEY, 4, NOW + 100, NOW + 200));
     assert!(!release(&cell, first) && is_held(&cell, second));
-    // The process takes over its own lease, and the words still differ.
+    // The process takes its own lease over, and the words still differ.
     let third = mine(take(&cell, KEY, 4, NOW + 200, NOW + 200));
     assert!(!release(&cell, second) && is_held(&cell, third));
 }
@@ -79,7 +79,7 @@ fn no_deadline_is_further_than_the_longest() {
     let cell = AtomicU64::new(0);
     let word = mine(take(&cell, KEY, 0, NOW, u64::MAX));
     assert_eq!(left_ms(word, NOW), MAX_LEASE_MS);
-    // A corrupted or long expired word does not remain held for longer either.
+    // A corrupted word, or a word that expired long ago, does not count as held for longer than that either.
     for bit in 0..64 {
         assert!(left_ms(word ^ 1 << bit, NOW) <= MAX_LEASE_MS);
     }

@@ -1,17 +1,17 @@
-//! The protocol of a lock in shared memory: one word that contains its owner.
+//! The protocol of a lock in shared memory, which is one word that contains its owner.
 //!
 //! ```text
 //! 0 = free | bits 0..16 owner (member + 1) | bit 30 the last owner died holding it | bit 31 a process waits
 //! ```
-//! A robust pthread mutex would do the same with the kernel's help, but it keeps pointers of the C library in shared memory: a process
-//! that overwrites them crashes the holder of the lock, and no model checker can run it. Here, an overwritten word names a member that
-//! does not exist, which counts as dead; or, by bad luck, a live member, which prevents others from taking the lock until that member
-//! exits.
+//! A robust pthread mutex would do the same with the kernel's help, but it keeps pointers of the C library in shared memory. A process that
+//! overwrites these pointers crashes the holder of the lock, and no model checker can run the mutex. Here, an overwritten word usually
+//! names a member that does not exist, which counts as dead. If it happens to name a live member, other processes cannot take the lock
+//! until that member exits.
 //!
-//! Only the kernel can decide whether an owner is dead: see `memory/members.rs`. A process that finds a dead owner marks its locks with
-//! [`mark_dead`]. The next process that takes such a lock gets [`Taken::FromTheDead`], and repairs what the lock protects.
+//! Only the kernel can determine whether an owner is dead: see `memory/members.rs`. A process that finds a dead owner marks the owner's
+//! locks with [`mark_dead`]. The next process that takes such a lock receives [`Taken::FromTheDead`] and repairs what the lock protects.
 //!
-//! Must not wait, make system calls, or depend on what is protected.
+//! Must not wait, make system calls, or depend on what the lock protects.
 
 use super::sync::{AtomicU32, Ordering};
 
@@ -24,14 +24,14 @@ const WAITED_FOR: u32 = 1 << 31;
 pub(crate) enum Taken {
     /// This process holds the lock.
     Free,
-    /// This process holds the lock, and the last owner died holding it.
+    /// This process holds the lock, and the last owner died while holding it.
     FromTheDead,
     /// This member holds the lock. Wait for the word to change.
     No { owner: u32, word: u32 },
 }
 
-/// Makes one attempt. With `waiting`, releasing the lock wakes a waiting process; must be set after a wait, because others may still
-/// wait.
+/// Makes one attempt to take the lock. With `waiting`, a later release of the lock wakes a waiting process; `waiting` must be set after a
+/// wait, because other processes may still be waiting.
 pub(crate) fn take(lock: &AtomicU32, me: u32, waiting: bool) -> Taken {
     let mine = (me + 1) & OWNER | if waiting { WAITED_FOR } else { 0 };
     let mut seen = lock.load(Ordering::Relaxed);
@@ -46,7 +46,7 @@ pub(crate) fn take(lock: &AtomicU32, me: u32, waiting: bool) -> Taken {
     Taken::No { owner: (seen & OWNER) - 1, word: seen }
 }
 
-/// Requests to be woken when the lock is released. Returns the word to wait on, or `None` if it has changed meanwhile.
+/// Requests to be woken when the lock is released. Returns the word to wait on, or `None` if it has changed in the meantime.
 pub(crate) fn announce(lock: &AtomicU32, word: u32) -> Option<u32> {
     if word & WAITED_FOR != 0 {
         return Some(word);
@@ -55,12 +55,12 @@ pub(crate) fn announce(lock: &AtomicU32, word: u32) -> Option<u32> {
     lock.compare_exchange(word, announced, Ordering::Relaxed, Ordering::Relaxed).ok().map(|_| announced)
 }
 
-/// Releases a lock that the caller owns; returns whether a process must be woken.
+/// Releases a lock that the caller owns. Returns whether a process must be woken.
 pub(crate) fn release(lock: &AtomicU32) -> bool {
     lock.swap(0, Ordering::Release) & WAITED_FOR != 0
 }
 
-/// Frees a lock if this dead member holds it; returns whether a process must be woken.
+/// Frees a lock if this dead member holds it. Returns whether a process must be woken.
 pub(crate) fn mark_dead(lock: &AtomicU32, member: u32) -> bool {
     // An overwritten word may name a member number that no process can have.
     let owner = member.wrapping_add(1) & OWNER;
@@ -74,8 +74,7 @@ pub(crate) fn mark_dead(lock: &AtomicU32, member: u32) -> bool {
     false
 }
 
-/// Frees a lock that can no longer have an owner. If it was held, the next process that takes it gets
-/// [`Taken::FromTheDead`].
+/// Frees a lock that can no longer have an owner. If it was held, the next process that takes it receives [`Taken::FromTheDead`].
 pub(crate) fn bequeath(lock: &AtomicU32) {
     let left = if lock.load(Ordering::Relaxed) & (OWNER | DIED) == 0 { 0 } else { DIED };
     lock.store(left, Ordering::Release);

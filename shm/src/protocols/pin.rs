@@ -1,14 +1,14 @@
-//! The protocol of a pin, by which a process announces that it is reading an entry in place.
+//! The protocol of a pin, with which a process announces that it is reading an entry in place.
 //!
-//! The reader writes the entry's place into a cell of its own, *then* checks that the entry is still above the floor. A writer
-//! that makes room raises the floor, *then* looks for pins. With a full fence between the two steps on both sides, at least one
-//! side sees the other: either the reader finds the floor too high and unpins, or the writer finds the pin.
+//! The reader writes the entry's place into one of its own cells, *then* checks that the entry is still above the floor. A writer that
+//! makes room raises the floor, *then* looks for pins. There is a full fence between the two steps on both sides, so at least one side
+//! detects the other: either the reader finds that the floor is too high and unpins, or the writer finds the pin.
 //!
 //! ```text
 //! 0 = free | position / 32, 52 bits | ring 1 bit | shard 4 bits | size class 7 bits
 //! ```
-//! The position of the cell identifies the process, so that a dead member's pins are freed when the member is cleaned up. There
-//! are four size classes per octave, and sizes are rounded up, so a skipped entry may appear up to a quarter larger than it is.
+//! The position of the cell identifies the process, so a dead member's pins are freed when the member is cleaned up. There are four size
+//! classes per octave, and sizes are rounded up, so a skipped entry may appear to be up to a quarter larger than it is.
 
 use super::sync::{AtomicU64, Ordering, fence_after_swap};
 
@@ -16,7 +16,7 @@ pub(crate) const RING_SHIFT: u32 = 52;
 const SHARD_SHIFT: u32 = 53;
 const CLASS_SHIFT: u32 = 57;
 pub(crate) const GRAIN: u64 = 32;
-/// Smaller sizes are rounded up to this size.
+/// Minimum size in bytes; smaller sizes are rounded up to it.
 pub(crate) const SMALLEST: u64 = 64;
 
 /// The content of a cell.
@@ -36,15 +36,14 @@ impl Pin {
     }
 }
 
-/// Sets the pin if the cell is free; returns whether it was.
+/// Sets the pin if the cell is free. Returns whether it was free.
 pub(crate) fn set(cell: &AtomicU64, pin: Pin) -> bool {
     let set = cell.compare_exchange(0, pin.word(), Ordering::SeqCst, Ordering::Relaxed).is_ok();
     fence_after_swap();
     set
 }
 
-/// Whether the entry that was just pinned is still above its ring's floor, and therefore will not change; if not,
-/// unpins it.
+/// Whether the entry that was just pinned is still above its ring's floor, and therefore will not change. If not, unpins it.
 pub(crate) fn holds(cell: &AtomicU64, position: u64, floor: &AtomicU64) -> bool {
     let holds = floor.load(Ordering::SeqCst) <= position;
     if !holds {
@@ -53,12 +52,12 @@ pub(crate) fn holds(cell: &AtomicU64, position: u64, floor: &AtomicU64) -> bool 
     holds
 }
 
-/// Unpins.
+/// Removes the pin.
 pub(crate) fn free(cell: &AtomicU64) {
     cell.store(0, Ordering::Release);
 }
 
-/// The content of a cell, if it is set. Must be called after the floor was raised and after a full fence.
+/// Returns the content of a cell, if it is set. Must be called after the floor was raised and after a full fence.
 pub(crate) fn get(cell: &AtomicU64) -> Option<Pin> {
     let word = cell.load(Ordering::Acquire);
     (word != 0).then_some(Pin {
@@ -69,7 +68,7 @@ pub(crate) fn get(cell: &AtomicU64) -> Option<Pin> {
     })
 }
 
-/// The smallest class whose size is not below `size`.
+/// Returns the smallest class whose size is not below `size`.
 pub(crate) fn class(size: u64) -> u64 {
     let size = size.max(SMALLEST);
     let octave = size.ilog2();

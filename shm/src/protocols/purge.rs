@@ -1,21 +1,21 @@
 //! The protocol of a purge, which raises a tag and the clock so that no outdated page slips between the two steps.
 //!
-//! A page is valid as long as the tags of everything it shows were last purged no later than its *snapshot*, the clock before it was
-//! rendered. A page may be composed of fragments found in the cache, which were rendered earlier; it inherits their tags. So a page
-//! that found a fragment before the fragment's purge must have a snapshot before the purge's time, however long the purger pauses
-//! between its steps. This is ensured as follows:
+//! A page is valid as long as the tags of everything it shows were last purged no later than its *snapshot*, the time on the clock before
+//! the page was rendered. A page may be composed of fragments that were found in the cache and had been rendered earlier; the page inherits
+//! their tags. If a page found a fragment before the fragment was purged, the page's snapshot must therefore be earlier than the purge's
+//! time, however long the purger pauses between its steps. This is ensured as follows:
 //!
-//! 1. The tag's slots are raised to the time *after* the clock's. From now on the fragment is no longer found.
-//! 2. The clock is raised to that time, unless another process has raised it meanwhile; in that case the purger restarts from step
+//! 1. The tag's slots are raised to the time *after* the clock's current time. From now on, the fragment is no longer found.
+//! 2. The clock is raised to that time, unless another process has raised it in the meantime. In that case, the purger restarts from step
 //!    1.
 //!
-//! A reader that found the fragment did so before step 1 was done, and had read the clock before that, when the clock was lower than
-//! the time stored in step 2. (In the reverse order, a page whose rendering begins between the two steps has the purge's own time as
-//! its snapshot, finds the fragment, and outlives the purge: `tests/protocols.rs` shows this.)
+//! A reader that found the fragment did so before step 1 was done. It had read the clock before that, when the clock was lower than the
+//! time stored in step 2. (In the reverse order, a page whose rendering begins between the two steps has the purge's own time as its
+//! snapshot, finds the fragment, and outlives the purge; `tests/protocols.rs` shows this.)
 //!
-//! Each failed iteration of the loop means that another purge succeeded. A purger that is killed between steps 1 and 2 leaves its
-//! tag one tick ahead of the clock, and pages with that tag are out of date before they are stored. A process that finds such a page
-//! raises the clock for the purger ([`finish`]).
+//! Each failed iteration of the loop means that another purge succeeded. A purger that is killed between steps 1 and 2 leaves its tag one
+//! tick ahead of the clock, and pages with that tag are out of date before they are stored. A process that finds such a page raises the
+//! clock on behalf of the purger ([`finish`]).
 //!
 //! Must not wait, make system calls, or depend on what a tag is.
 

@@ -3,7 +3,7 @@
 
 pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
-/// A full fence after an atomic read-modify-write with `SeqCst`, which already is one. (The loom model does not treat it as
-/// one, and has a real fence here.)
+/// Does nothing, because an atomic read-modify-write with `SeqCst`, which must precede it, is already a full fence. (The loom model does
+/// not treat it as a fence, and has a real fence here.)
 #[inline(always)]
 pub(crate) fn fence_after_swap() {}

@@ -1,7 +1,7 @@
 //! The protocol by which a topic's latest event is stored in its cell and readers look it up.
 //!
-//! The position is stored first, so a reader that sees an id finds that event, or a later one, at the position that it reads next. In
-//! the reverse order, the reader would conclude that the event was evicted.
+//! The position is stored first. A reader that reads an id therefore finds that event, or a later one, at the position that it reads next.
+//! In the reverse order, the reader would conclude that the event was evicted.
 //!
 //! Must not wait, or depend on what lies at a position.
 
@@ -16,7 +16,7 @@ pub(crate) fn tell(last_id: &AtomicU64, last_at: &AtomicU64, (id, at): (u64, u64
     crash::point("link: id stored");
 }
 
-/// The id of the latest event, and the position of that event or of a later one.
+/// Returns the id of the latest event, and the position of that event or of a later one.
 pub(crate) fn told(last_id: &AtomicU64, last_at: &AtomicU64) -> (u64, u64) {
     (last_id.load(Ordering::Acquire), last_at.load(Ordering::Acquire))
 }

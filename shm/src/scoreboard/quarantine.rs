@@ -1,8 +1,9 @@
-//! The requests that are refused for a while because workers crashed on them; written by the master, read by all workers.
+//! The quarantine: requests that are refused for a while because workers died while processing them. The master writes it, and all workers
+//! read it.
 //!
-//! A small table in the header's page, written only by the master, with plain atomic stores; there is no lock. A process that
-//! reads an entry while it is written may miss it, or see its time slightly too long. One request more or less does not
-//! matter.
+//! The quarantine is a small table in the header's page, written only by the master, with plain atomic stores; there is no lock. A process
+//! that reads an entry while it is being written may miss the entry or read a time that is slightly too long. One request more or less does
+//! not matter.
 //!
 //! `is_empty` and `left` must not lock, allocate or make a system call, because every request passes through them.
 
@@ -16,26 +17,26 @@ use crate::memory::SharedMemory;
 use crate::memory::clock::monotonic_ms;
 use crate::memory::layout::{BARRED, QUARANTINE_AT, QuarantineTable};
 
-/// A handle to the table; cheap to clone, usable from any thread.
+/// A handle to the table. Cheap to clone, and usable from any thread.
 #[derive(Clone, Debug)]
 pub struct Quarantine {
     segment: Arc<SharedMemory>,
 }
 
 impl Quarantine {
-    /// The maximum number of requests in the table.
+    /// Maximum number of requests in the table.
     pub const ROOM: usize = BARRED;
 
     pub(crate) fn new(segment: Arc<SharedMemory>) -> Quarantine {
         Quarantine { segment }
     }
 
-    /// Whether no request is refused; costs one relaxed load.
+    /// Whether no request is refused. Costs one relaxed load.
     pub fn is_empty(&self) -> bool {
         self.table().is_none_or(|table| table.count.load(Ordering::Relaxed) == 0)
     }
 
-    /// How much longer requests with this key are refused; `None` if they are not.
+    /// Returns how much longer requests with this key are refused, or `None` if they are not refused.
     pub fn left(&self, key: &str) -> Option<Duration> {
         let (hash, now_ms) = (hash(key), monotonic_ms());
         let barred = &self.table()?.barred;
@@ -47,7 +48,7 @@ impl Quarantine {
         (until_ms > now_ms).then(|| Duration::from_millis(until_ms - now_ms))
     }
 
-    /// Refuses requests with these keys for these times, and no others. For the master only. Keys beyond the size of the table are
+    /// Refuses requests with these keys for these times, and no other requests. For the master only. Keys beyond the size of the table are
     /// ignored.
     pub fn set<'a>(&self, keys: impl IntoIterator<Item = (&'a str, Duration)>) {
         let Some(table) = self.table() else { return };
@@ -72,7 +73,7 @@ impl Quarantine {
     }
 }
 
-/// Never 0, which marks a free entry.
+/// Returns the hash of a key, never 0, which marks a free entry.
 fn hash(key: &str) -> u64 {
     xxh3_64(key.as_bytes()).max(1)
 }

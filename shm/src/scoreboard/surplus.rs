@@ -1,8 +1,7 @@
-//! Cells in a process's private memory, for the requests for which its row has no room.
+//! Cells in a process's private memory, for the requests for which the process's row has no room.
 //!
-//! A row contains 16 requests. The texts of all others are kept here. No other process reads them, but the crash handler and
-//! the threads of this process may do so at any moment. So a cell never moves after its creation, and consists of atomics
-//! only.
+//! A row contains 16 requests. The texts of all further requests are kept here. No other process reads them, but the crash handler and the
+//! threads of this process may read them at any moment. A cell therefore never moves after its creation, and consists of atomics only.
 
 use std::sync::OnceLock;
 
@@ -36,14 +35,14 @@ impl Surplus {
         true
     }
 
-    /// The thread slot of a thread that has none in the row.
+    /// Returns the thread slot of a thread that has none in the row.
     pub(super) fn thread_slot(&self, number: usize) -> Option<&ThreadCells> {
         let chunk = self.threads.get(number / THREAD_CHUNK)?;
         chunk.get_or_init(|| (0..THREAD_CHUNK).map(|_| ThreadCells::default()).collect()).get(number % THREAD_CHUNK)
     }
 }
 
-/// The chunk of a cell, and its index in the chunk.
+/// Returns the chunk of a cell, and the cell's index in the chunk.
 fn place(number: usize) -> (usize, usize) {
     let chunk = (number / FIRST + 1).ilog2();
     (chunk as usize, number + FIRST - (FIRST << chunk))

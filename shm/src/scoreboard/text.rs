@@ -4,11 +4,11 @@ use std::sync::atomic::Ordering;
 
 use crate::memory::layout::{TEXT_WORDS, Text};
 
-/// The capacity of a text in bytes.
+/// Capacity of a text in bytes.
 pub(super) const TEXT_BYTES: usize = TEXT_WORDS * 8;
 
-/// A method and a target as the scoreboard stores them: `GET /path`, printable ASCII, truncated to 112 bytes. To
-/// compare a request with a request in the scoreboard, compare these texts.
+/// Returns a method and a target as the scoreboard stores them: `GET /path`, in printable ASCII, truncated to 112 bytes. To compare a
+/// request with a request in the scoreboard, compare these texts.
 pub fn request_text(method: &str, target: &str) -> String {
     let (bytes, length) = cut(method, target);
     bytes[..length].iter().copied().map(printable).collect()
@@ -37,7 +37,7 @@ impl Text {
         self.length.store(length as u64, Ordering::Relaxed);
     }
 
-    /// Async-signal-safe.
+    /// Copies a text. Async-signal-safe.
     pub(super) fn copy_from(&self, other: &Text) {
         let length = other.length.load(Ordering::Relaxed).min(TEXT_BYTES as u64);
         let words = usize::try_from(length.div_ceil(8)).unwrap_or(TEXT_WORDS);
@@ -54,7 +54,7 @@ impl Text {
     }
 }
 
-/// Replaces characters that cannot be printed, or that could affect a terminal or a log, with a question mark.
+/// Replaces a byte that cannot be printed, or that could affect a terminal or a log, with a question mark.
 fn printable(byte: u8) -> char {
     if byte.is_ascii_graphic() || byte == b' ' { char::from(byte) } else { '?' }
 }

@@ -1,10 +1,10 @@
-//! Thread slots record the request that each thread of a process is running, readable by other processes even after a SIGKILL.
+//! Thread slots record the request that each thread of a process is running. Other processes can read them even after a SIGKILL.
 //!
-//! A thread holds its thread slot for its lifetime. The slot's word contains the cell of the request that the thread runs. If the
+//! A thread holds its thread slot for its lifetime. The slot's word contains the cell of the request that the thread is running. If the
 //! request's text is not in the row, the text is copied into the thread slot. Threads for which a row has no thread slot use private
 //! memory, which only the crash handler reads.
 //!
-//! Must not lock, allocate or make a system call, because every request passes through this code, and so do signal handlers.
+//! Must not lock, allocate or make a system call, because every request passes through this code, and signal handlers run it.
 
 use std::sync::atomic::Ordering;
 
@@ -12,10 +12,10 @@ use super::EventLoopBeat;
 use super::surplus::Surplus;
 use crate::memory::layout::{CELLS, RowCells, THREADS, ThreadCells};
 
-/// In the word of a thread slot: the text in the slot belongs to a request that no longer has a cell.
+/// Value of a thread slot's word that means that the slot contains the text of a request that no longer has a cell.
 pub(super) const NO_CELL: u64 = u64::MAX;
 
-/// Value of the culprit's stamp in a row: the culprit is known.
+/// Value of the culprit's stamp in a row that means that the culprit is known.
 pub(super) const KNOWN: u64 = 1;
 pub(super) const NOBODY: u64 = 2;
 
@@ -33,8 +33,8 @@ pub struct ThreadSlot<'a> {
 pub struct Before(u64);
 
 impl EventLoopBeat {
-    /// The thread slot with this number, which one thread claims for itself. `None` if there are fewer, or if another process has
-    /// claimed the row.
+    /// Returns the thread slot with this number, which one thread claims for itself. Returns `None` if there is no such thread slot, or if
+    /// another process has claimed the row.
     pub fn thread_slot(&self, number: usize) -> Option<ThreadSlot<'_>> {
         let row = self.row()?;
         let cells = match row.threads.get(number) {
@@ -53,14 +53,14 @@ impl EventLoopBeat {
 }
 
 impl ThreadSlot<'_> {
-    /// Records that the thread now runs the request in this cell, or none. Returns what it ran before.
+    /// Records that the thread is now running the request in this cell, or no request. Returns what it was running before.
     pub fn switch_to(&self, cell: Option<usize>) -> Before {
         let before = self.cells.current.load(Ordering::Relaxed);
         self.sit(cell.map_or(0, |cell| cell as u64 + 1));
         Before(before)
     }
 
-    /// Records that the thread resumes what it ran before.
+    /// Records that the thread resumes what it was running before.
     pub fn return_to(&self, Before(word): Before) {
         self.sit(word);
     }
@@ -85,14 +85,14 @@ impl ThreadSlot<'_> {
         }
     }
 
-    /// The cell of the request that the thread is running.
+    /// Returns the cell of the request that the thread is running.
     pub fn cell(&self) -> Option<usize> {
         let word = self.cells.current.load(Ordering::Relaxed);
         usize::try_from(word).ok().filter(|_| word != NO_CELL)?.checked_sub(1)
     }
 
-    /// Prepares for the reuse of this cell by another request: if the thread still runs the request in it, the slot keeps a copy of the
-    /// text.
+    /// Prepares for the reuse of this cell by a different request. If the thread is still running the request in the cell, the slot keeps a
+    /// copy of the request's text.
     pub fn keep_text_of(&self, cell: usize) {
         let word = cell as u64 + 1;
         if self.row.epoch.load(Ordering::Relaxed) != self.epoch || self.cells.current.load(Ordering::Relaxed) != word {
@@ -104,8 +104,8 @@ impl ThreadSlot<'_> {
         let _ = self.cells.current.compare_exchange(word, NO_CELL, Ordering::Release, Ordering::Relaxed);
     }
 
-    /// Records that this process is about to die because of this thread, by storing the request that the thread is running, or its
-    /// absence, as the culprit. Async-signal-safe.
+    /// Records that this process is about to die because of this thread. Stores the request that the thread is running, or its absence, as
+    /// the culprit. Async-signal-safe.
     pub fn accuse(&self) {
         let word = self.cells.current.load(Ordering::Relaxed);
         if self.row.epoch.load(Ordering::Relaxed) != self.epoch {
@@ -121,7 +121,7 @@ impl ThreadSlot<'_> {
 }
 
 impl ThreadCells {
-    /// The request that the thread in this thread slot of `row` is running.
+    /// Returns the request that the thread in this thread slot of `row` is running.
     pub(super) fn read(&self, row: &RowCells) -> Option<String> {
         let word = self.current.load(Ordering::Acquire);
         let shown = usize::try_from(word.checked_sub(1)?).ok().and_then(|cell| row.cells.get(cell));

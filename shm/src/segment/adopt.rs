@@ -1,7 +1,7 @@
-//! Adopts a segment that outlives the master that created it: one that is passed to the program that replaces the master,
-//! or kept meanwhile by another process (systemd's file descriptor store).
+//! Adopts a segment that outlives the master that created it. Such a segment was passed to the program that replaces the master, or was
+//! kept in the meantime by another process (systemd's file descriptor store).
 //!
-//! Must not use a segment that this build would not have created for the same plan, or for one with more rows.
+//! Must not use a segment that this build would not have created for the same plan, or for a plan with more rows.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -15,8 +15,8 @@ use crate::memory::geometry::Geometry;
 use crate::segment::{self, Segment, system};
 
 impl Segment {
-    /// Attaches to the segment of a former master whose workers may still use it, if it is what `plan` would create, or
-    /// has more scoreboard rows.
+    /// Attaches to the segment of a former master whose workers may still be using it, if the segment is what `plan` would create, or has
+    /// more scoreboard rows.
     ///
     /// A segment in a file can be [closed](Segment::close) by the process that adopts it.
     ///
@@ -42,8 +42,8 @@ impl Segment {
         Ok(segment)
     }
 
-    /// Like [`Segment::adopt`], for a segment whose former users have all exited: everything they held is released, the
-    /// rows of the scoreboard are emptied, and the cache is audited.
+    /// Like [`Segment::adopt`], for a segment whose former users have all exited. Everything they held is released, the rows of the
+    /// scoreboard are emptied, and the cache is audited.
     ///
     /// # Errors
     /// Fails as [`Segment::adopt`] does, and if the cache is inconsistent.

@@ -1,9 +1,9 @@
 //! A segment in a file, so that the cache is still warm after a restart.
 //!
-//! The file has the same bytes as a memory file, and only one master has it open, enforced by flock(2). With or without a master, any
+//! The file contains the same bytes as a memory file. Only one master has it open, which flock(2) enforces. With or without a master, any
 //! number of processes may [join](Segment::join). Each holds a shared lock on one byte after the file's end while it uses the file. A
-//! process that holds that byte exclusively may recreate the file, repair it, or mark it clean. The existing content is used or dropped
-//! as a whole:
+//! process that holds that byte exclusively may recreate the file, repair it, or mark it clean. The existing content is used or dropped as
+//! a whole:
 //!
 //! | the file | is |
 //! |---|---|
@@ -13,19 +13,19 @@
 //! | not clean, and the machine was not rebooted since | used if an audit of all shards finds no fault |
 //! | not clean, and the machine was rebooted since | dropped: it is undefined which of its pages reached the disk |
 //!
-//! Without a reboot, the kernel has kept all bytes of the file, and a process that dies at any instruction leaves the cache
-//! consistent. So the audit suffices.
+//! Without a reboot, the kernel has kept all bytes of the file, and a process that dies at any instruction leaves the cache consistent. The
+//! audit is therefore sufficient.
 //!
-//! The mark is removed on disk before anything else is written. So after a power failure, the file is either clean or dropped. A
-//! process that only has the descriptor (`FORKYARD_SHM`), and attaches it for the first time after the file was closed, is refused,
-//! because its writes would not clear the mark, and even a lookup writes.
+//! The mark is removed on disk before anything else is written. After a power failure, the file is therefore either clean or dropped. A
+//! process that only has the descriptor (`FORKYARD_SHM`) and attaches it only after the file was closed is refused, because its writes
+//! would not clear the mark, and even a lookup writes.
 //!
-//! A process that joins a file that is not clean uses it without an audit. A process that joined earlier would have continued
-//! without an audit too, and what dead members hold is released as in any segment. A joined process does not mark the file clean
-//! when it exits; a master does.
+//! A process that joins a file that is not clean uses it without an audit. A process that joined earlier would have continued without an
+//! audit too, and what dead members hold is released as in any segment. A process that joined does not mark the file clean when it exits; a
+//! master does.
 //!
-//! When a file is reused, it has no members, so all locks, pins and leases in it belong to dead processes. Its clock continues from
-//! where it stopped, plus the time that has passed.
+//! When a file is reused, it has no members, so all locks, pins and leases in it belong to dead processes. Its clock continues from where
+//! it stopped, plus the time that has passed.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read};
@@ -51,11 +51,11 @@ use crate::memory::map::Map;
 use crate::memory::members::Membership;
 use crate::segment::{self, Segment, plan_of, system};
 
-/// Timeout for the processes of a former master to finish their requests and release the file's lock.
+/// How long to wait until the processes of a former master have finished their requests and released the file's lock.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 const CLEAN: u64 = 1;
-/// The byte that every user of the file locks, far above the members' bytes.
+/// Offset of the byte that every user of the file locks, far above the members' bytes.
 const USERS: i64 = 1 << 60;
 
 /// What happened to the previous contents of the file.
@@ -65,7 +65,7 @@ pub enum Found {
     Warm,
     /// The contents were dropped: the cache is empty.
     Dropped {
-        /// The reason.
+        /// Why they were dropped.
         why: &'static str,
     },
     /// The file is new.
@@ -73,13 +73,12 @@ pub enum Found {
 }
 
 impl Segment {
-    /// Creates a segment in a file, reusing the contents of the file if possible.
+    /// Creates a segment in a file, and reuses the contents of the file if possible.
     ///
-    /// Waits up to 10 s for processes that still use the file. Call [`close`](Segment::close) at the end.
+    /// Waits up to 10 s for processes that are still using the file. Call [`close`](Segment::close) at the end.
     ///
     /// # Errors
-    /// Fails if the plan is out of range, if the file cannot be opened or is in use, or if its file system has no room
-    /// for it.
+    /// Fails if the plan is out of range, if the file cannot be opened or is in use, or if its file system has no room for it.
     pub fn open(path: &Path, plan: &Plan) -> Result<(Segment, Found), SegmentError> {
         let geometry = Geometry::of(plan)?;
         let file = locked(open(path)?)?;
@@ -88,7 +87,7 @@ impl Segment {
             if lock_users(&file, libc::F_WRLCK) {
                 return prepared(file, plan, geometry);
             }
-            // Processes that joined the file earlier may stay, if the file matches the plan.
+            // Processes that joined the file earlier may keep using it, if the file matches the plan.
             if lock_users(&file, libc::F_RDLCK)
                 && let Some(segment) = in_use(&file)?
                 && segment.inner.header().is_some_and(|header| segment::misfit(&plan_of(header), plan).is_none())
@@ -105,7 +104,7 @@ impl Segment {
     /// ignores quotas.
     ///
     /// # Errors
-    /// Fails as [`Segment::open`] would.
+    /// Fails if [`Segment::open`] would fail.
     pub fn examine(path: &Path, plan: &Plan) -> Result<(), SegmentError> {
         let len = Geometry::of(plan)?.total;
         segment::check_file_size(len)?;
@@ -134,8 +133,8 @@ impl Segment {
 
     /// Opens the file, whether or not other processes use it.
     ///
-    /// Existing contents are used whatever their plan; if they are unusable, a segment is created from `plan`. The
-    /// scoreboard belongs to the master and must not be used.
+    /// Existing contents are used whatever their plan. If they are unusable, a segment is created from `plan`. The scoreboard belongs to
+    /// the master and must not be used.
     ///
     /// Waits up to 10 s for a process that is preparing the file.
     ///
@@ -161,10 +160,10 @@ impl Segment {
 
     /// Writes a file's segment to disk and marks it clean, so that its contents can be reused even after a reboot.
     ///
-    /// Call it when no other process uses the segment any more. Does nothing for a memory segment.
+    /// Call this when no other process uses the segment any more. Does nothing for a memory segment.
     ///
     /// # Errors
-    /// Fails if writing to the disk fails; the contents are then dropped after the next reboot.
+    /// Fails if writing to the disk fails. The contents are then dropped after the next reboot.
     pub fn close(self) -> Result<(), SegmentError> {
         let Some(header) = self.inner.header().filter(|_| self.inner.file.is_some()) else { return Ok(()) };
         self.inner.bury_the_dead();
@@ -210,7 +209,7 @@ pub(crate) fn is_clean(header: &Header) -> bool {
 }
 
 fn open(path: &Path) -> Result<File, SegmentError> {
-    // The flags prevent blocking, and side effects of opening a device.
+    // The flags prevent blocking, and prevent the side effects of opening a device.
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let opened = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
@@ -220,7 +219,7 @@ fn open(path: &Path) -> Result<File, SegmentError> {
     if is_other { Err(other()) } else { Ok(file) }
 }
 
-/// Prepares the segment of a file that only this process uses. Other processes may join once it returns.
+/// Prepares the segment of a file that only this process uses. Other processes may join when it returns.
 fn prepared(file: Arc<File>, plan: &Plan, geometry: Geometry) -> Result<(Segment, Found), SegmentError> {
     let (segment, found) = match warm(&file, plan)? {
         Ok(segment) => (segment, Found::Warm),
@@ -238,7 +237,7 @@ fn prepared(file: Arc<File>, plan: &Plan, geometry: Geometry) -> Result<(Segment
     Ok((segment, found))
 }
 
-/// The segment in a file that is in use, or whose users died since the machine was booted. `None` if neither is certain.
+/// Returns the segment in a file that is in use, or whose users died since the machine was booted. Returns `None` if neither is certain.
 fn in_use(file: &Arc<File>) -> Result<Option<Segment>, SegmentError> {
     let Some((map, geometry, seed)) = found_in(file)? else { return Ok(None) };
     let Some(header) = map.at::<Header>(0) else { return Ok(None) };
@@ -253,7 +252,7 @@ fn in_use(file: &Arc<File>) -> Result<Option<Segment>, SegmentError> {
     Ok(Some(Segment { inner: Arc::new(inner) }))
 }
 
-/// The plan for which a file was created, if the file is intact.
+/// Returns the plan for which a file was created, if the file is intact.
 fn plan_in(file: &File) -> Result<Option<(Plan, Geometry)>, SegmentError> {
     let Some((map, geometry, _)) = found_in(file)? else { return Ok(None) };
     Ok(map.at::<Header>(0).map(|header| (plan_of(header), geometry)))
@@ -270,7 +269,7 @@ fn found_in(file: &File) -> Result<Option<(Map, Geometry, u64)>, SegmentError> {
     Ok(checked.ok().map(|(geometry, seed)| (map, geometry, seed)))
 }
 
-/// Locks the users' byte shared (`F_RDLCK`) or exclusively (`F_WRLCK`), or releases it (`F_UNLCK`); false if that would block.
+/// Locks the users' byte shared (`F_RDLCK`) or exclusively (`F_WRLCK`), or releases it (`F_UNLCK`). Returns false if that would block.
 /// Processes that inherit the descriptor share the lock, until the last of them closes it.
 pub(crate) fn lock_users(file: &impl AsFd, kind: i32) -> bool {
     let flock = libc::flock {
@@ -307,7 +306,7 @@ fn busy() -> SegmentError {
     system("lock the cache file", source)
 }
 
-/// The segment in a file, or the reason why its contents are dropped.
+/// Returns the segment in a file, or the reason why its contents are dropped.
 fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, SegmentError> {
     let dropped = |why| Ok(Err(Found::Dropped { why }));
     let len = file.metadata().map_err(|error| system("look at the cache file", error))?.len();
@@ -318,7 +317,7 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
     if len < size_of::<Header>() as u64 {
         return dropped("it is too short");
     }
-    // Maps the header alone, so that nothing is reserved for a file that is dropped.
+    // Maps only the header, so that nothing is reserved for a file that is dropped.
     let map =
         Map::new(file.as_fd(), size_of::<Header>() as u64).map_err(|error| system("map the cache file", error))?;
     let Some(header) = map.at::<Header>(0) else { return dropped("it is too short") };
@@ -355,7 +354,7 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
     Ok(Ok(segment))
 }
 
-/// Fails if the file contains something other than a segment.
+/// Refuses a file that contains something other than a segment.
 fn refuse_others(file: &File) -> Result<(), SegmentError> {
     let mut start = [0; 8];
     file.read_exact_at(&mut start, 0).or_else(not_the_end).map_err(|error| system("read the cache file", error))?;
@@ -366,15 +365,15 @@ fn refuse_others(file: &File) -> Result<(), SegmentError> {
     Ok(())
 }
 
-/// The clock's base after a pause: the clock advances by the time that has passed, but never backwards.
+/// Returns the clock's base after a pause. The clock advances by the time that has passed, but never goes backwards.
 fn clock_after(header: &Header) -> u64 {
     let value = |word: &AtomicU64| word.load(Ordering::Relaxed);
     let passed = real_ms().saturating_sub(value(&header.clean_real_ms));
     value(&header.clean_ms).saturating_add(passed).wrapping_sub(monotonic_ms())
 }
 
-/// Takes the file's lock, which is shared by all processes that inherit the descriptor, and released when the last of them closes it.
-/// (It is not unlocked explicitly, because a child that exits would then unlock it for all the others.)
+/// Takes the file's lock, which is shared by all processes that inherit the descriptor and is released when the last of them closes it. (It
+/// is not unlocked explicitly, because a child that exits would then unlock it for all other processes.)
 fn locked(file: File) -> Result<Arc<File>, SegmentError> {
     let begun = Instant::now();
     loop {
@@ -390,7 +389,7 @@ fn locked(file: File) -> Result<Arc<File>, SegmentError> {
     }
 }
 
-/// Treats bytes missing at the end of a short file as zeroes.
+/// Treats an unexpected end of the file as success, so that bytes missing at the end of a short file are read as zeroes.
 fn not_the_end(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::UnexpectedEof { Ok(()) } else { Err(error) }
 }
@@ -404,7 +403,7 @@ fn reserve(file: &File, len: u64) -> Result<(), SegmentError> {
     })
 }
 
-/// The free bytes of a file system that are available to this process.
+/// Returns the number of free bytes in a file system that are available to this process.
 fn free_in(found: &Statvfs) -> u64 {
     let blocks = if nix::unistd::geteuid().is_root() { found.blocks_free() } else { found.blocks_available() };
     blocks.saturating_mul(found.fragment_size())
@@ -434,14 +433,14 @@ fn owned(file: &File) -> Result<OwnedFd, SegmentError> {
     file.as_fd().try_clone_to_owned().map_err(|error| system("duplicate a descriptor", error))
 }
 
-/// Identifies the machine's boot combined with the file, because a copy of a file that was in use is a different file.
+/// Returns an identifier for the machine's boot combined with the file, because a copy of a file that was in use is a different file.
 fn boot_and_file(file: &File) -> Result<[u64; 2], SegmentError> {
     let metadata = file.metadata().map_err(|error| system("look at the cache file", error))?;
     let [one, other] = boot_id();
     Ok([one ^ metadata.dev(), other ^ metadata.ino()])
 }
 
-/// The boot id of the machine; zeros if the kernel does not provide it.
+/// Returns the boot id of the machine, or zeroes if the kernel does not provide it.
 fn boot_id() -> [u64; 2] {
     let mut text = String::new();
     let file = File::open("/proc/sys/kernel/random/boot_id");

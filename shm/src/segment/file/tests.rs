@@ -6,15 +6,15 @@ use crate::StoreOptions;
 
 const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 2, max_entry: 0, events_bytes: 64 * 1024 };
 
-/// Locked for writing by a test that forks. Until its child exits, the child has a copy of each descriptor of this process, and
-/// keeps files locked that other tests have just closed.
+/// Locked for writing by a test that forks. Until its child exits, the child has a copy of each descriptor of this process, and keeps files
+/// locked that other tests have just closed.
 static FORKS: RwLock<()> = RwLock::new(());
 
 pub(in crate::segment) fn nobody_forks() -> RwLockReadGuard<'static, ()> {
     FORKS.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A path for a file, and a guard that keeps tests from forking.
+/// A path for a file, and a guard that prevents tests from forking.
 struct Scratch(
     PathBuf,
     #[expect(dead_code, reason = "released when the test ends")] Option<RwLockReadGuard<'static, ()>>,
@@ -153,7 +153,7 @@ fn who_attaches_a_closed_file_is_refused_and_changes_nothing() {
     assert!(refused.to_string().contains("closed the file"), "{refused}");
     assert!(state() == before, "it is as it was");
 
-    // It does not keep the next server from opening the file, and can join once that server has opened it.
+    // The process does not prevent the next server from opening the file, and can join when that server has opened it.
     let (segment, found) = scratch.open();
     assert_eq!(found, Found::Warm);
     let attached = Segment::attach(left).unwrap();
@@ -203,7 +203,7 @@ fn a_file_with_more_rows_is_warm_and_any_other_misfit_is_named() {
     }
 }
 
-/// Uses memory whose file was truncated in every way. All calls must return.
+/// Uses memory whose file was truncated, through every function. All calls must return.
 fn use_what_is_lost(segment: &Segment) {
     let (cache, events) = (segment.cache(), segment.events());
     assert_eq!(cache.get("k"), None);
@@ -240,7 +240,7 @@ fn a_file_that_is_truncated_is_damage_and_ends_nobody() {
         file.set_len(len).unwrap();
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                // Concurrently, because each may be the first to access the lost part.
+                // The calls are concurrent, because each may be the first to access the lost part.
                 scope.spawn(|| {
                     (0..segment.len() / 8).for_each(|word| {
                         touch(&segment, word * 8);
