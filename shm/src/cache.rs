@@ -79,7 +79,7 @@ pub(crate) struct Rendering<'a> {
     /// When the first of the fragments expires; 0 means never.
     pub(crate) until_ms: u64,
     pub(crate) cost_ms: u32,
-    /// The clock of purges, read before the rendering began.
+    /// The time on the tag clock before the rendering began.
     pub(crate) snapshot: Option<PurgeSnapshot>,
     /// A lease's cell and word. The entry is stored only if the cell still contains this word.
     pub(crate) lease: Option<(&'a AtomicU64, u64)>,

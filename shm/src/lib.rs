@@ -71,20 +71,20 @@
 //!
 //! | killed while | what the other processes find |
 //! |---|---|
-//! | creating the segment | nothing: no other process has the descriptor yet; a file without a magic number is recreated |
+//! | creating the segment | nothing: no other process has the descriptor yet; a file without the magic number is recreated |
 //! | writing its row | the row as far as it was written; readers expect partial rows |
 //! | becoming a member | the byte is unlocked again; the next process that claims the cell cleans it up first |
 //! | looking up, copying out | nothing: it wrote nothing |
 //! | reading in place | the entry's bytes are not reused until the member is cleaned up |
 //! | waiting for a lock or a lease | nothing |
-//! | writing the bytes of an entry or of padding, lock held | the lock is taken over; the bytes lie beyond the head, and are overwritten |
+//! | writing the bytes of an entry or of padding, lock held | the lock is taken over; the bytes lie beyond the head and are overwritten |
 //! | the head raised, no slot stored | the lock is taken over; no slot leads to the record, which is dropped when the floor reaches it |
-//! | the slot stored, the accounting not | the next owner finds the intent, and the intended word in the slot, and updates the accounting |
+//! | the slot stored, the accounting not | the next owner finds the intent and the intended word in the slot, and updates the accounting |
 //! | moving an entry | the slot leads to the old copy or to the new copy, and both are whole |
 //! | the floor raised | the bytes below it are free; a writer looks for pins before it overwrites them |
 //! | emptying a shard | the next owner finds the intent and finishes |
-//! | purging a tag, between its two stores | the purge may or may not have happened; its caller got no answer |
-//! | purging a prefix, before its time is stored | the purge has not happened; its cell is reused |
+//! | purging a tag, between its two stores | the purge may or may not have taken effect; it never returned to its caller |
+//! | purging a prefix, before its time is stored | the purge has not taken effect; its cell is reused |
 //! | purging a prefix, while removing pages | the purge is in effect for all readers; the sweep removes the remaining pages |
 //! | clearing, the clock raised, some shards not emptied | no old page is served; the memory is freed gradually |
 //! | rendering under a lease | the first process that waits buries the member within milliseconds, and another process renders |

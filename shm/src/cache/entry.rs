@@ -30,7 +30,7 @@ pub(crate) struct NewEntry<'a> {
 /// When an entry was stored, and how long it is valid. Times on the segment's clock, and durations, all in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Times {
-    /// The clock of purges, read before the rendering began.
+    /// The time on the tag clock before the rendering began.
     pub(crate) snapshot: u64,
     pub(crate) stored_ms: u64,
     /// 0 means never.

@@ -6,7 +6,7 @@
 //! ```text
 //! small ring   requested since it was stored, or the main ring is not full -> moved to the main ring     otherwise -> evicted,
 //!              and remembered as a ghost
-//! main ring    requested since it was stored or moved -> moved to the head, with one visit less          otherwise -> evicted
+//! main ring    requested since it was stored or moved -> moved to the head, with one visit fewer         otherwise -> evicted
 //! ```
 //! Records that no slot leads to, purged entries and expired entries are dropped on the way. While such dead bytes make up more than an
 //! eighth of a ring, live entries at its floor are moved to its head instead of being evicted. The floor therefore reaches the dead records

@@ -1,12 +1,12 @@
 //! Purges by prefix. A purge takes effect for all readers immediately, although removing the affected pages takes a while.
 //!
-//! The table contains the latest purges, each with its prefix and its time on the purge clock (`tags.rs`). A page is purged if its key
+//! The table contains the latest purges, each with its prefix and its time on the tag clock (`tags.rs`). A page is purged if its key
 //! begins with a prefix whose time is later than the page's. A single store, the store of its time, publishes a purge. The purger then
 //! scans the index, removes the affected pages, and marks the purge as *swept*. A swept purge still rejects pages whose rendering began
 //! before it, until its cell is reused. The *floor* is the latest time of a purge whose cell was reused. A page whose rendering began
 //! before the floor is not stored, whatever its key.
 //!
-//! If the purger is killed before it stores the time, the purge has not happened. If it is killed while sweeping, the purge remains
+//! If the purger is killed before it stores the time, the purge has not taken effect. If it is killed while sweeping, the purge remains
 //! in effect, and the next sweep of the cache removes the remaining pages. If no cell is free or swept, the whole cache is cleared
 //! instead.
 //!

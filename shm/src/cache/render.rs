@@ -35,9 +35,9 @@ use crate::crash;
 use crate::memory::layout::LeaseCell;
 use crate::protocols::lease;
 
-/// How long callers do not wait for the lease of a page after the page was refused, because it would be refused again.
+/// How long, in milliseconds, callers do not wait for the lease of a page that was refused, because it would be refused again.
 const PASS_MS: u64 = 10_000;
-/// How long callers do not wait for the lease of a page after the page was refused because its shard was busy.
+/// How long, in milliseconds, callers do not wait for the lease of a page that was refused because its shard was busy.
 const PASS_BUSY_MS: u64 = 1000;
 
 /// The result of [`Cache::get_or_render`].

@@ -1,4 +1,4 @@
-//! The logical clock that makes a purge by tag a constant-time operation, however many pages carry the tag.
+//! The tag clock, a logical clock that makes a purge by tag a constant-time operation, however many pages carry the tag.
 //!
 //! The clock counts purges. A purge writes the next time into the tag's slots and raises the clock to that time (`protocols/purge.rs`). A
 //! page stores the time that was read *before* its rendering began. A page is therefore out of date if and only if one of its tags was

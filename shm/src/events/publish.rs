@@ -3,7 +3,7 @@
 //! | killed while | what the other processes find |
 //! |---|---|
 //! | creating a topic | a cell without a topic, which stays unused until the table is full; or the topic, without events |
-//! | raising the floor | the oldest events are gone; nothing is written in their place |
+//! | raising the floor | the oldest events are gone; nothing has been written in their place |
 //! | writing beyond the head | nothing: the bytes are overwritten |
 //! | the head raised, the topic's cell not updated | the event; the next publisher updates the cell |
 //! | before waking sleeping readers | the event; they are woken by the next publisher, or by their timeout |

@@ -227,7 +227,7 @@ impl Log<'_> {
             }
             if let Some(event) = event {
                 if event.id != after + 1 + events.len() as u64 {
-                    return None; // the topic was replaced meanwhile; or `place` was not the position of one of its events
+                    return None; // the topic was replaced in the meantime; or `place` was not the position of one of its events
                 }
                 last = at;
                 events.push(event);
@@ -247,7 +247,7 @@ impl Log<'_> {
         while at != 0 && at >= self.head.floor.load(Ordering::Acquire) {
             let lies = self.lies(at, topic);
             if self.floor_now() > at {
-                break; // evicted meanwhile, and so are the events before it
+                break; // evicted in the meantime, and so are the events before it
             }
             let lies = lies?;
             if lies.id <= after {

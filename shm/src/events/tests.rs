@@ -155,7 +155,7 @@ fn who_sleeps_is_woken_by_the_next_event_or_the_end_of_his_time() {
     let seen = events.sequence();
     std::thread::scope(|scope| {
         let sleepers: Vec<_> = (0..4).map(|_| scope.spawn(|| events.wait(seen, Duration::from_secs(600)))).collect();
-        std::thread::sleep(Duration::from_millis(20)); // so that some of them usually sleep
+        std::thread::sleep(Duration::from_millis(20)); // so that some of them are usually sleeping
         events.publish("a", "", b"").unwrap();
         for sleeper in sleepers {
             assert_ne!(sleeper.join().unwrap(), seen);

@@ -117,7 +117,7 @@ fn register() -> bool {
     unsafe { libc::pthread_atfork(Some(before_fork), Some(in_parent), Some(in_child)) == 0 }
 }
 
-/// Does nothing, because Miri does not support fork.
+/// Registers nothing, because Miri does not support fork.
 #[cfg(miri)]
 fn register() -> bool {
     let _ = (before_fork, in_parent, in_child);

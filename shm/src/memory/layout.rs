@@ -15,12 +15,12 @@
 //!           128 tag clock 8 | 136 cleared 8 | 144 newest prefix purge 8 | 152 prefix floor 8 (latest prefix purge not in the table)
 //!           256 time_base 8 | 264 clean 8 | 272 clean_ms 8 | 280 clean_real_ms 8 | 288 boot id 16 | 304 sweep_due 8
 //!           312 prefix lock 4 | 316 claimed rows 4 (no row from this number on was ever claimed)
-//!           1024 quarantine: 0 count 4 | 4 unused 4 | 64 entries 64 x 16        (written by the master alone)
+//!           1024 quarantine: 0 count 4 | 4 unused 4 | 64 entries 64 x 16        (written only by the master)
 //! barred    0 key 8 (0 = free) | 8 until_ms 8
 //!
 //! row       0 epoch 8 | 8 pid 4 | 12 state 4 | 16 generation 8 | 24 started_ms 8 | 32 requests 8
-//!           40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 52 seated 4 (thread slots ever taken)
-//!           56 busy_ms 8 (0 = the event loop sleeps) | 64 pulse 4 | 68 loop thread 4 | 72 streams 4
+//!           40 connections 4 | 44 in_flight 4 | 48 occupied 4 | 52 seated 4 (thread slots ever used)
+//!           56 busy_ms 8 (0 = the event loop is sleeping) | 64 pulse 4 | 68 loop thread 4 | 72 streams 4
 //!           76 hung 4 (number of hung threads; the highest bit: all are hung)
 //!           128 cells 16 x 128 | 2176 thread slots 16 x 128 | 4224 culprit: a cell, its stamp 1 (0 = unknown)
 //! cell      0 stamp_ms 8 (0 = free) | 8 text
@@ -57,7 +57,7 @@
 //!           64 floor 8 | 72 head 8 | 80 linked 8 (the topics' cells are up to date up to here) | 88 retired 8 (the highest
 //!           id of a replaced topic) | 128 counters 4 x 8
 //!           192 topics n x 160 | ring
-//! topic     0 length 4 (0 = never used; all ones = no topic any more) | 4 unused | 8 hash 8 | 16 last_id 8
+//! topic     0 length 4 (0 = never used; all ones = no longer a topic) | 4 unused | 8 hash 8 | 16 last_id 8
 //!           24 last_at 8 (0 = none) | 32 text 128
 //! event     0 record 8 | 8 position 8 (its own) | 16 id 8 | 24 before 8 (position of the topic's event before it; 0 = none)
 //!           32 published_us 8 (wall clock) | 40 topic 4 (a cell) | 44 topic_len 4 | 48 name_len 4 | 52 data_len 4

@@ -5,13 +5,13 @@
 //! process that holds that byte exclusively may recreate the file, repair it, or mark it clean. The existing content is used or dropped as
 //! a whole:
 //!
-//! | the file | is |
+//! | state of the file | its content is |
 //! |---|---|
-//! | not a segment, and never was | left unchanged, and an error |
-//! | empty, of another version, plan or size, or with a damaged header | dropped |
-//! | marked clean: its last user wrote all of it to the disk, then the mark | used |
-//! | not clean, and the machine was not rebooted since | used if an audit of all shards finds no fault |
-//! | not clean, and the machine was rebooted since | dropped: it is undefined which of its pages reached the disk |
+//! | contains something other than a segment | left unchanged, and an error is returned |
+//! | is empty, has a different version, plan or size, or has a damaged header | dropped |
+//! | is marked clean: its last user wrote all of it to the disk, then the mark | used |
+//! | is not clean, and the machine has not been rebooted since | used if an audit of all shards finds no fault |
+//! | is not clean, and the machine has been rebooted since | dropped, because it is undefined which of its pages reached the disk |
 //!
 //! Without a reboot, the kernel has kept all bytes of the file, and a process that dies at any instruction leaves the cache consistent. The
 //! audit is therefore sufficient.
