@@ -172,7 +172,7 @@ impl SharedMemory {
         self.member_at(claimed?)
     }
 
-    /// Waits while another thread claims a cell.
+    /// Waits while another thread is claiming a cell.
     fn await_claim(&self) -> Option<Member<'_>> {
         for _ in 0..LOOKS {
             let (_, number) = halves(self.membership.claim.load(Ordering::Acquire));

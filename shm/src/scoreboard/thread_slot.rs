@@ -17,6 +17,7 @@ pub(super) const NO_CELL: u64 = u64::MAX;
 
 /// Value of the culprit's stamp in a row that means that the culprit is known.
 pub(super) const KNOWN: u64 = 1;
+/// Value of the culprit's stamp in a row that means that the thread was processing no request.
 pub(super) const NOBODY: u64 = 2;
 
 /// The request that one thread of a row's process is running. Cheap to copy.
