@@ -30,7 +30,7 @@ use crate::memory::SharedMemory;
 use crate::memory::clock::monotonic_ms;
 use crate::memory::layout::{CELLS, Cell, ROW_BYTES, RowCells};
 
-/// The bit in the word of hung threads that means that all threads have hung.
+/// The bit in the word of hung threads that is set if all threads have hung.
 const ALL_HANG: u32 = 1 << 31;
 
 /// Maximum number of attempts to read a row that another process claims during the read.

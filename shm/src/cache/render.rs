@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!            fresh -------------------------------------> served        (early: the caller that gets the lease renders)
-//! look  --   stale -- the lease is taken ---------------> served stale
-//!    ^       else  -- the lease is taken -- wait --.
+//! look  --   stale -- lease held already ---------------> served stale
+//!    ^       else  -- lease held already -- wait --.
 //!    |                                             |     (ended, holder dead, deadline passed, patience over)
 //!    '---------------------------------------------'
-//!            else  -- the lease is ours -- look again -- render -- store -- release it
+//!            else  -- the lease is free -- look again -- render -- store -- release it
 //! ```
 //! [`Request::step`] makes the decisions for blocking and asynchronous callers alike; only the way of waiting differs. A lease is released
 //! when its holder stores the page, fails, panics, or is dropped while rendering. If the holder dies, a waiting caller releases the lease
@@ -35,9 +35,9 @@ use crate::crash;
 use crate::memory::layout::LeaseCell;
 use crate::protocols::lease;
 
-/// How long, in milliseconds, callers do not wait for the lease of a page that was refused, because it would be refused again.
+/// Time in milliseconds after a page was refused during which callers do not wait for its lease, because it would be refused again.
 const PASS_MS: u64 = 10_000;
-/// How long, in milliseconds, callers do not wait for the lease of a page that was refused because its shard was busy.
+/// The same time for a page that was refused because its shard was busy.
 const PASS_BUSY_MS: u64 = 1000;
 
 /// The result of [`Cache::get_or_render`].

@@ -39,7 +39,7 @@ pub(crate) enum Claim {
     OtherKey,
 }
 
-/// Tries to take the lease of the key with this hash, until `deadline_ms` or [`MAX_LEASE_MS`] from now.
+/// Tries to take the lease of the key with this hash, until `deadline_ms`, but at most for [`MAX_LEASE_MS`].
 pub(crate) fn take(cell: &AtomicU64, hash: u64, member: u32, now_ms: u64, deadline_ms: u64) -> Claim {
     let tag = hash >> TAG_SHIFT;
     let deadline_ms = deadline_ms.clamp(now_ms.saturating_add(1), now_ms.saturating_add(MAX_LEASE_MS));
