@@ -66,7 +66,8 @@ impl SharedMemory {
         cells.get(usize::try_from(hash & (cells.len() as u64).saturating_sub(1)).ok()?)
     }
 
-    /// Tries to take a lease whose deadline is `deadline_ms` milliseconds after `now_ms`. The caller must have read `turn` before its last lookup of the page.
+    /// Tries to take a lease whose deadline is `deadline_ms` milliseconds after `now_ms`. The caller must have read `turn` before its last
+    /// lookup of the page.
     pub(crate) fn claim_lease(self: &Arc<Self>, hash: u64, turn: u32, now_ms: u64, deadline_ms: u64) -> Claimed {
         let (Some(cell), Some(me)) = (self.lease_cell(hash), self.member()) else { return Claimed::None };
         if self.map.is_lost() {
