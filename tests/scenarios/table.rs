@@ -68,6 +68,11 @@ impl Row {
         self.ask.body.bytes().len() <= MIB && !large && self.ask.pace == Pace::Even
     }
 
+    /// Whether the row takes several seconds. In repeated runs, it is sent in some runs only (`FORKYARD_SCALE`).
+    pub(crate) fn takes_long(&self) -> bool {
+        matches!(self.expect.body, Content::Xs(BEYOND_32_BITS))
+    }
+
     fn but(mut self, at: fn(Way) -> bool, why: &'static str, expect: Expect) -> Self {
         self.differences.push(Difference { at, why, expect: Some(expect) });
         self
