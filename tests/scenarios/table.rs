@@ -10,7 +10,7 @@ use super::fronts::{APACHE_CGI, NGINX_SCGI, WebServer};
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 /// Large enough to fill every buffer between the client and the application.
-const HUGE: usize = 64 * MIB;
+const HUGE: usize = 24 * MIB;
 /// More than a 32-bit counter can hold.
 const BEYOND_32_BITS: u64 = (4 << 30) + 1;
 
@@ -494,9 +494,9 @@ fn downloads() -> Vec<Row> {
                 "mod_proxy passes on no length that CGI tells, and sends chunks",
                 xs(64 * KIB).with("content-length", &[]),
             ),
-        row("a huge response", get("/bytes/67108864"), xs(HUGE)),
+        row("a huge response", get(&format!("/bytes/{HUGE}")), xs(HUGE)),
         row("no bytes, of unknown length", get("/stream/0"), body("")),
-        row("a huge response of unknown length", get("/stream/67108864"), xs(HUGE)),
+        row("a huge response of unknown length", get(&format!("/stream/{HUGE}")), xs(HUGE)),
         row(
             "more than 4 GiB",
             get(&format!("/bytes/{BEYOND_32_BITS}")),
