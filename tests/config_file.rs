@@ -197,7 +197,7 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     directory.file(&(good.clone() + "max-body = '1Q'\n"));
     complained(&reload(), 1, &["the workers stay as they are", "forkyard.toml:4:12: 'max-body'", "is not a size"]);
     server.signal(Signal::SIGHUP);
-    assert!(server.wait_for("asked to reload").contains("asked to reload"));
+    assert!(server.wait_for("a signal to reload").contains("received a signal to reload"));
     assert!(server.wait_for("reload refused").contains("forkyard.toml:4:12"));
     assert_eq!((server.workers(), posted()), (old, 200));
 
@@ -205,7 +205,7 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     let output = reload();
     let said = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{said}");
-    assert!(said.contains("these change with a restart only: --backlog\n"), "{said}");
+    assert!(said.contains("these settings take effect only after a restart: --backlog\n"), "{said}");
     wait_until("there are five", || (server.workers().len() == 5).then_some(()));
     wait_until("the new limit holds", || (posted() == 413).then_some(()));
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
@@ -221,7 +221,7 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     complained(&reload(), 1, &["the workers stay as they are", "no-such-user"]);
     directory.file(&good.replace("= 2", "= 20"));
     let said = String::from_utf8_lossy(&reload().stdout).into_owned();
-    assert!(said.contains("these change with a restart only: --workers\n"), "{said}");
+    assert!(said.contains("these settings take effect only after a restart: --workers\n"), "{said}");
     wait_until("there are still two", || (server.workers().len() == 2).then_some(()));
     server.stop();
 }

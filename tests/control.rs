@@ -148,7 +148,7 @@ fn a_reload_that_fails_says_the_workers_last_words() {
     let old = served.server.workers();
     std::fs::write(served.directory.path().join("broken"), "").unwrap();
     let complaint = served.complaint(&["reload"], 1);
-    assert!(complaint.contains("reload failed gen=2, the old workers stay"), "{complaint}");
+    assert!(complaint.contains("reload failed; the old workers stay: worker died slot="), "{complaint}");
     assert!(complaint.contains("broken on purpose") && complaint.contains("status="), "{complaint}");
     served.server.has_only(&old);
     assert!(served.complaint(&["scale", "3"], 1).contains("broken on purpose"));
@@ -192,7 +192,7 @@ fn stop_returns_when_the_master_is_gone_and_what_it_served_is_finished() {
         let slow = scope.spawn(move || client.request("GET", "/slow/5000", b""));
         wait_until("it is in flight", || (served.status()["workers"][0]["in_flight"] == 1).then_some(()));
         let said = served.said(&["stop"]);
-        assert!(said.contains("worker left") && said.ends_with("stopped\n"), "{said}");
+        assert!(said.contains("worker exited") && said.ends_with("stopped\n"), "{said}");
         assert_eq!(slow.join().unwrap().unwrap().status, 200);
         assert!(!served.socket.exists());
     });
@@ -204,7 +204,7 @@ fn reopen_logs_does_what_the_signal_does() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     served.server.signal(Signal::SIGUSR1);
     served.server.wait_for("log files reopened");
-    assert!(served.said(&["reopen-logs"]).contains("open again"));
+    assert!(served.said(&["reopen-logs"]).contains("log files reopened"));
     served.server.wait_for("log files reopened");
     served.server.stop();
 }
@@ -214,9 +214,13 @@ fn an_upgrade_is_waited_for_until_its_reload_is_done() {
     let mut served = Controlled::start("crashy", &["--workers", "2"]);
     let before = served.status()["pid"].clone();
     let said = served.said(&["upgrade"]);
-    for line in
-        ["upgrade: checking ", "upgrade: becoming ", "upgraded version=", "reload begins gen=2", "reload done gen=2"]
-    {
+    for line in [
+        "upgrade: checking ",
+        "upgrade: executing ",
+        "upgraded from version ",
+        "reload started gen=2",
+        "reload done gen=2",
+    ] {
         assert!(said.contains(line), "{line:?} is not in {said}");
     }
     // The upgraded master keeps its socket and pid.
@@ -269,7 +273,7 @@ fn garbage_on_the_socket_is_refused_and_costs_nothing() {
     }
     // More clients than are served at a time: the idle ones are disconnected, and then the next command is served.
     let silent: Vec<UnixStream> = (0..20).map(|_| common::connect_unix(&served.socket).unwrap()).collect();
-    served.server.wait_for("control client dropped");
+    served.server.wait_for("control client disconnected");
     assert_eq!(served.status()["state"], "running");
     drop(silent);
     wait_until("all are closed", || (descriptors_of(served.server.pid().as_raw()) == before).then_some(()));
@@ -410,7 +414,7 @@ fn programs_that_tell_nothing_have_a_status_too() {
 }
 
 #[test]
-fn what_is_quarantined_is_listed_and_let_go() {
+fn what_is_quarantined_is_listed_and_released() {
     let mut served = Controlled::start("crashy", &["--workers", "1", "--quarantine", "1"]);
     let address = served.server.http();
     let status_of = |path: &str| http::get(&address, path).unwrap().status;
@@ -431,11 +435,11 @@ fn what_is_quarantined_is_listed_and_let_go() {
     let requests = json.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["request"].clone());
     assert!(requests.clone().count() == 2 && requests.into_iter().any(|request| request == "GET /abort"), "{json}");
 
-    assert_eq!(served.said(&["quarantine", "release", "GET /abort"]), "let go request=\"GET /abort\"\n");
-    assert!(served.complaint(&["quarantine", "release", "GET /abort"], 1).contains("is not refused"));
+    assert_eq!(served.said(&["quarantine", "release", "GET /abort"]), "quarantine ended request=\"GET /abort\"\n");
+    assert!(served.complaint(&["quarantine", "release", "GET /abort"], 1).contains("is not quarantined"));
     assert_eq!(status_of("/abort"), 502, "it is let in again, and kills again");
     wait_until("it is refused again", || (status_of("/abort") == 503).then_some(()));
-    assert_eq!(served.said(&["quarantine", "release", "--all"]), "let go requests=2\n");
+    assert_eq!(served.said(&["quarantine", "release", "--all"]), "quarantine ended requests=2\n");
     assert_eq!(served.said(&["quarantine", "ls"]), "");
     assert!(served.complaint(&["quarantine", "release"], 2).contains("<REQUEST|--all>"));
     served.server.stop();

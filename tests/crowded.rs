@@ -246,7 +246,7 @@ fn a_connection_that_was_admitted_once_is_not_refused_by_the_worker_that_takes_i
             }
         };
         server.signal(Signal::SIGTTOU);
-        server.wait_for("worker left");
+        server.wait_for("worker exited");
         all_answer("scaling down");
         server.signal(Signal::SIGHUP);
         server.wait_for("reload done");

@@ -38,9 +38,9 @@ fn wait_for_requests(server: &Server, count: usize) {
 /// Reloads. Checks that the old worker exits by itself, and that it logs a line for each request.
 fn leaves_by_itself(mut server: Server, log: &std::path::Path, requests: &[(&str, usize)]) {
     server.signal(Signal::SIGHUP);
-    server.wait_for("worker left");
+    server.wait_for("worker exited");
     let all = server.log();
-    assert!(!all.contains("does not finish in time") && !all.contains("KILL"), "{all}");
+    assert!(!all.contains("did not finish in time") && !all.contains("KILL"), "{all}");
     let lines = std::fs::read_to_string(log).unwrap();
     for &(what, count) in requests {
         assert_eq!(lines.matches(what).count(), count, "{what}: {lines}");
@@ -134,7 +134,7 @@ fn leaves_its_idle_connections(signal: Signal, timeout: &str) -> bool {
     let mut server = Server::start("scenarios", &arguments);
     let streams = idle_connections(&server);
     server.signal(signal);
-    let left = server.wait_for("worker left");
+    let left = server.wait_for("worker exited");
     drop(streams);
     if signal == Signal::SIGHUP {
         server.stop();
@@ -160,7 +160,7 @@ fn a_client_that_does_not_answer_the_end_of_its_idle_http_2_connection_holds_up_
     deaf.send(&http2::head(1, http2::END_STREAM, "GET", "/empty", &[])).unwrap();
     while deaf.frame().unwrap().kind != http2::HEADERS {}
     server.signal(Signal::SIGHUP);
-    assert!(server.wait_for("worker left").contains(" status=0 "));
+    assert!(server.wait_for("worker exited").contains(" status=0 "));
     while deaf.frame().unwrap().kind != http2::GOAWAY {}
     server.stop();
 }

@@ -106,14 +106,14 @@ fn a_master_without_descriptors_says_so_and_recovers() {
     // A client of the control socket waits or gets an error; the master does not hang.
     let waiting = Command::new(program("hello")).args(["status", "--control", &control]).spawn().unwrap();
     let mut waiting = common::Helper(waiting);
-    server.wait_for("the control socket cannot accept");
+    server.wait_for("cannot accept on the control socket");
     server.signal(Signal::SIGUSR1);
     server.wait_for("--access-log: cannot open");
     server.signal(Signal::SIGHUP);
-    let line = server.wait_for("cannot make a worker");
+    let line = server.wait_for("cannot start a worker");
     assert!(line.contains("ulimit -n") && line.contains("LimitNOFILE="), "{line}");
     server.signal(Signal::SIGUSR2);
-    let line = server.wait_for("no upgrade");
+    let line = server.wait_for("cannot upgrade");
     assert!(line.contains("state cannot be written") && line.contains("ulimit -n"), "{line}");
     assert!(!line.contains("put the new build there"), "{line}");
     assert_eq!(server.workers(), before, "the workers are there still");
@@ -126,7 +126,7 @@ fn a_master_without_descriptors_says_so_and_recovers() {
     // The descriptors freed by the dead worker are not enough either.
     set_limit(server.pid(), lowest_free(server.pid()).min(14));
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
-    server.wait_for("cannot make a worker");
+    server.wait_for("cannot start a worker");
     serves(&server); // answered by the other worker
     set_limit(server.pid(), 1000);
     wait_until("it is replaced", || (server.workers().len() == 2 && is_gone(worker)).then_some(()));
@@ -145,7 +145,7 @@ fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
         .arg(program("hello"));
     let directory = tempfile::tempdir().unwrap();
     let mut server = Server::launch(command.args(HTTP).args(["--workers", "2"]).env("TMPDIR", directory.path()));
-    let line = server.wait_for("cannot make a worker");
+    let line = server.wait_for("cannot start a worker");
     assert!(line.contains("ulimit -u") && line.contains("TasksMax=") && line.contains("pids.max"), "{line}");
     let pid = server.pid().to_string();
     let set = |limit: &str| {
@@ -158,7 +158,7 @@ fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
     serves(&server);
     set("--nproc=1:");
     server.signal(Signal::SIGUSR2);
-    let line = server.wait_for("no upgrade");
+    let line = server.wait_for("cannot upgrade");
     assert!(line.contains("cannot be started") && line.contains("ulimit -u"), "{line}");
     assert!(!line.contains("put the new build there"), "{line}");
     serves(&server);

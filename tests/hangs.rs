@@ -67,12 +67,12 @@ fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
     assert_eq!(http::get(&server.http(), "/hang").unwrap().status, 504);
     let line = server.wait_for("a function still runs");
     assert!(line.contains("request=\"GET /hang\""), "{line}");
-    let line = server.wait_for("reason=hung thread");
+    let line = server.wait_for("reason=hung-thread");
     assert!(line.contains("request=\"GET /hang\""), "{line}");
     // The master does not wait for the hung function, and the worker exits normally.
     server.wait_for("functions run, as they hang");
     server.wait_for("hook: on_exit slot=0");
-    assert!(server.wait_for("worker left").contains(" status=0 "));
+    assert!(server.wait_for("worker exited").contains(" status=0 "));
     assert!(server.workers().is_disjoint(&worker));
     assert_eq!(http::get(&server.http(), "/").unwrap().status, 200);
     server.stop();
@@ -114,11 +114,11 @@ fn a_thread_that_hangs_has_its_worker_replaced_though_its_client_left_before_its
         await_thread(&server, &what);
         client.write_all(&end).unwrap();
         let kept = (!end.is_empty()).then_some(client);
-        let line = server.wait_for("reason=hung thread");
+        let line = server.wait_for("reason=hung-thread");
         assert!(line.contains(&format!("request={what:?}")), "{line}");
         drop(kept);
         server.wait_for("functions run, as they hang");
-        server.wait_for("worker left");
+        server.wait_for("worker exited");
         server.stop();
     }
 }
@@ -142,7 +142,7 @@ fn a_function_whose_client_is_gone_holds_up_no_worker_that_leaves_once_it_hangs(
             await_thread(&server, "GET /thread/hang");
             drop(client);
             server.signal(signal);
-            assert!(server.wait_for("worker left").contains(" status=0 "), "{protocol:?} {signal}");
+            assert!(server.wait_for("worker exited").contains(" status=0 "), "{protocol:?} {signal}");
             server.stop();
         }
     }
@@ -157,7 +157,7 @@ fn a_function_that_goes_on_for_less_than_the_hang_timeout_is_waited_for() {
     let begun = std::time::Instant::now();
     drop(client);
     server.signal(Signal::SIGTERM);
-    server.wait_for("worker left");
+    server.wait_for("worker exited");
     assert!(begun.elapsed().as_millis() > 500, "it was not waited for");
     server.wait_end();
 }
@@ -180,7 +180,7 @@ fn requests_of_a_worker_with_all_threads_hung_get_503_and_not_504_as_long_as_it_
     server.wait_for("all threads hang");
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200, "what needs no thread is answered");
     std::fs::remove_file(&broken).unwrap();
-    server.wait_for("worker left");
+    server.wait_for("worker exited");
     assert_eq!(http::get(&address, "/thread/ok").unwrap().status, 200);
     server.stop();
 }

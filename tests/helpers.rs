@@ -50,7 +50,7 @@ fn a_daemon_runs_beside_the_workers_is_restarted_and_is_stopped_after_them() {
     assert!(place(&server, "ready in ") < place(&server, "daemon started name=mail"));
 
     kill(first, Signal::SIGKILL).unwrap();
-    let end = server.wait_for("daemon ended name=mail");
+    let end = server.wait_for("daemon exited name=mail");
     assert!(end.contains("signal=KILL") && end.contains("WARN"), "{end}");
     let second = pid_in(&server.wait_for("daemon=mail"));
     assert_ne!(first, second);
@@ -58,7 +58,7 @@ fn a_daemon_runs_beside_the_workers_is_restarted_and_is_stopped_after_them() {
     server.signal(Signal::SIGHUP);
     server.wait_for("reload done gen=2");
     assert!(server.wait_for("told to stop").contains("daemon=mail"));
-    let end = server.wait_for("daemon ended name=mail");
+    let end = server.wait_for("daemon exited name=mail");
     assert!(pid_in(&end) == second && end.contains("INFO"), "{end}");
     let third = pid_in(&server.wait_for("daemon=mail"));
     assert_ne!(second, third);
@@ -67,7 +67,7 @@ fn a_daemon_runs_beside_the_workers_is_restarted_and_is_stopped_after_them() {
     server.stop();
     assert!(is_gone(third.as_raw()));
     let log = server.log();
-    let worker_left = log.rfind("worker left").unwrap();
+    let worker_left = log.rfind("worker exited").unwrap();
     assert!(worker_left < log.rfind("told to stop").unwrap(), "workers that drain may need it");
 }
 
@@ -79,8 +79,8 @@ fn daemons_wait_for_the_first_worker() {
     let mut command = Command::new(program("hooks"));
     command.args(FLAGS).args(["--daemon", "idle=sleep 600"]).env("HOOKS_REFUSE", &go);
     let mut server = Server::launch(&mut command);
-    server.wait_for("cannot make a worker");
-    server.wait_for("cannot make a worker");
+    server.wait_for("cannot start a worker");
+    server.wait_for("cannot start a worker");
     assert!(!server.log().contains("daemon started"));
     std::fs::remove_file(&go).unwrap();
     server.wait_for("daemon started name=idle");
@@ -92,11 +92,12 @@ fn daemons_wait_for_the_first_worker() {
 fn a_daemon_that_cannot_start_is_tried_less_and_less_and_125_is_taken_for_an_answer() {
     let mut server =
         crashy(&["--daemon", "broken=sh -c 'echo alas; exit 3'", "--daemon", "done=sh -c 'sleep 1.1; exit 125'"]);
-    let failing = "daemon ends as soon as it is started name=broken:";
-    assert!(server.wait_for(failing).contains("1 in a row, next try in 100ms"));
-    assert!(server.wait_for(failing).contains("2 in a row, next try in 200ms"));
-    assert!(server.wait_for(failing).contains("3 in a row, next try in 400ms"));
-    wait_until("the other has ended", || server.log().contains("asks not to be restarted name=done").then_some(()));
+    let failing = "daemon cannot be started, or exits immediately";
+    assert!(server.wait_for(failing).ends_with(" name=broken failures=1 next_try=100ms"));
+    assert!(server.wait_for(failing).ends_with(" name=broken failures=2 next_try=200ms"));
+    assert!(server.wait_for(failing).ends_with(" name=broken failures=3 next_try=400ms"));
+    let retired = "daemon exited with status 125, and is not started again before a reload name=done";
+    wait_until("the other has ended", || server.log().contains(retired).then_some(()));
     assert_eq!(server.log().matches("daemon started name=done").count(), 1);
     server.signal(Signal::SIGHUP);
     server.wait_for("reload done gen=2");
@@ -132,9 +133,11 @@ fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() 
     let daemons = daemons.iter().flat_map(|daemon| ["--daemon", daemon]);
     let server = crashy(&daemons.chain(["--cron", &job]).chain(user).collect::<Vec<_>>());
     let told = |kind: &str, name: &str, path: &str, cause: &str| {
-        let line = server.logged(&format!("cannot start {kind} name={name}: "));
-        let tail = format!(" command={path} user=4711 directory=/usr (--{kind})");
-        assert!(line.contains(cause) && line.ends_with(&tail), "{line}");
+        let tail = format!(" command={path} user=4711 directory=/usr (--{kind}) name={name}");
+        let line = server.logged(&tail);
+        let noun = if kind == "cron" { "job" } else { kind };
+        assert!(line.contains(&format!("cannot start {noun}: ")) && line.contains(cause), "{line}");
+        assert!(line.ends_with(&tail), "{line}");
     };
     let entry = format!("permission denied: the user may not enter {}", directory.path().join("closed").display());
     told("daemon", "closed", &closed, &entry);
@@ -153,7 +156,7 @@ fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() 
     let mut command = Command::new(program("forkyard"));
     command.args(["run", "--bind", &bind, "--workers", "1"]).args(user).args(["--", &roots]);
     let server = Server::launch(&mut command);
-    let line = server.logged("cannot make a worker slot=0");
+    let line = server.logged("cannot start a worker");
     let tail = format!("the user may not execute it, or not its interpreter command={roots} user=4711 directory=/usr");
     assert!(line.contains(&tail), "{line}");
 }
@@ -167,7 +170,7 @@ fn one_that_does_not_stop_is_killed_with_what_it_started() {
     let line = server.wait_for("| child=");
     let child = Pid::from_raw(line.rsplit('=').next().unwrap().parse().unwrap());
     server.stop();
-    assert!(server.log().contains("daemon does not stop in time (--drain-timeout): killed name=deaf"));
+    assert!(server.log().contains("killed a daemon that did not stop in time (--drain-timeout) name=deaf"));
     assert!(is_gone(pid_in(&line).as_raw()));
     wait_until("what it had started is gone", || is_gone(child.as_raw()).then_some(()));
 }
@@ -180,7 +183,7 @@ fn int_ends_helpers_at_once() {
     let mut server = crashy(&["--daemon", &deaf, "--drain-timeout", "1h"]);
     let pid = pid_in(&server.wait_for("| up"));
     server.signal(Signal::SIGTERM);
-    server.wait_for("worker left");
+    server.wait_for("worker exited");
     server.signal(Signal::SIGINT);
     assert_eq!(server.wait_end(), Some(0));
     assert!(is_gone(pid.as_raw()));
@@ -195,17 +198,17 @@ fn a_job_runs_at_its_times_and_not_twice_at_once() {
     let slow = format!("slow=* * * * * *={}", script(directory.path(), "slow", &text));
     let mut server = crashy(&["--cron", quick, "--cron", &slow]);
     server.wait_for("cron=slow");
-    server.wait_for("cron is skipped: its last run goes on name=slow");
-    server.wait_for("cron is skipped: its last run goes on name=slow");
+    server.wait_for("job is due but not started, because its previous run continues name=slow");
+    server.wait_for("job is due but not started, because its previous run continues name=slow");
     assert_eq!(server.log().matches("began as slow").count(), 1);
     wait_until("the other has run twice", || (server.log().matches("| it is time").count() >= 2).then_some(()));
-    assert!(server.log().contains("cron ended name=quick"));
+    assert!(server.log().contains("job exited name=quick"));
     std::fs::write(&gate, "").unwrap();
     server.wait_for("| done");
     server.wait_for("began as slow");
     server.stop();
-    let after = server.log().split("asked to drain and stop").nth(1).unwrap().to_owned();
-    assert!(!after.contains("cron started"), "{after}");
+    let after = server.log().split("signal to drain and stop").nth(1).unwrap().to_owned();
+    assert!(!after.contains("job started"), "{after}");
 }
 
 #[test]
@@ -213,16 +216,16 @@ fn a_job_that_takes_too_long_is_stopped_and_one_that_runs_at_the_end_is_asked_to
     let slow =
         "slow=* * * * * *=sh -c 'trap \"echo interrupted; exit 4\" TERM; echo begun; while :; do sleep 0.05; done'";
     let mut server = crashy(&["--cron", slow, "--cron-timeout", "500ms"]);
-    server.wait_for("cron takes too long (--cron-timeout): asked to stop name=slow");
+    server.wait_for("sent SIGTERM to a job that exceeded its time limit (--cron-timeout) name=slow");
     server.wait_for("| interrupted");
-    server.wait_for("cron ended name=slow");
+    server.wait_for("job exited name=slow");
     server.stop();
 
     let mut server = crashy(&["--cron", slow]);
     server.wait_for("| begun");
     server.stop();
     let log = server.log();
-    assert!(log.rfind("worker left").unwrap() < log.rfind("| interrupted").unwrap(), "{log}");
+    assert!(log.rfind("worker exited").unwrap() < log.rfind("| interrupted").unwrap(), "{log}");
 }
 
 #[test]

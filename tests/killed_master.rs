@@ -151,7 +151,7 @@ fn daemons_and_jobs_below_wrappers_end_with_a_killed_master_and_workers_finish()
 
 #[test]
 fn a_master_that_is_killed_during_a_reload_leaves_nothing() {
-    for moment in ["asked to reload", "worker left", "reload done"] {
+    for moment in ["signal to reload", "worker exited", "reload done"] {
         let place = Place::new();
         let mut server = Server::start_command(&mut run_wrapped(&place, &[]));
         server.signal(Signal::SIGHUP);
@@ -199,14 +199,14 @@ fn a_guard_that_is_killed_is_replaced_and_one_that_is_stopped_goes_on() {
     let mut server = Server::start_command(&mut run_wrapped(&place, &[]));
     let first = guard_of(&server);
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
-    let line = server.logged("guard ended");
+    let line = server.logged("guard exited");
     assert!(line.contains("signal=KILL"), "{line}");
     wait_until("another one takes its place", || is_gone(first).then_some(()));
     let second = guard_of(&server);
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGSTOP] {
         kill(Pid::from_raw(second), signal).unwrap();
     }
-    server.logged("somebody has stopped the guard");
+    server.logged("continued the guard, which another process had stopped");
     wait_until("it goes on", || (process(second)?.state != 'T').then_some(()));
     kill_master(&mut server, &place.path(""));
 }
@@ -227,7 +227,7 @@ fn a_guard_lets_go_of_a_log_file_that_was_moved_and_ends_with_a_master_that_stop
     server.stop();
     wait_until("the guard has ended too", || is_gone(second).then_some(()));
     let text = std::fs::read_to_string(&log).unwrap();
-    assert!(!text.contains("guard ended") && !text.contains("the master has died"), "{text}");
+    assert!(!text.contains("guard exited") && !text.contains("the master has died"), "{text}");
 }
 
 #[test]

@@ -97,7 +97,7 @@ fn a_flood_is_logged_whole_and_does_not_stop_the_master() {
     let found = words(&log);
     assert_eq!(found.len(), LINES as usize);
     assert!((0..LINES).zip(&found).all(|(number, words)| *words == format!("number {number}")), "in order, each once");
-    let added = log.find("asked to add").unwrap_or(usize::MAX);
+    let added = log.find("signal to add").unwrap_or(usize::MAX);
     assert!(added < log.rfind("| number").unwrap(), "it heard the signal in the middle of the flood");
 }
 
@@ -211,7 +211,7 @@ fn the_names_of_the_standard_streams_are_these_whatever_they_are() {
     server.stop();
     let mut text = String::new();
     (&ours).read_to_string(&mut text).unwrap();
-    assert!(text.contains("\"GET /ok HTTP/1.1\" 200") && text.contains("asked to drain"), "{text}");
+    assert!(text.contains("\"GET /ok HTTP/1.1\" 200") && text.contains("signal to drain"), "{text}");
 }
 
 #[test]
@@ -351,7 +351,7 @@ fn the_same_line_again_and_again_is_counted() {
     server.stop();
     let log = server.log();
     let as_it_came = words(&log).iter().filter(|words| **words == "the same").count();
-    let counted = log.lines().filter(|line| line.contains("the last line of output came again"));
+    let counted = log.lines().filter(|line| line.contains("the last line of output was repeated"));
     let counts = counted.map(|line| line.rsplit_once("times=").unwrap().1.parse::<usize>().unwrap());
     assert_eq!(as_it_came + counts.sum::<usize>(), 5000);
     assert!(as_it_came < 100, "{as_it_came}");
@@ -370,7 +370,7 @@ fn the_output_of_daemons_and_jobs_is_counted_and_marked_as_that_of_workers() {
             ours.iter().any(|line| line["message"] == "slot=7 end").then_some(ours)
         });
         let as_it_came = lines.iter().filter(|line| line["message"] == "again").count();
-        let counted = lines.iter().filter(|line| line["message"] == "the last line of output came again");
+        let counted = lines.iter().filter(|line| line["message"] == "the last line of output was repeated");
         let counted: u64 = counted.map(|line| line["times"].as_u64().unwrap()).sum();
         assert_eq!((as_it_came, counted), (10, 4990), "{kind}");
         let marked = lines.iter().filter(|line| line["message"].as_str().unwrap().ends_with("x [continued]")).count();

@@ -84,7 +84,7 @@ fn recycling() {
             (server.workers().is_disjoint(&first) || load.has_failed()).then_some(())
         });
     });
-    let recycled = server.log().matches("worker left").count();
+    let recycled = server.log().matches("worker exited").count();
     eprintln!("{recycled} workers were recycled");
     assert!(recycled as u64 >= requests() / 2000, "{recycled}");
     server.stop();

@@ -387,7 +387,7 @@ fn what_fails_in_the_process_itself_is_told_with_its_flag() {
     assert!(line.contains("said=\"--chdir: Permission denied"), "{line}");
     let directory = tempfile::tempdir().unwrap();
     let mut programs = Server::launch(&mut program_under_run(&directory, &arguments, &["sleep", "1000"]));
-    let line = programs.wait_for("cannot make a worker");
+    let line = programs.wait_for("cannot start a worker");
     assert!(line.contains("--chdir: Permission denied"), "{line}");
     for server in [&mut workers, &mut programs] {
         server.stop();

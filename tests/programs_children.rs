@@ -137,7 +137,7 @@ fn a_stop_leaves_alone_what_a_request_waits_for() {
     let mut server = start(&place, &[], &[]);
     is_finished(&place, "a", &mut server, |server| {
         server.signal(Signal::SIGTERM);
-        server.wait_for("worker left"); // the other worker, which was idle
+        server.wait_for("worker exited"); // the other worker, which was idle
     });
     assert_eq!(server.wait_end(), Some(0));
     assert!(!server.log().contains("signal="), "nobody was killed: {}", server.log());
@@ -151,7 +151,7 @@ fn recycling_leaves_alone_what_a_request_waits_for() {
         for _ in 0..2 {
             server.wait_for("reason=max-age");
         }
-        server.wait_for("worker left");
+        server.wait_for("worker exited");
     });
     server.stop();
 }
@@ -165,7 +165,7 @@ fn what_a_request_waits_for_ends_with_a_program_that_does_not_finish_in_time() {
         let client = scope.spawn(|| place.ask(&waiting.target(), b""));
         let child = waiting.has_begun();
         server.signal(Signal::SIGHUP);
-        server.wait_for("does not finish in time (--drain-timeout): killed");
+        server.wait_for("worker killed: it did not finish in time (--drain-timeout)");
         assert!(client.join().unwrap().is_err());
         child
     });
@@ -180,11 +180,11 @@ fn background_jobs_survive_recycling_and_a_reload_and_end_with_the_server() {
     let place = place();
     let mut server = start(&place, &[], &[("PHP_FCGI_MAX_REQUESTS", "1")]);
     let job: i32 = place.text("/children.php?do=background").trim().parse().unwrap();
-    server.wait_for("worker left of its own accord");
+    server.wait_for("worker exited on its own");
     let session = place.path("session");
     place.text(&format!("/children.php?do=session&name={}", session.display()));
     let apart = Left(number_in(&session));
-    server.wait_for("worker left of its own accord");
+    server.wait_for("worker exited on its own");
     server.signal(Signal::SIGHUP);
     server.wait_for("reload done gen=2");
     let before = server.workers();
@@ -193,9 +193,10 @@ fn background_jobs_survive_recycling_and_a_reload_and_end_with_the_server() {
     assert!(lives(job) && lives(apart.0), "{}", server.log());
     server.stop();
     let log = server.log();
-    assert!(log.contains(&format!("what was left behind ends with the server pid={job} name=sleep")), "{log}");
+    assert!(log.contains(&format!("left behind, because the server is exiting pid={job} name=sleep")), "{log}");
     assert!(is_gone(job) && lives(apart.0), "one with a session of its own outlives the server");
-    assert!(log.contains(&format!("pid {} (sleep) lives on and still has the socket fastcgi:unix:", apart.0)), "{log}");
+    let named = format!("still has a listening socket open pid={} name=sleep socket=fastcgi:unix:", apart.0);
+    assert!(log.contains(&named), "{log}");
 }
 
 #[test]
@@ -238,7 +239,7 @@ fn what_still_has_the_socket_is_named_and_its_address_is_free() {
     let left = Left(number_in(&session));
     wait_until("it sleeps", || (process(left.0)?.name == "sleep").then_some(()));
     server.stop();
-    let named = format!("pid {} (sleep) lives on and still has the socket {}", left.0, place.address);
+    let named = format!("still has a listening socket open pid={} name=sleep socket={}", left.0, place.address);
     assert!(server.log().contains(&named), "{}", server.log());
     assert!(lives(left.0));
     let refused = place.ask("/children.php?do=pid", b"").unwrap_err();
@@ -388,14 +389,14 @@ fn children_of_php_cgi_itself_finish_what_they_serve() {
     let place = place();
     let mut server = start(&place, &[&ALL[..], &["--env", "PHP_FCGI_CHILDREN=3"]].concat(), &[]);
     wait_until("two parents with three children each", || (named(&server, "php-cgi").len() == 8).then_some(()));
-    for (signal, line) in [(Signal::SIGHUP, "reload done gen=2"), (Signal::SIGTERM, "worker left")] {
+    for (signal, line) in [(Signal::SIGHUP, "reload done gen=2"), (Signal::SIGTERM, "worker exited")] {
         let name = place.path(signal.as_str()).to_string_lossy().into_owned();
         let answer = std::thread::scope(|scope| {
             let client = scope.spawn(|| place.text(&format!("/children.php?do=wait-itself&name={name}")));
             wait_until("the page waits", || Path::new(&format!("{name}.in")).exists().then_some(()));
             server.signal(signal);
             server.wait_for(line);
-            server.wait_for("worker left");
+            server.wait_for("worker exited");
             std::fs::write(format!("{name}.go"), "").unwrap();
             client.join().unwrap()
         });
@@ -435,7 +436,7 @@ fn who_is_left_behind_and_takes_connections_is_asked_to_leave() {
     let command = [&["setsid"][..], &PHP].concat();
     // setsid forks, and the parent exits with 0.
     let mut server = Server::launch(&mut place.run(&[], &command));
-    server.wait_for("what a worker left behind takes connections: asked to leave");
+    server.wait_for("sent SIGTERM to a process that a worker left behind, because it accepts connections");
     server.wait_for("workers die before they are ready");
     server.stop();
     assert_eq!(named(&server, "php-cgi"), [], "{}", server.log());
@@ -449,12 +450,12 @@ fn a_child_that_makes_the_socket_non_blocking_does_no_harm() {
     let mut server = start(&place, &[], &[]);
     for _ in 0..3 {
         assert_eq!(place.text("/children.php?do=non-blocking"), "done\n");
-        server.wait_for("the listening socket waits in accept again");
+        server.wait_for("made the listening socket blocking again");
     }
     for _ in 0..20 {
         place.text("/children.php?do=pid");
     }
-    let left = |server: &Server| server.log().matches("left of its own accord").count();
+    let left = |server: &Server| server.log().matches("exited on its own").count();
     assert!(left(&server) <= 9, "{}", server.log());
     assert_eq!(place.text("/children.php?do=non-blocking"), "done\n");
     server.signal(Signal::SIGHUP);
@@ -468,7 +469,7 @@ fn a_child_that_shuts_the_socket_down_does_no_lasting_harm() {
     for place in [place(), with_page(Place::with_port())] {
         let mut server = start(&place, &["--socket-mode", "600"], &[]);
         let _ = place.ask("/children.php?do=shutdown", b""); // the result of this request does not matter
-        server.wait_for("the listening socket was had anew");
+        server.wait_for("recreated the listening socket");
         wait_until("it is served again", || place.ask("/children.php?do=pid", b"").ok());
         server.signal(Signal::SIGHUP);
         server.wait_for("reload done gen=2");
@@ -495,7 +496,7 @@ fn a_socket_that_was_passed_on_and_shut_down_listens_again() {
         .stdin(std::process::Stdio::from(std::os::fd::OwnedFd::from(listener)));
     let mut server = Server::start_command(&mut command);
     let _ = place.ask("/children.php?do=shutdown", b"");
-    server.wait_for("the listening socket was had anew");
+    server.wait_for("recreated the listening socket");
     wait_until("it is served again", || place.ask("/children.php?do=pid", b"").ok());
     server.stop();
 }
@@ -516,7 +517,7 @@ fn a_program_with_an_event_loop_keeps_its_socket_non_blocking() {
     server.signal(Signal::SIGHUP);
     server.wait_for("reload done gen=2");
     server.stop();
-    assert!(!server.log().contains("waits in accept again"), "{}", server.log());
+    assert!(!server.log().contains("blocking again"), "{}", server.log());
     assert!(
         !server.log().contains("signal=KILL") || server.log().matches("signal=KILL").count() == 1,
         "{}",

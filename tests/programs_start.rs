@@ -39,7 +39,7 @@ fn a_reload_with_a_program_that_ends_well_at_once_fails_and_says_what_it_said() 
     let old = server.workers();
     for pause in ["true", "sleep 0.2"] {
         place.script("app", &format!("#!/bin/sh\necho 'configuration error: no DSN'\n{pause}\nexit 0\n"));
-        let spawned = |server: &Server| server.log().matches("left of its own accord").count();
+        let spawned = |server: &Server| server.log().matches("exited on its own").count();
         let before = spawned(&server);
         let output =
             Command::new(program("forkyard")).arg("reload").arg("--control").arg(&control).output_in_time().unwrap();
@@ -68,12 +68,12 @@ fn a_program_that_ends_well_at_once_is_tried_ever_more_rarely() {
     let mut server = Server::launch(&mut place.run(&[], &["true"]));
     for (failures, delay_ms) in [(1, 100), (2, 200), (3, 400), (4, 800), (5, 1600)] {
         let line = server.wait_for("workers die before they are ready");
-        assert!(line.contains(&format!(" {failures} in a row, next try in {delay_ms}ms")), "{line}");
+        assert!(line.contains(&format!(" failures={failures} next_try={delay_ms}ms")), "{line}");
         assert!(line.contains("php-cgi is one, php is not"), "{line}");
     }
     server.stop();
     // Several processes at the start, then one at a time.
-    assert!(server.log().matches("left of its own accord").count() <= 10 + 1 + 5, "{}", server.log());
+    assert!(server.log().matches("exited on its own").count() <= 10 + 1 + 5, "{}", server.log());
 }
 
 #[test]
@@ -84,10 +84,10 @@ fn in_a_pool_that_serves_one_that_ends_well_at_once_is_tried_ever_more_rarely_to
     kill(Pid::from_raw(*server.workers().first().unwrap()), Signal::SIGKILL).unwrap();
     for delay_ms in [100, 200, 400] {
         let line = server.wait_for("workers die before they are ready");
-        assert_eq!(after(&line, "next try in "), delay_ms, "{line}");
+        assert_eq!(after(&line, "next_try="), delay_ms, "{line}");
     }
     assert_eq!(place.text("/hello"), "Hello, world\n");
-    assert!(server.log().matches("left of its own accord").count() <= 10 + 4, "{}", server.log());
+    assert!(server.log().matches("exited on its own").count() <= 10 + 4, "{}", server.log());
     server.stop();
 }
 
@@ -181,24 +181,24 @@ fn php_fpm_which_binds_a_socket_of_its_own_is_named_and_not_ready() {
     let options = ["--settle", "6s", "--start-timeout", "8s"];
     let mut server =
         Server::launch(&mut place.run(&options, &[&format!("/usr/sbin/{fpm}"), "-R", "-F", "-y", &configuration]));
-    let line = server.wait_for("worker can serve nobody");
+    let line = server.wait_for("worker cannot serve clients");
     assert!(line.contains("php-fpm does; php-cgi accepts from standard input"), "{line}");
-    server.wait_for("is not ready in time (--start-timeout): killed");
-    let line = server.wait_for("worker left");
+    server.wait_for("worker killed: it was not ready in time (--start-timeout)");
+    let line = server.wait_for("worker exited");
     assert!(line.contains("does it bind a socket of its own?"), "{line}");
     server.stop();
     assert!(!server.log().contains("\nready in "), "{}", server.log());
 }
 
 #[test]
-fn a_program_that_lets_go_of_the_socket_after_it_was_ready_is_named() {
+fn a_program_that_closes_the_socket_after_it_was_ready_is_named() {
     let place = Place::new();
     let go = place.path("go");
     let script = format!("until [ -e {} ]; do sleep 0.05; done; exec sleep 600 </dev/null", go.display());
     let mut server = Server::start_command(&mut place.run(&[], &["sh", "-c", &script]));
     std::fs::write(&go, "").unwrap();
-    let line = server.wait_for("worker can serve nobody");
-    assert!(line.contains("it has let go of the listening socket"), "{line}");
+    let line = server.wait_for("worker cannot serve clients");
+    assert!(line.contains("it has closed the listening socket"), "{line}");
     server.stop();
 }
 
@@ -238,11 +238,11 @@ fn an_upgrade_and_a_late_start_do_not_forget_that_programs_are_seen_to_accept() 
 }
 
 #[test]
-fn connections_that_nobody_takes_are_named() {
+fn connections_that_no_process_accepts_are_named() {
     let place = Place::new();
     let mut server = Server::start_command(&mut place.run(&["--settle", "10ms"], &["sleep", "600"]));
     let _waiting = std::os::unix::net::UnixStream::connect(place.socket()).unwrap();
-    let line = server.wait_for("nobody takes the connections that wait");
+    let line = server.wait_for("no process accepts the waiting connections");
     assert!(line.contains("waiting=1") && line.contains("standard input"), "{line}");
     server.stop();
 }
@@ -264,7 +264,7 @@ fn what_a_wrapper_returns_when_it_fails_itself_is_a_failure_and_is_explained() {
             server.wait_for("workers die before they are ready");
         }
         server.stop();
-        assert!(!server.log().contains("asks not to be replaced"), "{}", server.log());
+        assert!(!server.log().contains("worker exited and asked not to be replaced"), "{}", server.log());
     }
 }
 
@@ -276,7 +276,7 @@ fn a_program_that_was_ready_may_ask_not_to_be_replaced() {
     let mut server = Server::start_command(&mut place.run(&[], &[&app]));
     for _ in 0..2 {
         let _client = std::os::unix::net::UnixStream::connect(place.socket()).unwrap();
-        server.wait_for("worker left and asks not to be replaced");
+        server.wait_for("worker exited and asked not to be replaced");
     }
     assert_eq!(server.wait_end(), Some(1), "none is left");
 }
@@ -302,7 +302,7 @@ fn a_daemon_that_puts_itself_into_the_background_is_named_started_once_and_ends_
     server.stop();
     assert!(is_gone(second), "{}", server.log());
     assert!(
-        server.log().contains(&format!("what was left behind ends with the server pid={second}")),
+        server.log().contains(&format!("left behind, because the server is exiting pid={second}")),
         "{}",
         server.log()
     );
@@ -312,11 +312,11 @@ fn a_daemon_that_puts_itself_into_the_background_is_named_started_once_and_ends_
 fn a_daemon_that_ends_well_at_once_is_given_up_after_some_tries() {
     let mut server = crashy(&["--daemon", "d=true", "--daemon-tries", "3"]);
     for delay_ms in [100, 200] {
-        let line = server.wait_for("daemon ends as soon as it is started");
-        assert_eq!(after(&line, "next try in "), delay_ms, "{line}");
+        let line = server.wait_for("daemon cannot be started, or exits immediately");
+        assert_eq!(after(&line, "next_try="), delay_ms, "{line}");
     }
-    let line = server.wait_for("daemon ends well as soon as it is started, 3 times in a row (--daemon-tries)");
-    assert!(line.contains("name=d"), "{line}");
+    let line = server.wait_for("daemon exits immediately with status 0, and is not started again before a reload");
+    assert!(line.contains("--daemon-tries") && line.ends_with(" name=d tries=3"), "{line}");
     server.signal(Signal::SIGHUP);
     server.wait_for("daemon started name=d");
     server.stop();
@@ -330,8 +330,11 @@ fn what_a_job_leaves_ends_with_the_server_though_it_has_a_session_of_its_own() {
         "j=* * * * * *=sh -c 'setsid sh -c \"echo up > {up}; exec sleep 600\" & while [ ! -s {up} ]; do sleep 0.01; done'"
     );
     let mut server = crashy(&["--cron", &job]);
-    server.wait_for("cron ended name=j");
+    server.wait_for("job exited name=j");
     server.stop();
     let log = server.log();
-    assert!(log.contains("what was left behind ends with the server") && !log.contains("lives on"), "{log}");
+    assert!(
+        log.contains("left behind, because the server is exiting") && !log.contains("outlives the server"),
+        "{log}"
+    );
 }

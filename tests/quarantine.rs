@@ -61,7 +61,7 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
         // A client may repeat the request before the master has quarantined it.
         deaths = poison(&address, |_| "/segv?once=more".to_owned());
         assert!(deaths >= 3);
-        let line = server.wait_for("quarantined request=");
+        let line = server.wait_for("quarantined a request");
         assert!(line.contains("request=\"GET /segv\" time=60s times=1"), "{line}");
         let before = good.load(Ordering::Relaxed);
         for _ in 0..20 {
@@ -95,7 +95,7 @@ fn a_relapse_takes_one_death() {
     let mut server = crashy(&["--quarantine-time", "300ms"]);
     poison(&server.http(), |_| "/exit/3".to_owned());
     assert!(server.wait_for("quarantined").contains("times=1"));
-    server.wait_for("let go request=\"GET /exit/3\"");
+    server.wait_for("quarantine ended request=\"GET /exit/3\"");
     // The workers read a coarse clock, which has the resolution of the kernel's ticks.
     wait_until("it kills again", || (http::get(&server.http(), "/exit/3").unwrap().status == 502).then_some(()));
     assert!(server.wait_for("quarantined").contains("times=2"));
@@ -108,7 +108,7 @@ fn the_refusal_is_a_503_over_each_protocol() {
         let mut server = protocol.start("crashy", &["--workers", "1", "--quarantine", "1"]);
         let ask = |server: &Server| raw::ask(&mut raw::connect(&server.binds[0]), &protocol.head("GET", "/abort", 0)).0;
         assert_eq!(ask(&server), 502, "{protocol:?}");
-        server.wait_for("quarantined request=\"GET /abort\"");
+        server.wait_for("(--quarantine) request=\"GET /abort\"");
         assert_eq!(ask(&server), 503, "{protocol:?}");
         server.stop();
     }
@@ -122,10 +122,10 @@ fn a_request_whose_functions_hang_is_refused_after_three_workers_left_for_that()
     let address = server.http();
     for _ in 0..3 {
         assert_eq!(http::get(&address, "/thread/hang?a=b").unwrap().status, 504);
-        server.wait_for("reason=hung thread");
-        server.wait_for("worker left"); // so that the next request hangs in another worker
+        server.wait_for("reason=hung-thread");
+        server.wait_for("worker exited"); // so that the next request hangs in another worker
     }
-    let line = server.logged("quarantined request=");
+    let line = server.logged("quarantined a request");
     assert!(line.contains("request=\"GET /thread/hang\""), "{line}");
     wait_until("it is refused", || (http::get(&address, "/thread/hang").ok()?.status == 503).then_some(()));
     assert_eq!(http::get(&address, "/thread/ok").unwrap().status, 200);
@@ -145,7 +145,7 @@ fn functions_that_hang_in_one_worker_count_once() {
     std::fs::write(&broken, "").unwrap(); // prevents a replacement, so that the worker stays
     for _ in 0..3 {
         assert_eq!(http::get(&server.http(), "/thread/hang").unwrap().status, 504);
-        server.wait_for("reason=hung thread");
+        server.wait_for("reason=hung-thread");
     }
     server.stop();
     assert!(!server.log().contains("quarantined"), "{}", server.log());
@@ -176,7 +176,7 @@ fn a_signal_that_another_process_has_sent_accuses_no_request_and_the_log_says_wh
     }
     // A signal that a process sends to itself does count.
     wait_until("there is a worker", || (http::get(&server.http(), "/abort").ok()?.status == 502).then_some(()));
-    server.wait_for("quarantined request=\"GET /abort\"");
+    server.wait_for("(--quarantine) request=\"GET /abort\"");
     server.stop();
     let log = server.log();
     assert_eq!(log.matches("quarantined").count(), 1, "{log}");
@@ -308,7 +308,7 @@ fn poison_among_a_hundred_others_is_named_and_refused_after_as_many_deaths_as_on
             assert_eq!(in_quotes(&line, named), format!("GET {poison}"), "{way:?}: {line}");
             drop(connections);
         }
-        server.wait_for(&format!("quarantined request=\"GET {poison}\""));
+        server.wait_for(&format!("(--quarantine) request=\"GET {poison}\""));
         let connections = send_among(way, &server, others, poison);
         way.expect(connections.last().unwrap(), 503);
         let panicked = way.send(&server, &["/panic"]);

@@ -27,7 +27,7 @@ fn a_worker_is_replaced_after_its_number_of_requests() {
         old.iter().all(|&pid| is_gone(pid)).then_some(())
     });
     assert!(asked >= 40, "each has served its 20: {asked}");
-    let line = server.wait_for("is to be replaced");
+    let line = server.wait_for("worker will be replaced");
     assert!(line.contains("reason=max-requests") && line.contains("slot="), "{line}");
     assert!(!server.log().contains("worker died"), "{}", server.log());
     server.stop();
@@ -38,7 +38,7 @@ fn a_worker_that_grows_is_replaced() {
     let mut server = crashy(&["--workers", "2", "--max-memory", "100M", "--memory-interval", "100ms"]);
     let old = server.workers();
     assert_eq!(http::get(&server.http(), "/leak/200").unwrap().status, 200);
-    let line = server.wait_for("is to be replaced");
+    let line = server.wait_for("worker will be replaced");
     assert!(line.contains("reason=max-memory memory="), "{line}");
     wait_until("one is replaced", || {
         let children = server.workers();
@@ -52,7 +52,7 @@ fn a_worker_that_grows_is_replaced() {
 fn a_worker_is_replaced_at_its_age_and_so_is_a_program() {
     let mut server = crashy(&["--workers", "2", "--max-age", "500ms~200ms"]);
     let old = server.workers();
-    assert!(server.wait_for("is to be replaced").contains("reason=max-age"));
+    assert!(server.wait_for("worker will be replaced").contains("reason=max-age"));
     server.renewed(old.len(), &old);
     server.stop();
 
@@ -73,7 +73,7 @@ fn a_worker_is_replaced_at_its_age_and_so_is_a_program() {
         "600",
     ]));
     let old = server.workers();
-    assert!(server.wait_for("is to be replaced").contains("reason=max-age"));
+    assert!(server.wait_for("worker will be replaced").contains("reason=max-age"));
     server.renewed(old.len(), &old);
     server.stop();
 }

@@ -78,7 +78,7 @@ const TABLE: &[Row] = &[
     row("max-unavailable", "'50%'", InMaster("supervisor")),
     row("scale-down-after", "'7s'", InMaster("supervisor")),
     row("start-timeout", "'7s'", InMaster("supervisor")),
-    row("drain-timeout", "'7s'", InMaster("beside")),
+    row("drain-timeout", "'7s'", InMaster("sidecars")),
     row("respawn-rate", "7", InMaster("supervisor")),
     row("give-up-after", "'7m'", InMaster("supervisor")),
     row("max-memory", "'700M'", InMaster("recycling")),
@@ -140,10 +140,10 @@ const TABLE: &[Row] = &[
     with("sandbox-read", "['/usr']", SANDBOXED, InWorker),
     with("sandbox-write", "['/var/tmp']", SANDBOXED, InWorker),
     // Daemons and jobs.
-    row("daemon", "['d=DIR/wait changed']", InMaster("beside")),
-    row("cron", "['c=@yearly=DIR/wait']", InMaster("beside")),
-    row("cron-timeout", "'7s'", InMaster("beside")),
-    row("daemon-tries", "7", InMaster("beside")),
+    row("daemon", "['d=DIR/wait changed']", InMaster("sidecars")),
+    row("cron", "['c=@yearly=DIR/wait']", InMaster("sidecars")),
+    row("cron-timeout", "'7s'", InMaster("sidecars")),
+    row("daemon-tries", "7", InMaster("sidecars")),
     // Logging.
     row("log-level", "'debug,forkyard::master=info'", InLog(|log| log.contains("worker spawned").to_string())),
     row("log-file", "'DIR/log'", AtFile(|directory| reloads_in(&directory.join("log")))),
@@ -260,7 +260,7 @@ impl Served {
         let server = &self.server;
         self.log = wait_until("the daemon is new", || {
             let text = all(server);
-            let begun = text.rsplit_once("reload begins").unwrap_or_default().1;
+            let begun = text.rsplit_once("reload started").unwrap_or_default().1;
             begun.contains("daemon started").then(|| text.clone())
         });
         let daemon = self.log.lines().rfind(|line| line.contains("daemon started")).unwrap();
@@ -367,7 +367,7 @@ fn each_setting_is_taken_over_or_named(name: &'static str, run: &[&str]) {
         let before = served.look(*seen, is_run);
         let said = served.reload(is_run, &[with, &[(*name, *to)][..]].concat());
         let is_named = said.lines().any(|line| {
-            let named = line.strip_prefix("these change with a restart only: ").unwrap_or_default();
+            let named = line.strip_prefix("these settings take effect only after a restart: ").unwrap_or_default();
             named.split(", ").any(|flag| flag == format!("--{name}"))
         });
         let after = served.look(*seen, is_run);

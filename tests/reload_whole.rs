@@ -187,7 +187,7 @@ fn a_reload_moves_the_logs_and_changes_their_form() {
     // Back to standard error, at another level, and without an access log.
     served.reloaded(&format!("{HTTP}log-level = 'debug'\n"));
     served.server.wait_for("reload done gen=3");
-    served.server.wait_for("worker left");
+    served.server.wait_for("worker exited");
     assert!(served.server.log().contains("worker spawned"), "that is logged at the level debug");
     let before = read(&served, "other").len() + read(&served, "access").len();
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
@@ -228,7 +228,10 @@ fn after_a_failed_reload_those_that_die_are_replaced_by_what_they_were() {
     let old = served.server.children();
     let broken =
         "command = ['sh', '-c', 'exit 3']\nsettle = '1m'\nuser = 4711\ngroup = 4711\ndaemon = ['d=sleep 1003']\n";
-    served.refused(&format!("{}{broken}", FASTCGI.replace("settle = '20ms'\n", "")), &["reload failed gen=2"]);
+    served.refused(
+        &format!("{}{broken}", FASTCGI.replace("settle = '20ms'\n", "")),
+        &["reload failed; the old workers stay: worker died ", " gen=2 "],
+    );
     assert_eq!(std::fs::metadata(served.path("a.sock")).unwrap().uid(), 0, "the file was given back");
     let victim = *old.first().unwrap();
     kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();

@@ -75,7 +75,7 @@ fn php_may_leave_after_some_requests() {
     // 200 requests at 20 per process, except that two processes have not reached the limit yet.
     assert!(seen.len() >= 10, "{seen:?}");
     for _ in 0..8 {
-        let line = server.wait_for("worker left of its own accord");
+        let line = server.wait_for("worker exited on its own");
         assert!(line.contains("slot=") && line.contains("status=0"), "{line}");
     }
     wait_until("there are two processes again", || {
@@ -116,7 +116,7 @@ fn php_may_leave_however_busy_it_is() {
     server.stop();
     let log = server.log();
     // 800 requests at 20 per process, except that two processes have not reached the limit yet.
-    assert!(log.matches("worker left of its own accord").count() >= 38, "{log}");
+    assert!(log.matches("worker exited on its own").count() >= 38, "{log}");
 }
 
 fn children_are_none(pid: i32) -> bool {
@@ -150,7 +150,7 @@ fn a_c_program_answers() {
     }
     assert_eq!(value(&place.text("/params?a=1"), "QUERY_STRING"), Some("a=1"));
     server.stop();
-    let left = server.log().lines().filter(|line| line.contains("worker left ") && line.contains("status=0")).count();
+    let left = server.log().lines().filter(|line| line.contains("worker exited ") && line.contains("status=0")).count();
     assert_eq!(left, 2, "{}", server.log());
 }
 
@@ -437,13 +437,13 @@ fn a_program_that_dies_at_once_is_tried_ever_more_rarely() {
     for (failures, delay_ms) in [(1, 100), (2, 200), (3, 400), (4, 800)] {
         let line = server.wait_for("workers die before they are ready");
         assert!(line.contains("ERROR"), "{line}");
-        assert!(line.contains(&format!(" {failures} in a row, next try in {delay_ms}ms")), "{line}");
+        assert!(line.contains(&format!(" failures={failures} next_try={delay_ms}ms")), "{line}");
     }
     server.stop();
     assert!(!place.socket().exists());
     let log = server.log();
     // Two at the start, then one at a time. Deaths after the last awaited line are not counted.
-    let until_then = log.split(" 4 in a row").next().unwrap();
+    let until_then = log.split(" failures=4 ").next().unwrap();
     let died = until_then.lines().filter(|line| line.contains("worker died") && line.contains("status=1")).count();
     assert!((4..=6).contains(&died), "{log}");
     assert!(!log.contains("ready in "), "{log}");
@@ -492,10 +492,11 @@ fn a_program_that_does_not_want_to_leave_is_killed() {
     let log = server.log();
     for pid in pids {
         assert!(process(pid).is_none(), "{log}");
-        let late = format!("pid={pid} does not finish in time (--drain-timeout): killed");
-        assert!(log.lines().any(|line| line.contains("WARN") && line.contains(&late)), "{log}");
+        let (late, of) = ("worker killed: it did not finish in time (--drain-timeout)", format!(" pid={pid}"));
+        let is_late = |line: &str| line.contains("WARN") && line.contains(late) && line.ends_with(&of);
+        assert!(log.lines().any(is_late), "{log}");
         let left = format!("pid={pid} gen=1 signal=KILL");
-        assert!(log.lines().any(|line| line.contains("worker left ") && line.contains(&left)), "{log}");
+        assert!(log.lines().any(|line| line.contains("worker exited ") && line.contains(&left)), "{log}");
     }
     assert!(!place.socket().exists());
 }

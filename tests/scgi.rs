@@ -46,7 +46,7 @@ impl Fixture {
             assert_eq!(client.request("GET", "/ok", b"").unwrap().text(), "ok\n");
         }
         self.server.stop();
-        for words in ["worker died", "does not finish in time"] {
+        for words in ["worker died", "did not finish in time"] {
             assert!(!self.server.log().contains(words), "{}", self.server.log());
         }
     }
@@ -245,7 +245,7 @@ fn a_drain_finishes_what_has_begun() {
         client.stream.write_all(b"12").unwrap();
     }
     fixture.server.signal(Signal::SIGTERM);
-    fixture.server.wait_for("asked to drain and stop");
+    fixture.server.wait_for("signal to drain and stop");
     for client in &mut clients {
         client.stream.write_all(b"34").unwrap();
         assert_eq!(client.response().unwrap().text(), "4\n");

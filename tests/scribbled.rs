@@ -100,7 +100,7 @@ fn memory_that_is_written_over_is_told_once_and_a_reload_replaces_it() {
             assert!(why.contains("the shared memory is damaged") && why.contains("a reload replaces it"), "{why}");
         }
         let said = site.reload();
-        assert!(said.contains("new memory takes its place"), "{with}: {said}");
+        assert!(said.contains("replaced the damaged shared memory"), "{with}: {said}");
         let first = page().text();
         assert!((0..8).all(|_| page().text() == first), "{with}: it is cached again, for both workers");
         assert!(site.ask(&["cache", "stats"]).status.success() && site.ask(&["events", "ls"]).status.success());
@@ -142,7 +142,7 @@ fn a_damaged_cache_file_makes_room_for_a_new_one() {
     site.scribble(&memory, "zeroes");
     site.server.wait_for("the shared memory is damaged");
     let said = site.reload();
-    assert!(said.contains("new memory takes its place"), "{said}");
+    assert!(said.contains("replaced the damaged shared memory"), "{said}");
     let first = http::get(&address, "/page/1").unwrap().text();
     site.server.stop();
     let mut again = Scribbled::start("pages", &["--cache", "4M", "--cache-file", path.to_str().unwrap()]);
@@ -197,7 +197,7 @@ fn a_truncated_cache_file_ends_neither_worker_nor_master_nor_a_request() {
         });
         assert_eq!(site.server.children(), workers, "{how}: nobody has died\n{}", site.server.log());
         let said = site.reload();
-        assert!(said.contains("new memory takes its place"), "{how}: {said}");
+        assert!(said.contains("replaced the damaged shared memory"), "{how}: {said}");
         let first = http::get(&address, "/page/1").unwrap().text();
         assert!((0..8).all(|_| http::get(&address, "/page/1").unwrap().text() == first), "{how}: it is cached again");
         site.server.stop();

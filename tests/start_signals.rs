@@ -27,7 +27,7 @@ const MEANINGS: [(Signal, &str); 5] = [
     (SIGUSR1, "log files reopened"),
     (SIGUSR2, "reload done"),
     (SIGTTIN, "workers=2"),
-    (SIGTTOU, "is the limit"),
+    (SIGTTOU, "it is at its limit"),
 ];
 
 /// The files of a server, and the FIFOs that hold it up.
@@ -169,7 +169,8 @@ fn a_signal_that_asks_for_the_end_ends_the_start_at_every_stage() {
                 assert!(place.path("made/pid").exists() && place.path("made/app.sock").exists(), "{of}");
                 running.signal(signal);
                 running.ends(&place, &of);
-                assert!(running.server.log().contains("asked to"), "{of}: {}", running.server.log());
+                let log = running.server.log();
+                assert!(["asked to stop", "a signal to"].iter().any(|words| log.contains(words)), "{of}: {log}");
                 drop(held);
             }
         }
@@ -203,7 +204,7 @@ fn every_other_signal_is_remembered_until_the_server_can_do_what_it_means() {
 #[test]
 fn signals_that_come_as_soon_as_the_pid_file_is_there_are_not_lost() {
     for as_pid_1 in [false, true] {
-        for (signal, meaning) in MEANINGS.into_iter().chain(ENDS.map(|signal| (signal, "asked to"))) {
+        for (signal, meaning) in MEANINGS.into_iter().chain(ENDS.map(|signal| (signal, "a signal to"))) {
             for _ in 0..3 {
                 let of = named("at the pid file", signal, as_pid_1);
                 let place = Place::new(as_pid_1);
@@ -277,7 +278,7 @@ fn signals_in_a_reload_and_an_upgrade_mean_what_they_say() {
             let held = place.await_stage("preload");
             running.signal(signal);
             if !ends {
-                running.server.wait_for(if signal == SIGUSR1 { "log files reopened" } else { "asked to" });
+                running.server.wait_for(if signal == SIGUSR1 { "log files reopened" } else { "a signal to" });
                 place.release("preload", held);
                 running.server.wait_for("upgraded");
                 running.signal(SIGTERM);
@@ -326,7 +327,7 @@ fn signals_in_a_drain_mean_what_they_say() {
                 if signal == SIGUSR1 {
                     running.server.wait_for("log files reopened");
                 } else {
-                    running.server.wait_for("asked to");
+                    running.server.wait_for("a signal to");
                 }
                 std::fs::write(place.path("stages/go"), "").unwrap();
                 assert!(text_of(served).contains("200 OK"), "{of}");

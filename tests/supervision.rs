@@ -29,7 +29,7 @@ fn stop_worker(server: &Server) -> Pid {
 /// Each client sends a request while the worker is stopped and asked to drain. Then the worker is resumed, and must answer all requests.
 fn drains_with(server: &mut Server, worker: Pid, clients: Vec<Client>) {
     server.signal(Signal::SIGTERM);
-    server.wait_for("asked to drain");
+    server.wait_for("signal to drain");
     std::thread::scope(|scope| {
         let ask = |mut client: Client| scope.spawn(move || client.request("GET", "/ok", b""));
         let waiting: Vec<_> = clients.into_iter().map(ask).collect();
@@ -199,8 +199,8 @@ fn a_drain_that_takes_too_long_ends_in_a_kill() {
         let segment = server.segment();
         wait_until("it is being served", || (segment.scoreboard().read(0)?.in_flight > 0).then_some(()));
         server.signal(Signal::SIGTERM);
-        server.wait_for("does not finish in time (--drain-timeout): killed");
-        let line = server.wait_for("worker left");
+        server.wait_for("worker killed: it did not finish in time (--drain-timeout)");
+        let line = server.wait_for("worker exited");
         assert!(line.contains("signal=KILL") && line.contains("GET /slow/600000"), "{line}");
         assert_eq!(slow.join().unwrap(), 502);
         assert_eq!(server.wait_end(), Some(0));
@@ -262,7 +262,7 @@ fn a_reload_that_cannot_start_keeps_the_old_workers_and_a_good_one_heals() {
     server.signal(Signal::SIGHUP);
     let line = server.wait_for("worker died");
     assert!(line.contains("broken on purpose") && line.contains("gen=2"), "its last words: {line}");
-    server.wait_for("reload failed gen=2");
+    assert!(server.wait_for("reload failed: ").contains(" gen=2 "));
     server.has_only(&old);
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
 
@@ -282,7 +282,9 @@ fn workers_that_cannot_start_are_tried_with_growing_delays_and_the_master_lives(
         Command::new(program("crashy")).args(HTTP).args(["--workers", "4"]).env("CRASHY_BROKEN", &broken),
     );
     for (failures, delay) in [(1, 100), (2, 200), (3, 400)] {
-        server.wait_for(&format!("workers die before they are ready: {failures} in a row, next try in {delay}ms"));
+        server.wait_for(&format!(
+            "workers die before they are ready (see the lines above) failures={failures} next_try={delay}ms"
+        ));
     }
     std::fs::remove_file(&broken).unwrap();
     server.wait_for("ready in ");
@@ -305,8 +307,8 @@ fn a_worker_that_never_gets_ready_is_killed_and_the_others_serve() {
     let old = server.workers();
     std::fs::write(&broken, "hang").unwrap();
     server.signal(Signal::SIGHUP);
-    server.wait_for("is not ready in time (--start-timeout): killed");
-    server.wait_for("reload failed gen=2");
+    server.wait_for("worker killed: it was not ready in time (--start-timeout)");
+    assert!(server.wait_for("reload failed: ").contains(" gen=2 "));
     server.has_only(&old);
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
     server.stop();
@@ -324,7 +326,7 @@ fn ttin_and_ttou_change_the_number_of_workers() {
         server.renewed(expected, &BTreeSet::new());
     }
     server.signal(Signal::SIGTTOU);
-    server.wait_for("workers=1 is the limit");
+    server.wait_for("it is at its limit workers=1");
     server.signal(Signal::SIGUSR1);
     server.wait_for("log files reopened errors=0");
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
@@ -336,7 +338,7 @@ fn workers_that_ask_not_to_be_replaced_are_not() {
     let mut server = crashy(&["--workers", "2"]);
     let address = server.http();
     assert_eq!(http::get(&address, "/exit/125").unwrap().status, 502);
-    server.wait_for("asks not to be replaced");
+    server.wait_for("worker exited and asked not to be replaced");
     server.wait_for("workers=1");
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
     assert_eq!(http::get(&address, "/exit/125").unwrap().status, 502);
@@ -349,9 +351,9 @@ fn a_worker_that_exits_with_125_before_it_is_ready_has_failed_to_start() {
     let arguments = ["--bind", "http:127.0.0.1:0", "--workers", "2", "--health-path", "/exit/125"];
     let mut server = Server::launch(Command::new(program("crashy")).args(arguments));
     server.wait_for("worker died");
-    server.wait_for("workers die before they are ready: 3 in a row");
+    server.wait_for("workers die before they are ready (see the lines above) failures=3 ");
     server.stop();
-    assert!(!server.log().contains("asks not to be replaced"), "{}", server.log());
+    assert!(!server.log().contains("worker exited and asked not to be replaced"), "{}", server.log());
 }
 
 #[test]
@@ -397,10 +399,10 @@ fn a_worker_gets_its_share_of_signals_and_keeps_them_from_the_master() {
     }
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
     kill(worker, Signal::SIGTERM).unwrap();
-    let line = server.wait_for("worker left of its own accord");
+    let line = server.wait_for("worker exited on its own");
     assert!(line.contains(&format!("pid={worker}")), "{line}");
     server.renewed(2, &BTreeSet::from([worker.as_raw()]));
-    assert!(!server.log().contains("asked to"), "the master heard nothing of it");
+    assert!(!server.log().contains("a signal to"), "the master received no signal");
     server.stop();
 }
 
@@ -422,6 +424,6 @@ fn as_pid_1_it_reaps_orphans_and_stops_on_term() {
         if server.log().contains("reaped an orphan") { server.log() } else { server.wait_for("reaped an orphan") };
     assert!(line.contains("status=7") && line.contains("[1]"), "it is pid 1 there: {line}");
     kill(Pid::from_raw(master), Signal::SIGTERM).unwrap();
-    assert!(server.wait_for("worker left").contains("signal=TERM"), "a program gets the TERM that it is sent");
+    assert!(server.wait_for("worker exited").contains("signal=TERM"), "a program gets the TERM that it is sent");
     assert_eq!(server.wait_end(), Some(0));
 }

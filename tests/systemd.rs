@@ -174,11 +174,11 @@ fn a_manager_that_is_busy_hears_it_later() {
     while other.send_to(b"X=1", &manager.path).is_ok() {}
     let arguments = ["--bind", "http:127.0.0.1:0", "--workers", "1"];
     let mut server = start("crashy", &arguments, Vec::new(), &manager);
-    assert!(server.log().contains("the service manager does not hear us"), "{}", server.log());
+    assert!(server.log().contains("cannot notify the service manager"), "{}", server.log());
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "it goes on meanwhile");
     manager.wait_for("READY=1");
     server.stop();
-    assert_eq!(server.log().matches("does not hear us").count(), 1, "{}", server.log());
+    assert_eq!(server.log().matches("cannot notify the service manager").count(), 1, "{}", server.log());
 }
 
 #[test]

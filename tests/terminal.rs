@@ -54,8 +54,8 @@ fn a_background_job_of_a_terminal_logs_there_and_stops_when_asked_to() {
     server.wait_for("\"GET /ok HTTP/1.1\" 200");
     // For the master, this signal is a request from the operator.
     server.signal(Signal::SIGTTOU);
-    server.wait_for("asked to remove a worker");
-    server.wait_for("worker left");
+    server.wait_for("signal to remove a worker");
+    server.wait_for("worker exited");
     server.stop();
-    assert!(server.log().contains("asked to drain and stop"), "{}", server.log());
+    assert!(server.log().contains("signal to drain and stop"), "{}", server.log());
 }

@@ -215,7 +215,7 @@ fn a_cache_file_does_not_change_its_size_under_the_workers() {
     let text = format!("#!/bin/sh\nFORKYARD_CACHE=4M exec {} \"$@\"\n", program("pages").display());
     place.script(&text, 0o755);
     server.signal(Signal::SIGUSR2);
-    let line = server.wait_for("no upgrade, and nothing has changed");
+    let line = server.wait_for("cannot upgrade; nothing has changed");
     assert!(line.contains("--cache-file: the old workers still use the file"), "{line}");
     assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page);
     server.stop();
@@ -236,7 +236,7 @@ fn a_cache_file_without_room_for_so_many_workers_says_how_many_it_has_room_for()
     let page = http::get(&address, "/page/7").unwrap().text();
     configure("1..25");
     server.signal(Signal::SIGUSR2);
-    let line = server.wait_for("no upgrade, and nothing has changed");
+    let line = server.wait_for("cannot upgrade; nothing has changed");
     assert!(line.contains("--cache-file") && line.contains("room for up to 24 workers"), "{line}");
     assert!(line.contains("choose --workers") && line.contains("stop and start"), "{line}");
     assert_eq!(server.workers(), old);
@@ -273,23 +273,27 @@ fn a_build_that_fails_its_check_changes_nothing() {
     let descriptors = descriptors_of(server.pid().as_raw());
     let cases = [
         ("#!/bin/sh\necho no library >&2\nexit 1\n", 0o755, "status=1 said=\"no library\""),
-        ("#!/bin/sh\nexit 0\n", 0o755, "it did not say that it can take over"),
+        ("#!/bin/sh\nexit 0\n", 0o755, "it did not report that it can take over"),
         ("#!/bin/sh\nkill -SEGV $$\n", 0o755, "signal=SEGV"),
-        ("#!/bin/sh\nsleep 600 & wait\n", 0o755, "the new build fails its check: it took too long (--upgrade-timeout)"),
+        (
+            "#!/bin/sh\nsleep 600 & wait\n",
+            0o755,
+            "the new build failed its check: it took too long (--upgrade-timeout)",
+        ),
         ("#!/bin/sh\nexit 0\n", 0o644, "Permission denied"),
         ("no program at all", 0o755, "status=127"),
     ];
     for (text, mode, why) in cases {
         place.script(text, mode);
         server.signal(Signal::SIGUSR2);
-        let line = server.wait_for("no upgrade, and nothing has changed");
+        let line = server.wait_for("cannot upgrade; nothing has changed");
         assert!(line.contains(why), "{why:?} is not in {line:?}");
         assert_eq!(http::get(&address, "/").unwrap().text(), "Hello, world\n");
         wait_until("the check is gone", || (server.children() == old).then_some(()));
     }
     std::fs::remove_file(place.path()).unwrap();
     server.signal(Signal::SIGUSR2);
-    let line = server.wait_for("no upgrade, and nothing has changed");
+    let line = server.wait_for("cannot upgrade; nothing has changed");
     assert!(line.contains("No such file"), "{line}");
     assert_eq!(descriptors_of(server.pid().as_raw()), descriptors);
 
@@ -316,10 +320,10 @@ fn a_state_that_cannot_be_written_prevents_an_upgrade_and_is_named() {
     let text = format!("#!/bin/sh\nprlimit --pid $PPID --fsize=100:\nexec {} \"$@\"\n", program("hello").display());
     for is_checked in [false, true] {
         server.signal(Signal::SIGUSR2);
-        let line = server.wait_for("no upgrade, and nothing has changed");
+        let line = server.wait_for("cannot upgrade; nothing has changed");
         assert!(line.contains("this master's state cannot be written") && line.contains("ulimit -f"), "{line}");
         assert!(!line.contains("put the new build there"), "{line}");
-        assert_eq!(server.log().contains("upgrade: becoming"), is_checked);
+        assert_eq!(server.log().contains("upgrade: executing"), is_checked);
         assert_eq!(server.workers(), old);
         assert_eq!(http::get(&address, "/").unwrap().text(), "Hello, world\n");
         assert_eq!(descriptors_of(server.pid().as_raw()), descriptors);
@@ -333,7 +337,7 @@ fn a_state_that_cannot_be_written_prevents_an_upgrade_and_is_named() {
 }
 
 #[test]
-fn a_folder_that_is_gone_prevents_an_upgrade_and_no_start() {
+fn a_missing_directory_prevents_an_upgrade_but_not_a_start() {
     let place = Place::with("hello");
     let directory = place.directory.path().join("directory");
     for when in ["before", "after"] {
@@ -344,8 +348,8 @@ fn a_folder_that_is_gone_prevents_an_upgrade_and_no_start() {
         let mut server = Server::start_command(&mut command);
         let _ = std::fs::remove_dir(&directory); // the first iteration has removed it
         server.signal(Signal::SIGUSR2);
-        let line = server.wait_for("no upgrade, and nothing has changed");
-        assert!(line.contains("the directory of the first start is gone"), "{line}");
+        let line = server.wait_for("cannot upgrade; nothing has changed");
+        assert!(line.contains("the directory in which the server was started no longer exists"), "{line}");
         assert_eq!(http::get(&server.http(), "/").unwrap().text(), "Hello, world\n");
         server.stop();
     }
@@ -393,14 +397,14 @@ fn signals_that_come_during_an_upgrade_are_not_lost() {
         let place = Place::with("hello");
         let mut server = place.start(&ARGUMENTS);
         server.signal(Signal::SIGUSR2);
-        server.wait_for("upgrade: becoming");
+        server.wait_for("upgrade: executing");
         // A moment between the last line of the old build and the first line of the new one.
         for _ in 0..delay * 20_000 {
             std::hint::spin_loop();
         }
         server.signal(Signal::SIGTERM);
         assert_eq!(server.wait_end(), Some(0), "{}", server.log());
-        server.wait_for("asked to drain and stop");
+        server.wait_for("signal to drain and stop");
     }
 }
 
@@ -410,7 +414,7 @@ fn what_died_during_an_upgrade_is_reaped_and_replaced() {
     let mut server = place.start(&ARGUMENTS);
     let old = server.workers();
     server.signal(Signal::SIGUSR2);
-    server.wait_for("upgrade: becoming");
+    server.wait_for("upgrade: executing");
     for &pid in &old {
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
     }

@@ -61,7 +61,7 @@ impl Staged {
     /// Completes the check. Returns when the new master is in its `preload`.
     fn enter_new_master(&self, check: File) -> File {
         drop(check);
-        self.server.logged("upgrade: becoming");
+        self.server.logged("upgrade: executing");
         self.held("preload")
     }
 
@@ -88,18 +88,18 @@ fn the_time_of_a_job_and_the_age_of_a_worker_go_on() {
     let check = staged.begin_upgrade();
     let worker = staged.server.workers().first().unwrap().to_string();
     // A job that has just started, and that is still running at the exec.
-    let runs = || staged.server.log().matches("cron started name=j").count();
+    let runs = || staged.server.log().matches("job started name=j").count();
     let before = runs();
     wait_until("the job starts again", || (runs() > before).then_some(()));
     let since = Instant::now();
     let log = staged.server.log();
-    let line = log.lines().rfind(|line| line.contains("cron started name=j")).unwrap();
+    let line = log.lines().rfind(|line| line.contains("job started name=j")).unwrap();
     let job = number(line, "pid=").to_owned();
     let preload = staged.enter_new_master(check);
     let held = Duration::from_secs(3);
     wait_for(held, since);
     staged.release("preload", preload);
-    for line in [staged.line_of("cron ended", &job), staged.line_of("worker left", &worker)] {
+    for line in [staged.line_of("job exited", &job), staged.line_of("worker exited", &worker)] {
         let lived: u128 = number(&line, "lived=").parse().unwrap();
         assert!(lived >= held.as_millis(), "{line}");
     }
@@ -120,7 +120,7 @@ fn a_worker_whose_drain_ends_by_its_own_alarm_has_not_died() {
     assert_eq!(client.join().unwrap(), 502, "from its heir");
     staged.release("preload", preload);
     let line = staged.line_of("worker", &format!("{worker} gen=1"));
-    assert!(line.contains("worker ended itself") && line.contains("(--drain-timeout)"), "{line}");
+    assert!(line.contains("worker terminated itself") && line.contains("(--drain-timeout)"), "{line}");
     wait_until("the reload after the upgrade", || {
         (staged.server.log().matches("reload done").count() == 2).then_some(())
     });

@@ -1,12 +1,14 @@
 //! Formats a line of the log. Pure: the time is passed as text, and nothing is written here.
 //!
-//! Forkyard's own lines have the form `event key=value key="a value"`. The text format keeps this form; in JSON the pairs become
-//! fields.
+//! A line has a message and the fields of its record ([`log::kv`]). As text they are `message key=value key="a value"`; in JSON each field
+//! has its own key.
 
+use std::fmt::{self, Display, Formatter};
 use std::io::Write as _;
 use std::time::Duration;
 
 use log::Level;
+use log::kv::{self, Key, Source, VisitSource, VisitValue};
 
 use super::json::Object;
 
@@ -19,7 +21,8 @@ pub(crate) struct Line<'a> {
     pub(crate) pid: u32,
     pub(crate) target: &'a str,
     pub(crate) message: &'a str,
-    /// The line is output of an application process: `slot=S pid=P | WORDS`. The words are the application's.
+    pub(crate) fields: &'a Fields,
+    /// The message is output of an application process. As text it follows the fields: `slot=S pid=P | MESSAGE`.
     pub(crate) is_output: bool,
 }
 
@@ -58,121 +61,140 @@ pub(crate) fn stamp(since_1970: Duration, into: &mut [u8]) {
     }
 }
 
-/// Keys that a pair must not use.
-const TAKEN: [&str; 4] = ["time", "level", "target", "message"];
+/// The fields of a line, in order. A field without a value (`None`) is left out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Fields(Vec<(String, Value)>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Value {
+    /// A number or a boolean, which has the same form in text and JSON.
+    Plain(String),
+    Text(String),
+}
+
+/// Keys of a line in JSON that are not fields.
+const RESERVED: [&str; 4] = ["time", "level", "target", "message"];
+/// JSON readers represent integers up to this one exactly.
+const MAX_EXACT: u64 = 1 << 53;
+
+impl Fields {
+    pub(crate) fn of(source: &dyn Source) -> Self {
+        let mut fields = Self::default();
+        let _ = source.visit(&mut fields); // no visitor of ours fails
+        fields
+    }
+
+    /// In bytes, without separators.
+    pub(crate) fn size(&self) -> usize {
+        self.0.iter().map(|(key, Value::Plain(value) | Value::Text(value))| key.len() + value.len()).sum()
+    }
+
+    pub(crate) fn push(&mut self, key: &str, number: u64) {
+        self.0.push((key.to_owned(), Value::Plain(number.to_string())));
+    }
+}
+
+impl Display for Fields {
+    /// ` key=value key="a value"`, with a space before each field.
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|(key, value)| match value {
+            Value::Text(text) if needs_quotes(text) => write!(f, " {key}={text:?}"),
+            Value::Text(text) | Value::Plain(text) => write!(f, " {key}={text}"),
+        })
+    }
+}
+
+impl<'kvs> VisitSource<'kvs> for Fields {
+    fn visit_pair(&mut self, key: Key<'kvs>, value: kv::Value<'kvs>) -> Result<(), kv::Error> {
+        let mut visited = Visited(None);
+        value.visit(&mut visited)?;
+        self.0.extend(visited.0.map(|value| (key.to_string(), value)));
+        Ok(())
+    }
+}
+
+struct Visited(Option<Value>);
+
+impl Visited {
+    fn plain(&mut self, value: impl Display) -> Result<(), kv::Error> {
+        self.0 = Some(Value::Plain(value.to_string()));
+        Ok(())
+    }
+}
+
+impl VisitValue<'_> for Visited {
+    fn visit_any(&mut self, value: kv::Value<'_>) -> Result<(), kv::Error> {
+        self.0 = Some(Value::Text(value.to_string()));
+        Ok(())
+    }
+
+    fn visit_null(&mut self) -> Result<(), kv::Error> {
+        Ok(())
+    }
+
+    fn visit_u64(&mut self, value: u64) -> Result<(), kv::Error> {
+        if value <= MAX_EXACT { self.plain(value) } else { self.visit_any(value.into()) }
+    }
+
+    fn visit_i64(&mut self, value: i64) -> Result<(), kv::Error> {
+        if value.unsigned_abs() <= MAX_EXACT { self.plain(value) } else { self.visit_any(value.into()) }
+    }
+
+    fn visit_bool(&mut self, value: bool) -> Result<(), kv::Error> {
+        self.plain(value)
+    }
+}
 
 impl Line<'_> {
     pub(crate) fn write_text(&self, out: &mut Vec<u8>) {
-        let Self { time, level, pid, message, .. } = self;
-        let _ = writeln!(out, "{time} {level:<5} [{pid}] {message}"); // writing to a Vec cannot fail
+        let Self { time, level, pid, message, fields, is_output, .. } = self;
+        let _ = write!(out, "{time} {level:<5} [{pid}]"); // writing to a Vec cannot fail
+        if !is_output {
+            let _ = write!(out, " {message}");
+        }
+        let _ = write!(out, "{fields}");
+        if *is_output {
+            let _ = write!(out, " | {message}");
+        }
+        out.push(b'\n');
     }
 
-    /// The field `pid` is the process that the line is about: the one in its pairs, otherwise the writer.
+    /// The key `pid` is the process that the line is about: its field, or else the writer.
     pub(crate) fn write_json(&self, out: &mut Vec<u8>) {
-        let (ours, words) = match self.message.split_once(" | ").filter(|_| self.is_output) {
-            Some((ours, words)) => (ours, Some(words)),
-            None => (self.message, None),
-        };
-        let (event, pairs) = parse(ours);
         let level = self.level.as_str().to_ascii_lowercase();
+        let fields = &self.fields.0;
         let mut object = Object::begin(out);
         object.text("time", self.time);
         object.text("level", &level);
-        if !pairs.iter().any(|pair| pair.key == "pid") {
+        if !fields.iter().any(|(key, _)| key == "pid") {
             object.plain("pid", self.pid);
         }
         object.text("target", self.target);
-        object.text("message", words.unwrap_or(event));
-        for Pair { key, value } in pairs {
-            match number(&value) {
-                Some(number) => object.plain(key, number),
-                None => object.text(key, &value),
+        object.text("message", self.message);
+        for (index, (key, value)) in fields.iter().enumerate() {
+            // An application may log any key. Each key must occur once; the last field counts.
+            if RESERVED.contains(&key.as_str()) || fields[index + 1..].iter().any(|(later, _)| later == key) {
+                continue;
+            }
+            match value {
+                Value::Plain(value) => object.plain(key, value),
+                Value::Text(text) => object.text(key, text),
             }
         }
         object.end();
     }
 }
 
-#[derive(Debug, PartialEq, Eq)]
-struct Pair<'a> {
-    key: &'a str,
-    value: String,
-}
-
-/// Splits a message into the event, which is the text before the pairs at its end, and all pairs, each key once. If a key occurs twice,
-/// the last pair counts, because Forkyard's own pairs are at the end and earlier text may come from a client.
-fn parse(message: &str) -> (&str, Vec<Pair<'_>>) {
-    let mut pairs: Vec<Pair<'_>> = Vec::new();
-    let mut tail = None;
-    let mut rest = message;
-    while !rest.is_empty() {
-        let at = message.len() - rest.len();
-        match pair(rest) {
-            Some((pair, after)) => {
-                tail = tail.or(Some(at));
-                pairs.retain(|other| other.key != pair.key);
-                pairs.push(pair);
-                rest = after;
-            }
-            None => {
-                tail = None;
-                rest = rest.split_once(' ').map_or("", |(_, rest)| rest);
-            }
-        }
-    }
-    let event = message[..tail.unwrap_or(message.len())].trim_end();
-    (if event.is_empty() { message } else { event }, pairs)
-}
-
-/// The pair at the beginning of `text`, and the text after it and a space.
-fn pair(text: &str) -> Option<(Pair<'_>, &str)> {
-    let (key, value) = text.split_once('=')?;
-    let is_name = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
-    if !key.as_bytes().first()?.is_ascii_lowercase() || !key.bytes().all(is_name) || TAKEN.contains(&key) {
-        return None;
-    }
-    if let Some((value, rest)) = quoted(value) {
-        return Some((Pair { key, value }, rest));
-    }
-    let (value, rest) = value.split_once(' ').unwrap_or((value, ""));
-    Some((Pair { key, value: value.to_owned() }, rest))
-}
-
-/// A value in the format of `{:?}`.
-fn quoted(text: &str) -> Option<(String, &str)> {
-    let mut value = String::new();
-    let mut rest = text.strip_prefix('"')?.chars();
-    loop {
-        match rest.next()? {
-            '"' => break,
-            '\\' => match rest.next()? {
-                'n' => value.push('\n'),
-                'r' => value.push('\r'),
-                't' => value.push('\t'),
-                '0' => value.push('\0'),
-                'u' => {
-                    let (digits, after) = rest.as_str().strip_prefix('{')?.split_once('}')?;
-                    value.push(char::from_u32(u32::from_str_radix(digits, 16).ok()?)?);
-                    rest = after.chars();
-                }
-                other => value.push(other),
-            },
-            other => value.push(other),
-        }
-    }
-    let rest = rest.as_str();
-    if rest.is_empty() { Some((value, rest)) } else { Some((value, rest.strip_prefix(' ')?)) }
-}
-
-/// A value that is a number in JSON, and that every JSON reader represents exactly.
-fn number(value: &str) -> Option<u64> {
-    let is_canonical = value == "0" || !value.starts_with(['0', '+']);
-    value.parse().ok().filter(|&number| is_canonical && number < 1 << 53)
+/// Whether a value would be ambiguous as `key=value`.
+fn needs_quotes(text: &str) -> bool {
+    text.is_empty()
+        || text.contains(|char: char| char.is_whitespace() || char.is_control() || matches!(char, '"' | '='))
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
+    use log::kv::ToValue as _;
+    use serde_json::Value as Json;
 
     use super::*;
 
@@ -192,62 +214,65 @@ mod tests {
         stamp(Duration::from_secs(1), &mut []);
     }
 
-    fn json(message: &str, is_output: bool) -> Value {
-        let line =
-            Line { time: "2026-01-02T03:04:05.678Z", level: Level::Warn, pid: 7, target: "t", message, is_output };
-        let mut out = Vec::new();
-        line.write_json(&mut out);
-        assert_eq!(out.iter().filter(|&&byte| byte == b'\n').count(), 1);
-        serde_json::from_slice(&out).unwrap()
+    fn write(message: &str, source: &dyn Source, is_output: bool) -> (String, Json) {
+        let fields = &Fields::of(source);
+        let (time, level) = ("2026-01-02T03:04:05.678Z", Level::Warn);
+        let line = Line { time, level, pid: 7, target: "t", message, fields, is_output };
+        let (mut text, mut json) = (Vec::new(), Vec::new());
+        line.write_text(&mut text);
+        line.write_json(&mut json);
+        assert_eq!(json.iter().filter(|&&byte| byte == b'\n').count(), 1);
+        (String::from_utf8(text).unwrap(), serde_json::from_slice(&json).unwrap())
     }
 
     #[test]
-    fn pairs_become_fields() {
-        let line = json(r#"worker died slot=3 pid=41 signal=SEGV lived=12ms in_flight="GET /a\"b\n\u{1} 3ms""#, false);
-        assert_eq!(line["message"], "worker died");
-        assert_eq!((&line["slot"], &line["pid"]), (&Value::from(3), &Value::from(41)));
-        assert_eq!((&line["signal"], &line["lived"]), (&Value::from("SEGV"), &Value::from("12ms")));
-        assert_eq!(line["in_flight"], "GET /a\"b\n\u{1} 3ms");
-        assert_eq!((&line["level"], &line["target"]), (&Value::from("warn"), &Value::from("t")));
-        let line = json("worker slot=3 pid=8 is not ready in time (--start-timeout): killed", false);
-        assert_eq!(line["message"], "worker slot=3 pid=8 is not ready in time (--start-timeout): killed");
-        assert_eq!((&line["slot"], &line["pid"]), (&Value::from(3), &Value::from(8)));
-        let line = json("workers=4", false);
-        assert_eq!((&line["message"], &line["workers"], &line["pid"]), (&"workers=4".into(), &4.into(), &7.into()));
+    fn fields_follow_the_message() {
+        let in_flight = "GET /a\"b\n\u{1} 3ms";
+        let fields: [(&str, kv::Value<'_>); 6] = [
+            ("slot", 3.into()),
+            ("pid", 41.into()),
+            ("status", None::<i32>.to_value()),
+            ("signal", "SEGV".into()),
+            ("in_flight", in_flight.into()),
+            ("is_last", false.into()),
+        ];
+        let (text, json) = write("worker died", &fields, false);
+        let expected = r#"worker died slot=3 pid=41 signal=SEGV in_flight="GET /a\"b\n\u{1} 3ms" is_last=false"#;
+        assert_eq!(text, format!("2026-01-02T03:04:05.678Z WARN  [7] {expected}\n"));
+        assert_eq!(
+            json,
+            serde_json::json!({
+                "time": "2026-01-02T03:04:05.678Z", "level": "warn", "target": "t", "message": "worker died",
+                "slot": 3, "pid": 41, "signal": "SEGV", "in_flight": in_flight, "is_last": false,
+            })
+        );
+        let (text, json) = write("slot=1 pid=2", &None::<(&str, &str)>, false);
+        assert_eq!((&json["message"], &json["pid"], &json["slot"]), (&"slot=1 pid=2".into(), &7.into(), &Json::Null));
+        assert!(text.ends_with("[7] slot=1 pid=2\n"), "{text}");
     }
 
     #[test]
-    fn what_others_say_takes_no_place_of_ours() {
-        let line = json(r#"a request failed: level=x request="GET /fake" message=y x=" request="GET /""#, false);
-        assert_eq!((&line["level"], &line["request"]), (&"warn".into(), &"GET /".into()));
-        let line = json("slot=1 pid=2 | pid=3 level=error \u{1b}[0m \" | slot=9", true);
-        assert_eq!(line["message"], "pid=3 level=error \u{1b}[0m \" | slot=9");
-        assert_eq!((&line["slot"], &line["pid"], &line["level"]), (&1.into(), &2.into(), &"warn".into()));
+    fn output_follows_its_fields() {
+        let (text, json) = write("pid=3 level=error | slot=9", &[("slot", 1), ("pid", 2)], true);
+        assert!(text.ends_with("WARN  [7] slot=1 pid=2 | pid=3 level=error | slot=9\n"), "{text}");
+        assert_eq!(json["message"], "pid=3 level=error | slot=9");
+        assert_eq!((&json["slot"], &json["pid"], &json["level"]), (&1.into(), &2.into(), &"warn".into()));
     }
 
     #[test]
-    fn any_message_is_one_object_with_each_key_once() {
-        let pieces =
-            ["a=", "\"", "\\", "=", " ", "pid=1", "x", "time=", "\n", "é", "\\u{", "}", "slot=07", "| ", "\u{7f}"];
-        for seed in 0..20_000 {
-            let mut random = fastrand::Rng::with_seed(seed);
-            let message: String = (0..random.usize(0..12)).map(|_| pieces[random.usize(0..pieces.len())]).collect();
-            let line = json(&message, random.bool());
-            assert_eq!(line["time"], "2026-01-02T03:04:05.678Z", "seed {seed}");
-            let (_, pairs) = parse(&message);
-            let mut keys: Vec<&str> = pairs.iter().map(|pair| pair.key).collect();
-            keys.sort_unstable();
-            keys.dedup();
-            assert_eq!(keys.len(), pairs.len(), "seed {seed}");
-        }
+    fn no_field_takes_the_place_of_another_key() {
+        let fields = [("level", "x"), ("message", "y"), ("a", "1"), ("target", ""), ("a", "2")];
+        let (text, json) = write("m", &fields, false);
+        assert!(text.ends_with(" m level=x message=y a=1 target=\"\" a=2\n"), "{text}");
+        assert_eq!((&json["level"], &json["message"], &json["a"]), (&"warn".into(), &"m".into(), &"2".into()));
     }
 
     #[test]
-    fn text_is_as_it_was() {
-        let line =
-            Line { time: "T", level: Level::Info, pid: 7, target: "t", message: "ready slot=1", is_output: false };
-        let mut out = Vec::new();
-        line.write_text(&mut out);
-        assert_eq!(out, b"T INFO  [7] ready slot=1\n");
+    fn integers_that_json_readers_would_round_are_text() {
+        let exact = 1_u64 << 53;
+        let (_, json) = write("m", &[("a", exact), ("b", exact + 1)], false);
+        assert_eq!((&json["a"], &json["b"]), (&exact.into(), &"9007199254740993".into()));
+        let (_, json) = write("m", &[("a", i64::MIN)], false);
+        assert_eq!(json["a"], "-9223372036854775808");
     }
 }

@@ -34,11 +34,12 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use log::kv::Source;
 use log::{Level, Log, Metadata, Record};
 
 pub(crate) use self::destination::examine;
 use self::destination::{Kind, Outcome, Queue};
-use self::line::Line;
+use self::line::{Fields, Line};
 use self::rate::{ByteLimit, LeftOut, Now, Sample, SiteLimits};
 use crate::config::logs::{LogConfig, LogFormat};
 use crate::sys;
@@ -115,9 +116,8 @@ impl Sink {
                 // For example, the disk is full. A worker's standard error leads to the master, which may still be able to
                 // write.
                 if !std::mem::replace(&mut self.is_failing, true) {
-                    let text =
-                        format!("the log file cannot be written: {why}: its lines go to standard error (--log-file)");
-                    write_to_standard_error(&own_line(Level::Error, &text));
+                    let message = "cannot write to the log file; its lines go to standard error (--log-file)";
+                    write_to_standard_error(&own_line(Level::Error, message, &[("error", why)]));
                 }
                 write_to_standard_error(line);
             }
@@ -129,11 +129,11 @@ impl Sink {
     fn goes_on(&mut self) {
         let lost = self.queue.as_mut().and_then(Queue::take_lost);
         if let Some(lost) = lost {
-            let text = format!("lines of the log were lost, as nobody read it (--log-queue) lost={lost}");
-            self.put(&own_line(Level::Warn, &text));
+            let message = "log lines were lost because the reader of the log did not keep up (--log-queue)";
+            self.put(&own_line(Level::Warn, message, &[("lost", lost)]));
         }
         if std::mem::take(&mut self.is_failing) {
-            self.put(&own_line(Level::Warn, "the log file is written again"));
+            self.put(&own_line(Level::Warn, "the log file can be written again", &None::<(&str, &str)>));
         }
     }
 
@@ -144,7 +144,7 @@ impl Sink {
     }
 
     /// Whether a line of this place in the source may be logged. If not, it is counted.
-    fn admits(&mut self, record: &Record<'_>, message: &str) -> bool {
+    fn admits(&mut self, record: &Record<'_>, message: &str, fields: &Fields) -> bool {
         let now = self.now();
         let Some(limits) = &mut self.limits else { return true };
         let is_ours = record.module_path().is_some_and(|path| path.starts_with(OURS));
@@ -153,6 +153,7 @@ impl Sink {
                 level: record.level(),
                 target: record.target().to_owned(),
                 message: message.to_owned(),
+                fields: fields.clone(),
                 more: 0,
             };
             let admits = limits.sites.admits((file, line), now, sample);
@@ -161,7 +162,7 @@ impl Sink {
             }
             return admits;
         }
-        let admission = limits.application.take(message.len(), now);
+        let admission = limits.application.take(message.len() + fields.size(), now);
         if let Some(left_out) = admission.left_out {
             self.report(left_out);
         }
@@ -176,8 +177,9 @@ impl Sink {
     fn report_left_out(&mut self, now: Now) {
         let Some(limits) = &mut self.limits else { return };
         let (samples, left_out) = (limits.sites.tick(now), limits.application.tick(now));
-        for Sample { level, target, message, more } in samples {
-            self.put(&line(level, &target, &format!("{message} left_out={more}"), false));
+        for Sample { level, target, message, mut fields, more } in samples {
+            fields.push("left_out", more);
+            self.put(&line(level, &target, &message, &fields, false));
         }
         if let Some(left_out) = left_out {
             self.report(left_out);
@@ -185,8 +187,8 @@ impl Sink {
     }
 
     fn report(&mut self, LeftOut { lines, bytes }: LeftOut) {
-        let text = format!("lines logged by the application were left out (--output-rate) lines={lines} bytes={bytes}");
-        self.put(&own_line(Level::Warn, &text));
+        let message = "lines logged by the application were left out (--output-rate)";
+        self.put(&own_line(Level::Warn, message, &[("lines", lines), ("bytes", bytes)]));
     }
 
     /// Does the work that is due. Returns when to call this again, if work is left.
@@ -325,23 +327,23 @@ fn logger(config: &LogConfig) -> env_logger::Logger {
         .parse_filters(config.filters.as_str())
         .target(env_logger::Target::Pipe(Box::new(Destination)))
         .format(|out, record| {
-            let message = record.args().to_string();
-            if !sink().admits(record, &message) {
+            let (message, fields) = (record.args().to_string(), Fields::of(record.key_values()));
+            if !sink().admits(record, &message, &fields) {
                 return Ok(());
             }
             let is_output = record.target() == OUTPUT && record.module_path() == Some(OUTPUT_FROM);
-            out.write_all(&line(record.level(), record.target(), &message, is_output))
+            out.write_all(&line(record.level(), record.target(), &message, &fields, is_output))
         })
         .build()
 }
 
-fn line(level: Level, target: &str, message: &str, is_output: bool) -> Vec<u8> {
-    line_at(&format!("{:.3}", Timestamp::now()), level, target, message, is_output)
+fn line(level: Level, target: &str, message: &str, fields: &Fields, is_output: bool) -> Vec<u8> {
+    let time = &format!("{:.3}", Timestamp::now());
+    written(Line { time, level, pid: std::process::id(), target, message, fields, is_output })
 }
 
-fn line_at(time: &str, level: Level, target: &str, message: &str, is_output: bool) -> Vec<u8> {
-    let line = Line { time, level, pid: std::process::id(), target, message, is_output };
-    let mut bytes = Vec::with_capacity(message.len() + 128);
+fn written(line: Line<'_>) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(line.message.len() + 128);
     if is_json() {
         line.write_json(&mut bytes);
     } else {
@@ -350,9 +352,10 @@ fn line_at(time: &str, level: Level, target: &str, message: &str, is_output: boo
     bytes
 }
 
-/// A line in the format of the log, with this time.
+/// A line without fields in the format of the log, with this time.
 pub(crate) fn line_with(time: &str, level: Level, message: &str) -> Vec<u8> {
-    line_at(time, level, env!("CARGO_CRATE_NAME"), message, false)
+    let (target, fields) = (env!("CARGO_CRATE_NAME"), &Fields::default());
+    written(Line { time, level, pid: std::process::id(), target, message, fields, is_output: false })
 }
 
 /// Whether the log is a file, so that it is not visible on standard error.
@@ -361,8 +364,8 @@ pub(crate) fn is_file() -> bool {
 }
 
 /// A line about the log itself.
-fn own_line(level: Level, message: &str) -> Vec<u8> {
-    line(level, module_path!(), message, false)
+fn own_line(level: Level, message: &str, fields: &dyn Source) -> Vec<u8> {
+    line(level, module_path!(), message, &Fields::of(fields), false)
 }
 
 /// For a child that was just forked and becomes a worker: leaves queued lines to the master, and limits the worker's own lines from now
@@ -419,9 +422,9 @@ pub(crate) fn output_rate() -> u64 {
     OUTPUT_RATE.load(Ordering::Relaxed)
 }
 
-/// The current limits, for the log.
-pub(crate) fn describe_limits() -> String {
-    format!("queue={} output_rate={}", sink().limit, output_rate())
+/// The size of the queue for a slow reader (`--log-queue`).
+pub(crate) fn queue_limit() -> usize {
+    sink().limit
 }
 
 /// The log's descriptor, which children keep.

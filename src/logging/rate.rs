@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use log::Level;
 
+use super::line::Fields;
+
 /// A point in time, relative to a moment that all callers share.
 pub(crate) type Now = Duration;
 
@@ -112,6 +114,7 @@ pub(super) struct Sample {
     pub(super) level: Level,
     pub(super) target: String,
     pub(super) message: String,
+    pub(super) fields: Fields,
     pub(super) more: u64,
 }
 
@@ -226,8 +229,13 @@ mod tests {
 
     #[test]
     fn each_place_in_the_source_has_a_limit_of_its_own() {
-        let sample =
-            |message: &str| Sample { level: Level::Warn, target: "t".to_owned(), message: message.to_owned(), more: 0 };
+        let sample = |message: &str| Sample {
+            level: Level::Warn,
+            target: "t".to_owned(),
+            message: message.to_owned(),
+            fields: Fields::default(),
+            more: 0,
+        };
         let mut limits = SiteLimits::new(3);
         let now = Now::from_secs(9);
         let logged = |limits: &mut SiteLimits, line: u32, at| {

@@ -1,5 +1,5 @@
-//! Finds the processes that daemons and jobs have left behind. A daemon that puts itself into the background exits at once with 0 while its
-//! background process serves: restarting the daemon would start a second instance.
+//! Finds the processes that daemons and jobs have left behind. A daemon that puts itself into the background exits immediately with 0 while
+//! its background process serves: restarting the daemon would start a second instance.
 //!
 //! A process's environment names the sidecar that started it (`FORKYARD_NAME`), unless the process has overwritten its environment, as
 //! programs do that change their text in `ps`. A process with an overwritten environment is attributed to the daemon that exited last, if
@@ -45,7 +45,7 @@ struct Found {
 }
 
 impl Inherited {
-    /// Records that this sidecar has exited with 0, without being asked to, after this lifetime.
+    /// Records that this sidecar, which had run for `lived`, has exited with 0 without being asked to.
     pub(super) fn suspect(&mut self, sidecar: usize, lived: Duration) {
         self.suspects.retain(|suspect| suspect.sidecar != sidecar);
         self.suspects.push(EndedSidecar { sidecar, ended: Instant::now(), lived });
@@ -55,7 +55,7 @@ impl Inherited {
         self.suspects.iter().any(|suspect| suspect.ended.elapsed() < SUSPECT)
     }
 
-    /// Examines the children of this process that it did not start. `names` are the names of the sidecars, in order. Returns the sidecars
+    /// Examines `orphans`, the children that this process did not start. `names` are the sidecars' names, in order. Returns the sidecars
     /// that run in the background, each with its process.
     pub(super) fn take(&mut self, orphans: &[Pid], names: &[&str]) -> Vec<(usize, Pid)> {
         self.suspects.retain(|suspect| suspect.ended.elapsed() < SUSPECT);
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_daemon_has_left_is_known_by_its_name_or_by_its_age_and_nobody_elses_is() {
+    fn a_daemons_process_is_recognized_by_its_name_or_its_age() {
         let before = sleeping(None);
         let pid_of = |child: &Child| Pid::from_raw(child.id().cast_signed());
         let is_up = |child: &Child| {
@@ -175,7 +175,7 @@ mod tests {
                 .is_none_or(|stat| stat.name != "sleep" || stat.session != pid_of(child).as_raw())
                 || procfs::environment_of(pid_of(child)) == Environment::InExec
             {
-                assert!(Instant::now() < deadline, "it sleeps");
+                assert!(Instant::now() < deadline, "sleep is running");
                 std::thread::park_timeout(Duration::from_millis(1));
             }
         };
@@ -190,13 +190,13 @@ mod tests {
         is_up(&other);
         let orphans = [&before, &named, &other].map(pid_of);
         let lasting = |inherited: &mut Inherited, orphans: &[Pid]| {
-            assert_eq!(inherited.take(orphans, &names), [], "it may end soon");
+            assert_eq!(inherited.take(orphans, &names), [], "it may exit soon");
             for found in &mut inherited.found {
                 found.since = found.since.checked_sub(LASTING).unwrap();
             }
             inherited.take(orphans, &names)
         };
-        assert_eq!(lasting(&mut inherited, &orphans[1..]), [], "b has not ended, and is only remembered");
+        assert_eq!(lasting(&mut inherited, &orphans[1..]), [], "b has not exited, so its process is only recorded");
         assert!(inherited.has(orphans[1]) && !inherited.has(orphans[0]));
         inherited.suspect(1, Duration::ZERO);
         assert_eq!(inherited.take(&orphans[1..], &names), [(1, orphans[1])]);
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn in_the_middle_of_exec_nothing_is_taken_for_another_daemons() {
+    fn a_process_in_the_middle_of_exec_is_not_attributed_to_a_different_daemon() {
         let directory = tempfile::tempdir().unwrap();
         let script = directory.path().join("again");
         std::fs::write(&script, "exec sh \"$0\"\n").unwrap();
@@ -229,7 +229,7 @@ mod tests {
         let pid = Pid::from_raw(child.id().cast_signed());
         let deadline = Instant::now() + Duration::from_secs(60);
         while procfs::stat(pid).is_none_or(|stat| stat.session != pid.as_raw()) {
-            assert!(Instant::now() < deadline, "it has a session of its own");
+            assert!(Instant::now() < deadline, "it has its own session");
             std::thread::park_timeout(Duration::from_millis(1));
         }
         let mut seen_in_exec = 0;
@@ -242,7 +242,7 @@ mod tests {
             let Some(sidecar) = inherited.found[0].sidecar else {
                 seen_in_exec += 1;
                 inherited.found[0].since = inherited.found[0].since.checked_sub(LASTING).unwrap();
-                // The next examination takes place later, and the process's time counts from the first one.
+                // The next examination takes place later. The process's time is measured from the first examination.
                 inherited.suspect(1, Duration::ZERO);
                 while inherited.found[0].sidecar.is_none() {
                     let detached = inherited.take(&[pid], &["a", "b"]);
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_environment_counts_after_a_while_as_an_exec_shows_one_too() {
+    fn an_empty_environment_is_accepted_only_after_a_while_because_exec_shows_one_too() {
         let mut command = Command::new("env");
         let mut child = command.args(["-i", "/usr/bin/setsid", "/bin/sleep", "600"]).spawn().unwrap();
         let pid = Pid::from_raw(child.id().cast_signed());
@@ -266,7 +266,7 @@ mod tests {
         while procfs::stat(pid).is_none_or(|stat| stat.name != "sleep" || stat.session != pid.as_raw())
             || procfs::environment_of(pid) != Environment::Shown(Vec::new())
         {
-            assert!(Instant::now() < deadline, "it sleeps");
+            assert!(Instant::now() < deadline, "sleep is running");
             std::thread::park_timeout(Duration::from_millis(1));
         }
         let mut inherited = Inherited::default();
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn what_shows_our_own_environment_is_a_workers_child_before_exec() {
+    fn a_process_with_the_masters_environment_is_a_workers_child_before_exec() {
         let inherited = Inherited {
             suspects: vec![EndedSidecar { sidecar: 0, ended: Instant::now(), lived: Duration::ZERO }],
             found: vec![],

@@ -33,7 +33,7 @@ const FOUND_IDLE: u32 = 3;
 #[derive(Default)]
 pub(super) struct Closing {
     sockets: Option<listen::Closing>,
-    /// Do not wait for queues: the server stops at once, or no process is left to accept.
+    /// Whether not to wait for the queues: the server stops immediately, or no process is left to accept.
     hurries: bool,
     /// Programs to ask to exit when the queues are empty.
     held: Vec<Pid>,
@@ -52,7 +52,7 @@ impl Closing {
         self.sockets.as_ref().is_some_and(|sockets| !sockets.is_over())
     }
 
-    /// Whether no queue is being waited for.
+    /// Whether the master waits for no queue.
     pub(super) fn is_dry(&self) -> bool {
         self.sockets.as_ref().is_none_or(listen::Closing::is_dry)
     }
@@ -64,8 +64,8 @@ impl Closing {
 }
 
 impl Master {
-    /// Stops new connections from entering the queues of the sockets that the server bound. The queues may take some time to empty; with
-    /// `at_once`, they are given none.
+    /// Stops new connections from entering the queues of the sockets that the server bound. With `at_once`, does not wait until the queues
+    /// are empty.
     pub(super) fn close_sockets(&mut self, at_once: bool) {
         self.closing.hurries |= at_once;
         if let Some(sockets) = &mut self.closing.sockets {
@@ -102,11 +102,11 @@ impl Master {
             let sockets = self.closing.sockets.as_mut();
             let lost = sockets.map_or(0, |sockets| sockets.advance(&self.spawner.listeners, queued, Instant::now()));
             if lost > 0 {
-                let (orphaned_outputs, limit) = match self.closing.hurries {
-                    true => ("", ""),
-                    false => (" in time", " (half of --drain-timeout is for them)"),
+                let in_time = match self.closing.hurries {
+                    true => "are reset",
+                    false => "in time are reset (half of --drain-timeout is reserved for them)",
                 };
-                log::warn!("connections that nobody accepted{orphaned_outputs} are reset connections={lost}{limit}");
+                log::warn!(connections = lost; "connections that no process accepted {in_time}");
             }
             if self.closing.is_dry() {
                 self.release_held();
@@ -141,9 +141,8 @@ impl Master {
         for (index, listener) in listeners.filter(|(_, listener)| !listener.is_listening()) {
             if self.closing.not_listening.insert(index) {
                 log::error!(
-                    "a socket listens no more: some process that holds it has called shutdown(2) on it (stop and start) \
-                     bind={}",
-                    listener.bind
+                    bind:% = listener.bind;
+                    "a socket no longer listens: a process that holds it called shutdown(2) on it (stop and start the server)"
                 );
             }
         }
@@ -176,7 +175,7 @@ impl Master {
                 let found = self.closing.found_idle.entry(pid).or_default();
                 *found += 1;
                 if *found >= FOUND_IDLE {
-                    log::warn!("worker slot={slot} pid={pid} serves nobody and does not leave: killed");
+                    log::warn!(slot, pid = pid.as_raw(); "worker killed: it serves no request and did not exit");
                     return self.signal(pid, Signal::SIGKILL);
                 }
             }

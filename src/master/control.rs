@@ -25,8 +25,8 @@ type Now = Duration;
 
 /// Maximum number of clients that are not waiting for an outcome. Further clients wait in the kernel's queue.
 const MAX_CLIENTS: usize = 16;
-/// Maximum number of all clients. Waiting clients do not count towards [`MAX_CLIENTS`], so that the master still
-/// answers status requests.
+/// Maximum number of all clients. Waiting clients are not included in [`MAX_CLIENTS`], so that the master
+/// still answers status requests.
 const MAX_CLIENTS_AND_WAITING: usize = 64;
 /// Time for a client to send its line, or to read the next part of its replies.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -69,9 +69,9 @@ struct Client {
     stream: UnixStream,
     unread: Vec<u8>,
     unsent: Vec<u8>,
-    /// The request was read, or reading has failed: nothing more is read.
+    /// Whether the request was read, or reading has failed: nothing more is read.
     asked: bool,
-    /// The outcome is in `unsent`. The connection closes when it has been sent.
+    /// Whether `unsent` contains the outcome. The connection closes when it has been sent.
     ending: bool,
     gone: bool,
     /// Time limit for the client to send or read something.
@@ -155,14 +155,14 @@ impl Control {
     /// limit.
     pub(crate) fn sweep(&mut self, now: Now) {
         self.clients.retain(|client| {
-            let orphaned_outputs = client.is_timed() && client.deadline <= now;
-            if orphaned_outputs {
+            let is_late = client.is_timed() && client.deadline <= now;
+            if is_late {
                 log::info!(
-                    "control client dropped: it sent no line, or did not read, for {}s",
+                    "control client disconnected: it sent no request, or did not read its replies, for {} seconds",
                     CLIENT_TIMEOUT.as_secs()
                 );
             }
-            !(orphaned_outputs || client.gone || client.ending && client.unsent.is_empty())
+            !(is_late || client.gone || client.ending && client.unsent.is_empty())
         });
     }
 
@@ -179,20 +179,19 @@ impl Control {
                     self.next += 1;
                     if let Err(why) = may_ask(client.stream.as_fd()) {
                         let Admission { left_out, is_admitted } = self.refusals.take(1, now);
-                        let more =
-                            left_out.map_or_else(String::new, |left_out| format!(" left_out={}", left_out.lines));
-                        if is_admitted || !more.is_empty() {
-                            log::warn!("control client refused: {why}{more}");
+                        let left_out = left_out.map(|left_out| left_out.lines);
+                        if is_admitted || left_out.is_some() {
+                            log::warn!(left_out; "control client refused: {why}");
                         }
                         client.asked = true;
-                        client.log(&Reply::failed(why), now);
+                        client.reply(&Reply::failed(why), now);
                     }
                     self.clients.push(client);
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
-                    log::error!("the control socket cannot accept: {}", sys::explain(&error));
+                    log::error!("cannot accept on the control socket: {}", sys::explain(&error));
                     self.paused_until = now + ACCEPT_RETRY_INTERVAL;
                     return;
                 }
@@ -201,9 +200,9 @@ impl Control {
     }
 
     /// Sends a reply to a client, if it is still connected.
-    pub(crate) fn log(&mut self, id: ClientId, answer: &Reply, now: Now) {
+    pub(crate) fn reply(&mut self, id: ClientId, answer: &Reply, now: Now) {
         if let Some(client) = self.clients.iter_mut().find(|client| client.id == id) {
-            client.log(answer, now);
+            client.reply(answer, now);
         }
     }
 
@@ -222,7 +221,9 @@ impl Control {
         match sent {
             Ok(sent) if sent == line.len() => client.ending = true,
             Ok(_) => client.gone = true,
-            Err(errno) => client.log(&Reply::failed(format!("the descriptor cannot be sent: {errno}")), now),
+            Err(errno) => {
+                client.reply(&Reply::failed(format!("cannot send the descriptor of the shared memory: {errno}")), now)
+            }
         }
     }
 
@@ -241,7 +242,7 @@ impl Control {
     /// Sends a reply to all clients that wait for `what`.
     pub(crate) fn reply_to_waiting(&mut self, what: Waiting, answer: &Reply, now: Now) {
         for client in self.clients.iter_mut().filter(|client| client.waiting == what) {
-            client.log(answer, now);
+            client.reply(answer, now);
         }
     }
 }
@@ -300,7 +301,7 @@ impl Client {
             }
             let line = self.unread.iter().position(|&byte| byte == b'\n');
             if line.unwrap_or(self.unread.len()) >= MAX_REQUEST {
-                self.refuse(format!("a request has {MAX_REQUEST} bytes at the most"), now);
+                self.refuse(format!("the request is too long: at most {MAX_REQUEST} bytes are allowed"), now);
             } else if let Some(end) = line {
                 self.asked = true;
                 match Request::parse(&self.unread[..end]) {
@@ -314,10 +315,10 @@ impl Client {
 
     fn refuse(&mut self, why: String, now: Now) {
         self.asked = true;
-        self.log(&Reply::failed(why), now);
+        self.reply(&Reply::failed(why), now);
     }
 
-    fn log(&mut self, answer: &Reply, now: Now) {
+    fn reply(&mut self, answer: &Reply, now: Now) {
         if self.ending {
             return;
         }
@@ -361,13 +362,13 @@ impl Client {
 /// Checks that the client's process runs as root or as the user of this process.
 fn may_ask(socket: BorrowedFd<'_>) -> Result<(), String> {
     let peer = getsockopt(&socket, sockopt::PeerCredentials)
-        .map_err(|errno| format!("the kernel does not say who it is: {}", io::Error::from(errno)))?;
+        .map_err(|errno| format!("cannot determine the client's user: {}", io::Error::from(errno)))?;
     let ours = nix::unistd::geteuid().as_raw();
     if peer.uid() == 0 || peer.uid() == ours {
         return Ok(());
     }
     Err(format!(
-        "user {} (pid {}) may not ask this master: only root and user {ours} may (run the command as one of them)",
+        "user {} (pid {}) must not control this master: only root and user {ours} may (run the command as one of them)",
         peer.uid(),
         peer.pid()
     ))

@@ -1,32 +1,34 @@
-//! Writes the death record: one log line for each process that ended, with everything known about its death.
-
-use std::fmt::Write as _;
+//! Writes the death record: one log line for each process that ended, with all known facts about its death.
 
 use forkyard_shm::{Scoreboard, Snapshot, State};
+use log::kv::{Source, ToValue as _, Value};
+use log::{Level, Record};
 use nix::unistd::Pid;
 
 use super::programs;
 use super::spawn::Child;
+use super::status::line_of;
 use crate::config::privileges::ResourceLimit;
 use crate::sys::Ending;
 
 /// Maximum number of in-flight requests to list.
 const NAMED: usize = 4;
 
-/// Facts about the death of a process, in addition to the log line.
+/// Facts about the end of a process, in addition to the log line.
 #[derive(Debug)]
 pub(crate) struct End {
-    /// The worker failed, rather than exiting on request.
+    /// Whether the worker failed, rather than exiting on request.
     pub(crate) is_crash: bool,
-    /// The requests that were in flight, and whether the list is complete.
+    /// The requests that were in flight.
     pub(crate) in_flight: Vec<String>,
+    /// Whether `in_flight` is complete.
     pub(crate) complete: bool,
     /// The request that the crashing thread was working on.
     pub(crate) culprit: Option<String>,
     /// The requests that all threads were working on; `None` if they are unknown, or if the crashing thread is known to have been working
     /// on no request.
     pub(crate) running: Option<Vec<String>>,
-    /// The process's own actions caused its death, and not a limit of the whole process or the system.
+    /// Whether the process's own actions caused its death, rather than a limit of the whole process or the system.
     pub(crate) by_itself: bool,
     /// Where the process crashed; empty if that is unknown.
     pub(crate) trace: String,
@@ -61,8 +63,7 @@ const CRASHES: [i32; 9] = [
     libc::SIGXFSZ,
 ];
 
-/// False if a limit of the whole process or of the system was reached, because the work at that moment is then weak
-/// evidence.
+/// Returns false if a limit of the whole process or of the system was reached, because the work at that moment is then weak evidence.
 fn is_by_itself(ending: Ending) -> bool {
     ![libc::SIGKILL, libc::SIGXCPU].map(Ending::Signaled).contains(&ending)
 }
@@ -85,7 +86,7 @@ pub(crate) fn is_starting(pid: Pid, child: &Child, scoreboard: &Scoreboard) -> b
     }
 }
 
-/// The limits that may have prevented a start. Empty if the last words name another cause.
+/// Names the limits that may have prevented a start. Empty if the last words name a different cause.
 fn hint_on_limits(limits: &[ResourceLimit], last_words: &str) -> String {
     // Messages from the kernel, the standard library and the loader.
     const OF_LIMITS: [&str; 8] =
@@ -99,7 +100,7 @@ fn hint_on_limits(limits: &[ResourceLimit], last_words: &str) -> String {
     format!("a limit may be too low for it to start: {}", vital.join(", "))
 }
 
-/// The requests that a worker was serving, with their ages.
+/// Lists the requests that a worker was serving, with their ages.
 fn in_flight(row: &Snapshot) -> String {
     let named = row.serving.iter().take(NAMED);
     let mut named: Vec<String> = named.map(|one| format!("{} {}ms", one.what, one.since.as_millis())).collect();
@@ -110,19 +111,38 @@ fn in_flight(row: &Snapshot) -> String {
     named.join(", ")
 }
 
-/// The fields of the log line that list the requests that the process was running.
-fn requests_at_its_end(culprit: Option<&str>, running: Option<&[String]>, ending: Ending, was_sent: bool) -> String {
+/// The field of the log line that lists the requests that the process was running.
+fn requests_at_its_end(
+    culprit: Option<&str>,
+    running: Option<&[String]>,
+    ending: Ending,
+    was_sent: bool,
+) -> (&'static str, Option<String>) {
     match (culprit, running, ending) {
-        (Some(at_work), _, Ending::Signaled(_)) if was_sent => format!(" at_work={at_work:?}"),
-        (Some(culprit), _, Ending::Signaled(_)) => format!(" crashed_in={culprit:?}"),
-        (Some(culprit), _, Ending::Exited(_)) => format!(" exited_in={culprit:?}"),
-        (None, Some(running), _) => format!(" at_work={:?}", running[..running.len().min(NAMED)].join(", ")),
-        (None, None, _) => String::new(),
+        (Some(at_work), _, Ending::Signaled(_)) if was_sent => ("at_work", Some(at_work.to_owned())),
+        (Some(culprit), _, Ending::Signaled(_)) => ("crashed_in", Some(culprit.to_owned())),
+        (Some(culprit), _, Ending::Exited(_)) => ("exited_in", Some(culprit.to_owned())),
+        (None, Some(running), _) => ("at_work", Some(running[..running.len().min(NAMED)].join(", "))),
+        (None, None, _) => ("at_work", None),
     }
 }
 
-/// Writes the log line. `no_memory` is the cause if the kernel killed the process because memory ran out. The scoreboard row was written by
-/// the dead process, so it is bounded, and used as text only. `limits` are those of `--rlimit`, for a process that had not become ready.
+/// Logs an event. Returns its line, for control clients.
+fn log_event(level: Level, event: &str, fields: &dyn Source) -> String {
+    log::logger().log(
+        &Record::builder()
+            .args(format_args!("{event}"))
+            .level(level)
+            .target(module_path!())
+            .module_path_static(Some(module_path!()))
+            .key_values(fields)
+            .build(),
+    );
+    line_of(event, fields)
+}
+
+/// Logs the death. `no_memory` is the cause if the kernel killed the process because memory ran out. The scoreboard row was written by the
+/// dead process, so it is bounded, and used as text only. `limits` are those of `--rlimit`, for a process that had not become ready.
 pub(crate) fn publish(
     pid: Pid,
     ending: Ending,
@@ -131,73 +151,69 @@ pub(crate) fn publish(
     scoreboard: &Scoreboard,
     limits: Option<&[ResourceLimit]>,
 ) -> End {
-    let mut line = format!("slot={} pid={pid} gen={} {ending}", child.slot, child.generation);
-    if let Some(cause) = no_memory {
-        let _ = write!(line, " cause={cause}");
-    }
+    let (slot, generation, lived) = (child.slot, child.generation, child.since.elapsed().as_millis());
     // For a hanging worker the sender is the master itself.
     let sent_by = child.sent_by.filter(|_| !child.hung);
-    if let Some(pid) = sent_by {
-        let _ = write!(line, " sent_by={pid}");
-    }
-    let _ = write!(line, " lived={}ms", child.since.elapsed().as_millis());
     // The row belongs to the child only if the child had claimed it. A program has no row.
-    let row = scoreboard.read(child.slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
-    if row.is_none() && child.is_worker() {
-        line += " served=0";
-    }
-    if let Some(row) = &row {
-        let _ = write!(line, " served={}", row.requests);
-        if row.in_flight > 0 {
-            let _ = write!(line, " in_flight={:?}", in_flight(row));
-        }
-    }
+    let row = scoreboard.read(slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
+    let served = row.as_ref().map(|row| row.requests);
+    let in_flight = row.as_ref().filter(|row| row.in_flight > 0).map(in_flight);
     let is_crash = is_crash(ending, &child, no_memory.is_some());
     let by_itself = is_by_itself(ending) || child.hung;
     let is_as_asked = matches!(ending, Ending::Exited(_)) && child.asked_to_leave;
     let running = row.as_ref().filter(|row| row.culprit.is_none() && !row.no_culprit && row.all_running);
     let running = running.map(|row| row.running.clone()).filter(|running| !running.is_empty() && !is_as_asked);
     let culprit = row.as_ref().and_then(|row| row.culprit.as_deref());
-    line += &requests_at_its_end(culprit, running.as_deref(), ending, sent_by.is_some());
-    let idle = row.as_ref().is_none_or(|row| row.in_flight == 0);
+    let (key, requests) = requests_at_its_end(culprit, running.as_deref(), ending, sent_by.is_some());
     let as_asked = child.asked_to_leave
         && (ending == Ending::Exited(0) || [libc::SIGTERM, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
-    let is_late = child.asked_to_leave && child.is_worker() && ending == Ending::Signaled(libc::SIGALRM);
+    let (is_worker, was_asked) = (child.is_worker(), child.asked_to_leave);
+    let is_late = was_asked && is_worker && ending == Ending::Signaled(libc::SIGALRM);
     let program = child.program();
     let failed = ending != Ending::Exited(0) || program.as_ref().is_some_and(|program| !program.started);
     let hint = program.filter(|program| !program.started && !as_asked).map_or("", |_| programs::hint(ending));
-    let (child_was_asked, was_sent) = (child.asked_to_leave, sent_by.is_some());
     let (last_words, trace) = child.mark_dead();
     let was_late = limits.is_some() && ending == Ending::Signaled(libc::SIGKILL);
-    if !last_words.is_empty() && failed && (!as_asked || was_late) {
-        let _ = write!(line, " said={last_words:?}");
-    }
-    let by_limit = failed && !as_asked && !child_was_asked && no_memory.is_none() && !was_sent;
+    let said = Some(&last_words).filter(|words| !words.is_empty() && failed && (!as_asked || was_late));
+    let by_limit = failed && !as_asked && !was_asked && no_memory.is_none() && sent_by.is_none();
     let of_limits = limits.filter(|_| by_limit).map_or_else(String::new, |limits| hint_on_limits(limits, &last_words));
     // A loader that cannot allocate memory exits with 127, as does a shell that does not find a command.
     let hint =
         if hint.is_empty() || !(of_limits.is_empty() || last_words.is_empty()) { of_limits } else { hint.to_owned() };
     let hint = if is_late { "it did not finish in time (--drain-timeout)".to_owned() } else { hint };
-    if !hint.is_empty() {
-        let _ = write!(line, " hint={hint:?}");
-    }
-    if !trace.is_empty() {
-        let _ = write!(line, " trace={trace:?}");
-    }
-    let (level, what) = match ending {
-        _ if is_late => (log::Level::Warn, "worker ended itself"),
-        _ if as_asked => (log::Level::Info, "worker left"),
-        Ending::Exited(0) if idle => (log::Level::Info, "worker left of its own accord"),
-        Ending::Exited(0) => (log::Level::Warn, "worker left of its own accord, and in the middle of its work"),
-        Ending::Exited(125) if limits.is_none() => (log::Level::Warn, "worker left and asks not to be replaced"),
-        Ending::Exited(_) | Ending::Signaled(_) => (log::Level::Warn, "worker died"),
+    let (level, event) = match ending {
+        _ if is_late => (Level::Warn, "worker terminated itself"),
+        _ if as_asked => (Level::Info, "worker exited"),
+        Ending::Exited(0) if in_flight.is_none() => (Level::Info, "worker exited on its own"),
+        Ending::Exited(0) => (Level::Warn, "worker exited on its own while it served requests"),
+        Ending::Exited(125) if limits.is_none() => (Level::Warn, "worker exited and asked not to be replaced"),
+        Ending::Exited(_) | Ending::Signaled(_) => (Level::Warn, "worker died"),
     };
-    log::log!(level, "{what} {line}");
-    let death_record = DeathRecord { pid: Some(pid), line: format!("{what} {line}"), last_words, hint };
-    let served = row.as_ref().map_or(0, |row| row.requests);
+    let line = log_event(
+        level,
+        event,
+        &[
+            ("slot", Value::from(slot)),
+            ("pid", pid.as_raw().into()),
+            ("gen", generation.into()),
+            ("status", ending.exit_status().to_value()),
+            ("signal", ending.signal_name().to_value()),
+            ("cause", no_memory.to_value()),
+            ("sent_by", sent_by.to_value()),
+            ("lived", format!("{lived}ms").to_value()),
+            ("served", served.or(is_worker.then_some(0)).to_value()),
+            ("in_flight", in_flight.to_value()),
+            (key, requests.to_value()),
+            ("said", said.to_value()),
+            ("hint", Some(&hint).filter(|hint| !hint.is_empty()).to_value()),
+            ("trace", Some(&trace).filter(|trace| !trace.is_empty()).to_value()),
+        ],
+    );
+    let death_record = DeathRecord { pid: Some(pid), line, last_words, hint };
     let (in_flight, complete, culprit) = row.map_or((Vec::new(), true, None), |row| {
         let complete = usize::try_from(row.in_flight) == Ok(row.serving.len());
         (row.serving.into_iter().map(|one| one.what).collect(), complete, row.culprit)
     });
+    let served = served.unwrap_or(0);
     End { is_crash, in_flight, complete, culprit, running, by_itself, trace, death_record, served }
 }

@@ -1,8 +1,18 @@
 //! Logs the supervisor's decisions for the operator: one line for each notice.
 
+use std::time::Duration;
+
+use nix::unistd::Pid;
+
 use super::Master;
 use super::death_log::DeathRecord;
 use super::supervisor::Notice;
+
+// These events are also reported to control clients.
+pub(super) const START_TIMEOUT: &str = "worker killed: it was not ready in time (--start-timeout)";
+pub(super) const DRAIN_TIMEOUT: &str = "worker killed: it did not finish in time (--drain-timeout)";
+pub(super) const RELOAD_STARTED: &str = "reload started";
+pub(super) const RELOAD_DONE: &str = "reload done";
 
 impl Master {
     /// Reports to systemd the notices that concern it.
@@ -24,10 +34,9 @@ impl Master {
     }
 
     /// The hint in the death record of the last process that ended; with `pid`, only if that process was `pid`.
-    fn hint_of(&self, pid: Option<nix::unistd::Pid>) -> String {
+    fn hint_of(&self, pid: Option<Pid>) -> Option<&str> {
         let DeathRecord { hint, pid: of, .. } = &self.death_record;
-        let is_that = !hint.is_empty() && (pid.is_none() || pid == *of);
-        if is_that { format!(" hint={hint:?}") } else { String::new() }
+        Some(hint.as_str()).filter(|hint| !hint.is_empty() && (pid.is_none() || pid == *of))
     }
 
     pub(super) fn log(&mut self, notice: Notice) {
@@ -35,52 +44,50 @@ impl Master {
         match notice {
             Notice::FullStrength => crate::startup::banner::ready(self.begun.elapsed()),
             Notice::Failing { failures, delay } => log::error!(
-                "workers die before they are ready: {failures} in a row, next try in {}ms (see the lines above for why){}",
-                delay.as_millis(),
-                self.hint_of(None)
+                failures, next_try:% = in_ms(delay), hint = self.hint_of(None);
+                "workers die before they are ready (see the lines above)"
             ),
             Notice::GivenUp { after } => {
                 self.gave_up = true;
                 log::error!(
-                    "no worker ever became ready: the server stops failing_for={}s (the lines above say why the last one \
-                     ended; --start-timeout if they need longer; --give-up-after 0 to try for ever)",
-                    after.as_secs()
+                    failing_for:% = format_args!("{}s", after.as_secs());
+                    "no worker ever became ready: the server stops (see the lines above; --start-timeout if workers need \
+                     longer; --give-up-after 0 to retry indefinitely)"
                 );
             }
             Notice::Throttled { slot, delay } => {
                 log::warn!(
-                    "workers end too often: slot={slot} is filled again in {}ms (--respawn-rate)",
-                    delay.as_millis()
-                )
+                    slot, delay:% = in_ms(delay);
+                    "workers exit too often: a replacement is delayed (--respawn-rate)"
+                );
             }
-            Notice::StartTimeout { slot, pid } => {
-                log::warn!("worker slot={slot} pid={pid} is not ready in time (--start-timeout): killed");
+            Notice::StartTimeout { slot, pid } => log::warn!(slot, pid = pid.as_raw(); "{START_TIMEOUT}"),
+            Notice::DrainTimeout { slot, pid } => log::warn!(slot, pid = pid.as_raw(); "{DRAIN_TIMEOUT}"),
+            Notice::Target(workers) => log::info!(workers; "the number of workers was changed"),
+            Notice::TargetLimit(workers) => {
+                log::warn!(workers; "the number of workers was not changed: it is at its limit");
             }
-            Notice::DrainTimeout { slot, pid } => {
-                log::warn!("worker slot={slot} pid={pid} does not finish in time (--drain-timeout): killed");
-            }
-            Notice::Target(target) => log::info!("workers={target}"),
-            Notice::TargetLimit(target) => log::warn!("workers={target} is the limit: left as it is"),
             Notice::Scaled { from, to, in_flight, waiting } => {
-                log::info!("scaled workers={to} from={from} in_flight={in_flight} waiting={waiting}");
+                log::info!(workers = to, from, in_flight, waiting; "scaled");
             }
             Notice::Saturated { workers, in_flight, waiting } => log::warn!(
-                "there is more to do than the most workers can do (--workers): workers={workers} \
-                 in_flight={in_flight} waiting={waiting}"
+                workers, in_flight, waiting;
+                "all workers are busy and connections are waiting (--workers sets the maximum)"
             ),
-            Notice::ReloadStarted { generation } => log::info!("reload begins gen={generation}"),
-            Notice::ReloadDone { generation } => log::info!("reload done gen={generation}"),
+            Notice::ReloadStarted { generation } => log::info!("gen" = generation; "{RELOAD_STARTED}"),
+            Notice::ReloadDone { generation } => log::info!("gen" = generation; "{RELOAD_DONE}"),
             Notice::ReloadFailed { generation, slot, pid } => {
-                let said = Some(&self.death_record)
-                    .filter(|death_record| death_record.pid == pid && !death_record.last_words.is_empty());
-                let said = said.map_or_else(String::new, |death_record| format!(" said={:?}", death_record.last_words));
-                let hint = self.hint_of(pid);
-                let pid = pid.map_or_else(String::new, |pid| format!(" pid={pid}"));
+                let DeathRecord { pid: of, last_words, .. } = &self.death_record;
+                let said = Some(last_words).filter(|last_words| *of == pid && !last_words.is_empty());
                 log::error!(
-                    "reload failed gen={generation}: a new worker died before it was ready; the old ones stay \
-                     slot={slot}{pid}{said}{hint}"
+                    "gen" = generation, slot, pid = pid.map(Pid::as_raw), said, hint = self.hint_of(pid);
+                    "reload failed: a new worker did not become ready; the old workers stay"
                 );
             }
         }
     }
+}
+
+fn in_ms(delay: Duration) -> String {
+    format!("{}ms", delay.as_millis())
 }

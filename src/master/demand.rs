@@ -11,7 +11,8 @@ use super::supervisor::{Demand, Supervisor};
 use crate::net::listen::Listener;
 use crate::net::queue_depth::QueueDepth;
 
-/// Upper bound for the requests in flight that one worker reports, so that a false report cannot start workers without limit.
+/// Upper bound for the requests in flight that one worker reports, so that a false report cannot start an unbounded number of
+/// workers.
 const MOST: u32 = 1 << 16;
 
 /// Takes one sample of the demand.
@@ -35,7 +36,7 @@ pub(crate) fn sample(
             (u32::try_from(serving).unwrap_or(MOST).min(MOST), 0)
         };
         demand.in_flight = demand.in_flight.saturating_add(serving);
-        // Event streams are not work. But if their worker exited, their clients would reconnect at once.
+        // Event streams are not work. But if their worker exited, their clients would reconnect immediately.
         if serving > 0 || streams > 0 {
             demand.busy.push(child.slot);
         }

@@ -1,5 +1,5 @@
-//! Records the processes that this process already had as children when the server started, and their descendants: for example the log
-//! collector of an entry script that called exec to become the server (`exec SERVER 2> >(cat)`). They are reaped, and otherwise left alone.
+//! Records the children that this process already had when the server started, and their descendants: for example the log collector of an
+//! entry script that called exec to become the server (`exec SERVER 2> >(cat)`). They are reaped, and otherwise left alone.
 
 use nix::unistd::{Pid, getpgrp};
 
@@ -11,7 +11,7 @@ use crate::upgrade::saved_state::SavedProcess;
 pub(crate) struct EarlierChildren(Vec<Process>);
 
 impl EarlierChildren {
-    /// Finds all children of this process, and their descendants. Must be called before the server starts any.
+    /// Finds all children of this process, and their descendants. Must be called before the server starts a child.
     pub(crate) fn record() -> Self {
         Self(procfs::family_of(&procfs::own_children()).into_iter().filter_map(Process::of).collect())
     }
@@ -24,8 +24,8 @@ impl EarlierChildren {
         Self(saved.iter().map(|&process| process.into()).collect())
     }
 
-    /// Whether the process is one of these or descends from one, that is, is in the process group of one of them. Each process that the
-    /// master starts has its own group.
+    /// Whether the process is a recorded process, or descends from one, which means that it is in a recorded process's group or in the
+    /// master's. Each process that the master starts has its own group.
     pub(super) fn has(&self, pid: Pid) -> bool {
         if self.0.is_empty() {
             return false;

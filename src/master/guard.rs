@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! a program, between fork and exec ── its pid ──▶ the link, a pair of sockets ──▶ the guard
-//! the master, when the last process of a group is reaped ── the number, negative ──▶ the link
-//! the end of the link: the master is dead ──▶ the guard kills their process groups, and exits
+//! the master, when the last process of a group is reaped ── the negative group number ──▶ the link
+//! the end of the link: the master is dead ──▶ the guard kills the remaining process groups, and exits
 //! ```
 //!
 //! When the master is killed, the kernel kills the programs that the master started (PR_SET_PDEATHSIG), but not the processes that those
@@ -11,10 +11,10 @@
 //! are read, so the guard receives the pid of every program that ran, at whatever moment the master dies.
 //!
 //! The guard kills process groups, and only groups that certainly belong to the server. A group keeps its number as long as one of its
-//! processes lives; after that the number may be reused. So the guard forgets a group when the master reports that its last process was
-//! reaped. That message precedes any message about the next group with the same number. No message is sent if another process reaped the
-//! last process of a group. So the guard also checks that a group is in the same session as before, and that its leader, if it still
-//! exists, is the announced process.
+//! processes exists; afterwards the number may be reused. So the guard forgets a group when the master reports that the group's last
+//! process was reaped. That message precedes any message about the next group with the same number. No message is sent if a different
+//! process reaped the group's last process. So the guard also checks that a group is in the same session as before, and that its leader,
+//! if it still exists, is the announced process.
 //!
 //! A daemon that puts itself into the background is announced as a process, because it may create its group only after it is found. The
 //! guard kills it, and its group if it leads one.
@@ -51,6 +51,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// Maximum number of processes that are named in the log.
 const NAMED: usize = 16;
+/// The consequence of a missing guard, for the log.
+const UNGUARDED: &str = "without a guard, processes started by programs would outlive a killed master";
 
 /// The current guard, and the guards that it has replaced.
 #[derive(Debug, Default)]
@@ -93,7 +95,7 @@ impl Guard {
         let Some(Process { pid, .. }) = self.process else { return };
         let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG;
         if let Ok(WaitStatus::Stopped(..)) = waitid(Id::Pid(pid), flags) {
-            log::warn!("somebody has stopped the guard: it is continued pid={pid}");
+            log::warn!(pid = pid.as_raw(); "continued the guard, which another process had stopped");
             let _ = kill(pid, Signal::SIGCONT); // it may just have exited
         }
     }
@@ -108,20 +110,27 @@ impl Guard {
         if since.elapsed() >= STEADY_TIME {
             self.breaker.close();
         }
-        let lived = since.elapsed().as_millis();
-        self.failed(now, &format!("guard ended pid={pid} {ending} lived={lived}ms"));
-    }
-
-    fn failed(&mut self, now: Now, what: &str) {
         if let Some((_, delay)) = self.breaker.fail(now) {
             log::error!(
-                "{what}: until there is another one, what programs have started would outlive this master next_try={}ms",
-                delay.as_millis()
+                pid = pid.as_raw(), status = ending.exit_status(), signal = ending.signal_name(),
+                lived:% = format_args!("{}ms", since.elapsed().as_millis()),
+                next_try:% = format_args!("{}ms", delay.as_millis());
+                "guard exited: {UNGUARDED}"
             );
         }
     }
 
-    /// Kills the guard: the master is stopping on its own, and all other processes have ended.
+    fn start_failed(&mut self, now: Now, error: &io::Error) {
+        if let Some((_, delay)) = self.breaker.fail(now) {
+            let error = sys::explain(error);
+            log::error!(
+                next_try:% = format_args!("{}ms", delay.as_millis());
+                "cannot start the guard: {error}; {UNGUARDED}"
+            );
+        }
+    }
+
+    /// Kills the guard, because the master is stopping on its own, and all other processes have ended.
     pub(super) fn stop(&mut self) {
         self.wanted = false;
         self.put(None);
@@ -164,12 +173,12 @@ impl Master {
         orphans.into_iter().filter(|pid| self.sidecars.has_left(*pid)).for_each(|pid| groups.add_process(pid));
         match start(groups, &self.spawner, &self.signals) {
             Ok(process) => {
-                log::debug!("guard started pid={}", process.pid);
+                log::debug!(pid = process.pid.as_raw(); "guard started");
                 self.guard.put(Some(process));
             }
             Err(error) => {
                 let now = self.now();
-                self.guard.failed(now, &format!("cannot start the guard: {}", sys::explain(&error)));
+                self.guard.start_failed(now, &error);
             }
         }
     }
@@ -182,7 +191,7 @@ impl Master {
         let (session, own_group) = (own_session(), getpgrp().as_raw());
         let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
         for pid in procfs::family_of(&self.orphans()) {
-            // The groups of processes that workers have left are not announced, because they may be the groups of workers that still serve.
+            // The groups of processes that workers have left behind are not announced, because workers that still serve may belong to them.
             // The process that started the server may be in the master's own group.
             if let Some(stat) = procfs::stat(pid).filter(|stat| stat.group != own_group)
                 && (self.sidecars.has_left(pid) || (runs_programs && stat.session == session))
@@ -235,11 +244,10 @@ fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
     let killed = groups.kill();
     if !killed.is_empty() {
         let names: Vec<String> = killed.iter().take(NAMED).map(|(pid, name)| format!("{pid} ({name})")).collect();
-        let count = killed.len();
         log::error!(
-            "the master has died (it was killed, maybe), and what was left of its programs, daemons and jobs is killed \
-             master={master} processes={count}: {}",
-            names.join(", ")
+            master = master.as_raw(), processes = killed.len(), names = names.join(", ");
+            "the master has died (it may have been killed): killed the remaining processes of its programs, daemons and \
+             jobs"
         );
     }
     logging::finish();
@@ -271,8 +279,8 @@ struct Group {
 }
 
 impl Groups {
-    /// Handles a message: the number of a new group, or the negative number of a group that has ended. Every message also removes the
-    /// groups that no longer exist.
+    /// Handles a message, which is the number of a new group, or the negative number of a group that has ended. Every message also removes
+    /// the groups that no longer exist.
     fn read_child(&mut self, message: i32) {
         self.groups.retain(|&group, _| Some(group) != message.checked_neg());
         self.groups.retain(|&group, _| killpg(Pid::from_raw(group), None) != Err(Errno::ESRCH));
@@ -295,7 +303,7 @@ impl Groups {
         self.groups.insert(group, Group { session, leader: leader.map(|leader| leader.started) });
     }
 
-    /// The running processes of these groups, with their names.
+    /// The running processes of these groups, by group, with their names.
     fn left(&self) -> BTreeMap<i32, Vec<(i32, String)>> {
         let mut left: BTreeMap<i32, Vec<(i32, String)>> = BTreeMap::new();
         for pid in procfs::all() {
@@ -304,7 +312,7 @@ impl Groups {
                 left.entry(stat.group).or_default().push((pid.as_raw(), stat.name));
             }
         }
-        // With another leader, the number belongs to another group.
+        // A group with a different leader only has the same number.
         left.retain(|&number, _| {
             let leader = procfs::stat(Pid::from_raw(number)).map(|leader| leader.started);
             leader.is_none() || self.groups.get(&number).is_some_and(|group| group.leader == leader)
@@ -312,7 +320,7 @@ impl Groups {
         left
     }
 
-    /// Kills the groups and the processes. Returns the processes.
+    /// Kills the groups and the processes. Returns the killed processes.
     fn kill(&mut self) -> Vec<(i32, String)> {
         let processes = std::mem::take(&mut self.processes);
         let running = |(pid, started)| Some((pid, process_of(pid, started).filter(|stat| !stat.is_zombie)?));
@@ -329,7 +337,7 @@ impl Groups {
             match killpg(Pid::from_raw(group), Signal::SIGKILL) {
                 Ok(()) => killed.extend(processes),
                 Err(Errno::ESRCH) => {}
-                Err(errno) => log::error!("cannot end what a program has left group={group}: {errno}"),
+                Err(errno) => log::error!(group; "cannot kill the remaining processes of a group: {errno}"),
             }
         }
         for (pid, stat) in processes {
@@ -359,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_is_ended_and_one_that_only_has_its_number_is_not() {
+    fn a_group_is_killed_and_a_different_group_with_its_number_is_not() {
         let (mut ours, mut other) = (sleeper(), sleeper());
         let [our, others] = [&ours, &other].map(|child| i32::try_from(child.id()).unwrap());
         let mut groups = Groups::default();
@@ -370,7 +378,7 @@ mod tests {
         );
         let recorded = groups.groups.get_mut(&others).unwrap();
         recorded.leader = recorded.leader.map(|started| started - 1);
-        assert_eq!(groups.kill(), [(our, "sleep".to_owned())], "the other's leader is another process");
+        assert_eq!(groups.kill(), [(our, "sleep".to_owned())], "the other group has a different leader");
         ours.wait().unwrap();
         let recorded = groups.groups.get_mut(&others).unwrap();
         recorded.leader = recorded.leader.map(|started| started + 1);
@@ -378,20 +386,20 @@ mod tests {
         assert_eq!(groups.kill(), [], "it was in another session");
         assert!(other.try_wait().unwrap().is_none());
         groups.read_child(others);
-        assert_eq!(groups.groups.len(), 1, "the group that is gone is forgotten");
+        assert_eq!(groups.groups.len(), 1, "the group that has ended is forgotten");
         assert_eq!(groups.kill().len(), 1);
         other.wait().unwrap();
     }
 
     #[test]
-    fn no_group_is_killed_that_was_given_up_and_what_is_left_of_one_whose_leader_has_ended_is() {
-        let (mut given_up, mut leader) = (sleeper(), sleeper());
-        let [gone, left] = [&given_up, &leader].map(|child| i32::try_from(child.id()).unwrap());
+    fn a_group_that_was_reported_as_ended_is_not_killed_and_a_group_without_its_leader_is() {
+        let (mut ended, mut leader) = (sleeper(), sleeper());
+        let [gone, left] = [&ended, &leader].map(|child| i32::try_from(child.id()).unwrap());
         let mut member = Command::new("sleep").arg("600").process_group(left).spawn().unwrap();
         let mut groups = Groups::default();
         groups.read_child(gone);
         groups.read_child(left);
-        // The number now belongs to another group, which is otherwise indistinguishable.
+        // The number now belongs to a different group, which is otherwise indistinguishable.
         groups.read_child(-gone);
         leader.kill().unwrap();
         leader.wait().unwrap();
@@ -399,15 +407,15 @@ mod tests {
         let killed = groups.kill();
         assert_eq!(killed, [(i32::try_from(member.id()).unwrap(), "sleep".to_owned())]);
         member.wait().unwrap();
-        assert!(given_up.try_wait().unwrap().is_none(), "it lives");
+        assert!(ended.try_wait().unwrap().is_none(), "it is running");
         // After a new announcement the group is known again.
         groups.read_child(gone);
         assert_eq!(groups.kill(), [(gone, "sleep".to_owned())]);
-        given_up.wait().unwrap();
+        ended.wait().unwrap();
     }
 
     #[test]
-    fn a_process_that_founds_its_group_after_it_was_announced_is_ended_with_its_group() {
+    fn a_process_that_creates_its_group_after_it_was_announced_is_killed_with_its_group() {
         let mut later = Command::new("sh");
         let mut later = later.args(["-c", "read go; exec setsid sleep 600"]).stdin(Stdio::piped()).spawn().unwrap();
         let (mut alone, mut other) = (sleeper_of(getpgrp()), sleeper_of(getpgrp()));
@@ -425,7 +433,7 @@ mod tests {
         assert_eq!(ended, [pid, alone_pid].map(Pid::as_raw).into());
         later.wait().unwrap();
         alone.wait().unwrap();
-        assert!(other.try_wait().unwrap().is_none(), "the number belongs to another process");
+        assert!(other.try_wait().unwrap().is_none(), "the number belongs to a different process");
         other.kill().unwrap();
         other.wait().unwrap();
     }

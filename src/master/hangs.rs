@@ -26,7 +26,7 @@ pub(crate) struct Work {
 
 #[derive(Debug)]
 pub(crate) struct Hangs {
-    /// Zero disables the check.
+    /// The time after which an unchanged worker hangs; zero disables the check.
     timeout: Duration,
     next_look: Now,
     seen: HashMap<Pid, (Work, u32)>,
@@ -86,7 +86,7 @@ impl Hangs {
             .collect()
     }
 
-    /// Records the death of a worker. True if it was signalled to die.
+    /// Records the death of a worker. Returns true if it was signalled to die.
     pub(crate) fn ended(&mut self, pid: Pid) -> bool {
         self.seen.remove(&pid);
         self.dying.remove(&pid).is_some()
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_gets_on_or_sleeps_does_not_hang_in_any_history() {
+    fn a_worker_that_makes_progress_or_sleeps_hangs_in_no_history() {
         for seed in 0..500 {
             let mut random = fastrand::Rng::with_seed(seed);
             let mut hangs = Hangs::new(TIMEOUT);
@@ -159,7 +159,7 @@ mod tests {
         };
         assert_eq!((found, looks), (vec![pid(7)], 5));
         let now = hangs.next_deadline().unwrap();
-        assert_eq!(hangs.look([(pid(7), work)], now), [], "it is known already");
+        assert_eq!(hangs.look([(pid(7), work)], now), [], "it was already returned");
         assert_eq!(hangs.overdue(now), [pid(7)]);
         assert_eq!(hangs.overdue(now), []);
         assert!(hangs.ended(pid(7)) && !hangs.ended(pid(7)));
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_stood_still_finds_nobody_hanging() {
+    fn no_worker_hangs_because_the_machine_was_suspended() {
         let mut hangs = Hangs::new(TIMEOUT);
         let work = Work { since_ms: Some(17), pulse: 4 };
         assert_eq!(hangs.look([(pid(7), work)], Duration::from_secs(1)), []);

@@ -33,46 +33,46 @@ impl Damage {
         self.found.is_none().then(|| self.looked_at + CHECK_INTERVAL)
     }
 
-    /// Checks the memory. Returns the message to log, if any.
-    fn look(&mut self, segment: &Segment, now: Now) -> Option<String> {
+    /// Checks the memory, and logs what it finds.
+    fn look(&mut self, segment: &Segment, now: Now) {
         self.looked_at = now;
         if self.found.is_some() {
-            return None;
+            return;
         }
         self.found = segment.damage();
         if let Some(why) = self.found {
-            return Some(format!(
-                "the shared memory is damaged: {why}; some process wrote over it or truncated its file (FORKYARD_SHM, \
-                 --cache-file, or a wild pointer). Requests are answered, but pages are not cached and events not \
-                 delivered until new memory takes its place: find that process, and then reload"
-            ));
+            log::error!(
+                "the shared memory is damaged: {why}; a process overwrote it or truncated its file (FORKYARD_SHM, \
+                 --cache-file, or a wild pointer). Requests are still answered, but pages are not cached and events \
+                 are not delivered until a reload replaces the memory (find that process, then reload)"
+            );
+            return;
         }
         let before = std::mem::replace(&mut self.restarts, segment.restarts());
-        let emptied = self.restarts.wrapping_sub(before);
-        (emptied > 0).then(|| {
-            format!(
-                "parts of the shared memory contradicted themselves and were emptied count={emptied}: some process that has \
-                 it may write where it should not"
-            )
-        })
+        let count = self.restarts.wrapping_sub(before);
+        if count > 0 {
+            log::error!(
+                count;
+                "parts of the shared memory were inconsistent and have been emptied: a process that has the memory \
+                 mapped may be writing to the wrong addresses"
+            );
+        }
     }
 }
 
 impl Master {
     pub(super) fn check_memory_damage(&mut self) {
         let now = self.now();
-        if self.damage.next_deadline().is_some_and(|deadline| now >= deadline)
-            && let Some(what) = self.damage.look(&self.spawner.segment, now)
-        {
-            log::error!("{what}");
+        if self.damage.next_deadline().is_some_and(|deadline| now >= deadline) {
+            self.damage.look(&self.spawner.segment, now);
         }
     }
 
-    /// A sentence for the operator, if the shared memory is damaged and must not be used.
+    /// The reason for the operator, if the shared memory is damaged and must not be used.
     pub(super) fn why_not_use_memory(&self) -> Option<String> {
         let why = self.spawner.segment.damage()?;
         Some(format!(
-            "the shared memory is damaged: {why}; some process wrote over it or truncated its file (a reload replaces it)"
+            "the shared memory is damaged: {why}; a process overwrote it or truncated its file (a reload replaces it)"
         ))
     }
 
@@ -83,8 +83,9 @@ impl Master {
         let segment = match memory::renew(config) {
             Ok(segment) => segment,
             Err(error) => {
-                let text =
-                    format!("the shared memory is damaged ({why}) and stays so: {error} (stop and start instead)");
+                let text = format!(
+                    "cannot replace the damaged shared memory ({why}): {error} (stop and start the server instead)"
+                );
                 log::error!("{text}");
                 return Some(text);
             }
@@ -100,8 +101,7 @@ impl Master {
         self.renew_guard(); // the old guard still has the memory that existed when it was forked
         self.damage = Damage { looked_at: self.begun.elapsed(), ..Damage::new(&self.spawner.segment) };
         let text = format!(
-            "the shared memory was damaged ({why}), and new memory takes its place: the cache starts empty, and \
-             subscribers see a gap"
+            "replaced the damaged shared memory ({why}): the cache starts empty, and subscribers receive a gap"
         );
         log::warn!("{text}");
         Some(text)
@@ -115,12 +115,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sound_memory_is_looked_at_once_a_second_and_nothing_is_told() {
+    fn sound_memory_is_checked_once_a_second_and_never_found_damaged() {
         let segment = Segment::create(&Plan { rows: 1, ..Plan::default() }).unwrap();
         let mut damage = Damage::new(&segment);
         for second in 1..4 {
             assert_eq!(damage.next_deadline(), Some(CHECK_INTERVAL * second));
-            assert_eq!(damage.look(&segment, CHECK_INTERVAL * second), None);
+            damage.look(&segment, CHECK_INTERVAL * second);
+            assert_eq!((damage.found, damage.restarts), (None, segment.restarts()));
         }
     }
 }

@@ -64,6 +64,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forkyard_shm::{Scoreboard, Segment};
+use log::kv::Value;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -85,6 +86,7 @@ use self::signals::Meaning;
 pub(crate) use self::signals::SignalInbox;
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Spawner};
+use self::status::line_of;
 use self::supervisor::{Action, Budget, Command, Event, Phase, Policy, Supervisor};
 use self::upgrade::Upgrade;
 use self::worker_faults::Faults;
@@ -105,6 +107,7 @@ const POLL_RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How long to wait for the heirs of the last workers: a little longer than an heir needs.
 const HEIRS_TIMEOUT: Duration = Duration::from_millis(2500);
+
 /// Interfaces for operators, except signals.
 pub(crate) struct Operators {
     pub(crate) control: Option<Control>,
@@ -112,14 +115,14 @@ pub(crate) struct Operators {
     pub(crate) publish: Option<PublishSocket>,
     pub(crate) reread: Reread,
     pub(crate) log_files: Arc<LogFiles>,
-    /// Kept open by the caller.
+    /// The caller keeps the file open.
     pub(crate) pid_file: Option<SavedPidFile>,
 }
 
 /// Rereads the configuration, given the current one. `None` if there is no configuration file.
 ///
 /// # Errors
-/// A sentence for the operator that names the error in the configuration.
+/// Returns a message for the operator if the configuration is invalid.
 pub(crate) type Reread = Box<dyn Fn(&Config) -> Result<Option<Reloaded>, String>>;
 
 /// A configuration that was reread.
@@ -130,6 +133,22 @@ pub(crate) struct Reloaded {
     pub(crate) program: Option<Program>,
     /// The flags that have changed and need a restart.
     pub(crate) fixed: Vec<String>,
+}
+
+/// Why a worker has reached the end of its lifetime, for the log.
+#[derive(Clone, Copy)]
+struct EndOfLife<'a> {
+    reason: &'a str,
+    /// The size in bytes of a worker that is too large.
+    memory: Option<u64>,
+    /// The request for which a function hangs.
+    request: Option<&'a str>,
+}
+
+impl<'a> EndOfLife<'a> {
+    fn because(reason: &'a str) -> Self {
+        Self { reason, memory: None, request: None }
+    }
 }
 
 struct Master {
@@ -160,7 +179,7 @@ struct Master {
     guard: Guard,
     damage: Damage,
     closing: Closing,
-    /// The server is stopping because no worker ever became ready.
+    /// Whether the server is stopping because no worker ever became ready.
     gave_up: bool,
     /// Set when the last worker has ended: whether the operator requested the stop.
     emptied: Option<bool>,
@@ -171,7 +190,7 @@ struct Master {
 /// Why a master ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// The operator requested it.
+    /// The operator requested the stop.
     Asked,
     /// All workers exited with the status that requests no replacement.
     Retired,
@@ -198,7 +217,7 @@ pub(crate) struct Start {
 /// last.
 ///
 /// # Errors
-/// If the master cannot set itself up.
+/// Fails if the master cannot set itself up.
 pub(crate) fn run(
     config: Arc<Config>,
     listeners: Arc<[Listener]>,
@@ -316,11 +335,10 @@ impl Master {
         }
     }
 
-    /// The last steps, after the last worker and sidecar.
+    /// Performs the last steps, after the last worker and sidecar.
     fn shut_down(&mut self) {
         self.relay.stop();
-        // The heirs must end first: when a client reads that the master has stopped, none of the server's processes may
-        // be left.
+        // The heirs must end first, because all processes of the server must have ended when a client reads that the master has stopped.
         self.await_heirs();
         self.relay.end();
         self.end_leftovers();
@@ -341,7 +359,7 @@ impl Master {
         self.sidecars.announce_publish_socket(events);
     }
 
-    /// Waits for the heirs of the last workers, and for the relay, for as long as heirs may take. Stopping at once shortens that time.
+    /// Waits for the heirs of the last workers, and for the relay, for as long as heirs may take. An immediate stop shortens this time.
     fn await_heirs(&mut self) {
         if self.programs.at_once {
             self.spawner.end_lifeline();
@@ -426,8 +444,12 @@ impl Master {
                 Meaning::Command(command) => {
                     let stopping = self.supervisor.view().phase == Phase::Stopping;
                     let ignored = stopping && command != Command::Halt;
-                    let notice = if ignored { ": ignored, as the server is stopping" } else { "" };
-                    log::info!("asked to {}{notice}", command.verb());
+                    let verb = command.verb();
+                    if ignored {
+                        log::info!("ignored a signal to {verb}, because the server is stopping");
+                    } else {
+                        log::info!("received a signal to {verb}");
+                    }
                     match command {
                         Command::Reload if ignored => {}
                         Command::Reload => drop(self.reload()), // the error is in the log
@@ -460,7 +482,7 @@ impl Master {
         for report in child.listen() {
             match report {
                 Report::Ready => self.ready(pid),
-                Report::Recycle(reason) => self.wear_out(pid, &reason),
+                Report::Recycle(reason) => self.wear_out(pid, EndOfLife::because(&reason)),
                 Report::HungThread(request) => self.hung_thread(pid, &request),
                 Report::LastWords(_) | Report::Trace(_) | Report::SentBy(_) => {}
             }
@@ -471,22 +493,26 @@ impl Master {
     fn recycle(&mut self) {
         let now = self.now();
         for pid in self.recycling.too_old(|pid| self.supervisor.is_ready(pid), now) {
-            self.wear_out(pid, "max-age");
+            self.wear_out(pid, EndOfLife::because("max-age"));
         }
         if let Some(pid) = self.recycling.turn(now)
             && self.supervisor.is_ready(pid)
             && let Some(bytes) = recycling::own_memory(pid)
             && self.recycling.is_too_large(pid, bytes)
         {
-            self.wear_out(pid, &format!("max-memory memory={}K", bytes >> 10));
+            self.wear_out(pid, EndOfLife { memory: Some(bytes), ..EndOfLife::because("max-memory") });
         }
     }
 
-    /// Has a healthy process replaced. The process continues to serve until then.
-    fn wear_out(&mut self, pid: Pid, reason: &str) {
+    /// Requests the replacement of a healthy process, which serves until its replacement is ready.
+    fn wear_out(&mut self, pid: Pid, EndOfLife { reason, memory, request }: EndOfLife<'_>) {
         let Some(child) = self.children.get(&pid) else { return };
         let (slot, lived) = (child.slot, child.since.elapsed().as_millis());
-        log::info!("worker is to be replaced slot={slot} pid={pid} lived={lived}ms reason={reason}");
+        let memory = memory.map(|bytes| format!("{}K", bytes >> 10));
+        log::info!(
+            slot, pid = pid.as_raw(), lived:% = format_args!("{lived}ms"), reason, memory, request;
+            "worker will be replaced"
+        );
         self.feed(Event::Recycle { pid });
     }
 
@@ -496,7 +522,7 @@ impl Master {
         self.feed(Event::Tick);
     }
 
-    /// Runs the guard, daemons and jobs. When they have ended too, after the last worker, the master exits.
+    /// Runs the guard, daemons and jobs. The master exits when the last worker and all daemons and jobs have ended.
     fn run_sidecars(&mut self) {
         self.keep_guard();
         if self.emptied.is_some() && self.programs.is_empty() {
@@ -582,14 +608,15 @@ impl Master {
         let mended = self.mend_socket().map_err(io::Error::other);
         match mended.and_then(|()| self.spawner.spawn(slot, generation, &self.signals)) {
             Ok((pid, child)) => {
-                log::debug!("worker spawned slot={slot} pid={pid} gen={generation}");
+                log::debug!(slot, pid = pid.as_raw(), "gen" = generation; "worker spawned");
                 self.children.insert(pid, child);
                 self.recycling.spawned(pid, Duration::ZERO, self.now());
                 Event::Spawned { slot, pid }
             }
             Err(error) => {
-                let line = format!("cannot make a worker slot={slot} gen={generation}: {}", sys::explain(&error));
-                log::error!("{line}");
+                let event = format!("cannot start a worker: {}", sys::explain(&error));
+                log::error!(slot, "gen" = generation; "{event}");
+                let line = line_of(&event, &[("slot", Value::from(slot)), ("gen", generation.into())]);
                 self.death_record = DeathRecord { line, ..DeathRecord::default() };
                 Event::SpawnFailed { slot }
             }

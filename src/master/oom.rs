@@ -15,7 +15,7 @@ const SAME_MOMENT: Duration = Duration::from_secs(1);
 
 pub(crate) struct OomKills {
     source: PathBuf,
-    /// The counter covers only the processes of the server's cgroup.
+    /// Whether the counter covers only the processes of the server's cgroup.
     is_own: bool,
     count: u64,
     rose_at: Option<Now>,
@@ -89,11 +89,15 @@ mod tests {
         let mut kills = OomKills { source: PathBuf::new(), is_own: true, count: 7, rose_at: None };
         assert_eq!(kills.explain(second), None, "nothing can be read");
         assert!(!kills.counted(7, second) && kills.counted(9, second * 2));
-        assert!(kills.counted(9, second * 2 + second / 2), "two died of it");
+        assert!(kills.counted(9, second * 2 + second / 2), "two were killed");
         assert!(!kills.counted(9, second * 4) && kills.counted(10, second * 5));
         assert_eq!(kills.cause(), "oom-kill");
         let of_the_machine = OomKills { source: "/proc/vmstat".into(), is_own: false, count: 0, rose_at: None };
-        assert_eq!(of_the_machine.cause(), "perhaps-oom-kill", "it may have been another process");
+        assert_eq!(
+            of_the_machine.cause(),
+            "perhaps-oom-kill",
+            "the kernel may have killed a process of another program"
+        );
         assert!(fs::read_to_string("/proc/vmstat").is_ok_and(|text| count_in(&text).is_some()));
     }
 }

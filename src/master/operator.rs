@@ -1,18 +1,20 @@
-//! Carries out the requests from the control socket, and reports their outcome.
+//! Carries out the requests from the control socket and reports their outcome.
 //!
 //! A command is passed to the supervisor, as if from a signal. The client waits until the supervisor's notices or state show the outcome.
-//! If the client disconnects meanwhile, the command continues.
+//! If the client disconnects before that, the command continues.
 
 use std::os::fd::AsFd as _;
 
+use log::kv::Value;
 use nix::poll::PollFlags;
 use nix::unistd::Pid;
 
 use super::Master;
 use super::control::{ClientId, Control, Waiting};
 use super::death_log::DeathRecord;
+use super::decision_log::{DRAIN_TIMEOUT, RELOAD_DONE, RELOAD_STARTED, START_TIMEOUT};
 use super::spawn::to_pass;
-use super::status::name_of;
+use super::status::line_of;
 use super::supervisor::{Command, Event, Notice, Phase};
 use crate::control::wire::{Reply, Request};
 
@@ -25,7 +27,7 @@ impl Master {
         let Some(control) = &mut self.control else { return };
         for (client, request) in control.attend(events, now) {
             if request != Request::Status {
-                log::info!("asked by the control socket command={:?}", request.name());
+                log::info!(command = request.name(); "received a command on the control socket");
             }
             self.answer(client, request);
         }
@@ -58,11 +60,11 @@ impl Master {
                 let segment = match to_pass(&self.spawner.segment) {
                     Ok(segment) => segment,
                     Err(error) => {
-                        let why = format!("the descriptor cannot be duplicated: {error}");
+                        let why = format!("cannot duplicate the descriptor of the shared memory: {error}");
                         return self.reply(client, &Reply::failed(why));
                     }
                 };
-                let done = Reply::done("the shared memory comes with this line");
+                let done = Reply::done("the descriptor of the shared memory is attached");
                 if let Some(control) = &mut self.control {
                     control.hand_over(client, segment.as_fd(), &done, now);
                 }
@@ -72,7 +74,7 @@ impl Master {
                 self.feed(Event::Command(if now { Command::Halt } else { Command::Drain }));
             }
             Request::Reload | Request::Scale { .. } | Request::Upgrade if stopping => {
-                log::info!("ignored, as the server is stopping command={:?}", request.name());
+                log::info!(command = request.name(); "ignored a command, because the server is stopping");
                 self.reply(client, &Reply::failed(STOPPING));
             }
             Request::Reload => {
@@ -85,13 +87,13 @@ impl Master {
             Request::Scale { workers } => self.scale(client, workers),
             Request::Release { request: None } => {
                 let released = self.release_all();
-                self.reply(client, &Reply::done(format!("let go requests={released}")));
+                self.reply(client, &Reply::done(line_of("quarantine ended", &("requests", released))));
             }
             Request::Release { request: Some(request) } => {
                 let answer = if self.release(&request) {
-                    Reply::done(format!("let go request={request:?}"))
+                    Reply::done(line_of("quarantine ended", &("request", &request)))
                 } else {
-                    Reply::failed(format!("{request:?} is not refused (see: quarantine ls)"))
+                    Reply::failed(format!("{request:?} is not quarantined (see: quarantine ls)"))
                 };
                 self.reply(client, &answer);
             }
@@ -102,7 +104,7 @@ impl Master {
             Request::ReopenLogs => {
                 let errors = self.reopen_logs();
                 let answer = if errors.is_empty() {
-                    Reply::done("the log files are open again")
+                    Reply::done("log files reopened")
                 } else {
                     Reply::failed(errors.join("; "))
                 };
@@ -115,8 +117,7 @@ impl Master {
         let view = self.supervisor.view();
         let most = view.most;
         if !(1..=most).contains(&workers) {
-            let why =
-                format!("{workers} is not a number of workers this master can have: 1 to {most} (more with --workers)");
+            let why = format!("cannot run {workers} workers: expected 1 to {most} (--workers can raise the limit)");
             self.reply(client, &Reply::failed(why));
             return;
         }
@@ -128,8 +129,12 @@ impl Master {
 
     /// Handles a process that has become ready, or that appears to be.
     pub(super) fn ready(&mut self, pid: Pid) {
-        let name = self.children.get(&pid).map(|child| name_of(pid, child)).unwrap_or_default();
-        self.reply_to_movers(&format!("worker ready {name}"));
+        if let Some(child) = self.children.get(&pid) {
+            let (slot, generation) = (child.slot.into(), child.generation.into());
+            let fields: [(&str, Value<'_>); 3] = [("slot", slot), ("pid", pid.as_raw().into()), ("gen", generation)];
+            let line = line_of("worker ready", &fields);
+            self.reply_to_movers(&line);
+        }
         self.feed(Event::Ready { pid });
     }
 
@@ -144,18 +149,19 @@ impl Master {
     pub(super) fn report_to_clients(&mut self, notice: Notice) {
         match notice {
             Notice::ReloadStarted { generation } => {
-                let text = format!("reload begins gen={generation}");
+                let text = line_of(RELOAD_STARTED, &("gen", generation));
                 self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
             }
             Notice::ReloadDone { generation } => {
-                self.reply_to_waiting(Waiting::Reload, &Reply::done(format!("reload done gen={generation}")));
+                let text = line_of(RELOAD_DONE, &("gen", generation));
+                self.reply_to_waiting(Waiting::Reload, &Reply::done(text));
             }
-            Notice::ReloadFailed { generation, .. } => {
-                let why = format!("reload failed gen={generation}, the old workers stay: {}", self.death_record.line);
+            Notice::ReloadFailed { .. } => {
+                let why = format!("reload failed; the old workers stay: {}", self.death_record.line);
                 self.reply_to_waiting(Waiting::Reload, &Reply::failed(why));
             }
             Notice::Failing { .. } => {
-                let failed = Reply::failed(format!("a worker died before it was ready: {}", self.death_record.line));
+                let failed = Reply::failed(format!("a worker did not become ready: {}", self.death_record.line));
                 for (client, waiting) in self.waiting() {
                     if matches!(waiting, Waiting::Scale(_)) {
                         self.reply(client, &failed);
@@ -163,12 +169,11 @@ impl Master {
                 }
             }
             Notice::StartTimeout { slot, pid } => {
-                self.reply_to_movers(&format!(
-                    "worker slot={slot} pid={pid} is not ready in time (--start-timeout): killed"
-                ));
+                let text = line_of(START_TIMEOUT, &[("slot", Value::from(slot)), ("pid", pid.as_raw().into())]);
+                self.reply_to_movers(&text);
             }
             Notice::DrainTimeout { slot, pid } => {
-                let text = format!("worker slot={slot} pid={pid} does not finish in time (--drain-timeout): killed");
+                let text = line_of(DRAIN_TIMEOUT, &[("slot", Value::from(slot)), ("pid", pid.as_raw().into())]);
                 self.reply_to_movers(&text);
                 self.reply_to_waiting(Waiting::Stop, &Reply::Progress { text });
             }
@@ -205,12 +210,12 @@ impl Master {
                 }
                 Waiting::Reload | Waiting::Upgrade => None,
                 Waiting::Scale(workers) if view.target != workers => {
-                    Some(Reply::failed(format!("meanwhile there should be {} workers", view.target)))
+                    Some(Reply::failed(format!("superseded: the target is now {} workers", view.target)))
                 }
                 // Exactly this many workers are ready, and no other process has yet to exit.
                 Waiting::Scale(workers) => {
                     let settled = view.ready() == workers as usize && view.places.len() == workers as usize;
-                    settled.then(|| Reply::done(format!("workers={workers}")))
+                    settled.then(|| Reply::done(line_of("scaled", &("workers", workers))))
                 }
             };
             if let Some(outcome) = outcome {
@@ -240,7 +245,7 @@ impl Master {
     fn reply(&mut self, client: ClientId, answer: &Reply) {
         let now = self.now();
         if let Some(control) = &mut self.control {
-            control.log(client, answer, now);
+            control.reply(client, answer, now);
         }
     }
 

@@ -1,9 +1,8 @@
 //! Logs the output of workers and programs, line by line.
 //!
 //! A process that floods its output must not block the master: each iteration of the loop reads a bounded number of bytes, and the writer
-//! waits. No line may be lost without a log line about the loss.
+//! waits. No line must be lost without a log line about the loss.
 
-use std::fmt::Arguments;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -18,20 +17,44 @@ use crate::upgrade::saved_state::SavedOutput;
 /// A line longer than this is logged in parts.
 const MAX_LINE: usize = 64 << 10;
 /// Marks a line that continues in the next part.
-const GOES_ON: &str = " [continued]";
-/// Bytes read from all processes in one iteration of the master's loop, and the limits of each process's share.
+const CONTINUED: &str = " [continued]";
+/// Number of bytes read from all processes in one iteration of the master's loop.
 const READ_BUDGET: usize = 64 << 10;
+/// Minimum and maximum number of bytes read from one process in one iteration.
 const SHARE: (usize, usize) = (1 << 10, 16 << 10);
-/// Maximum number of bytes read from the pipe of a dead process: more than a pipe holds.
+/// Maximum number of bytes read from a dead process's pipe: more than a pipe holds.
 pub(super) const MAX_REST: usize = 1 << 20;
 /// A repeated line is logged this many times; further repetitions are counted.
-const AS_IT_COMES: u32 = 10;
-/// Interval at which the count is logged.
-const COUNTED: Now = Now::from_secs(1);
+const MAX_REPEATS: u32 = 10;
+/// Interval at which the number of repetitions is logged.
+const REPEATS_INTERVAL: Now = Now::from_secs(1);
 /// Maximum length, in characters, of the last line kept from a dead process.
 const LAST_LINE: usize = 500;
 /// Maximum number of dead processes whose output is still read.
 const MAX_ORPHANED: usize = 64;
+
+/// The process that writes a line of output. Identifies the process in the log line's fields; a field without a value is left out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Writer<'a> {
+    slot: Option<u32>,
+    daemon: Option<&'a str>,
+    cron: Option<&'a str>,
+    pid: i32,
+}
+
+impl<'a> Writer<'a> {
+    fn worker(slot: u32, pid: Pid) -> Self {
+        Self { slot: Some(slot), daemon: None, cron: None, pid: pid.as_raw() }
+    }
+
+    pub(super) fn daemon(name: &'a str, pid: Pid) -> Self {
+        Self { slot: None, daemon: Some(name), cron: None, pid: pid.as_raw() }
+    }
+
+    pub(super) fn job(name: &'a str, pid: Pid) -> Self {
+        Self { slot: None, daemon: None, cron: Some(name), pid: pid.as_raw() }
+    }
+}
 
 /// The output of one process and of the processes that it has started.
 #[derive(Debug)]
@@ -48,7 +71,7 @@ impl Output {
         Self { slot, pid: None, reader: LineReader::new(pipe), filter: LineFilter::new() }
     }
 
-    /// Continues an output that another master has read so far.
+    /// Continues an output that a former master has read so far.
     pub(crate) fn resume(slot: u32, pipe: OwnedFd, partial: Vec<u8>) -> Self {
         let mut output = Self::new(slot, pipe);
         output.reader.partial = partial;
@@ -65,9 +88,8 @@ impl Output {
     pub(crate) fn read(&mut self, pid: Pid, most: usize, now: Now) -> bool {
         self.pid = Some(pid);
         let Self { slot, reader, filter, .. } = self;
-        let open = reader.read(most, &mut |line, is_whole| {
-            filter.log(format_args!("slot={slot} pid={pid}"), line, is_whole, now);
-        });
+        let writer = Writer::worker(*slot, pid);
+        let open = reader.read(most, &mut |line, is_whole| filter.log(writer, line, is_whole, now));
         if !open {
             self.end(now);
         }
@@ -86,15 +108,16 @@ impl Output {
 
     pub(crate) fn tick(&mut self, now: Now) {
         let Some(pid) = self.pid else { return };
-        self.filter.tick(format_args!("slot={} pid={pid}", self.slot), now);
+        self.filter.tick(Writer::worker(self.slot, pid), now);
     }
 
     /// Logs the remaining output, even without a line end.
     fn end(&mut self, now: Now) {
         let Some(pid) = self.pid else { return };
         let Self { slot, reader, filter, .. } = self;
-        reader.finish(&mut |line, is_whole| filter.log(format_args!("slot={slot} pid={pid}"), line, is_whole, now));
-        filter.end(format_args!("slot={slot} pid={pid}"));
+        let writer = Writer::worker(*slot, pid);
+        reader.finish(&mut |line, is_whole| filter.log(writer, line, is_whole, now));
+        filter.end(writer);
     }
 }
 
@@ -134,8 +157,8 @@ impl OrphanedOutputs {
             let mut oldest = self.0.remove(0);
             oldest.end(now);
             log::warn!(
-                "output is no longer logged: its process is dead, and too many others are as well slot={}",
-                oldest.slot
+                slot = oldest.slot, pid = oldest.pid.map(Pid::as_raw);
+                "stopped logging what a dead process's children write: too many dead processes have such children"
             );
         }
         self.0.push(output);
@@ -171,7 +194,7 @@ impl OrphanedOutputs {
     }
 }
 
-/// Decides which lines from one source are logged. `source` names it in the log.
+/// Decides which lines of one writer are logged.
 #[derive(Debug)]
 pub(super) struct LineFilter {
     repeats: Repeats,
@@ -184,25 +207,26 @@ impl LineFilter {
     }
 
     /// Logs a line of output, if the limits permit it.
-    pub(super) fn log(&mut self, source: Arguments<'_>, line: &str, is_whole: bool, now: Now) {
-        if self.admits(source, line, now) {
-            let mark = if is_whole { "" } else { GOES_ON };
-            log::info!(target: OUTPUT, "{source} | {line}{mark}");
+    pub(super) fn log(&mut self, writer: Writer<'_>, line: &str, is_whole: bool, now: Now) {
+        if self.admits(writer, line, now) {
+            let mark = if is_whole { "" } else { CONTINUED };
+            let Writer { slot, daemon, cron, pid } = writer;
+            log::info!(target: OUTPUT, slot, daemon, cron, pid; "{line}{mark}");
         }
     }
 
     /// Whether a line is to be logged. First logs how many lines were omitted before it.
-    pub(super) fn admits(&mut self, source: Arguments<'_>, line: &str, now: Now) -> bool {
+    fn admits(&mut self, writer: Writer<'_>, line: &str, now: Now) -> bool {
         let Verdict { count, log } = self.repeats.take(line, now);
         if let Some(count) = count {
-            log_repeats(source, count);
+            log_repeats(writer, count);
         }
         if !log {
             return false;
         }
         let Admission { left_out, is_admitted } = self.limit.take(line.len() + 1, now);
         if let Some(left_out) = left_out {
-            log_left_out(source, left_out);
+            log_left_out(writer, left_out);
         }
         is_admitted
     }
@@ -212,39 +236,40 @@ impl LineFilter {
         [self.repeats.due, self.limit.due()].into_iter().flatten().min()
     }
 
-    pub(super) fn tick(&mut self, source: Arguments<'_>, now: Now) {
+    pub(super) fn tick(&mut self, writer: Writer<'_>, now: Now) {
         if let Some(count) = self.repeats.tick(now) {
-            log_repeats(source, count);
+            log_repeats(writer, count);
         }
         if let Some(left_out) = self.limit.tick(now) {
-            log_left_out(source, left_out);
+            log_left_out(writer, left_out);
         }
     }
 
     /// Logs the remaining counts at the end of the output.
-    pub(super) fn end(&mut self, source: Arguments<'_>) {
+    pub(super) fn end(&mut self, writer: Writer<'_>) {
         if let Some(count) = self.repeats.end() {
-            log_repeats(source, count);
+            log_repeats(writer, count);
         }
         if let Some(left_out) = self.limit.end() {
-            log_left_out(source, left_out);
+            log_left_out(writer, left_out);
         }
     }
 }
 
-fn log_repeats(source: Arguments<'_>, count: u64) {
-    log::info!("the last line of output came again {source} times={count}");
+fn log_repeats(Writer { slot, daemon, cron, pid }: Writer<'_>, times: u64) {
+    log::info!(slot, daemon, cron, pid, times; "the last line of output was repeated");
 }
 
-fn log_left_out(source: Arguments<'_>, LeftOut { lines, bytes }: LeftOut) {
-    log::warn!("output was left out of the log (--output-rate) {source} lines={lines} bytes={bytes}");
+fn log_left_out(writer: Writer<'_>, LeftOut { lines, bytes }: LeftOut) {
+    let Writer { slot, daemon, cron, pid } = writer;
+    log::warn!(slot, daemon, cron, pid, lines, bytes; "output was left out of the log (--output-rate)");
 }
 
-/// Detects repeated lines, without a system call or a clock.
+/// Detects repeated lines. Makes no system call, and reads no clock.
 #[derive(Debug, Default)]
 struct Repeats {
     last: String,
-    /// How many times in a row the line was received.
+    /// How many times in a row the last line was received.
     row: u32,
     /// Number of repetitions that have not been logged.
     held: u64,
@@ -269,11 +294,11 @@ impl Repeats {
             return Verdict { count, log: true };
         }
         self.row = self.row.saturating_add(1);
-        if self.row <= AS_IT_COMES {
+        if self.row <= MAX_REPEATS {
             return Verdict { count: None, log: true };
         }
         self.held += 1;
-        let due = *self.due.get_or_insert(now + COUNTED);
+        let due = *self.due.get_or_insert(now + REPEATS_INTERVAL);
         Verdict { count: if due <= now { self.tick(now) } else { None }, log: false }
     }
 
@@ -331,7 +356,7 @@ impl LineReader {
         self.open
     }
 
-    /// Passes on a last line that has no line end.
+    /// Calls `line` for the last line, if it has no line end.
     pub(super) fn finish(&mut self, line: &mut impl FnMut(&str, bool)) {
         if !self.partial.is_empty() {
             self.emit(line, true);
@@ -340,7 +365,7 @@ impl LineReader {
 
     fn take(&mut self, mut bytes: &[u8], line: &mut impl FnMut(&str, bool)) {
         while !bytes.is_empty() {
-            // A former build of this program may have passed on a longer partial line.
+            // A former build of this program may have left a longer partial line.
             let room = MAX_LINE.saturating_sub(self.partial.len());
             let end = bytes.iter().take(room + 1).position(|&byte| byte == b'\n');
             let taken = end.unwrap_or(bytes.len().min(room));
@@ -388,7 +413,7 @@ mod tests {
         };
         for piece in ["one\ntw", "o\r\n", "", "\nlast"] {
             write.write_all(piece.as_bytes()).unwrap();
-            assert!(reader.read(4, &mut take), "a few bytes a turn");
+            assert!(reader.read(4, &mut take), "a few bytes in each call");
             assert!(reader.read(64, &mut take));
         }
         drop(write);
@@ -398,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_64_kib_is_whole_and_a_longer_one_comes_in_marked_pieces() {
+    fn a_line_of_64_kib_is_logged_whole_and_a_longer_line_in_parts() {
         for (length, pieces) in
             [(MAX_LINE, vec![(MAX_LINE, true)]), (MAX_LINE + 1, vec![(MAX_LINE - 1, false), (2, true)])]
         {
@@ -418,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn the_beginning_of_a_line_that_a_former_build_handed_on_may_be_longer_than_ours() {
+    fn a_partial_line_from_a_former_build_may_be_longer_than_the_limit() {
         let (reader, mut write) = pipe();
         let mut reader = LineReader::resume(reader.pipe.into(), vec![b'x'; MAX_LINE + 100]);
         write.write_all(b"y\n").unwrap();
@@ -450,7 +475,7 @@ mod tests {
                 logged += u32::from(log) + u32::from(count.is_some());
                 written[line] += 1;
                 last = line;
-                assert!(repeats.due.is_none_or(|due| due <= now + COUNTED), "seed {seed}");
+                assert!(repeats.due.is_none_or(|due| due <= now + REPEATS_INTERVAL), "seed {seed}");
                 assert_eq!(repeats.held > 0, repeats.due.is_some(), "seed {seed}");
             }
             reported[last] += repeats.end().unwrap_or(0);

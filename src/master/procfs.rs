@@ -1,7 +1,7 @@
 //! Reads facts from `/proc` that other processes do not report: their children, and their use of the listening socket.
 //!
-//! This requires a debugger's rights over those processes. A master has these over its own programs, unless they run as another user while
-//! the master is not root, or the kernel forbids it. [`Observed::Hidden`] reports that nothing can be read.
+//! This requires the right to trace those processes (ptrace(2)). A master has this right over its own programs, unless they run as a
+//! different user while the master is not root, or the kernel forbids it. [`Observed::Hidden`] means that nothing can be read.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -18,7 +18,7 @@ use crate::net::listen::Listener;
 use crate::upgrade::saved_state::SavedProcess;
 use crate::{heir, sys};
 
-/// Maximum number of threads of one process, and of processes in one tree, that are examined.
+/// Maximum number of threads that are examined in one process, and of processes that are examined in one tree.
 const MAX_PROCESSES: usize = 256;
 /// Maximum number of bytes read from an environment.
 const MAX_ENVIRONMENT: usize = 1 << 20;
@@ -56,7 +56,7 @@ pub(super) struct Stat {
 }
 
 impl Stat {
-    /// Whether the process is an heir: of a dead worker, if it is a child of the master.
+    /// Whether the process is an heir. If it is a child of the master, its worker is dead.
     pub(super) fn is_heir(&self) -> bool {
         self.name.as_bytes() == heir::NAME.to_bytes()
     }
@@ -69,6 +69,7 @@ pub(super) enum Environment {
     Shown(Vec<u8>),
     /// The process is in the middle of exec: it has its new name, and no environment yet.
     InExec,
+    /// The environment cannot be read.
     Hidden,
 }
 
@@ -94,19 +95,19 @@ pub(super) enum Observed {
 }
 
 impl Observed {
-    /// Whether it certainly accepts connections.
+    /// Whether the process certainly accepts connections.
     pub(super) fn accepts(self) -> bool {
         matches!(self, Self::Accepting | Self::Watching)
     }
 
-    /// Whether it serves connections, or is a child of a process that does.
+    /// Whether the process serves connections, or is a child of a process that does.
     pub(super) fn serves(self) -> bool {
         self.accepts() || self == Self::Serving
     }
 }
 
 impl Process {
-    /// `None` if there is no such process, or if it has ended.
+    /// `None` if no such process exists, or if it has exited.
     pub(super) fn of(pid: Pid) -> Option<Self> {
         let stat = stat(pid).filter(|stat| !stat.is_zombie)?;
         Some(Self { pid: pid.as_raw(), started: stat.started })
@@ -163,7 +164,7 @@ pub(super) fn children_of(pid: Pid) -> Vec<Pid> {
     children
 }
 
-/// The children of this process, which has one thread.
+/// The children of the current process, which must be single-threaded.
 pub(super) fn own_children() -> Vec<Pid> {
     let listed = fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
     listed.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
@@ -196,7 +197,7 @@ struct Descriptors {
 }
 
 impl Descriptors {
-    /// `None` if they are hidden.
+    /// `None` if the descriptors cannot be read.
     fn of(pid: Pid, listener: &Listener) -> Option<Self> {
         let socket = format!("socket:[{}]", fstat(listener.as_fd()).ok()?.st_ino);
         let entries = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
@@ -292,7 +293,7 @@ fn is_connection(pid: Pid, process: Option<&OwnedFd>, fd: RawFd, link: &str, lis
     use std::os::fd::AsRawFd as _;
     match process.and_then(|process| sys::descriptor_of(process, fd).ok()) {
         Some(socket) => getsockname::<SockaddrStorage>(socket.as_raw_fd()).is_ok_and(|near| listener.accepts_at(&near)),
-        // The kernel is too old, or forbids it: use the kernel's list of sockets.
+        // The kernel is too old, or forbids copying the descriptor: use the kernel's list of sockets.
         None => link
             .strip_prefix("socket:[")
             .and_then(|rest| rest.strip_suffix(']'))
@@ -450,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_seen_who_accepts_and_a_connection_of_another_kind_is_no_sign() {
+    fn the_use_of_the_socket_is_observed_and_a_connection_to_a_database_does_not_count() {
         let directory = tempfile::tempdir().unwrap();
         let ours = listener(directory.path());
         let Address::Path(path) = &ours.address else { panic!("it has a path") };
@@ -478,7 +479,7 @@ mod tests {
             .collect();
         assert!(
             inodes.iter().any(|inode| lists::is_connection(pid(&program), inode, &ours)),
-            "the kernel's list has it too"
+            "the kernel's list contains it too"
         );
         end(program);
 
@@ -494,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_tree_those_that_take_connections_are_found_and_not_what_they_have_started() {
+    fn servers_in_a_tree_are_found_without_the_processes_that_they_have_started() {
         let directory = tempfile::tempdir().unwrap();
         let ours = listener(directory.path());
         let Address::Path(path) = &ours.address else { panic!("it has a path") };
@@ -511,7 +512,10 @@ mod tests {
         assert_eq!(holders_under(wrapper, &ours), [family[1]]);
         assert_eq!(stat(wrapper).unwrap().session, nix::unistd::getsid(None).unwrap().as_raw());
         assert!(Process::of(family[2]).unwrap().lives());
-        assert!(!Process { started: 1, ..Process::of(family[2]).unwrap() }.lives(), "another one of that number");
+        assert!(
+            !Process { started: 1, ..Process::of(family[2]).unwrap() }.lives(),
+            "a different process with this pid"
+        );
         for pid in family.into_iter().skip(1) {
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
         }
@@ -520,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn term_costs_a_request_where_it_ends_a_process_that_serves() {
+    fn term_loses_a_request_if_it_terminates_a_process_that_serves() {
         let directory = tempfile::tempdir().unwrap();
         let ours = listener(directory.path());
         let Address::Path(path) = &ours.address else { panic!("it has a path") };
@@ -566,7 +570,7 @@ mod tests {
     }
 
     #[test]
-    fn an_environment_that_is_empty_is_not_taken_for_an_exec() {
+    fn an_empty_environment_is_not_mistaken_for_an_exec() {
         let mut child = Command::new("sleep").arg("600").env_clear().spawn().unwrap();
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
         while environment_of(pid(&child)) != Environment::Shown(Vec::new()) {

@@ -1,4 +1,4 @@
-//! Observes external programs, which send no reports: it reads their state from `/proc`, decides which of their processes get signals, and
+//! Observes external programs, which send no reports: reads their state from `/proc`, decides which of their processes get signals, and
 //! terminates the processes that they leave behind.
 //!
 //! A program is one process, or a wrapper around the processes that serve (`sh -c 'php-cgi; …'`, php-cgi with PHP_FCGI_CHILDREN,
@@ -9,9 +9,9 @@
 //! - If it does not serve, the processes below it that have the socket are recorded before the TERM. They get TERM while they wait in
 //!   accept, when no request can be lost: a second after the wrapper got TERM, or when the wrapper has exited. If the TERM itself
 //!   terminated the wrapper, the wrapper did not pass it on to these processes. They then also get TERM when they have no connection.
-//!   Processes that handle TERM get it while they serve: at once if they accept connections at the same time, otherwise after half of the
-//!   drain timeout.
-//! - KILL is sent to the whole group when the program has crashed or had to be killed.
+//!   Processes that handle TERM get it while they serve: immediately if they accept connections at the same time, otherwise after half of
+//!   the drain timeout.
+//! - KILL is sent to the program's whole process group when the program has crashed or was killed.
 //! - A process that is left behind and still accepts connections is a stray. It gets TERM in the same way, and is killed after the drain
 //!   timeout. The server does not exit before its strays.
 
@@ -31,25 +31,27 @@ use crate::upgrade::saved_state::{SavedProgram, SavedStray};
 
 /// How long a program must run to count as ready, if it was never seen to accept and `--settle` is not set.
 const SETTLE_TIME: Duration = Duration::from_secs(1);
-/// Time between two checks of starting programs. The second value applies after a program has exited with status 0 without having been seen
-/// ready, because it may have served its share of requests between two checks.
+/// Time between two checks of starting programs.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// The same after a program has exited with status 0 without having been observed to be ready, because a program may serve its share of
+/// requests between two checks.
 const QUICK_POLL_INTERVAL: Duration = Duration::from_millis(1);
-/// How long the second interval applies after such an exit.
+/// How long the shorter interval applies after such an exit.
 const QUICK_POLL_TIME: Duration = Duration::from_secs(2);
-/// How often to look for strays: after a program has ended, and while there are orphans that may become strays.
+/// How often to look for strays after a program has exited.
 const STRAYS_INTERVAL: Duration = Duration::from_millis(50);
+/// How often to look for strays while there are orphans that may become strays.
 const ORPHANS_INTERVAL: Duration = Duration::from_secs(1);
 /// Time after which a stray that waits for connections gets TERM again.
 const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
-/// How often to check for waiting connections, and after what time such connections count as unserved if no program was ever seen to
-/// accept.
+/// How often to check for waiting connections.
 const QUEUE_INTERVAL: Duration = Duration::from_secs(1);
+/// Time after which waiting connections count as unserved, if no program was ever seen to accept.
 const UNSERVED_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The message about a program that no longer has the socket.
-const LET_GO: &str = "it has let go of the listening socket, which was its standard input: does it bind a socket of its own? \
-                      (php-fpm does; php-cgi accepts from standard input)";
+/// Why a program that no longer has the socket cannot serve.
+const SOCKET_CLOSED: &str = "it has closed the listening socket, which was its standard input: does it bind a socket of \
+                             its own? (php-fpm does; php-cgi accepts from standard input)";
 
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ProgramState {
@@ -61,7 +63,7 @@ pub(crate) struct ProgramState {
     leave_by: Option<Now>,
     /// The program's descriptors could not be read when it got that signal.
     hidden: bool,
-    /// The processes below the program that had the socket then, if the program does not serve itself.
+    /// The processes below the program that had the socket when the program got that signal, if the program does not serve itself.
     servers: Vec<Process>,
     /// The program got TERM some time ago, and is still running.
     reminded: bool,
@@ -94,10 +96,10 @@ impl ProgramState {
         }
     }
 
-    /// Logs that none of the program's processes has the listening socket any more.
-    fn let_go(&mut self, slot: u32, pid: Pid) {
-        self.trouble = LET_GO;
-        log::error!("worker can serve nobody slot={slot} pid={pid}: {LET_GO}");
+    /// Records and logs that none of the program's processes has the listening socket any more.
+    fn socket_closed(&mut self, slot: u32, pid: Pid) {
+        self.trouble = SOCKET_CLOSED;
+        log::error!(slot, pid = pid.as_raw(); "worker cannot serve clients: {SOCKET_CLOSED}");
     }
 }
 
@@ -129,7 +131,7 @@ pub(super) struct Programs {
     /// Time since which connections have been waiting while no program accepts them.
     unserved_since: Option<Now>,
     unserved_said: bool,
-    /// The operator has requested that all programs be terminated at once.
+    /// The operator has requested that all programs be terminated immediately.
     pub(super) at_once: bool,
 }
 
@@ -158,7 +160,7 @@ impl Programs {
         self.strays.iter().map(save).collect()
     }
 
-    /// Restores the strays of another master.
+    /// Restores the strays of a former master.
     pub(super) fn restore_strays(&mut self, saved: Vec<SavedStray>, now: Now) {
         self.strays.extend(saved.into_iter().map(|stray| Stray {
             process: stray.process.into(),
@@ -213,7 +215,7 @@ impl Master {
                 started.push(pid);
             } else if program.trouble.is_empty() && lived >= settle.unwrap_or(SETTLE_TIME) && !has_socket(pid, listener)
             {
-                program.let_go(child.slot, pid);
+                program.socket_closed(child.slot, pid);
             }
         }
         for pid in started {
@@ -236,7 +238,7 @@ impl Master {
         let pids: Vec<Pid> = self.children.keys().copied().collect();
         let servers = procfs::servers_under(&pids, listener);
         if self.programs.unserved_said || !servers.is_empty() {
-            // The program was slow to start. It has been seen now, so further programs must be seen, too.
+            // The program was slow to start. Since it was seen to accept, further programs must be seen to do so, too.
             self.programs.seen |= !servers.is_empty();
             for (&pid, child) in &mut self.children {
                 if let Link::Program(program) = &mut child.link {
@@ -254,7 +256,7 @@ impl Master {
                 && program.trouble.is_empty()
                 && !has_socket(pid, listener)
             {
-                program.let_go(child.slot, pid);
+                program.socket_closed(child.slot, pid);
             }
         }
         self.programs.next_count = Some(now + QUEUE_INTERVAL);
@@ -264,8 +266,9 @@ impl Master {
         } else if now >= *self.programs.unserved_since.get_or_insert(now) + UNSERVED_TIMEOUT {
             self.programs.unserved_said = true;
             log::error!(
-                "nobody takes the connections that wait waiting={waiting}: does the program accept from its standard \
-                 input? (php-cgi and what is linked with libfcgi do; php-fpm and php do not)"
+                waiting;
+                "no process accepts the waiting connections: does the program accept from its standard input? (php-cgi \
+                 and programs linked with libfcgi do; php-fpm and php do not)"
             );
         }
     }
@@ -273,25 +276,27 @@ impl Master {
     /// Repairs the listening socket before a program is started: a process that has it open may have changed it.
     ///
     /// # Errors
-    /// A sentence for the operator, if it cannot be repaired.
+    /// Returns a message for the operator if the socket cannot be repaired.
     pub(super) fn mend_socket(&mut self) -> Result<(), String> {
         if !matches!(self.spawner.launch, Launch::Program(_)) {
             return Ok(());
         }
         let listener = &self.spawner.listeners[0];
-        let cause = "a process that has it, as its standard input as a rule,";
+        let cause = "a process that has it open, usually as its standard input,";
         if !listener.is_listening() && !self.closing.has_begun() {
             listener.repair(&self.spawner.config, true).map_err(|why| {
-                format!("{cause} has shut the listening socket down, and it cannot be had anew: {listener}: {why}")
+                format!("cannot recreate the listening socket {listener}, which {cause} has shut down: {why}")
             })?;
-            log::warn!("the listening socket was had anew: {cause} had shut it down socket={listener}");
+            log::warn!(socket:% = listener; "recreated the listening socket: {cause} had shut it down");
         }
         // A program with an event loop sets O_NONBLOCK itself, and needs it.
         let now = self.begun.elapsed();
         let suspect = self.programs.sleeps_in_accept || self.children.is_empty() || now < self.programs.quick_until;
         if suspect && !listener.is_blocking() {
-            listener.make_blocking().map_err(|error| format!("{listener}: {error}"))?;
-            log::warn!("the listening socket waits in accept again: {cause} had set O_NONBLOCK socket={listener}");
+            listener
+                .make_blocking()
+                .map_err(|error| format!("cannot make the listening socket {listener} blocking: {error}"))?;
+            log::warn!(socket:% = listener; "made the listening socket blocking again: {cause} had set O_NONBLOCK");
         }
         Ok(())
     }
@@ -316,7 +321,8 @@ impl Master {
         // The pid cannot belong to another process, because the child has not been reaped yet.
         let sent = if to_group { killpg(pid, signal) } else { kill(pid, signal) };
         if let Err(errno) = sent {
-            log::error!("cannot signal worker slot={} pid={pid} signal={signal}: {errno}", child.slot);
+            let (slot, pid) = (child.slot, pid.as_raw());
+            log::error!(slot, pid, signal:%; "cannot signal worker: {errno}");
         }
     }
 
@@ -335,8 +341,8 @@ impl Master {
         }
     }
 
-    /// Handles the exit of a child before it is reaped. If the child has crashed or had to be killed, the remaining processes of its
-    /// group are killed.
+    /// Handles the exit of a child before it is reaped. If the child has crashed or was killed, the remaining processes of its group are
+    /// killed.
     pub(super) fn program_ending(&mut self, pid: Pid, ending: Ending) {
         let Some(Child { link: Link::Program(program), asked_to_leave: asked, .. }) = self.children.get(&pid) else {
             return;
@@ -418,14 +424,14 @@ impl Master {
             };
             let name = procfs::stat(process.pid()).map(|stat| stat.name).unwrap_or_default();
             if signal == Signal::SIGKILL {
-                let pid = process.pid;
                 log::warn!(
-                    "what a worker left behind does not finish in time (--drain-timeout): killed pid={pid} name={name}"
+                    pid = process.pid, name;
+                    "killed a process that a worker left behind, because it did not exit in time (--drain-timeout)"
                 );
             } else if asked.is_none() {
                 log::info!(
-                    "what a worker left behind takes connections: asked to leave pid={} name={name}",
-                    process.pid
+                    pid = process.pid, name;
+                    "sent SIGTERM to a process that a worker left behind, because it accepts connections"
                 );
             }
             (*asked, *unasked) = (Some(now), false);
@@ -445,15 +451,15 @@ fn has_socket(pid: Pid, listener: &crate::net::listen::Listener) -> bool {
     procfs::family_of(&[pid]).into_iter().any(|pid| procfs::of(pid, listener) != Observed::Apart)
 }
 
-/// A hint for the operator about the end of a program that was not ready.
+/// A hint for the operator about the exit of a program that was not ready.
 pub(super) fn hint(ending: Ending) -> &'static str {
     match ending {
         Ending::Exited(0) => {
-            "it ended well, and was not seen to take a connection: if it took none, is it a FastCGI program, which accepts \
-             from its standard input? (php-cgi is one, php is not)"
+            "it exited with status 0, and was not seen to accept a connection: if it accepted none, is it a FastCGI \
+             program, which accepts from its standard input? (php-cgi is one, php is not)"
         }
         Ending::Exited(125) => "env, timeout, nice, docker run and the like return 125 when they themselves fail",
-        Ending::Exited(126) => "126: a shell, env or the like found the command, and could not execute it",
+        Ending::Exited(126) => "126: a shell, env or the like found the command but could not execute it",
         Ending::Exited(127) => "127: a shell, env or the like did not find the command",
         Ending::Exited(_) | Ending::Signaled(_) => "",
     }

@@ -22,8 +22,9 @@ use crate::config::millis;
 use crate::diagnostics::request_key::RequestKey;
 use crate::upgrade::saved_state::SavedRefusal;
 
-/// Maximum number of remembered deaths, and of records of requests.
+/// Maximum number of remembered deaths.
 const DEATHS: usize = 256;
+/// Maximum number of records of requests.
 const RECORDS: usize = 1024;
 /// Maximum duration of one refusal, unless the configured time is longer.
 const MAX_TIME: Duration = Duration::from_secs(60 * 60);
@@ -38,10 +39,11 @@ pub(crate) struct Death {
     pub(crate) culprit: Option<RequestKey>,
     /// The requests that all threads were working on, if they are known and the culprit is not.
     pub(crate) running: Option<Vec<RequestKey>>,
-    /// The worker died of its own action, and not of the resources that it had used before.
+    /// Whether the worker died of its own action, rather than of the resources that it had used before.
     pub(crate) by_itself: bool,
-    /// The number of other workers, and the requests that they serve. 0 if those requests are not all known.
+    /// The number of surviving workers; 0 if their requests are not all known.
     pub(crate) live_workers: usize,
+    /// The requests that the surviving workers serve.
     pub(crate) elsewhere: Vec<RequestKey>,
 }
 
@@ -113,7 +115,7 @@ impl Quarantine {
         }
     }
 
-    /// Records that a worker crashed, and decides.
+    /// Records that a worker crashed, and decides whether a request must be refused.
     pub(crate) fn died(&mut self, death: Death, now: Now) -> Vec<Verdict> {
         // Without a request that can be named, there is no evidence.
         let is_evidence =
@@ -206,7 +208,7 @@ impl Quarantine {
         list
     }
 
-    /// Releases one request, and forgets its earlier refusals. False if it was not refused.
+    /// Releases one request, and clears its earlier refusals. Returns false if it was not refused.
     pub(crate) fn release(&mut self, key: &str) -> bool {
         self.records.remove(key).is_some_and(|record| record.refused)
     }

@@ -9,11 +9,11 @@ use super::{Master, death_log};
 use crate::app::hooks::{WorkerExit, WorkerId};
 use crate::sys::{self, Ending};
 
-/// The exit status by which a worker asks not to be replaced.
+/// The exit status with which a worker requests not to be replaced.
 pub(super) const STAY_DOWN: i32 = 125;
 
-/// The kind of a child. Each component records the children that it has started; only [`Master::kind_of`] asks all components
-/// which of them a pid belongs to.
+/// The kind of a child. Each component records the children that it has started; only [`Master::kind_of`] searches
+/// the records of all components for a pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// A worker, or a program in its place.
@@ -26,7 +26,7 @@ pub(super) enum Kind {
     Symbolizer,
     /// The child existed before the master.
     Earlier,
-    /// An heir, or an orphan whose parent was a child of another kind.
+    /// An heir, or an orphan whose parent was a child of a different kind.
     Orphan,
 }
 
@@ -58,7 +58,10 @@ impl Master {
                 Kind::Guard => self.guard.ended(pid, ending, self.now()),
                 Kind::UpgradeCheck => self.upgrade_check_ended(ending),
                 Kind::Symbolizer => self.faults.symbolizer.ended(&self.signals),
-                Kind::Earlier | Kind::Orphan => log::debug!("reaped an orphan pid={pid} {ending}"),
+                Kind::Earlier | Kind::Orphan => {
+                    let (status, signal) = (ending.exit_status(), ending.signal_name());
+                    log::debug!(pid = pid.as_raw(), status, signal; "reaped an orphan");
+                }
             }
         }
     }
@@ -111,19 +114,19 @@ impl Master {
             hooks.of_master.on_worker_exit(exit);
         }
         self.take_evidence(slot, pid, end);
-        let asks = after_exit(ending, !is_starting);
+        let after_exit = after_exit(ending, !is_starting);
         match program {
             Some(program) => self.program_ended(program, ending),
             None if !asked => self.look_whether_sockets_listen(),
             None => {}
         }
         self.check_closing(); // it may have exited because the queue is empty
-        self.feed(Event::Exited { pid, after_exit: asks });
+        self.feed(Event::Exited { pid, after_exit });
     }
 }
 
 /// The effect of an exit status. A program may be a wrapper: `env`, `timeout` and `docker run` return 125 when they themselves fail. So 125
-/// counts only from a process that was ready.
+/// takes effect only for a process that was ready.
 pub(super) fn after_exit(ending: Ending, was_ready: bool) -> AfterExit {
     match ending {
         Ending::Exited(0) => AfterExit::Restart,
@@ -138,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wrappers_own_125_is_a_failure_and_a_programs_is_its_wish() {
+    fn status_125_is_a_failure_unless_the_process_was_ready() {
         assert_eq!(after_exit(Ending::Exited(125), false), AfterExit::Replace);
         assert_eq!(after_exit(Ending::Exited(125), true), AfterExit::StayDown);
         assert_eq!(after_exit(Ending::Exited(0), false), AfterExit::Restart);

@@ -45,10 +45,9 @@ impl Recycling {
         (self.max_memory, self.interval, self.max_age) = (max_memory, interval, max_age);
     }
 
-    /// The limits, for the log.
-    pub(crate) fn describe(&self) -> String {
+    pub(crate) fn log_settings(&self) {
         let Self { max_memory, interval, max_age, .. } = self;
-        format!("max_memory={max_memory:?} interval={interval:?} max_age={max_age:?}")
+        log::debug!(part = "recycling", max_memory, interval:? = interval, max_age:? = max_age; "settings");
     }
 
     /// Records that a process exists and has this age.
@@ -61,7 +60,7 @@ impl Recycling {
         self.lives.remove(&pid);
     }
 
-    /// The time of the next check; `None` without limits.
+    /// The time of the next check; `None` if no limit is set.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         let look = self.max_memory.filter(|_| !self.lives.is_empty()).map(|_| self.next_look);
         self.lives.values().filter_map(|life| life.ends).chain(look).min()
@@ -144,9 +143,9 @@ mod tests {
     }
 
     #[test]
-    fn each_is_looked_at_in_turn_and_one_that_stays_large_is_named_once() {
+    fn each_worker_is_checked_in_turn_and_one_that_stays_large_is_returned_once() {
         let mut recycling = recycling(Some(100), None);
-        assert_eq!(recycling.next_deadline(), None, "there is nobody");
+        assert_eq!(recycling.next_deadline(), None, "there is no worker");
         let pids = [7, 8, 9].map(Pid::from_raw);
         pids.iter().for_each(|&pid| recycling.spawned(pid, Duration::ZERO, Now::ZERO));
         let mut named = Vec::new();
@@ -171,14 +170,14 @@ mod tests {
     }
 
     #[test]
-    fn each_has_an_age_of_its_own_and_is_named_once() {
+    fn each_worker_has_its_own_maximum_age_and_is_returned_once() {
         let mut recycling = recycling(None, Some(Jittered { limit: 100 * S, jitter: 50 * S }));
         (1..=40).for_each(|pid| recycling.spawned(Pid::from_raw(pid), Duration::ZERO, S));
         let mut now = Now::ZERO;
         let mut moments = std::collections::BTreeSet::new();
         let mut named = Vec::new();
         while let Some(deadline) = recycling.next_deadline() {
-            assert!(deadline > now, "it asks for what is past");
+            assert!(deadline > now, "the deadline has passed");
             now = deadline;
             assert_eq!(recycling.turn(now), None);
             // One worker is not ready for a long time.
@@ -194,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn the_age_of_one_that_another_master_made_goes_on() {
+    fn the_age_of_a_worker_of_a_former_master_is_kept() {
         let mut recycling = recycling(None, Some(Jittered { limit: 100 * S, jitter: Duration::ZERO }));
         let [younger, older] = [1, 2].map(Pid::from_raw);
         recycling.spawned(younger, 30 * S, S);
@@ -209,7 +208,7 @@ mod tests {
         let text = "55d0-7ffc ---p 00000000 00:00 0    [rollup]\nRss: 9000 kB\nPss:         3000 kB\nPss_Anon: 900 kB\n\
                     Pss_Shmem:    2000 kB\n";
         assert_eq!(own_memory_in(text), Some(1000 * 1024));
-        assert_eq!(own_memory_in("Pss: 12 kB\n"), Some(12 * 1024), "an older kernel tells no parts");
+        assert_eq!(own_memory_in("Pss: 12 kB\n"), Some(12 * 1024), "an older kernel reports no parts");
         assert_eq!(own_memory_in("Rss: 12 kB\n"), None);
         assert!(own_memory(nix::unistd::getpid()).is_some_and(|bytes| bytes > 100_000));
     }

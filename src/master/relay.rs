@@ -1,6 +1,6 @@
-//! Starts and supervises the relay process: it is started when a datagram is waiting in the publish socket, and restarted when it has died.
-//! A relay that does nothing while datagrams wait, for example because it was stopped, is killed, because publishers would otherwise wait
-//! forever. [`crate::relay`] is the code of the relay itself.
+//! Starts and supervises the relay process. The master starts a relay when a datagram is waiting in the publish socket and no relay is
+//! running. The master kills a relay that makes no progress while datagrams wait, for example because it was stopped: publishers would
+//! otherwise wait forever. [`crate::relay`] contains the relay's own code.
 //!
 //! The master never reads the socket. It checks whether a datagram is waiting: continuously while there is no relay, and periodically while
 //! there is one.
@@ -29,7 +29,7 @@ use crate::relay;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved_state::SavedPublish;
 
-/// Maximum number of bytes of its output that are read in one iteration of the master's loop.
+/// Maximum number of bytes of the relay's output that are read in one iteration of the master's loop.
 const READ_BUDGET: usize = 4 << 10;
 /// How long a relay may take to exit by itself.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
@@ -62,6 +62,7 @@ struct Process {
     output: LineReader,
     open: bool,
     stall: Stall,
+    /// Whether the relay was killed because it made no progress.
     is_given_up: bool,
     /// The relay exits when this descriptor is closed.
     _lifeline: OwnedFd,
@@ -72,14 +73,14 @@ impl Relay {
         Self { socket, state: State::None, breaker: Breaker::default() }
     }
 
-    /// The path of the publish socket for programs, if they can reach it.
+    /// The path by which programs reach the publish socket. `None` if they cannot reach it.
     pub(super) fn seen_by_programs(&self, config: &Config) -> Option<PathBuf> {
         let socket = self.socket.as_ref()?;
         let seen = socket.seen_from(config.privileges.chroot.as_deref());
         if seen.is_none() {
-            let path = socket.path().display();
             log::warn!(
-                "programs cannot see the publish socket {path} (choose a path inside of --chroot with --events-socket)"
+                socket:% = socket.path().display();
+                "programs cannot reach the publish socket (choose a path inside --chroot with --events-socket)"
             );
         }
         seen
@@ -88,7 +89,7 @@ impl Relay {
     /// Changes the owner of the publish socket.
     ///
     /// # Errors
-    /// The error of the system call.
+    /// Returns the error of the system call.
     pub(super) fn give_socket(&self, from: Uid, to: Owner) -> io::Result<()> {
         self.socket.as_ref().map_or(Ok(()), |socket| socket.give(from, to))
     }
@@ -143,7 +144,7 @@ impl Relay {
             }
             State::Ends { pid, deadline } => {
                 if deadline.take_if(|deadline| *deadline <= now).is_some() {
-                    log::warn!("relay does not end by itself: killed pid={pid}");
+                    log::warn!(pid = pid.as_raw(); "killed the relay, because it did not exit in time");
                     let _ = kill(*pid, Signal::SIGKILL);
                 }
             }
@@ -153,10 +154,10 @@ impl Relay {
                 {
                     match start(socket, spawner, signals, now) {
                         Ok(process) => {
-                            log::info!("relay started pid={}", process.pid);
+                            log::info!(pid = process.pid.as_raw(); "relay started");
                             self.state = State::Works(process);
                         }
-                        Err(error) => self.failed(now, &format!("cannot start the relay: {}", sys::explain(&error))),
+                        Err(error) => self.start_failed(now, &error),
                     }
                 }
             }
@@ -164,27 +165,38 @@ impl Relay {
         }
     }
 
-    fn failed(&mut self, now: Now, what: &str) {
+    fn start_failed(&mut self, now: Now, error: &io::Error) {
         if let Some((failures, delay)) = self.breaker.fail(now) {
-            let delay = delay.as_millis();
-            log::error!("{what} (events wait in the publish socket) failures={failures} next_try={delay}ms");
+            let error = sys::explain(error);
+            log::error!(
+                failures, next_try:% = format_args!("{}ms", delay.as_millis());
+                "cannot start the relay: {error} (events wait in the publish socket)"
+            );
         }
     }
 
     /// Handles the exit of the relay.
     pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) {
+        let (pid, status, signal) = (pid.as_raw(), ending.exit_status(), ending.signal_name());
         match std::mem::replace(&mut self.state, State::None) {
             State::Works(mut process) => {
                 process.read_child(MAX_REST, &mut self.breaker);
-                let what = format!("relay ended pid={pid} {ending} lived={}ms", process.since.elapsed().as_millis());
+                let lived = process.since.elapsed().as_millis();
                 if process.ready {
-                    log::warn!("{what}: the datagram that it was at may be lost, the others wait for the next one");
-                } else {
-                    self.failed(now, &what);
+                    log::warn!(
+                        pid, status, signal, lived:% = format_args!("{lived}ms");
+                        "relay exited: the event that it was publishing may be lost (other events wait in the publish socket)"
+                    );
+                } else if let Some((failures, delay)) = self.breaker.fail(now) {
+                    log::error!(
+                        pid, status, signal, lived:% = format_args!("{lived}ms"),
+                        failures, next_try:% = format_args!("{}ms", delay.as_millis());
+                        "relay exited before it was ready (events wait in the publish socket)"
+                    );
                 }
             }
             State::Ends { deadline, .. } => {
-                log::debug!("relay ended pid={pid} {ending}");
+                log::debug!(pid, status, signal; "relay exited");
                 if deadline.is_none() {
                     self.state = State::Over;
                 }
@@ -193,7 +205,7 @@ impl Relay {
         }
     }
 
-    /// Ends the relay after a change of its environment. The next datagram starts a new one.
+    /// Ends the relay after a change of its environment. The next datagram starts a new relay.
     pub(super) fn renew(&mut self, now: Now) {
         if let State::Works(Process { pid, .. }) = &self.state {
             // Dropping the process closes the lifeline.
@@ -201,7 +213,7 @@ impl Relay {
         }
     }
 
-    /// Ends the relay for good, since the master is exiting.
+    /// Ends the relay permanently, because the master is exiting.
     pub(super) fn stop(&mut self) {
         // Dropping the process closes the lifeline.
         self.state = match self.pid() {
@@ -223,11 +235,11 @@ impl Process {
         let something_waits = has_come(socket);
         let work = if something_waits { work_of(self.pid) } else { None };
         if self.stall.look(now, something_waits, work) && !std::mem::replace(&mut self.is_given_up, true) {
-            let pid = self.pid;
             log::error!(
-                "relay does nothing although events wait for it (was it stopped?): killed, another one goes on pid={pid}"
+                pid = self.pid.as_raw();
+                "killed the relay, because it made no progress while events were waiting (was it stopped?)"
             );
-            let _ = kill(pid, Signal::SIGKILL);
+            let _ = kill(self.pid, Signal::SIGKILL);
         }
     }
 
@@ -235,13 +247,13 @@ impl Process {
         if !self.open {
             return;
         }
-        let (pid, ready) = (self.pid, &mut self.ready);
+        let (pid, ready) = (self.pid.as_raw(), &mut self.ready);
         self.open = self.output.read(most, &mut |line, _| {
             if line == relay::READY {
                 *ready = true;
                 breaker.close();
             } else {
-                log::warn!("relay pid={pid} | {line}");
+                log::warn!(pid; "relay: {line}");
             }
         });
     }
@@ -253,7 +265,7 @@ fn has_come(socket: &PublishSocket) -> bool {
     poll(&mut watched, PollTimeout::ZERO).is_ok() && watched[0].any().unwrap_or(false)
 }
 
-/// A number that changes while a process does anything: the sum of its processor time and its context switches.
+/// A number that changes whenever the process does anything: the sum of its processor time and its context switches.
 fn work_of(pid: Pid) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
@@ -267,13 +279,13 @@ fn work_of(pid: Pid) -> Option<u64> {
 }
 
 fn start(socket: &PublishSocket, spawner: &Spawner, signals: &SignalInbox, now: Now) -> io::Result<Process> {
-    // Non-blocking at both ends: neither the relay nor the master waits at this pipe.
+    // Non-blocking at both ends, so that neither the relay nor the master waits for the other.
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let (watched, lifeline) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let privileges = Privileges::resolve(&spawner.current.config.privileges, false).map_err(io::Error::other)?;
     let segment = &spawner.segment;
     let pid = sys::fork(|| {
-        // The handlers stay installed, and do nothing: a signal to all processes of a service must not terminate the relay before its time.
+        // The handlers stay installed, and do nothing: a signal to all processes of a service must not terminate the relay early.
         signals.leave();
         logging::begin_worker(&spawner.config.logs);
         if [1, 2].into_iter().try_for_each(|fd| sys::replace(fd, &write)).is_err() {

@@ -5,7 +5,7 @@
 //!   └────────────┴─ invalid: nothing has changed                 └───▶ failed: new processes use the old settings
 //! ```
 //!
-//! - Settings of the master itself (number of workers, timeouts, the log) take effect at once.
+//! - Settings of the master itself (number of workers, timeouts, the log) take effect immediately.
 //! - Settings of the serving processes take effect for the new generation. Processes that replace older ones before the new generation is
 //!   proven, or after it has failed, use the old settings.
 //! - Settings that cannot change are logged ([`crate::config::control::reloaded`]).
@@ -30,12 +30,12 @@ impl Master {
     /// Rereads the configuration, and replaces the workers.
     ///
     /// # Errors
-    /// A sentence for the operator, if the configuration is invalid. Then nothing has changed.
+    /// Returns a message for the operator if the configuration is invalid. In this case nothing has changed.
     pub(super) fn reload(&mut self) -> Result<(), String> {
         let read =
             (self.reread)(&self.spawner.config).and_then(|read| read.map_or(Ok(()), |read| self.take_over(read)));
         if let Err(why) = read {
-            log::error!("reload refused, the workers stay: {why}");
+            log::error!("reload refused; the workers stay as they are: {why}");
             return Err(format!("the workers stay as they are: {why}"));
         }
         if let Some(text) = self.replace_damaged_memory() {
@@ -60,7 +60,7 @@ impl Master {
 
         let log_moved = logging::change(log);
         if !fixed.is_empty() {
-            let text = format!("these change with a restart only: {}", fixed.join(", "));
+            let text = format!("these settings take effect only after a restart: {}", fixed.join(", "));
             log::warn!("{text}");
             self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
         }
@@ -101,7 +101,7 @@ impl Master {
         let before = Arc::clone(&self.spawner.current.config);
         if self.spawner.begin(generation) {
             let now = Arc::clone(&self.spawner.config);
-            // The first new process may publish at once.
+            // The first new process may publish immediately.
             self.give_files(&before.privileges, &now.privileges);
         }
     }
@@ -130,16 +130,17 @@ impl Master {
     pub(super) fn describe_settings(&self) {
         let Self { supervisor, recycling, faults, spawner, .. } = self;
         let config = &spawner.config;
-        log::debug!("settings part=supervisor {:?}", supervisor.policy());
-        log::debug!("settings part=recycling {}", recycling.describe());
-        log::debug!("settings part=faults {}", faults.describe());
-        log::debug!("settings part=log {}", logging::describe_limits());
-        log::debug!("settings part=master settle={:?} upgrade={:?}", config.settle, config.upgrade);
+        log::debug!(part = "supervisor", policy:? = supervisor.policy(); "settings");
+        recycling.log_settings();
+        faults.log_settings();
+        let (queue, output_rate) = (logging::queue_limit(), logging::output_rate());
+        log::debug!(part = "log", queue, output_rate; "settings");
+        log::debug!(part = "master", settle:? = config.settle, upgrade:? = config.upgrade; "settings");
     }
 
     /// Logs the settings of daemons and jobs.
     pub(super) fn describe_sidecars(&self) {
-        log::debug!("settings part=beside {}", self.sidecars.describe());
+        log::debug!(part = "sidecars", sidecars = self.sidecars.describe(); "settings");
     }
 
     /// Changes the owner of the socket files and the cache file, if the user of the processes has changed.
@@ -157,15 +158,17 @@ impl Master {
             if let Some(file) = &self.spawner.config.cache.file
                 && let Err(error) = privileges::give_of(self.spawner.segment.fd(), from, to)
             {
-                let file = file.display();
-                log::warn!("the cache file {file} stays with its owner: {error} (start anew after a change of --user)");
+                log::warn!(
+                    file:% = file.display();
+                    "cannot change the owner of the cache file: {error} (restart the server after a change of --user)"
+                );
             }
         }
     }
 
     fn give_publish_socket(&self, from: Uid, to: Owner) {
         if let Err(error) = self.relay.give_socket(from, to) {
-            log::warn!("the publish socket stays with its owner: {error} (see --events-socket)");
+            log::warn!("cannot change the owner of the publish socket: {error} (--events-socket)");
         }
     }
 
@@ -177,7 +180,7 @@ impl Master {
         self.hand_out_log_files();
         self.renew_guard();
         errors.iter().for_each(|error| log::error!("{error}"));
-        log::info!("log files reopened errors={}", errors.len());
+        log::info!(errors = errors.len(); "log files reopened");
         errors
     }
 
@@ -202,7 +205,10 @@ impl Master {
             if let Err(error) = files.hand_out(channel.as_fd())
                 && error.kind() != io::ErrorKind::BrokenPipe
             {
-                log::warn!("worker goes on with its old log files slot={} pid={pid}: {error}", child.slot);
+                log::warn!(
+                    slot = child.slot, pid = pid.as_raw();
+                    "cannot pass the log files to a worker, which continues with its old ones: {error}"
+                );
             }
         }
     }

@@ -1,9 +1,9 @@
 //! Terminates or logs the processes that remain when the server exits.
 //!
-//! The kernel reparents orphaned descendants to the master, so the master can list the remaining processes. Processes in its own session
-//! end with it: they are first asked to exit, then killed. Processes with a session of their own (setsid) are meant to outlive the server,
-//! and are only logged; processes that daemons have left behind are terminated in any case. The sockets that this server has bound stop
-//! listening, even if another process still holds them.
+//! The kernel reparents orphaned descendants to the master, so the master can list the remaining processes. Processes in the master's
+//! session end with the master: they are first asked to exit, then killed. Processes with their own session (setsid) are meant to outlive
+//! the server, and are only logged; processes that daemons have left behind are terminated in any case. The sockets that this server has
+//! bound stop listening, even if another process still holds them.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd as _;
@@ -42,18 +42,21 @@ impl Master {
             let is_in_exec = |&pid: &Pid| procfs::environment_of(pid).seen_for(begun.elapsed()) == Environment::InExec;
             let is_undecided = || apart.iter().any(is_in_exec);
             if ours.is_empty() && !is_undecided() || begun.elapsed() >= GRACE_TIMEOUT + KILL_TIMEOUT {
-                return apart.into_iter().for_each(|pid| self.name_survivor(pid));
+                return apart.into_iter().for_each(|pid| self.log_survivor(pid));
             }
             for pid in ours {
                 let signal = if is_over || self.programs.at_once { Signal::SIGKILL } else { Signal::SIGTERM };
                 if asked.insert((pid, signal as i32)) {
                     let name = procfs::stat(pid).map(|stat| stat.name).unwrap_or_default();
-                    log::info!("what was left behind ends with the server pid={pid} name={name} signal={signal}");
+                    log::info!(
+                        pid = pid.as_raw(), name, signal:%;
+                        "sent a signal to a process that was left behind, because the server is exiting"
+                    );
                     let _ = kill(pid, signal); // it may just have exited
                 }
             }
-            let nap = PollTimeout::try_from(POLL_INTERVAL).unwrap_or(PollTimeout::ZERO);
-            let _ = poll(&mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)], nap);
+            let timeout = PollTimeout::try_from(POLL_INTERVAL).unwrap_or(PollTimeout::ZERO);
+            let _ = poll(&mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)], timeout);
             self.signals.take();
         }
     }
@@ -62,14 +65,18 @@ impl Master {
         procfs::stat(pid).is_some_and(|stat| stat.session == session) || self.sidecars.has_left(pid)
     }
 
-    fn name_survivor(&self, pid: Pid) {
+    fn log_survivor(&self, pid: Pid) {
         let Some(name) = procfs::stat(pid).filter(|stat| !stat.is_zombie).map(|stat| stat.name) else { return };
         let listeners = self.spawner.listeners.iter();
         let mut holds =
             listeners.filter(|listener| !matches!(procfs::of(pid, listener), Observed::Apart | Observed::Hidden));
+        let pid = pid.as_raw();
         match holds.next() {
-            Some(listener) => log::warn!("pid {pid} ({name}) lives on and still has the socket {listener}"),
-            None => log::info!("pid {pid} ({name}) lives on: it has a session of its own"),
+            Some(listener) => log::warn!(
+                pid, name, socket:% = listener;
+                "a process outlives the server, and still has a listening socket open"
+            ),
+            None => log::info!(pid, name; "a process outlives the server, because it has its own session"),
         }
     }
 }

@@ -44,7 +44,7 @@ pub(crate) struct Notify {
     /// States that did not fit into the manager's queue, the oldest first.
     unsent: VecDeque<String>,
     next_try: Option<Instant>,
-    /// The last message failed, and this has been logged.
+    /// Whether the last message failed. The first failure in a row is logged.
     is_unreachable: bool,
 }
 
@@ -89,7 +89,7 @@ impl Notify {
     }
 
     pub(crate) fn stopping(&mut self) {
-        self.enter(Phase::Stopping, "STOPPING=1\nSTATUS=finishing what is being served");
+        self.enter(Phase::Stopping, "STOPPING=1\nSTATUS=finishing the current requests");
     }
 
     /// Sends a status text.
@@ -139,7 +139,7 @@ impl Notify {
         self.next_progress = matches!(phase, Phase::Reloading | Phase::Stopping).then(Instant::now);
     }
 
-    /// With `keep`, a message that does not fit is sent later. Watchdog messages are not kept, since another one follows.
+    /// With `keep`, a message that does not fit is sent later. Watchdog messages are not kept, since the next one follows soon.
     fn send(&mut self, text: &str, keep: bool) {
         if self.unsent.is_empty() && self.try_send(text, None) != Err(Errno::EAGAIN) {
             return;
@@ -171,7 +171,7 @@ impl Notify {
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
         let sent = sendmsg(socket.as_raw_fd(), &[IoSlice::new(text.as_bytes())], rights, flags, Some(address));
         if let (Err(errno), false) = (sent, self.is_unreachable) {
-            log::warn!("the service manager does not hear us: {} message={text:?}", errno.desc());
+            log::warn!(notification = text; "cannot notify the service manager: {}", errno.desc());
         }
         self.is_unreachable = sent.is_err();
         sent.map(drop)

@@ -1,4 +1,4 @@
-//! Runs the sidecars (daemons and jobs): carries out the decisions of [`sidecars`](self::supervisor), and logs their output.
+//! Runs the sidecars (daemons and jobs): carries out the decisions of [`supervisor`](self::supervisor), and logs the sidecars' output.
 //!
 //! Sidecars are programs, started like those of `forkyard run`: in their own process groups, with the privileges of the workers. If the
 //! master dies, the kernel kills them, and the guard kills the processes that they have started.
@@ -19,7 +19,7 @@ use nix::unistd::{Pid, getpgid, pipe2};
 
 use self::supervisor::{Action, Event, Notice, STEADY_TIME, SidecarSupervisor};
 use super::background_daemons::Inherited;
-use super::output::{self, LineFilter, LineReader, MAX_REST};
+use super::output::{self, LineFilter, LineReader, MAX_REST, Writer};
 use super::spawn::{OF_THE_MASTER, blocking, explain, to_pass};
 use super::supervisor::{Command as Order, Now};
 use crate::config::privileges::PrivilegesConfig;
@@ -39,20 +39,20 @@ pub(super) struct Sidecars {
     /// `None` if no sidecar is configured.
     privileges: Option<Privileges>,
     segment: Segment,
-    /// The path of the publish socket for programs.
+    /// The path by which programs reach the publish socket.
     events: Option<PathBuf>,
     /// Settings that a reload has read, applied when the reload is done.
     read: Option<Settings>,
     begun: Instant,
 }
 
-/// The resolved and checked settings of another configuration.
+/// The resolved and checked settings of a new configuration.
 pub(super) struct Settings {
     programs: Vec<Sidecar>,
     privileges: Option<Privileges>,
     config: SidecarsConfig,
     stop_timeout: Duration,
-    /// The path of the publish socket for programs.
+    /// The path by which programs reach the publish socket.
     pub(super) events: Option<PathBuf>,
 }
 
@@ -63,11 +63,27 @@ struct Sidecar {
     program: Program,
 }
 
-/// The name of a sidecar in the log.
+/// Identifies a sidecar in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Label {
+    /// The flag that configures the sidecar, without dashes.
     kind: &'static str,
     name: String,
+}
+
+impl Label {
+    fn is_daemon(&self) -> bool {
+        self.kind == "daemon"
+    }
+
+    /// What the log calls such a sidecar.
+    fn noun(&self) -> &'static str {
+        if self.is_daemon() { "daemon" } else { "job" }
+    }
+
+    fn writer(&self, pid: Pid) -> Writer<'_> {
+        if self.is_daemon() { Writer::daemon(&self.name, pid) } else { Writer::job(&self.name, pid) }
+    }
 }
 
 /// A running sidecar process.
@@ -98,7 +114,7 @@ pub(super) struct Living<'a> {
 /// Finds the programs, and resolves their privileges.
 ///
 /// # Errors
-/// A sentence for the operator, with the flag.
+/// Returns a message for the operator, with the flag, if a program is missing or cannot have the configured privileges.
 fn resolve(config: &Config) -> Result<(Vec<Sidecar>, Option<Privileges>), String> {
     let PrivilegesConfig { chroot, chdir, .. } = &config.privileges;
     let sidecars = config.sidecars.sidecars.iter().map(|sidecar| {
@@ -113,7 +129,7 @@ fn resolve(config: &Config) -> Result<(Vec<Sidecar>, Option<Privileges>), String
 /// Checks whether all sidecars can be started.
 ///
 /// # Errors
-/// A sentence for the operator, with the flag.
+/// Returns a message for the operator, with the flag, if a program is missing or cannot have the configured privileges.
 pub(crate) fn check_sidecars(config: &Config) -> Result<(), String> {
     resolve(config)?;
     warn_of_sandbox(config);
@@ -122,13 +138,13 @@ pub(crate) fn check_sidecars(config: &Config) -> Result<(), String> {
 
 fn warn_of_sandbox(config: &Config) {
     if config.privileges.sandbox.is_some() && !config.sidecars.sidecars.is_empty() {
-        log::warn!("daemons and jobs are not in the sandbox: it is for workers (--sandbox, --daemon, --cron)");
+        log::warn!("the sandbox applies to workers only, not to daemons and jobs (--sandbox, --daemon, --cron)");
     }
 }
 
 impl Sidecars {
     /// # Errors
-    /// If a program is missing, or cannot have the configured privileges.
+    /// Fails if a program is missing or cannot have the configured privileges.
     pub(super) fn new(config: &Config, segment: Segment, begun: Instant) -> io::Result<Self> {
         let (programs, privileges) = resolve(config).map_err(io::Error::other)?;
         let sidecars = SidecarSupervisor::new(&config.sidecars, config.drain_timeout, Timestamp::now());
@@ -136,15 +152,15 @@ impl Sidecars {
         Ok(Self { sidecars, programs, processes, inherited, privileges, segment, events: None, read: None, begun })
     }
 
-    /// Sets the path of the publish socket for programs.
+    /// Sets the path by which programs reach the publish socket.
     pub(super) fn announce_publish_socket(&mut self, events: Option<PathBuf>) {
         self.events = events;
     }
 
-    /// Resolves and checks the settings of another configuration.
+    /// Resolves and checks the settings of a new configuration.
     ///
     /// # Errors
-    /// A sentence for the operator, if a program is missing or cannot have the configured privileges.
+    /// Returns a message for the operator if a program is missing or cannot have the configured privileges.
     pub(super) fn prepare(config: &Config, events: Option<PathBuf>) -> Result<Settings, String> {
         let (programs, privileges) = resolve(config)?;
         warn_of_sandbox(config);
@@ -244,7 +260,7 @@ impl Sidecars {
     }
 
     /// Takes over a child that a former master started. If no sidecar of that name is configured, the child is asked to stop. The child has
-    /// run for `age`, and has `stop_left` to stop if it was asked to.
+    /// run for `age`. If it was already asked to stop, `stop_left` is the time that it has left.
     pub(super) fn adopt(
         &mut self,
         name: &str,
@@ -270,7 +286,7 @@ impl Sidecars {
         self.processes.insert(pid, process);
     }
 
-    /// Logs output, and carries out what is due. `is_up`: workers exist.
+    /// Logs output, and carries out the actions that are due. `is_up` is true if workers exist.
     pub(super) fn turn(&mut self, is_up: bool) {
         let share = output::share(self.processes.len());
         let now = self.now();
@@ -298,7 +314,7 @@ impl Sidecars {
         self.feed(Event::Reloaded);
     }
 
-    /// Stops all sidecars: the last worker has exited.
+    /// Stops all sidecars, because the last worker has exited.
     pub(super) fn stop(&mut self) {
         self.feed(Event::Stop);
     }
@@ -309,13 +325,13 @@ impl Sidecars {
         process.read(pid, MAX_REST, self.now());
         process.end_output(pid, self.now());
         let Process { sidecar, label, since, asked_to_leave, .. } = process;
-        let line = format!("{} ended name={} pid={pid} {ending}", label.kind, label.name);
-        let lived = since.elapsed().as_millis();
-        if asked_to_leave || ending == Ending::Exited(0) {
-            log::info!("{line} lived={lived}ms");
-        } else {
-            log::warn!("{line} lived={lived}ms");
-        }
+        let is_expected = asked_to_leave || ending == Ending::Exited(0);
+        log::log!(
+            if is_expected { log::Level::Info } else { log::Level::Warn },
+            name = label.name, pid = pid.as_raw(), status = ending.exit_status(), signal = ending.signal_name(),
+            lived:% = format_args!("{}ms", since.elapsed().as_millis());
+            "{} exited", label.noun()
+        );
         if ending == Ending::Exited(0) && !asked_to_leave {
             self.inherited.suspect(sidecar, since.elapsed());
         }
@@ -327,7 +343,7 @@ impl Sidecars {
     pub(super) fn spares(&self, pid: Pid, ending: Ending) -> bool {
         self.processes.get(&pid).is_some_and(|process| {
             let is_early = process.since.elapsed() < STEADY_TIME && !process.asked_to_leave;
-            process.label.kind == "daemon" && is_early && ending == Ending::Exited(0)
+            process.label.is_daemon() && is_early && ending == Ending::Exited(0)
         })
     }
 
@@ -336,14 +352,14 @@ impl Sidecars {
         self.inherited.has_suspects()
     }
 
-    /// Examines the children that this process did not start, some of which sidecars have left behind.
+    /// Examines `orphans`, the children that this process did not start. Sidecars may have left some of these children behind.
     pub(super) fn inherit(&mut self, orphans: &[Pid]) {
         let names: Vec<&str> = self.programs.iter().map(|sidecar| sidecar.label.name.as_str()).collect();
         for (sidecar, pid) in self.inherited.take(orphans, &names) {
             if let Ok(group) = getpgid(Some(pid)) {
                 sys::announce(group);
             }
-            sys::announce_process(pid); // it may still found another group
+            sys::announce_process(pid); // it may still create another group
             self.feed(Event::Detached { sidecar, pid });
         }
     }
@@ -380,13 +396,13 @@ impl Sidecars {
         let Sidecar { label, program } = &self.programs[sidecar];
         match self.start(label, program) {
             Ok((pid, output)) => {
-                log::info!("{} started name={} pid={pid}", label.kind, label.name);
+                log::info!(name = label.name, pid = pid.as_raw(); "{} started", label.noun());
                 self.enter(pid, sidecar, label.clone(), LineReader::new(output));
                 Event::Spawned { sidecar, pid }
             }
             Err(error) => {
-                let (Label { kind, name }, error) = (label, sys::explain(&error));
-                log::error!("cannot start {kind} name={name}: {error} (--{kind})");
+                let (Label { kind, name }, noun, error) = (label, label.noun(), sys::explain(&error));
+                log::error!(name; "cannot start {noun}: {error} (--{kind})");
                 Event::SpawnFailed { sidecar }
             }
         }
@@ -428,39 +444,49 @@ impl Sidecars {
         process.asked_to_leave = true;
         // The pid cannot belong to another process, because the child has not been reaped yet.
         if let Err(errno) = killpg(pid, signal) {
-            let Label { kind, name } = &process.label;
-            log::error!("cannot signal {kind} name={name} pid={pid} signal={signal}: {errno}");
+            let noun = process.label.noun();
+            log::error!(name = process.label.name, pid = pid.as_raw(), signal:%; "cannot signal {noun}: {errno}");
         }
     }
 
     fn log(&self, sidecar: usize, notice: Notice) {
         let of_process =
             || self.processes.values().find(|process| process.sidecar == sidecar).map(|process| &process.label);
-        let Some(Label { kind, name }) = self.programs.get(sidecar).map(|sidecar| &sidecar.label).or_else(of_process)
-        else {
+        let Some(label) = self.programs.get(sidecar).map(|sidecar| &sidecar.label).or_else(of_process) else {
             return;
         };
+        let (name, noun) = (&label.name, label.noun());
         match notice {
             Notice::Failing { failures, delay } => log::error!(
-                "{kind} ends as soon as it is started name={name}: {failures} in a row, next try in {}ms (see the lines above \
-                 for why)",
-                delay.as_millis()
+                name, failures, next_try:% = format_args!("{}ms", delay.as_millis());
+                "{noun} cannot be started, or exits immediately (see the lines above for the cause)"
             ),
-            Notice::Retired => log::warn!("{kind} asks not to be restarted name={name} (a reload starts it again)"),
+            Notice::Retired => log::warn!(
+                name;
+                "{noun} exited with status 125, and is not started again before a reload"
+            ),
             Notice::GivenUp { tries } => log::error!(
-                "{kind} ends well as soon as it is started, {tries} times in a row (--daemon-tries): it is not started again before a reload (run it in the foreground, if it puts itself into the background) name={name}"
+                name, tries;
+                "{noun} exits immediately with status 0, and is not started again before a reload (run it in the \
+                 foreground if it puts itself into the background, or raise --daemon-tries)"
             ),
             Notice::Detached { pid } => log::error!(
-                "{kind} has put itself into the background: run it in the foreground (most have an option for that, as in \
-                 --no-daemonize or --foreground); it is not started again before a reload name={name} pid={pid}"
+                name, pid = pid.as_raw();
+                "{noun} has put itself into the background, and is not started again before a reload (run it in the \
+                 foreground: most daemons have an option for this, such as --no-daemonize or --foreground)"
             ),
-            Notice::Skipped { pid } => log::warn!("{kind} is skipped: its last run goes on name={name} pid={pid}"),
-            Notice::RunTimeout { pid } => {
-                log::warn!("{kind} takes too long (--cron-timeout): asked to stop name={name} pid={pid}");
-            }
-            Notice::StopTimeout { pid } => {
-                log::warn!("{kind} does not stop in time (--drain-timeout): killed name={name} pid={pid}");
-            }
+            Notice::Skipped { pid } => log::warn!(
+                name, pid = pid.as_raw();
+                "{noun} is due but not started, because its previous run continues"
+            ),
+            Notice::RunTimeout { pid } => log::warn!(
+                name, pid = pid.as_raw();
+                "sent SIGTERM to a {noun} that exceeded its time limit (--cron-timeout)"
+            ),
+            Notice::StopTimeout { pid } => log::warn!(
+                name, pid = pid.as_raw();
+                "killed a {noun} that did not stop in time (--drain-timeout)"
+            ),
         }
     }
 }
@@ -468,12 +494,11 @@ impl Sidecars {
 impl Process {
     /// Logs up to `most` bytes of output.
     fn read(&mut self, pid: Pid, most: usize, now: Now) {
-        let Self { label: Label { kind, name }, output, filter, .. } = self;
-        self.open = output.read(most, &mut |line, is_whole| {
-            filter.log(format_args!("{kind}={name} pid={pid}"), line, is_whole, now);
-        });
+        let Self { label, output, filter, .. } = self;
+        let writer = label.writer(pid);
+        self.open = output.read(most, &mut |line, is_whole| filter.log(writer, line, is_whole, now));
         if self.open {
-            filter.tick(format_args!("{kind}={name} pid={pid}"), now);
+            filter.tick(writer, now);
         } else {
             self.end_output(pid, now);
         }
@@ -481,11 +506,10 @@ impl Process {
 
     /// Logs the remaining output, even without a line end.
     fn end_output(&mut self, pid: Pid, now: Now) {
-        let Self { label: Label { kind, name }, output, filter, .. } = self;
-        output.finish(&mut |line, is_whole| {
-            filter.log(format_args!("{kind}={name} pid={pid}"), line, is_whole, now);
-        });
-        filter.end(format_args!("{kind}={name} pid={pid}"));
+        let Self { label, output, filter, .. } = self;
+        let writer = label.writer(pid);
+        output.finish(&mut |line, is_whole| filter.log(writer, line, is_whole, now));
+        filter.end(writer);
     }
 }
 
@@ -501,7 +525,7 @@ mod tests {
         let crate::cli::Invocation::Serve(request) =
             crate::cli::parse_linked(&arguments, &crate::cli::Identity::default()).unwrap()
         else {
-            panic!("it is to serve")
+            panic!("it serves")
         };
         let config = request.config;
         let segment = Segment::create(&Plan { rows: 1, ..Plan::default() }).unwrap();
@@ -512,7 +536,7 @@ mod tests {
         killpg(pid, Signal::SIGKILL).unwrap();
         loop {
             if let Some(ending) = sys::reap(pid) {
-                assert!(sidecars.has(pid), "{pid} is one of them");
+                assert!(sidecars.has(pid), "{pid} is a sidecar");
                 sidecars.ended(pid, ending);
                 return;
             }
@@ -521,7 +545,7 @@ mod tests {
     }
 
     #[test]
-    fn those_that_live_can_be_handed_to_another_master_which_goes_on_with_them() {
+    fn running_sidecars_can_be_passed_to_the_next_master() {
         let mut first = sidecars(&["--daemon", "kept=sleep 600", "--daemon", "dropped=sleep 600"]);
         first.turn(true);
         let living = first.living();
@@ -536,12 +560,12 @@ mod tests {
             pids.insert(name, pid);
         }
         second.turn(true);
-        assert_eq!(second.living().len(), 2, "it starts no second one");
-        assert!(second.living().iter().all(|one| one.partial == b"half a line"), "nor a line in its middle");
+        assert_eq!(second.living().len(), 2, "no second process is started");
+        assert!(second.living().iter().all(|one| one.partial == b"half a line"), "no line is split");
         assert!(second.processes[&pids["dropped"]].asked_to_leave && !second.processes[&pids["kept"]].asked_to_leave);
         end(&mut second, pids["dropped"]);
         end(&mut second, pids["kept"]);
-        assert!(second.is_empty(), "the next one comes a little later");
+        assert!(second.is_empty(), "the next process is started a little later");
         while second.is_empty() {
             second.turn(true);
         }

@@ -1,7 +1,7 @@
 //! Makes the master's signals readable: a flag for each signal, and one socket that the loop's `poll` watches.
 //!
 //! The inbox is opened at the very beginning of a start. Signals that arrive before the loop runs are kept, each signal once. TERM, INT and
-//! QUIT abort the start; during `preload` they abort it at once: see `abort.rs`.
+//! QUIT abort the start; during `preload` they abort it immediately: see `abort.rs`.
 //!
 //! A forked child inherits the handlers and the socket. It must call [`SignalInbox::leave`] before it unblocks signals: otherwise a signal
 //! for the child would wake the master and not terminate the child.
@@ -54,7 +54,7 @@ impl SignalInbox {
     /// Installs handlers for all signals that the master uses.
     ///
     /// # Errors
-    /// If no socket pair is available.
+    /// Fails if no socket pair is available.
     pub(crate) fn open() -> io::Result<Self> {
         let (socket, wake) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
@@ -103,7 +103,7 @@ impl SignalInbox {
             let signal = MEANINGS.iter().find(|(_, other)| *other == meaning);
             let signal = signal.and_then(|(signal, _)| Signal::try_from(*signal).ok());
             if let Some(Err(errno)) = signal.map(|signal| kill(Pid::this(), signal)) {
-                log::error!("a signal was lost: {errno}");
+                log::error!("cannot raise a pending signal again, so it is lost: {errno}");
             }
         }
     }

@@ -81,18 +81,18 @@ pub(crate) struct Child {
     pub(crate) slot: u32,
     pub(crate) generation: u64,
     pub(crate) since: Instant,
-    /// The child was asked to exit, so its exit is expected.
+    /// Whether the child was asked to exit, so that its exit is expected.
     pub(crate) asked_to_leave: bool,
-    /// The child hangs, and was signalled to die.
+    /// Whether the child hangs and was signalled to die.
     pub(crate) hung: bool,
-    /// A function hangs in the child, which has requested its replacement.
+    /// Whether a function hangs in the child, which has therefore requested its replacement.
     pub(crate) has_hung_thread: bool,
-    /// The process that sent the signal that kills this child, if another process sent it.
+    /// The process that sent the signal that killed this child, if a different process sent it.
     pub(crate) sent_by: Option<i32>,
     pub(crate) link: Link,
     /// The output of the child, until end of file.
     pub(crate) output: Option<Output>,
-    /// The process receives the reopened log files here.
+    /// The socket over which the process receives the reopened log files.
     pub(crate) files: Option<OwnedFd>,
     /// The log files of the child. `None` if a former master started it; it is then assumed to have the current files.
     pub(crate) log_files: Option<Arc<LogFiles>>,
@@ -107,10 +107,10 @@ pub(crate) enum Link {
 }
 
 impl Spawner {
-    /// `ties` are those of a former master whose workers are still running.
+    /// `ties` connect the running workers of a former master to this one.
     ///
     /// # Errors
-    /// If no pipe is available, or processes cannot have the configured privileges.
+    /// Fails if no pipe is available, or if processes cannot have the configured privileges.
     pub(crate) fn new(
         config: Arc<Config>,
         listeners: Arc<[Listener]>,
@@ -129,8 +129,8 @@ impl Spawner {
         let privileges = Privileges::resolve(&config.privileges, executes).map_err(io::Error::other)?;
         if let (Launch::Worker(..), Some(error)) = (&launch, heir::obstacle()) {
             log::warn!(
-                "workers have no heirs, so that a worker's death resets its connections: pidfd_open(2) is not available: \
-                 {error} (Linux 5.3 has it; a container's seccomp profile has to allow it)"
+                "workers have no heirs, so a worker's death resets its connections: pidfd_open(2) is not available: {error} \
+                 (it requires Linux 5.3, and a container's seccomp profile must allow it)"
             );
         }
         let (worker_hooks, program) = match &mut launch {
@@ -154,10 +154,10 @@ impl Spawner {
         })
     }
 
-    /// The settings of processes for another configuration, and for another program if `program` is set.
+    /// The settings of processes for a different configuration, and for a different program if `program` is set.
     ///
     /// # Errors
-    /// A sentence for the operator, if processes cannot have the configured privileges.
+    /// Returns a message for the operator if processes cannot have the configured privileges.
     pub(crate) fn prepare(&self, config: &Arc<Config>, program: Option<Program>) -> Result<SpawnSettings, String> {
         let executes = matches!(self.launch, Launch::Program(_));
         Ok(SpawnSettings {
@@ -225,7 +225,7 @@ impl Spawner {
     /// Starts a process for `slot`.
     ///
     /// # Errors
-    /// The error of fork or exec, or the error if no pipe is available.
+    /// Fails if no pipe is available, or if fork or exec fails.
     pub(crate) fn spawn(&self, slot: u32, generation: u64, signals: &SignalInbox) -> io::Result<(Pid, Child)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         // Non-blocking is a property of each end, and the process's end must block.
@@ -355,7 +355,7 @@ pub(super) fn explain(
 /// The memory for a process that may outlive the workers, without their lock on its file, because the next start needs that lock.
 pub(super) fn to_pass(segment: &Segment) -> io::Result<OwnedFd> {
     segment.fd_without_lock().or_else(|error| {
-        log::debug!("programs share the lock of the cache file, which cannot be opened again: {error}");
+        log::debug!("programs share the cache file's lock: cannot open the file a second time: {error}");
         segment.fd().try_clone_to_owned()
     })
 }

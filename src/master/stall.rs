@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::supervisor::Now;
 
-/// Time between two checks while no work is waiting, and while work is waiting.
+/// Time between two checks: while no work is waiting, and while work is waiting.
 const APART: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
 /// Number of consecutive checks at which work is waiting and the process has done nothing since the previous check.
 const LOOKS: u32 = 3;
@@ -28,8 +28,8 @@ impl Stall {
         self.next_look
     }
 
-    /// Records a check. `work` changes while the process does anything; `None` if it is unknown. Returns true if the process must be given
-    /// up.
+    /// Records a check. `work` changes while the process does anything; `None` if it is unknown. Returns true if the process is
+    /// stalled.
     pub(super) fn look(&mut self, now: Now, something_waits: bool, work: Option<u64>) -> bool {
         self.next_look = now + if something_waits { APART.1 } else { APART.0 };
         let work = work.filter(|_| something_waits);
@@ -43,8 +43,8 @@ impl Stall {
 mod tests {
     use super::*;
 
-    /// The index and the time of the check at which the process is given up.
-    fn given_up(looks: &[(bool, Option<u64>)]) -> Option<(usize, Now)> {
+    /// The index and the time of the check at which the process is found to be stalled.
+    fn stalled_at(looks: &[(bool, Option<u64>)]) -> Option<(usize, Now)> {
         let mut stall = Stall::new(Duration::ZERO);
         looks.iter().enumerate().find_map(|(index, &(something_waits, work))| {
             let now = stall.next_look();
@@ -53,16 +53,20 @@ mod tests {
     }
 
     #[test]
-    fn one_that_does_nothing_although_something_waits_is_given_up() {
+    fn a_process_that_does_nothing_while_work_waits_is_stalled() {
         let waits = (true, Some(7));
-        assert_eq!(given_up(&[waits; 9]), Some((3, Duration::from_secs(8))));
-        assert_eq!(given_up(&[(false, Some(7)); 9]), None, "nothing waits");
-        assert_eq!(given_up(&[(true, None); 9]), None, "nobody knows what it does");
+        assert_eq!(stalled_at(&[waits; 9]), Some((3, Duration::from_secs(8))));
+        assert_eq!(stalled_at(&[(false, Some(7)); 9]), None, "no work waits");
+        assert_eq!(stalled_at(&[(true, None); 9]), None, "its work is unknown");
         let works: Vec<_> = (0..9).map(|work| (true, Some(work))).collect();
-        assert_eq!(given_up(&works), None);
-        assert_eq!(given_up(&[waits, waits, waits, (false, Some(7)), waits, waits, waits]), None, "all was taken");
+        assert_eq!(stalled_at(&works), None);
         assert_eq!(
-            given_up(&[waits, waits, waits, (true, Some(8)), waits, waits, waits]),
+            stalled_at(&[waits, waits, waits, (false, Some(7)), waits, waits, waits]),
+            None,
+            "all work was accepted"
+        );
+        assert_eq!(
+            stalled_at(&[waits, waits, waits, (true, Some(8)), waits, waits, waits]),
             None,
             "it works now and then"
         );

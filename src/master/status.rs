@@ -2,13 +2,14 @@
 //!
 //! The rows are untrusted: they are bounded, used as text and numbers only, and omitted if they belong to another process. Must not lock.
 
+use log::kv::Source;
 use nix::unistd::Pid;
 
 use super::Master;
-use super::spawn::Child;
 use super::supervisor::{Phase, Place};
 use crate::config::millis;
 use crate::control::wire::{BindStatus, MAX_SERVING, QuarantinedStatus, ServingStatus, Status, WorkerStatus};
+use crate::logging::line::Fields;
 use crate::sys;
 
 impl Master {
@@ -84,7 +85,7 @@ fn resident_bytes(pid: i32) -> Option<u64> {
     sys::process_kib(Pid::from_raw(pid), "VmRSS:")?.checked_mul(1024)
 }
 
-/// Identifies a worker in messages.
-pub(super) fn name_of(pid: nix::unistd::Pid, child: &Child) -> String {
-    format!("slot={} pid={pid} gen={}", child.slot, child.generation)
+/// An event in the form of a log line, for control clients.
+pub(super) fn line_of(event: &str, fields: &dyn Source) -> String {
+    format!("{event}{}", Fields::of(fields))
 }

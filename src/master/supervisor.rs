@@ -14,14 +14,15 @@
 //!
 //! The rules:
 //! - A slot has at most one process. The slot number is unique among the running processes, and is the process's row in the scoreboard.
-//! - The number of processes that are starting or ready should be `target`. Draining processes do not count. [`scale`] changes the target.
-//! - A process that dies after it was ready is replaced at once, as long as fewer than `respawn_rate` were replaced within about a second.
-//!   Further replacements are delayed.
+//! - The number of processes that are starting or ready should be `target`. Draining processes are not included. [`scale`] changes the
+//!   target.
+//! - A process that dies after it was ready is replaced immediately, as long as fewer than `respawn_rate` were replaced within about a
+//!   second. Further replacements are delayed.
 //! - A process that dies before it is ready opens the breaker: no process is spawned until a delay has passed, which doubles with each
 //!   consecutive failure. Then a single process is tried; if it becomes ready, the breaker closes and the others are spawned. The delay is
 //!   a deadline and blocks nothing.
-//! - A process that exits with 0 before it was seen to be ready may have served its share of requests, and is replaced at once. After
-//!   several consecutive such exits, the exit counts as a death before the process was ready, and a reload fails.
+//! - A process that exits with 0 before it was seen to be ready may have served its share of requests, and is replaced immediately.
+//!   After several consecutive such exits, the exit counts as a death before the process was ready, and a reload fails.
 //! - A running process that is replaced (reload, recycling) drains when its replacement is ready, and a budget limits the number of
 //!   processes that are being replaced at a time. If the new processes of a reload do not start, the old ones stay: see [`roll`].
 //! - A stop begins with the ready processes; the rest depends on the queues of the listening sockets: see [`stop`].
@@ -88,11 +89,11 @@ struct Slot {
     generation: u64,
     /// When its process reached the end of its lifetime.
     worn: Option<Now>,
-    /// Its process is draining because another one has replaced it.
+    /// Whether its process is draining because a new process has replaced it.
     replaced: bool,
-    /// Its process was serving something at the last sample of demand.
+    /// Whether its process was serving a request or an event stream at the last sample of demand.
     busy: bool,
-    /// Its process was ready during a stop, and accepts the queued connections.
+    /// Whether its process was ready during a stop, and accepts the queued connections.
     serves_queue: bool,
 }
 
@@ -128,7 +129,7 @@ pub(crate) struct Supervisor {
     roll: Option<Roll>,
     mode: Mode,
     reached_full_strength: bool,
-    /// At least one process has been ready.
+    /// Whether at least one process has been ready.
     proven: bool,
     /// Number of consecutive processes that exited with 0 and were never seen to be ready: see [`Supervisor::done_unseen`].
     unseen: u32,
@@ -313,8 +314,8 @@ impl Supervisor {
     }
 
     /// Handles a process that exited with 0 and was never seen to be ready. It may have served its share of requests between two checks. If
-    /// that repeats and no process is ever seen, the program has failed. A process that lived longer was checked more often, and counts
-    /// more.
+    /// that repeats and no process is ever seen, the program has failed. A process that lived longer was checked more often, and is
+    /// weighted higher.
     fn done_unseen(&mut self, slot: u32, pid: Pid, lived: Duration, now: Now) {
         let generation = self.slots[slot as usize].generation;
         let added = if lived < UNSEEN_LONG { 1 } else { 3 };
@@ -329,7 +330,7 @@ impl Supervisor {
         }
     }
 
-    /// Refills the slot: usually at once.
+    /// Refills the slot, without a delay unless too many processes exit.
     fn respawn(&mut self, slot: u32, now: Now) {
         if !self.replaces() {
             return;
@@ -423,7 +424,7 @@ impl Supervisor {
         }
     }
 
-    /// Applies another number of workers, as the operator requests.
+    /// Applies a different number of workers, as the operator requests.
     fn retarget(&mut self, limits: (u32, u32), target: u32, now: Now) {
         let is_possible = limits.1 > 0 && limits.1 < self.policy.slots;
         if !is_possible || (limits == self.scaler.limits() && target == self.target) {

@@ -58,12 +58,12 @@ impl Symbolizer {
             let addresses = trace.split(' ').filter_map(|text| own.read(text));
             let mut names = code_address::names_of(addresses);
             names.truncate(NAMED);
-            log::warn!("backtrace slot={slot} pid={pid} at={:?}", names.join(" < "));
+            log::warn!(slot, pid = pid.as_raw(), at = names.join(" < "); "backtrace");
             0
         });
         match child {
             Ok(child) => self.child = Some(child),
-            Err(error) => log::error!("cannot make names of a backtrace: {error}"),
+            Err(error) => log::error!("cannot symbolize a backtrace: {error}"),
         }
     }
 

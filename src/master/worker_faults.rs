@@ -5,13 +5,13 @@ use forkyard_shm::State;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::Master;
 use super::death_log::End;
 use super::hangs::{Hangs, Work};
 use super::oom::OomKills;
 use super::quarantine::{Death, Listed, Quarantine, Verdict};
 use super::supervisor::{Event, Now};
 use super::symbolizer::Symbolizer;
+use super::{EndOfLife, Master};
 use crate::config::failures::{Failures, QuarantineBy};
 use crate::diagnostics::request_key::RequestKey;
 use crate::sys;
@@ -51,7 +51,7 @@ impl Faults {
         self.publish(now);
     }
 
-    /// Records that a former master signalled this worker to die. The worker may be unable to.
+    /// Records that a former master sent this worker a signal to die. The worker may be unable to react to it.
     pub(crate) fn told_to_die(&mut self, pid: Pid, now: Now) {
         self.hangs.told_to_die(pid, now);
     }
@@ -74,9 +74,11 @@ impl Faults {
         self.by = failures.quarantine.by;
     }
 
-    /// The limits, for the log.
-    pub(crate) fn describe(&self) -> String {
-        format!("hang_timeout={:?} quarantine={:?} by={:?}", self.hangs.timeout(), self.quarantine.limits(), self.by)
+    pub(crate) fn log_settings(&self) {
+        log::debug!(
+            part = "faults", quarantine:? = self.quarantine.limits(), hang_timeout:? = self.hangs.timeout(), by:? = self.by;
+            "settings"
+        );
     }
 
     pub(crate) fn next_deadline(&self) -> Option<Now> {
@@ -88,10 +90,10 @@ impl Faults {
         for verdict in verdicts {
             match verdict {
                 Verdict::Refused { key, time, times } => log::error!(
-                    "quarantined request={key:?} time={}s times={times}: workers die of it, or hang in it (--quarantine)",
-                    time.as_secs()
+                    request = key, time:% = format_args!("{}s", time.as_secs()), times;
+                    "quarantined a request: workers die of it or hang in it (--quarantine)"
                 ),
-                Verdict::Released { key } => log::warn!("let go request={key:?}: its quarantine is over"),
+                Verdict::Released { key } => log::warn!(request = key; "quarantine ended"),
             }
         }
         if !verdicts.is_empty() {
@@ -136,7 +138,7 @@ impl Master {
         Some(Work { since_ms, pulse: row.pulse })
     }
 
-    /// Makes a hanging worker log where it hangs, and die.
+    /// Sends SIGABRT to a worker that hangs, so that it logs where it hangs and terminates.
     pub(super) fn abort(&mut self, pid: Pid) {
         let now = self.now();
         let Some(child) = self.children.get_mut(&pid) else { return };
@@ -146,21 +148,20 @@ impl Master {
         let serving: Vec<String> =
             serving.iter().map(|one| format!("{} {}ms", one.what, one.since.as_millis())).collect();
         log::error!(
-            "worker hangs slot={} pid={pid} in_flight={:?}: its event loop has been at work without a pause for longer than \
-             --hang-timeout; it is replaced, and ended",
-            child.slot,
-            serving.join(", ")
+            slot = child.slot, pid = pid.as_raw(), in_flight = serving.join(", ");
+            "worker hangs: its event loop has not yielded for longer than --hang-timeout; it is killed and replaced"
         );
-        // Sent to the thread of the event loop, if the row has it, because that thread hangs.
+        // The signal is sent to the thread of the event loop, if the row contains it, because that thread hangs.
         let thread = row.and_then(|row| i32::try_from(row.loop_thread).ok()).filter(|thread| *thread > 0);
         let is_signaled = thread.is_some_and(|thread| sys::signal_thread(pid, thread, libc::SIGABRT).is_ok());
         if !is_signaled && let Err(errno) = kill(pid, Signal::SIGABRT) {
-            log::error!("cannot signal worker slot={} pid={pid} signal=SIGABRT: {errno}", child.slot);
+            log::error!(slot = child.slot, pid = pid.as_raw(); "cannot send SIGABRT to a worker: {errno}");
         }
         self.faults.hangs.told_to_die(pid, now);
     }
 
-    /// Handles a worker's report that a blocking function hangs. Its request counts once, as if the worker had died of it.
+    /// Handles a worker's report that a blocking function hangs. For the quarantine this counts as one death
+    /// because of `request`.
     pub(super) fn hung_thread(&mut self, pid: Pid, request: &str) {
         if let Some(child) = self.children.get_mut(&pid).filter(|child| child.is_worker() && !child.asked_to_leave)
             && !std::mem::replace(&mut child.has_hung_thread, true)
@@ -170,7 +171,7 @@ impl Master {
             let verdicts = self.faults.quarantine.died(Death { culprit, by_itself: true, ..Death::default() }, now);
             self.faults.announce(&verdicts, now);
         }
-        self.wear_out(pid, &format!("hung thread request={request:?}"));
+        self.wear_out(pid, EndOfLife { request: Some(request), ..EndOfLife::because("hung-thread") });
     }
 
     /// Evaluates the end of a process.
@@ -207,7 +208,7 @@ impl Master {
         self.faults.quarantine.list(self.now())
     }
 
-    /// Releases one request, given its [`Listed::key`]. False if it is not refused.
+    /// Releases one request, given its [`Listed::key`]. Returns false if it is not refused.
     pub(super) fn release(&mut self, key: &str) -> bool {
         let released = self.faults.quarantine.release(key);
         self.log_release(usize::from(released), key);
@@ -223,7 +224,7 @@ impl Master {
 
     fn log_release(&self, count: usize, key: &str) {
         if count > 0 {
-            log::warn!("let go request={key:?} count={count}: by command");
+            log::warn!(request = key, count; "quarantine ended by command");
             self.faults.publish(self.now());
         }
     }

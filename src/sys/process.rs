@@ -41,17 +41,23 @@ impl Ending {
             Self::Signaled(number) => ExitStatus::from_raw(number),
         }
     }
-}
 
-impl std::fmt::Display for Ending {
-    /// A `key=value` pair for the log: `status=3` or `signal=SEGV`.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match *self {
-            Self::Exited(status) => write!(f, "status={status}"),
-            Self::Signaled(number) => match Signal::try_from(number) {
-                Ok(signal) => write!(f, "signal={}", signal.as_str().trim_start_matches("SIG")),
-                Err(_) => write!(f, "signal={number}"),
-            },
+    /// The exit status, for the log.
+    pub(crate) fn exit_status(self) -> Option<i32> {
+        match self {
+            Self::Exited(status) => Some(status),
+            Self::Signaled(_) => None,
+        }
+    }
+
+    /// The name of the signal without `SIG`, for the log.
+    pub(crate) fn signal_name(self) -> Option<String> {
+        match self {
+            Self::Exited(_) => None,
+            Self::Signaled(number) => Some(match Signal::try_from(number) {
+                Ok(signal) => signal.as_str().trim_start_matches("SIG").to_owned(),
+                Err(_) => number.to_string(),
+            }),
         }
     }
 }

@@ -8,10 +8,11 @@ pub(crate) struct Roster {
     pub(crate) generation: u64,
     /// The generation of the latest reload.
     pub(crate) newest: u64,
-    /// `workers`: the configured minimum and maximum at the start. `limits`: the current ones. `target`: the current
-    /// target.
+    /// The minimum and maximum number of workers in the configuration.
     pub(crate) workers: (u32, u32),
+    /// The current minimum and maximum, which commands may have changed.
     pub(crate) limits: (u32, u32),
+    /// The current target, between these limits.
     pub(crate) target: u32,
     pub(crate) reached_full_strength: bool,
     pub(crate) places: Vec<Place>,
@@ -27,7 +28,7 @@ pub(crate) struct Place {
     /// The process has reached the end of its lifetime.
     #[serde(default)]
     pub(crate) worn: bool,
-    /// The process is leaving because another one has replaced it.
+    /// The process is leaving, because another process has replaced it.
     #[serde(default)]
     pub(crate) replaced: bool,
 }

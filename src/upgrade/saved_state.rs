@@ -1,8 +1,8 @@
 //! Saves the state of a master for the program that replaces it, as JSON in a sealed memory file.
 //!
 //! The two programs may be builds of different ages. So a field that a later build adds must have a default
-//! (`#[serde(default)]`), and a build ignores fields that it does not have. Any other change requires a new [`FORMAT`], which
-//! the upgrade check then refuses.
+//! (`#[serde(default)]`), and a build ignores unknown fields. Any other change requires a new [`FORMAT`]: a build then fails
+//! its upgrade check if the state has a different format.
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
@@ -80,7 +80,7 @@ pub(crate) struct SavedStray {
     pub(crate) process: SavedProcess,
     pub(crate) left_ms: u64,
     pub(crate) asked: bool,
-    /// TERM ended its wrapper, but did not reach the process itself.
+    /// TERM terminated the process's wrapper, and was not sent to the process itself.
     pub(crate) unasked: bool,
 }
 
@@ -91,7 +91,7 @@ pub(crate) struct SavedProcess {
     pub(crate) started: u64,
 }
 
-/// The guard, and the link whose end of file shows the guard that the master is dead.
+/// The guard, and its link to the master. The end of file on the link shows the guard that the master is dead.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedGuard {
     pub(crate) pid: i32,
@@ -149,12 +149,12 @@ pub(crate) struct SavedProgram {
     /// The program has been seen to accept connections.
     #[serde(default)]
     pub(crate) seen: bool,
-    /// Time that the process, which was asked to leave, has left.
+    /// Time left for the process to exit, if it was asked to.
     #[serde(default)]
     pub(crate) leave_left_ms: Option<u64>,
     #[serde(default)]
     pub(crate) hidden: bool,
-    /// Its descendants that had the socket when the process was asked to leave.
+    /// The process's descendants that had the socket when the process was asked to exit.
     #[serde(default)]
     pub(crate) servers: Vec<SavedProcess>,
     #[serde(default)]
@@ -187,7 +187,7 @@ pub(crate) struct SavedSidecar {
     pub(crate) stop_left_ms: Option<u64>,
 }
 
-/// A request that killed workers, and that is or was refused.
+/// A request that killed workers. It is being refused, or was refused before.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedRefusal {
     pub(crate) request: String,
@@ -308,11 +308,11 @@ impl Saved {
     /// Writes the state to a memory file that can no longer be changed.
     ///
     /// # Errors
-    /// If a path is not Unicode, the state is too large, or no memory is available.
+    /// Fails if a path is not Unicode, the state is too large, or no memory is available.
     pub(crate) fn write(&self) -> io::Result<OwnedFd> {
         let json = serde_json::to_vec(self)?;
         if json.len() as u64 >= MAX_STATE {
-            return Err(io::Error::other("the state is too large to be handed on (try again)"));
+            return Err(io::Error::other("the state is too large (try again)"));
         }
         let mut file =
             File::from(memfd_create(c"forkyard-state", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
@@ -321,10 +321,10 @@ impl Saved {
         Ok(file.into())
     }
 
-    /// Reads the state. `Ok(None)` if the descriptor is not the result of [`Saved::write`].
+    /// Reads the state. Returns `Ok(None)` if the descriptor is not the result of [`Saved::write`].
     ///
     /// # Errors
-    /// A sentence for the operator, if it is a saved state that this build cannot use.
+    /// Returns a message for the operator if this build cannot use the saved state.
     pub(crate) fn read(descriptor: OwnedFd) -> Result<Option<Self>, String> {
         #[derive(Deserialize)]
         struct Head {
@@ -343,11 +343,12 @@ impl Saved {
         let Ok(Head { format }) = serde_json::from_slice(&json) else { return Ok(None) };
         if format != FORMAT {
             return Err(format!(
-                "the running master's state has format {format}, and this build reads {FORMAT} (stop and start instead)"
+                "the running master's state has format {format}, but this build reads only format {FORMAT} (stop and \
+                 start the server instead)"
             ));
         }
         let saved = serde_json::from_slice(&json);
-        saved.map(Some).map_err(|error| format!("the running master's state makes no sense to this build: {error}"))
+        saved.map(Some).map_err(|error| format!("this build cannot decode the running master's state: {error}"))
     }
 }
 
@@ -435,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_read_as_it_was_written_and_names_all_descriptors() {
+    fn a_state_is_read_as_it_was_written_and_names_all_descriptors() {
         let written = state().write().unwrap();
         assert_eq!(Saved::read(written).unwrap(), Some(state()));
         let mut descriptors = state().descriptors();
@@ -444,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn all_times_go_on_until_it_is_read() {
+    fn all_times_continue_until_the_state_is_read() {
         let mut state = state();
         state.sidecars[0].stop_left_ms = Some(300);
         state.quarantine[0].left_ms = 400;
@@ -476,7 +477,7 @@ mod tests {
         let is_time = |name: &&str| name.ends_with("age_ms") || name.ends_with("left_ms");
         let times: std::collections::BTreeSet<&str> = text.split('"').filter(is_time).collect();
         assert_eq!(times.into_iter().collect::<Vec<_>>(), changed[..4]);
-        // A build that does not record when it wrote the state has no times that could be adjusted.
+        // If the state does not contain the time at which it was written, no time can be adjusted.
         state.written_ms = None;
         assert_eq!(state.catch_up(5000), Duration::ZERO);
     }
@@ -496,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_later_build_adds_is_passed_over_and_another_format_refused() {
+    fn fields_of_a_later_build_are_ignored_and_a_different_format_is_refused() {
         let text = serde_json::to_string(&state()).unwrap();
         let later = text.replacen('{', "{\"invented\": [1],", 1);
         assert_eq!(Saved::read(memory_file(&later, SealFlag::all())).unwrap(), Some(state()));
@@ -504,18 +505,18 @@ mod tests {
         let refused = Saved::read(memory_file(&other, SealFlag::all())).unwrap_err();
         assert!(refused.contains("has format 2"), "{refused}");
         let cut = Saved::read(memory_file("{\"format\":1}", SealFlag::all())).unwrap_err();
-        assert!(cut.contains("makes no sense"), "{cut}");
+        assert!(cut.contains("cannot decode"), "{cut}");
     }
 
     #[test]
-    fn what_could_not_be_read_is_not_written() {
+    fn a_state_that_is_too_large_to_be_read_is_not_written() {
         let mut large = state();
         large.orphaned_outputs[0].partial = vec![b'x'; 22 << 20];
         assert!(large.write().unwrap_err().to_string().contains("too large"));
     }
 
     #[test]
-    fn what_somebody_else_left_open_is_not_read() {
+    fn a_descriptor_that_is_not_a_sealed_state_is_not_read() {
         let text = serde_json::to_string(&state()).unwrap();
         assert_eq!(Saved::read(memory_file(&text, SealFlag::F_SEAL_SHRINK)).unwrap(), None, "it could still change");
         assert_eq!(Saved::read(memory_file("something else", SealFlag::all())).unwrap(), None);

@@ -32,7 +32,7 @@ pub(crate) struct Identity {
 
 impl Identity {
     /// # Errors
-    /// If there is no such file.
+    /// Fails if the file does not exist.
     pub(crate) fn of(path: &Path) -> io::Result<Self> {
         let metadata = path.metadata()?;
         Ok(Self {
@@ -45,10 +45,10 @@ impl Identity {
 
 impl StartCommand {
     /// # Errors
-    /// If the path of the running program is not available.
+    /// Fails if the path of the running program is not available.
     pub(crate) fn record() -> io::Result<Self> {
         let directory = env::current_dir().unwrap_or_default();
-        // The system returns this path with its links resolved.
+        // The kernel returns this path with symbolic links resolved.
         let running = place_of(env::current_exe()?);
         let called = env::args_os().next().map(PathBuf::from).unwrap_or_default();
         let mut candidates = vec![directory.join(&called)];
@@ -108,11 +108,11 @@ mod tests {
         assert_eq!(place_of(place.clone()), place);
         assert_eq!(place_of(marked.clone()), place);
         std::fs::write(&marked, "").unwrap();
-        assert_eq!(place_of(marked.clone()), marked, "a strange name, but its own");
+        assert_eq!(place_of(marked.clone()), marked, "the file really has this name");
     }
 
     #[test]
-    fn a_file_that_is_written_to_is_another() {
+    fn a_file_that_is_written_to_has_a_different_identity() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a");
         assert!(Identity::of(&path).is_err());

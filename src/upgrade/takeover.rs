@@ -1,7 +1,7 @@
 //! Receives the state of a running master, in a program that takes over from it or checks whether it could.
 //!
-//! The environment variables of an upgrade count only if the descriptor that they name is a sealed state whose master is this
-//! process or, for the upgrade check, its parent. A stray variable in another environment has no effect.
+//! The environment variables of an upgrade take effect only if the descriptor that they name is a sealed state whose master is this
+//! process or, for the upgrade check, its parent. A variable that was inherited from elsewhere has no effect.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
@@ -22,9 +22,9 @@ pub(crate) struct Ties {
     pub(crate) handover: Option<Channel>,
 }
 
-/// Holds the number of the state's descriptor.
+/// The environment variable with the number of the state's descriptor.
 pub(crate) const STATE: &str = "FORKYARD_UPGRADE_FD";
-/// Set for the check: get ready, report it, and exit.
+/// The environment variable that makes the process a check: the process gets ready, reports it, and exits.
 pub(crate) const CHECK: &str = "FORKYARD_UPGRADE_CHECK";
 
 /// Whether this process only checks that it could take over.
@@ -47,12 +47,16 @@ impl Takeover {
     /// Finds the state that a former master left to this process.
     ///
     /// # Errors
-    /// A sentence for the operator, if there is a state that this build cannot use.
+    /// Returns a message for the operator if there is a state that this build cannot use, or if a check finds no state.
     pub(crate) fn find() -> Result<Option<Self>, String> {
         let number = std::env::var(STATE).ok().and_then(|text| text.parse::<RawFd>().ok());
         let check = is_check();
         let Some(number) = number else {
-            return if check { Err(format!("{CHECK} is set, and no {STATE}")) } else { Ok(None) };
+            return if check {
+                Err(format!("{CHECK} is set, but {STATE} is missing or not a number"))
+            } else {
+                Ok(None)
+            };
         };
         let saved = match sys::descriptor(number) {
             Some(descriptor) => Saved::read(descriptor)?,
@@ -60,7 +64,8 @@ impl Takeover {
         };
         let master = if check { nix::unistd::getppid() } else { nix::unistd::getpid() };
         let Some(saved) = saved.filter(|saved| saved.pid == master.as_raw()) else {
-            return if check { Err(format!("{STATE} is not the state of the master that asks")) } else { Ok(None) };
+            let why = format!("{STATE} does not name the state of the master that started this check");
+            return if check { Err(why) } else { Ok(None) };
         };
         // The check inherits no other descriptors, so other numbers could refer to any file.
         let left = if check { saved.foundation() } else { saved.descriptors() };
@@ -95,7 +100,9 @@ impl Takeover {
         let (send, receive) = self.saved.handover?;
         let now = listeners.iter().map(|listener| listener.bind.to_string());
         if !self.binds.iter().zip(now).all(|(before, now)| *before == now) {
-            log::warn!("the sockets are others, or in another order: connections that old workers pass on are closed");
+            log::warn!(
+                "connections that old workers hand over will be closed, because the listening sockets have changed"
+            );
             return None;
         }
         Some(Channel::resume((self.claim(send)?, self.claim(receive)?)))
@@ -146,7 +153,7 @@ impl Takeover {
     /// Claims a descriptor that the state names.
     pub(crate) fn claim(&mut self, number: RawFd) -> Option<OwnedFd> {
         let claimed = self.descriptors.remove(&number)?;
-        debug_assert_eq!(claimed.as_raw_fd(), number, "they keep their numbers");
+        debug_assert_eq!(claimed.as_raw_fd(), number, "descriptors keep their numbers");
         Some(claimed)
     }
 }

@@ -193,7 +193,7 @@ impl Fixture {
     pub fn end(mut self) {
         assert_eq!(self.client().request("GET", "/ok", b"").unwrap().status(), 200);
         self.server.stop();
-        for words in ["worker died", "does not finish in time"] {
+        for words in ["worker died", "did not finish in time"] {
             assert!(!self.server.log().contains(words), "{}", self.server.log());
         }
     }

@@ -77,7 +77,7 @@ touch /run/seen/broken
 drop_in 'ExecStart=\nExecStart=/run/programs/crashy --bind http:systemd:http --workers 2\nEnvironment=CRASHY_BROKEN=/run/seen/broken'
 systemctl --user start forkyard.service &
 starting=$!
-await grep -q 'workers die before they are ready: 2 in a row' "$log"
+await grep -q 'workers die before they are ready .* failures=2 ' "$log"
 expect_property ActiveState activating
 kill -0 "$starting" || fail "start has returned, and no worker is ready"
 rm /run/seen/broken

@@ -97,11 +97,11 @@ fn a_path_is_refused_before_its_pattern() {
     assert_eq!(refused(&verdicts(&[of("GET /page/7"), of("GET /page/7"), of("GET /page/7")])), ["GET /page/7"]);
     assert_eq!(refused(&verdicts(&[of("GET /page/7"), of("GET /page/7"), of("GET /page/8")])), ["GET /page/*"]);
     let five = [of("GET /page/7"), of("GET /page/7"), of("GET /page/7"), of("GET /page/8"), of("GET /page/8")];
-    assert_eq!(refused(&verdicts(&five)), ["GET /page/7"], "what was judged is not judged again");
+    assert_eq!(refused(&verdicts(&five)), ["GET /page/7"], "deaths that led to a refusal are not evidence again");
 }
 
 #[test]
-fn of_several_in_flight_only_one_that_nobody_else_serves_is_guilty() {
+fn of_several_in_flight_only_one_that_no_other_worker_serves_is_guilty() {
     let both = silent(&["GET /popular", "GET /bad"], &["GET /popular"]);
     assert_eq!(refused(&verdicts(&[both.clone(), both.clone(), both])), ["GET /bad"]);
     let quiet = silent(&["GET /popular", "GET /bad"], &[]);
@@ -110,7 +110,7 @@ fn of_several_in_flight_only_one_that_nobody_else_serves_is_guilty() {
     assert_eq!(verdicts(&different), []);
     let unwitnessed =
         ["GET /a", "GET /b", "GET /c"].map(|bad| Death { live_workers: 0, ..silent(&["GET /popular", bad], &[]) });
-    assert_eq!(verdicts(&unwitnessed), [], "with one worker nobody else can show that it is innocent");
+    assert_eq!(verdicts(&unwitnessed), [], "with one worker, no other worker can show that it is innocent");
     let alone = Death { live_workers: 0, ..silent(&["GET /bad"], &[]) };
     assert_eq!(refused(&verdicts(&[alone.clone(), alone.clone(), alone.clone()])), ["GET /bad"]);
     let unnamed = Death { complete: false, ..alone };
@@ -131,7 +131,7 @@ fn what_threads_were_at_work_on_is_evidence_however_much_was_in_flight() {
     assert_eq!(
         verdicts(&[killed.clone(), killed.clone(), killed.clone()]),
         [],
-        "nobody else can show that it is innocent"
+        "no other worker can show that it is innocent"
     );
     let witnessed = Death { live_workers: 1, elsewhere: suspects(&["GET /popular"]), ..killed };
     assert_eq!(refused(&verdicts(&[witnessed.clone(), witnessed.clone(), witnessed.clone()])), ["GET /bad"]);
@@ -166,12 +166,16 @@ fn a_relapse_takes_one_death_and_costs_twice_the_time() {
     }
     assert_eq!(times, [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600, 3600]);
     now = quarantine.next_deadline().unwrap();
-    assert_eq!((quarantine.tick(now), quarantine.next_deadline()), (Vec::new(), None), "it has been good");
+    assert_eq!(
+        (quarantine.tick(now), quarantine.next_deadline()),
+        (Vec::new(), None),
+        "it has caused no further death"
+    );
     assert_eq!(quarantine.died(of("GET /bad"), now), []);
 }
 
 #[test]
-fn what_an_operator_lets_go_is_forgiven() {
+fn the_record_of_a_request_that_an_operator_releases_is_cleared() {
     let mut quarantine = Quarantine::new(config());
     for bad in ["GET /a", "GET /b"] {
         (0..3).for_each(|_| drop(quarantine.died(of(bad), SECOND)));

@@ -5,7 +5,7 @@
 //!   Idle ───────────▶ Running ───────────▶ Stopping ───────▶ Killing
 //!    ▲ ▲                 │ ended               │ ended          │ ended
 //!    │ └─── Backoff ◀────┤                     │                │
-//!    └───────────────────┴─────────────────────┴────────────────┘        Retired: it exited with 125
+//!    └───────────────────┴─────────────────────┴────────────────┘        Retired: not restarted before a reload
 //! ```
 //!
 //! [`SidecarSupervisor::step`] takes one event and the time, and returns the actions; [`sidecars`](crate::master::sidecars) carries them
@@ -14,9 +14,9 @@
 //! The rules:
 //! - A sidecar has at most one process.
 //! - No sidecar runs before the first worker is ready. Daemons continue while the workers drain, but no job is started then.
-//! - A daemon that exits is restarted: at once if it had run for a second, otherwise after the delay of its own breaker. It is not
-//!   restarted before the next reload if it has exited with 125 after a second, if it has exited with 0 within a second too many times in a
-//!   row, or if it has put itself into the background.
+//! - A daemon that exits is restarted: immediately if it had run for a second, otherwise after its breaker's delay. It is not restarted
+//!   before the next reload if it has exited with 125 after a second, if it has exited with 0 within a second too many times in a row, or
+//!   if it has put itself into the background.
 //! - At the end of a reload, each daemon is asked to stop, and restarted when it has stopped.
 //! - A job runs when it is due. If it became due several times while the machine was suspended, it runs once. If it is still running when
 //!   it is due again, that run is skipped. When the wall clock is set back, the next time is computed again.
@@ -39,7 +39,7 @@ const SET_BACK: SignedDuration = SignedDuration::from_secs(60);
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Event {
-    /// Time has passed: something may be due.
+    /// Time has passed, so a deadline may have been reached.
     Tick,
     /// Workers exist. May be repeated.
     Begin,
@@ -47,9 +47,9 @@ pub(crate) enum Event {
     Spawned { sidecar: usize, pid: Pid },
     /// The process for [`Action::Spawn`] could not be created.
     SpawnFailed { sidecar: usize },
-    /// The process was reaped.
+    /// A sidecar's process was reaped.
     Exited { pid: Pid, after_exit: AfterExit },
-    /// The last process of a daemon has put itself into the background: it is running, and the master did not start it as a child.
+    /// A daemon has put itself into the background: `pid` is running, and was not started by the master itself.
     Detached { sidecar: usize, pid: Pid },
     /// A reload is done.
     Reloaded,
@@ -86,9 +86,9 @@ pub(crate) enum Notice {
     Detached { pid: Pid },
     /// A job is due while it is still running.
     Skipped { pid: Pid },
-    /// A job exceeds its time limit.
+    /// A job has exceeded its time limit.
     RunTimeout { pid: Pid },
-    /// A process does not stop in time.
+    /// A process has not stopped in time.
     StopTimeout { pid: Pid },
 }
 
@@ -102,14 +102,14 @@ struct Sidecar {
 enum Kind {
     Daemon {
         breaker: Breaker,
-        /// How many times in a row it has exited with 0 right after its start.
+        /// How many times in a row the daemon has exited with 0 right after its start.
         done: u32,
     },
     Job {
         schedule: Box<Schedule>,
         next: Option<Timestamp>,
     },
-    /// Adopted, and not in the configuration.
+    /// The sidecar is running, and is not in the configuration.
     Unwanted,
 }
 
@@ -150,7 +150,7 @@ enum Mode {
 /// The state of all sidecars. See the module documentation for the rules.
 #[derive(Debug)]
 pub(crate) struct SidecarSupervisor {
-    /// In the order of the configuration, followed by those that were adopted and are not wanted.
+    /// The configured sidecars in the order of the configuration, followed by unwanted sidecars.
     sidecars: Vec<Sidecar>,
     mode: Mode,
     cron_timeout: Duration,
@@ -219,8 +219,8 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Applies another configuration. `former` holds, for each sidecar in the new configuration, the index of the same sidecar among the
-    /// present ones. The next step asks sidecars to stop that are no longer configured. Returns the new index of each present sidecar;
+    /// Applies a new configuration. `former` holds, for each sidecar in the new configuration, the index of the same sidecar among the
+    /// present sidecars. The next step asks sidecars to stop that are no longer configured. Returns the new index of each present sidecar;
     /// `None` for a sidecar that was dropped.
     pub(crate) fn reconfigure(
         &mut self,
@@ -288,7 +288,7 @@ impl SidecarSupervisor {
         }
     }
 
-    /// When due jobs were last checked for, for the next master in an upgrade; `None` if jobs do not run.
+    /// The time of the last check for due jobs, for the next master in an upgrade. `None` if jobs do not run.
     pub(crate) fn looked_at(&self) -> Option<Timestamp> {
         (self.mode == Mode::Running).then_some(self.wall)
     }
@@ -303,7 +303,7 @@ impl SidecarSupervisor {
         // The wall clock may be set back a little at any time; that must not run a job twice.
         let was_set_back = self.wall.duration_since(wall) > SET_BACK;
         (self.now, self.wall) = (now, wall);
-        // The last event of an iteration: all deaths have been read.
+        // These are the last events of an iteration, so all deaths have been handled.
         let meets_deadlines = matches!(event, Event::Tick | Event::Begin);
         match event {
             Event::Tick => {}

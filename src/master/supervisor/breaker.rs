@@ -25,7 +25,7 @@ impl Breaker {
         self.open_until
     }
 
-    /// Whether a process may be spawned. `trying`: another one is starting.
+    /// Whether a process may be spawned. `trying`: another process is starting.
     pub(super) fn permits(&self, trying: bool, now: Now) -> bool {
         now >= self.open_until && !(self.failures > 0 && trying)
     }

@@ -52,7 +52,7 @@ pub(crate) enum Event {
     SpawnFailed { slot: u32 },
     /// A process has reported that it serves.
     Ready { pid: Pid },
-    /// A process has reached the end of its lifetime. It continues until another one replaces it.
+    /// A process has reached the end of its lifetime. It continues until a new process replaces it.
     Recycle { pid: Pid },
     /// The event loop of a process hangs: the process is alive, but does not serve.
     Hung { pid: Pid },
@@ -85,7 +85,7 @@ pub(crate) struct Demand {
     pub(crate) connections: u32,
 }
 
-/// What the exit status or signal of a process asks for.
+/// The reaction to the exit status or signal of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AfterExit {
     /// The process crashed: replace it.
@@ -121,7 +121,7 @@ impl Command {
     pub(crate) fn verb(self) -> &'static str {
         match self {
             Self::Drain => "drain and stop",
-            Self::Halt => "stop at once",
+            Self::Halt => "stop immediately",
             Self::Reload => "reload",
             Self::Add => "add a worker",
             Self::Remove => "remove a worker",
@@ -143,7 +143,7 @@ pub(crate) enum Action {
     Kill { pid: Pid },
     /// Measure the demand, and report [`Event::Demand`].
     Sample,
-    /// The process hangs: make it log where, and kill it.
+    /// The process hangs: make it log where it hangs, and kill it.
     Abort { pid: Pid },
     /// Check whether the program's new build can take over, and if so, let it.
     Upgrade,

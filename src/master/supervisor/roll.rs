@@ -26,7 +26,7 @@ impl Supervisor {
     pub(super) fn begin_roll(&mut self) {
         self.newest += 1;
         self.roll = Some(Roll { generation: self.newest, proven: false, unseen: 0 });
-        // After a reload, the cause of the failures is assumed to be fixed: try at once.
+        // A reload presumably fixes the cause of the failures: try again immediately.
         self.breaker.close();
         self.end_backoffs(Now::MAX);
         self.notice(Notice::ReloadStarted { generation: self.newest });

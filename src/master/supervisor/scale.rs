@@ -36,7 +36,7 @@ pub(super) struct Scaler {
     after: Duration,
     /// How many workers are added next time.
     rate: u32,
-    /// The last sample found too few workers.
+    /// Whether the last sample found too few workers.
     pressed: bool,
     /// For each rank, when a worker of that rank was last needed.
     needed_at: Vec<Now>,
@@ -45,6 +45,7 @@ pub(super) struct Scaler {
     penalty_since: Now,
     lowered_at: Option<Now>,
     sample_at: Now,
+    /// When demand was last reported to exceed the maximum number of workers.
     said_saturated: Option<Now>,
 }
 
@@ -52,7 +53,7 @@ pub(super) struct Scaler {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Verdict {
     pub(super) target: u32,
-    /// Demand exceeds what the maximum number of workers can serve.
+    /// Whether demand exceeds what the maximum number of workers can serve.
     pub(super) is_saturated: bool,
 }
 
@@ -82,11 +83,11 @@ impl Scaler {
         (self.per_worker, self.after) = (per_worker.max(1), after);
     }
 
-    /// Sets other limits. Returns the target within these limits.
+    /// Sets different limits. Returns the target within these limits.
     pub(super) fn set_limits(&mut self, (min, max): (u32, u32), target: u32, now: Now) -> u32 {
         (self.min, self.max) = (min, max.max(min));
         let target = target.clamp(self.min, self.max);
-        // Prevents the operator's choice from being undone at once.
+        // Prevents the operator's choice from being undone immediately.
         self.need(target, now);
         target
     }

@@ -472,7 +472,7 @@ fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_that_com
         world.die(starting(&world)[0], AfterExit::Restart);
         world.now += MS;
     }
-    assert_eq!(world.spawned, spawned + 2 * MAX_UNSEEN - 1, "one that was ready has begun the row anew");
+    assert_eq!(world.spawned, spawned + 2 * MAX_UNSEEN - 1, "a process that was ready has reset the count");
     assert_eq!(world.notices, [Notice::FullStrength]);
     let mut delays = Vec::new();
     while delays.len() < 11 {
@@ -493,7 +493,7 @@ fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_that_com
 
 #[test]
 fn a_reload_whose_new_processes_end_well_again_and_again_fails_and_the_old_ones_stay() {
-    // Processes that live longer count more, so fewer of them are enough.
+    // Processes that live longer are weighted higher, so fewer are enough.
     for (lived, most) in [(MS, MAX_UNSEEN), (UNSEEN_LONG, 4)] {
         let mut world = World::new(policy(3));
         world.settle();
@@ -527,7 +527,7 @@ fn a_reload_whose_first_process_overruns_its_start_keeps_the_old_ones() {
     world.now += 1000 * MS;
     world.feed(Event::Tick);
     assert_eq!(world.processes[&new], Life::Killed);
-    assert_eq!(world.processes.len(), 4, "nobody else is tried meanwhile");
+    assert_eq!(world.processes.len(), 4, "no other process is tried during the delay");
     world.die(Pid::from_raw(new), AfterExit::Replace);
     assert!(failed_with(&world, 2, new));
     world.settle();
@@ -548,7 +548,7 @@ fn a_reload_whose_new_processes_retire_keeps_the_old_ones() {
 }
 
 #[test]
-fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_time_anew() {
+fn the_server_stops_if_no_process_ever_became_ready_and_a_reload_restarts_the_time() {
     let policy = Policy { give_up_after: 60_000 * MS, start_timeout: 200_000 * MS, ..policy(2) };
     let fail_for = |supervisor: &mut Supervisor, begin: Event, from: Duration, until: Duration| {
         let mut now = from;
@@ -573,7 +573,7 @@ fn a_pool_of_which_nobody_ever_became_ready_is_given_up_and_a_reload_begins_the_
     let mut reloaded = Supervisor::new(policy);
     assert_eq!(fail_for(&mut reloaded, Event::Tick, Now::ZERO, 50_000 * MS), None);
     let reload = Event::Command(Command::Reload);
-    let at = fail_for(&mut reloaded, reload, 50_000 * MS, 400_000 * MS).expect("it is given up in the end");
+    let at = fail_for(&mut reloaded, reload, 50_000 * MS, 400_000 * MS).expect("the server stops in the end");
     assert!(at >= 110_000 * MS, "{at:?}");
 
     // A starting process is allowed to finish starting.

@@ -94,7 +94,7 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
                         events.push_back(Event::Exited { pid, after_exit: AfterExit::Restart });
                     }
                     Action::Remind { .. } | Action::Notice(_) | Action::Upgrade | Action::Sample => {}
-                    Action::Close { .. } | Action::Exit { .. } => panic!("seed {seed}: nobody asked for that"),
+                    Action::Close { .. } | Action::Exit { .. } => panic!("seed {seed}: the server was not stopped"),
                 }
             }
             if let (true, Some(deadline)) = (events.is_empty(), new.next_deadline()) {

@@ -24,7 +24,7 @@ use crate::upgrade::saved_state::{
 };
 
 impl Master {
-    /// The whole state; `None` while the server stops, because no upgrade takes place then.
+    /// The whole state. `None` while the server stops, because no upgrade takes place then.
     pub(super) fn save(&self) -> Option<Saved> {
         let (spawner, now) = (&self.spawner, self.now());
         let sidecars = self.sidecars.living().into_iter().map(|one| SavedSidecar {
@@ -61,9 +61,9 @@ impl Master {
         })
     }
 
-    /// Takes over the children of the former program and has them replaced. Processes that are not children of this process are dropped;
-    /// children that have exited are reaped as usual. A deadline that passed meanwhile is handled last, when all deaths and reports have
-    /// been read.
+    /// Takes over the children of the former program and replaces them. Processes that are not children of this process are dropped;
+    /// children that have exited are reaped as usual. A deadline that passed during the upgrade is handled last, when all deaths and
+    /// reports have been read.
     pub(in crate::master) fn adopt(&mut self, mut left: Takeover) {
         let now = self.now();
         let passed = left.saved.catch_up(clock_ms());
@@ -86,7 +86,8 @@ impl Master {
                 let stop_left = stop_left_ms.map(Duration::from_millis);
                 self.sidecars.adopt(&name, pid, LineReader::resume(output, partial), age, stop_left);
             } else {
-                log::error!("cannot go on with name={name} pid={pid}: it is not ours any more");
+                let pid = pid.as_raw();
+                log::error!(name, pid; "cannot take over a daemon or job: it is not a child of this process");
             }
         }
         if let Some(pid) = left.saved.relay.map(Pid::from_raw).filter(|pid| sys::is_child(*pid)) {
@@ -107,9 +108,9 @@ impl Master {
             self.control.get_or_insert_with(|| Control::new(None)).restore(clients, now);
         }
         let (version, from) = (env!("CARGO_PKG_VERSION"), &left.saved.version);
-        let text = format!("upgraded version={version} from={from} workers={}", self.children.len());
-        log::info!("{text}");
+        log::info!(version, from, workers = self.children.len(); "upgraded");
         // Clients that waited for the upgrade now wait for its reload.
+        let text = format!("upgraded from version {from} to {version}");
         self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
         left.remove_socket_files();
         drop(left);
@@ -123,9 +124,9 @@ impl Master {
     fn adopt_children(&mut self, left: &mut Takeover, passed: Duration) {
         let now = self.now();
         for saved in std::mem::take(&mut left.saved.children) {
-            let pid = Pid::from_raw(saved.pid);
+            let (slot, pid) = (saved.slot, Pid::from_raw(saved.pid));
             if !sys::is_child(pid) {
-                log::error!("worker pid={pid} is not ours any more");
+                log::error!(slot, pid = pid.as_raw(); "cannot take over a worker: it is not a child of this process");
             } else if let Some(child) = Child::restore(saved, left, now) {
                 if child.hung {
                     self.faults.told_to_die(pid, now.saturating_sub(passed));
@@ -135,7 +136,10 @@ impl Master {
                 self.recycling.spawned(pid, child.since.elapsed(), now);
                 self.children.insert(pid, child);
             } else {
-                log::error!("worker pid={pid} cannot be heard any more: it is asked to leave");
+                log::error!(
+                    slot, pid = pid.as_raw();
+                    "sent SIGTERM to a worker, because its reports can no longer be read"
+                );
                 let _ = kill(pid, Signal::SIGTERM);
             }
         }

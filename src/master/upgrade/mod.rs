@@ -38,13 +38,34 @@ use crate::upgrade::start_command::Identity;
 use crate::upgrade::takeover::{CHECK, STATE};
 use crate::upgrade::{VARIABLES, password};
 
-/// Maximum number of bytes of the check's output that are kept: the last ones.
+/// Maximum number of bytes kept from the end of the check's output.
 const LAST_WORDS: usize = 4096;
 /// How long a check may take to exit after it was asked to.
 const ABORT_STEPS: Duration = Duration::from_secs(2);
 
 /// The reason for refusing an upgrade while the server stops.
-const STOPPING: &str = "everything is being stopped";
+const STOPPING: &str = "the server is stopping";
+
+/// Why no upgrade takes place, for the operator.
+pub(super) struct Refusal {
+    why: String,
+    /// How the check ended, if that is the reason.
+    ending: Option<Ending>,
+    /// The end of the check's output; empty if there is none, or if it is not related to the reason.
+    output: String,
+}
+
+impl From<String> for Refusal {
+    fn from(why: String) -> Self {
+        Self { why, ending: None, output: String::new() }
+    }
+}
+
+impl From<&str> for Refusal {
+    fn from(why: &str) -> Self {
+        Self::from(why.to_owned())
+    }
+}
 
 fn cannot_write(error: &io::Error) -> String {
     format!("this master's state cannot be written to memory for the new build: {}", sys::explain(error))
@@ -67,7 +88,7 @@ pub(super) struct Check {
     open: bool,
     passed: bool,
     last_words: String,
-    /// `None` when it has passed.
+    /// When to stop the check, or to kill it after it was asked to exit. `None` after the kill.
     deadline: Option<Instant>,
     /// Why the check was asked to exit. It then exits without leaving anything behind.
     cut_short: Option<&'static str>,
@@ -75,7 +96,7 @@ pub(super) struct Check {
 }
 
 impl Check {
-    /// Sends TERM to the check; KILL follows later.
+    /// Sends TERM to the check. KILL follows later.
     fn ask_to_end(&mut self, why: &'static str) {
         self.cut_short = Some(why);
         self.deadline = Some(Instant::now() + ABORT_STEPS);
@@ -100,18 +121,15 @@ impl Check {
         });
     }
 
-    /// The reason for the refusal, for a check that ended in this way.
-    fn failure(&self, ending: Ending) -> String {
+    /// The refusal, for a check that ended in this way.
+    fn failure(self, ending: Ending) -> Refusal {
+        let failed = "the new build failed its check";
         let why = match (self.cut_short, ending) {
-            (Some(why), _) => why.to_owned(),
-            (None, Ending::Exited(0)) => format!("{ending} it did not say that it can take over"),
-            (None, _) => ending.to_string(),
+            (Some(why), _) => format!("{failed}: {why}"),
+            (None, Ending::Exited(0)) => format!("{failed}: it did not report that it can take over"),
+            (None, Ending::Exited(_) | Ending::Signaled(_)) => failed.to_owned(),
         };
-        let said = match self.last_words.as_str() {
-            "" if self.cut_short.is_some() => String::new(),
-            words => format!(" said={words:?}"),
-        };
-        format!("the new build fails its check: {why}{said}")
+        Refusal { why, ending: Some(ending).filter(|_| self.cut_short.is_none()), output: self.last_words }
     }
 }
 
@@ -130,7 +148,7 @@ impl Upgrade {
         }
     }
 
-    /// Reads the check's output, and stops a check that takes too long. Its death is handled like that of any other child.
+    /// Reads the check's output, and stops a check that takes too long. The check's death is handled like that of any other child.
     pub(super) fn listen(&mut self) {
         let Self::Checking(check) = self else { return };
         check.listen();
@@ -161,11 +179,11 @@ impl Upgrade {
         matches!(self, Self::Checking(check) if check.pid == pid)
     }
 
-    /// Handles the exit of the check. Returns why there is no upgrade, if the check failed.
+    /// Handles the exit of the check.
     ///
     /// # Errors
-    /// A sentence for the operator.
-    fn ended(&mut self, ending: Ending) -> Result<(), String> {
+    /// Returns why no upgrade takes place if the check has failed.
+    fn ended(&mut self, ending: Ending) -> Result<(), Refusal> {
         let Self::Checking(mut check) = std::mem::take(self) else { return Ok(()) };
         check.listen();
         if check.passed && check.cut_short.is_none() && ending == Ending::Exited(0) {
@@ -178,15 +196,22 @@ impl Upgrade {
 
 impl Master {
     /// Logs the refusal, and reports it to the clients that wait for the upgrade.
-    pub(super) fn refuse_upgrade(&mut self, why: impl std::fmt::Display) {
-        let text = format!("no upgrade, and nothing has changed: {why}");
-        log::error!("{text}");
+    pub(super) fn refuse_upgrade(&mut self, refusal: impl Into<Refusal>) {
+        let Refusal { why, ending, output } = refusal.into();
+        let (status, signal) = (ending.and_then(Ending::exit_status), ending.and_then(Ending::signal_name));
+        let said = Some(output.as_str()).filter(|output| !output.is_empty());
+        let mut text = format!("cannot upgrade; nothing has changed: {why}");
+        log::error!(status, signal, said; "{text}");
+        let details = [
+            status.map(|status| format!("exit status {status}")),
+            signal.map(|signal| format!("signal {signal}")),
+            said.map(|said| format!("output: {said}")),
+        ];
+        let details: Vec<String> = details.into_iter().flatten().collect();
+        if !details.is_empty() {
+            text = format!("{text} ({})", details.join(", "));
+        }
         self.reply_to_waiting(Waiting::Upgrade, &Reply::failed(text));
-    }
-
-    fn tell_of_upgrade(&mut self, text: String) {
-        log::info!("{text}");
-        self.reply_to_waiting(Waiting::Upgrade, &Reply::Progress { text });
     }
 
     pub(super) fn upgrade_check_ended(&mut self, ending: Ending) {
@@ -197,18 +222,22 @@ impl Master {
 
     pub(super) fn begin_upgrade(&mut self) {
         if !matches!(self.upgrade, Upgrade::No) {
-            log::warn!("an upgrade is under way already");
+            log::warn!("ignored a request for an upgrade: an upgrade is already in progress");
             return;
         }
-        let program = self.start_command.program.display().to_string();
         if !self.start_command.directory.is_dir() {
             let directory = self.start_command.directory.display();
-            let remedy = "make it again, or stop and start elsewhere";
-            return self.refuse_upgrade(format!("the directory of the first start is gone: {directory:?} ({remedy})"));
+            let remedy = "create it again, or stop the server and start it in a different directory";
+            let why =
+                format!("the directory in which the server was started no longer exists: {directory:?} ({remedy})");
+            return self.refuse_upgrade(why);
         }
         match self.start_check() {
             Ok(check) => {
-                self.tell_of_upgrade(format!("upgrade: checking {program} pid={}", check.pid));
+                let program = self.start_command.program.display();
+                log::info!(program:%, pid = check.pid.as_raw(); "upgrade: checking the new build");
+                let text = format!("upgrade: checking {program}");
+                self.reply_to_waiting(Waiting::Upgrade, &Reply::Progress { text });
                 self.upgrade = Upgrade::Checking(check);
             }
             Err(why) => self.refuse_upgrade(why),
@@ -216,14 +245,15 @@ impl Master {
     }
 
     /// # Errors
-    /// A sentence for the operator.
+    /// Returns a message for the operator if the check cannot be started.
     fn start_check(&self) -> Result<Check, String> {
         let build = Identity::of(&self.start_command.program).map_err(|error| self.cannot_start(&error))?;
         let saved = self.save().ok_or(STOPPING)?;
         let state = saved.write().map_err(|error| cannot_write(&error))?;
-        let no_pipe = |error: io::Error| format!("no pipe for the check of the new build: {}", sys::explain(&error));
-        let (output, said) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|errno| no_pipe(errno.into()))?;
-        let said = blocking(said).map_err(no_pipe)?;
+        let no_pipe =
+            |error: io::Error| format!("cannot create a pipe for the check of the new build: {}", sys::explain(&error));
+        let (output, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|errno| no_pipe(errno.into()))?;
+        let write = blocking(write).map_err(no_pipe)?;
         let mut arguments = self.start_command.arguments().into_iter();
         let mut command = Command::new(&self.start_command.program);
         command
@@ -232,10 +262,10 @@ impl Master {
             .current_dir(&self.start_command.directory)
             .env(CHECK, "1")
             .env(STATE, state.as_raw_fd().to_string())
-            .stdout(Stdio::from(said.try_clone().map_err(no_pipe)?))
-            .stderr(Stdio::from(said));
+            .stdout(Stdio::from(write.try_clone().map_err(no_pipe)?))
+            .stderr(Stdio::from(write));
         let pass = [&[state.as_raw_fd()], saved.foundation().as_slice()].concat();
-        // The check keeps all privileges, since it must be able to become what this process is.
+        // The check keeps all privileges, because the new build must be able to replace this process.
         let child = sys::spawn(&mut command, &pass, || Ok(())).map_err(|error| self.cannot_start(&error))?;
         Ok(Check {
             pid: Pid::from_raw(child.id().cast_signed()),
@@ -263,10 +293,14 @@ impl Master {
         let same = Identity::of(&self.start_command.program).is_ok_and(|now| now == *build);
         self.upgrade = Upgrade::No;
         if !same {
-            return self
-                .refuse_upgrade("the program's file was changed after its check (try again when it is complete)");
+            return self.refuse_upgrade(
+                "the program's file was changed after its check (try again when the file is complete)",
+            );
         }
-        self.tell_of_upgrade(format!("upgrade: becoming {}", self.start_command.program.display()));
+        let program = self.start_command.program.display();
+        log::info!(program:%; "upgrade: executing the new build");
+        let text = format!("upgrade: executing {program}");
+        self.reply_to_waiting(Waiting::Upgrade, &Reply::Progress { text });
         let before = sys::block_signals();
         self.signals.hand_on();
         let why = match self.save() {

@@ -52,7 +52,7 @@ fn world(daemons: usize, schedules: &[&str], cron_timeout: Duration) -> World {
 impl World {
     fn feed(&mut self, event: Event) {
         if let Event::Exited { pid, .. } = event {
-            self.alive.remove(&pid).expect("it lived");
+            self.alive.remove(&pid).expect("it was running");
             self.asked.remove(&pid);
         }
         let mut events = vec![event];
@@ -61,7 +61,7 @@ impl World {
                 match action {
                     Action::Spawn { sidecar } if self.fails_to_spawn => events.push(Event::SpawnFailed { sidecar }),
                     Action::Spawn { sidecar } => {
-                        assert!(!self.alive.values().any(|&other| other == sidecar), "one process a helper");
+                        assert!(!self.alive.values().any(|&other| other == sidecar), "one process for each sidecar");
                         let pid = Pid::from_raw(self.next_pid);
                         self.next_pid += 1;
                         self.alive.insert(pid, sidecar);
@@ -90,7 +90,7 @@ impl World {
     }
 
     fn pid(&self, sidecar: usize) -> Pid {
-        *self.alive.iter().find(|(_, number)| **number == sidecar).expect("it runs").0
+        *self.alive.iter().find(|(_, number)| **number == sidecar).expect("it is running").0
     }
 
     fn end(&mut self, sidecar: usize, after_exit: AfterExit) {
@@ -100,7 +100,7 @@ impl World {
 }
 
 #[test]
-fn nothing_runs_before_there_are_workers_and_jobs_wait_for_their_time() {
+fn no_sidecar_runs_before_there_are_workers_and_jobs_wait_for_their_time() {
     let mut world = world(1, &["* * * * *"], Duration::ZERO);
     world.pass(90 * S);
     assert_eq!(world.starts, [0, 0]);
@@ -112,7 +112,7 @@ fn nothing_runs_before_there_are_workers_and_jobs_wait_for_their_time() {
 }
 
 #[test]
-fn a_daemon_that_had_run_is_restarted_at_once_and_one_that_had_not_later_and_later() {
+fn a_daemon_is_restarted_immediately_if_it_had_run_and_with_growing_delays_otherwise() {
     let mut world = world(1, &[], Duration::ZERO);
     world.feed(Event::Begin);
     world.pass(S);
@@ -136,7 +136,7 @@ fn a_daemon_that_had_run_is_restarted_at_once_and_one_that_had_not_later_and_lat
 }
 
 #[test]
-fn one_that_exits_with_125_stays_away_until_a_reload_and_a_wrapper_that_fails_with_it_does_not() {
+fn a_daemon_that_exits_with_125_is_not_restarted_before_a_reload_unless_it_exited_early() {
     let mut world = world(2, &[], Duration::ZERO);
     world.feed(Event::Begin);
     world.end(0, AfterExit::StayDown);
@@ -148,14 +148,14 @@ fn one_that_exits_with_125_stays_away_until_a_reload_and_a_wrapper_that_fails_wi
     assert_eq!((world.starts.as_slice(), &world.notices[1..]), (&[2, 1][..], &[(0, Notice::Retired)][..]));
     let other = world.pid(1);
     world.feed(Event::Reloaded);
-    assert_eq!(world.starts, [3, 1], "the one that runs is asked to stop first");
+    assert_eq!(world.starts, [3, 1], "the running daemon is asked to stop first");
     assert_eq!(world.asked, BTreeMap::from([(other, Action::Terminate { pid: other })]));
     world.end(1, AfterExit::StayDown);
-    assert_eq!(world.starts, [3, 2], "what it said when it was asked to stop is not held against it");
+    assert_eq!(world.starts, [3, 2], "the status after a request to stop does not matter");
 }
 
 #[test]
-fn a_daemon_that_ends_well_at_once_is_tried_less_and_less_and_given_up() {
+fn a_daemon_that_exits_immediately_with_0_is_restarted_a_limited_number_of_times() {
     let mut world = world(2, &[], Duration::ZERO);
     world.feed(Event::Begin);
     let mut delays = Vec::new();
@@ -185,12 +185,12 @@ fn a_daemon_in_the_background_is_not_started_a_second_time_before_a_reload() {
     world.feed(Event::Begin);
     let pid = Pid::from_raw(7);
     world.feed(Event::Detached { sidecar: 0, pid });
-    assert_eq!(world.notices, [], "it runs");
+    assert_eq!(world.notices, [], "it is running");
     world.end(0, AfterExit::Restart);
     world.feed(Event::Detached { sidecar: 0, pid });
     assert_eq!(world.notices.last(), Some(&(0, Notice::Detached { pid })));
     world.feed(Event::Detached { sidecar: 1, pid });
-    assert_eq!(world.notices.len(), 2, "a job may leave what it wants");
+    assert_eq!(world.notices.len(), 2, "a job may leave processes behind");
     world.pass(3600 * S);
     assert_eq!(world.starts[0], 1);
     world.feed(Event::Reloaded);
@@ -198,7 +198,7 @@ fn a_daemon_in_the_background_is_not_started_a_second_time_before_a_reload() {
 }
 
 #[test]
-fn a_run_that_lasts_makes_the_next_be_skipped_and_has_an_end() {
+fn a_run_is_skipped_while_the_previous_run_continues_up_to_its_time_limit() {
     let mut world = world(0, &["* * * * *"], 90 * S);
     world.feed(Event::Begin);
     world.pass(30 * S);
@@ -215,7 +215,7 @@ fn a_run_that_lasts_makes_the_next_be_skipped_and_has_an_end() {
 }
 
 #[test]
-fn what_was_missed_is_run_once_and_a_clock_set_back_does_not_stop_a_job() {
+fn missed_runs_are_run_once_and_a_clock_set_back_does_not_stop_a_job() {
     let mut world = world(0, &["*/10 * * * *"], Duration::ZERO);
     world.feed(Event::Begin);
     // The machine was suspended for a day: only the wall clock has advanced.
@@ -235,7 +235,7 @@ fn what_was_missed_is_run_once_and_a_clock_set_back_does_not_stop_a_job() {
 }
 
 #[test]
-fn the_end_has_an_order() {
+fn sidecars_stop_in_order() {
     let mut world = world(2, &["* * * * *"], Duration::ZERO);
     world.feed(Event::Begin);
     world.pass(30 * S);
@@ -243,7 +243,7 @@ fn the_end_has_an_order() {
     world.end(0, AfterExit::Replace);
     world.end(2, AfterExit::Restart);
     world.pass(120 * S);
-    assert_eq!(world.starts, [2, 1, 1], "workers that drain may need a daemon, but no job begins");
+    assert_eq!(world.starts, [2, 1, 1], "draining workers may need a daemon, but no job is started");
     assert!(world.asked.is_empty());
     world.feed(Event::Stop);
     assert_eq!(world.asked.len(), 2);
@@ -255,7 +255,7 @@ fn the_end_has_an_order() {
 }
 
 #[test]
-fn who_is_adopted_goes_on_and_who_is_not_wanted_leaves() {
+fn adopted_sidecars_continue_and_unwanted_sidecars_are_stopped() {
     let mut world = world(1, &["* * * * *"], 90 * S);
     let pids = [1, 2, 3].map(Pid::from_raw);
     for (sidecar, pid) in [Some(0), Some(1), None].into_iter().zip(pids) {
@@ -263,17 +263,17 @@ fn who_is_adopted_goes_on_and_who_is_not_wanted_leaves() {
         world.alive.insert(pid, number);
     }
     world.feed(Event::Begin);
-    assert_eq!(world.starts, [0, 0], "they run already");
+    assert_eq!(world.starts, [0, 0], "they are already running");
     assert_eq!(world.asked.keys().collect::<Vec<_>>(), [&pids[2]]);
     world.feed(Event::Exited { pid: pids[2], after_exit: AfterExit::Restart });
     world.pass(90 * S);
-    assert_eq!(world.asked.keys().collect::<Vec<_>>(), [&pids[1]], "a job's time has its end");
+    assert_eq!(world.asked.keys().collect::<Vec<_>>(), [&pids[1]], "a job has a time limit");
     world.end(0, AfterExit::Replace);
     assert_eq!(world.starts, [1, 0]);
 }
 
 #[test]
-fn the_end_of_an_adopted_daemon_that_had_run_or_was_asked_to_stop_is_no_failure() {
+fn the_exit_of_an_adopted_daemon_that_had_run_or_was_asked_to_stop_is_no_failure() {
     for (age, stop_left) in [(2 * S, None), (Duration::ZERO, Some(5 * S))] {
         let mut world = world(1, &[], S);
         let pid = Pid::from_raw(1);
@@ -282,7 +282,7 @@ fn the_end_of_an_adopted_daemon_that_had_run_or_was_asked_to_stop_is_no_failure(
         assert_eq!(world.sidecars.stop_left(pid), stop_left, "for the next master");
         world.feed(Event::Begin);
         world.end(0, AfterExit::Replace);
-        assert_eq!(world.starts, [1], "at once: age={age:?} stop_left={stop_left:?}");
+        assert_eq!(world.starts, [1], "immediately: age={age:?} stop_left={stop_left:?}");
     }
     let mut world = world(0, &["* * * * *"], 90 * S);
     let pid = Pid::from_raw(1);
@@ -290,11 +290,11 @@ fn the_end_of_an_adopted_daemon_that_had_run_or_was_asked_to_stop_is_no_failure(
     world.alive.insert(pid, number);
     world.feed(Event::Begin);
     world.pass(11 * S);
-    assert!(world.asked.contains_key(&pid), "a job's time goes on");
+    assert!(world.asked.contains_key(&pid), "a job's time limit includes the time under the former master");
 }
 
 #[test]
-fn a_sidecar_that_has_ended_is_not_asked_to_stop_because_its_time_passed_during_an_upgrade() {
+fn a_sidecar_that_has_exited_is_not_asked_to_stop_when_its_time_limit_passed_during_an_upgrade() {
     let mut world = world(0, &["@hourly", "@hourly", "@hourly"], 90 * S);
     let pids = [1, 2, 3].map(Pid::from_raw);
     for (index, pid) in pids.into_iter().enumerate() {
@@ -309,10 +309,10 @@ fn a_sidecar_that_has_ended_is_not_asked_to_stop_because_its_time_passed_during_
 }
 
 #[test]
-fn what_came_due_while_one_master_took_anothers_place_is_run_once() {
+fn a_job_that_became_due_during_an_upgrade_is_run_once() {
     let schedules = ["* * * * *", "@hourly"];
     let mut first = world(0, &schedules, S);
-    assert_eq!(first.sidecars.looked_at(), None, "nothing runs yet");
+    assert_eq!(first.sidecars.looked_at(), None, "no job runs yet");
     first.feed(Event::Begin);
     let looked_at = first.sidecars.looked_at().unwrap();
     let mut second = world(0, &schedules, S);
@@ -359,15 +359,15 @@ fn history(seed: u64) {
             }
         }
         assert!(begun || world.starts.iter().all(|&starts| starts == 0) || closing.is_some(), "nothing before Begin");
-        let orphaned_outputs = world.sidecars.next_deadline().is_some_and(|at| at < world.now);
-        assert!(!orphaned_outputs, "a deadline that has passed was not met");
+        let has_missed_deadline = world.sidecars.next_deadline().is_some_and(|at| at < world.now);
+        assert!(!has_missed_deadline, "a deadline that has passed was not met");
     }
     world.fails_to_spawn = false;
     world.feed(if random.bool() { Event::Stop } else { Event::Halt });
     let starts = world.starts.clone();
     world.pass(STOP);
     for &pid in world.alive.keys() {
-        assert_eq!(world.asked.get(&pid), Some(&Action::Kill { pid }), "who does not stop is killed");
+        assert_eq!(world.asked.get(&pid), Some(&Action::Kill { pid }), "a process that does not stop is killed");
     }
     for pid in world.alive.keys().copied().collect::<Vec<_>>() {
         world.feed(Event::Exited { pid, after_exit: AfterExit::Replace });
@@ -378,7 +378,7 @@ fn history(seed: u64) {
 }
 
 #[test]
-fn whatever_happens_the_rules_hold() {
+fn the_rules_hold_in_random_histories() {
     for seed in 0..1000 {
         let outcome = std::panic::catch_unwind(|| history(seed));
         assert!(outcome.is_ok(), "seed {seed}");

@@ -5,7 +5,7 @@ use super::*;
 const S: Duration = Duration::from_secs(1);
 
 impl World {
-    /// Advances the time, including each deadline in it. All processes follow their signals at once.
+    /// Advances the time, including each deadline in it. All processes react to their signals immediately.
     fn pass(&mut self, time: Duration) {
         let end = self.now + time;
         while let Some(deadline) = self.supervisor.next_deadline().filter(|&deadline| deadline <= end) {
@@ -138,7 +138,7 @@ fn what_was_let_go_and_is_wanted_again_is_kept_longer() {
 }
 
 #[test]
-fn with_a_lower_limit_of_0_nobody_is_there_until_somebody_comes() {
+fn with_a_lower_limit_of_0_there_is_no_worker_until_a_connection_arrives() {
     let mut world = World::new(range(0, 4));
     assert_eq!((world.notices.as_slice(), world.spawned), ([Notice::FullStrength].as_slice(), 0));
     assert!(world.supervisor.awaits_arrival() && world.supervisor.next_deadline().is_none(), "it sleeps");
@@ -151,13 +151,13 @@ fn with_a_lower_limit_of_0_nobody_is_there_until_somebody_comes() {
     assert_eq!(world.ready(), 2, "one works, and one is there for the next");
     (world.requests, world.connections) = (0, 1);
     world.pass(S * 100);
-    assert_eq!(world.ready(), 1, "nobody could take its connections over");
+    assert_eq!(world.ready(), 1, "no process could take over its connections");
     world.connections = 0;
     world.pass(S * 12);
     assert_eq!((world.ready(), world.supervisor.awaits_arrival()), (0, true));
     assert_eq!(world.supervisor.next_deadline(), None, "it sleeps again");
     world.feed(Event::Command(Command::Reload));
-    assert!(world.notices.contains(&Notice::ReloadDone { generation: 2 }), "there is nobody to replace");
+    assert!(world.notices.contains(&Notice::ReloadDone { generation: 2 }), "there is no process to replace");
     world.feed(Event::Arrival);
     assert_eq!(world.generations(), [2]);
 }
@@ -338,14 +338,14 @@ fn one_that_hangs_is_replaced_at_once_and_ended() {
 }
 
 #[test]
-fn another_choice_of_the_operators_holds_at_once_and_what_a_command_said_until_then() {
+fn changed_settings_take_effect_immediately_and_commands_hold_until_then() {
     let mut world = World::new(range(2, 2));
     world.settle();
     world.feed(Event::Command(Command::Scale(3)));
     world.settle();
     world.feed(Event::Policy(Policy { drain_timeout: S, ..range(2, 2) }));
     world.settle();
-    assert_eq!(world.ready(), 3, "the file says what it said");
+    assert_eq!(world.ready(), 3, "the file has not changed");
     world.feed(Event::Policy(range(5, 6)));
     world.settle();
     assert_eq!((world.ready(), world.supervisor.view().limits), (5, (5, 6)));

@@ -37,7 +37,7 @@ fn while_connections_are_queued_who_leaves_is_replaced_and_the_deadline_is_that_
         }
         world.queue(false);
         world.die(world.of(Life::Leaving)[0], after_exit);
-        assert_eq!(world.exited, Some(true), "nobody is left, and nobody waits");
+        assert_eq!(world.exited, Some(true), "no process is left, and no connection waits");
     }
 }
 
@@ -73,7 +73,7 @@ fn who_is_starting_at_the_stop_ends_if_nothing_is_queued_and_serves_what_is() {
 }
 
 #[test]
-fn who_asks_not_to_be_replaced_is_not_and_a_stop_at_once_replaces_nobody() {
+fn a_process_that_requests_it_is_not_replaced_and_an_immediate_stop_replaces_none() {
     for last in [Some(Command::Halt), None] {
         let mut world = World::new(policy(1));
         world.settle();
