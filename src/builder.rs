@@ -158,7 +158,7 @@ impl Builder {
     /// # fn main() -> std::process::ExitCode {
     /// # let answer = |_: Request<forkyard::Body>| Response::new("");
     /// forkyard::Builder::app(move |_cx| forkyard::blocking(answer))
-    ///     .before_fork(|worker| Ok(log::debug!("a worker for slot {}", worker.slot)))
+    ///     .before_fork(|worker| Ok(log::debug!("about to fork a worker for slot {}", worker.slot)))
     ///     .after_fork(|_worker| Ok(std::env::set_current_dir("data")?))
     ///     .on_ready(|_worker| Ok(std::fs::write("ready", "")?))
     ///     .on_drain(|worker, within| log::info!("{worker:?} has {within:?} left"))
@@ -172,7 +172,7 @@ impl Builder {
         self
     }
 
-    /// Runs `hook` in each worker after the fork, once the worker has given up its privileges and before its event loop
+    /// Runs `hook` in each worker after the fork, once the worker has dropped its privileges and before its event loop
     /// and the factory start.
     ///
     /// If the hook returns an error or panics, the worker exits; this counts as a failed start.
@@ -221,11 +221,11 @@ impl Builder {
         self
     }
 
-    /// Reads this program's command line and serves until it is asked to stop.
+    /// Reads this program's command line and serves until a stop is requested.
     ///
     /// If a web server has started the program as a CGI program, answers only that request, in this process.
     ///
-    /// Returns 0 if it was asked to stop or has answered the CGI request, 1 after a failure, and 2 if the command line
+    /// Returns 0 after a requested stop or an answered CGI request, 1 after a failure, and 2 if the command line
     /// is invalid. Error messages go to standard error.
     pub fn run(self) -> ExitCode {
         let begun = Instant::now();
@@ -365,7 +365,7 @@ fn serve(
         takeover.as_ref().map_or_else(StartCommand::record, |left| Ok(left.saved.start_command.clone()))?;
     let log_files = Arc::new(LogFiles::open(&config.logs)?);
     let blocking = matches!(launch, Launch::Program(_));
-    // Checked before anything is created, so that an impossible setting fails at once.
+    // Checked before anything is created, so that an impossible setting fails immediately.
     Privileges::resolve(&config.privileges, blocking)?;
     rlimits::check(&config, blocking)?;
     master::check_sidecars(&config)?;
@@ -446,10 +446,10 @@ fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
 /// Ends a start that must not serve: it was a check of this build, or a stop was requested.
 fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<End, BoxError> {
     match (is_check, asked_to_end) {
-        (true, true) => return Err("it was asked to stop".into()),
+        (true, true) => return Err("a stop was requested during the check".into()),
         (true, false) => drop(banner::can_take_over()),
         (false, _) => {
-            log::info!("asked to stop before anything was served");
+            log::info!("stopped before the server was ready");
             memory::close(segment);
         }
     }
@@ -488,7 +488,7 @@ fn leftovers(
 /// Answers the request of a CGI process.
 fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<End, BoxError> {
     // This must precede all application code, whose output must not precede the response.
-    let output = cgi_invocation::take_output().map_err(|error| format!("standard output cannot be used: {error}"))?;
+    let output = cgi_invocation::take_output().map_err(|error| format!("cannot use standard output: {error}"))?;
     start_log(config, &conflicts::find_among_files(config))?;
     if let Some(preload) = preload {
         preload().map_err(cannot_preload)?;
@@ -498,7 +498,7 @@ fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<En
 }
 
 fn cannot_preload(error: BoxError) -> BoxError {
-    format!("the application cannot preload: {error}").into()
+    format!("the application's preload failed: {error}").into()
 }
 
 /// The cache of a CGI process: the one in the configured file, shared with other CGI processes and
@@ -508,7 +508,7 @@ fn join_segment(config: &Config) -> Result<Segment, BoxError> {
     if let Some(path) = file.as_ref().filter(|_| *bytes > 0) {
         match Segment::join(path, &memory::plan(config)) {
             Ok(segment) => return Ok(segment),
-            Err(error) => log::error!("no cache: {error} file={}", path.display()),
+            Err(error) => log::error!(file:% = path.display(); "cannot use the cache file: {error}"),
         }
     }
     Ok(Segment::create(&Plan { rows: 1, ..Plan::default() })?)

@@ -20,7 +20,7 @@ use crate::privileges::Privileges;
 /// Everything that one worker inherits.
 #[derive(Debug)]
 pub(crate) struct Heritage {
-    /// Number of the worker, unique among the running processes; also the index of its row in the scoreboard.
+    /// Number of the worker's slot, unique among the running workers; also the index of its row in the scoreboard.
     pub(crate) slot: u32,
     /// Number of reloads, counted from 1, when this worker was created.
     pub(crate) generation: u64,
@@ -75,7 +75,7 @@ impl Report {
         }
     }
 
-    /// Parses a line without its end. A line of any other form counts as last words.
+    /// Parses a line without its end. A line of any other form is treated as last words.
     pub(crate) fn parse(line: &str) -> Self {
         match line.split_once(' ') {
             None if line == "ready" => Self::Ready,
@@ -97,7 +97,7 @@ impl Heritage {
     /// The process and all its children keep the reduced privileges, so a process that needs more must be forked before.
     ///
     /// # Errors
-    /// A sentence for the operator, with the flag that could not be applied.
+    /// Returns a message for the operator, with the flag, if a privilege cannot be dropped.
     pub(crate) fn apply_privileges(&self) -> io::Result<()> {
         if self.privileges.change_access() {
             // The process must register as a user of the cache while it can still reopen the file.

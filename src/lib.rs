@@ -94,7 +94,7 @@
 //! }
 //!
 //! async fn publish(State(cx): State<Context>) -> StatusCode {
-//!     cx.cache().purge_tag("news"); // takes effect in all workers at once
+//!     cx.cache().purge_tag("news"); // takes effect in all workers immediately
 //!     StatusCode::NO_CONTENT
 //! }
 //! ```
@@ -154,8 +154,8 @@
 //!         let _ = DICTIONARY.set(std::fs::read_to_string("/usr/share/dict/words")?); // in the master, once
 //!         Ok(())
 //!     })
-//!     .after_fork(|worker| Ok(log::info!("worker started slot={}", worker.slot))) // in each worker
-//!     .on_worker_exit(|exit| log::info!("worker exited pid={} status={}", exit.pid, exit.status)) // in the master
+//!     .after_fork(|worker| Ok(log::info!("a worker started in slot {}", worker.slot))) // in each worker
+//!     .on_worker_exit(|exit| log::info!("worker {} exited: {}", exit.pid, exit.status)) // in the master
 //!     .run()
 //! }
 //! ```
@@ -167,7 +167,7 @@
 //!   it has more than one thread, including threads started by `main`.
 //! - Open connections to databases and other servers in the factory: a connection opened before the fork would be one
 //!   socket shared by all workers.
-//! - Thread-local random number generators start anew in each worker. A generator in a static, or captured by the
+//! - Thread-local random number generators are seeded again in each worker. A generator in a static, or captured by the
 //!   factory, is copied by the fork; seed it in the factory.
 //! - `before_fork` and `on_worker_exit` run on the master's only thread. They must not block, because nothing is
 //!   supervised while they run.

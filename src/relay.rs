@@ -5,9 +5,9 @@
 //! programs ── datagrams ──▶ the publish socket ──▶ relay ──▶ the event log
 //! ```
 //!
-//! The relay takes one datagram at a time, so that the others stay in the socket if it dies: at
+//! The relay takes one datagram at a time, so that the remaining datagrams stay in the socket if it dies: at
 //! most the current datagram is lost, and none is published twice. The relay exits when its
-//! lifeline ends, after publishing the datagrams that it can publish at once: when the master
+//! lifeline ends, after publishing the datagrams that it can publish without waiting: when the master
 //! exits, and when a new build replaces the master.
 //!
 //! The relay reports on standard error, which the master logs. It must not write to log files
@@ -36,9 +36,9 @@ pub(crate) const READY: &str = "ready";
 const FRAME: usize = 128 + 2;
 /// Number of datagrams between two checks of the lifeline.
 const BATCH: usize = 64;
-/// How long the relay waits for the log while other processes hold its lock, and the interval
-/// between attempts.
+/// How long the relay waits for the log while other processes hold its lock.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Interval between attempts to publish while other processes hold the log's lock.
 const BUSY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Publishes the datagrams from `socket` until `lifeline` ends. Returns the exit status.
@@ -57,7 +57,7 @@ pub(crate) fn run(socket: BorrowedFd<'_>, lifeline: BorrowedFd<'_>, segment: &Se
     match relay.work(&mut vec![0; most]) {
         Ok(()) => 0,
         Err(error) => {
-            say(&format!("cannot go on: {error}"));
+            say(&format!("cannot continue: {error}"));
             1
         }
     }

@@ -154,7 +154,7 @@ fn connections_beyond_the_limit_wait_in_the_queue_and_are_served() {
         let mut third = raw::connect(&bind);
         third.write_all(&protocol.head("GET", "/ok", 0)).unwrap();
         third.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
-        server.wait_for("clients wait to be accepted, and no connection is idle (--max-connections) connections=2");
+        server.wait_for("cannot accept waiting clients: no connection is idle (--max-connections) connections=2");
         let waits = third.read(&mut [0]).expect_err("there is no room for it");
         assert_eq!(waits.kind(), ErrorKind::WouldBlock, "{protocol:?}");
         drop(first);

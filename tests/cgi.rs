@@ -96,10 +96,10 @@ fn a_call_that_may_have_no_threads_is_answered_without_a_panic() {
     assert_eq!(call("mirror", "GET", "/", b"").response.status(), 200, "it needs no thread");
     let called = call("hello", "GET", "/", b"");
     assert_eq!(called.response.status(), 503, "{}", called.errors);
-    assert!(called.errors.contains("threads for blocking functions could be created"), "{}", called.errors);
+    assert!(called.errors.contains("cannot create all threads for blocking functions"), "{}", called.errors);
     let called = call("mirror", "POST", "/", b"body");
     assert!(called.response.text().contains("the body was cut off"), "{}", called.errors);
-    assert!(called.errors.contains("standard input cannot be read"), "{}", called.errors);
+    assert!(called.errors.contains("cannot read standard input"), "{}", called.errors);
 }
 
 #[test]
@@ -187,7 +187,7 @@ fn limits_and_broken_bodies() {
 
     let called = call("crashy", "GET", "/break");
     assert_eq!((called.response.text().as_str(), called.status), ("a part\n", Some(1)), "{}", called.errors);
-    assert!(called.errors.contains("a response broke off: broken on purpose"), "{}", called.errors);
+    assert!(called.errors.contains("a response body failed: broken on purpose"), "{}", called.errors);
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn with_cache(file: &Path, target: &str) -> Command {
 fn page(file: &Path, target: &str) -> String {
     let called = run(&mut with_cache(file, target), b"");
     assert_eq!((called.response.status(), called.status), (200, Some(0)), "{}", called.errors);
-    assert!(!called.errors.contains("no cache"), "{}", called.errors);
+    assert!(!called.errors.contains("cannot use the cache file"), "{}", called.errors);
     called.response.text()
 }
 
@@ -384,7 +384,11 @@ fn a_file_of_another_plan_or_of_something_else_is_left_alone() {
     std::fs::write(&file, "something else").unwrap();
     let called = run(&mut with_cache(&file, "/page/1"), b"");
     assert_eq!((called.response.status(), called.status), (200, Some(0)), "a page without a cache");
-    assert!(called.errors.contains("no cache: ") && called.errors.contains("something else"), "{}", called.errors);
+    assert!(
+        called.errors.contains("cannot use the cache file: ") && called.errors.contains("something else"),
+        "{}",
+        called.errors
+    );
     assert_eq!(std::fs::read(&file).unwrap(), b"something else");
 }
 

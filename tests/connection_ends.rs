@@ -15,7 +15,7 @@ use common::{Server, fastcgi, http, http2, program, scgi, wait_until};
 use nix::sys::signal::Signal;
 
 const CHUNKED: &str = "Transfer-Encoding: chunked\r\n";
-const BROKEN_OFF: &str = "refused: a body that broke off, or cannot be read status=400 protocol=";
+const BROKEN_OFF: &str = "refused requests: an incomplete or malformed body status=400 protocol=";
 
 fn start(arguments: &[&str]) -> Server {
     let bind = "http:127.0.0.1:0,fastcgi:127.0.0.1:0,scgi:127.0.0.1:0";
@@ -288,7 +288,10 @@ fn a_broken_body_in_a_cgi_call_is_no_error_of_ours() {
     let output = limit::output_of(child, "the program");
     let errors = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "a part of the response is all that there is");
-    assert!(errors.contains("1 request refused: a body that broke off") && !errors.contains("ERROR"), "{errors}");
+    assert!(
+        errors.contains("refused requests: an incomplete or malformed body") && !errors.contains("ERROR"),
+        "{errors}"
+    );
 }
 
 #[test]

@@ -157,7 +157,7 @@ fn connections_on_which_something_is_under_way_are_left_alone() {
             .collect();
         let mut further = raw::connect(&bind);
         further.write_all(&protocol.head("GET", "/", 0)).unwrap();
-        server.wait_for("clients wait to be accepted, and no connection is idle");
+        server.wait_for("cannot accept waiting clients: no connection is idle");
         assert!(!has_news(&mut further), "{protocol:?}");
         for (mut stream, gate) in held.drain(..) {
             drop(gate);
@@ -194,8 +194,8 @@ fn a_client_has_as_many_connections_as_it_may_and_proxies_and_unix_sockets_any_n
         let mut open: Vec<UnixStream> = (0..3).map(|_| raw::connect(&binds[0])).collect();
         let mut fourth = raw::connect(&binds[0]);
         assert!(matches!(fourth.read(&mut [0]), Ok(0) | Err(_)), "{protocol:?}");
-        let line = server.wait_for("closed a connection of a client that has 3 in this worker");
-        assert!(line.contains("(--max-connections-per-address) from=127.0.0.1 count=1"), "{line}");
+        let line = server.wait_for("closed a connection: its client is at the limit of this worker");
+        assert!(line.contains("(--max-connections-per-address) limit=3 from=127.0.0.1 count=1"), "{line}");
         let over_unix: Vec<UnixStream> = (0..9).map(|_| kept(Protocol::Http, &binds[1])).collect();
         open.pop();
         // The server may take a moment to detect the end of the connection.
@@ -443,7 +443,7 @@ fn requests_that_fit_are_served_while_others_fill_the_memory() {
         for _ in 0..20 {
             assert_eq!(raw::ask(&mut raw::connect(&bind), &protocol.head("GET", "/ok", 0)).0, 200, "{protocol:?}");
         }
-        server.wait_for("cut off connections that hold too much of unfinished requests (--max-buffered)");
+        server.wait_for("cut off connections whose unfinished requests held too much memory (--max-buffered)");
         drop(slow);
         server.stop();
     }

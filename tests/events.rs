@@ -441,7 +441,8 @@ fn a_client_that_reads_nothing_is_bounded_and_cut_off() {
         assert!(most - before < 400 * CLIENTS as u64 + 4096, "{way:?}: {} KiB", most - before);
         assert!(last * 10 > 10 * 400, "{way:?}: there was little more than they may cost");
         wait_until("the log tells of each", || {
-            (site.0.log().matches("it took too long: reading a response").count() == CLIENTS).then_some(())
+            (site.0.log().matches("cut off a connection: the client read a response too slowly").count() == CLIENTS)
+                .then_some(())
         });
         drop(slow);
         site.0.stop();
@@ -455,7 +456,7 @@ fn beyond_max_subscribers_there_is_a_503_and_without_a_log_as_well() {
     let second = site.open(Way::Scgi, "/events?topics=a", "");
     let refused = poll(&site.0.http(), "/events?topics=a", "Accept: text/event-stream\r\n");
     assert_eq!((refused.status, refused.header("retry-after")), (503, Some("5")));
-    site.0.wait_for("a subscriber was sent away: this worker has 2 subscribers already");
+    site.0.wait_for("refused a subscriber: this worker already has 2 subscribers");
     drop(first);
     site.wait_for_subscribers(1, "one is gone");
     drop(site.open(Way::Http, "/events?topics=a", ""));
@@ -487,14 +488,14 @@ fn beyond_max_subscribers_there_is_a_503_and_without_a_log_as_well() {
 fn what_cannot_be_published_is_refused_with_a_reason() {
     let mut site = Site::start(&["--workers", "1", "--events", "64K"]);
     for (target, data, why) in [
-        ("/publish/a?name=two%0alines", &b"x"[..], "cannot be the name of an event (it has control characters)"),
+        ("/publish/a?name=two%0alines", &b"x"[..], "cannot be the name of an event (it contains control characters)"),
         (
             "/publish/a?name=gap",
             b"x",
-            "\"gap\" cannot be the name of an event (it tells clients of events that they have missed)",
+            "\"gap\" cannot be the name of an event (it is reserved for notices of missed events)",
         ),
         ("/publish/two%0alines", b"x", "a topic has 1 to 128 bytes"),
-        ("/publish/a", &[b'x'; 64 << 10], "its size is that of --events"),
+        ("/publish/a", &[b'x'; 64 << 10], "--events sets the size of the log"),
     ] {
         let refused = http::post(&site.0.http(), target, data).unwrap();
         assert!(refused.status == 400 && refused.text().contains(why), "{target}: {}", refused.text());

@@ -464,10 +464,7 @@ fn commands_publish_and_list() {
     for (arguments, why) in [
         (&["publish", "", "x"][..], "a topic has 1 to 128 bytes"),
         (&["publish", "news", "x", "--name", "a\nb"], "control characters (give another --name)"),
-        (
-            &["publish", "news", "x", "--name", "gap"],
-            "tells clients of events that they have missed (give another --name)",
-        ),
+        (&["publish", "news", "x", "--name", "gap"], "is reserved for notices of missed events (give another --name)"),
         (&["publish", "news", &"x".repeat(126_000)], "longer than the"),
     ] {
         let complaint = place.complaint(arguments);

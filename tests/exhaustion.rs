@@ -184,9 +184,11 @@ fn without_threads_for_blocking_functions_requests_get_503_until_there_are_some(
         assert!(as_user(limit).args(["--pid", &worker]).status_in_time().unwrap().success());
     };
     assert_eq!(status(), 503);
-    let line = server.logged("0 of 2 threads for blocking functions could be created");
-    assert!(line.contains("nproc") && line.contains("--threads"), "{line}");
-    for (limit, what) in [("5:", "1 of 2 threads"), ("1000:", "all 2 threads")] {
+    let line = server.logged("cannot create all threads for blocking functions");
+    assert!(line.contains("nproc") && line.contains("--threads") && line.contains("created=0 threads=2"), "{line}");
+    for (limit, what) in
+        [("5:", "created=1 threads=2"), ("1000:", "created all threads for blocking functions threads=2")]
+    {
         raise(limit);
         wait_until(what, || (status() == 200 && server.log().contains(what)).then_some(()));
     }

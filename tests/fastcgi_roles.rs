@@ -151,7 +151,7 @@ fn an_upload_that_is_cut_is_an_error_for_who_reads_it() {
         client.send(&vec![record(STDIN, 1, &[b'x'; 50_000], 0); 10]).unwrap();
         wait_until_read(&mut client); // more than a pipe holds, so the application is reading
         drop(client);
-        fixture.server.wait_for("the client left before the body was complete");
+        fixture.server.wait_for("the client disconnected before the body was complete");
         fixture.end();
     }
 }

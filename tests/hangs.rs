@@ -29,7 +29,7 @@ fn a_request_that_takes_too_long_gets_504_over_each_protocol_and_the_worker_live
         for target in [target, "/thread/sleep-3000"] {
             let (status, _) = raw::ask(&mut raw::connect(&server.binds[0]), &protocol.head("GET", target, 0));
             assert_eq!(status, 504, "{protocol:?} {target}");
-            let line = server.wait_for("a request takes too long");
+            let line = server.wait_for("a request timed out: answered 504 (--request-timeout)");
             assert!(line.contains(&format!("request=\"GET {target}\"")), "{line}");
         }
         let (status, _) = raw::ask(&mut raw::connect(&server.binds[0]), &protocol.head("GET", "/ok", 0));
@@ -65,12 +65,12 @@ fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
     let mut server = Server::start("hooks", &[&HTTP[..], &FOR_EVER, &more].concat());
     let worker = server.workers();
     assert_eq!(http::get(&server.http(), "/hang").unwrap().status, 504);
-    let line = server.wait_for("a function still runs");
+    let line = server.wait_for("a blocking function hangs");
     assert!(line.contains("request=\"GET /hang\""), "{line}");
     let line = server.wait_for("reason=hung-thread");
     assert!(line.contains("request=\"GET /hang\""), "{line}");
     // The master does not wait for the hung function, and the worker exits normally.
-    server.wait_for("functions run, as they hang");
+    server.wait_for("worker exits while blocking functions are still running");
     server.wait_for("hook: on_exit slot=0");
     assert!(server.wait_for("worker exited").contains(" status=0 "));
     assert!(server.workers().is_disjoint(&worker));
@@ -117,7 +117,7 @@ fn a_thread_that_hangs_has_its_worker_replaced_though_its_client_left_before_its
         let line = server.wait_for("reason=hung-thread");
         assert!(line.contains(&format!("request={what:?}")), "{line}");
         drop(kept);
-        server.wait_for("functions run, as they hang");
+        server.wait_for("worker exits while blocking functions are still running");
         server.wait_for("worker exited");
         server.stop();
     }
@@ -177,7 +177,7 @@ fn requests_of_a_worker_with_all_threads_hung_get_503_and_not_504_as_long_as_it_
         let response = http::get(&address, "/thread/ok").unwrap();
         assert_eq!((response.status, response.header("retry-after")), (503, Some("1")));
     }
-    server.wait_for("all threads hang");
+    server.wait_for("all threads for blocking functions hang");
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200, "what needs no thread is answered");
     std::fs::remove_file(&broken).unwrap();
     server.wait_for("worker exited");
@@ -211,13 +211,13 @@ fn a_slow_request_is_named_once_with_what_its_thread_is_at() {
     let mut client = Client::connect(&server.http()).unwrap();
     for (path, at) in [("/thread/sleep-3000", "sleep_in_a_thread"), ("/slow/3000", "thread=none")] {
         assert_eq!(client.request("GET", path, b"").unwrap().status, 200);
-        let line = server.wait_for("slow request=");
+        let line = server.wait_for("slow request (--slow-request) request=");
         assert!(line.contains(&format!("\"GET {path}\"")) && line.contains(at), "{line}");
     }
     assert_eq!(client.request("GET", "/ok", b"").unwrap().status, 200);
     drop(client);
     server.stop();
-    assert_eq!(server.log().matches("slow request=").count(), 2, "each is told once");
+    assert_eq!(server.log().matches("slow request (--slow-request)").count(), 2, "each is logged once");
 }
 
 #[test]

@@ -98,7 +98,7 @@ fn a_killed_worker_s_requests_get_502_and_its_idle_connections_go_on() {
     assert_eq!(idle_fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
     assert_eq!(idle_http.request("GET", "/ok", b"").unwrap().status, 200);
     assert_eq!(fresh.request("GET", "/ok", b"").unwrap().status, 200);
-    let line = at.server.wait_for("connections settled");
+    let line = at.server.wait_for("took over the connections of a dead worker");
     assert!(line.contains("answered=5 cut=0 passed_on=4"), "{line}");
     at.server.stop();
 }
@@ -143,7 +143,7 @@ fn a_connection_whose_requests_were_aborted_is_idle() {
     }
 
     at.kill();
-    let line = at.server.wait_for("connections settled");
+    let line = at.server.wait_for("took over the connections of a dead worker");
     assert!(line.contains("answered=0 cut=0 passed_on=4"), "{line}");
     for client in &mut clients {
         assert_eq!(client.request("GET", "/ok", b"").unwrap().status(), 200);

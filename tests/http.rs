@@ -417,8 +417,8 @@ fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
         let is_answered = rest.starts_with("HTTP/1.1 408 ");
         assert!(if then.is_empty() { rest.is_empty() } else { is_answered }, "{then:?}: {rest}");
     }
-    let count = |what: &str| server.log().matches(&format!("it took too long: {what}")).count();
-    let counts = || Some((count("idle"), count("sending the head of a request")));
+    let count = |what: &str| server.log().matches(&format!("cut off a connection: {what}")).count();
+    let counts = || Some((count("it was idle (--idle-timeout)"), count("the client sent a request head too slowly")));
     common::wait_until("two were idle, and three half-way through a head", || counts().filter(|all| *all == (2, 3)));
     let mut client = Client::connect(&server.http()).unwrap();
     client.stream.get_mut().write_all(b"POST /count HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf").unwrap();
@@ -431,6 +431,6 @@ fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
     // From now on the client is silent, except for replies to the server's frames.
     while client.next(http2::DATA).is_ok() {}
-    server.wait_for("a connection is cut off, it took too long: idle");
+    server.wait_for("cut off a connection: it was idle (--idle-timeout)");
     server.stop();
 }

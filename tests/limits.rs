@@ -97,7 +97,7 @@ fn a_body_whose_end_does_not_come_in_time_is_not_a_whole_one() {
         let (begun, _) = unannounced(protocol, 3);
         let (status, _) = raw::ask(&mut raw::connect(&server.binds[0]), &begun);
         assert_eq!(status, 408, "{protocol:?}");
-        server.wait_for("a body that came too slowly (--body-timeout) status=408");
+        server.wait_for("a body that arrived too slowly (--body-timeout) status=408");
         server.stop();
     }
 }

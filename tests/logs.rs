@@ -247,7 +247,7 @@ fn logs_that_reach_the_limit_of_file_sizes_are_as_on_a_full_disk() {
     server.signal(Signal::SIGUSR1);
     server.wait_for("the log file cannot be written: File too large");
     assert_eq!(get(&server, "/ok"), 200);
-    let wait = "the access log cannot be written, and its lines are lost: File too large";
+    let wait = "cannot write to the access log; its lines are lost: File too large";
     server.wait_for(wait);
     // An upgrade needs a file for the state that the new build takes over.
     server.signal(Signal::SIGUSR2);
@@ -257,7 +257,7 @@ fn logs_that_reach_the_limit_of_file_sizes_are_as_on_a_full_disk() {
     limit_file_size([server.pid().as_raw(), pid], 1 << 30);
     assert_eq!(get(&server, "/ok"), 200);
     wait_for_line(Path::new(access), "GET /ok");
-    wait_for_line(Path::new(log), "the access log is written again slot=0 lost=1");
+    wait_for_line(Path::new(log), "the access log can be written again slot=0 lost=1");
     server.stop();
     // The line may be logged before the limit is set or while it is in force.
     let (log, bit) = (read(Path::new(log)) + &server.log(), 1_u64 << (nix::libc::SIGXFSZ - 1));
@@ -277,7 +277,7 @@ fn a_worker_whose_files_may_not_grow_is_no_dead_worker() {
     let pid = worker(&server);
     assert_eq!(get(&server, "/ok"), 200);
     // The worker's log lines are written by the master, to which the limit does not apply.
-    let line = wait_for_line(Path::new(log), "the access log cannot be written, and its lines are lost");
+    let line = wait_for_line(Path::new(log), "cannot write to the access log; its lines are lost");
     assert!(line.contains("File too large"), "{line}");
     server.stop();
     assert!(read(Path::new(log)).contains(&format!("pid={pid} gen=1 status=0")), "{}", read(Path::new(log)));
@@ -296,13 +296,13 @@ fn an_access_log_that_nobody_reads_stops_no_worker() {
     for number in 0..REQUESTS {
         assert_eq!(client.request("GET", &format!("/ok?{number}"), b"").unwrap().status, 200);
     }
-    server.wait_for("the access log cannot be written, and its lines are lost: nobody reads it");
+    server.wait_for("cannot write to the access log; its lines are lost: its reader is too slow");
     // From now on the access log is read.
     let mut text = Vec::new();
     wait_until("it is written again", || {
         let _ = reader.read_to_end(&mut text); // until no more data is available for now
         http::get(&server.http(), "/ok?last").unwrap();
-        server.log().contains("the access log is written again").then_some(())
+        server.log().contains("the access log can be written again").then_some(())
     });
     server.stop();
     let _ = reader.read_to_end(&mut text);
@@ -333,7 +333,7 @@ fn a_worker_that_has_no_descriptors_for_the_new_files_takes_them_later() {
     limit("3");
     std::fs::rename(&access, directory.path().join("access.1")).unwrap();
     server.signal(Signal::SIGUSR1);
-    server.wait_for("a worker goes on with its old log files until it can open the new ones");
+    server.wait_for("cannot switch to the new log files yet");
     limit(String::from_utf8(before.stdout).unwrap().trim());
     wait_until("it writes to the new file", || {
         assert_eq!(get(&server, "/ok?new"), 200);
@@ -397,7 +397,7 @@ fn output_outlives_the_master() {
     let mut client = http::Client::connect(&server.http()).unwrap();
     assert_eq!(client.request("GET", "/ok", b"").unwrap().status, 200);
     kill(server.pid(), Signal::SIGKILL).unwrap();
-    wait_for_line(&log, "the master is gone");
+    wait_for_line(&log, "the master is dead");
     // The connection may serve one more request within a second.
     if let Ok(response) = client.request("GET", "/line/9", b"") {
         assert_eq!(response.text(), "Ok(())\n", "it can still write");

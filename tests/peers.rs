@@ -177,15 +177,15 @@ fn a_load_balancer_says_it_in_front_of_any_protocol() {
     assert!(text.starts_with("GET / HTTP/2.0\npeer=127.0.0.1:"), "{text} {}", String::from_utf8_lossy(&output.stderr));
 
     for (wrong, said) in [
-        (&b"PROXY TCP4 nowhere\r\nGET / HTTP/1.1\r\n\r\n"[..], "a malformed PROXY header"),
-        (b"\r\n\r\n\0\r\nQUIT\n\x31\x11\0\0", "a PROXY header of an unknown version"),
-        (b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff", "a PROXY header that is too long"),
+        (&b"PROXY TCP4 nowhere\r\nGET / HTTP/1.1\r\n\r\n"[..], "the PROXY header is malformed"),
+        (b"\r\n\r\n\0\r\nQUIT\n\x31\x11\0\0", "the PROXY header has an unknown version"),
+        (b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff", "the PROXY header is too long"),
     ] {
         for address in
             [server.http(), server.binds[1].trim_start_matches("fastcgi:").trim_start_matches('/').to_owned()]
         {
             assert_eq!(all_that_comes(&address, wrong), "");
-            server.wait_for(&format!("a connection ended before it began: {said}"));
+            server.wait_for(&format!("a connection ended before its first request: {said}"));
         }
     }
     server.stop();
@@ -294,14 +294,21 @@ fn who_is_not_allowed_is_closed_on() {
     for _ in 0..3 {
         assert_eq!(all_that_comes(&server.http(), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"), "");
     }
-    server.wait_for("closed a http connection from 127.0.0.1, which is not allowed (see --allow) count=1");
+    server.wait_for(
+        "closed a connection from a client that is not allowed (see --allow) protocol=http from=127.0.0.1 count=1",
+    );
     let mut stream = common::connect_unix(&path).unwrap();
     stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
     assert!(text.contains("\npeer=unknown "), "{text}");
     server.stop();
-    assert_eq!(server.log().matches("closed a http connection").count(), 1, "one line a minute: {}", server.log());
+    assert_eq!(
+        server.log().matches("closed a connection from a client").count(),
+        1,
+        "one line a minute: {}",
+        server.log()
+    );
 
     let mut server = mirror(&binds, &["--allow", "127.0.0.1"]);
     assert!(seen(&server.http(), b"", "").contains("\npeer=127.0.0.1:"));
@@ -310,7 +317,7 @@ fn who_is_not_allowed_is_closed_on() {
     let mut text = String::new();
     let _ = stream.read_to_string(&mut text); // if the server left data unread, the close is a reset
     assert_eq!(text, "");
-    server.wait_for("closed a http connection from a Unix socket");
+    server.wait_for("that is not allowed (see --allow) protocol=http from=unix count=1");
     server.stop();
 }
 
@@ -324,7 +331,7 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
     let mut server = start("192.0.2.1,192.0.2.2", &[]);
     let mut client = fastcgi::Client::connect(&server.binds[1]).unwrap();
     assert!(client.is_closed());
-    server.wait_for("closed a fastcgi connection from 127.0.0.1, which is not allowed");
+    server.wait_for("that is not allowed (see --allow) protocol=fastcgi from=127.0.0.1");
     assert!(seen(&server.http(), b"", "").contains("\npeer=127.0.0.1:"));
     server.stop();
 

@@ -56,8 +56,8 @@ fn a_worker_whose_application_is_not_well_never_gets_ready() {
     for (path, limit, said) in [
         ("/status/503", "30s", "status 503"),
         ("/panic", "30s", "status 500"),
-        ("/break", "30s", "breaks off"),
-        ("/slow/600000", "3s", "has no answer"),
+        ("/break", "30s", "incomplete response"),
+        ("/slow/600000", "3s", "no response within"),
     ] {
         let bind = format!("http:unix:{}", directory.path().join("a.sock").display());
         let mut server = Server::launch(Command::new(program("crashy")).args([

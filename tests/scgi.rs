@@ -210,7 +210,7 @@ fn when_the_client_leaves_its_request_is_dropped() {
             other.request("GET", "/ok", b"").unwrap();
         }
         drop(client);
-        fixture.server.wait_for("the peer left before it had its response");
+        fixture.server.wait_for("the peer disconnected before it had received its response");
     }
     // No request is in flight, so the drain completes at once.
     fixture.end();
@@ -231,7 +231,7 @@ fn a_body_that_is_cut_is_an_error_to_the_application() {
         let _ = client.stream.read_to_end(&mut bytes); // the kernel decides whether the break appears as a reset or as an end
         assert!(!bytes.ends_with(b"\r\n\r\n1234512345"));
     }
-    fixture.server.wait_for("refused: a body that broke off, or cannot be read status=400 protocol=scgi");
+    fixture.server.wait_for("refused requests: an incomplete or malformed body status=400 protocol=scgi");
     fixture.end();
 }
 

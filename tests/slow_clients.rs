@@ -134,8 +134,8 @@ fn trickle(mut stream: UnixStream) -> Vec<u8> {
     }
 }
 
-fn wait_for_cut(server: &Server, doing: &str) {
-    let line = format!("it took too long: {doing}");
+fn wait_for_cut(server: &Server, why: &str) {
+    let line = format!("cut off a {why}");
     wait_until(&line, || server.log().contains(&line).then_some(()));
 }
 
@@ -152,7 +152,7 @@ fn a_head_that_trickles_is_cut_off() {
             // There is no request yet to which the server could respond.
             _ => assert!(came.is_empty(), "{protocol:?}: {text}"),
         }
-        wait_for_cut(&server, "sending the head of a request");
+        wait_for_cut(&server, "connection: the client sent a request head too slowly");
         server.stop();
     }
 }
@@ -164,7 +164,7 @@ fn a_body_that_trickles_is_answered_with_408() {
         let mut stream = raw::connect(&server.binds[0]);
         stream.write_all(&protocol.head("POST", "/count", 1 << 20)).unwrap();
         assert_eq!(raw::status(&trickle(stream)), Some(408), "{protocol:?}");
-        wait_for_cut(&server, "sending the body of a request");
+        wait_for_cut(&server, "request: the client sent its body too slowly");
         server.stop();
     }
 }
@@ -190,7 +190,7 @@ fn who_reads_nothing_is_cut_off() {
         let mut server = protocol.start("crashy", &[&["--workers", "1"], &SHORT[..]].concat());
         let mut stream = raw::connect(&server.binds[0]);
         stream.write_all(&protocol.head("GET", "/bytes/64", 0)).unwrap();
-        wait_for_cut(&server, "reading a response");
+        wait_for_cut(&server, "connection: the client read a response too slowly");
         let count = io::copy(&mut stream, &mut io::sink()).unwrap_or(0);
         assert!(count < 64 << 20, "{protocol:?}");
         server.stop();
@@ -239,7 +239,7 @@ fn who_asks_for_nothing_is_cut_off() {
             client.read_to_end(&mut rest).unwrap();
             assert_eq!(raw::status(&rest), None, "{protocol:?}");
         }
-        let cut = || server.log().matches("it took too long: idle").count();
+        let cut = || server.log().matches("cut off a connection: it was idle (--idle-timeout)").count();
         wait_until("all were cut off for that", || (cut() == count).then_some(()));
         server.stop();
     }

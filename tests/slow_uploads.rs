@@ -76,7 +76,7 @@ fn a_stalled_upload_over_http2_ends_alone_and_is_logged_alone() {
             _ => {}
         }
     }
-    server.wait_for("a body that came too slowly (--body-timeout) status=408");
+    server.wait_for("a body that arrived too slowly (--body-timeout) status=408");
     drop(client);
     server.stop();
     let expected = [(&*held, "200"), ("/whole", "408"), ("/echo", "200"), ("/empty", "200")];

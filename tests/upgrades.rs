@@ -139,7 +139,7 @@ fn without_a_request_for_an_upgrade_101_is_an_error_that_says_so() {
             client.stream.get_mut().write_all(request.as_bytes()).unwrap();
             assert_eq!(client.response(false).unwrap().status, status, "{target} {headers}");
         }
-        server.wait_for("status 101 Switching Protocols: the request asks for no upgrade");
+        server.wait_for("cannot send a response with this status: the request does not offer an upgrade");
     }
     // HTTP/1.0 has no upgrades (RFC 9110, section 7.8).
     let mut client = http::Client::connect(&server.http()).unwrap();
@@ -151,7 +151,7 @@ fn without_a_request_for_an_upgrade_101_is_an_error_that_says_so() {
     assert_eq!(client.response(false).unwrap().status, 426);
     // The response must name the new protocol.
     assert_eq!(upgrade(&server, "/switch-to-nothing", "").0, 500);
-    server.wait_for("and no Upgrade that says which protocol");
+    server.wait_for("a response has status 101 Switching Protocols but no Upgrade header");
     server.stop();
 }
 
@@ -232,7 +232,7 @@ fn over_fastcgi_scgi_and_cgi_there_is_no_upgrade_and_the_application_is_told() {
         command.env_clear().env("GATEWAY_INTERFACE", "CGI/1.1").env("REQUEST_METHOD", "GET").envs(wishes);
         let output = command.env("REQUEST_URI", target).env("SERVER_PROTOCOL", "HTTP/1.1").output_in_time().unwrap();
         assert!(output.stdout.starts_with(format!("Status: {status} ").as_bytes()), "CGI {target}");
-        let why = "came over FastCGI, SCGI or CGI, which have none";
+        let why = "the request does not offer an upgrade";
         assert_eq!(String::from_utf8_lossy(&output.stderr).contains(why), status == 500);
         if status == 500 {
             server.wait_for(why);

@@ -5,7 +5,7 @@
 //! use forkyard::{Body, page};
 //!
 //! # async fn example(rendered: Response<Body>, request: &HeaderMap) -> Result<(), Box<dyn std::error::Error>> {
-//! let kept = page::from_response(rendered, 1 << 20).await?.gzip(); // what is to be stored
+//! let kept = page::from_response(rendered, 1 << 20).await?.gzip(); // the page to store
 //! let response = page::to_response(kept, request)?; // for this client, with or without gzip, or 304
 //! # Ok(()) }
 //! ```
@@ -43,7 +43,7 @@ impl fmt::Display for CollectError {
             Self::TooLarge { limit } => {
                 write!(f, "the response is longer than the {limit} bytes a page may have (send it without caching it)")
             }
-            Self::Body(cause) => write!(f, "the response broke off: {cause}"),
+            Self::Body(cause) => write!(f, "the response body failed: {cause}"),
         }
     }
 }
@@ -75,12 +75,12 @@ pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<B
     let (status, headers, body) = page.into_parts();
     let mut response = Response::new(Bytes::from(body));
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or_else(|_| {
-        log::error!("a page has a status that HTTP does not have, sent as 500: status={status}");
+        log::error!(status; "a page has an invalid status; sent with status 500");
         StatusCode::INTERNAL_SERVER_ERROR
     });
     for (name, value) in headers {
         if let Err(name) = add(response.headers_mut(), name, value) {
-            log::error!("a page has a header that HTTP does not allow, left out: name={:?}", name.escape_ascii());
+            log::error!(name:% = name.escape_ascii(); "omitted a header of a page that HTTP does not allow");
         }
     }
     let status = response.status();
@@ -289,6 +289,6 @@ mod tests {
 
         let broken = futures_util::stream::iter([Ok(Frame::data(Bytes::from("1"))), Err(BodyError::Cut)]);
         let broken = from_response(Response::new(StreamBody::new(broken)), 99).await.unwrap_err();
-        assert_eq!(broken.to_string(), format!("the response broke off: {}", BodyError::Cut));
+        assert_eq!(broken.to_string(), format!("the response body failed: {}", BodyError::Cut));
     }
 }

@@ -123,7 +123,7 @@ impl WorkerHooks {
 fn call(name: &str, hook: impl FnOnce() -> Result<(), BoxError>) -> io::Result<()> {
     let outcome = catch_unwind(AssertUnwindSafe(hook)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-        Err(format!("a panic: {}", text.unwrap_or("(without words)")).into())
+        Err(format!("a panic: {}", text.unwrap_or("(without a message)")).into())
     });
     outcome.map_err(|error| io::Error::other(format!("the application's {name} failed: {error}")))
 }

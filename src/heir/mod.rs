@@ -54,9 +54,9 @@ pub(crate) const NAME: &CStr = c"heir";
 const PEER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Like [`PEER_TIMEOUT`], for an immediate stop or a dead master.
 const STOP_PEER_TIMEOUT: Duration = Duration::from_millis(250);
-/// When the master is dead: how long a worker may take to accept queued connections before its sockets are closed, and the interval at
-/// which the queues are checked, in milliseconds.
+/// When the master is dead: how long a worker may take to accept queued connections before its sockets are closed.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(1);
+/// When the master is dead: the interval at which the queues are checked.
 const QUEUE_POLL_INTERVAL_MS: u8 = 5;
 
 /// The worker's side of its heir.
@@ -97,7 +97,7 @@ impl RetainedFds {
         let mut closing = None;
         let mut own = None;
         let is_alive = || nix::unistd::getppid() == worker;
-        // Until then no descriptor may be changed, because the table belongs to the worker.
+        // Until the worker is dead, the heir must not change any descriptor, because the table belongs to the worker.
         while is_alive() {
             let end = own.as_ref().unwrap_or(end);
             let mut ends = vec![PollFd::new(end.as_fd(), PollFlags::POLLIN)];
@@ -144,7 +144,7 @@ fn identity_of(fd: BorrowedFd<'_>) -> Option<(u64, u64)> {
     Some((status.st_dev, status.st_ino))
 }
 
-/// Why the system supports no heirs, if it does not: an heir needs process descriptors (pidfd).
+/// The error if the system does not support heirs, which need process descriptors (pidfd).
 pub(crate) fn obstacle() -> Option<io::Error> {
     sys::process_descriptor(nix::unistd::getpid()).err().filter(lacks_call)
 }
@@ -179,14 +179,11 @@ pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
     match &heir {
         Ok(_) => {}
         // The master has logged this once.
-        Err(error) if lacks_call(error) => log::debug!("a worker has no heir: {error} slot={}", heritage.slot),
-        Err(error) => {
-            let slot = heritage.slot;
-            log::warn!(
-                "a worker has no heir, and its clients would see its death: {} slot={slot}",
-                sys::explain(error)
-            );
-        }
+        Err(error) if lacks_call(error) => log::debug!(slot = heritage.slot; "a worker has no heir: {error}"),
+        Err(error) => log::warn!(
+            slot = heritage.slot;
+            "a worker has no heir, so its connections will be reset if it dies: {}", sys::explain(error)
+        ),
     }
     Ok(Heir { journal, lines, end: heir.ok(), retained })
 }
@@ -208,10 +205,7 @@ fn run(worker: Pid, heritage: &Heritage, journal: Journal, lines: Option<LineBuf
 fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
     if let (count, Err(error)) = heritage.log_files.write_access_within(lines, logging::last_flush_timeout()) {
         let lost = lines[count..].iter().filter(|&&byte| byte == b'\n').count();
-        log::error!(
-            "the last lines of a dead worker's access log are lost: {error} slot={} lost={lost}",
-            heritage.slot
-        );
+        log::error!(slot = heritage.slot, lost; "cannot write a dead worker's last lines to the access log: {error}");
     }
     lines.len()
 }
@@ -219,7 +213,7 @@ fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
 /// The connections of a dead worker.
 struct OpenConnections<'a> {
     heritage: &'a Heritage,
-    /// Its other end closes when the master is dead or stops at once. `None` from then on.
+    /// Its other end closes when the master is dead or stops immediately. `None` from then on.
     lifeline: Option<BorrowedFd<'a>>,
     /// The system-wide limit of connections in transit has been reached.
     crowded: bool,
@@ -312,7 +306,7 @@ impl<'a> OpenConnections<'a> {
         }
     }
 
-    /// Passes on the remaining connections, and waits until the peers have closed the others.
+    /// Passes on the connections in `handoffs`, and waits until the peers have closed the connections in `leaving`.
     fn close(mut self) {
         let slot = self.heritage.slot;
         let (begun, mut patience) = (Instant::now(), PEER_TIMEOUT);
@@ -333,7 +327,7 @@ impl<'a> OpenConnections<'a> {
         }
         let Self { answered, cut, passed_on, .. } = self;
         if answered > 0 || cut > 0 || passed_on > 0 {
-            log::info!("connections settled slot={slot} answered={answered} cut={cut} passed_on={passed_on}");
+            log::info!(slot, answered, cut, passed_on; "took over the connections of a dead worker");
         }
     }
 
@@ -357,7 +351,7 @@ impl<'a> OpenConnections<'a> {
         });
     }
 
-    /// Discards what the peers of `leaving` are still sending, and closes the connections that the peers have closed.
+    /// Discards the input of the connections in `leaving`, and closes those that their peers have closed.
     fn listen(&mut self) {
         self.leaving.retain(|connection| {
             let mut sink = [0; 16 << 10];
@@ -380,7 +374,7 @@ impl<'a> OpenConnections<'a> {
         }
         events.extend(self.leaving.iter().map(|connection| PollFd::new(connection.as_fd(), PollFlags::POLLIN)));
         let timeout = match self.leaving.len() {
-            // No event reports that the system-wide limit permits another connection in transit.
+            // No event reports that the system-wide limit permits one more connection in transit.
             _ if self.crowded => PollTimeout::from(20_u8),
             0 => PollTimeout::NONE,
             _ => PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX),

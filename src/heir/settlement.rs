@@ -34,7 +34,7 @@ pub(crate) struct Settlement {
     pub(crate) then: Then,
     /// Number of requests that get a 502.
     pub(crate) answered: u32,
-    /// Number of requests whose response is cut off, or about which nothing is known.
+    /// Number of requests whose response is cut off, or whose state is unknown.
     pub(crate) cut: u32,
 }
 

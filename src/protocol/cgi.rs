@@ -74,13 +74,13 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Method => "REQUEST_METHOD is missing or is no method",
-            Self::Connect => "CONNECT is for proxies",
-            Self::Uri => "neither REQUEST_URI nor SCRIPT_NAME with PATH_INFO makes a URI",
-            Self::Header => "a header has a value that no header may have, or there are too many",
-            Self::Host => "HTTP_HOST is not a host, or is there more than once",
-            Self::Variable => "a CGI variable has a CR, LF or NUL",
-            Self::Length => "CONTENT_LENGTH is no number, is too large, or is there twice with different values",
+            Self::Method => "REQUEST_METHOD is missing or invalid",
+            Self::Connect => "CONNECT, which only proxies support",
+            Self::Uri => "REQUEST_URI, or SCRIPT_NAME with PATH_INFO, is not a valid URI",
+            Self::Header => "a header has an invalid value, or there are too many headers",
+            Self::Host => "HTTP_HOST is not a valid host, or occurs more than once",
+            Self::Variable => "a CGI variable contains a CR, LF or NUL",
+            Self::Length => "CONTENT_LENGTH is not a number, is too large, or occurs twice with different values",
         })
     }
 }

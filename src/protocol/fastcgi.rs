@@ -66,7 +66,7 @@ pub(crate) enum Event {
     StdinEnd { id: RequestId },
     /// A chunk of the file for a filter, never empty.
     Data { id: RequestId, bytes: Bytes },
-    /// The end of that file.
+    /// The end of the file for a filter.
     DataEnd { id: RequestId },
     /// The peer aborts this request (5.4).
     Abort { id: RequestId },
@@ -99,8 +99,8 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Version(version) => write!(f, "a record of version {version}, which is not FastCGI 1"),
-            Self::BeginLength(length) => write!(f, "a BEGIN_REQUEST of {length} bytes, which must have 8"),
-            Self::BeginTwice(id) => write!(f, "a BEGIN_REQUEST for request {id}, which is being served"),
+            Self::BeginLength(length) => write!(f, "a BEGIN_REQUEST of {length} bytes instead of 8"),
+            Self::BeginTwice(id) => write!(f, "a BEGIN_REQUEST for request {id}, which has already begun"),
         }
     }
 }
@@ -428,7 +428,7 @@ impl Decoder {
         }
     }
 
-    /// The reply to GET_VALUES (4.1): those of the requested values that this server has.
+    /// The reply to GET_VALUES (4.1): the requested values, as far as this server supports them.
     fn values(&self, asked: &[u8]) -> Bytes {
         let mut content = BytesMut::new();
         let asked = Params::parse(Bytes::copy_from_slice(asked));

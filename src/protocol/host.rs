@@ -6,7 +6,6 @@ use super::grammar::parse_digits;
 
 /// Whether this is a host with or without a port (RFC 3986, sections 3.2.2 and 3.2.3), or empty, as in a request whose
 /// URI has no authority. `userinfo@` is not allowed, and neither is a port without a host.
-/// port without a host.
 pub(crate) fn is_host(host: &[u8]) -> bool {
     // Nearly all hosts are a plain name, with or without a port.
     let plain = host.iter().take_while(|byte| is_plain(**byte)).count();

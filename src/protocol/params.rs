@@ -181,6 +181,7 @@ mod tests {
             (0..=params.len()).filter(|&end| Params::parse(Bytes::from_static(&params[..end])).is_some()).collect();
         assert_eq!(ends, [0, 5, 11, params.len()]);
     }
+
     #[test]
     fn all_three_forms_give_the_same() {
         let pairs = [(&b"A"[..], &b"xy"[..]), (b"B", b"")];

@@ -8,13 +8,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// Maximum length of a version 1 header, CRLF included (2.1).
 const LONGEST_V1: usize = 107;
-/// Maximum length of a version 2 header, a limit of this implementation: 2.2 would allow 64 KiB. Addresses take up to
+/// Maximum length of a version 2 header, a limit of this implementation: section 2.2 would allow 64 KiB. Addresses take up to
 /// 232 bytes; the rest is for extensions (TLVs).
 const LONGEST_V2: usize = 4096;
 const START_V1: &[u8] = b"PROXY ";
 const START_V2: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
-/// The TLV about TLS (2.2.6), and its flag for a client that uses TLS.
+/// The TLV that describes TLS (2.2.6).
 const TYPE_SSL: u8 = 0x20;
+/// The flag in [`TYPE_SSL`] for a client that uses TLS.
 const CLIENT_SSL: u8 = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,9 +59,9 @@ pub(crate) enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::TooLong => "a PROXY header that is too long",
-            Self::Malformed => "a malformed PROXY header",
-            Self::Unknown => "a PROXY header of an unknown version, command or family",
+            Self::TooLong => "the PROXY header is too long",
+            Self::Malformed => "the PROXY header is malformed",
+            Self::Unknown => "the PROXY header has an unknown version, command or family",
         })
     }
 }

@@ -5,7 +5,6 @@ use http::Extensions;
 
 /// The role in which a FastCGI server calls the application (section 6 of the specification). [`Role::of`] returns the
 /// role of a request.
-/// of a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Role {

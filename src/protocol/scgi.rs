@@ -58,12 +58,12 @@ pub(crate) enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::TooLong => "variables that are longer than --max-params allows",
-            Self::Size => "something that does not begin like SCGI, with a length and a colon",
-            Self::Comma => "a netstring that no comma ends",
-            Self::Strings => "variables that are not pairs of strings with NULs behind them",
-            Self::Length => "no good CONTENT_LENGTH as its first variable, or more than one",
-            Self::Version => "no SCGI=1 (in nginx, scgi_params has it)",
+            Self::TooLong => "variables larger than --max-params",
+            Self::Size => "data that is not SCGI: it does not begin with a length and a colon",
+            Self::Comma => "a netstring without a comma at its end",
+            Self::Strings => "variables that are not pairs of NUL-terminated strings",
+            Self::Length => "no valid CONTENT_LENGTH as the first variable, or more than one",
+            Self::Version => "no variable SCGI=1 (in nginx, include scgi_params)",
         })
     }
 }

@@ -29,7 +29,7 @@ pub(super) enum Malformed {
 impl fmt::Display for Malformed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Lines => f.write_str("it has no two line ends (TOPIC, NAME and DATA are to be separated by them)"),
+            Self::Lines => f.write_str("it has fewer than two line ends (which separate TOPIC, NAME and DATA)"),
             Self::Topic => f.write_str("its topic is not UTF-8"),
             Self::Name(why) => write!(f, "its name {why}"),
         }
@@ -37,8 +37,10 @@ impl fmt::Display for Malformed {
 }
 
 impl<'a> Datagram<'a> {
+    /// Splits a datagram into its parts.
+    ///
     /// # Errors
-    /// What is wrong with the datagram. (The log validates the topic.)
+    /// [`Malformed`] if the datagram is invalid. (The log validates the topic.)
     pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
         let mut parts = bytes.splitn(3, |&byte| byte == b'\n');
         let (Some(topic), Some(name), Some(data)) = (parts.next(), parts.next(), parts.next()) else {
@@ -72,9 +74,9 @@ mod tests {
             (b"news\nit rains", Malformed::Lines),
             (b"\xff\n\nx", Malformed::Topic),
             (b"news\n\xff\nx", Malformed::Name("is not UTF-8")),
-            (b"news\nweather\r\nx", Malformed::Name("has control characters")),
-            (b"news\nwea\0ther\nx", Malformed::Name("has control characters")),
-            (b"news\ngap\nx", Malformed::Name("tells clients of events that they have missed")),
+            (b"news\nweather\r\nx", Malformed::Name("contains control characters")),
+            (b"news\nwea\0ther\nx", Malformed::Name("contains control characters")),
+            (b"news\ngap\nx", Malformed::Name("is reserved for notices of missed events")),
         ] {
             assert_eq!(Datagram::parse(bytes), Err(why), "{}", bytes.escape_ascii());
         }

@@ -1,5 +1,5 @@
-//! Reports datagrams that were not published: at most one line a second, with a count of the
-//! others.
+//! Reports datagrams that were not published: at most one line a second, with the number of datagrams since the line
+//! before.
 //!
 //! No I/O and no clock.
 

@@ -36,7 +36,7 @@ pub(crate) struct Activity {
     under_way: AtomicU32,
     /// Number of bodies with a waiting reader.
     bodies: AtomicU32,
-    /// These bodies, and those that a reader has waited for before.
+    /// The bodies that a reader waits for, or has waited for before.
     slow_bodies: Mutex<Vec<Arc<SlowBody>>>,
     /// Responses that wait for flow-control window of their streams (HTTP/2).
     held_back: AtomicU32,
@@ -50,8 +50,9 @@ pub(crate) struct Activity {
     /// The protocol reports heads itself, because it receives other input than requests.
     knows_heads: AtomicBool,
     is_writing: AtomicBool,
-    /// The next two counters wrap around.
+    /// Number of requests; wraps around.
     requests: AtomicU32,
+    /// Number of bytes written; wraps around.
     written: AtomicU32,
     has_expired: AtomicBool,
     is_closed: AtomicBool,
@@ -99,7 +100,7 @@ impl Activity {
         add(&self.requests, 1);
     }
 
-    /// Records that the response to a request is complete, or will never be.
+    /// Records that the response to a request is complete, or will never be complete.
     pub(crate) fn request_over(&self) {
         self.held.one_of(self.under_way());
         step(&self.under_way, -1);

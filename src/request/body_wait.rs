@@ -18,9 +18,9 @@ pub(crate) struct SlowBody {
     has_expired: AtomicBool,
     /// Bytes read; wraps around.
     read: AtomicU32,
-    /// Used by the watchdog: ticks with a waiting reader, and the value of `read` when the count
-    /// began.
+    /// Used by the watchdog: number of ticks with a waiting reader.
     ticks: AtomicU32,
+    /// Used by the watchdog: the value of `read` when the count of `ticks` began.
     counted_from: AtomicU32,
 }
 
@@ -74,7 +74,7 @@ impl BodyWait {
         Self { activity: Arc::clone(activity), waits: false, slow: None }
     }
 
-    /// The reader has to wait. Returns true if the client's time is over.
+    /// The reader has to wait. Returns true if the client took too long.
     pub(crate) fn begin(&mut self, context: &Context<'_>) -> bool {
         let slow = self.slow.get_or_insert_with(|| {
             let slow = Arc::<SlowBody>::default();

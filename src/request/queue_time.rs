@@ -3,7 +3,7 @@
 //!
 //! The time before this worker read the request is measured in two ways: how long its last bytes had been in the kernel
 //! (over TCP), and when the proxy in front received the request, according to `X-Request-Start` or `X-Queue-Start`. The
-//! longer time counts.
+//! longer time is used.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -25,13 +25,13 @@ pub(crate) struct BeginBy(pub(crate) Instant);
 pub(crate) struct WaitedInKernel(pub(crate) Duration);
 
 impl BeginBy {
-    /// Whether the time of this request is over.
+    /// Whether the deadline of this request has passed.
     pub(crate) fn is_past<B>(request: &Request<B>) -> bool {
         request.extensions().get::<Self>().is_some_and(|&Self(at)| at < Instant::now())
     }
 }
 
-/// Sets the request's [`BeginBy`]. Returns false if its time is already over. `is_trusted`: the
+/// Sets the request's [`BeginBy`]. Returns false if that time has already passed. `is_trusted`: the
 /// proxy's headers are used.
 pub(crate) fn admits<B>(limit: Duration, request: &mut Request<B>, is_trusted: bool) -> bool {
     let in_kernel = request.extensions().get().map_or(Duration::ZERO, |&WaitedInKernel(time)| time);
@@ -59,7 +59,7 @@ pub(crate) fn count() {
     let mut shed = SHED.lock().unwrap_or_else(PoisonError::into_inner);
     shed.0 += 1;
     if shed.1.is_none_or(|at| at.elapsed() >= LOG_INTERVAL) {
-        log::warn!("requests waited too long and got 503 (--max-queue-time) count={}", shed.0);
+        log::warn!(count = shed.0; "requests waited too long and got 503 (--max-queue-time)");
         *shed = (0, Some(Instant::now()));
     }
 }

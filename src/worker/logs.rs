@@ -15,7 +15,7 @@ use super::service::access_log::AccessLog;
 use crate::logging::files::LogFiles;
 use crate::{logging, sys};
 
-/// Time before a worker retries to open new log files.
+/// Time before a worker tries again to switch to the new log files.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs as long as the worker does.
@@ -54,14 +54,14 @@ async fn follow(files: &LogFiles, channel: Option<OwnedFd>, access_log: Option<&
             Ok(false) => return, // the master is dead
             Err(error) => {
                 // For example, no descriptor is free. The new files wait in the channel.
-                log::error!("a worker goes on with its old log files until it can open the new ones: {error}");
+                log::warn!("cannot switch to the new log files yet: {error}");
                 sleep(RETRY_INTERVAL).await;
             }
         }
     }
 }
 
-/// Standard output and error as the master has set them up: pipes that the master reads.
+/// Standard output and error as set up by the master: pipes that the master reads.
 pub(super) struct OutputPipes([Option<(u64, u64)>; 2]);
 
 impl OutputPipes {

@@ -6,7 +6,7 @@
 //!
 //! The event loop is a tokio current-thread runtime, created after the fork, on a thread of its own. Because the thread
 //! is new, its thread-local variables are too: random number generators that keep their state there (`rand`,
-//! `fastrand`, the keys of `HashMap`) are seeded anew in each worker, even if they were used before the fork. The first
+//! `fastrand`, the keys of `HashMap`) are seeded again in each worker, even if they were used before the fork. The first
 //! thread only waits, with all signals but SIGBUS blocked (`sys::block_signals`).
 //!
 //! TERM drains the worker: it accepts the queued connections, completes the requests that have begun, and exits. If the
@@ -92,7 +92,7 @@ where
         Err(error) => {
             return fail(
                 &mut File::from(heritage.report),
-                &format!("cannot keep a journal of connections: {}", sys::explain(&error)),
+                &format!("cannot create the journal of connections: {}", sys::explain(&error)),
             );
         }
     };
@@ -115,7 +115,7 @@ where
             match catch_unwind(AssertUnwindSafe(|| live(factory, heritage, heir))) {
                 Ok(Ok(())) => 0,
                 Ok(Err(error)) => fail(&mut last_words, &error.to_string()),
-                Err(_) => fail(&mut last_words, "a panic outside any request, logged above"),
+                Err(_) => fail(&mut last_words, "a panic outside of any request (logged above)"),
             }
         };
         let worker = std::thread::Builder::new().name("worker".to_owned()).spawn_scoped(scope, life);
@@ -126,7 +126,9 @@ where
                 }
                 worker.join().unwrap_or(1)
             }
-            Err(error) => report.map_or(1, |mut report| fail(&mut report, &format!("cannot make a thread: {error}"))),
+            Err(error) => report.map_or(1, |mut report| {
+                fail(&mut report, &format!("cannot create the thread of the event loop: {error}"))
+            }),
         }
     });
     logging::finish();
@@ -142,9 +144,9 @@ impl Drop for WakeAtEnd {
     }
 }
 
-/// Reports the reason to the master, for the line that it logs about the end of this worker.
+/// Reports the reason to the master, which logs it when this worker has exited.
 fn fail(last_words: &mut File, why: &str) -> u8 {
-    let _ = last_words.write_all(Report::LastWords(why.to_owned()).line().as_bytes()); // fails if the master is gone
+    let _ = last_words.write_all(Report::LastWords(why.to_owned()).line().as_bytes()); // fails if the master is dead
     1
 }
 
@@ -160,7 +162,7 @@ where
     let (slot, hooks) = (heritage.slot, Arc::clone(&heritage.hooks));
     let worker = WorkerId { slot, generation: heritage.generation };
     let begun = Instant::now();
-    log::debug!("settings part=worker slot={slot} gen={} {config:?}", heritage.generation);
+    log::debug!(part = "worker", slot, "gen" = heritage.generation, config:? = config; "settings");
     let (asked_to_leave, starts) = take_signals(config.drain_timeout)?;
     let output = OutputPipes::now();
     let scoreboard = heritage.segment.scoreboard();
@@ -220,7 +222,7 @@ where
         tasks.iter().for_each(JoinHandle::abort);
         server.application.report_refusals();
         access_log.iter().for_each(|log| log.finish());
-        log::debug!("drained slot={slot} passed_on={}", drain.passed_on());
+        log::debug!(slot, passed_on = drain.passed_on(); "worker drained");
         io::Result::Ok(())
     };
     let outcome = catch_unwind(AssertUnwindSafe(|| run_in_turns(&runtime, life)));
@@ -236,14 +238,12 @@ where
     outcome.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Waits for functions that still run on a thread although their clients have left, because they may be in the middle
-/// of a change.
+/// Waits for functions that still run on a thread although their clients have disconnected, because they may be in the
+/// middle of a change.
 fn finish_functions(slot: u32) {
     let hanging = blocking::finish();
     if hanging > 0 {
-        log::warn!(
-            "this worker leaves although functions run, as they hang (--hang-timeout) slot={slot} count={hanging}"
-        );
+        log::warn!(slot, count = hanging; "worker exits while blocking functions are still running (--hang-timeout)");
     }
 }
 
@@ -447,17 +447,17 @@ where
                             protocol,
                             StatusCode::BAD_REQUEST,
                             address,
-                            format!("a PROXY header that cannot be read (--proxy-protocol): {error}"),
+                            format!("an invalid PROXY header (--proxy-protocol): {error}"),
                         ),
                         io::ErrorKind::TimedOut => application.turned_away(
                             protocol,
                             StatusCode::REQUEST_TIMEOUT,
                             address,
-                            "a PROXY header that did not come within --header-timeout",
+                            "a PROXY header that did not arrive within --header-timeout",
                         ),
                         _ => {}
                     }
-                    return log::debug!("a connection ended before it began: {error}");
+                    return log::debug!("a connection ended before its first request: {error}");
                 }
             }
             // A proxy connects on behalf of many clients.
@@ -506,7 +506,7 @@ async fn wait_for_leave(term: UnixStream, lifeline: OwnedFd, output: &OutputPipe
         biased; // when the master dies, the kernel closes its files and then sends TERM as well
         _ = lifeline.read(&mut end) => {
             output.replace();
-            log::warn!("the master is gone: this worker finishes and leaves");
+            log::warn!("the master is dead: this worker drains and exits");
             Ok(true)
         }
         _ = term.read(&mut byte) => Ok(false),

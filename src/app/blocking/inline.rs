@@ -22,8 +22,8 @@ use std::time::Duration;
 
 use super::{Job, pool};
 
-/// A run that takes up to this long is quick. This is about the cost of passing a request to
-/// another thread and back.
+/// A run that takes up to this long is quick. Passing a request to another thread and its response back costs about as
+/// much.
 const QUICK_RUN: Duration = Duration::from_micros(50);
 /// A run that holds up the loop for at least this long moves the function back to the threads.
 const SLOW_RUN: Duration = Duration::from_millis(1);
@@ -49,7 +49,7 @@ impl InlinePolicy {
     }
 
     /// Records a run; returns true if this run ends inline execution. If two threads record a run
-    /// at once, one may be lost, which is harmless because the policy is a heuristic.
+    /// at the same time, one may be lost, which is harmless because the policy is a heuristic.
     pub(super) fn took(&self, time: Duration) -> bool {
         let row = self.quick_in_a_row.load(Ordering::Relaxed);
         let asked_for = self.asked_for.load(Ordering::Relaxed);
@@ -98,7 +98,7 @@ impl Bell {
         BELL.with_borrow(Clone::clone)
     }
 
-    /// Wakes a future whose response is ready: at once, or when the loop continues.
+    /// Wakes a future whose response is ready: immediately, or when the loop continues.
     pub(super) fn wake(&self, waker: Waker) {
         if BETWEEN_TURNS.get() {
             WAKE_LATER.with_borrow_mut(|wakers| wakers.push(waker));

@@ -2,7 +2,7 @@
 //!
 //! The event loop of a worker stays free while they run, so idle connections and event streams cost
 //! no thread. Each worker has `--threads` threads; up to `--queue` requests may wait for a thread,
-//! and further requests get 503 at once. A function that blocks delays no other request while a
+//! and further requests get 503 immediately. A function that blocks delays no other request while a
 //! thread is free. A function whose author declares that it never blocks ([`Blocking::inline`])
 //! runs on the event loop's own thread, between two iterations of the loop.
 //!
@@ -43,7 +43,7 @@ const LONG_FOR_THE_LOOP: Duration = Duration::from_millis(100);
 /// Makes a service from a function that may block. The function runs on the worker's `--threads` and never on the event
 /// loop, however quick it is.
 ///
-/// Up to `--queue` requests wait for a free thread; a request beyond that is answered with 503 at once.
+/// Up to `--queue` requests wait for a free thread; any further request is immediately answered with 503.
 ///
 /// ```no_run
 /// use forkyard::http::{Request, Response};
@@ -71,7 +71,7 @@ impl<F> Blocking<F> {
     /// Declares that the function never waits, and runs it on the event loop's own thread.
     ///
     /// This saves passing each request to another thread and the response back, which costs several times as much as a
-    /// function that answers from memory. In return, the function must not wait for anything: a disk, a database,
+    /// function that answers from memory. But the function must not wait for anything: a disk, a database,
     /// another server, a lock that may be held for long, or another worker, as
     /// [`get_or_render`](crate::Cache::get_or_render) does while another worker renders the page. **While the function
     /// waits, everything else in its worker waits too:** no connection is accepted, no other response is sent,
@@ -225,9 +225,9 @@ where
             let outcome = catch_unwind(AssertUnwindSafe(|| (self.shared.function)(request).map(Into::into)));
             let took = begun.elapsed();
             if self.shared.policy.took(took) && self.is_quick && took >= LONG_FOR_THE_LOOP {
-                let took = took.as_millis();
                 log::warn!(
-                    "a function that was declared quick (Blocking::inline) held up the event loop for {took}ms: it runs on threads again"
+                    took:% = format_args!("{}ms", took.as_millis());
+                    "an inline function (Blocking::inline) blocked the event loop; from now on it runs on threads again"
                 );
             }
             // This must precede storing the response: right after that, the cell may belong to another request.

@@ -77,8 +77,9 @@ pub(crate) async fn one_hangs() -> String {
                 overruns.iter_mut().filter(|one| one.job.ptr_eq(&job)).for_each(|one| one.is_reported = true);
                 drop(overruns);
                 log::error!(
-                    "a function still runs {}ms after the time of its request was over (--request-timeout, --hang-timeout): this worker asks to be replaced request={what:?}",
-                    patience().as_millis()
+                    request:% = what, overdue:% = format_args!("{}ms", patience().as_millis());
+                    "a blocking function hangs: it still runs although its request has timed out; this worker requests its \
+                     replacement (--request-timeout, --hang-timeout)"
                 );
                 pool::look_whether_stuck();
                 return what.to_string();

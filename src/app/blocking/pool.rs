@@ -81,7 +81,7 @@ pub(crate) async fn pool_became_full() {
     POOL_IS_FULL.notified().await;
 }
 
-/// Sets the size of the pool, and the `occupancy` through which siblings see whether all its
+/// Sets the size of the pool, and the `occupancy` from which siblings read whether all its
 /// threads are occupied. Called once, in a new worker, before the pool is created.
 pub(crate) fn configure(threads: u32, queue: u32, occupancy: Option<Occupancy>) {
     let _ = SIZE.set((threads, queue, occupancy));
@@ -121,7 +121,10 @@ pub(super) fn look_whether_stuck() {
     let count = u32::try_from(jobs.len()).unwrap_or(u32::MAX);
     pool.count.fetch_sub(count, Ordering::SeqCst);
     pool.is_stuck.store(true, Ordering::SeqCst);
-    log::error!("all threads hang: until this worker is replaced, requests that need one get 503 waiting={count}");
+    log::error!(
+        waiting = count;
+        "all threads for blocking functions hang: requests that need one get 503 until this worker is replaced"
+    );
     jobs.iter().for_each(|job| job.refuse());
 }
 
@@ -206,9 +209,9 @@ impl Pool {
             if let Err(error) = thread.spawn(|| work(self)) {
                 if is_first || number > before {
                     log::error!(
-                        "{number} of {} threads for blocking functions could be created: {error} (raise --rlimit nproc, ulimit \
-                         -u, TasksMax= in the unit or pids.max of the container, or lower --threads)",
-                        self.threads
+                        created = number, threads = self.threads;
+                        "cannot create all threads for blocking functions: {error} (raise --rlimit nproc, ulimit -u, \
+                         TasksMax= in the unit or pids.max of the container, or lower --threads)"
                     );
                 }
                 break;
@@ -217,7 +220,7 @@ impl Pool {
         }
         let started = self.started.load(Ordering::SeqCst);
         if started == self.threads && !is_first {
-            log::info!("all {started} threads for blocking functions could be created");
+            log::info!(threads = started; "created all threads for blocking functions");
         }
         self.report(); // the pool may have been occupied with fewer threads
         started > 0

@@ -61,8 +61,8 @@ impl Trouble {
     pub(crate) fn cause(&self) -> Option<(StatusCode, &'static str)> {
         match self.0.load(Ordering::Relaxed) {
             Self::TOO_LARGE => Some((StatusCode::PAYLOAD_TOO_LARGE, "a body larger than --max-body")),
-            Self::TOO_SLOW => Some((StatusCode::REQUEST_TIMEOUT, "a body that came too slowly (--body-timeout)")),
-            Self::CUT => Some((StatusCode::BAD_REQUEST, "a body that broke off, or cannot be read")),
+            Self::TOO_SLOW => Some((StatusCode::REQUEST_TIMEOUT, "a body that arrived too slowly (--body-timeout)")),
+            Self::CUT => Some((StatusCode::BAD_REQUEST, "an incomplete or malformed body")),
             _ => None,
         }
     }
@@ -89,7 +89,7 @@ enum Kind {
 }
 
 /// The unread part of an HTTP request's body. Dropping it returns the body to its connection: hyper
-/// would otherwise close the connection at once, and a peer that is still sending might never read
+/// would otherwise close the connection immediately, and a peer that is still sending might never read
 /// the response.
 #[derive(Debug)]
 struct Unread {
@@ -139,8 +139,8 @@ pub enum BodyError {
 impl fmt::Display for BodyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::TooLarge => f.write_str("the body is longer than --max-body allows"),
-            Self::Cut => f.write_str("the client left before the body was complete"),
+            Self::TooLarge => f.write_str("the body is larger than --max-body allows"),
+            Self::Cut => f.write_str("the client disconnected before the body was complete"),
             Self::TimedOut => f.write_str("the client sent the body too slowly (--body-timeout)"),
             Self::Other(cause) => write!(f, "the body cannot be read: {cause}"),
         }

@@ -13,8 +13,8 @@ use bytes::{Bytes, BytesMut};
 use crate::request::buffered;
 
 /// Number of unread bytes at which the connection stops reading; one more read may exceed it.
-/// [`LESS`] applies while memory is tight.
 const CAPACITY: usize = 64 << 10;
+/// Like [`CAPACITY`], while memory is tight.
 const LESS: usize = 4 << 10;
 
 /// Chunks smaller than this are copied together: otherwise each would keep the whole buffer of the

@@ -255,21 +255,18 @@ impl fmt::Display for EventsError {
                 )
             }
             Self::Name { name } => {
-                let why = name::fault(name).unwrap_or("is none");
+                let why = name::fault(name).unwrap_or("is invalid");
                 write!(f, "{name:?} cannot be the name of an event (it {why})")
             }
             Self::NotPublished(error @ (PublishError::TooLong { .. } | PublishError::TooManyTopics { .. })) => {
-                write!(f, "{error}; its size is that of --events")
+                write!(f, "{error}; --events sets the size of the log")
             }
             Self::NotPublished(error) => error.fmt(f),
             Self::TopicCount => write!(f, "a subscription has 1 to {MAX_TOPICS} topics"),
             Self::TooManySubscribers { most } => {
-                write!(
-                    f,
-                    "this worker has {most} subscribers already (allow more with --max-subscribers, or have more workers)"
-                )
+                write!(f, "this worker already has {most} subscribers (raise --max-subscribers, or run more workers)")
             }
-            Self::Thread(error) => write!(f, "the thread that waits for events cannot be started: {error}"),
+            Self::Thread(error) => write!(f, "cannot start the thread that waits for events: {error}"),
         }
     }
 }

@@ -7,9 +7,9 @@ pub(crate) const GAP: &str = "gap";
 /// name is valid.
 pub(crate) fn fault(name: &str) -> Option<&'static str> {
     if name == GAP {
-        Some("tells clients of events that they have missed")
+        Some("is reserved for notices of missed events")
     } else if name.contains(char::is_control) {
-        Some("has control characters") // the name is a line of an event stream
+        Some("contains control characters") // the name is a line of an event stream
     } else {
         None
     }
@@ -25,7 +25,7 @@ mod tests {
             assert_eq!(fault(name), None, "{name:?}");
         }
         for name in ["\n", "a\r", "\0", "\u{85}", "gap\n"] {
-            assert_eq!(fault(name), Some("has control characters"), "{name:?}");
+            assert_eq!(fault(name), Some("contains control characters"), "{name:?}");
         }
         assert!(fault(GAP).is_some());
     }

@@ -1,7 +1,7 @@
 //! Sends a subscription as a response: a `text/event-stream` until one side disconnects, or one
 //! batch of events for a client that polls. `docs/events.md` describes the protocol.
 //!
-//! No function blocks: the response is created at once, on any thread, and its connection polls its
+//! No function blocks: the response is created immediately, on any thread, and its connection polls its
 //! body.
 
 use std::convert::Infallible;
@@ -53,7 +53,7 @@ const BATCH: usize = 64 << 10;
 ///         forkyard::blocking(move |request: Request<Body>| match request.uri().path() {
 ///             "/events" => sse(&request, &events, ["news"]).response(),
 ///             path => {
-///                 let said = events.publish("news", format!("somebody asks for {path}"));
+///                 let said = events.publish("news", format!("request for {path}"));
 ///                 Response::new(Body::from(said.map_or_else(|why| why.to_string(), |id| format!("event {id}\n"))))
 ///             }
 ///         })
@@ -191,10 +191,10 @@ impl Sse {
 
 fn refusal(error: &EventsError) -> Response<Body> {
     match error {
-        EventsError::TooManySubscribers { .. } => log::warn!("a subscriber was sent away: {error}"),
-        _ => log::error!("nobody can subscribe: {error}"),
+        EventsError::TooManySubscribers { .. } => log::warn!("refused a subscriber: {error}"),
+        _ => log::error!("cannot subscribe to events: {error}"),
     }
-    let mut response = Response::new(Body::from("503: no events here now\n"));
+    let mut response = Response::new(Body::from("503: no events are available now\n"));
     *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
     if matches!(error, EventsError::TooManySubscribers { .. } | EventsError::Thread(_)) {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));

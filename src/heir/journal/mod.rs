@@ -70,8 +70,9 @@ struct ConnCells {
     /// The input up to this position has been handled completely.
     clean: AtomicU32,
     written: AtomicU32,
-    /// Begin and end of the unwritten output. Both are boundaries between protocol records.
+    /// Begin of the unwritten output: a boundary between protocol records.
     batch: AtomicU32,
+    /// End of the unwritten output: a boundary between protocol records.
     queued: AtomicU32,
     /// Nonzero if there were more simultaneous requests than entries.
     overflow: AtomicU32,
@@ -90,8 +91,9 @@ struct RequestCells {
     word: AtomicU32,
     /// The connection's `read` position when the request was entered.
     at: AtomicU32,
-    /// Positions in the output, with [`KNOWN`] if they are set.
+    /// Position in the output at which the response begins, with [`KNOWN`] if it is set.
     from: AtomicU64,
+    /// Position in the output at which the response ends, with [`KNOWN`] if it is set.
     to: AtomicU64,
 }
 
@@ -127,8 +129,9 @@ pub(crate) struct Request {
     pub(crate) is_last: bool,
     /// The connection's `read` position when the request was entered.
     pub(crate) at: u32,
-    /// Positions in the output at which the response begins and ends, as far as they are known.
+    /// Position in the output at which the response begins, if known.
     pub(crate) from: Option<u32>,
+    /// Position in the output at which the response ends, if known.
     pub(crate) to: Option<u32>,
 }
 

@@ -131,10 +131,10 @@ impl Connections {
         let open = self.open.get();
         if closed == 0 {
             if self.full.add(1).is_some() {
-                log::warn!("clients wait to be accepted, and no connection is idle ({why}) connections={open}");
+                log::warn!(connections = open; "cannot accept waiting clients: no connection is idle ({why})");
             }
         } else if let Some(count) = self.closed.add(closed) {
-            log::warn!("closed idle connections to make room for others ({why}) count={count} connections={open}");
+            log::warn!(count, connections = open; "closed idle connections to make room for others ({why})");
         }
     }
 
@@ -193,7 +193,7 @@ impl ReadyListener {
             static ONCE: std::sync::Once = std::sync::Once::new();
             ONCE.call_once(|| {
                 log::warn!(
-                    "each new connection wakes all workers: how the event loop waits for them cannot be found out"
+                    "each new connection wakes all workers: cannot find the epoll registration of a listener in /proc"
                 );
             });
         }
@@ -331,7 +331,7 @@ impl Acceptor {
                     self.start(serve, taken).await;
                     self.settled().await;
                 }
-                // The client of this connection is already gone; accept the next one.
+                // The client of this connection has already disconnected; accept the next one.
                 Err(error)
                     if !self.bell.listener.is_paused()
                         && is_of_one_connection(&error)
@@ -345,7 +345,8 @@ impl Acceptor {
                     let is_closed = error.raw_os_error() == Some(libc::EINVAL);
                     closed_for = if is_closed { closed_for.saturating_add(1) } else { CLOSED_FOR };
                     if closed_for >= CLOSED_FOR && reported.is_none_or(|reported| reported.elapsed() > LOG_INTERVAL) {
-                        log::error!("accepting pauses until it can go on: {}{}", Explained(&error), self.name());
+                        let error = Explained(&error);
+                        log::error!(listener = self.listener(); "cannot accept connections for now: {error}");
                         reported = Some(Instant::now());
                     }
                     self.bell.pause();
@@ -408,7 +409,7 @@ impl Acceptor {
                 // The queue was empty, and the master has closed the socket for all workers.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return true,
                 Err(error) => {
-                    log::warn!("what is queued cannot be accepted: {error}{}", self.name());
+                    log::warn!(listener = self.listener(); "cannot accept the queued connections: {error}");
                     return true;
                 }
             }
@@ -421,10 +422,11 @@ impl Acceptor {
         matches!(self.source, Source::Listener { .. })
     }
 
-    fn name(&self) -> String {
+    /// The index of the listener; `None` for the channel.
+    fn listener(&self) -> Option<u16> {
         match self.source {
-            Source::Listener { index, .. } => format!(" listener={index}"),
-            Source::Channel => String::new(),
+            Source::Listener { index, .. } => Some(index),
+            Source::Channel => None,
         }
     }
 
@@ -521,8 +523,6 @@ impl std::fmt::Display for Explained<'_> {
         if self.0.raw_os_error() != Some(libc::EINVAL) {
             return self.0.fmt(f);
         }
-        f.write_str(
-            "the socket listens no more: some process that holds it has called shutdown(2) on it (stop and start)",
-        )
+        f.write_str("a process has called shutdown(2) on the listening socket (stop and start the server)")
     }
 }

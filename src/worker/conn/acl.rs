@@ -31,9 +31,11 @@ impl Acl {
         let Some(allow) = &self.allow else { return true };
         let permitted = allow.contain(peer.map(|peer| peer.ip()));
         if !permitted && let Some(count) = self.turned_away.add(1) {
-            let from = peer.map_or_else(|| "a Unix socket".to_owned(), |peer| peer.ip().to_string());
-            let protocol = self.protocol;
-            log::warn!("closed a {protocol} connection from {from}, which is not allowed (see --allow) count={count}");
+            let from = peer.map_or_else(|| "unix".to_owned(), |peer| peer.ip().to_string());
+            log::warn!(
+                protocol:% = self.protocol, from, count;
+                "closed a connection from a client that is not allowed (see --allow)"
+            );
         }
         permitted
     }

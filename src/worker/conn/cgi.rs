@@ -99,7 +99,7 @@ where
     runtime.shutdown_background();
     match outcome {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-            log::debug!("the web server left before it had the response");
+            log::debug!("the web server disconnected before it had received the response");
             Ok(())
         }
         outcome => Ok(outcome?),
@@ -124,7 +124,7 @@ where
     let request = match request {
         Ok(request) => request,
         Err((status, error)) => {
-            log::warn!("a CGI request was refused: {error}");
+            log::warn!(status = status.as_u16(); "refused a CGI request: {error}");
             return (serve::refusal(status, RequestGuard::begin_unread(&row, None, None)), false);
         }
     };
@@ -139,7 +139,7 @@ where
             application.answer(Protocol::Http, request, None).await
         }
         Err(panic) => {
-            log::error!("the application cannot be made: {panic}");
+            log::error!("cannot create the application: {panic}");
             serve::refusal(StatusCode::INTERNAL_SERVER_ERROR, RequestGuard::begin_unread(&row, None, None))
         }
     };
@@ -178,12 +178,12 @@ fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, 
     let has_body = said("CONTENT_LENGTH") || said("HTTP_TRANSFER_ENCODING");
     let mut length = None;
     let request = match cgi::request(params, |announced| length = announced) {
-        // Apache passes a chunked request body in this form.
+        // Apache passes a request with a chunked body in this form.
         Ok(_) if has_body && length.is_none() => {
-            Err((StatusCode::LENGTH_REQUIRED, "it has a body, and no good CONTENT_LENGTH says how long it is".into()))
+            Err((StatusCode::LENGTH_REQUIRED, "it has a body but no valid CONTENT_LENGTH".into()))
         }
         Ok(_) if bytes > limits.max_params => {
-            Err((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "variables larger than --max-params".into()))
+            Err((StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "its variables are larger than --max-params".into()))
         }
         request => request.map_err(|error| (error.status(), error.into())),
     };
@@ -226,7 +226,7 @@ async fn feed(mut stdin: File, length: u64, so_far: Rc<Cell<u64>>, body: pipe::W
             }
             Ok(Ok(_)) => return,
             Ok(Err(error)) | Err(error) => {
-                return log::warn!("standard input cannot be read: {}", sys::explain(&error));
+                return log::warn!("cannot read standard input: {}", sys::explain(&error));
             }
         }
     }

@@ -122,7 +122,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     application: Rc<Application<S>>,
     /// The peer did not request to keep the connection.
     closing: bool,
-    /// A response failed, and nothing else is in flight: the connection ends after the queued output.
+    /// A response failed, and no other is in flight: the connection ends after the queued output.
     broken: bool,
     /// The worker is leaving.
     draining: bool,
@@ -145,8 +145,8 @@ where
     B: HttpBody + 'static,
     B::Error: Into<BoxError>,
 {
-    /// Advances the connection as far as possible. Ready when the connection must be closed; an error if the peer is
-    /// gone or violated the protocol.
+    /// Advances the connection as far as possible. Ready when the connection must be closed; an error if the peer has
+    /// disconnected or violated the protocol.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Outcome>> {
         loop {
             self.poll_exchanges(context);
@@ -259,7 +259,7 @@ where
                 Err(io::ErrorKind::UnexpectedEof.into())
             }
             Poll::Ready(Ok(bytes)) if bytes.is_empty() => {
-                Err(io::Error::other("the peer left before it had its responses"))
+                Err(io::Error::other("the peer disconnected before it had received its responses"))
             }
             Poll::Ready(Ok(bytes)) => {
                 self.input.unsplit(bytes);
@@ -276,7 +276,7 @@ where
             }
             Poll::Ready(Err(error)) => {
                 if error.kind() == io::ErrorKind::TimedOut && self.begins_request() {
-                    let why = "parameters that did not come within --header-timeout";
+                    let why = "parameters that did not arrive within --header-timeout";
                     self.application.turned_away(Protocol::FastCgi, StatusCode::REQUEST_TIMEOUT, self.from, why);
                 }
                 Err(error)
@@ -295,7 +295,7 @@ where
         let mut any = false;
         loop {
             let event = self.decoder.decode(&mut self.input).map_err(|error| {
-                let why = format!("the connection is closed, the peer sent {error}");
+                let why = format!("the peer sent {error} (the connection is closed)");
                 self.application.turned_away(Protocol::FastCgi, StatusCode::BAD_REQUEST, self.from, why);
                 io::Error::other(error)
             })?;
@@ -351,7 +351,7 @@ where
                     Fault::ParamsTooLong => {
                         (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "parameters larger than --max-params")
                     }
-                    Fault::ParamsMalformed => (StatusCode::BAD_REQUEST, "parameters that cannot be read"),
+                    Fault::ParamsMalformed => (StatusCode::BAD_REQUEST, "malformed parameters"),
                 };
                 self.refuse(id, keep_connection, status, why);
             }
@@ -387,7 +387,7 @@ where
                 self.closing |= then_close;
                 self.unread |= then_close; // the rest of the refused request
                 if self.outbox.len() > OUTBOX_LIMIT + REPLIES_LIMIT {
-                    return Err(io::Error::other("the peer asks and asks, and reads no reply"));
+                    return Err(io::Error::other("the peer sends requests without reading the replies"));
                 }
             }
         }

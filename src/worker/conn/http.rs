@@ -222,7 +222,7 @@ where
 
 /// Answers 408 to a request head that did not arrive completely in time.
 async fn time_out<S>(mut socket: Socket, application: &Application<S>, from: Option<SocketAddr>, drain: &Drain) {
-    let why = "a head that did not come within --header-timeout";
+    let why = "a head that did not arrive within --header-timeout";
     application.turned_away(Protocol::Http, StatusCode::REQUEST_TIMEOUT, from, why);
     let date = jiff::Timestamp::now().strftime("%a, %d %b %Y %H:%M:%S GMT");
     let text = "408 Request Timeout\n";
@@ -249,7 +249,7 @@ fn refused(error: &hyper::Error) -> Option<(StatusCode, String)> {
     if error.is_parse_too_large() {
         // hyper uses one error for all three limits.
         return Some(if text.contains("URI") {
-            (StatusCode::URI_TOO_LONG, "a target longer than --max-uri can be".to_owned())
+            (StatusCode::URI_TOO_LONG, "a target longer than --max-uri can allow".to_owned())
         } else {
             let why = "a head larger than --max-params, or with more headers than --max-headers, or with a Content-Length \
                 above 2^64 - 3";

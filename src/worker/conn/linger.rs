@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use super::socket::Socket;
 use crate::worker::lifecycle::drain::Drain;
 
-/// Limits on how long, and for how many bytes, a peer that is still sending is read.
+/// Maximum time for which, and number of bytes that, are read from a peer that is still sending.
 pub(crate) const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
 /// Shuts down the write side, and reads until the peer closes, a limit is reached, or the drain is

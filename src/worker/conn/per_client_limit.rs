@@ -64,9 +64,9 @@ impl Crowd {
 
     fn report(&self, address: IpAddr) {
         if let Some(count) = self.turned_away.add(1) {
-            let most = self.most;
             log::warn!(
-                "closed a connection of a client that has {most} in this worker (--max-connections-per-address) from={address} count={count}"
+                limit = self.most, from:% = address, count;
+                "closed a connection: its client is at the limit of this worker (--max-connections-per-address)"
             );
         }
     }
@@ -105,7 +105,7 @@ mod tests {
         assert!(admit("2001:db8::3").is_none() && admit("2001:db8:0:1::3").is_some());
         drop(network);
         assert!(admit("2001:db8::3").is_some());
-        assert!((0..9).all(|_| crowd.admit(None).is_some()), "whoever has no address is not counted");
+        assert!((0..9).all(|_| crowd.admit(None).is_some()), "a client without an address is not counted");
     }
 
     #[test]

@@ -53,7 +53,7 @@ fn look(fd: BorrowedFd<'_>, seen: &mut [u8]) -> io::Result<Header> {
     let count = recv(fd.as_raw_fd(), seen, PEEK)?;
     match proxy::decode(seen.get(..count).unwrap_or_default()).map_err(io::Error::other)? {
         Opening::Header(header) => Ok(header),
-        Opening::Other => Err(io::Error::other("it does not begin with a PROXY header (--proxy-protocol)")),
+        Opening::Other => Err(io::Error::other("the connection does not begin with a PROXY header")),
         Opening::Incomplete if count == 0 || has_ended(fd) => Err(io::ErrorKind::UnexpectedEof.into()),
         Opening::Incomplete => Err(io::ErrorKind::WouldBlock.into()),
     }

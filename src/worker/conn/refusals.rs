@@ -1,7 +1,7 @@
 //! Logs requests that could not be read, or were refused before they reached the application. Clients cause these
 //! lines, so their number is limited, however many requests there are.
 //!
-//! The first refusal for a reason is logged at once. Further refusals are counted, and their number
+//! The first refusal for a reason is logged immediately. Further refusals are counted, and their number
 //! is logged [`PERIOD`] later, with the client of the last one. [`Counts`] decides when to count
 //! and when to log, and has no clock.
 
@@ -40,7 +40,7 @@ impl Refusals {
         let reason = Reason { why: why.into(), status, protocol };
         let line = self.counts.borrow_mut().note(reason, from, Instant::now());
         match line {
-            Some(line) => log::info!("{line}"),
+            Some(line) => line.log(),
             None if self.is_timed.replace(true) => {}
             None => {
                 let this = Rc::clone(self);
@@ -56,7 +56,7 @@ impl Refusals {
     /// Logs the counts.
     pub(crate) fn report(&self) {
         let lines = self.counts.borrow_mut().report(Instant::now());
-        lines.iter().for_each(|line| log::info!("{line}"));
+        lines.iter().for_each(Line::log);
     }
 }
 
@@ -65,6 +65,22 @@ struct Reason {
     why: String,
     status: StatusCode,
     protocol: Protocol,
+}
+
+/// A line of the log: `count` refusals for one reason, the last of which came from `last_from`, if known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Line {
+    reason: Reason,
+    count: u64,
+    last_from: Option<SocketAddr>,
+}
+
+impl Line {
+    fn log(&self) {
+        let Self { reason: Reason { why, status, protocol }, count, last_from } = self;
+        let (from, last_from) = if *count == 1 { (*last_from, None) } else { (None, *last_from) };
+        log::info!(status = status.as_u16(), protocol:%, from, last_from, count; "refused requests: {why}");
+    }
 }
 
 #[derive(Debug, Default)]
@@ -80,8 +96,8 @@ struct Count {
 }
 
 impl Counts {
-    /// Counts a refusal. Returns the line to log at once, if any.
-    fn note(&mut self, mut reason: Reason, from: Option<SocketAddr>, now: Instant) -> Option<String> {
+    /// Counts a refusal. Returns the line to log immediately, if any.
+    fn note(&mut self, mut reason: Reason, from: Option<SocketAddr>, now: Instant) -> Option<Line> {
         if self.0.len() >= MOST_REASONS && !self.0.iter().any(|known| known.reason == reason) {
             reason = Reason { why: OTHERS.to_owned(), status: StatusCode::BAD_REQUEST, ..reason };
         }
@@ -102,7 +118,7 @@ impl Counts {
     }
 
     /// Returns the lines that are due now.
-    fn report(&mut self, now: Instant) -> Vec<String> {
+    fn report(&mut self, now: Instant) -> Vec<Line> {
         let waiting = self.0.iter_mut().filter(|known| known.count > 0);
         waiting
             .map(|known| {
@@ -114,13 +130,9 @@ impl Counts {
 }
 
 impl Count {
-    fn take_line(&mut self) -> String {
-        let Reason { why, status, protocol } = &self.reason;
-        let (count, last) = (std::mem::take(&mut self.count), self.last_from);
-        let from = last.map_or_else(|| "-".to_owned(), |from| from.to_string());
-        let (requests, last) = if count == 1 { ("request", "") } else { ("requests", "last_") };
-        let protocol = format!("{protocol:?}").to_ascii_lowercase();
-        format!("{count} {requests} refused: {why} status={} protocol={protocol} {last}from={from}", status.as_u16())
+    fn take_line(&mut self) -> Line {
+        let count = std::mem::take(&mut self.count);
+        Line { reason: self.reason.clone(), count, last_from: self.last_from }
     }
 }
 
@@ -136,15 +148,14 @@ mod tests {
     fn the_first_is_logged_and_the_others_are_counted() {
         let (mut counts, begun) = (Counts::default(), Instant::now());
         let from = "192.0.2.7:1".parse().ok();
-        let first = counts.note(reason("a"), None, begun);
-        assert_eq!(first.as_deref(), Some("1 request refused: a status=400 protocol=http from=-"));
+        let line = |count, last_from| Line { reason: reason("a"), count, last_from };
+        assert_eq!(counts.note(reason("a"), None, begun), Some(line(1, None)));
         assert_eq!(counts.note(reason("a"), None, begun), None);
-        assert!(counts.note(reason("b"), None, begun).is_some(), "another reason");
+        assert!(counts.note(reason("b"), None, begun).is_some(), "a different reason");
         assert_eq!(counts.note(reason("a"), from, begun), None);
-        let line = "2 requests refused: a status=400 protocol=http last_from=192.0.2.7:1";
-        assert_eq!(counts.report(begun + PERIOD), [line]);
-        assert_eq!(counts.report(begun + PERIOD), [""; 0]);
-        assert_eq!(counts.note(reason("a"), None, begun + PERIOD), None, "there was a line just now");
+        assert_eq!(counts.report(begun + PERIOD), [line(2, from)]);
+        assert!(counts.report(begun + PERIOD).is_empty());
+        assert_eq!(counts.note(reason("a"), None, begun + PERIOD), None, "there was a line recently");
         counts.report(begun + PERIOD);
         assert!(counts.note(reason("a"), None, begun + PERIOD * 2).is_some());
     }
@@ -155,6 +166,7 @@ mod tests {
         let lines: Vec<_> =
             (0..1000).filter_map(|number| counts.note(reason(&number.to_string()), None, now)).collect();
         assert_eq!(lines.len(), MOST_REASONS + 1);
-        assert!(counts.report(now + PERIOD)[0].starts_with("967 requests refused: other reasons "));
+        let reported = counts.report(now + PERIOD);
+        assert_eq!((reported[0].count, reported[0].reason.why.as_str()), (967, OTHERS));
     }
 }

@@ -71,7 +71,7 @@ where
                 return Poll::Ready(Ok(false));
             }
             if last_chance.as_mut().poll(context).is_ready() {
-                return Poll::Ready(Err(io::Error::other("the worker leaves, and no request has come")));
+                return Poll::Ready(Err(io::Error::other("the worker drains, and no request has arrived")));
             }
         }
         connection.poll(context).map_ok(|()| true)
@@ -128,7 +128,7 @@ where
     B::Error: Into<BoxError>,
 {
     /// Advances the connection as far as possible. Ready when the response is written; an error if
-    /// the peer is gone, or the response failed.
+    /// the peer has disconnected, or the response failed.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             self.poll_response(context)?;
@@ -247,7 +247,7 @@ where
             }
         };
         if self.socket.poll_try(context, hung_up)?.is_ready() {
-            return Err(io::Error::other("the peer left before it had its response"));
+            return Err(io::Error::other("the peer disconnected before it had received its response"));
         }
         Ok(Poll::Pending)
     }
@@ -255,7 +255,7 @@ where
     fn stream_ended(&mut self) -> io::Result<()> {
         if matches!(self.state, State::Reading) {
             if self.socket.activity().has_expired() && !self.is_untouched() {
-                let why = "a head that did not come within --header-timeout";
+                let why = "a head that did not arrive within --header-timeout";
                 self.application.turned_away(Protocol::Scgi, StatusCode::REQUEST_TIMEOUT, self.from, why);
             }
             return Err(io::ErrorKind::UnexpectedEof.into());

@@ -34,7 +34,7 @@ pub(crate) struct Socket {
     conn: ConnHandle,
     activity: Arc<Activity>,
     watchdog: Rc<Watchdog>,
-    /// Measure how long the first bytes waited in the kernel.
+    /// Whether to measure how long the first bytes waited in the kernel.
     asks_wait: Cell<bool>,
 }
 
@@ -49,8 +49,9 @@ enum Link {
 
 /// Maximum size of a read before the connection has waited.
 const FIRST: usize = 4 << 10;
-/// Size of the block that reads share, and the minimum free space for a read.
+/// Size of the block that reads share.
 const BLOCK: usize = 64 << 10;
+/// Minimum free space in the block for a read.
 const ROOM: usize = 16 << 10;
 
 thread_local! {
@@ -90,7 +91,7 @@ impl Socket {
         Self { early, link, conn, activity: Arc::default(), watchdog: Rc::clone(watchdog), asks_wait }
     }
 
-    /// Measures how long the first request waited in the kernel, if this is TCP. Must be called before the first read.
+    /// Measures how long the first request waited in the kernel, if the connection uses TCP. Must be called before the first read.
     pub(crate) fn ask_wait(&self) {
         self.asks_wait.set(true);
     }

@@ -31,7 +31,7 @@ const CROWDED: Duration = Duration::from_millis(5);
 const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Remembers the task that has registered to be woken: one registration per task is enough. (Registering on each poll
-/// would cost a tenth of a request.)
+/// would cost a tenth of the time of a request.)
 #[derive(Debug, Default)]
 pub(crate) struct Asked(Option<Waker>);
 
@@ -170,7 +170,7 @@ impl Drain {
                 }
                 // Many connections are in transit, and siblings will take them soon. `--drain-timeout` limits the wait.
                 Err(error) if handover::is_for_later(&error) => tokio::time::sleep(CROWDED).await,
-                Err(error) => return log::debug!("a connection cannot be passed on: {error}"),
+                Err(error) => return log::debug!("cannot hand a connection over: {error}"),
             }
         }
     }

@@ -8,6 +8,7 @@ use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use forkyard_shm::Scoreboard;
+use log::kv::Value;
 
 use crate::diagnostics::{code_address, current_request, stack_sampler};
 
@@ -19,7 +20,7 @@ const NAMED: usize = 24;
 /// Checks for requests older than `age` until the worker's thread ends.
 pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, slot: u32, age: Duration) {
     if let Err(error) = stack_sampler::install() {
-        log::error!("slow requests are logged without a backtrace: {error} (--slow-request)");
+        log::error!("cannot add backtraces to the log lines of slow requests: {error} (--slow-request)");
     }
     let period = (age / 4).clamp(PERIOD.0, PERIOD.1);
     // The logged requests, by cell and begin time.
@@ -32,18 +33,21 @@ pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, 
         told.retain(|&(cell, begun)| slow.iter().any(|request| (request.cell, request.begun_ms) == (cell, begun)));
         for request in slow {
             if told.insert((request.cell, request.begun_ms)) {
-                let at = backtrace_of(request.cell);
-                let took = request.since.as_millis();
-                log::warn!("slow request={:?} since={took}ms slot={slot} {at}", request.what);
+                // Without a thread, the request waits for a free thread, or in its future.
+                let thread = current_request::thread_of(request.cell);
+                log::warn!(
+                    request = request.what, since:% = format_args!("{}ms", request.since.as_millis()), slot,
+                    thread = thread.map_or(Value::from("none"), Value::from),
+                    at = thread.map(backtrace_of);
+                    "slow request (--slow-request)"
+                );
             }
         }
     }
 }
 
-fn backtrace_of(cell: usize) -> String {
-    // No thread: the request waits for a free thread, or in its future.
-    let Some(thread) = current_request::thread_of(cell) else { return "thread=none".to_owned() };
+fn backtrace_of(thread: i32) -> String {
     let mut names = code_address::names_of(stack_sampler::of(thread).into_iter());
     names.truncate(NAMED);
-    format!("thread={thread} at={:?}", names.join(" < "))
+    names.join(" < ")
 }

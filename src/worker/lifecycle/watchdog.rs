@@ -87,7 +87,7 @@ impl Watchdog {
         let chosen = reclaim::choose(watched.iter().enumerate().filter_map(idle).collect(), most);
         for &index in &chosen {
             if let Some(watched) = watched.get_mut(index) {
-                watched.end("idle while others wait for its place");
+                watched.end("it was idle while other clients waited");
             }
         }
         chosen.len()
@@ -109,14 +109,14 @@ impl Watchdog {
         let chosen = reclaim::heaviest(watched.iter().enumerate().filter_map(holder).collect(), buffered::too_much());
         for &index in &chosen {
             if let Some(watched) = watched.get_mut(index) {
-                watched.cut_off("holding too much memory", Shutdown::Both);
+                watched.cut_off("it held too much memory (--max-buffered)", Shutdown::Both);
                 watched.activity.held().clear(); // the connection's task frees the memory when it next runs
             }
         }
         if !chosen.is_empty()
             && let Some(count) = self.shed.add(chosen.len())
         {
-            log::warn!("cut off connections that hold too much of unfinished requests (--max-buffered) count={count}");
+            log::warn!(count; "cut off connections whose unfinished requests held too much memory (--max-buffered)");
         }
     }
 
@@ -126,7 +126,8 @@ impl Watchdog {
         let cut_off = self.watched.borrow_mut().iter_mut().filter_map(Watched::end_drain).count();
         if cut_off > 0 {
             log::info!(
-                "cut off connections whose clients did not read or send until the end of the drain (--drain-timeout) count={cut_off}"
+                count = cut_off;
+                "cut off connections whose clients neither read nor sent until the end of the drain (--drain-timeout)"
             );
         }
     }
@@ -201,7 +202,7 @@ impl Watched {
         if self.is_cut || self.is_deaf && how == Shutdown::Read {
             return None;
         }
-        self.cut_off("in a drain that is nearly over", how);
+        self.cut_off("the drain is nearly over (--drain-timeout)", how);
         Some(())
     }
 
@@ -213,14 +214,14 @@ impl Watched {
         // hyper may hold the rest of a response whose request is over.
         let has_written = self.activity.written() != self.written;
         let stage = self.count(has_written);
-        let (doing, limit) = match stage {
-            Stage::Idle => ("idle", timeouts.idle),
-            Stage::Head => ("sending the head of a request", timeouts.header),
+        let (why, limit) = match stage {
+            Stage::Idle => ("it was idle (--idle-timeout)", timeouts.idle),
+            Stage::Head => ("the client sent a request head too slowly (--header-timeout)", timeouts.header),
             Stage::Body | Stage::Answering => ("", Duration::ZERO),
         };
         // Each body has its own timeout. The code that reads the body then responds to the request.
         if self.activity.expire_bodies(|body| is_over(body.tick(PROGRESS), timeouts.body)) > 0 {
-            log::debug!("a request is cut off, it took too long: sending the body of a request");
+            log::debug!("cut off a request: the client sent its body too slowly (--body-timeout)");
         }
         if self.activity.has_said_goodbye() {
             self.goodbye.get_or_insert(0);
@@ -228,23 +229,23 @@ impl Watched {
         if let Some(ticks) = &mut self.goodbye {
             *ticks = if stage == Stage::Idle && !has_written { *ticks + 1 } else { 0 };
             if *ticks > GOODBYE {
-                self.cut_off("ending", Shutdown::Both);
+                self.cut_off("the client did not close it in time", Shutdown::Both);
                 return false;
             }
         }
         if is_over(self.unread, timeouts.write) {
-            self.cut_off("reading a response", Shutdown::Both);
+            self.cut_off("the client read a response too slowly (--write-timeout)", Shutdown::Both);
             return false;
         }
         if drains && self.outstays() {
-            self.cut_off("reading the end of an event stream", Shutdown::Both);
+            self.cut_off("the client read the end of an event stream too slowly", Shutdown::Both);
             return false;
         }
         if !self.is_deaf && self.goodbye.is_none() && is_over(self.waited, limit) {
             if stage == Stage::Idle {
-                self.end(doing);
+                self.end(why);
             } else {
-                self.cut_off(doing, Shutdown::Read); // the request can still be answered
+                self.cut_off(why, Shutdown::Read); // the request can still be answered
             }
         }
         true
@@ -275,8 +276,8 @@ impl Watched {
         is_over(self.leaving, LAST_EVENTS) || self.activity.is_streaming() && is_over(self.unread, LAST_EVENTS)
     }
 
-    fn cut_off(&mut self, doing: &str, how: Shutdown) {
-        log::debug!("a connection is cut off, it took too long: {doing}");
+    fn cut_off(&mut self, why: &str, how: Shutdown) {
+        log::debug!("cut off a connection: {why}");
         self.activity.expire();
         self.is_deaf = true;
         self.is_cut |= how == Shutdown::Both;

@@ -27,6 +27,8 @@ use crate::protocol::cgi::ClientInfo;
 const WAIT: Duration = Duration::from_secs(1);
 /// Interval between write attempts while the reader of a pipe is slow.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// Why lines for a pipe are lost.
+const TOO_SLOW: &str = "its reader is too slow";
 /// Logged status of a request whose client disconnected before the response, as in nginx.
 const LEFT: u16 = 499;
 
@@ -92,12 +94,12 @@ impl AccessLog {
         }
     }
 
-    /// Writes the buffered lines before this worker ends.
+    /// Writes the buffered lines before this worker exits.
     pub(crate) fn finish(&self) {
         if !self.buffer.is_empty() {
             let limit = logging::last_flush_timeout();
             self.buffer.write_out(|lines| self.wrote(lines, self.files.write_access_within(lines, limit)));
-            self.lose(self.buffer.forget(), "nobody reads it");
+            self.lose(self.buffer.forget(), TOO_SLOW);
         }
     }
 
@@ -107,7 +109,7 @@ impl AccessLog {
             Ok(()) => {
                 let lost = self.lost.take();
                 if lost > 0 {
-                    log::warn!("the access log is written again slot={} lost={lost}", self.slot);
+                    log::warn!(slot = self.slot, lost; "the access log can be written again");
                 }
                 count
             }
@@ -125,10 +127,7 @@ impl AccessLog {
             return;
         }
         if self.lost.get() == 0 {
-            log::error!(
-                "the access log cannot be written, and its lines are lost: {why} (--access-log) slot={}",
-                self.slot
-            );
+            log::error!(slot = self.slot; "cannot write to the access log; its lines are lost: {why} (--access-log)");
         }
         self.lost.set(self.lost.get() + lines);
     }
@@ -155,7 +154,7 @@ impl AccessLog {
             if self.buffer.push(&line) {
                 self.has_lines.notify_one();
             } else {
-                self.lose(1, "nobody reads it");
+                self.lose(1, TOO_SLOW);
             }
         }
     }

@@ -17,7 +17,7 @@ use crate::protocol::cgi::ClientInfo;
 /// Requests `path` and waits for the complete response: a body that fails is a failed check.
 ///
 /// # Errors
-/// The status or the error, with a text for the operator.
+/// Returns a message for the operator if the status is an error, or the response fails or does not arrive in time.
 pub(crate) async fn check<S, B>(application: &Application<S>, path: &str, limit: Duration) -> io::Result<()>
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone,
@@ -25,23 +25,23 @@ where
     B: HttpBody,
     B::Error: Into<BoxError>,
 {
-    let fail = |what: String| io::Error::other(format!("the health check GET {path} (--health-path) {what}"));
+    let fail = |what: String| io::Error::other(format!("the health check GET {path} (--health-path) failed: {what}"));
     let mut request = Request::get(path)
         .header(header::HOST, "localhost")
         .header(header::USER_AGENT, "forkyard-health")
         .body(Body::empty())
-        .map_err(|error| fail(format!("is no request: {error}")))?;
+        .map_err(|error| fail(format!("invalid request: {error}")))?;
     request.extensions_mut().insert(ClientInfo::of_http(None, false));
     let exchange = async {
         let (head, body) = application.answer(Protocol::Http, request, None).await.into_parts();
         let mut body = std::pin::pin!(body);
         while let Some(frame) = body.frame().await {
-            frame.map_err(|error| fail(format!("breaks off: {error}")))?;
+            frame.map_err(|error| fail(format!("incomplete response: {error}")))?;
         }
         Ok::<_, io::Error>(head.status)
     };
     let status = tokio::time::timeout(limit, exchange)
         .await
-        .map_err(|_| fail(format!("has no answer after {}ms (--start-timeout)", limit.as_millis())))??;
-    if status.as_u16() >= 400 { Err(fail(format!("is answered with status {status}"))) } else { Ok(()) }
+        .map_err(|_| fail(format!("no response within {}ms (--start-timeout)", limit.as_millis())))??;
+    if status.as_u16() >= 400 { Err(fail(format!("status {status}"))) } else { Ok(()) }
 }

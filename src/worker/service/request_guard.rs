@@ -1,6 +1,6 @@
 //! A request from the moment its head is known until its response is complete or abandoned: begun once, ended once.
 //!
-//! A request is recorded in several places, because different processes ask different questions about it:
+//! A request is recorded in several places, because different processes need different information about it:
 //!
 //! | record | read by | after a SIGKILL |
 //! |---|---|---|
@@ -123,7 +123,7 @@ impl RequestGuard {
         self.kind = Kind::Events(None);
     }
 
-    /// The response has no body, or another one than the application's.
+    /// The response has no body, or a body that the application did not create.
     pub(super) fn is_no_stream(&mut self) {
         self.kind = Kind::Ordinary;
     }

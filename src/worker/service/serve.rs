@@ -129,7 +129,7 @@ where
         }
         if buffered::is_full() {
             if let Some(count) = self.refused.add(1) {
-                log::warn!("requests got 503: too much memory is held for requests (--max-buffered) count={count}");
+                log::warn!(count; "answered 503: requests hold too much memory (--max-buffered)");
             }
             return ResponseFuture::put_off(Duration::ZERO, guard).to(is_head);
         }
@@ -344,12 +344,12 @@ where
             (Poll::Pending, Some(deadline)) => {
                 ready!(deadline.as_mut().poll(context));
                 let (status, what) = (StatusCode::GATEWAY_TIMEOUT, guard.what());
-                log::error!("a request takes too long (--request-timeout): answered 504 request={what:?}");
+                log::error!(request = what; "a request timed out: answered 504 (--request-timeout)");
                 let over = deadline.deadline().into_std();
                 let give_up =
                     || blocking::give_up(what, over, || stage.set(Stage::Refused { status, again_after: None }));
                 if let Err(panic) = catch_panic(give_up) {
-                    log::error!("a request that was given up panicked: {panic} request={:?}", guard.what());
+                    log::error!(request = guard.what(); "a request that timed out panicked when dropped: {panic}");
                 }
                 Err(Failure::Refused(status, None))
             }
@@ -362,7 +362,7 @@ where
         let response = match outcome {
             Ok(mut response) if answer.switch.is_made_by(response.status()) => {
                 if let Err(why) = prepare_switch(&mut response) {
-                    log::error!("{why} request={:?}", guard.what());
+                    log::error!(request = guard.what(); "{why}");
                     return Poll::Ready(refusal(StatusCode::INTERNAL_SERVER_ERROR, guard));
                 }
                 guard.answered(response.status());
@@ -371,9 +371,8 @@ where
                 response.map(|body| Served::app(body, None, guard))
             }
             Ok(response) if response.status().is_informational() => {
-                let (status, what) = (response.status(), guard.what());
-                let why = why_not_interim(status, *answer.switch);
-                log::error!("a response has status {status}: {why} request={what:?}");
+                let (status, why) = (response.status(), why_not_interim(response.status(), *answer.switch));
+                log::error!(status = status.as_u16(), request = guard.what(); "cannot send a response with this status: {why}");
                 refusal(StatusCode::INTERNAL_SERVER_ERROR, guard) // other servers do not accept it as a final response either
             }
             Ok(mut response) => {
@@ -403,11 +402,11 @@ where
 /// The reason why a response with an informational status is refused.
 fn why_not_interim(status: StatusCode, switch: Switch) -> &'static str {
     match (status, switch) {
-        (StatusCode::SWITCHING_PROTOCOLS, Switch::Connect) => "over HTTP/2 an extended CONNECT is accepted by 200",
+        (StatusCode::SWITCHING_PROTOCOLS, Switch::Connect) => "over HTTP/2, status 200 accepts an extended CONNECT",
         (StatusCode::SWITCHING_PROTOCOLS, _) => {
-            "the request asks for no upgrade (Connection: upgrade, over HTTP/1.1), or came over FastCGI, SCGI or CGI, which have none"
+            "the request does not offer an upgrade (only HTTP/1.1 requests with Connection: upgrade do)"
         }
-        _ => "that is no answer, and an application cannot send interim responses",
+        _ => "an application cannot send interim responses",
     }
 }
 
@@ -427,9 +426,9 @@ fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, guard: RequestGuard) -> 
                 return refusal(status, guard);
             }
             let error: BoxError = error.into();
-            log::error!("a request failed: {error} request={:?}", guard.what());
+            log::error!(request = guard.what(); "a request failed: {error}");
         }
-        Failure::Panic(panic) => log::error!("a request panicked: {panic} request={:?}", guard.what()),
+        Failure::Panic(panic) => log::error!(request = guard.what(); "a request panicked: {panic}"),
     }
     refusal(StatusCode::INTERNAL_SERVER_ERROR, guard)
 }
@@ -515,6 +514,6 @@ pub(crate) fn catch_panic<T>(code: impl FnOnce() -> T) -> Result<T, String> {
         // its own hook bypasses this one.
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-        text.unwrap_or_else(|| "see the line above".to_owned())
+        text.unwrap_or_else(|| "unknown cause (see the line above)".to_owned())
     })
 }

@@ -8,7 +8,7 @@ use http::{Method, Request, StatusCode, Version};
 use crate::protocol::grammar::elements;
 use crate::protocol::host::is_host;
 
-const NO_HOST: &str = "Host, or the host of the target, is not a host";
+const NO_HOST: &str = "an invalid host in Host or in the target";
 
 /// A request that is refused before it reaches the application.
 #[derive(Debug, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
     let refuse = |status, why| Err(Refusal { status, why });
     let is_extended = request.extensions().get::<hyper::ext::Protocol>().is_some(); // RFC 8441
     if request.method() == Method::CONNECT && !is_extended {
-        return refuse(StatusCode::NOT_IMPLEMENTED, "CONNECT is for proxies");
+        return refuse(StatusCode::NOT_IMPLEMENTED, "CONNECT, which only proxies support");
     }
     // hyper has checked that the last coding is chunked, and decodes it. It would pass on a body with other codings
     // still applied.
@@ -30,7 +30,7 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
     if let Some(coding) = codings.next()
         && (codings.next().is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked"))
     {
-        return refuse(StatusCode::NOT_IMPLEMENTED, "Transfer-Encoding is more than chunked");
+        return refuse(StatusCode::NOT_IMPLEMENTED, "a Transfer-Encoding other than chunked");
     }
     let version = request.version();
     // RFC 9112, section 3.2. Checked even if the Host is ignored. Over HTTP/2 `:authority` may replace it.
@@ -38,14 +38,14 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     match (hosts.next(), hosts.next()) {
         (None, _) if version < Version::HTTP_11 || is_named => {}
-        (None, _) => return refuse(StatusCode::BAD_REQUEST, "there is no Host"),
-        (Some(_), Some(_)) => return refuse(StatusCode::BAD_REQUEST, "there are several Hosts"),
+        (None, _) => return refuse(StatusCode::BAD_REQUEST, "no Host"),
+        (Some(_), Some(_)) => return refuse(StatusCode::BAD_REQUEST, "more than one Host"),
         (Some(host), None) if !is_host(host.as_bytes()) => return refuse(StatusCode::BAD_REQUEST, NO_HOST),
         (Some(_), None) => {}
     }
     if let Some(authority) = request.uri().authority() {
         if request.uri().scheme().is_none() {
-            return refuse(StatusCode::BAD_REQUEST, "the target is neither a path nor a URI");
+            return refuse(StatusCode::BAD_REQUEST, "a target that is neither a path nor a URI");
         }
         if !is_host(authority.as_str().as_bytes()) {
             return refuse(StatusCode::BAD_REQUEST, NO_HOST);
@@ -63,7 +63,7 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
     // RFC 9110, section 10.1.1. An expectation in an HTTP/1.0 request is ignored.
     let is_known = |expected: &[u8]| expected.eq_ignore_ascii_case(b"100-continue");
     if version >= Version::HTTP_11 && !elements(request.headers(), header::EXPECT).all(is_known) {
-        return refuse(StatusCode::EXPECTATION_FAILED, "Expect is more than 100-continue");
+        return refuse(StatusCode::EXPECTATION_FAILED, "an Expect other than 100-continue");
     }
     if version == Version::HTTP_2 {
         join_cookies(request.headers_mut());

@@ -38,8 +38,9 @@ use crate::worker::lifecycle::drain::Drain;
 use crate::worker::service::request_guard::RequestGuard;
 use crate::worker::service::serve::Switch;
 
-/// The request on the in-memory connection, and the end of its response head.
+/// The request on the in-memory connection.
 const PREFACE: &[u8] = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n";
+/// The end of the response head on the in-memory connection.
 const END_OF_HEAD: &[u8] = b"\r\n\r\n";
 /// Maximum number of bytes that one write of the application passes on.
 const PIECE: usize = 64 << 10;
@@ -161,7 +162,7 @@ impl Offer {
         });
         let mut in_memory: Pin<Box<dyn Future<Output = _>>> =
             Box::pin(http1::Builder::new().serve_connection(tunnel, answer).with_upgrades());
-        // Every await in this future completes at once, except the wait for `is_taken`.
+        // Every await in this future completes immediately, except the wait for `is_taken`.
         let _ = in_memory.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         request.extensions_mut().insert(ours.take()?);
         Some(Self { switch, theirs, link: Link { from_client, to_client }, is_taken, in_memory })
@@ -171,7 +172,7 @@ impl Offer {
     pub(super) fn take(mut self, guard: RequestGuard, counted: Counted) -> Taken {
         self.is_taken.set(true);
         let done = self.in_memory.as_mut().poll(&mut Context::from_waker(Waker::noop()));
-        debug_assert!(done.is_ready(), "a head that nothing holds up is written at once");
+        debug_assert!(done.is_ready(), "nothing delays the write of the head");
         Taken { link: self.link, theirs: self.theirs, guard, counted }
     }
 }
@@ -209,7 +210,7 @@ impl Taken {
                 let (stream, room) = (hyper_util::rt::TokioIo::new(stream), Wait::for_room(&activity));
                 carry(stream, Bytes::new(), link, &mut guard, Some(room), &ends).await;
             }
-            Err(error) => log::debug!("a stream did not become a tunnel: {error}"),
+            Err(error) => log::debug!("cannot upgrade an HTTP/2 stream: {error}"),
         }
         drop((guard, counted));
     }
@@ -232,7 +233,7 @@ impl Ends {
                 let last = moved.get();
                 sleep_until(last + self.idle).await;
                 if moved.get() == last {
-                    return log::debug!("an upgraded connection is closed: nothing has moved for {:?}", self.idle);
+                    return log::debug!(idle:? = self.idle; "an upgraded connection is idle (--upgraded-timeout)");
                 }
             }
         };

@@ -37,7 +37,8 @@ pub(super) fn settle<B>(response: &mut Response<B>, guard: &RequestGuard) {
     if let Some(coding) = response.headers_mut().remove(header::TRANSFER_ENCODING)
         && !coding.as_bytes().eq_ignore_ascii_case(b"chunked")
     {
-        log::error!("a Transfer-Encoding was left out: {coding:?} request={:?}", guard.what());
+        let value = String::from_utf8_lossy(coding.as_bytes());
+        log::error!(value:%, request = guard.what(); "removed a Transfer-Encoding from a response");
     }
 }
 
@@ -75,12 +76,12 @@ where
 pub(super) fn prepare_switch<B>(response: &mut Response<B>) -> Result<(), &'static str> {
     let is_upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
-    // A 2xx response to CONNECT has no length (RFC 9110, section 9.3.6): hyper would reset the stream. `without_body` removes it from a
-    // 101.
+    // A 2xx response to CONNECT has no length (RFC 9110, section 9.3.6): hyper would reset the stream. `without_body`
+    // removes the length from a 101.
     headers.remove(header::CONTENT_LENGTH);
     if is_upgrade {
         if !headers.contains_key(header::UPGRADE) {
-            return Err("a response has status 101 Switching Protocols, and no Upgrade that says which protocol");
+            return Err("a response has status 101 Switching Protocols but no Upgrade header");
         }
         headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     }
@@ -104,7 +105,7 @@ pub(super) fn promised<B>(response: &mut Response<B>, guard: &RequestGuard) -> O
     let mut values = response.headers().get_all(header::CONTENT_LENGTH).iter();
     let length = parse_digits(values.next()?.as_bytes()).filter(|_| values.next().is_none());
     if length.is_none() {
-        log::error!("a Content-Length that is no length was left out request={:?}", guard.what());
+        log::error!(request = guard.what(); "removed an invalid Content-Length from a response");
         response.headers_mut().remove(header::CONTENT_LENGTH);
     }
     length

@@ -156,7 +156,7 @@ where
             Err(panic) => panic.into(),
         };
         if guard.client().and_then(Client::fault).is_none() {
-            log::error!("a response broke off: {error} request={:?}", guard.what());
+            log::error!(request = guard.what(); "a response body failed: {error}");
         }
         Poll::Ready(Some(Err(BodyError::Other(error))))
     }
@@ -224,7 +224,7 @@ fn within_length(frame: Frame<Bytes>, left: &mut Option<u64>, guard: &RequestGua
         *promised -= length;
         return (Some(frame), false);
     }
-    log::error!("a response is longer than its Content-Length, and was cut there request={:?}", guard.what());
+    log::error!(request = guard.what(); "truncated a response that is longer than its Content-Length");
     let room = usize::try_from(std::mem::take(promised)).unwrap_or(usize::MAX);
     ((room > 0).then(|| frame.map_data(|mut data| data.split_to(room))), true)
 }
