@@ -432,7 +432,7 @@ fn serve(
     Ok(ended)
 }
 
-/// Opens the log, unless another setting names the same file.
+/// Opens the log, unless a different setting names the same file.
 fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
     // Makes a write above the file size limit fail like a write to a full disk. This is an empty
     // handler rather than `SIG_IGN`, because programs would inherit `SIG_IGN`.
@@ -514,7 +514,7 @@ fn join_segment(config: &Config) -> Result<Segment, BoxError> {
     Ok(Segment::create(&Plan { rows: 1, ..Plan::default() })?)
 }
 
-/// Runs the application's preload, and returns the descriptors that it left open. With `leftovers`,
+/// Runs the application's preload and returns the descriptors that it left open. With `leftovers`,
 /// a termination signal may terminate the process during the preload and remove these files.
 fn run_preload(preload: Option<Preload>, leftovers: Option<Vec<Leftover>>) -> Result<Vec<RawFd>, BoxError> {
     let Some(preload) = preload else { return Ok(Vec::new()) };

@@ -41,7 +41,6 @@ pub(crate) struct Heritage {
     pub(crate) log_files: Arc<LogFiles>,
     /// The worker receives the reopened log files here after a rotation.
     pub(crate) files: Option<OwnedFd>,
-    /// The application's hooks.
     pub(crate) hooks: Arc<WorkerHooks>,
 }
 
@@ -89,7 +88,7 @@ impl Report {
     }
 }
 
-/// The main function of a worker: serves until it is asked to stop, and returns an exit status.
+/// The main function of a worker: serves until the worker must exit, and returns the exit status.
 pub(crate) type WorkerMain = Box<dyn Fn(Heritage) -> u8>;
 
 impl Heritage {

@@ -11,8 +11,7 @@
 //! exits, and when a new build replaces the master.
 //!
 //! The relay reports on standard error, which the master logs. It must not write to log files
-//! itself, because the relay does not reopen them, and must not depend on the master or the
-//! workers.
+//! itself, because the relay does not reopen them. It must not depend on the master or the workers.
 
 mod datagram;
 mod refused_datagrams;

@@ -84,7 +84,7 @@ pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<B
         }
     }
     let status = response.status();
-    // These responses have no body, and so no `Content-Length` (RFC 9110 §8.6).
+    // These responses have no body and so no `Content-Length` (RFC 9110 §8.6).
     if !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) && !status.is_informational() {
         let length = HeaderValue::from(response.body().len());
         response.headers_mut().insert(header::CONTENT_LENGTH, length);

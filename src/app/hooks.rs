@@ -73,6 +73,8 @@ impl fmt::Debug for WorkerHooks {
 }
 
 impl MasterHooks {
+    /// Calls the hook before a worker is forked.
+    ///
     /// # Errors
     /// If the hook fails or panics.
     pub(crate) fn before_fork(&self, worker: WorkerId) -> io::Result<()> {
@@ -90,12 +92,16 @@ impl MasterHooks {
 }
 
 impl WorkerHooks {
+    /// Calls the hook in a new worker.
+    ///
     /// # Errors
     /// If the hook fails or panics.
     pub(crate) fn after_fork(&self, worker: WorkerId) -> io::Result<()> {
         self.after_fork.as_ref().map_or(Ok(()), |hook| call("after_fork", || hook(worker)))
     }
 
+    /// Calls the hook when the worker can serve.
+    ///
     /// # Errors
     /// If the hook fails or panics.
     pub(crate) fn on_ready(&self, worker: WorkerId) -> io::Result<()> {

@@ -11,7 +11,7 @@
 //! - The heir is created right after the fork, while the worker has one thread, and before any application code runs. It
 //!   never touches the application's memory, the page cache or tokio.
 //! - After the worker's death, the heir first closes all descriptors that are not connections, because a lock held through such a
-//!   descriptor counts as a sign that the worker is alive.
+//!   descriptor is taken as a sign that the worker is alive.
 //! - The heir has no exit signal, so the application's wait(2) calls do not return it. After the worker's death, the heir becomes a child
 //!   of the master, which reaps it.
 //! - If only the heir is killed, no connection is lost, and its worker requests its own replacement. If the heir is

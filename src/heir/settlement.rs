@@ -76,7 +76,7 @@ pub(crate) fn settle(record: &ConnRecord) -> Settlement {
         WireProtocol::Scgi | WireProtocol::Http1 if !begun.is_empty() => Then::Reset,
         WireProtocol::Scgi | WireProtocol::Http1 if !waiting.is_empty() => Then::Close,
         WireProtocol::Scgi | WireProtocol::Http1 => match go_on(record, &input) {
-            // A part of a request was read, and is lost.
+            // A part of a request was read and is lost.
             Then::Close if input == Input::Lost && !is_ending(record) && is_beyond(record.read, record.clean) => {
                 let half = Request { id: 1, is_head: false, is_last: true, at: 0, from: None, to: None };
                 write_bad_gateway(&mut settlement.say, record.wire_protocol, &half);

@@ -1,4 +1,4 @@
-//! Converts between CGI variables (RFC 3875) and `http`: parses a request's head from parameters, and writes a
+//! Converts between CGI variables (RFC 3875) and `http`: parses a request's head from parameters and writes a
 //! response's head in CGI form.
 //!
 //! Section numbers refer to RFC 3875. FastCGI, SCGI and CGI use both directions. The web server in front implements
@@ -47,7 +47,7 @@ impl ClientInfo {
     }
 }
 
-/// The head of a request is invalid. The web server, or another peer, is at fault.
+/// The head of a request is invalid. The web server or other peer is at fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Error {
     Method,

@@ -410,8 +410,8 @@ fn get_values_is_answered_in_mid_request_and_without_a_byte_more() {
     }
 }
 
-/// HAProxy 3ac082b2b (an application record with id 0), and slowcgi, which stored input for id 0
-/// without a limit.
+/// HAProxy 3ac082b2b (an application record with id 0), and slowcgi, which stored an unbounded
+/// amount of input for id 0.
 #[test]
 fn id_0_is_never_a_request() {
     for kind in (BEGIN_REQUEST..GET_VALUES).chain([0, 12, 42, 255]) {

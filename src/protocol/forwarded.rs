@@ -58,7 +58,8 @@ pub(crate) fn client(headers: &HeaderMap, family: Family, is_trusted: impl Fn(Ip
     }
 }
 
-/// Removes untrusted headers: all of them or, if the peer is trusted, those of the family that it does not write.
+/// Removes untrusted headers: all proxy headers or, if the peer is trusted, the headers of the family that it does not
+/// write.
 pub(crate) fn remove(headers: &mut HeaderMap, trusted: Option<Family>) {
     let names: Vec<HeaderName> =
         headers.keys().filter(|name| is_not_believed(name.as_str().as_bytes(), trusted)).cloned().collect();

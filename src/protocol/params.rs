@@ -92,7 +92,7 @@ impl fmt::Debug for Params {
 
 type Pair<'a> = (&'a [u8], &'a [u8]);
 
-/// Reads a pair, and returns it with the rest. `None` if there is no complete pair.
+/// Reads a pair and returns it with the rest. `None` if there is no complete pair.
 #[inline]
 fn take_pair(mut rest: &[u8], form: Form) -> Option<(Pair<'_>, &[u8])> {
     let (name, value) = match form {

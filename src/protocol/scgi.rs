@@ -208,7 +208,7 @@ fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, Error> 
     Ok(None)
 }
 
-/// Checks the variables that the specification requires, and returns the length of the body. Other names may occur
+/// Checks the variables that the specification requires and returns the length of the body. Other names may occur
 /// twice, although the specification forbids this, because servers pass repeated headers on in this way.
 fn checked(params: &Params) -> Result<Option<u64>, Error> {
     let of = |wanted: &'static [u8]| params.iter().filter(move |(name, _)| *name == wanted);

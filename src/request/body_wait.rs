@@ -65,7 +65,7 @@ impl SlowBody {
 pub(crate) struct BodyWait {
     activity: Arc<Activity>,
     waits: bool,
-    /// Present since the first wait.
+    /// `None` before the first wait.
     slow: Option<Arc<SlowBody>>,
 }
 

@@ -463,7 +463,7 @@ where
             // A proxy connects on behalf of many clients.
             let client = origin.address.map(|address| address.ip());
             let is_proxy = application.trust.as_ref().is_some_and(|trust| trust.peers.contain(client));
-            // A connection that another worker has admitted is not refused, and does not count here.
+            // A connection that a different worker has admitted is not refused and not counted here.
             let Some(_counted) = crowd.admit(client.filter(|_| !is_proxy && !is_admitted)) else { return };
             if !is_admitted {
                 socket.conn().set_origin(PackedOrigin::admitted(origin.address, origin.is_https));

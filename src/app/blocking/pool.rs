@@ -23,7 +23,7 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 pub(super) struct Pool {
     threads: u32,
-    /// Threads that exist: fewer than `threads` while the system does not allow more.
+    /// Number of threads that exist: fewer than `threads` while the system does not allow more.
     started: AtomicU32,
     /// Time of the last attempt to create threads.
     attempted: Mutex<Option<Instant>>,
@@ -31,10 +31,10 @@ pub(super) struct Pool {
     queue: u32,
     waiting: Mutex<Waiting>,
     one_is_called: Condvar,
-    /// Jobs that are waiting or running.
+    /// Number of jobs that are waiting or running.
     count: AtomicU32,
     occupancy: Option<Occupancy>,
-    /// The siblings were notified that all threads are occupied. Written under `reporting`.
+    /// Whether the siblings were notified that all threads are occupied. Written under `reporting`.
     is_reported: AtomicBool,
     reporting: Mutex<()>,
     one_is_free: Notify,

@@ -55,7 +55,7 @@ impl Events {
         Self { hub: Arc::new(Hub::new(segment.events(), config)) }
     }
 
-    /// Publishes an event to `topic`, and returns its id in that topic. Does not wait for subscribers.
+    /// Publishes an event to `topic` and returns its id in that topic. Does not wait for subscribers.
     ///
     /// ```no_run
     /// # fn publish(cx: forkyard::Context) -> Result<(), forkyard::EventsError> {
@@ -114,7 +114,7 @@ impl Events {
         self.hub.deliver().await;
     }
 
-    /// Ends all subscriptions, and prevents new ones.
+    /// Ends all subscriptions and prevents new ones.
     pub(crate) fn drain(&self) {
         self.hub.drain();
     }
@@ -135,7 +135,7 @@ impl Event {
 
     /// Sets the event's name, which is the event type that browsers pass to `addEventListener`.
     ///
-    /// The name must not contain control characters, and must not be `gap`, which notifies clients of missed events.
+    /// The name must not contain control characters and must not be `gap`, which notifies clients of missed events.
     #[must_use]
     pub fn name(self, name: impl Into<String>) -> Self {
         Self { name: name.into(), ..self }

@@ -1,4 +1,4 @@
-//! Reads and writes one connection, and keeps its journal record up to date.
+//! Reads and writes one connection and keeps its journal record up to date.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
@@ -190,7 +190,7 @@ impl ConnHandle {
         }
     }
 
-    /// Records the address of the peer. All input read so far counts as handled.
+    /// Records the address of the peer, and all input read so far as handled.
     pub(crate) fn set_origin(&self, PackedOrigin(origin): PackedOrigin) {
         if let Some(record) = self.record() {
             for (word, part) in record.origin.iter().zip(origin) {
@@ -207,7 +207,7 @@ impl ConnHandle {
         }
     }
 
-    /// Passes the connection to another worker, with the input that was read and not handled. The caller must then close it in this
+    /// Passes the connection to a different worker, with the input that was read and not handled. The caller must then close it in this
     /// process.
     ///
     /// # Errors

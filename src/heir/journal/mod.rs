@@ -14,7 +14,7 @@
 //! - **The read buffer.** Bytes are read into shared memory and copied from there. Input that the worker had read but not yet examined is
 //!   not lost with the worker.
 //!
-//! While a request is served, the journal must not allocate, and must make no system call except the one that it records. The heir must not
+//! While a request is served, the journal must not allocate and must make no system call except the one that it records. The heir must not
 //! trust the journal further than its own safety allows, because a faulty worker may have overwritten it.
 #![expect(unsafe_code, reason = "shared memory")]
 
@@ -182,7 +182,7 @@ impl Journal {
         }
         // The mapping is zeroed, which is a valid `Region`, page-aligned, and never unmapped.
         let region: NonNull<Region> = NonNull::new(region.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        // The kernel must be able to store there even for a process that is being killed. mlock(2) may fail, and is optional.
+        // The kernel must be able to store there even for a process that is being killed. mlock(2) is optional and may fail.
         // SAFETY: the intent record is a part of the mapping.
         unsafe { libc::mlock(region.as_ptr().cast(), Intent::VITAL) };
         Ok(Self { region })

@@ -62,7 +62,7 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
     out.put_slice(b"\r\n");
 }
 
-/// Whether a header concerns the connection to the client, and so is the server's responsibility
+/// Whether a header concerns the connection to the client and so is the server's responsibility
 /// (6.3.4; RFC 9110, section 7.6.1).
 fn is_of_one_connection(name: &HeaderName) -> bool {
     matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE | header::TE | header::TRAILER)

@@ -74,7 +74,7 @@ pub(crate) trait Serve {
 /// Where a connection came from.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Arrival {
-    /// Index of the listener that accepted the connection, in this worker or in another one.
+    /// Index of the listener that accepted the connection, in this worker or in a different one.
     pub(crate) listener: u16,
     pub(crate) origin: PackedOrigin,
 }
@@ -392,8 +392,8 @@ impl Acceptor {
         self.bell.resume()
     }
 
-    /// Accepts the connections in the kernel's queue, and no more. A worker that leaves must do this, because all
-    /// workers may be leaving. Returns false if the worker could not take all of them.
+    /// Accepts the connections in the kernel's queue, and no more. A draining worker must do this, because all workers
+    /// may be draining. Returns false if the worker could not take all of these connections.
     pub(crate) async fn run_dry(&self, serve: &impl Serve) -> bool {
         // Pause first: otherwise the kernel would notify only this worker of the next connection.
         self.bell.pause();
@@ -417,7 +417,7 @@ impl Acceptor {
         false
     }
 
-    /// Whether this accepts new connections.
+    /// Whether this acceptor accepts new connections.
     pub(crate) fn is_of_listener(&self) -> bool {
         matches!(self.source, Source::Listener { .. })
     }
@@ -469,7 +469,7 @@ async fn let_others_run() {
 #[derive(Default)]
 struct Patience {
     accepts_without: u32,
-    /// The wait ended while this worker was occupied. A wait that ends while the worker is free is much shorter, and is
+    /// The wait ended while this worker was occupied. A wait that ends while the worker is free is much shorter and is
     /// no reason to shorten the wait of an occupied worker.
     while_occupied: bool,
 }

@@ -103,7 +103,7 @@ where
 enum Outcome {
     /// The peer must be notified that no more output follows.
     Over,
-    /// Nothing is under way, and another worker may continue.
+    /// Nothing is under way, and a different worker may continue.
     Movable,
 }
 
@@ -124,7 +124,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     closing: bool,
     /// A response failed, and no other is in flight: the connection ends after the queued output.
     broken: bool,
-    /// The worker is leaving.
+    /// The worker is draining.
     draining: bool,
     /// Since the drain began, a request was answered or the time for one more request has passed.
     last_chance_over: bool,
@@ -132,7 +132,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     moving: bool,
     /// Requests that have arrived in part, with their journal entries.
     assembled: Vec<(RequestId, Entry)>,
-    /// The last request was answered before all of it was received.
+    /// The last request was answered before it was received completely.
     unread: bool,
     /// The peer exceeded a timeout: no more input is read from it.
     ignores_input: bool,
@@ -180,7 +180,7 @@ where
             return false;
         }
         // A request that has partly arrived when the drain begins is served. But a peer that did not request to keep
-        // the connection gets no further response, and may be waiting for the connection to end.
+        // the connection gets no further response and may be waiting for the connection to end.
         self.closing || self.broken || (self.draining && self.last_chance_over && self.is_idle())
     }
 

@@ -188,13 +188,13 @@ enum Http1End {
     /// Nothing is under way, but a request arrived in several reads, or its body in chunks. The journal and the drain
     /// need the number of bytes that hyper has read of the next request, and hyper returns it only with its buffer.
     Unsettled,
-    /// The worker is leaving, a sibling is available, and nothing is under way: the connection can be handed over.
+    /// The worker is draining, a sibling is available, and nothing is under way: the connection can be handed over.
     Movable,
     /// The connection must be closed when the requests that have begun are complete.
     Ending,
 }
 
-/// Serves an HTTP/1 connection until it ends, the worker leaves, or no further request is allowed.
+/// Serves an HTTP/1 connection until it ends, the worker drains, or no further request is allowed.
 async fn until_movable<C>(connection: &mut C, requests: &Requests, drain: &Drain) -> Http1End
 where
     C: Future<Output = hyper::Result<()>> + Unpin,

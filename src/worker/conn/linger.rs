@@ -8,11 +8,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use super::socket::Socket;
 use crate::worker::lifecycle::drain::Drain;
 
-/// Maximum time for which, and number of bytes that, are read from a peer that is still sending.
+/// Maximum time and maximum number of bytes for reading from a peer that is still sending.
 pub(crate) const LINGER: (Duration, u64) = (Duration::from_secs(2), 64 << 20);
 
-/// Shuts down the write side, and reads until the peer closes, a limit is reached, or the drain is
-/// nearly over.
+/// Shuts down the write side and reads until the peer closes, a limit is reached, or the drain is nearly over.
 pub(crate) async fn linger(mut socket: Socket, drain: &Drain) {
     if socket.shutdown().await.is_ok() {
         let (time, bytes) = LINGER;

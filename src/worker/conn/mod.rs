@@ -1,5 +1,4 @@
-//! Accepts connections, reads requests and writes responses in each protocol, and closes
-//! connections.
+//! Accepts connections, reads requests and writes responses in each protocol, and closes connections.
 
 pub(crate) mod accept;
 pub(crate) mod acl;

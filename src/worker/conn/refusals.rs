@@ -3,7 +3,7 @@
 //!
 //! The first refusal for a reason is logged immediately. Further refusals are counted, and their number
 //! is logged [`PERIOD`] later, with the client of the last one. [`Counts`] decides when to count
-//! and when to log, and has no clock.
+//! and when to log. It has no clock.
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;

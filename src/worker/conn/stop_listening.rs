@@ -1,6 +1,6 @@
-//! Closes a leaving worker's listeners and channel after accepting the queued connections.
+//! Closes a draining worker's listeners and channel after accepting the queued connections.
 //!
-//! A worker that leaves accepts no further connections, so it closes its copies of the listening sockets, even if its
+//! A draining worker accepts no further connections, so it closes its copies of the listening sockets, even if its
 //! siblings continue. If the master is dead, no other process can shut the sockets down for everyone, so the workers do
 //! it: the address is then free for the next start.
 
@@ -17,7 +17,7 @@ use crate::worker::lifecycle::drain::Drain;
 /// A task that accepts, and its acceptor.
 pub(crate) type Accepting = (JoinHandle<()>, Rc<Acceptor>);
 
-/// The acceptors and listeners of a worker that leaves.
+/// The acceptors and listeners of a draining worker.
 pub(crate) struct Entry<'a> {
     pub(crate) accepting: Vec<Accepting>,
     pub(crate) listeners: Arc<[Listener]>,

@@ -1,5 +1,5 @@
-//! Tracks a request on its connection, for the watchdog and the drain, which need to know what the connection waits
-//! for, and for the heir, which answers if this worker dies.
+//! Tracks a request on its connection: for the watchdog and the drain, which depend on what the connection waits for,
+//! and for the heir, which answers if this worker dies.
 
 use std::sync::Arc;
 

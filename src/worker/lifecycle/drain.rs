@@ -1,8 +1,8 @@
 //! Signals a worker's tasks to drain, and hands the worker's connections over to siblings.
 //!
-//! A worker that leaves closes no connection that another worker can continue. It hands a connection with no request
-//! under way over to a sibling, with any bytes in transit, and the peer notices nothing. If all workers leave, there is
-//! no such sibling: the connection then gets a little time for one more request, and is closed.
+//! A draining worker closes no connection that a sibling can continue. It hands a connection with no request under way
+//! over to a sibling, with any bytes in transit, and the peer does not notice. If all workers drain, there is no such
+//! sibling: the connection then gets a little time for one more request and is closed.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -20,14 +20,14 @@ use crate::net::handover::{self, Channel};
 use crate::worker::conn::socket::Socket;
 
 /// How long an idle connection without a new owner is kept for a request that may be in transit.
-/// Limited to half of the drain timeout: the worker has to leave before it is killed.
+/// Limited to half of the drain timeout: the worker has to exit before it is killed.
 const LAST_REQUEST: Duration = Duration::from_secs(1);
 
 /// Time between two attempts to hand a connection over while too many are in transit.
 const CROWDED: Duration = Duration::from_millis(5);
 
 /// Maximum length of each of the last three phases of a drain: one for the application's last output on connections
-/// that cannot be handed over, one for the client to read it, and one for the worker to leave before it is killed.
+/// that cannot be handed over, one for the client to read it, and one for the worker to exit before it is killed.
 const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Remembers the task that has registered to be woken: one registration per task is enough. (Registering on each poll
@@ -57,7 +57,7 @@ struct State {
     channel: Arc<Channel>,
     scoreboard: Scoreboard,
     slot: u32,
-    /// Signals that a connection was handed over after the last sibling had left as well.
+    /// Signals that a connection was handed over although the last sibling had begun to drain too.
     stranded: Notify,
     passed_on: Cell<u64>,
     timeout: Duration,
@@ -122,7 +122,7 @@ impl Drain {
         self.wait_until_left(self.farewell() * 3).await;
     }
 
-    /// Returns when connections that wait for their clients must be cut off, so that the worker can leave on its own.
+    /// Returns when connections that wait for their clients must be cut off, so that the worker can exit on its own.
     pub(crate) async fn wait_for_cutoff(&self) {
         self.wait_until_left(self.farewell()).await;
     }
@@ -161,8 +161,8 @@ impl Drain {
             match socket.conn().hand_off(self.0.channel.sender(), &early) {
                 Ok(()) => {
                     self.0.passed_on.set(self.0.passed_on.get() + 1);
-                    // A sibling that had not begun to leave before the message was sent receives the message. If no
-                    // sibling is left, this worker takes the connection back.
+                    // A sibling that had not begun to drain before the message was sent receives the message. If no
+                    // sibling remains, this worker takes the connection back.
                     if !self.has_sibling() {
                         self.0.stranded.notify_one();
                     }

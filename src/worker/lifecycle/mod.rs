@@ -1,4 +1,4 @@
-//! Detects when a worker must leave, when a client takes too long, and when a request is slow.
+//! Detects when a worker must drain, when a client takes too long, and when a request is slow.
 
 pub(crate) mod drain;
 pub(crate) mod slow;

@@ -269,7 +269,7 @@ impl Watched {
     }
 
     /// Whether, in a drain, the connection is open only for event streams. Their clients have received a reconnection
-    /// time, and may have reconnected elsewhere. They lose no event, because each client keeps its position in the
+    /// time and may have reconnected elsewhere. They lose no event, because each client keeps its position in the
     /// stream.
     fn outstays(&mut self) -> bool {
         self.leaving = if self.activity.ends_in_stream() { self.leaving + 1 } else { 0 };

@@ -1,5 +1,5 @@
 //! Limits the number of requests that a worker serves (`--max-requests`). The worker counts requests as they begin,
-//! requests its replacement at the limit, and continues to serve until it must leave.
+//! requests its replacement at the limit, and continues to serve until it must drain.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -38,7 +38,7 @@ impl Lifetime {
         let left = self.left.get();
         self.left.set(left.saturating_sub(1));
         if left == 1 {
-            // The write fails if the master is gone; the worker then leaves anyway.
+            // The write fails if the master is dead; the worker then exits anyway.
             let _ = (&self.report).write_all(Report::Recycle("max-requests".to_owned()).line().as_bytes());
         }
     }

@@ -10,7 +10,7 @@
 //! | its connection's activity | the watchdog, the drain | gone |
 //! | its entry in the access log | operators | written by the heir, if it was complete |
 //!
-//! [`RequestGuard`] begins all of them, and dropping it ends all of them. It moves with the request: from the
+//! [`RequestGuard`] begins all records, and dropping it ends all records. It moves with the request: from the
 //! connection into the response's future, and from there into the response's body or into an upgraded connection.
 //!
 //! Counts that only HTTP connections need (requests without a response, open upgrades) are in `conn/http/requests.rs`.
@@ -48,7 +48,7 @@ pub(crate) struct RequestGuard {
 #[derive(Debug)]
 enum Kind {
     Ordinary,
-    /// Events, until the worker leaves. The wait records this on the connection.
+    /// Events, until the worker drains. The wait records this on the connection.
     Events(Option<Wait>),
 }
 
@@ -118,7 +118,7 @@ impl RequestGuard {
         self.in_flight.becomes_stream();
     }
 
-    /// The response consists of events, which end when the worker leaves.
+    /// The response consists of events, which end when the worker drains.
     pub(super) fn ends_with_worker(&mut self) {
         self.kind = Kind::Events(None);
     }

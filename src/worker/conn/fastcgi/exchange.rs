@@ -1,4 +1,4 @@
-//! Advances one request of a FastCGI connection, and writes its response as records.
+//! Advances one request of a FastCGI connection and writes its response as records.
 
 use std::io;
 use std::pin::Pin;

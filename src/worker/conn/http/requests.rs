@@ -22,7 +22,7 @@ const MAX_BODY: u32 = 1 << 30;
 pub(super) struct Requests {
     activity: Arc<Activity>,
     conn: ConnHandle,
-    /// Requests without a response yet: their responses can announce the end of the connection.
+    /// Number of requests without a response yet: their responses can announce the end of the connection.
     unanswered: Cell<u32>,
     begun: Notify,
     count: Cell<u32>,
@@ -35,11 +35,11 @@ pub(super) struct Requests {
     left_unread: Cell<bool>,
     /// The connection ends after the requests that have begun or, if none has, after the next one.
     is_closing: Cell<bool>,
-    /// Bodies that are still being read although the response is complete.
+    /// Number of bodies that are still being read although the response is complete.
     open_bodies: Cell<u32>,
     /// Woken when a body ends.
     waker: Cell<Option<Waker>>,
-    /// Requests that may still switch protocols.
+    /// Number of requests that may still switch protocols.
     offers: Cell<u32>,
     no_offers: Notify,
     /// The upgrade that an HTTP/1 connection switched to.
@@ -112,8 +112,8 @@ impl Requests {
         self.limit > 0 && self.count.get() >= self.limit
     }
 
-    /// Whether another worker can continue: the bytes read are complete requests, or the beginning of one that fits in
-    /// a message.
+    /// Whether a different worker can continue: the bytes read are complete requests, or the beginning of a request that
+    /// fits in a message.
     pub(super) fn can_go_on_elsewhere(&self) -> bool {
         let unfinished = usize::try_from(self.conn.unfinished());
         !self.are_enough() && !self.end_is_unknown.get() && unfinished.is_ok_and(|length| length <= READ_BUFFER)
@@ -124,7 +124,7 @@ impl Requests {
         self.activity.under_way() == 0 && !self.activity.is_writing() && self.open_bodies.get() == 0
     }
 
-    /// Whether nothing is under way, and only the HTTP library knows how many bytes of the next request were read.
+    /// Whether nothing is under way, and the number of bytes read of the next request is known only to the HTTP library.
     pub(super) fn are_to_be_settled(&self) -> bool {
         self.end_is_unknown.get() && self.are_over() && !self.left_unread.get() && !self.is_closing.get()
     }

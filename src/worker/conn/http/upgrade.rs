@@ -49,7 +49,7 @@ const PIECE: usize = 64 << 10;
 struct Tunnel {
     /// Unread part of [`PREFACE`].
     preface: &'static [u8],
-    /// Number of bytes of [`END_OF_HEAD`] at the end of the last write; all of them once the
+    /// Number of bytes of [`END_OF_HEAD`] at the end of the last write; the whole length once the
     /// application has the tunnel.
     head_end: usize,
     from_client: pipe::Reader,
