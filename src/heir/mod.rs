@@ -182,7 +182,7 @@ pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
         Err(error) if lacks_call(error) => log::debug!(slot = heritage.slot; "a worker has no heir: {error}"),
         Err(error) => log::warn!(
             slot = heritage.slot;
-            "a worker has no heir, so its connections will be reset if it dies: {}", sys::explain(error)
+            "a worker has no heir, so its connections will end if it dies: {}", sys::explain(error)
         ),
     }
     Ok(Heir { journal, lines, end: heir.ok(), retained })

@@ -67,7 +67,7 @@ struct Reason {
     protocol: Protocol,
 }
 
-/// A line of the log: `count` refusals for one reason, the last of which came from `last_from`, if known.
+/// A log line: `count` refusals for one reason, the last of which came from `last_from`, if known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Line {
     reason: Reason,
