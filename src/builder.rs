@@ -446,10 +446,10 @@ fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
 /// Ends a start that must not serve: it was a check of this build, or a stop was requested.
 fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<End, BoxError> {
     match (is_check, asked_to_end) {
-        (true, true) => return Err("a stop was requested during the check".into()),
+        (true, true) => return Err("it received a signal to stop".into()),
         (true, false) => drop(banner::can_take_over()),
         (false, _) => {
-            log::info!("stopped before the server was ready");
+            log::info!("received a signal to stop before the server was ready");
             memory::close(segment);
         }
     }
