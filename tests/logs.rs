@@ -149,14 +149,14 @@ fn a_log_that_nobody_reads_stops_neither_the_master_nor_a_worker() {
                 copy.lock().unwrap().extend_from_slice(&buffer[..count]);
             }
         });
-        let is_counted = || String::from_utf8_lossy(&text.lock().unwrap()).contains("lines of the log were lost");
+        let is_counted = || String::from_utf8_lossy(&text.lock().unwrap()).contains("log lines were lost");
         wait_until("the lost lines are counted", || is_counted().then_some(()));
         server.stop();
         reader.join().unwrap();
         let log = String::from_utf8_lossy(&text.lock().unwrap()).into_owned();
         let lost: usize = log
             .lines()
-            .filter(|line| line.contains("lines of the log were lost"))
+            .filter(|line| line.contains("log lines were lost"))
             .map(|line| line.rsplit_once("lost=").unwrap().1.parse::<usize>().unwrap())
             .sum();
         assert!(lost > 0, "they were counted");
@@ -245,7 +245,7 @@ fn logs_that_reach_the_limit_of_file_sizes_are_as_on_a_full_disk() {
     let pid = worker(&server);
     limit_file_size([server.pid().as_raw(), pid], 1);
     server.signal(Signal::SIGUSR1);
-    server.wait_for("the log file cannot be written: File too large");
+    server.wait_for("cannot write to the log file, its lines go to standard error: File too large");
     assert_eq!(get(&server, "/ok"), 200);
     let wait = "cannot write to the access log; its lines are lost: File too large";
     server.wait_for(wait);

@@ -228,7 +228,7 @@ fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
         let output = run("hello", &["check", "--user", "root", "--bind", "http:127.0.0.1:0", flag, &fifo]);
         complained(&output, 0, &[&format!("forkyard: warning: {flag}: a start fails unless a program reads from")]);
         let output = run("hello", &["--user", "root", "--bind", "http:127.0.0.1:0", flag, &fifo]);
-        complained(&output, 1, &[flag, "nobody reads this FIFO: start its reader first"]);
+        complained(&output, 1, &[flag, "no process reads this FIFO (start its reader first)"]);
     }
     assert_eq!(
         entries(directory.path()).into_iter().collect::<Vec<_>>(),

@@ -14,8 +14,9 @@ use crate::config::address::Protocol;
 
 /// Upper bound of the length of a line, in bytes.
 pub(crate) const LONGEST: usize = 60 << 10;
-/// Maximum length of the target, and of other fields, in bytes.
+/// Maximum length of the target, in bytes.
 const TARGET: usize = 4 << 10;
+/// Maximum length of every other field, in bytes.
 const OTHER: usize = 1 << 10;
 /// Marks a truncated field.
 const CUT: &[u8] = b"...";
@@ -25,7 +26,7 @@ const CUT: &[u8] = b"...";
 pub(crate) struct Exchange<'a> {
     pub(crate) address: Option<IpAddr>,
     pub(crate) user: Option<&'a [u8]>,
-    /// None if the request could not be read.
+    /// `None` if the request could not be read.
     pub(crate) request: Option<Asked<'a>>,
     pub(crate) status: u16,
     /// Length of the response's body.
@@ -48,7 +49,7 @@ pub(crate) struct Asked<'a> {
 }
 
 impl Exchange<'_> {
-    /// Writes Apache's combined format, followed by pairs. `time` has the form `02/Jan/2026:03:04:05 +0000`.
+    /// Writes Apache's combined format, followed by `key=value` pairs. `time` has the form `02/Jan/2026:03:04:05 +0000`.
     pub(crate) fn write_combined(&self, time: &str, line: &mut Vec<u8>) {
         match self.address {
             Some(address) => write(line, format_args!("{address} - ")),

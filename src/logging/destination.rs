@@ -25,7 +25,7 @@ use nix::sys::stat::{SFlag, fstat, makedev};
 
 use crate::sys::file_path::{self, Links};
 
-/// A destination that has accepted nothing for this long counts as stopped: processes that fill the queue are no longer slowed down.
+/// A destination that has accepted nothing for this long is considered stopped: processes that fill the queue are no longer slowed down.
 const STALL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How a write is prevented from blocking.
@@ -83,7 +83,7 @@ fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> 
             Kind::SharedPipe | Kind::SharedTerminal => {
                 match poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::ZERO) {
                     Ok(0) => Err(Errno::EAGAIN),
-                    // Another process may have filled the pipe meanwhile; a write of that size waits for at most one read.
+                    // Another process may have filled the pipe since; a write of that size waits for at most one read.
                     Ok(_) => {
                         let write = || nix::unistd::write(fd, bytes.get(..libc::PIPE_BUF).unwrap_or(bytes));
                         if kind == Kind::SharedTerminal { from_the_background(write) } else { write() }
@@ -175,7 +175,7 @@ pub(super) struct Queue {
     /// The number of lost lines.
     lost: u64,
     last_progress: Option<Instant>,
-    /// The last write ended in the middle of a line.
+    /// Whether the last write ended in the middle of a line.
     is_torn: bool,
 }
 
@@ -277,7 +277,7 @@ impl Queue {
 /// open it. The names of standard output and standard error stand for these streams, whatever they are.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the file cannot be opened, or cannot be a log.
 pub(super) fn open(path: &Path, flag: &str) -> Result<OwnedFd, String> {
     if let Some(standard) = standard_stream(path) {
         return standard.map_err(|error| format!("{flag}: cannot use {}: {error} (name a file)", path.display()));
@@ -287,10 +287,10 @@ pub(super) fn open(path: &Path, flag: &str) -> Result<OwnedFd, String> {
     open_file(path, true).map_err(|error| fail(explain(&error, kind, flag)))
 }
 
-/// Checks a log without creating its file. Returns a note if the result of a start depends on something else.
+/// Checks a log without creating its file. Returns a note if the outcome of a start depends on a condition that cannot be checked.
 ///
 /// # Errors
-/// A sentence for the operator: the error that a start would report.
+/// Returns the error that a start would report.
 pub(crate) fn examine(path: &Path, flag: &str) -> Result<Option<String>, String> {
     if standard_stream(path).is_some() {
         return open(path, flag).map(|_| None);
@@ -318,7 +318,7 @@ fn kind_at(path: &Path, flag: &str) -> Result<Option<FileType>, String> {
     match found.map(|found| found.file_type()) {
         Some(kind) if kind.is_dir() => Err(format!("it is a directory (name a file in it, with {flag})")),
         Some(kind) if kind.is_socket() => {
-            Err(format!("it is a socket (leave {flag} out and have a collector read standard error, or name a file)"))
+            Err(format!("it is a socket (omit {flag} and have a collector read standard error, or name a file)"))
         }
         Some(kind) if kind.is_block_device() => Err(format!("it is a disk (name a file with {flag})")),
         found => Ok(found),
@@ -335,7 +335,7 @@ fn open_file(path: &Path, create: bool) -> io::Result<OwnedFd> {
 fn explain(error: &io::Error, kind: Option<FileType>, flag: &str) -> String {
     match error.raw_os_error() {
         Some(libc::ENXIO) if kind.is_some_and(|kind| kind.is_fifo()) => {
-            "nobody reads this FIFO: start its reader first".to_owned()
+            "no process reads this FIFO (start its reader first)".to_owned()
         }
         _ => format!("{} (name a file that you can write, with {flag})", crate::sys::explain(error)),
     }
@@ -390,7 +390,7 @@ mod tests {
             let count = |wanted: Outcome| outcomes.iter().filter(|outcome| **outcome == wanted).count();
             let (written, queued, lost) = (count(Outcome::Written), count(Outcome::Queued), count(Outcome::Lost));
             assert!(written > 0 && queued > 0 && lost > 0 && written + queued + lost == 3000);
-            assert_eq!(queue.take_lost(), None, "nobody reads yet");
+            assert_eq!(queue.take_lost(), None, "no process reads yet");
             assert!(queue.is_slow_for().is_some());
             let mut seen = Vec::new();
             let mut buffer = [0; 4096];
@@ -430,14 +430,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_named() {
+    fn a_socket_a_fifo_and_a_directory_are_refused_by_name() {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         assert!(open(&socket, "--log-file").unwrap_err().contains("it is a socket"));
         let fifo = directory.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        assert!(open(&fifo, "--log-file").unwrap_err().contains("nobody reads this FIFO"));
+        assert!(open(&fifo, "--log-file").unwrap_err().contains("no process reads this FIFO"));
         assert!(open(directory.path(), "--log-file").unwrap_err().contains("it is a directory"));
         assert!(open(std::path::Path::new("/dev/stderr"), "--log-file").is_ok());
     }

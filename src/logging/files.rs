@@ -25,10 +25,10 @@ pub(crate) struct LogFiles {
 }
 
 impl LogFiles {
-    /// The log itself is already open ([`super::start`]).
+    /// Opens the access log. The log itself is already open ([`super::start`]).
     ///
     /// # Errors
-    /// A sentence for the operator.
+    /// Returns a message for the operator if the access log cannot be opened.
     pub(crate) fn open(config: &LogConfig) -> Result<Self, String> {
         let access = match &config.access {
             None => None,
@@ -73,10 +73,10 @@ impl LogFiles {
         [super::descriptor()].into_iter().chain(self.access.as_ref().map(|access| access.as_raw_fd()))
     }
 
-    /// The files of another configuration: the same ones, if their settings are equal.
+    /// The files of a different configuration: the same files if their settings are equal.
     ///
     /// # Errors
-    /// A sentence for the operator.
+    /// Fails as [`LogFiles::open`] does.
     pub(crate) fn reconfigured(self: &Arc<Self>, config: &LogConfig) -> Result<Arc<Self>, String> {
         // Workers depend only on whether there is a log file, and on all settings of the access log.
         let same = self.config.file == config.file && self.config.access == config.access;
@@ -86,7 +86,7 @@ impl LogFiles {
     /// Reopens the access log.
     ///
     /// # Errors
-    /// A sentence for the operator; the old file stays in use.
+    /// Returns a message for the operator if the file cannot be opened. The old file then stays in use.
     pub(crate) fn reopen_access(&self) -> Result<(), String> {
         let Some((path, access)) = self.access_file() else { return Ok(()) };
         let opened = destination::open(path, "--access-log")?;
@@ -117,7 +117,7 @@ impl LogFiles {
         Ok(())
     }
 
-    /// Replaces the old files with those waiting in the channel. Returns false when no more will arrive.
+    /// Replaces the old files with those waiting in the channel. Returns false if the master has closed the channel.
     ///
     /// # Errors
     /// Returns `WouldBlock` if none are waiting, or the error of the system call. If this process has no free descriptors, the files stay
@@ -161,7 +161,7 @@ mod tests {
     use crate::config::logs::{AccessConfig, AccessFormat};
 
     #[test]
-    fn whoever_gets_the_files_writes_to_the_new_ones_under_the_old_number() {
+    fn received_files_replace_the_old_ones_under_the_same_numbers() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("access");
         let access = AccessConfig { file: Some(path.clone()), format: AccessFormat::Combined };

@@ -22,7 +22,7 @@ pub(crate) struct Line<'a> {
     pub(crate) target: &'a str,
     pub(crate) message: &'a str,
     pub(crate) fields: &'a Fields,
-    /// The message is output of an application process. As text it follows the fields: `slot=S pid=P | MESSAGE`.
+    /// Whether the message is output of an application process. As text it then follows the fields: `slot=S pid=P | MESSAGE`.
     pub(crate) is_output: bool,
 }
 
@@ -80,7 +80,7 @@ const MAX_EXACT: u64 = 1 << 53;
 impl Fields {
     pub(crate) fn of(source: &dyn Source) -> Self {
         let mut fields = Self::default();
-        let _ = source.visit(&mut fields); // no visitor of ours fails
+        let _ = source.visit(&mut fields); // `Fields` returns no error
         fields
     }
 
@@ -159,7 +159,7 @@ impl Line<'_> {
         out.push(b'\n');
     }
 
-    /// The key `pid` is the process that the line is about: its field, or else the writer.
+    /// The key `pid` is the process that the line describes, from the field of that name; without it, the process that writes the line.
     pub(crate) fn write_json(&self, out: &mut Vec<u8>) {
         let level = self.level.as_str().to_ascii_lowercase();
         let fields = &self.fields.0;
@@ -172,7 +172,7 @@ impl Line<'_> {
         object.text("target", self.target);
         object.text("message", self.message);
         for (index, (key, value)) in fields.iter().enumerate() {
-            // An application may log any key. Each key must occur once; the last field counts.
+            // An application may log any key. Each key must occur once; the last field with a key is written.
             if RESERVED.contains(&key.as_str()) || fields[index + 1..].iter().any(|(later, _)| later == key) {
                 continue;
             }

@@ -18,7 +18,7 @@ pub(crate) const ROOM: usize = 64 << 10;
 #[repr(C)]
 struct Region {
     length: AtomicUsize,
-    /// The number of bytes that were written. A value above `length` counts as 0.
+    /// The number of bytes that were written. A value above `length` is treated as `length`.
     written: AtomicUsize,
     bytes: UnsafeCell<[u8; ROOM]>,
 }
@@ -33,7 +33,7 @@ pub(crate) struct LineBuffer {
 unsafe impl Send for LineBuffer {}
 
 impl LineBuffer {
-    /// Creates a buffer that children of this process share. The buffer exists until the last of them has exited.
+    /// Creates a buffer that children of this process share. The buffer exists until the last of these processes has exited.
     ///
     /// # Errors
     /// Returns the error of `mmap(2)`.
@@ -58,9 +58,9 @@ impl LineBuffer {
         let bytes = self.region().bytes.get().cast::<u8>();
         // SAFETY: `length` is at most ROOM, so the result is within the array.
         let place = unsafe { bytes.add(length) };
-        // SAFETY: there is room for the line, as checked, and nothing else reads or writes there now.
+        // SAFETY: there is space for the line, as checked, and no other code reads or writes there now.
         unsafe { std::ptr::copy_nonoverlapping(line.as_ptr(), place, line.len()) };
-        // Stored after the bytes: a line that a killed worker had not completed does not count.
+        // Stored after the bytes: a line that a killed worker had not completed is not part of the buffer.
         self.region().length.store(length + line.len(), Ordering::Release);
         true
     }

@@ -1,8 +1,8 @@
-//! The log: the destination of its lines, and the process that writes each line.
+//! The log: where its lines go, and which process writes each line.
 //!
 //! ```text
 //! log::info!  in any process ──▶ the log's descriptor ──▶ standard error, or --log-file
-//! println!    in a worker or program ──▶ a pipe ──▶ the master ──▶ log::info!("slot=S pid=P | …")
+//! println!    in a worker or program ──▶ a pipe ──▶ the master ──▶ log::info!(slot, pid; "…")
 //! ```
 //!
 //! Every process writes its own lines, each with one write(2), so no line depends on another running process. The descriptor is a copy of
@@ -69,9 +69,9 @@ struct Sink {
     kind: Kind,
     /// Maximum number of queued bytes.
     limit: usize,
-    /// The log is a file, so standard error is available as well.
+    /// Whether the log is a file; standard error is then available as well.
     is_file: bool,
-    /// The file cannot be written, so lines go to standard error.
+    /// Whether the file cannot be written, so that lines go to standard error.
     is_failing: bool,
     queue: Option<Queue>,
     /// The limits for a worker's lines; the master has none.
@@ -109,15 +109,16 @@ impl Sink {
         let (fd, kind, limit) = (fd(), self.kind, self.limit);
         let queue = self.queue.get_or_insert_default();
         match queue.put(fd, kind, line, limit) {
-            Outcome::Written => self.goes_on(),
-            Outcome::Queued => self.later(),
+            Outcome::Written => self.report_recovery(),
+            Outcome::Queued => self.notify_pending(),
             Outcome::Lost => {}
             Outcome::Failed(why) if self.is_file => {
                 // For example, the disk is full. A worker's standard error leads to the master, which may still be able to
                 // write.
                 if !std::mem::replace(&mut self.is_failing, true) {
-                    let message = "cannot write to the log file; its lines go to standard error (--log-file)";
-                    write_to_standard_error(&own_line(Level::Error, message, &[("error", why)]));
+                    let message =
+                        format!("cannot write to the log file, its lines go to standard error: {why} (--log-file)");
+                    write_to_standard_error(&own_line(Level::Error, &message, &NO_FIELDS));
                 }
                 write_to_standard_error(line);
             }
@@ -125,25 +126,25 @@ impl Sink {
         }
     }
 
-    /// Reports lost lines, because the log is being read again.
-    fn goes_on(&mut self) {
+    /// Called after a successful write: reports lost lines, and the end of a failure.
+    fn report_recovery(&mut self) {
         let lost = self.queue.as_mut().and_then(Queue::take_lost);
         if let Some(lost) = lost {
-            let message = "log lines were lost because the reader of the log did not keep up (--log-queue)";
+            let message = "log lines were lost because the log's reader did not keep up (--log-queue)";
             self.put(&own_line(Level::Warn, message, &[("lost", lost)]));
         }
         if std::mem::take(&mut self.is_failing) {
-            self.put(&own_line(Level::Warn, "the log file can be written again", &None::<(&str, &str)>));
+            self.put(&own_line(Level::Warn, "the log file can be written again", &NO_FIELDS));
         }
     }
 
-    fn later(&self) {
+    fn notify_pending(&self) {
         if let Some(on_pending) = &self.on_pending {
             on_pending();
         }
     }
 
-    /// Whether a line of this place in the source may be logged. If not, it is counted.
+    /// Whether a line from this place in the source is logged. If not, it is counted.
     fn admits(&mut self, record: &Record<'_>, message: &str, fields: &Fields) -> bool {
         let now = self.now();
         let Some(limits) = &mut self.limits else { return true };
@@ -158,7 +159,7 @@ impl Sink {
             };
             let admits = limits.sites.admits((file, line), now, sample);
             if !admits {
-                self.later();
+                self.notify_pending();
             }
             return admits;
         }
@@ -167,7 +168,7 @@ impl Sink {
             self.report(left_out);
         }
         if !admission.is_admitted {
-            self.later();
+            self.notify_pending();
         }
         admission.is_admitted
     }
@@ -198,7 +199,7 @@ impl Sink {
         if let Some(queue) = self.queue.as_mut().filter(|queue| !queue.is_empty()) {
             let _ = queue.flush(fd(), self.kind); // the next line shows the error
             if queue.is_empty() {
-                self.goes_on();
+                self.report_recovery();
             }
         }
         let waits = self.queue.as_ref().is_some_and(|queue| !queue.is_empty()).then_some(FLUSH_INTERVAL);
@@ -210,6 +211,8 @@ impl Sink {
     }
 }
 
+/// For a line without fields.
+const NO_FIELDS: Option<(&str, &str)> = None;
 /// Interval between a worker's attempts to write queued lines.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -246,7 +249,7 @@ impl Log for Replaceable {
 /// Starts the log.
 ///
 /// # Errors
-/// A sentence for the operator: the file cannot be opened.
+/// Returns a message for the operator if the file cannot be opened.
 pub(crate) fn start(config: &LogConfig) -> Result<(), String> {
     let opened = match &config.file {
         Some(path) => Some(destination::open(path, "--log-file")?),
@@ -271,10 +274,10 @@ pub(crate) struct Change {
     opened: Option<OwnedFd>,
 }
 
-/// Opens what a different configuration needs. `running` is the current configuration.
+/// Opens the file that a different configuration needs. `running` is the current configuration.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the file cannot be opened, or standard error is closed.
 pub(crate) fn prepare(running: &LogConfig, config: &LogConfig) -> Result<Change, String> {
     let opened = match &config.file {
         same if *same == running.file => None,
@@ -292,7 +295,7 @@ pub(crate) fn change(Change { config, opened }: Change) -> bool {
             // Standard error was closed at the start, so descriptor 2 must not become the log now.
             open_as_log(opened);
         } else if let Err(error) = replace(opened) {
-            log::error!("the log goes on where it was: {error} (--log-file)");
+            log::error!("cannot redirect the log, its destination is unchanged: {error} (--log-file)");
         }
     }
     describe(&config);
@@ -363,7 +366,7 @@ pub(crate) fn is_file() -> bool {
     sink().is_file
 }
 
-/// A line about the log itself.
+/// A line that describes the log itself.
 fn own_line(level: Level, message: &str, fields: &dyn Source) -> Vec<u8> {
     line(level, module_path!(), message, &Fields::of(fields), false)
 }
@@ -393,8 +396,8 @@ pub(crate) fn waits_for() -> Option<BorrowedFd<'static>> {
     sink().queue.as_ref().filter(|queue| !queue.is_empty()).map(|_| fd())
 }
 
-/// If the log's reader is slow: how long processes that fill the log should be slowed down. `None` if the reader has stopped, because
-/// lines are then dropped rather than service being stopped.
+/// How long processes that fill the log should be slowed down, if the log's reader is slow. `None` if the reader has stopped: lines are
+/// then dropped, so that the service does not stop.
 pub(crate) fn is_slow_for() -> Option<Duration> {
     sink().queue.as_ref().and_then(Queue::is_slow_for)
 }
@@ -413,7 +416,7 @@ pub(crate) fn finish() {
     if let Some(queue) = sink.queue.as_mut().filter(|queue| !queue.is_empty()) {
         let limit = queue.is_slow_for().unwrap_or_default().min(last_flush_timeout());
         let _ = destination::write_lines_within(fd(), kind, &queue.take(), limit); // an error can no longer be reported
-        sink.goes_on();
+        sink.report_recovery();
     }
 }
 
@@ -427,7 +430,7 @@ pub(crate) fn queue_limit() -> usize {
     sink().limit
 }
 
-/// The log's descriptor, which children keep.
+/// The log's descriptor, which children keep open.
 pub(crate) fn descriptor() -> RawFd {
     fd().as_raw_fd()
 }
@@ -456,7 +459,7 @@ pub(crate) fn is_json() -> bool {
 /// Reopens the file, if the log is a file.
 ///
 /// # Errors
-/// A sentence for the operator; the log continues as before.
+/// Returns a message for the operator if the file cannot be opened. The log then continues as before.
 pub(crate) fn reopen(path: &Path) -> Result<(), String> {
     let opened = destination::open(path, "--log-file")?;
     replace(opened).map_err(|error| format!("--log-file: {}: {error}", path.display()))
@@ -471,7 +474,7 @@ fn replace(opened: OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes text to standard error, whatever the destination of the log. Does not wait for a reader either.
+/// Writes text to standard error, whatever the log's destination. Never waits for a reader.
 pub(crate) fn to_standard_error(text: &[u8]) {
     if DESCRIPTOR.get().is_some() && !is_file() {
         return sink().put(text); // the log is standard error
@@ -514,7 +517,7 @@ mod tests {
         let fd = own.as_ref().unwrap_or(&write).as_fd();
         let lines = [b'\n'; 1 << 20];
         let outcome = destination::write_lines_within(fd, kind, &lines, last_flush_timeout()).1;
-        assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::WouldBlock, "nobody reads");
-        assert_eq!(last_flush_timeout(), Duration::ZERO, "the next one has been waited for too");
+        assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::WouldBlock, "no process reads");
+        assert_eq!(last_flush_timeout(), Duration::ZERO, "no time is left for the next log");
     }
 }

@@ -1,4 +1,4 @@
-//! Limits how much is logged: token buckets, and counts of what was left out. Pure: the clock is passed in.
+//! Limits how much is logged, with token buckets, and counts the lines that are left out. Pure: the time is passed in.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::line::Fields;
 /// A point in time, relative to a moment that all callers share.
 pub(crate) type Now = Duration;
 
-/// Interval between reports of what was left out.
+/// Interval between reports of the lines that were left out.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// The capacity of a bucket, in seconds of its rate: a burst of that size is logged completely.
 const BURST_SECONDS: u32 = 8;
@@ -21,7 +21,7 @@ struct Bucket {
     /// 0 is no limit.
     rate: u64,
     burst: u64,
-    /// When the bucket is full if nothing more is taken.
+    /// When the bucket will be full if nothing more is taken.
     full_at: Now,
 }
 
@@ -30,7 +30,7 @@ impl Bucket {
         Self { rate, burst, full_at: Now::ZERO }
     }
 
-    /// Takes `cost`, if available. A full bucket admits a cost above its capacity.
+    /// Takes `cost` tokens, if they are available. A full bucket admits a cost above its capacity.
     fn admits(&mut self, cost: u64, now: Now) -> bool {
         if self.rate == 0 {
             return true;
