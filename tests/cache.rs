@@ -111,7 +111,7 @@ fn a_cache_in_a_file_is_warm_after_a_stop_and_after_a_crash() {
     let half = std::fs::File::options().write(true).open(&file).unwrap();
     half.set_len(1 << 20).unwrap();
     let mut server = start();
-    assert!(server.log().contains("what the file held was dropped: its size is not what its header says"));
+    assert!(server.log().contains("the content of the cache file was dropped: its size is not what its header says"));
     assert_ne!(http::get(&server.http(), "/page/7").unwrap().text(), page);
     server.stop();
 }

@@ -113,7 +113,11 @@ fn a_cache_of_an_impossible_size_is_refused() {
         1,
         &["in /nonexistent/pages: the directory /nonexistent does not exist", "--cache-file"],
     );
-    refused(&[&bind[..], &nowhere, &["--cache", "0"]].concat(), 1, &["--cache-file has no cache to keep", "--cache"]);
+    refused(
+        &[&bind[..], &nowhere, &["--cache", "0"]].concat(),
+        1,
+        &["--cache-file has no effect without a cache", "--cache"],
+    );
 }
 
 #[test]

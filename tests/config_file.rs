@@ -163,7 +163,7 @@ fn check_tries_what_can_be_tried_without_serving() {
         &[
             "no program of that name in PATH",
             "/none does not exist (create it",
-            "cannot keep the cache in",
+            "cannot store the cache in",
             "the file there is not a socket",
         ],
     );

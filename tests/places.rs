@@ -48,7 +48,7 @@ fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
     let second =
         Command::new(program("hello")).args(HTTP).args(["--pid-file", &path("a.pid")]).output_in_time().unwrap();
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
-    assert!(!second.status.success() && said.contains("another master has it"), "{said}");
+    assert!(!second.status.success() && said.contains("another master uses it"), "{said}");
     server.stop();
     assert_eq!(directory.path().read_dir().unwrap().count(), 0, "nothing is left, no lock file either");
 }

@@ -119,7 +119,7 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
         "--access-log: cannot open /etc: ",
         "cannot write the pid file /etc/passwd/pid: /etc/passwd is not a directory",
         "the least is",
-        "cannot keep the cache in /no-such-directory/cache: ",
+        "cannot store the cache in /no-such-directory/cache: ",
         "--user: ",
         "--cpu-affinity: processor 1000",
         "--chroot: /no-such-root: ",
@@ -534,7 +534,7 @@ fn check_tells_of_what_a_start_would_have_to_be_given_and_of_files_of_something_
     complained(&check("hello", &directory, text), 0, &words);
     let notes = directory.path().join("notes");
     std::fs::write(&notes, "something of somebody").unwrap();
-    for (flag, cause) in [("pid-file", "does not hold a pid"), ("cache-file", "it holds something else")] {
+    for (flag, cause) in [("pid-file", "does not contain a pid"), ("cache-file", "it holds something else")] {
         let text = format!("bind = 'http:127.0.0.1:0'\n{flag} = '{}'\n", notes.display());
         complained(&check("hello", &directory, &text), 1, &[cause, &format!("--{flag}")]);
     }

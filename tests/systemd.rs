@@ -206,13 +206,13 @@ fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
     let mut server = start("pages", &none, vec![("forkyard-segment", again.try_clone().unwrap())], &manager);
     let message = manager.wait_for("FDSTOREREMOVE=1");
     assert!(message.contains("FDNAME=forkyard-segment"), "{message}");
-    assert!(server.log().contains("what systemd kept of a cache was dropped"), "{}", server.log());
+    assert!(server.log().contains("the cache that systemd stored was dropped"), "{}", server.log());
     server.stop();
 
     // After a change of the memory layout, the stored memory is dropped, and the log reports that.
     let larger = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "4M"];
     let mut server = start("pages", &larger, vec![("forkyard-segment", again)], &manager);
-    assert!(server.log().contains("what systemd kept was dropped"), "{}", server.log());
+    assert!(server.log().contains("the memory that systemd stored was dropped"), "{}", server.log());
     assert_ne!(http::get(&server.http(), "/page/7").unwrap().text(), page);
     server.stop();
 }

@@ -20,12 +20,12 @@ use crate::sys;
 #[derive(Debug)]
 pub(crate) struct Leftover {
     pub(crate) path: CString,
-    /// Device and inode, so that no other file is removed. `None` for a directory, which is removed if it is empty.
+    /// Device and inode, so that a different file at the path is not removed. `None` for a directory, which is removed if it is empty.
     pub(crate) file: Option<(u64, u64)>,
 }
 
 impl Leftover {
-    /// `None` for a path with a null byte.
+    /// Returns `None` for a path with a null byte.
     pub(crate) fn file(path: &Path, file: (u64, u64)) -> Option<Self> {
         Some(Self { path: absolute(path)?, file: Some(file) })
     }
@@ -49,14 +49,18 @@ pub(crate) struct AbortSteps {
     pub(crate) line: Vec<u8>,
     pub(crate) time_at: usize,
     pub(crate) log: i32,
-    /// Pid of this process: children that `preload` forks must not run the steps.
+    /// Pid of this process. Children that `preload` forks must not run the steps.
     pub(crate) pid: i32,
 }
 
 impl AbortSteps {
     pub(crate) fn new(leftovers: Vec<Leftover>) -> Self {
         let line = if log::log_enabled!(Level::Info) {
-            logging::line_with(line::NO_TIME, Level::Info, "asked to stop during preload: the start is aborted")
+            logging::line_with(
+                line::NO_TIME,
+                Level::Info,
+                "received a signal to stop during preload: the start is aborted",
+            )
         } else {
             Vec::new()
         };
@@ -66,7 +70,7 @@ impl AbortSteps {
     }
 }
 
-/// Runs `preload` with signals unblocked: if `leftovers` are given, TERM, INT and QUIT terminate the process. Blocks the
+/// Runs `preload` with signals unblocked. If `leftovers` is `Some`, TERM, INT and QUIT terminate the process. Blocks the
 /// signals again when `preload` returns.
 pub(crate) fn interruptible<T>(leftovers: Option<Vec<Leftover>>, preload: impl FnOnce() -> T) -> T {
     let armed = leftovers.map(|leftovers| super::abort_signal::AbortHandler::arm(AbortSteps::new(leftovers)));

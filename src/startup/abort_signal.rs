@@ -12,7 +12,7 @@ use crate::sys::exit_now;
 /// Null outside of `preload`. [`AbortHandler`] stores, removes and frees it.
 static ABORT_STEPS: AtomicPtr<AbortSteps> = AtomicPtr::new(std::ptr::null_mut());
 
-/// While it lives, the signals of [`abort_start_on`] terminate this process.
+/// While this value exists, the signals of [`abort_start_on`] terminate this process.
 #[derive(Debug)]
 pub(crate) struct AbortHandler(());
 
@@ -35,11 +35,11 @@ impl Drop for AbortHandler {
     }
 }
 
-/// Registers a handler that terminates this process on `signal` while an [`AbortHandler`] lives, and otherwise does
+/// Registers a handler that terminates this process on `signal` while an [`AbortHandler`] exists, and otherwise does
 /// nothing.
 ///
 /// # Errors
-/// The error of `sigaction(2)`.
+/// Returns the error of `sigaction(2)`.
 pub(crate) fn abort_start_on(signal: i32) -> io::Result<signal_hook::SigId> {
     let action = move || {
         let steps = ABORT_STEPS.load(Ordering::SeqCst);

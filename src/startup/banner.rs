@@ -1,6 +1,6 @@
-//! Prints output for the operator outside the log: the banner, `ready in N ms`, and errors. The output goes to standard
-//! error, and also to the log if the log is a file. If the log is JSON, the output goes only there, to keep standard error
-//! parseable.
+//! Prints messages for the operator outside the log: the banner, `ready in N ms`, and errors. They go to standard error, and
+//! also to the log if the log is a file. If the log is JSON, they go only to the log, so that standard error can be parsed; but
+//! errors go to standard error as well if the log is a file.
 
 use std::fmt::Display;
 use std::time::Duration;
@@ -35,7 +35,7 @@ pub(crate) fn show(config: &Config, listeners: &[Listener], program: Option<&str
     write(&text);
 }
 
-/// Reports that all workers serve.
+/// Reports that all workers are ready.
 pub(crate) fn ready(after: Duration) {
     write(&format!("ready in {} ms\n", after.as_millis()));
 }
@@ -47,7 +47,7 @@ pub(crate) fn can_take_over() -> bool {
     true
 }
 
-/// Reports an error, also before the log is open.
+/// Reports an error, even before the log is open.
 pub(crate) fn complain(error: &dyn Display) {
     say(Level::Error, "", error);
 }

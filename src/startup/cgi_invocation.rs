@@ -1,5 +1,5 @@
-//! Detects whether a web server has started this program to answer one request (CGI, RFC 3875), and which of its arguments can
-//! then be trusted. `worker/conn/cgi.rs` serves the request itself.
+//! Detects whether a web server has started this program to answer one request (CGI, RFC 3875), and removes arguments that the
+//! client may have chosen. `worker/conn/cgi.rs` serves the request itself.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -12,10 +12,10 @@ use crate::sys;
 
 /// Whether a web server started this process for one CGI request.
 pub(crate) fn is_one() -> bool {
-    said_by(|name| std::env::var_os(name)) && !listen::started_by_web_server()
+    is_described_by(|name| std::env::var_os(name)) && !listen::started_by_web_server()
 }
 
-fn said_by(variable: impl Fn(&str) -> Option<OsString>) -> bool {
+fn is_described_by(variable: impl Fn(&str) -> Option<OsString>) -> bool {
     let interface = variable("GATEWAY_INTERFACE").is_some_and(|value| value.as_bytes().starts_with(b"CGI/"));
     interface && variable("REQUEST_METHOD").is_some()
 }
@@ -33,7 +33,7 @@ pub(crate) fn trusted(mut arguments: Vec<OsString>) -> Vec<OsString> {
 /// and its children belongs in the web server's log.
 ///
 /// # Errors
-/// If standard output is closed, or no descriptor is available.
+/// Fails if standard output is closed, or no descriptor is available.
 pub(crate) fn take_output() -> io::Result<OwnedFd> {
     let output = sys::descriptor(1).ok_or(io::ErrorKind::NotConnected)?;
     let instead = match sys::descriptor(2) {
@@ -53,16 +53,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_takes_both_variables_to_make_a_call() {
-        let said = |interface: &'static str, method: Option<&'static str>| {
-            said_by(|name| match name {
+    fn a_call_has_both_variables() {
+        let is_call = |interface: &'static str, method: Option<&'static str>| {
+            is_described_by(|name| match name {
                 "GATEWAY_INTERFACE" => Some(interface.into()),
                 "REQUEST_METHOD" => method.map(Into::into),
-                other => panic!("{other} is asked for"),
+                other => panic!("{other} is read"),
             })
         };
-        assert!(said("CGI/1.1", Some("GET")) && said("CGI/1.1", Some("")));
-        assert!(!said("CGI/1.1", None) && !said("", Some("GET")) && !said_by(|_| None));
+        assert!(is_call("CGI/1.1", Some("GET")) && is_call("CGI/1.1", Some("")));
+        assert!(!is_call("CGI/1.1", None) && !is_call("", Some("GET")) && !is_described_by(|_| None));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Finds pairs of settings that name the same file, socket or port.
 //!
 //! A start checks this before it creates anything, because the second setting would truncate, replace or remove the
-//! file of the first; a reload and `check` check it too. The log and the access log may share a file, because both
+//! file of the first. A reload and `check` report the same pairs. The log and the access log may share a file, because both
 //! append whole lines. Paths are compared after resolving symbolic links, `..`, hard links and bind mounts.
 //!
 //! Must not create or change anything.
@@ -46,10 +46,10 @@ enum Place {
     Name(String),
     Descriptor {
         number: RawFd,
-        /// Device and inode, if a listening socket is open there.
+        /// Device and inode, if the descriptor is a listening socket.
         socket: Option<(u64, u64)>,
     },
-    /// Sockets of this name that systemd passes, or all.
+    /// The sockets with this name that systemd passes; all of its sockets if `None`.
     Passed(Option<String>),
     Tcp {
         address: SocketAddr,
@@ -62,6 +62,7 @@ struct FilePlace {
     path: PathBuf,
     /// Device and inode, if the file exists.
     identity: Option<(u64, u64)>,
+    /// Device and inode of the directory, if it exists.
     directory: Option<(u64, u64)>,
 }
 
@@ -86,7 +87,7 @@ fn conflicts_among(claims: &[Claim]) -> Vec<Conflict> {
             let common = first.places.iter().find(|place| second.places.iter().any(|other| place.overlaps(other)));
             if let Some(place) = common.filter(|_| flags != ["--log-file", "--access-log"]) {
                 let what = place.describe();
-                let text = format!("{} and {} {what} (choose another for one of them)", first.shown, second.shown);
+                let text = format!("{} and {} {what} (change one of them)", first.shown, second.shown);
                 conflicts.push(Conflict { flags, text });
             }
         }
@@ -163,13 +164,13 @@ impl Place {
         match self {
             Self::File(_) => "name the same file".to_owned(),
             Self::Name(_) => "name the same socket".to_owned(),
-            Self::Descriptor { .. } | Self::Passed(_) => "stand for the same socket".to_owned(),
+            Self::Descriptor { .. } | Self::Passed(_) => "refer to the same socket".to_owned(),
             Self::Tcp { address, .. } => format!("overlap: both would listen on port {}", address.port()),
         }
     }
 }
 
-/// Whether a socket that listens on `ours` prevents another one from listening on `other`.
+/// Whether a socket that listens on `ours` prevents a second socket from listening on `other`.
 fn takes(ours: SocketAddr, leaves_ipv4: bool, other: SocketAddr) -> bool {
     // Port 0: the system chooses a port for each socket.
     if ours.port() != other.port() || ours.port() == 0 {
@@ -208,12 +209,12 @@ mod tests {
             ["x"].into_iter().chain(arguments.iter().map(String::as_str)).map(Into::into).collect();
         match crate::cli::parse_linked(&arguments, &crate::cli::Identity::default()).unwrap() {
             crate::cli::Invocation::Serve(request) => request.config,
-            other => panic!("it is to serve: {other:?}"),
+            other => panic!("not a request to serve: {other:?}"),
         }
     }
 
     #[test]
-    fn addresses_overlap_as_the_kernel_has_it() {
+    fn addresses_overlap_as_in_the_kernel() {
         for (binds, overlap) in [
             (["http:127.0.0.1:80", "fastcgi:127.0.0.1:80"], true),
             (["http:0.0.0.0:80", "http:127.0.0.1:80"], true),
@@ -253,9 +254,7 @@ mod tests {
         let found: Vec<String> = conflicts(one, other).collect();
         assert_eq!(
             found,
-            [format!(
-                "--bind http:fd:{one} and --bind http:fd:{other} stand for the same socket (choose another for one of them)"
-            )]
+            [format!("--bind http:fd:{one} and --bind http:fd:{other} refer to the same socket (change one of them)")]
         );
         assert_eq!(conflicts(one, sockets[1].as_raw_fd()).count(), 0);
         // Descriptors other than listening sockets are not compared: they can have another use, as in an upgrade.
@@ -263,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn any_two_settings_of_one_file_are_found_by_whatever_name_but_the_two_logs() {
+    fn two_settings_of_one_file_conflict_under_any_of_its_names_except_the_two_logs() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         std::fs::create_dir(path("real")).unwrap();
@@ -289,8 +288,8 @@ mod tests {
             for (index, second) in flags.iter().enumerate() {
                 for first in &flags[..index] {
                     let found = find(&config(&[given(first, names[0]), given(second, names[1])]));
-                    let may = (*first, *second) == ("--log-file", "--access-log");
-                    let expected: Vec<[&str; 2]> = if same && !may { vec![[first, second]] } else { Vec::new() };
+                    let are_logs = (*first, *second) == ("--log-file", "--access-log");
+                    let expected: Vec<[&str; 2]> = if same && !are_logs { vec![[first, second]] } else { Vec::new() };
                     let found: Vec<_> = found.iter().map(|conflict| conflict.flags).collect();
                     assert_eq!(found, expected, "{names:?}");
                 }

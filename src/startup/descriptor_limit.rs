@@ -5,27 +5,29 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::Config;
 
-/// The standard descriptors, the segment, both ends of the lifeline, the channel and the signal pipe, logs, pid file,
-/// sockets, the configuration file during a reload, and descriptors that are open briefly while a process is created.
+/// Descriptors of the master itself: the standard descriptors, the segment, both ends of the lifeline, the channel and the signal
+/// pipe, logs, pid file, sockets, the configuration file during a reload, and descriptors that are open briefly while a process is
+/// created.
 const OF_THE_MASTER: u64 = 40;
 /// Connections of control socket clients.
 const OF_CLIENTS: u64 = 16;
-/// The output of a worker, its reports, and the socket that passes log files to the worker; for a program, its output.
+/// The output of a worker, its reports, and the socket that passes log files to it.
 const PER_WORKER: u64 = 3;
+/// The output of a program.
 const PER_PROGRAM: u64 = 1;
 
 /// The number of descriptors that a master with this many processes may have open.
 fn needed(config: &Config, runs_programs: bool, processes: u32) -> u64 {
     let per_process = if runs_programs { PER_PROGRAM } else { PER_WORKER };
     let clients = if config.control.socket.is_some() { OF_CLIENTS } else { 0 };
-    let beside = config.binds.len() + config.sidecars.sidecars.len();
-    u64::from(processes) * per_process + clients + OF_THE_MASTER + u64::try_from(beside).unwrap_or(u64::MAX / 2)
+    let others = config.binds.len() + config.sidecars.sidecars.len();
+    u64::from(processes) * per_process + clients + OF_THE_MASTER + u64::try_from(others).unwrap_or(u64::MAX / 2)
 }
 
 /// Checks the hard limit.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the limit is too low.
 pub(crate) fn check(config: &Config, runs_programs: bool) -> Result<(), String> {
     let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return Ok(()) };
     let workers = config.workers.max;
@@ -43,7 +45,7 @@ pub(crate) fn check(config: &Config, runs_programs: bool) -> Result<(), String> 
 /// [`crate::sys::spawn`].
 ///
 /// # Errors
-/// As for [`check`], or if the limit cannot be raised.
+/// Fails as [`check`] does, or if the limit cannot be raised.
 pub(crate) fn ensure(config: &Config, runs_programs: bool) -> Result<(), String> {
     check(config, runs_programs)?;
     // All processes may be replaced at the same time.
@@ -53,7 +55,7 @@ pub(crate) fn ensure(config: &Config, runs_programs: bool) -> Result<(), String>
             let wanted = wanted.min(hard);
             crate::sys::note_descriptor_limit(soft, hard);
             setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map_err(|errno| {
-                format!("cannot raise the limit of descriptors to {wanted}: {} (raise ulimit -n)", errno.desc())
+                format!("cannot raise the descriptor limit to {wanted}: {} (raise it with ulimit -n)", errno.desc())
             })
         }
         Ok(_) | Err(_) => Ok(()),
@@ -65,12 +67,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_process_counts() {
+    fn each_process_needs_descriptors() {
         let config = |workers: &str| {
             let arguments: Vec<std::ffi::OsString> = ["x", "--workers", workers].map(Into::into).to_vec();
             match crate::cli::parse_linked(&arguments, &crate::cli::Identity::default()).unwrap() {
                 crate::cli::Invocation::Serve(request) => request.config,
-                other => panic!("it is to serve: {other:?}"),
+                other => panic!("not a request to serve: {other:?}"),
             }
         };
         let config = config("2..100");

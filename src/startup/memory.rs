@@ -33,7 +33,7 @@ fn workers_for(rows: u32) -> u32 {
     usable.saturating_sub(SPARE_SLOTS) / SLOTS_PER_WORKER
 }
 
-/// The parts that start empty if the memory of a former server is not used.
+/// States which parts start empty if the memory of a former server is not used.
 fn contents(config: &Config) -> &'static str {
     match (config.cache.bytes > 0, config.events.bytes > 0) {
         (true, true) => "the cache and the event log start empty",
@@ -42,8 +42,10 @@ fn contents(config: &Config) -> &'static str {
     }
 }
 
+/// Opens the segment of a former master or of systemd, or creates one.
+///
 /// # Errors
-/// A sentence for the operator, if the memory or the file is not available.
+/// Returns a message for the operator if the memory or the file is not available.
 pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<Segment, BoxError> {
     let Some(takeover) = takeover else { return open_stored(config) };
     let Some((left, file)) = takeover.segment() else { return create(config) };
@@ -66,7 +68,7 @@ pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<S
         )
         .into()),
         Err(error) => {
-            log::warn!("{}: the memory of the former master cannot be used here: {error}", contents(config));
+            log::warn!("{}: the memory of the former master cannot be used: {error}", contents(config));
             create(config)
         }
     }
@@ -81,16 +83,18 @@ fn open_stored(config: &Config) -> Result<Segment, BoxError> {
     match systemd::stored_segment() {
         Some(stored) if is_worth_storing(config) => match Segment::adopt_alone(stored, &plan(config)) {
             Ok(segment) => {
-                log::info!("cache is warm kept_by=systemd pages={}", segment.cache().stats().entries);
+                log::info!(kept_by = "systemd", pages = segment.cache().stats().entries; "cache is warm");
                 Ok(segment)
             }
             Err(error) => {
-                log::warn!("{}, what systemd kept was dropped: {error}", contents(config));
+                log::warn!("{}: the memory that systemd stored was dropped: {error}", contents(config));
                 create(config)
             }
         },
         Some(_) => {
-            log::info!("what systemd kept of a cache was dropped: there is none now, or it lies in a file");
+            log::info!(
+                "the cache that systemd stored was dropped: there is no cache now, or it is in a file (--cache-file)"
+            );
             create(config)
         }
         None => create(config),
@@ -101,7 +105,7 @@ fn open_stored(config: &Config) -> Result<Segment, BoxError> {
 /// user has exited.
 ///
 /// # Errors
-/// As for [`open`].
+/// Fails as [`open`] does.
 pub(crate) fn renew(config: &Config) -> Result<Segment, BoxError> {
     if let Some(path) = &config.cache.file {
         match std::fs::remove_file(path) {
@@ -134,26 +138,26 @@ fn create(config: &Config) -> Result<Segment, BoxError> {
         })?;
     }
     match found {
-        Found::Warm => log::info!("cache is warm file={} pages={}", path.display(), segment.cache().stats().entries),
-        Found::Nothing => log::info!("cache is new file={}", path.display()),
+        Found::Warm => log::info!(file:% = path.display(), pages = segment.cache().stats().entries; "cache is warm"),
+        Found::Nothing => log::info!(file:% = path.display(); "cache is new"),
         Found::Dropped { why } => {
-            log::warn!("{}, what the file held was dropped: {why} file={}", contents(config), path.display())
+            log::warn!(file:% = path.display(); "{}: the content of the cache file was dropped: {why}", contents(config));
         }
     }
     Ok(segment)
 }
 
-/// Whether `--cache-file` names a file that can hold a cache, without reading it.
+/// Checks, without reading the file, whether `--cache-file` names a file that can contain a cache.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if it does not.
 pub(crate) fn examine_file(config: &Config) -> Result<(), String> {
     const FLAG: &str = "--cache-file";
     let CacheConfig { bytes, file: Some(path), .. } = &config.cache else { return Ok(()) };
     if *bytes == 0 {
-        return Err(format!("{FLAG} has no cache to keep (give its size with --cache)"));
+        return Err(format!("{FLAG} has no effect without a cache (set its size with --cache)"));
     }
-    let fail = |cause: String| format!("cannot keep the cache in {}: {cause}", path.display());
+    let fail = |cause: String| format!("cannot store the cache in {}: {cause}", path.display());
     let Some(found) = file_path::examine(path, Links::Follow, FLAG).map_err(fail)? else { return Ok(()) };
     if let Some(what) = file_path::special(&found) {
         return Err(fail(format!("it is {what} (choose another file with {FLAG})")));
@@ -182,13 +186,13 @@ fn explain(error: &SegmentError, config: &Config) -> String {
 
 fn explain_file(error: &SegmentError, path: &Path, config: &Config) -> String {
     format!(
-        "cannot keep a shared cache of {} in {}: {error} (choose another file with --cache-file, or another size with --cache)",
+        "cannot store a shared cache of {} in {}: {error} (choose another file with --cache-file, or another size with --cache)",
         format_size(config.cache.bytes),
         path.display()
     )
 }
 
-/// A warning, if the default size of the cache was reduced.
+/// Returns a warning if the default size of the cache was reduced.
 fn note_on(config: &Config) -> Option<String> {
     let CacheConfig { bytes, shrunk_for, .. } = config.cache;
     let limit = shrunk_for? >> 20;
@@ -203,7 +207,7 @@ fn note_on(config: &Config) -> Option<String> {
 /// errors in the path of the file.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the memory is not available.
 pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
     match &config.cache.file {
         None => plan(config).check_memory().map_err(|error| explain(&error, config))?,
@@ -216,9 +220,9 @@ pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
     Ok(note_on(config))
 }
 
-/// Marks a cache file as complete, so that the next start uses it. A cache in memory ends with its last process.
+/// Marks a cache file as complete, so that the next start uses it. A cache in memory exists until its last process exits.
 pub(crate) fn close(segment: Segment) {
     if let Err(error) = segment.close() {
-        log::warn!("the cache file may have to be dropped at the next start: {error}");
+        log::warn!("cannot mark the cache file as complete, the next start may drop its content: {error}");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The file is written under another name, locked, and moved into place, so that no reader sees a partial file. The lock
 //! ends with the master, so a file without a lock was left by a dead master. It is an fcntl(2) write lock, which a process
-//! that can only read the file cannot take, so such a process cannot pass for a running master. The file must stay open
+//! that can only read the file cannot take, so such a process is not taken for a running master. The file must stay open
 //! until the master exits.
 
 use std::fs::{File, OpenOptions};
@@ -33,17 +33,18 @@ impl PidFile {
     /// Writes this process's pid to `path`.
     ///
     /// # Errors
-    /// A sentence for the operator: another master has the file, or it cannot be written.
+    /// Returns a message for the operator if another master uses the file, or the file cannot be written.
     pub(crate) fn create(path: &Path) -> Result<Self, String> {
         let fail = |cause: String| format!("cannot write the pid file {}: {cause}", path.display());
         let denied = |error: std::io::Error| fail(format!("{error} (choose another path with --pid-file)"));
         file_path::examine(path, Links::Keep, FLAG).map_err(fail)?;
         let _turn = LockFile::for_path(path);
         refuse_second(path).map_err(fail)?;
-        let name = path.file_name().ok_or_else(|| fail("it has no name (give a file with --pid-file)".to_owned()))?;
+        let name =
+            path.file_name().ok_or_else(|| fail("the path names no file (name one with --pid-file)".to_owned()))?;
         let prefix = format!(".{}.", name.to_string_lossy());
         remove_leftovers(directory_of(path), &prefix);
-        // A random name, which neither a killed master with the same pid nor another user can have taken.
+        // A random name, which neither a killed master with the same pid nor another user can have used.
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(|error| denied(io::Error::other(error)))?;
         let fresh = directory_of(path).join(format!("{prefix}{:016x}", u64::from_ne_bytes(random)));
@@ -65,7 +66,7 @@ impl PidFile {
     /// `None` without a path, or if an upgrade check finds that the former master's file could be taken over.
     ///
     /// # Errors
-    /// As for [`PidFile::create`].
+    /// Fails as [`PidFile::create`] does.
     pub(crate) fn open(path: Option<&Path>, takeover: Option<&mut Takeover>) -> Result<Option<Self>, String> {
         let is_check = takeover.as_ref().is_some_and(|left| left.check);
         let Some((former, descriptor)) = takeover.and_then(Takeover::pid_file) else {
@@ -75,7 +76,7 @@ impl PidFile {
         if let Some(Self { path, file }) = &adopted
             && let Err(error) = lock(file)
         {
-            log::warn!("the pid file {} is not locked: {error}", path.display());
+            log::warn!(file:% = path.display(); "cannot lock the pid file: {error}");
         }
         if path == Some(&*former) && (is_check || adopted.is_some()) {
             return Ok(adopted);
@@ -96,18 +97,18 @@ impl PidFile {
         Leftover::file(&self.path, (ours.dev(), ours.ino()))
     }
 
-    /// Removes the file, if it is still this one.
+    /// Removes the file, unless a different file has replaced it.
     pub(crate) fn remove(self) {
         let (Ok(ours), Ok(there)) = (self.file.metadata(), self.path.symlink_metadata()) else { return };
         if (ours.dev(), ours.ino()) == (there.dev(), there.ino())
             && let Err(error) = std::fs::remove_file(&self.path)
         {
-            log::warn!("cannot remove the pid file {}: {error}", self.path.display());
+            log::warn!(file:% = self.path.display(); "cannot remove the pid file: {error}");
         }
     }
 }
 
-/// Locks the file until it is closed. Succeeds if this process has locked it already.
+/// Locks the file until it is closed. Succeeds if this process already holds the lock.
 fn lock(file: &File) -> io::Result<()> {
     let flock = flock_of(libc::F_WRLCK);
     match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
@@ -132,7 +133,7 @@ fn flock_of(kind: libc::c_int) -> libc::flock {
 }
 
 /// Removes temporary files of this user's masters that were killed before they had moved their file into place. The caller
-/// holds the directory lock, so no other master is about to move one.
+/// holds the lock file of the path, so no other master is about to move such a file.
 fn remove_leftovers(directory: &Path, prefix: &str) {
     let is_number = |rest: &str| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_hexdigit());
     let ours = nix::unistd::geteuid().as_raw();
@@ -140,15 +141,15 @@ fn remove_leftovers(directory: &Path, prefix: &str) {
         let name = entry.file_name();
         let left = name.to_str().and_then(|name| name.strip_prefix(prefix)).is_some_and(is_number);
         if left && entry.metadata().is_ok_and(|found| found.is_file() && found.uid() == ours) {
-            let _ = std::fs::remove_file(entry.path()); // it does no harm if it stays
+            let _ = std::fs::remove_file(entry.path()); // a file that stays does no harm
         }
     }
 }
 
-/// Checks whether the pid file could be written, without writing it. Returns a warning if another master has it.
+/// Checks whether the pid file could be written, without writing it. Returns a warning if a running master uses it.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the file cannot be written.
 pub(crate) fn examine(path: &Path) -> Result<Option<String>, String> {
     let examined = file_path::examine(path, Links::Keep, FLAG).and_then(|_| {
         let holder = holder(path)?;
@@ -160,7 +161,7 @@ pub(crate) fn examine(path: &Path) -> Result<Option<String>, String> {
     });
     let holder = examined.map_err(|cause| format!("cannot write the pid file {}: {cause}", path.display()))?;
     let note =
-        |pid| format!("pid file {}: a running master has it, with pid {pid} (perhaps this service)", path.display());
+        |pid| format!("pid file {}: the running master with pid {pid} uses it (perhaps this service)", path.display());
     Ok(holder.map(note))
 }
 
@@ -172,20 +173,20 @@ fn is_full(directory: &Path) -> bool {
     statvfs(directory).is_ok_and(|found| found.blocks() > 0 && free(&found) == 0)
 }
 
-/// An error if a running master has the file, or if it is not a pid file.
+/// Fails if a running master uses the file, or if it is not a pid file.
 fn refuse_second(path: &Path) -> Result<(), String> {
     match holder(path)? {
         None => Ok(()),
         Some(pid) => Err(format!(
-            "another master has it, with pid {pid} (stop that master, or choose another path with --pid-file)"
+            "another master uses it, with pid {pid} (stop that master, or choose another path with --pid-file)"
         )),
     }
 }
 
-/// The pid of the running master that has the file.
+/// The pid of the running master that uses the file.
 ///
 /// # Errors
-/// If it is not a pid file.
+/// Returns a message for the operator if it is not a pid file.
 fn holder(path: &Path) -> Result<Option<String>, String> {
     let Ok(metadata) = path.symlink_metadata() else { return Ok(None) };
     if !metadata.is_file() {
@@ -198,7 +199,7 @@ fn holder(path: &Path) -> Result<Option<String>, String> {
     let read = file.take(32).read_to_string(&mut text);
     let text = text.trim();
     if read.is_err() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err("the file there does not hold a pid (choose another path with --pid-file)".to_owned());
+        return Err("the existing file does not contain a pid (choose another path with --pid-file)".to_owned());
     }
     Ok(held.then(|| text.to_owned()))
 }
@@ -208,7 +209,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_at_a_time_has_the_file_and_what_a_dead_one_left_is_replaced() {
+    fn one_master_at_a_time_uses_the_file_and_a_dead_masters_file_is_replaced() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.pid");
         std::fs::write(&path, "4000000\n").unwrap();
@@ -216,13 +217,13 @@ mod tests {
         let own = format!("{}\n", std::process::id());
         assert_eq!(std::fs::read_to_string(&path).unwrap(), own);
         let error = PidFile::create(&path).unwrap_err();
-        assert!(error.contains("another master has it") && error.contains("--pid-file"), "{error}");
+        assert!(error.contains("another master uses it") && error.contains("--pid-file"), "{error}");
         first.remove();
         assert_eq!(directory.path().read_dir().unwrap().count(), 0);
     }
 
     #[test]
-    fn what_a_killed_master_left_half_made_is_in_nobodys_way_and_removed() {
+    fn temporary_files_of_a_killed_master_are_removed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.pid");
         for left in [format!(".a.pid.{}", std::process::id()), ".a.pid.0123456789abcdef".to_owned()] {
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn who_can_only_read_a_dead_masters_file_cannot_pass_for_a_living_one() {
+    fn a_read_lock_on_a_dead_masters_file_does_not_prevent_a_start() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.pid");
         std::fs::write(&path, "4000000\n").unwrap();
@@ -246,15 +247,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pid_file_stays() {
+    fn a_file_that_is_not_a_pid_file_stays() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.pid");
         std::fs::write(&path, "notes").unwrap();
-        assert!(PidFile::create(&path).unwrap_err().contains("does not hold a pid"));
+        assert!(PidFile::create(&path).unwrap_err().contains("does not contain a pid"));
         assert!(PidFile::create(directory.path()).unwrap_err().contains("it is a directory, not a pid file"));
         assert!(PidFile::create(&path.join("b")).unwrap_err().contains("--pid-file"));
 
-        // Another file under the same name stays too.
+        // A different file under the same name stays too.
         std::fs::remove_file(&path).unwrap();
         let first = PidFile::create(&path).unwrap();
         std::fs::rename(&path, directory.path().join("b")).unwrap();

@@ -1,4 +1,4 @@
-//! Checks whether `--rlimit` leaves a worker the minimum that it needs, as far as this is known before the first worker
+//! Checks whether `--rlimit` allows a worker the minimum that it needs, as far as the minimum is known before the first worker
 //! starts.
 //!
 //! These are lower bounds: a worker needs more, and the application needs more still. The needs of an external program are
@@ -19,8 +19,10 @@ const STACK: u64 = 2 << 20;
 /// loop.
 const DESCRIPTORS: u64 = 16;
 
+/// Checks the limits of a worker; those of an external program are not checked.
+///
 /// # Errors
-/// A sentence for the operator, for all limits with which no worker can start.
+/// Returns a message for the operator that names every limit with which no worker can start.
 pub(crate) fn check(config: &Config, executes: bool) -> Result<(), String> {
     if executes {
         return Ok(());
@@ -68,7 +70,7 @@ fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
             let least = u64::from(config.workers.min.max(1)) * 2;
             (too_low(least) && !exempt).then(|| {
                 format!(
-                    "--rlimit {limit}: {} workers need at least {least} threads, which count for their user (raise the limit)",
+                    "--rlimit {limit}: {} workers need at least {least} threads, and the limit applies to all threads of their user (raise the limit)",
                     config.workers.min.max(1)
                 )
             })

@@ -11,17 +11,17 @@ use crate::net::listen::{self, ListenError, Listener};
 use crate::net::publish_socket::PublishSocket;
 use crate::upgrade::Takeover;
 
-/// How long to wait for an address in use: a supervisor restarts the server as soon as the former master is dead, when
-/// the former workers may still hold the address.
+/// How long to wait for an address in use: a supervisor may restart the server as soon as the former master is dead, while
+/// the former workers still hold the address.
 const FORMER: Duration = Duration::from_secs(1);
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
-/// Adds the listeners of each `--bind` to `listeners`. After an error, the caller removes the files of those that were
+/// Adds the listeners of each `--bind` to `listeners`. After an error, the caller removes the files of the listeners that were
 /// added.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if an address cannot be bound or a socket cannot be used.
 pub(crate) fn open(
     config: &Config,
     blocking: bool,
@@ -54,18 +54,18 @@ pub(crate) fn open(
     }
     match listeners.as_slice() {
         [_, second, ..] if blocking => {
-            let cause = "forkyard run takes one listening socket, and this is a second one";
+            let cause = "forkyard run takes one listening socket, and this is the second";
             Err(ListenError::new(&second.bind, cause).into())
         }
         _ => Ok(()),
     }
 }
 
-/// The control socket: that of a former master if it has the same path, otherwise a new one. A former master's socket at
-/// another path is removed. An upgrade check does not take it over.
+/// The control socket: a former master's socket if it has the same path, otherwise a new one. A former master's socket at
+/// a different path is removed. An upgrade check does not take the socket over.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the socket cannot be created.
 pub(crate) fn open_control(
     config: &Config,
     takeover: Option<&mut Takeover>,
@@ -83,12 +83,12 @@ pub(crate) fn open_control(
     Ok(wanted.map(ControlListener::bind).transpose()?)
 }
 
-/// The publish socket: that of a former master if its path is still the configured one, otherwise a new one. `None`
-/// without an event log, or if no path is configured and no place is suitable. A former master's socket at another path
-/// is removed. An upgrade check does not take it over.
+/// The publish socket: a former master's socket if its path is still the configured path, otherwise a new one. `None`
+/// without an event log, or if no path is configured and no place is suitable. A former master's socket at a different path
+/// is removed. An upgrade check does not take the socket over.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the socket cannot be created.
 pub(crate) fn open_publish(
     config: &Config,
     takeover: Option<&mut Takeover>,

@@ -7,7 +7,7 @@ use crate::config::address::{Address, Bind, Protocol};
 use crate::sys;
 use crate::upgrade;
 
-/// The variables of this protocol. They are for the master only, and are not passed on.
+/// The variables of this protocol. They are meant for the master, and are not passed on to other processes.
 pub(crate) const VARIABLES: [&str; 4] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"];
 /// The name under which the shared memory is stored.
 pub(crate) const SEGMENT: &str = "forkyard-segment";
@@ -58,10 +58,10 @@ fn protocol_of(name: &str) -> Protocol {
     }
 }
 
-/// The descriptors of the sockets with this name, or of all.
+/// The descriptors of the sockets with this name; of all passed sockets, if `None`.
 ///
 /// # Errors
-/// A sentence for the operator, if there is none.
+/// Returns a message for the operator if there is no such socket.
 pub(crate) fn sockets(name: Option<&str>) -> Result<Vec<RawFd>, String> {
     let passed = passed();
     let ours = passed.iter().filter(|(_, other)| other != SEGMENT && name.is_none_or(|name| name == other));
@@ -80,17 +80,18 @@ pub(crate) fn sockets(name: Option<&str>) -> Result<Vec<RawFd>, String> {
     })
 }
 
-/// The shared memory that a former start stored. Must be called only once. Other descriptors with that name are closed.
+/// The shared memory that a former start stored. Must be called only once. If several descriptors have its name, the last is
+/// returned and the others are closed.
 pub(crate) fn stored_segment() -> Option<OwnedFd> {
-    let scaling: Vec<RawFd> = passed().into_iter().filter(|(_, name)| name == SEGMENT).map(|(fd, _)| fd).collect();
-    sys::take_over(&scaling).into_values().last()
+    let stored: Vec<RawFd> = passed().into_iter().filter(|(_, name)| name == SEGMENT).map(|(fd, _)| fd).collect();
+    sys::take_over(&stored).into_values().last()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn said(pid: &'static str, count: &'static str, names: Option<&'static str>) -> Vec<(RawFd, String)> {
+    fn passed_by(pid: &'static str, count: &'static str, names: Option<&'static str>) -> Vec<(RawFd, String)> {
         let variable = move |name: &str| match name {
             "LISTEN_PID" => Some(pid.to_owned()),
             "LISTEN_FDS" => Some(count.to_owned()),
@@ -101,17 +102,17 @@ mod tests {
 
     #[test]
     fn only_what_was_passed_to_this_process_is_taken() {
-        assert_eq!(said("77", "2", Some("a:b")), [(3, "a".to_owned()), (4, "b".to_owned())]);
-        assert_eq!(said("77", "2", None), [(3, String::new()), (4, String::new())]);
+        assert_eq!(passed_by("77", "2", Some("a:b")), [(3, "a".to_owned()), (4, "b".to_owned())]);
+        assert_eq!(passed_by("77", "2", None), [(3, String::new()), (4, String::new())]);
         for (pid, count) in [("78", "2"), ("", "2"), ("77", ""), ("77", "-1"), ("77", "x")] {
-            assert_eq!(said(pid, count, Some("a:b")), [], "{pid} {count}");
+            assert_eq!(passed_by(pid, count, Some("a:b")), [], "{pid} {count}");
         }
-        assert_eq!(said("77", "2000000000", None).len(), 1024);
+        assert_eq!(passed_by("77", "2000000000", None).len(), 1024);
     }
 
     #[test]
-    fn a_name_tells_the_protocol() {
-        let binds = binds_for(said("77", "5", Some("fastcgi:app.socket:forkyard-segment:scgi-old:fastcgi")));
+    fn the_protocol_follows_from_the_name() {
+        let binds = binds_for(passed_by("77", "5", Some("fastcgi:app.socket:forkyard-segment:scgi-old:fastcgi")));
         let texts: Vec<String> = binds.iter().map(ToString::to_string).collect();
         assert_eq!(texts, ["fastcgi:systemd:fastcgi", "http:systemd:app.socket", "scgi:systemd:scgi-old"]);
         for (bind, text) in binds.iter().zip(texts) {
