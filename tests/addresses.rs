@@ -99,7 +99,7 @@ fn a_program_that_accepts_for_itself_gets_the_first_address_of_a_name_and_the_lo
     let mut command = where_localhost_is(&["127.0.0.1", "::1"], "forkyard");
     command.args(["run", "--bind", "fastcgi:localhost:0", "--workers", "1", "--settle", "0", "--", "sleep", "1000"]);
     let mut server = Server::launch(&mut command);
-    server.wait_for("is not served: a program that accepts for itself has one socket");
+    server.wait_for("did not bind an address: a program that accepts connections itself has one socket");
     server.wait_for("ready in ");
     assert_eq!(server.binds.len(), 1);
 }

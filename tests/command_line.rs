@@ -54,7 +54,7 @@ fn an_address_that_cannot_be_had_is_a_failure() {
     let bind = format!("http:127.0.0.1:{port}");
     refused(&["--bind", &bind], 1, &["cannot bind", &bind, "in use by another program", "--bind"]);
     refused(&["--bind", "http:192.0.2.1:8080"], 1, &["is not an address of this machine"]);
-    refused(&["--bind", "http:no-such-host.invalid:80"], 1, &["does not resolve"]);
+    refused(&["--bind", "http:no-such-host.invalid:80"], 1, &["cannot resolve 'no-such-host.invalid:80'"]);
     refused(
         &["--bind", "fastcgi:unix:/no/such/directory/a.sock"],
         1,
@@ -74,7 +74,7 @@ fn a_unix_socket_is_not_taken_from_another_program() {
     assert!(path.exists());
 
     let long = format!("fastcgi:unix:{}/{}", directory.path().display(), "x".repeat(120));
-    refused(&["--bind", &long], 1, &["may have 107"]);
+    refused(&["--bind", &long], 1, &["the maximum for a Unix socket is 107"]);
     let file = directory.path().join("file");
     std::fs::write(&file, "precious").unwrap();
     refused(&["--bind", &format!("fastcgi:unix:{}", file.display())], 1, &["is not a socket"]);

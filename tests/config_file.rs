@@ -164,7 +164,7 @@ fn check_tries_what_can_be_tried_without_serving() {
             "no program of that name in PATH",
             "/none does not exist (create it",
             "cannot store the cache in",
-            "the file there is not a socket",
+            "the existing file is not a socket",
         ],
     );
     assert!(output.stdout.is_empty());

@@ -113,8 +113,8 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
         "cannot bind http:192.0.2.1:80: 192.0.2.1 is not an address of this machine",
         "cannot bind fastcgi:unix:/no-such-directory/a.sock: ",
         "--bind http:127.0.0.1:65000 and --bind fastcgi:127.0.0.1:65000 overlap",
-        "control socket at /no-such-directory/control: ",
-        "publish socket at /no-such-directory/events: ",
+        "cannot create the control socket /no-such-directory/control: ",
+        "cannot create the publish socket /no-such-directory/events: ",
         "--log-file: cannot open /no-such-directory/log: ",
         "--access-log: cannot open /etc: ",
         "cannot write the pid file /etc/passwd/pid: /etc/passwd is not a directory",
@@ -213,7 +213,7 @@ fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
             let cause = match flag {
                 _ if !path.ends_with("/loop") || LINKS.contains(&flag) => cause,
                 "--pid-file" => "it is a symbolic link, not a pid file",
-                _ => "the file there is not a socket",
+                _ => "the existing file is not a socket",
             };
             let said = complained(&checked, 1, &[&path, cause, flag]);
             let lines: Vec<&str> = said.lines().collect();
@@ -530,7 +530,10 @@ fn check_finds_that_a_file_system_is_full_and_leaves_nothing_on_it() {
 fn check_tells_of_what_a_start_would_have_to_be_given_and_of_files_of_something_else() {
     let directory = tempfile::tempdir().unwrap();
     let text = "bind = ['http:fd:77', 'http:systemd']\nuser = 'root'\n";
-    let words = ["http:fd:77: here, descriptor 77 is not open", "http:systemd: here, systemd passed no socket"];
+    let words = [
+        "http:fd:77: for this process, descriptor 77 is not open",
+        "http:systemd: for this process, systemd passed no socket",
+    ];
     complained(&check("hello", &directory, text), 0, &words);
     let notes = directory.path().join("notes");
     std::fs::write(&notes, "something of somebody").unwrap();

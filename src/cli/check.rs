@@ -62,7 +62,7 @@ impl Findings {
             if let Address::Systemd(name) = &bind.address
                 && let Err(cause) = systemd::sockets(name.as_deref())
             {
-                self.warnings.push(format!("{bind}: here, {cause}"));
+                self.warnings.push(format!("{bind}: for this process, {cause}"));
             }
         }
         if let Some(path) = &config.control.socket {

@@ -20,7 +20,7 @@ impl AsFd for ControlListener {
 }
 
 impl ControlListener {
-    /// Adopts a socket that a predecessor created at `path`, with its `file`.
+    /// Adopts a socket that a former master created at `path`, with its `file`.
     pub(crate) fn adopt(path: PathBuf, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
         Self { path, socket, file }
     }
@@ -29,18 +29,20 @@ impl ControlListener {
         &self.path
     }
 
-    /// Device and inode of this server's socket file.
+    /// Device and inode of the socket file that this server created.
     pub(crate) fn file(&self) -> Option<(u64, u64)> {
         self.file
     }
 
-    /// The error message for the operator.
+    /// The message for the operator if the control socket cannot be created.
     pub(crate) fn fail(path: &Path, cause: &str) -> String {
-        format!("cannot have a control socket at {}: {cause}", path.display())
+        format!("cannot create the control socket {}: {cause}", path.display())
     }
 
+    /// Creates the socket and its file, and listens.
+    ///
     /// # Errors
-    /// A message for the operator.
+    /// Returns a message for the operator if that fails.
     pub(crate) fn bind(path: &Path) -> Result<Self, String> {
         let fail = |cause: String| Self::fail(path, &cause);
         let (socket, file) = bind_file(path, Some(64), Some(0o600), "--control").map_err(fail)?;
@@ -50,7 +52,7 @@ impl ControlListener {
 }
 
 impl Drop for ControlListener {
-    /// Removes the socket file if it is still the file that this listener created.
+    /// Removes the socket file, unless a different file has replaced it.
     fn drop(&mut self) {
         remove_own(&self.path, self.file);
     }

@@ -1,9 +1,9 @@
 //! Hands connections over from one process to another.
 //!
-//! The master creates one channel: a pair of sockets, of which every worker has both ends. A worker that leaves hands
-//! its open connections over, and so does the heir of a dead worker with those that can continue. Any worker with free
-//! capacity takes them, in the same way as new connections from a listener. A connection in the channel belongs to no
-//! process, and survives its sender.
+//! The master creates one channel: a pair of sockets, of which every worker has both ends. A worker that exits hands its
+//! open connections over, and the heir of a dead worker hands over the connections that can continue. Any worker with free
+//! capacity takes them, as it takes new connections from a listener. A connection in the channel belongs to no process,
+//! and survives its sender.
 //!
 //! Each message is one connection: its descriptor and a [`Handoff`].
 //!
@@ -69,7 +69,7 @@ const IS_TLS: u64 = 1 << 18;
 const IS_ADMITTED: u64 = 1 << 19;
 
 impl PackedOrigin {
-    /// For a connection from which nothing was read. `None` is a Unix socket.
+    /// The origin of a connection from which nothing was read. `None` is a peer on a Unix socket.
     pub(crate) fn of_peer(peer: Option<SocketAddr>) -> Self {
         let Some(peer) = peer else { return Self::default() };
         let (ip, is_v4) = match peer.ip() {
@@ -77,13 +77,12 @@ impl PackedOrigin {
             IpAddr::V6(ip) => (ip, 0),
         };
         let bits = ip.to_bits();
-        #[expect(clippy::cast_possible_truncation, reason = "halves of it")]
+        #[expect(clippy::cast_possible_truncation, reason = "the two halves")]
         let (high, low) = ((bits >> 64) as u64, bits as u64);
         Self([HAS_ADDRESS | is_v4 | u64::from(peer.port()), high, low])
     }
 
-    /// For a connection that passed access control, with its client's address and whether the
-    /// client used TLS.
+    /// The origin of a connection that passed access control. `is_tls`: whether the client used TLS.
     pub(crate) fn admitted(client: Option<SocketAddr>, is_tls: bool) -> Self {
         let Self([head, high, low]) = Self::of_peer(client);
         Self([head | IS_ADMITTED | if is_tls { IS_TLS } else { 0 }, high, low])
@@ -117,7 +116,7 @@ pub(crate) struct Channel {
 
 impl Channel {
     /// # Errors
-    /// If no sockets are available.
+    /// Fails if no sockets are available.
     pub(crate) fn open() -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (send, receive) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
@@ -127,7 +126,7 @@ impl Channel {
         Ok(Self { send, receive })
     }
 
-    /// Adopts the ends that a former master left.
+    /// Adopts the ends of a former master's channel.
     pub(crate) fn resume((send, receive): (OwnedFd, OwnedFd)) -> Self {
         Self { send, receive }
     }
@@ -146,7 +145,7 @@ impl Channel {
 /// Sends a connection into the channel; the caller must close its own descriptor next.
 ///
 /// # Errors
-/// `WouldBlock` if too many connections are in transit already, or another error of the channel.
+/// Returns `WouldBlock` if too many connections are in transit already, or another error of the channel.
 pub(crate) fn hand_off(channel: BorrowedFd<'_>, connection: BorrowedFd<'_>, message: &[u8]) -> io::Result<()> {
     use std::os::fd::AsRawFd as _;
     let descriptors = [connection.as_raw_fd()];
@@ -156,8 +155,7 @@ pub(crate) fn hand_off(channel: BorrowedFd<'_>, connection: BorrowedFd<'_>, mess
     Ok(())
 }
 
-/// Whether the error is temporary: too many connections are in transit, in this channel or in the
-/// whole system.
+/// Whether the error is temporary: too many connections are in transit, in this channel or in the whole system.
 pub(crate) fn is_for_later(error: &io::Error) -> bool {
     let for_later = [libc::EAGAIN, libc::ETOOMANYREFS, libc::ENOBUFS, libc::ENOMEM];
     error.raw_os_error().is_some_and(|code| for_later.contains(&code))
@@ -168,7 +166,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_origin_survives_the_way() {
+    fn an_origin_is_the_same_after_packing() {
         for address in [None, Some("127.0.0.1:80"), Some("[::1]:65535"), Some("[::ffff:1.2.3.4]:1")] {
             let address = address.map(|address| address.parse().unwrap());
             let fresh = PackedOrigin::of_peer(address);
@@ -181,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_parcel_survives_the_way_and_what_is_none_is_refused() {
+    fn a_handoff_is_decoded_and_other_messages_are_refused() {
         let handoff = Handoff { listener: 3, origin: PackedOrigin([1, u64::MAX, 0]), early: b"GET / HT".to_vec() };
         let message = handoff.encode();
         assert_eq!(Handoff::decode(&message), Some(handoff));

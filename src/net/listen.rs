@@ -37,7 +37,7 @@ use crate::sys;
 /// Interval between two attempts to bind an address that is in use.
 const IN_USE_INTERVAL: Duration = Duration::from_millis(20);
 
-/// A `--bind` that failed: what was tried, the error, and what to do.
+/// The error of a `--bind`. The cause contains the remedy.
 #[derive(Debug)]
 pub(crate) struct ListenError {
     bind: Bind,
@@ -65,11 +65,12 @@ pub(crate) struct Listener {
     /// The bound address, with the port that the system chose.
     pub(crate) address: Address,
     pub(crate) family: Family,
-    /// The setting that the socket was created for.
+    /// The setting for which the socket was created.
     pub(crate) bind: Bind,
     socket: OwnedFd,
-    /// Device and inode of this server's socket file. A repair replaces the file.
+    /// Device and inode of the socket file that this server created. A repair replaces the file.
     file: Mutex<Option<(u64, u64)>>,
+    /// Whether a former master created the socket.
     adopted: bool,
 }
 
@@ -98,34 +99,33 @@ impl fmt::Display for Listener {
 impl Listener {
     /// Binds and listens.
     ///
-    /// `backlog` is the length of the kernel's queue of connections that are not accepted yet;
-    /// `mode` is the permissions of a socket file; `blocking` is for programs that call `accept`
-    /// themselves.
+    /// `backlog` is the length of the kernel's queue of connections that are not accepted yet. `mode` is the permissions of a
+    /// socket file. `blocking` is true for programs that call `accept` themselves.
     ///
     /// # Errors
-    /// [`ListenError`], worded for the operator.
+    /// Fails if the address cannot be bound.
     pub(crate) fn bind(bind: &Bind, backlog: u32, mode: Option<u32>, blocking: bool) -> Result<Self, ListenError> {
         let fail = |cause: String| ListenError { bind: bind.clone(), cause };
         let listener = match &bind.address {
             Address::Tcp(_) => {
                 let all = Self::bind_all(bind, backlog, mode, blocking, false)?;
-                return all.into_iter().next().ok_or_else(|| fail("it has no address".to_owned()));
+                return all.into_iter().next().ok_or_else(|| fail("the name has no address".to_owned()));
             }
             Address::Path(path) => bind_path(path, bind.protocol, backlog, mode).map_err(fail)?,
             Address::Abstract(name) => bind_abstract(name, bind.protocol, backlog).map_err(fail)?,
             Address::Inherited(fd) => inherit(*fd, bind.protocol).map_err(fail)?,
-            Address::Systemd(_) => return Err(fail("its sockets are known at the start only".to_owned())),
+            Address::Systemd(_) => return Err(fail("systemd passes sockets only at a start".to_owned())),
         };
         set_blocking(&listener.socket, blocking).map_err(|error| fail(error.to_string()))?;
         listener.prepared(bind)
     }
 
     /// Like [`Listener::bind`], for all addresses of a name. Programs have one socket, for the first address.
-    /// `leaves_ipv4`: see [`Bind`].
+    /// `leaves_ipv4`: see [`Bind::leaves_ipv4`]. An address that this machine does not have is omitted if a different address of
+    /// the name is bound.
     ///
     /// # Errors
-    /// As for [`Listener::bind`]; in that case no address is bound. An address that this machine does not have is left
-    /// out if another one is bound.
+    /// Fails as [`Listener::bind`] does. No address is bound in that case.
     pub(crate) fn bind_all(
         bind: &Bind,
         backlog: u32,
@@ -146,12 +146,12 @@ impl Listener {
         bound.into_iter().map(prepare).collect()
     }
 
-    /// Adopts a socket that a predecessor created for `bind`, with its `file`. Does not change whether the socket
+    /// Adopts a socket that a former master created for `bind`, with its `file`. Does not change whether the socket
     /// blocks: this is a property of the socket, not of the descriptor, and the processes that accept on it depend on
-    /// it. (A program with an event loop may have set it.)
+    /// it. (A program with an event loop may have changed it.)
     ///
     /// # Errors
-    /// If it is not a listening socket, or it blocks and must not.
+    /// Fails if it is not a listening socket, or if it blocks although `blocking` is false.
     pub(crate) fn adopt(
         bind: &Bind,
         socket: OwnedFd,
@@ -161,8 +161,8 @@ impl Listener {
         let fail = |cause: String| ListenError { bind: bind.clone(), cause };
         let family = family_of(&socket).map_err(|cause| fail(format!("the socket of the former master {cause}")))?;
         if !blocking && is_blocking(&socket).map_err(|error| fail(error.to_string()))? {
-            let cause = "programs wait at it that accept for themselves, as this build's workers do not";
-            return Err(fail(format!("{cause} (stop and start instead)")));
+            let cause = "the former master's programs accept from this socket and block, and the workers of this build must not block";
+            return Err(fail(format!("{cause} (stop and start the server instead)")));
         }
         let mut listener = Self::new(bind.protocol, bind.address.clone(), family, socket, file);
         listener.adopted = true;
@@ -195,15 +195,15 @@ impl Listener {
         Ok(self)
     }
 
-    /// Device and inode of this server's socket file.
+    /// Device and inode of the socket file that this server created.
     pub(crate) fn file(&self) -> Option<(u64, u64)> {
         *self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the socket file that this listener made to `owner`.
+    /// Changes the owner of the socket file that this listener created.
     ///
     /// # Errors
-    /// [`ListenError`], worded for the operator.
+    /// Fails if the file was replaced, or a system call fails.
     pub(crate) fn give_file(&self, owner: Owner) -> Result<(), ListenError> {
         self.give_file_of(nix::unistd::geteuid(), owner)
     }
@@ -211,13 +211,13 @@ impl Listener {
     /// Like [`Listener::give_file`], for a file that was given to `from` before.
     ///
     /// # Errors
-    /// [`ListenError`], worded for the operator.
+    /// Fails as [`Listener::give_file`] does.
     pub(crate) fn give_file_of(&self, from: nix::unistd::Uid, owner: Owner) -> Result<(), ListenError> {
         let (Address::Path(path), Some(ours)) = (&self.address, self.file()) else { return Ok(()) };
         give_socket_file_of(path, ours, from, owner).map_err(|error| ListenError {
             bind: Bind { protocol: self.protocol, address: self.address.clone() },
             cause: format!(
-                "its file cannot be given to user {} and group {}: {error} (name others with --socket-owner)",
+                "cannot change the owner of its file to user {} and group {}: {error} (choose a different owner with --socket-owner)",
                 owner.user, owner.group
             ),
         })
@@ -226,7 +226,7 @@ impl Listener {
     /// A second descriptor of the same socket.
     ///
     /// # Errors
-    /// If no descriptor is available.
+    /// Fails if no descriptor is available.
     pub(crate) fn duplicate(&self) -> io::Result<OwnedFd> {
         self.socket.try_clone()
     }
@@ -236,8 +236,7 @@ impl Listener {
         let Ok(bound) = socket::getsockname::<SockaddrStorage>(self.socket.as_raw_fd()) else { return false };
         match (sys::internet_address(&bound), sys::internet_address(ours)) {
             (Some(bound), Some(ours)) => {
-                // If two sockets share a port, only one accepts IPv4 connections; on the other,
-                // their addresses would be IPv4-mapped.
+                // If an IPv4 and an IPv6 socket share a port, the IPv6 socket accepts no IPv4 connections.
                 let same_family = bound.is_ipv4() == ours.is_ipv4();
                 let same_host = bound.ip().is_unspecified() || bound.ip() == ours.ip();
                 bound.port() == ours.port() && same_family && same_host
@@ -247,7 +246,7 @@ impl Listener {
         }
     }
 
-    /// Removes the socket file if it is still the file that this listener created.
+    /// Removes the socket file, unless a different file has replaced it.
     pub(crate) fn remove_file(&self) {
         if let Address::Path(path) = &self.address {
             remove_own(path, self.file());
@@ -271,25 +270,27 @@ pub(super) fn set_blocking(socket: &OwnedFd, blocking: bool) -> io::Result<()> {
 /// that uses it may be this service itself.
 ///
 /// # Errors
-/// A message for the operator: why the address cannot be bound.
+/// Returns a message for the operator if the address cannot be bound.
 pub(crate) fn examine(bind: &Bind, all: &[Bind]) -> Result<Option<String>, String> {
     let found = match &bind.address {
         Address::Path(path) => examine_path(path, "--bind"),
         Address::Tcp(address) => examine_tcp(address, bind.leaves_ipv4(all)),
         // The name is free, or in use by another process.
         Address::Abstract(name) => abstract_address(name).map(|_| None),
-        // The process that starts the server may pass it another descriptor.
-        Address::Inherited(fd) => Ok(inherit(*fd, bind.protocol).err().map(|cause| format!("here, {cause}"))),
+        // The process that starts the server may pass different descriptors.
+        Address::Inherited(fd) => {
+            Ok(inherit(*fd, bind.protocol).err().map(|cause| format!("for this process, {cause}")))
+        }
         Address::Systemd(_) => Ok(None),
     };
     found.map(|note| note.map(|note| format!("{bind}: {note}"))).map_err(|cause| format!("cannot bind {bind}: {cause}"))
 }
 
-/// Waits up to `patience` while the address is in use: the workers of a server that was just killed may be about to
+/// Waits up to `timeout` while the address is in use: the workers of a server that was just killed may be about to
 /// release it.
-pub(crate) fn await_address(bind: &Bind, patience: Duration, leaves_ipv4: bool) {
+pub(crate) fn await_address(bind: &Bind, timeout: Duration, leaves_ipv4: bool) {
     let begun = Instant::now();
-    while is_in_use(bind, leaves_ipv4) && begun.elapsed() < patience {
+    while is_in_use(bind, leaves_ipv4) && begun.elapsed() < timeout {
         std::thread::sleep(IN_USE_INTERVAL);
     }
 }
@@ -311,7 +312,7 @@ fn is_in_use(bind: &Bind, leaves_ipv4: bool) -> bool {
 
 fn new_socket(family: AddressFamily, kind: SockType) -> Result<OwnedFd, String> {
     socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, None)
-        .map_err(|errno| format!("no socket can be had: {}", sys::explain(&errno.into())))
+        .map_err(|errno| format!("cannot create a socket: {}", sys::explain(&errno.into())))
 }
 
 fn listen(socket: &OwnedFd, backlog: u32) -> Result<(), String> {
@@ -329,7 +330,9 @@ fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listene
     let address = abstract_address(name)?;
     let socket = new_socket(AddressFamily::Unix, SockType::Stream)?;
     socket::bind(socket.as_raw_fd(), &address).map_err(|errno| match errno {
-        Errno::EADDRINUSE => "another program is listening there (stop that one, or choose another name)".to_owned(),
+        Errno::EADDRINUSE => {
+            "another program is listening there (stop that program, or choose another name)".to_owned()
+        }
         errno => errno.desc().to_lowercase(),
     })?;
     listen(&socket, backlog)?;
@@ -338,25 +341,28 @@ fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listene
 
 fn abstract_address(name: &str) -> Result<UnixAddr, String> {
     UnixAddr::new_abstract(name.as_bytes())
-        .map_err(|_| format!("the name has {} bytes, and an abstract socket's may have 107", name.len()))
+        .map_err(|_| format!("the name has {} bytes, and the maximum for an abstract socket is 107", name.len()))
 }
 
 fn inherit(fd: RawFd, protocol: Protocol) -> Result<Listener, String> {
     let socket = sys::descriptor(fd)
-        .ok_or(format!("descriptor {fd} is not open (the program that starts this one must pass it on)"))?;
+        .ok_or(format!("descriptor {fd} is not open (the program that starts the server must pass it)"))?;
     let family = family_of(&socket).map_err(|cause| format!("descriptor {fd} {cause}"))?;
     Ok(Listener::new(protocol, Address::Inherited(fd), family, socket, None))
 }
 
-/// Device and inode of the listening socket that is open as descriptor `fd`; they are the same for
-/// each descriptor of the socket.
+/// Device and inode of the listening socket that is open as descriptor `fd`; they are the same for each descriptor of the
+/// socket.
 pub(crate) fn identity_of(fd: RawFd) -> Option<(u64, u64)> {
     let socket = sys::descriptor(fd)?;
     let found = nix::sys::stat::fstat(&socket).ok()?;
     socket::getsockopt(&socket, sockopt::AcceptConn).ok()?.then_some((found.st_dev, found.st_ino))
 }
 
-/// Returns the family of a listening socket, or an error text that states what it is instead.
+/// The family of a listening socket.
+///
+/// # Errors
+/// Returns the rest of a sentence about the socket, as in `is not a listening socket`.
 fn family_of(socket: &OwnedFd) -> Result<Family, String> {
     if !socket::getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err("is not a listening socket (call listen on it before passing it on)".to_owned());
@@ -368,12 +374,12 @@ fn family_of(socket: &OwnedFd) -> Result<Family, String> {
     match address.family() {
         Some(AddressFamily::Unix) => Ok(Family::Unix),
         Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(Family::Tcp),
-        other => Err(format!("is a socket of a family not served here: {other:?}")),
+        other => Err(format!("is a socket of an unsupported address family: {other:?}")),
     }
 }
 
-/// Whether standard input is a listening socket: the FastCGI convention for a program that a web
-/// server starts (FastCGI specification 1.0, section 2.2).
+/// Whether standard input is a listening socket: the FastCGI convention for a program that a web server starts (FastCGI
+/// specification 1.0, section 2.2).
 pub(crate) fn started_by_web_server() -> bool {
     socket::getsockopt(&io::stdin(), sockopt::AcceptConn).unwrap_or(false)
 }
@@ -387,7 +393,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_all_that_start_at_once_on_one_path_one_listens() {
+    fn of_several_servers_that_start_together_on_one_path_one_listens() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");
         let bind: Bind = format!("fastcgi:unix:{}", path.display()).parse().unwrap();
@@ -403,13 +409,13 @@ mod tests {
                 threads.into_iter().map(|thread| thread.join().unwrap()).collect()
             });
             assert_eq!(all.iter().filter(|listener| listener.is_ok()).count(), 1, "{all:?}");
-            assert_eq!(probe(&path), Ok(()), "the one that listens has the file");
+            assert_eq!(probe(&path), Ok(()), "the file belongs to the listening socket");
             all.iter().flatten().for_each(Listener::remove_file);
         }
     }
 
     #[test]
-    fn who_goes_on_with_a_socket_does_not_change_it_under_those_who_accept() {
+    fn adopting_a_socket_does_not_change_whether_it_blocks() {
         let bind: Bind = "fastcgi:127.0.0.1:0".parse().unwrap();
         let adopt = |made: &Listener, blocking| Listener::adopt(&bind, made.duplicate().unwrap(), None, blocking);
         // Created for programs that block in accept; a program with an event loop changes that.
@@ -417,7 +423,7 @@ mod tests {
         assert!(is_blocking(&made.socket).unwrap());
         let error = adopt(&made, false).unwrap_err().to_string();
         assert!(error.contains("stop and start"), "{error}");
-        assert!(is_blocking(&made.socket).unwrap(), "whoever only looked has changed nothing");
+        assert!(is_blocking(&made.socket).unwrap(), "a refused adoption changes nothing");
         set_blocking(&made.socket, false).unwrap();
         for blocking in [true, false] {
             adopt(&made, blocking).unwrap();
@@ -434,7 +440,7 @@ mod tests {
         assert_eq!(all.len(), here, "{names:?}: {all:?}");
         let ports = all.iter().map(|listener| match &listener.address {
             Address::Tcp(address) => address.parse::<SocketAddr>().unwrap().port(),
-            other => panic!("it is TCP: {other}"),
+            other => panic!("not TCP: {other}"),
         });
         let ports: std::collections::BTreeSet<u16> = ports.collect();
         assert!(ports.len() == 1 && !ports.contains(&0), "{ports:?}");
@@ -446,7 +452,7 @@ mod tests {
     fn a_connection_belongs_to_the_socket_of_its_family() {
         let both = ["http:[::]:0", "http:0.0.0.0:0"].map(|text| text.parse::<Bind>().unwrap());
         let v6 = Listener::bind_all(&both[0], 8, None, false, true).unwrap().remove(0);
-        let Address::Tcp(bound) = &v6.address else { panic!("it is TCP") };
+        let Address::Tcp(bound) = &v6.address else { panic!("not TCP") };
         let port = bound.parse::<SocketAddr>().unwrap().port();
         let v4 = Listener::bind(&format!("http:0.0.0.0:{port}").parse().unwrap(), 8, None, false).unwrap();
         let near = |ip: &str| SockaddrStorage::from(SocketAddr::new(ip.parse().unwrap(), port));
@@ -455,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_keeps_packets_apart_is_not_served() {
+    fn a_seqpacket_socket_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let kind = SockType::SeqPacket;
         let socket = socket::socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
@@ -479,7 +485,7 @@ mod tests {
         let error = Listener::bind(&bind, 8, None, false).unwrap_err().to_string();
         assert!(error.contains("another program is listening there"), "{error}");
 
-        // A file of another program under the same name is kept.
+        // A file that another program created under the same name is kept.
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "mine").unwrap();
         first.remove_file();

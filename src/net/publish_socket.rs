@@ -1,4 +1,4 @@
-//! Creates the publish socket, to which programs in any language send events as datagrams. The relay reads it.
+//! Creates the publish socket, to which programs in any language send events as datagrams. The relay receives them.
 //!
 //! The socket has a file, so that file permissions decide which users may send. Without `--events-socket` the file is
 //! in a directory of its own, which is removed together with the file. If a master was killed, the next master that
@@ -20,14 +20,15 @@ use crate::privileges::Visitor;
 use crate::sys::file_path::examine_directory;
 use crate::sys::lock_file::LockFile;
 
-/// Environment variable of every program that contains the path of the socket.
+/// Environment variable with the path of the socket, which every program gets.
 pub(crate) const VARIABLE: &str = "FORKYARD_EVENTS";
 const FLAG: &str = "--events-socket";
-/// Prefix of the directories' names, and the name of the socket in them.
+/// Prefix of the directories' names.
 const DIRECTORY: &str = "forkyard-events-";
+/// Name of the socket in such a directory.
 const NAME: &str = "socket";
 
-/// Removes its file when dropped, unless the file was replaced.
+/// A bound publish socket. Removes its file when dropped, unless the file was replaced.
 #[derive(Debug)]
 pub(crate) struct PublishSocket {
     /// The path of `--events-socket`. If `None`, this socket owns the directory as well.
@@ -38,10 +39,10 @@ pub(crate) struct PublishSocket {
 }
 
 impl PublishSocket {
-    /// `None`, with a warning, if no path was configured and there is no place for the socket.
+    /// Creates the socket. Logs a warning and returns `None` if no path was configured and there is no place for the socket.
     ///
     /// # Errors
-    /// A message for the operator: `--events-socket` names an unsuitable path.
+    /// Returns a message for the operator if `--events-socket` names an unsuitable path.
     pub(crate) fn bind(config: &Config) -> Result<Option<Self>, String> {
         let Some(asked) = &config.publish.socket else {
             return Ok(Self::bind_somewhere(config).inspect_err(|why| log::warn!("{why}")).ok());
@@ -58,7 +59,7 @@ impl PublishSocket {
     /// Binds in a directory of its own, in the first suitable place.
     ///
     /// # Errors
-    /// Why there is no such place.
+    /// Returns a message for the operator if there is no such place.
     fn bind_somewhere(config: &Config) -> Result<Self, String> {
         first_of(&places(), config, |place| {
             let path = private_directory(place).map_err(|error| error.to_string())?.join(NAME);
@@ -71,13 +72,13 @@ impl PublishSocket {
         let made = Self { asked, path, socket, file };
         if let (Some(owner), Some(file)) = (config.privileges.owner_of_files(), made.file) {
             listen::give_socket_file(&made.path, file, owner).map_err(|error| {
-                format!("it cannot be given to the user of --user: {error} (choose a path with {FLAG})")
+                format!("cannot change its owner to the user of --user: {error} (choose a path with {FLAG})")
             })?;
         }
         Ok(made)
     }
 
-    /// Adopts a socket that a predecessor created.
+    /// Adopts a socket that a former master created.
     pub(crate) fn adopt(
         asked: Option<PathBuf>,
         path: PathBuf,
@@ -87,10 +88,10 @@ impl PublishSocket {
         Self { asked, path, socket, file }
     }
 
-    /// Gives the file, which belongs to `from`, to another owner.
+    /// Changes the owner of the file from `from` to `to`.
     ///
     /// # Errors
-    /// If the file was replaced, or a system call fails.
+    /// Fails if the file was replaced, or a system call fails.
     pub(crate) fn give(&self, from: Uid, to: Owner) -> io::Result<()> {
         self.file.map_or(Ok(()), |file| listen::give_socket_file_of(&self.path, file, from, to))
     }
@@ -109,7 +110,7 @@ impl PublishSocket {
         &self.path
     }
 
-    /// Device and inode of this process's file.
+    /// Device and inode of the socket file that this server created.
     pub(crate) fn file(&self) -> Option<(u64, u64)> {
         self.file
     }
@@ -118,8 +119,7 @@ impl PublishSocket {
         self.socket.as_raw_fd()
     }
 
-    /// The path as programs see it, which may have another root. `None` if the socket is outside
-    /// that root.
+    /// The path for programs with the root directory `chroot`. `None` if the socket is outside of that directory.
     pub(crate) fn seen_from(&self, chroot: Option<&Path>) -> Option<PathBuf> {
         let Some(root) = chroot else { return Some(self.path.clone()) };
         let root = std::path::absolute(root).ok()?;
@@ -147,8 +147,8 @@ fn remove_directory(asked: &Option<PathBuf>, path: &Path) {
     }
 }
 
-/// Candidates for the directory, best first: the directory that systemd created for this service,
-/// the directory for temporary files, and the usual places.
+/// Candidates for the directory, best first: the directory that systemd created for this service, the directory for temporary
+/// files, and the usual places.
 fn places() -> Vec<PathBuf> {
     let given = std::env::var_os("RUNTIME_DIRECTORY");
     let given = given.and_then(|given| std::env::split_paths(&given).find(|path| path.is_dir()));
@@ -167,7 +167,7 @@ fn places() -> Vec<PathBuf> {
 /// Calls `try_it` for each place that the workers' user can enter, until it succeeds.
 ///
 /// # Errors
-/// A message for the operator: why no place is suitable.
+/// Returns a message for the operator if no place is suitable.
 fn first_of<T>(
     places: &[PathBuf],
     config: &Config,
@@ -178,7 +178,7 @@ fn first_of<T>(
     for place in places {
         let barred = visitor.as_ref().and_then(|visitor| visitor.barred_at(place));
         let found = match barred {
-            Some(directory) => Err(format!("the user of --user may not enter {}", directory.display())),
+            Some(directory) => Err(format!("the user of --user cannot enter {}", directory.display())),
             None => try_it(place),
         };
         match found {
@@ -187,30 +187,29 @@ fn first_of<T>(
         }
     }
     Err(format!(
-        "programs cannot publish events and get no {VARIABLE}, as there is no place for the socket: {} (name a path with \
-         {FLAG}, set TMPDIR, or leave the event log out with --events 0)",
+        "programs cannot publish events and get no {VARIABLE}: there is no place for the socket: {} (name a path with {FLAG}, \
+         set TMPDIR, or disable the event log with --events 0)",
         causes.join("; ")
     ))
 }
 
-/// Checks the publish socket without creating anything. Returns an error if the configured path is
-/// unsuitable, or a note for the operator.
+/// Checks the publish socket without creating anything. May return a note for the operator.
 ///
 /// # Errors
-/// A message for the operator.
+/// Returns a message for the operator if the configured path is unsuitable.
 pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
     if config.events.bytes == 0 {
         return Ok(None);
     }
     let Some(path) = &config.publish.socket else {
         let directory_name = format!("{DIRECTORY}{:016x}", 0);
-        let look = |place: &Path| {
+        let is_suitable = |place: &Path| {
             let socket =
                 std::path::absolute(place).map_err(|error| error.to_string())?.join(&directory_name).join(NAME);
             listen::examine_length(&socket, FLAG)?;
             examine_directory(&place.join(NAME), FLAG)
         };
-        return Ok(first_of(&places(), config, look).err());
+        return Ok(first_of(&places(), config, is_suitable).err());
     };
     match listen::examine_path(path, FLAG) {
         Ok(None) => Ok(note_on(path, config)),
@@ -220,21 +219,21 @@ pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
 }
 
 fn fail(path: &Path, cause: &str) -> String {
-    format!("cannot have a publish socket at {}: {cause}", path.display())
+    format!("cannot create the publish socket {}: {cause}", path.display())
 }
 
-/// A note if the workers' user cannot publish at a configured path.
+/// Returns a note if the workers' user cannot publish at a configured path.
 fn note_on(path: &Path, config: &Config) -> Option<String> {
     let directory = std::path::absolute(path).ok()?.parent()?.to_owned();
     let barred = Visitor::of(&config.privileges)?.barred_at(&directory)?;
     Some(format!(
-        "the user of --user cannot publish at {}: it may not enter {} (choose another path with {FLAG}, or chmod o+x that directory)",
+        "the user of --user cannot publish at {}: it cannot enter {} (choose another path with {FLAG}, or chmod o+x that directory)",
         path.display(),
         barred.display()
     ))
 }
 
-/// Creates a directory that every user may enter and only this user may change.
+/// Creates a directory that every user can enter and only this user can change.
 fn private_directory(place: &Path) -> io::Result<PathBuf> {
     let place = std::path::absolute(place)?;
     sweep(&place);
@@ -268,7 +267,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_goes_with_its_socket_and_what_a_dead_master_left_with_the_next_one() {
+    fn a_directory_is_removed_with_its_socket_and_a_dead_masters_directory_by_the_next_master() {
         let place = tempfile::tempdir().unwrap();
         let bind = || {
             let path = private_directory(place.path()).unwrap().join(NAME);
@@ -290,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_with_another_root_find_it_below_that_or_not_at_all() {
+    fn the_path_is_relative_to_the_programs_root_or_none() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("run/events");
         std::fs::create_dir(directory.path().join("run")).unwrap();

@@ -1,9 +1,9 @@
 //! Counts the connections in the kernel's queue of a listening socket that have not been accepted yet.
 //!
-//! A TCP socket reports its own count. For Unix sockets only the kernel's socket diagnosis does (`NETLINK_SOCK_DIAG`),
-//! which needs no privilege; php-fpm and uWSGI show 0 for Unix sockets. Where the diagnosis is missing (a kernel
-//! without `unix_diag`, a socket from another network namespace), it is only possible to determine whether any
-//! connections wait.
+//! A TCP socket reports its own count. The count of a Unix socket is available only from the kernel's socket diagnosis
+//! (`NETLINK_SOCK_DIAG`), which requires no privilege; php-fpm and uWSGI show 0 for Unix sockets. Where the diagnosis is
+//! missing (a kernel without `unix_diag`, a socket from another network namespace), it is only possible to determine whether
+//! any connections wait.
 //!
 //! Must not block. The kernel puts its reply into the socket before `send` returns.
 
@@ -20,14 +20,16 @@ use crate::sys;
 
 /// `SOCK_DIAG_BY_FAMILY`, from `linux/sock_diag.h`.
 const BY_FAMILY: u16 = 20;
-/// `UDIAG_SHOW_RQLEN`, and the attribute in its reply, from `linux/unix_diag.h`.
+/// `UDIAG_SHOW_RQLEN`, from `linux/unix_diag.h`.
 const SHOW_QUEUE: u32 = 0x10;
+/// `UNIX_DIAG_RQLEN`, the attribute in the reply.
 const QUEUE: u16 = 4;
-/// Sizes of `struct nlmsghdr`, and of the `struct unix_diag_msg` after it.
+/// Size of `struct nlmsghdr`.
 const HEADER: usize = 16;
+/// Size of the `struct unix_diag_msg` after it.
 const UNIX: usize = 16;
 
-/// Queries the kernel.
+/// Queries the kernel for the lengths of the queues.
 #[derive(Debug)]
 pub(crate) struct QueueDepth {
     /// `None` if the kernel has no socket diagnosis.
@@ -41,14 +43,13 @@ impl QueueDepth {
         Self { diagnosis: socket::socket(family, kind, flags, SockProtocol::NetlinkSockDiag).ok() }
     }
 
-    /// Number of connections that wait at this listener. If the kernel cannot count them, 1 if
-    /// there are any.
+    /// Number of connections in this listener's queue; where the kernel does not count them, 1 if there are any.
     pub(crate) fn of(&self, listener: &Listener) -> u32 {
         self.counted(listener).unwrap_or_else(|| u32::from(is_readable(listener)))
     }
 
-    /// Like [`QueueDepth::of`], but `None` if the kernel cannot count. Also valid for a socket that
-    /// was shut down, which polls as readable forever.
+    /// Like [`QueueDepth::of`], but `None` where the kernel does not count. Correct even for a socket that was shut down, which
+    /// polls as readable forever.
     pub(crate) fn counted(&self, listener: &Listener) -> Option<u32> {
         match listener.family {
             Family::Tcp => sys::tcp_queue(listener.as_fd()).ok(),
@@ -105,8 +106,7 @@ fn queue_in(answer: &[u8], inode: u32) -> Option<u32> {
         if u16::from_ne_bytes([head[2], head[3]]) == QUEUE {
             return rest.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes));
         }
-        // Each attribute begins at a multiple of four. A length below that of the attribute's own
-        // header would loop forever.
+        // Each attribute begins at a multiple of four. A length below that of the attribute's own header would loop forever.
         attributes = rest.get(length.max(4).next_multiple_of(4) - 4..)?;
     }
     None
@@ -125,11 +125,11 @@ mod tests {
     }
 
     #[test]
-    fn connections_that_nobody_has_accepted_are_counted() {
+    fn connections_that_are_not_accepted_yet_are_counted() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");
         let (unix, tcp) = (listener(&format!("http:unix:{}", path.display())), listener("http:127.0.0.1:0"));
-        let Address::Tcp(address) = &tcp.address else { panic!("it is TCP") };
+        let Address::Tcp(address) = &tcp.address else { panic!("not TCP") };
         let depth = QueueDepth::new();
         assert_eq!((depth.of(&unix), depth.of(&tcp)), (0, 0));
         let waiting: Vec<UnixStream> = (0..3).map(|_| UnixStream::connect(&path).unwrap()).collect();
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_makes_no_sense_is_none() {
+    fn an_invalid_reply_is_none() {
         let mut answer = vec![0; HEADER + UNIX];
         answer[4..6].copy_from_slice(&BY_FAMILY.to_ne_bytes());
         answer[HEADER + 4..HEADER + 8].copy_from_slice(&7_u32.to_ne_bytes());

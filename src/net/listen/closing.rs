@@ -8,11 +8,10 @@
 //! - TCP: new connections are refused, and queued connections are reset. So a socket filter that drops SYN segments
 //!   first holds off new connections until the queue is empty (the client's kernel retransmits its SYN after a second).
 //!
-//! After that a non-blocking `accept` returns EINVAL over TCP, and EAGAIN on a Unix socket, which polls as readable
-//! forever; a blocking `accept` returns EINVAL on both.
+//! After a shutdown(2), a non-blocking `accept` returns EINVAL over TCP, and EAGAIN on a Unix socket, which polls as readable
+//! forever. A blocking `accept` returns EINVAL on both.
 //!
-//! Sockets that were passed to this server (systemd, fd:N) belong to other processes too, and are never closed in this
-//! way.
+//! Sockets that were passed to this server (systemd, fd:N) belong to other processes too, and are never shut down.
 
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -29,7 +28,7 @@ use crate::sys;
 const UNFILTERED: Duration = Duration::from_millis(200);
 
 impl Listener {
-    /// Whether this server bound the socket itself, so that no other process needs it.
+    /// Whether this server bound the socket itself. No process outside this server needs it then.
     pub(crate) fn is_own(&self) -> bool {
         match self.bind.address {
             Address::Tcp(_) | Address::Path(_) | Address::Abstract(_) => true,
@@ -37,14 +36,13 @@ impl Listener {
         }
     }
 
-    /// Whether the socket has an abstract name, which is in use as long as any process holds the
-    /// socket.
+    /// Whether the socket has an abstract name, which is in use as long as any process holds the socket.
     pub(crate) fn is_abstract(&self) -> bool {
         self.is_own() && matches!(self.address, Address::Abstract(_))
     }
 
-    /// Keeps new connections out of the queue; queued connections can still be accepted. Returns
-    /// false if this is not possible.
+    /// Keeps new connections out of the queue; queued connections can still be accepted. Returns false if this is not
+    /// possible.
     pub(crate) fn hold_off(&self) -> bool {
         match self.family {
             Family::Tcp => sys::drop_syn_segments(self.as_fd()).is_ok(),
@@ -62,17 +60,17 @@ impl Listener {
 
     fn shut(&self) {
         match socket::shutdown(self.socket.as_raw_fd(), Shutdown::Read) {
-            // ENOTSOCK or EBADF: this process has already given the socket up. ENOTCONN: it was already shut down.
+            // ENOTSOCK or EBADF: this process has already closed the socket. ENOTCONN: the socket was already shut down.
             Ok(()) | Err(Errno::ENOTSOCK | Errno::ENOTCONN | Errno::EBADF) => {}
-            Err(errno) => log::warn!("cannot close bind={}: {}", self.bind, errno.desc()),
+            Err(errno) => log::warn!(bind:% = self.bind; "cannot shut down a listening socket: {}", errno.desc()),
         }
     }
 
-    /// Closes the socket in this process, and in those that share its descriptor table. The
-    /// descriptor number stays open and refers to `stand_in` from now on.
+    /// Closes the socket in this process, and in processes that share its descriptor table. The descriptor number stays open
+    /// and refers to `stand_in` from now on.
     pub(crate) fn give_up(&self, stand_in: &OwnedFd) {
         if let Err(error) = sys::replace(self.socket.as_raw_fd(), stand_in) {
-            log::warn!("cannot close bind={} here: {error}", self.bind);
+            log::warn!(bind:% = self.bind; "cannot close a listening socket in this process: {error}");
         }
     }
 }
@@ -85,8 +83,7 @@ pub(crate) fn is_listening(socket: BorrowedFd<'_>) -> bool {
     !is_shut && socket::getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false)
 }
 
-/// Listening sockets that are being closed: new connections are held off, then the queues empty,
-/// then connections are refused.
+/// Listening sockets that are being closed: new connections are held off, then the queues empty, then connections are refused.
 #[derive(Debug)]
 pub(crate) struct Closing {
     open: Vec<Open>,
@@ -98,17 +95,16 @@ pub(crate) struct Closing {
 #[derive(Debug)]
 struct Open {
     index: usize,
-    /// Limit of the wait for the queue to empty.
+    /// When the wait for the queue to empty ends.
     until: Instant,
-    /// Set when the queue is no longer waited for.
+    /// `None` during the wait for the queue to empty.
     refuses_at: Option<Instant>,
 }
 
 impl Closing {
-    /// Begins to close the `listeners` that this server bound. Their queues have `patience` to empty. With `linger`,
-    /// processes that block in accept(2) are left undisturbed for that long afterwards: a separate request makes them
-    /// leave.
-    pub(crate) fn begin(listeners: &[Listener], patience: Duration, linger: Duration) -> Self {
+    /// Begins to close the `listeners` that this server bound. Their queues have `timeout` to empty. After that, processes that block
+    /// in accept(2) are left undisturbed for `linger`: a separate request makes them exit.
+    pub(crate) fn begin(listeners: &[Listener], timeout: Duration, linger: Duration) -> Self {
         let now = Instant::now();
         let own = listeners.iter().enumerate().filter(|(_, listener)| listener.is_own());
         let open = own.map(|(index, listener)| {
@@ -120,8 +116,8 @@ impl Closing {
                 }
                 _ => listener.hold_off(),
             };
-            let patience = if is_held_off { patience } else { patience.min(UNFILTERED) };
-            Open { index, until: now + patience, refuses_at: None }
+            let timeout = if is_held_off { timeout } else { timeout.min(UNFILTERED) };
+            Open { index, until: now + timeout, refuses_at: None }
         });
         Self { open: open.collect(), linger }
     }
@@ -157,7 +153,7 @@ impl Closing {
         lost
     }
 
-    /// Whether no queue is being waited for.
+    /// Whether the wait for every queue is over.
     pub(crate) fn is_dry(&self) -> bool {
         self.open.iter().all(|open| open.refuses_at.is_some())
     }
@@ -189,13 +185,13 @@ mod tests {
     fn a_tcp_queue_is_served_before_its_socket_refuses_and_then_its_port_is_free() {
         for host in ["127.0.0.1", "[::1]"] {
             let listener = bind(&format!("http:{host}:0"));
-            let Address::Tcp(address) = listener.address.clone() else { panic!("it is TCP") };
+            let Address::Tcp(address) = listener.address.clone() else { panic!("not TCP") };
             let elsewhere = listener.duplicate().unwrap();
             let mut waiting = TcpStream::connect(&address).unwrap();
             let listeners = [listener];
             let mut closing = Closing::begin(&listeners, Duration::from_secs(60), Duration::ZERO);
             assert_eq!(closing.advance(&listeners, queued, Instant::now()), 0);
-            assert!(!closing.is_over(), "somebody waits");
+            assert!(!closing.is_over(), "a connection is queued");
             let late = TcpStream::connect_timeout(&address.parse().unwrap(), Duration::from_millis(50));
             assert_eq!(late.unwrap_err().kind(), ErrorKind::TimedOut, "the queue only shrinks");
             let (socket, _) = sys::accept(listeners[0].as_fd()).unwrap();
@@ -210,16 +206,16 @@ mod tests {
             let mut accepted = TcpStream::from(socket);
             accepted.set_nonblocking(false).unwrap();
             accepted.write_all(b"hello").unwrap();
-            let mut said = [0; 5];
-            waiting.read_exact(&mut said).unwrap();
-            assert_eq!(&said, b"hello");
+            let mut received = [0; 5];
+            waiting.read_exact(&mut received).unwrap();
+            assert_eq!(&received, b"hello");
         }
     }
 
     #[test]
-    fn what_waits_too_long_is_reset_and_counted() {
+    fn connections_that_wait_too_long_are_reset_and_counted() {
         let listeners = [bind("http:127.0.0.1:0")];
-        let Address::Tcp(address) = &listeners[0].address else { panic!("it is TCP") };
+        let Address::Tcp(address) = &listeners[0].address else { panic!("not TCP") };
         let _waiting = [(); 3].map(|()| TcpStream::connect(address).unwrap());
         let mut closing = Closing::begin(&listeners, Duration::from_secs(1), Duration::ZERO);
         assert_eq!(closing.advance(&listeners, queued, Instant::now() + Duration::from_secs(2)), 3);
@@ -227,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unix_socket_refuses_at_once_and_what_is_queued_is_served() {
+    fn a_unix_socket_refuses_immediately_and_queued_connections_are_served() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");
         let listeners = [bind(&format!("http:unix:{}", path.display()))];
@@ -241,9 +237,9 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_others_passed_is_left_alone() {
+    fn a_passed_socket_is_not_closed() {
         let theirs = bind("http:127.0.0.1:0");
-        let Address::Tcp(address) = &theirs.address else { panic!("it is TCP") };
+        let Address::Tcp(address) = &theirs.address else { panic!("not TCP") };
         let passed = bind(&format!("http:fd:{}", theirs.as_fd().as_raw_fd()));
         let listeners = [passed];
         assert!(Closing::begin(&listeners, Duration::ZERO, Duration::ZERO).is_over());
@@ -251,12 +247,12 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_free_when_its_socket_was_given_up() {
+    fn an_abstract_name_is_free_when_its_socket_is_closed() {
         let text = format!("http:unix:@forkyard-test-{}", std::process::id());
         let listener = bind(&text);
         let (stand_in, _other) = nix::unistd::pipe().unwrap();
         listener.give_up(&stand_in);
-        listener.refuse(); // this process has given the socket up
+        listener.refuse(); // this process has closed the socket
         bind(&text);
     }
 }

@@ -1,11 +1,10 @@
-//! Detects and repairs damage that other processes do to a listening socket. Those processes hold the socket too,
-//! because it is the standard input of programs and of their children, and `O_NONBLOCK` and shutdown(2) act on the
-//! socket, not on a descriptor.
+//! Detects and repairs damage that other processes do to a listening socket. Programs and their children hold the socket as
+//! their standard input, and `O_NONBLOCK` and shutdown(2) act on the socket, not on a descriptor.
 //!
-//! A socket that was shut down for reading no longer listens. Over TCP, listen(2) makes it listen again, but on another
-//! port if it was bound to port 0; a Unix socket never listens again. So sockets that this server bound are bound anew,
-//! and the new socket takes the descriptor of the old one. Only sockets that were passed to the server are made to
-//! listen again, where that is possible.
+//! A socket that was shut down for reading no longer listens. Over TCP, listen(2) makes it listen again, but on a different
+//! port if it was bound to port 0; a Unix socket never listens again. So a socket that this server bound is replaced: a new
+//! socket is bound to the same address, under the descriptor number of the old socket. Only a TCP socket that was passed to
+//! the server is made to listen again with listen(2).
 
 use std::io;
 use std::net::SocketAddr;
@@ -40,16 +39,15 @@ impl Listener {
     /// Makes accept(2) block again.
     ///
     /// # Errors
-    /// An error of `fcntl(2)`.
+    /// Returns the error of `fcntl(2)`.
     pub(crate) fn make_blocking(&self) -> io::Result<()> {
         set_blocking(&self.socket, true)
     }
 
-    /// Listens again after another process has shut the socket down. `blocking` as in
-    /// [`Listener::bind`].
+    /// Listens again after another process has shut the socket down. `blocking` is as for [`Listener::bind`].
     ///
     /// # Errors
-    /// A message for the operator.
+    /// Returns a message for the operator if that is not possible.
     pub(crate) fn repair(&self, config: &Config, blocking: bool) -> Result<(), String> {
         let backlog = config.backlog;
         let socket = match (&self.bind.address, &self.address) {
@@ -73,22 +71,24 @@ impl Listener {
                 return listen(&self.socket, backlog);
             }
             (Address::Inherited(_) | Address::Systemd(_) | Address::Tcp(_), _) => {
-                return Err("it was passed to this server, and only who made it can make a new one (restart the \
-                            socket unit, or what else has passed it)"
-                    .to_owned());
+                return Err(
+                    "another program passed it to this server, so the server cannot recreate it (restart the socket \
+                            unit, or the program that passed it)"
+                        .to_owned(),
+                );
             }
         };
         self.take_place(&socket, blocking)
     }
 
-    /// The name becomes free when the last holder of the old socket releases it; this process is
-    /// one of the holders.
+    /// Binds a new socket to an abstract name. The name becomes free when the last process that holds the old socket closes it; this
+    /// process is one of them.
     fn bind_abstract_again(&self, name: &str, backlog: u32, blocking: bool) -> Result<(), String> {
         let address = UnixAddr::new_abstract(name.as_bytes()).map_err(|errno| errno.desc().to_owned())?;
         self.take_place(&new_socket(AddressFamily::Unix, SockType::Stream)?, blocking)?;
         socket::bind(self.socket.as_raw_fd(), &address).map_err(|errno| {
             let why = errno.desc().to_lowercase();
-            format!("{why} (a process still holds the old socket: its name is free when that has ended)")
+            format!("{why} (a process still holds the old socket: the name is free when that process has exited)")
         })?;
         listen(&self.socket, backlog)
     }
@@ -98,9 +98,8 @@ impl Listener {
         taken.map_err(|error| error.to_string())
     }
 
-    /// Stops listening at the end of the server, whichever process holds the socket, so that its
-    /// address is free and clients are refused. Does nothing to a socket that was passed to this
-    /// server, because it belongs to other processes too.
+    /// Stops listening when the server ends, whichever process holds the socket, so that the address is free and clients are
+    /// refused. Has no effect on a socket that was passed to this server, because it belongs to other processes too.
     pub(crate) fn stop_listening(&self) {
         if !matches!(self.bind.address, Address::Inherited(_) | Address::Systemd(_)) {
             let _ = socket::shutdown(self.socket.as_raw_fd(), Shutdown::Both); // the socket may be shut down already
@@ -120,7 +119,7 @@ mod tests {
         let arguments = ["x", "--bind", bind].map(std::ffi::OsString::from);
         let identity = crate::cli::Identity::default();
         let crate::cli::Invocation::Serve(request) = crate::cli::parse_linked(&arguments, &identity).unwrap() else {
-            panic!("it is to serve")
+            panic!("not a request to serve")
         };
         request.config
     }
@@ -157,7 +156,7 @@ mod tests {
             listener.stop_listening();
             assert!(!connects(), "{bind}");
             listener.remove_file();
-            assert!(!path.exists(), "the new file is known");
+            assert!(!path.exists(), "the new file is removed");
         }
     }
 
@@ -174,6 +173,6 @@ mod tests {
         passed.repair(&config("http:127.0.0.1:0"), true).unwrap();
         assert!(passed.is_listening() && TcpStream::connect(address).is_ok());
         passed.stop_listening();
-        assert!(passed.is_listening(), "it is somebody else's");
+        assert!(passed.is_listening(), "it belongs to another process");
     }
 }

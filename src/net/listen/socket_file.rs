@@ -25,12 +25,15 @@ pub(crate) type SocketAndFile = (OwnedFd, Option<(u64, u64)>);
 /// Binds a datagram socket to a path. `flag` names the setting of the path.
 ///
 /// # Errors
-/// A message for the operator.
+/// Returns a message for the operator if that fails.
 pub(crate) fn bind_datagrams(path: &Path, mode: u32, flag: &str) -> Result<SocketAndFile, String> {
     bind_file(path, None, Some(mode), flag)
 }
 
 /// Binds a listening socket to a path; without `backlog`, a datagram socket.
+///
+/// # Errors
+/// Returns a message for the operator if that fails.
 pub(in crate::net) fn bind_file(
     path: &Path,
     backlog: Option<u32>,
@@ -57,37 +60,37 @@ pub(in crate::net) fn bind_file(
     Ok((socket, file))
 }
 
-/// Removes the socket file of a program that has ended; refuses if a program listens there.
+/// Removes the socket file of a program that has exited. Fails if a program listens there.
 fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
     let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
-    refuse_others(&metadata, flag)?;
+    expect_socket(&metadata, flag)?;
     match probe(path) {
         Err(Errno::ECONNREFUSED) => std::fs::remove_file(path)
-            .map_err(|error| format!("the stale socket file there cannot be removed: {error} (remove it by hand)")),
+            .map_err(|error| format!("cannot remove the stale socket file: {error} (remove it manually)")),
         Err(Errno::EACCES) => Err(format!(
-            "permission denied for the socket that is there (run as its owner, or choose another path with {flag})"
+            "permission denied for the existing socket (run as its owner, or choose another path with {flag})"
         )),
         // A full queue (EAGAIN) also means a live listener.
         Ok(_) | Err(_) => {
-            Err(format!("another program is listening there (stop that one, or choose another path with {flag})"))
+            Err(format!("another program is listening there (stop that program, or choose another path with {flag})"))
         }
     }
 }
 
-fn refuse_others(found: &Metadata, flag: &str) -> Result<(), String> {
+fn expect_socket(found: &Metadata, flag: &str) -> Result<(), String> {
     if found.file_type().is_socket() {
         return Ok(());
     }
     let what = file_path::special(found).map(|what| format!(" but {what}")).unwrap_or_default();
-    Err(format!("the file there is not a socket{what} (move it away, or choose another path with {flag})"))
+    Err(format!("the existing file is not a socket{what} (move it, or choose another path with {flag})"))
 }
 
-/// Whether this is the socket file of a program that has ended.
+/// Whether this is the socket file of a program that has exited.
 pub(crate) fn is_stale(path: &Path) -> bool {
     probe(path) == Err(Errno::ECONNREFUSED)
 }
 
-/// Connects without waiting for space in a full queue (EAGAIN).
+/// Connects to the socket. Does not wait for space in a full queue, but returns EAGAIN.
 pub(super) fn probe(path: &Path) -> Result<(), Errno> {
     let kind = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket::socket(AddressFamily::Unix, SockType::Stream, kind, None)?;
@@ -96,12 +99,13 @@ pub(super) fn probe(path: &Path) -> Result<(), Errno> {
 
 fn too_long(path: &Path, flag: &str) -> String {
     let length = path.as_os_str().len();
-    format!("the path has {length} bytes, and a Unix socket's may have 107 (choose a shorter one with {flag})")
+    format!("the path has {length} bytes, and the maximum for a Unix socket is 107 (choose a shorter path with {flag})")
 }
 
+/// Checks the length of a Unix socket's path. `flag` names the setting of the path.
+///
 /// # Errors
-/// A message for the operator, if no Unix socket can have this path; `flag` names the setting of
-/// the path.
+/// Returns a message for the operator if the path is too long.
 pub(crate) fn examine_length(path: &Path, flag: &str) -> Result<(), String> {
     UnixAddr::new(path).map(drop).map_err(|_| too_long(path, flag))
 }
@@ -110,16 +114,16 @@ fn explain_path(errno: Errno, flag: &str) -> String {
     let cause = errno.desc().to_lowercase();
     match errno {
         Errno::EACCES | Errno::EPERM | Errno::EROFS => {
-            format!("{cause} (run as root, or choose a path you can write, with {flag})")
+            format!("{cause} (run as root, or choose a path that you can write, with {flag})")
         }
         _ => format!("{cause} (choose another path with {flag})"),
     }
 }
 
-/// Gives a socket file to `owner` if it is still `ours`.
+/// Changes the owner of a socket file if it is still the file `ours`.
 ///
 /// # Errors
-/// If the file was replaced, or a system call fails.
+/// Fails if the file was replaced, or a system call fails.
 pub(crate) fn give_socket_file(path: &Path, ours: (u64, u64), owner: Owner) -> io::Result<()> {
     give_socket_file_of(path, ours, nix::unistd::geteuid(), owner)
 }
@@ -127,21 +131,21 @@ pub(crate) fn give_socket_file(path: &Path, ours: (u64, u64), owner: Owner) -> i
 /// Like [`give_socket_file`], for a file that was given to `from` before.
 ///
 /// # Errors
-/// If the file was replaced, or a system call fails.
+/// Fails if the file was replaced, or a system call fails.
 pub(crate) fn give_socket_file_of(path: &Path, ours: (u64, u64), from: Uid, owner: Owner) -> io::Result<()> {
     let file = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
     let found = fstat(&file)?;
     let same = (found.st_dev, found.st_ino) == ours;
-    if same { privileges::give_of(file.as_fd(), from, owner) } else { Err(io::Error::other("it was replaced")) }
+    if same { privileges::give_of(file.as_fd(), from, owner) } else { Err(io::Error::other("the file was replaced")) }
 }
 
-/// Removes a socket file if it is still `file`.
+/// Removes the socket file at `path` if it is still the file `file`.
 pub(crate) fn remove_own(path: &Path, file: Option<(u64, u64)>) {
     if file.is_some()
         && file_identity(path) == file
         && let Err(error) = std::fs::remove_file(path)
     {
-        log::warn!("cannot remove {}: {error}", path.display());
+        log::warn!(file:% = path.display(); "cannot remove the socket file: {error}");
     }
 }
 
@@ -150,15 +154,15 @@ fn file_identity(path: &Path) -> Option<(u64, u64)> {
     Some((metadata.dev(), metadata.ino()))
 }
 
-/// Checks a path as far as possible without creating a socket there. Returns a note if a program
-/// listens there now. `flag` names the setting of the path.
+/// Checks a path as far as possible without creating a socket there. Returns a note if a program listens there now. `flag` names
+/// the setting of the path.
 ///
 /// # Errors
-/// A message for the operator.
+/// Returns a message for the operator if no socket can be created there.
 pub(crate) fn examine_path(path: &Path, flag: &str) -> Result<Option<String>, String> {
     UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
     let Some(found) = file_path::examine(path, Links::Keep, flag)? else { return Ok(None) };
-    refuse_others(&found, flag)?;
+    expect_socket(&found, flag)?;
     match probe(path) {
         Err(Errno::ECONNREFUSED) => examine_directory(path, flag).map(|()| None),
         Ok(()) | Err(_) => Ok(Some("a program is listening there now (this service, if it runs)".to_owned())),

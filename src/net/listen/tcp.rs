@@ -26,7 +26,7 @@ pub(super) fn bind_tcp(
     let mut chosen = None;
     for mut candidate in resolve(address)? {
         if listeners.len() == most {
-            log::info!("{candidate} is not served: a program that accepts for itself has one socket (--bind)");
+            log::info!(address:% = candidate; "did not bind an address: a program that accepts connections itself has one socket (--bind)");
             continue;
         }
         // The port that the system chose for the first address applies to all.
@@ -41,7 +41,7 @@ pub(super) fn bind_tcp(
             }
             Err(errno) if is_absent(errno) => {
                 cause = explain_tcp(errno, candidate);
-                log::debug!("{address} is more than what is bound: {cause}");
+                log::debug!(name = address; "did not bind an address of a name: {cause}");
             }
             Err(errno) => return Err(explain_tcp(errno, candidate)),
         }
@@ -49,7 +49,7 @@ pub(super) fn bind_tcp(
     if listeners.is_empty() { Err(cause) } else { Ok(listeners) }
 }
 
-/// Whether the error means that this machine does not have the address; such an address of a name is left out.
+/// Whether the error means that this machine does not have the address. Such an address of a name is omitted.
 fn is_absent(errno: Errno) -> bool {
     matches!(errno, Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)
 }
@@ -57,10 +57,10 @@ fn is_absent(errno: Errno) -> bool {
 /// All addresses of `HOST:PORT`.
 ///
 /// # Errors
-/// A message for the operator.
+/// Returns a message for the operator if the name cannot be resolved.
 pub(crate) fn resolve(address: &str) -> Result<Vec<SocketAddr>, String> {
     let found = address.to_socket_addrs().map_err(|error| {
-        format!("'{address}' does not resolve: {error} (give an address and a port, as in 127.0.0.1:8080)")
+        format!("cannot resolve '{address}': {error} (give an address and a port, as in 127.0.0.1:8080)")
     })?;
     let mut all: Vec<SocketAddr> = Vec::new();
     for address in found {
@@ -91,20 +91,20 @@ pub(super) fn explain_tcp(errno: Errno, address: SocketAddr) -> String {
     let port = address.port();
     match errno {
         Errno::EADDRINUSE => {
-            format!("port {port} is in use by another program (stop that one, or choose another port with --bind)")
+            format!("port {port} is in use by another program (stop that program, or choose another port with --bind)")
         }
         Errno::EACCES => {
             format!("permission denied for port {port} (ports below 1024 need root or CAP_NET_BIND_SERVICE)")
         }
         Errno::EADDRNOTAVAIL if address.is_ipv6() => {
             format!(
-                "{} is not an address of this machine (::1 is, if it has IPv6, and [::] means all of them)",
+                "{} is not an address of this machine (::1 is one, if the machine has IPv6; [::] stands for all of them)",
                 address.ip()
             )
         }
         Errno::EADDRNOTAVAIL => {
             format!(
-                "{} is not an address of this machine (127.0.0.1 is, and 0.0.0.0 means all of them; without IPv4: [::1] and [::])",
+                "{} is not an address of this machine (127.0.0.1 is one; 0.0.0.0 stands for all of them; without IPv4: [::1] and [::])",
                 address.ip()
             )
         }
