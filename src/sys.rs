@@ -1,6 +1,6 @@
-//! The fence: safe functions around system calls that need `unsafe`, or that are sound only at one moment of a process's life.
+//! The fence: safe functions around system calls that need `unsafe`, or that are sound only at one point of a process's lifetime.
 //!
-//! No decision is made here: policy is in `master::supervisor`. Other files with `unsafe` are the signal handlers in
+//! Decides nothing: policy is in `master::supervisor`. Other files with `unsafe` are the signal handlers in
 //! `diagnostics/`, `startup/abort_signal.rs` and `logging/`, and the steps between fork and exec in `privileges/`.
 
 mod descriptors;

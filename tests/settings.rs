@@ -192,7 +192,7 @@ fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
         (at("file/"), "it is the path of a directory (", none),
         (at("directory"), "a directory", none),
         (at("loop"), "symbolic link", none),
-        (at("loop/x"), "symbolic links lead in a circle (", none),
+        (at("loop/x"), "symbolic links form a loop (", none),
         (at("dangling"), "", none),
         (at(&long), "bytes, and ", none),
         (at("none/x"), "none does not exist (create it, or choose another path with", none),
@@ -523,7 +523,7 @@ fn check_finds_that_a_file_system_is_full_and_leaves_nothing_on_it() {
     let cache = ["--cache", "8M", "--cache-file", "/mnt/cache"];
     complained(&check("size=4m", false, &cache), 1, &["/mnt/cache: ", "No space left on device", "has 4 MiB free"]);
     complained(&check("size=64m", false, &cache), 0, &[]);
-    complained(&check("size=1m,nr_inodes=1", false, &["--control", "/mnt/control"]), 1, &["no room for another file"]);
+    complained(&check("size=1m,nr_inodes=1", false, &["--control", "/mnt/control"]), 1, &["has no free inodes"]);
 }
 
 #[test]

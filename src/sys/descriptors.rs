@@ -10,12 +10,12 @@ use std::sync::OnceLock;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
 
-/// Takes ownership of a descriptor whose owner was in a process that is dead; `None` if it is not open.
+/// Takes ownership of a descriptor whose owner was in a dead process; `None` if it is not open.
 ///
-/// For a process that shared its descriptors with the dead one, and for descriptors that no value here owns.
+/// For a process that shared its descriptors with the dead process, and for descriptors that no value in this process owns.
 pub(crate) fn own(fd: RawFd) -> Option<OwnedFd> {
     descriptor_flags(fd)?;
-    // SAFETY: it is open, and not owned elsewhere, as the comment above requires.
+    // SAFETY: it is open, and no value owns it, as the comment above requires.
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -25,7 +25,7 @@ pub(super) static DESCRIPTOR_LIMIT: OnceLock<(u64, u64)> = OnceLock::new();
 /// Makes all programs start with this descriptor limit. This process is about to raise its own limit, and programs that use select(2)
 /// break with more than 1024 descriptors.
 pub(crate) fn note_descriptor_limit(soft: u64, hard: u64) {
-    let _ = DESCRIPTOR_LIMIT.set((soft, hard)); // the first call has the original limit
+    let _ = DESCRIPTOR_LIMIT.set((soft, hard)); // the first call sets the original limit
 }
 
 /// Whether close_range(2) supports this flag: Linux 5.11 and later, unless a seccomp filter refuses it.
@@ -55,7 +55,8 @@ fn open_or_possible() -> Vec<RawFd> {
     })
 }
 
-/// Async-signal-safe. `open` lists the open descriptors, for kernels that cannot enumerate them.
+/// Sets close-on-exec on all descriptors from `first` on. `open` lists the open descriptors if the kernel cannot enumerate them; it is
+/// empty otherwise. Async-signal-safe.
 pub(super) fn set_close_on_exec_from(first: u32, open: &[RawFd]) -> io::Result<()> {
     if open.is_empty() {
         return close_range(first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
@@ -90,7 +91,7 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
         if let Some(last) = last.filter(|&last| first <= last) {
             // Closes descriptors by number. The values that own them in this process are the master's, which the child never
             // uses again: it exits by `_exit`.
-            let _ = close_range(first, last, 0); // it was found to work before
+            let _ = close_range(first, last, 0); // `has_close_range` has shown that it works
         }
         if let Some(fd) = fd {
             first = fd + 1;
@@ -105,7 +106,7 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
 pub(crate) fn open_descriptors() -> io::Result<Vec<RawFd>> {
     let listed: Vec<RawFd> =
         fs::read_dir("/proc/self/fd")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    // One of them was the directory itself, which has been closed since.
+    // One of the numbers was the directory's own descriptor, which is closed by now.
     Ok(listed.into_iter().filter(|&fd| descriptor_flags(fd).is_some()).collect())
 }
 
@@ -133,7 +134,7 @@ pub(crate) fn identity(fd: RawFd) -> Option<(u64, u64)> {
     Some((status.st_dev, status.st_ino))
 }
 
-/// A copy of descriptor `fd`, above standard error and closed on exec, if it is open in this process.
+/// A copy of descriptor `fd`, above standard error and close-on-exec; `None` if `fd` is not open in this process.
 pub(crate) fn descriptor(fd: RawFd) -> Option<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC accepts any number and returns EBADF if nothing is open there.
     let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
@@ -142,7 +143,7 @@ pub(crate) fn descriptor(fd: RawFd) -> Option<OwnedFd> {
 }
 
 /// Makes descriptor `fd` refer to the file of `file`, atomically. `fd` must be a descriptor that stays open for this
-/// process's lifetime. If `fd` is above standard error, it is closed on exec.
+/// process's lifetime. If `fd` is above standard error, it is close-on-exec afterwards.
 ///
 /// # Errors
 /// Returns the error of `dup3(2)`.
@@ -156,8 +157,8 @@ pub(crate) fn replace(fd: RawFd, file: &OwnedFd) -> io::Result<()> {
 /// Takes ownership of the inherited descriptors among `numbers`. Descriptors that this program opened itself are not touched;
 /// they are recognized because Rust opens them close-on-exec. The descriptors are close-on-exec from now on.
 ///
-/// `numbers` come from the process that became this program, or started it, and opened the descriptors for it. Each can be taken
-/// once.
+/// `numbers` come from the process that became this program or started it, and that opened the descriptors for it. Each number can
+/// be taken once.
 pub(crate) fn take_over(numbers: &[RawFd]) -> BTreeMap<RawFd, OwnedFd> {
     let mut taken = BTreeMap::new();
     for &fd in numbers {

@@ -1,11 +1,11 @@
-//! A descriptor whose events each wake one of the waiting processes rather than all: EPOLLEXCLUSIVE (epoll_ctl(2)), which tokio
-//! does not offer.
+//! A descriptor of which each event wakes one waiting process instead of all: EPOLLEXCLUSIVE (epoll_ctl(2)), which tokio does not
+//! support.
 //!
 //! tokio registers a descriptor with its epoll instance under a token, and uses an event's token as the address of its record of
 //! the descriptor. `/proc/self/fdinfo` contains the token. This module removes the descriptor from the instance and adds it again
 //! with the same token and with EPOLLEXCLUSIVE.
 //!
-//! Why such a token cannot dangle, whatever it means to tokio:
+//! Such a token cannot dangle, whatever tokio uses it for:
 //! - An event loop must accept a descriptor's token from the moment it registers the descriptor until it removes it, which it
 //!   does when its `AsyncFd` is dropped. [`Exclusive`] owns the `AsyncFd`, does not hand it out, and is the only code that adds
 //!   the token to the instance: never before the registration, never after its end.
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn it_is_paused_and_resumed_and_leaves_nothing_registered_however_it_ends() {
+    async fn it_is_paused_and_resumed_and_nothing_stays_registered_after_it_is_dropped() {
         for is_paused in [false, true] {
             let (ours, theirs) = pair();
             let number = ours.as_raw_fd();
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn a_registration_of_somebody_elses_with_the_same_number_is_not_taken_for_ours() {
+    async fn a_foreign_registration_of_the_same_number_is_not_used() {
         const STRANGE: u64 = 0xdead_beef;
         // SAFETY: a new descriptor.
         let stranger = super::super::own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) }).unwrap();

@@ -4,21 +4,25 @@ use std::io;
 
 use nix::sys::resource::{Resource, getrlimit};
 
-/// Formats a system error for the operator; for a limit, with the setting to raise.
+/// Formats a system error for the operator. If a limit has caused the error, names the setting to raise.
 pub(crate) fn explain(error: &io::Error) -> String {
     let hint = match error.raw_os_error() {
         Some(libc::EMFILE) => {
             let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
             return format!(
-                "{error}: this process may have {limit} descriptors (raise it with ulimit -n, or LimitNOFILE= in the unit)"
+                "{error}: the limit of this process is {limit} descriptors (raise it with ulimit -n, or LimitNOFILE= in the unit)"
             );
         }
-        Some(libc::ENFILE) => "the whole system has no more descriptors (raise fs.file-max)",
+        Some(libc::ENFILE) => "the system-wide limit of open files is reached (raise it with: sysctl fs.file-max)",
         Some(libc::EAGAIN) => {
-            "no more processes are allowed (raise ulimit -u, TasksMax= in the unit, or pids.max of the container)"
+            "a limit of processes is reached (raise ulimit -u, TasksMax= in the unit, or pids.max of the container)"
         }
-        Some(libc::EFBIG) => "files of this process may not be so large (raise ulimit -f, or LimitFSIZE= in the unit)",
-        Some(libc::ENOMEM) => "there is no memory (raise the memory limit, or have fewer workers or a smaller cache)",
+        Some(libc::EFBIG) => {
+            "the file would exceed the size limit of this process (raise ulimit -f, or LimitFSIZE= in the unit)"
+        }
+        Some(libc::ENOMEM) => {
+            "no memory is available (raise the memory limit, or use fewer workers or a smaller cache)"
+        }
         _ => return error.to_string(),
     };
     format!("{error}: {hint}")

@@ -1,7 +1,7 @@
 //! Checks the file paths that settings name: what exists there, and whether a file can be created there.
 //!
-//! A start makes these checks before it creates a file, and `check` makes the same ones, so that both report the same reason. Each
-//! sentence ends with the remedy, and names the flag.
+//! A start makes these checks before it creates a file, and `check` makes the same checks, so that both report the same reason. Each
+//! message ends with the remedy and names the flag.
 //!
 //! Must not create or change anything.
 
@@ -15,8 +15,9 @@ use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, access};
 
-/// The maximum length of a name and of a path on Linux: limits.h.
+/// The maximum length of a name in a path: `linux/limits.h`.
 const NAME_MAX: usize = 255;
+/// The maximum length of a path, without the null byte: `linux/limits.h`.
 const PATH_MAX: usize = 4095;
 
 /// Whether a symbolic link at the path stands for its target, as for open(2), or for the link itself, as for bind(2) and rename(2).
@@ -35,7 +36,7 @@ pub(crate) fn directory_of(path: &Path) -> &Path {
 /// path.
 ///
 /// # Errors
-/// A sentence for the operator: no file can have this path, or none can be created there.
+/// Returns a message for the operator if no file can have this path, or no file can be created there.
 pub(crate) fn examine(path: &Path, links: Links, flag: &str) -> Result<Option<Metadata>, String> {
     let bytes = path.as_os_str().as_bytes();
     if matches!(bytes.rsplit(|&byte| byte == b'/').next(), None | Some(b"" | b"." | b"..")) {
@@ -48,9 +49,9 @@ pub(crate) fn examine(path: &Path, links: Links, flag: &str) -> Result<Option<Me
     match found {
         Ok(found) => Ok(Some(found)),
         Err(error) => match error.raw_os_error() {
-            Some(libc::ENAMETOOLONG) => Err(format!("{} (choose a shorter one, with {flag})", too_long(bytes))),
+            Some(libc::ENAMETOOLONG) => Err(format!("{} (choose a shorter path with {flag})", too_long(bytes))),
             Some(libc::ELOOP) => {
-                Err(format!("symbolic links lead in a circle (choose another path with {flag}, or remove the link)"))
+                Err(format!("the symbolic links form a loop (choose another path with {flag}, or remove the link)"))
             }
             _ if links == Links::Follow => examine_directory(&leads_to(path), flag).map(|()| None),
             _ => examine_directory(path, flag).map(|()| None),
@@ -61,16 +62,18 @@ pub(crate) fn examine(path: &Path, links: Links, flag: &str) -> Result<Option<Me
 fn too_long(path: &[u8]) -> String {
     let longest = path.split(|&byte| byte == b'/').map(<[u8]>::len).max().unwrap_or(0);
     match longest {
-        longest if longest > NAME_MAX => format!("a name in the path has {longest} bytes, and may have {NAME_MAX}"),
-        _ if path.len() > PATH_MAX => format!("the path has {} bytes, and may have {PATH_MAX}", path.len()),
+        longest if longest > NAME_MAX => {
+            format!("a name in the path has {longest} bytes, and the maximum is {NAME_MAX}")
+        }
+        _ if path.len() > PATH_MAX => format!("the path has {} bytes, and the maximum is {PATH_MAX}", path.len()),
         _ => "a name in the path is longer than its file system allows".to_owned(),
     }
 }
 
-/// Whether a file can be created at `path`: checks its directory.
+/// Checks whether a file can be created in the directory of `path`.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if it cannot.
 pub(crate) fn examine_directory(path: &Path, flag: &str) -> Result<(), String> {
     let directory = directory_of(path);
     let remedy = format!("choose another path with {flag}");
@@ -80,7 +83,7 @@ pub(crate) fn examine_directory(path: &Path, flag: &str) -> Result<(), String> {
     let shown = directory.display();
     match access(directory, AccessFlags::W_OK | AccessFlags::X_OK) {
         Ok(()) if statvfs(directory).is_ok_and(|found| found.files() > 0 && found.files_free() == 0) => {
-            Err(format!("the directory {shown}: its file system has no room for another file (see df -i, or {remedy})"))
+            Err(format!("the directory {shown}: its file system has no free inodes (see df -i, or {remedy})"))
         }
         Ok(()) => Ok(()),
         Err(Errno::ENOENT) => Err(format!("the directory {shown} does not exist (create it, or {remedy})")),
@@ -89,7 +92,7 @@ pub(crate) fn examine_directory(path: &Path, flag: &str) -> Result<(), String> {
             Err(format!("the directory {shown}: {cause} (run as a user that can write there, or {remedy})"))
         }
         Err(Errno::ENAMETOOLONG) => {
-            Err(format!("{} (choose a shorter one, with {flag})", too_long(path.as_os_str().as_bytes())))
+            Err(format!("{} (choose a shorter path with {flag})", too_long(path.as_os_str().as_bytes())))
         }
         Err(errno) => Err(format!("the directory {shown}: {} ({remedy})", errno.desc().to_lowercase())),
     }
@@ -107,7 +110,7 @@ pub(crate) fn special(found: &Metadata) -> Option<&'static str> {
     }
 }
 
-/// Where a path leads, whether or not a file exists there yet.
+/// The path without symbolic links, even if no file exists there yet.
 pub(crate) fn leads_to(path: &Path) -> PathBuf {
     const MAX_LINKS: usize = 40;
     let mut path = std::path::absolute(path).unwrap_or_else(|_: io::Error| path.to_owned());
@@ -144,12 +147,12 @@ mod tests {
             ("new/", true, "it is the path of a directory"),
             ("file/", true, "it is the path of a directory"),
             ("directory/..", true, "it is the path of a directory"),
-            (&long, true, "a name in the path has 256 bytes, and may have 255"),
+            (&long, true, "a name in the path has 256 bytes, and the maximum is 255"),
             (&format!("{long}/x"), true, "a name in the path has 256 bytes"),
             (&"x/".repeat(3000), true, "it is the path of a directory"),
-            (&format!("{}x", "x/".repeat(3000)), true, "bytes, and may have 4095"),
-            ("loop/x", true, "symbolic links lead in a circle"),
-            ("loop", false, "symbolic links lead in a circle"),
+            (&format!("{}x", "x/".repeat(3000)), true, "bytes, and the maximum is 4095"),
+            ("loop/x", true, "symbolic links form a loop"),
+            ("loop", false, "symbolic links form a loop"),
             ("dangling", false, "none does not exist (create it"),
             ("none/x", true, "none does not exist (create it"),
             ("file/x", true, "file is not a directory"),

@@ -1,5 +1,5 @@
-//! Announces each program to the guard (`master/guard.rs`). The program's process does this itself, between fork and exec, so it never
-//! runs without the guard's knowledge. When the master reaps the last process of a group, it announces the end of the group, because the
+//! Announces each program to the guard (`master/guard.rs`). The program's process does this itself, between fork and exec, so that it
+//! never runs unannounced. When the master reaps the last process of a group, it announces the end of the group, because the
 //! group's number may then be reused.
 //!
 //! A message is the number of a group that begins, or its negative when the group has ended. A pair of numbers, a pid and 0, is a
@@ -16,13 +16,13 @@ use nix::unistd::{Pid, getpgid};
 /// The master's end of the link to the guard.
 static LINK: AtomicI32 = AtomicI32::new(-1);
 
-/// Sets the link on which all programs are announced, or none. The descriptor must stay open until it is replaced by another one.
+/// Sets the link on which all programs are announced; `None` if there is no guard. The descriptor must stay open until the next call.
 pub(crate) fn announce_by(link: Option<RawFd>) {
     LINK.store(link.unwrap_or(-1), Ordering::Relaxed);
 }
 
-/// Announces a process group. Async-signal-safe, and never waits. Without a guard nothing is announced; the next guard finds existing
-/// groups on its own.
+/// Announces a process group. Async-signal-safe, and never waits. Has no effect without a guard; the next guard finds existing groups
+/// itself.
 pub(crate) fn announce(group: Pid) {
     send_message(&group.as_raw().to_ne_bytes());
 }
@@ -45,8 +45,8 @@ pub(super) fn groups_of(pid: Pid) -> [Pid; 2] {
     [pid, getpgid(Some(pid)).unwrap_or(pid)]
 }
 
-/// Announces which of these groups no longer have a process. Must be called right after a child is reaped, before this
-/// process creates another child, which may get the same number and announces itself on the same link.
+/// Announces the end of each of these groups that no longer contains a process. Must be called right after a child is reaped, before this
+/// process creates its next child, which may get the same number and announces itself on the same link.
 pub(super) fn announce_ends(groups: [Pid; 2]) {
     for group in groups {
         if killpg(group, None) == Err(Errno::ESRCH) {
@@ -80,7 +80,7 @@ mod tests {
         };
         let leader = sleeper(0);
         let member = sleeper(leader.as_raw());
-        let last_words = |pid: Pid| {
+        let announced_after_kill = |pid: Pid| {
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
             let deadline = Instant::now() + Duration::from_secs(60);
             while reap(pid).is_none() {
@@ -96,8 +96,8 @@ mod tests {
                 .filter(|message| [leader, member].iter().any(|pid| message.abs() == pid.as_raw()))
                 .collect::<Vec<_>>()
         };
-        assert_eq!(last_words(leader), Vec::<i32>::new(), "the group lives on");
-        assert_eq!(last_words(member), [-member.as_raw(), -leader.as_raw()]);
+        assert_eq!(announced_after_kill(leader), Vec::<i32>::new(), "the group has a process left");
+        assert_eq!(announced_after_kill(member), [-member.as_raw(), -leader.as_raw()]);
         announce_by(None);
     }
 }

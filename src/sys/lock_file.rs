@@ -1,18 +1,18 @@
 //! A lock that is held while a file is examined and replaced. Without it, two masters that start at the same time with the same
-//! socket path or pid file would each take the other's file for one that a dead master left behind.
+//! socket path or pid file would each mistake the other's file for the file of a dead master.
 //!
 //! The lock is flock(2) on a separate file next to the path, `.NAME.lock`, which only its owner can open. A lock on the directory
 //! itself could be held by any user, because flock(2) requires only a readable descriptor. The holder of the lock removes the file,
 //! so a process that gets a lock checks that the name still leads to the file that it locked.
 //!
 //! ```text
-//! open or create ─▶ is it ours alone? ─▶ flock ─▶ does the name still lead here? ─▶ use ─▶ unlink ─▶ close
-//!        ▲                                                  │ no: its holder removed it
-//!        └──────────────────────────────────────────────────┘
+//! open or create ─▶ is it private? ─▶ flock ─▶ does the name still lead here? ─▶ use ─▶ unlink ─▶ close
+//!        ▲                                               │ no: its holder removed it
+//!        └───────────────────────────────────────────────┘
 //! ```
 //!
-//! The lock cannot prevent a start: if it is not available, the reason is logged and the start continues, because the
-//! race that the lock prevents is rare. The lock must not be held for longer than the replacement takes.
+//! A lock that is not available does not prevent a start: the reason is logged and the start continues, because the race that
+//! the lock prevents is rare. The lock must not be held for longer than the replacement takes.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -24,7 +24,7 @@ use nix::fcntl::OFlag;
 
 use super::file_path::directory_of;
 
-/// How long to wait for another holder.
+/// How long to wait while another process holds the lock.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to sleep between two attempts.
 const LOCK_INTERVAL: Duration = Duration::from_millis(5);
@@ -54,32 +54,29 @@ impl LockFile {
                     // If the directory is unusable, the code that needs it reports the error.
                     if let Ok(found) = lock.symlink_metadata() {
                         log::warn!(
-                            "starting without a lock: {} belongs to somebody else: {error} (remove it) uid={} path={}",
-                            lock.display(),
-                            found.uid(),
-                            path.display()
+                            file:% = lock.display(), uid = found.uid(), path:% = path.display();
+                            "starting without a lock, because the lock file cannot be used: {error} (remove it)"
                         );
                     } else {
-                        log::debug!("cannot make the lock file {}: {error}", lock.display());
+                        log::debug!(file:% = lock.display(); "cannot create the lock file: {error}");
                     }
                     return Self { held: None };
                 }
             };
             match file.try_lock() {
                 Ok(()) if leads_to(&lock, &file) => return Self { held: Some((lock, file)) },
-                Ok(()) => {} // its holder has removed it meanwhile
+                Ok(()) => {} // its holder has removed it
                 Err(TryLockError::WouldBlock) if begun.elapsed() < timeout => std::thread::sleep(LOCK_INTERVAL),
                 Err(TryLockError::WouldBlock) => {
                     log::warn!(
-                        "starting without a lock: another program of this user has held {} for {}s (find it with: lslocks)",
-                        lock.display(),
-                        timeout.as_secs()
+                        file:% = lock.display(), waited:? = timeout;
+                        "starting without a lock, because another process of this user holds it (find the process with lslocks)"
                     );
                     return Self { held: None };
                 }
                 Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(TryLockError::Error(error)) => {
-                    log::debug!("cannot lock {}: {error}", lock.display()); // a file system without locks
+                    log::debug!(file:% = lock.display(); "cannot lock the lock file: {error}"); // a file system without locks
                     let _ = std::fs::remove_file(&lock); // an empty file that serves no purpose
                     return Self { held: None };
                 }
@@ -99,14 +96,14 @@ impl Drop for LockFile {
     }
 }
 
-/// Opens the file, which must belong to this user alone: another user could hold a lock on a file of its own.
+/// Opens the file. Fails if another user owns or can open it, because that user could hold a lock on it.
 fn open(lock: &Path) -> io::Result<File> {
     let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
     let file = OpenOptions::new().read(true).write(true).create(true).mode(0o600).custom_flags(flags).open(lock)?;
     let found = file.metadata()?;
     let ours = found.uid() == nix::unistd::geteuid().as_raw() && found.nlink() <= 1 && found.mode() & 0o077 == 0;
     // A file without a name has just been removed, which the caller detects.
-    if found.is_file() && ours { Ok(file) } else { Err(io::Error::other("others can open it")) }
+    if found.is_file() && ours { Ok(file) } else { Err(io::Error::other("another user can open it")) }
 }
 
 fn leads_to(path: &Path, file: &File) -> bool {
@@ -137,7 +134,7 @@ mod tests {
                     for _ in 0..50 {
                         let lock = LockFile::with_timeout(&path, Duration::from_secs(60));
                         assert!(lock.held.is_some());
-                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "nobody else is in here");
+                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "no other thread holds the lock");
                         std::thread::yield_now();
                         inside.fetch_sub(1, Ordering::SeqCst);
                     }
@@ -148,14 +145,14 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_on_the_directory_or_a_file_of_others_holds_nobody_up() {
+    fn a_lock_on_the_directory_or_on_a_file_that_others_can_open_prevents_no_start() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");
         let of_a_stranger = File::open(directory.path()).unwrap();
         of_a_stranger.lock().unwrap();
         assert!(LockFile::for_path(&path).held.is_some());
 
-        // Others could hold a lock on this file, so it is not used.
+        // Another user could hold a lock on this file, so it is not used.
         let lock = directory.path().join(".a.sock.lock");
         std::fs::write(&lock, "").unwrap();
         std::fs::set_permissions(&lock, std::fs::Permissions::from_mode(0o644)).unwrap();
@@ -173,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_dead_master_left_is_used_and_one_that_never_ends_is_not_waited_for() {
+    fn a_dead_masters_file_is_used_and_the_wait_for_a_live_holder_has_a_limit() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");
         let left = open(&directory.path().join(".a.sock.lock")).unwrap();

@@ -34,7 +34,7 @@ pub(crate) enum Ending {
 }
 
 impl Ending {
-    /// Converts to the type of the standard library. Whether the kernel wrote a core dump is not included.
+    /// The same ending as the standard library's type, without the flag for a core dump.
     pub(crate) fn status(self) -> ExitStatus {
         match self {
             Self::Exited(status) => ExitStatus::from_raw(status << 8),
@@ -99,10 +99,10 @@ pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
 /// descriptor that the parent opens or closes later is open or closed in both. The child runs `child` and exits with the status it
 /// returns. Signals stay blocked in the child, and must be blocked in the parent during the call.
 ///
-/// No signal is sent when the child ends, and `wait(2)` does not report the child until the parent is dead and another process
-/// inherits it.
+/// No signal is sent when the child ends, and `wait(2)` does not report the child until the parent is dead and the child has a new
+/// parent.
 ///
-/// The child has this name from its first instant, before it has run at all, and a process group of its own.
+/// The child has the name `name` from its creation on, before it first runs, and a process group of its own.
 ///
 /// # Errors
 /// Returns the error of `clone(2)` or `prctl(2)`.
@@ -124,7 +124,7 @@ pub(crate) fn clone_with_descriptors(name: &CStr, child: impl FnOnce() -> u8) ->
         prctl::set_name(own_name)?;
     }
     let pid = Pid::from_raw(cloned?);
-    // Here as well, because the child may not have run yet. If this fails, the child has exited.
+    // In the parent too, because the child may not have run yet. If this fails, the child has exited.
     let _ = setpgid(pid, pid);
     Ok(pid)
 }
@@ -154,7 +154,7 @@ pub(crate) fn process_descriptor(pid: Pid) -> io::Result<OwnedFd> {
 /// which must be async-signal-safe.
 ///
 /// # Errors
-/// Returns the error of `fork(2)`, `execve(2)` or `prepare`; the latter two come back through the standard library's pipe.
+/// Returns the error of `fork(2)`, `execve(2)` or `prepare`. The standard library's pipe transfers the latter two.
 pub(crate) fn spawn(
     command: &mut Command,
     pass: &[RawFd],
@@ -167,10 +167,10 @@ pub(crate) fn spawn(
     let in_child = move || {
         announce(nix::unistd::getpid()); // the child leads its group by now
         if let Some((soft, hard)) = descriptors {
-            setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?; // before the preparation, which may set another one
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?; // before `prepare`, which may set a different limit
         }
         prepare()?;
-        // After the preparation, because the kernel forgets this when the user changes.
+        // After `prepare`, because the kernel resets this when the user changes.
         // SIGKILL, because a foreign program may ignore SIGTERM, and no program may outlive the master.
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
         if getppid() != master {
@@ -218,7 +218,7 @@ pub(crate) fn exec(
     let undone =
         set_close_on_exec_from(3, &numbers_without_close_range()).and(before.and_then(std::env::set_current_dir));
     if let Err(error) = undone {
-        log::error!("after an exec that failed: {error}");
+        log::error!("cannot restore this process after a failed exec: {error}");
     }
     error
 }
@@ -248,7 +248,7 @@ fn try_exec(
     Ok(nix::unistd::execve(&program, &arguments, &environment)?)
 }
 
-/// Whether `pid` is a child of this process, dead or alive, that was not reaped.
+/// Whether `pid` is a child of this process that is running, or dead but not reaped.
 pub(crate) fn is_child(pid: Pid) -> bool {
     let flags = (WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT).bits();
     let Ok(id) = libc::id_t::try_from(pid.as_raw()) else { return false };
@@ -316,10 +316,10 @@ pub(crate) fn reap(pid: Pid) -> Option<Ending> {
     }
 }
 
-/// Makes sure that this process has one thread.
+/// Checks that this process has one thread.
 ///
 /// # Errors
-/// Fails if it has more, or if `/proc` is not mounted.
+/// Fails if it has more than one, or if `/proc` is not mounted.
 pub(crate) fn expect_one_thread() -> io::Result<()> {
     let mut threads = 0;
     // A thread that was joined may still be visible for a moment.
@@ -331,6 +331,7 @@ pub(crate) fn expect_one_thread() -> io::Result<()> {
         std::thread::sleep(Duration::from_millis(1));
     }
     Err(io::Error::other(format!(
-        "the master has {threads} threads, and a fork would copy one alone (what runs before `run`, `preload` and `before_fork` must end the threads that it starts)"
+        "the master has {threads} threads, and a fork would copy only one (code before `run`, in `preload` and in `before_fork` must \
+         end the threads that it starts)"
     )))
 }

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-/// Reads once from a Unix socket, and receives a descriptor if one is attached: closed on exec, and owned by this process.
+/// Reads once from a Unix socket, and receives a descriptor if one is attached. The descriptor is close-on-exec.
 ///
 /// # Errors
 /// Returns the error of `recvmsg(2)`; or [`cut_short`] if there is no space for the attached descriptors.
@@ -49,9 +49,9 @@ pub(crate) fn receive_with_descriptors<const MOST: usize>(
     if is_cut || descriptors.len() > MOST { Err(cut_short()) } else { Ok((bytes, descriptors)) }
 }
 
-/// A message arrived without all of its descriptors; the received ones have been closed.
+/// The error for a message that arrived without all of its descriptors.
 fn cut_short() -> io::Error {
-    let why = "a message came without all of its descriptors (are too many open? the limit is that of `ulimit -n`)";
+    let why = "a message arrived without all of its descriptors (if too many are open, raise ulimit -n)";
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
@@ -65,7 +65,7 @@ fn descriptors_in(control: &[u8]) -> Vec<OwnedFd> {
         return Vec::new();
     }
     let numbers = (header..length).step_by(size_of::<RawFd>()).map_while(number);
-    // The kernel has just created these descriptors, and the bytes below the length that it wrote are complete numbers.
+    // The kernel has just created these descriptors, and only complete numbers are below the length that it wrote.
     numbers.filter_map(super::own).collect()
 }
 
@@ -101,7 +101,7 @@ mod tests {
             let writers = send(&theirs, count);
             let error = receive_with_descriptor(ours.as_fd(), &mut byte).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{count}");
-            assert!(writers.iter().all(is_closed), "{count}: one of them stayed open");
+            assert!(writers.iter().all(is_closed), "{count}: a descriptor stayed open");
         }
         let writers = send(&theirs, 1);
         let (bytes, descriptor) = receive_with_descriptor(ours.as_fd(), &mut byte).unwrap();
@@ -113,6 +113,10 @@ mod tests {
         let (_, two) = receive_with_descriptors::<2>(ours.as_fd(), &mut byte, MsgFlags::MSG_DONTWAIT).unwrap();
         assert!(two.len() == 2 && !writers.iter().any(is_closed));
         theirs.send(b"!").unwrap();
-        assert_eq!(receive_with_descriptor(ours.as_fd(), &mut byte).unwrap().0, 1, "none is none too few");
+        assert_eq!(
+            receive_with_descriptor(ours.as_fd(), &mut byte).unwrap().0,
+            1,
+            "a message without descriptors is complete"
+        );
     }
 }

@@ -38,8 +38,8 @@ pub(crate) fn unblock_signals() {
     restore_signals(&SigSet::empty());
 }
 
-/// Makes each SIGTERM start the timer of `alarm(2)`: SIGALRM ends this process if it is still running after
-/// `limit`, even when its event loop hangs and there is no master to kill it.
+/// Makes each SIGTERM start the timer of `alarm(2)`: SIGALRM ends this process if it is still running two seconds after
+/// `limit`, even if its event loop hangs and there is no master to kill it.
 ///
 /// # Errors
 /// Returns the error of `sigaction(2)`.

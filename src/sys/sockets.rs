@@ -10,7 +10,7 @@ use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Accepts a connection: non-blocking, closed on exec. Also returns the address of the peer if it is an internet address.
+/// Accepts a connection: non-blocking, close-on-exec. Also returns the peer's address if it is an internet address.
 ///
 /// # Errors
 /// Returns the error of `accept4(2)`; `WouldBlock` if no connection is waiting.
@@ -37,7 +37,7 @@ pub(crate) fn peer_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     Some(SocketAddr::new(address.ip().to_canonical(), address.port()))
 }
 
-/// An address, if it is an internet address.
+/// The IPv4 or IPv6 address; `None` for other families.
 pub(crate) fn internet_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
         (Some(&address), _) => Some(SocketAddr::V4(address.into())),
@@ -81,6 +81,6 @@ fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
 /// # Errors
 /// Returns the error of `epoll_ctl(2)`.
 pub(crate) fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: the descriptor is open, and stays open: its owner is part of the returned value.
+    // SAFETY: the descriptor is open, and stays open because its owner is part of the returned value.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }

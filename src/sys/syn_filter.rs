@@ -4,8 +4,8 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-/// Makes a listening TCP socket accept no further connections: segments that request one (SYN) are dropped. Existing connections
-/// and handshakes in progress are not affected.
+/// Makes a listening TCP socket drop segments that request a connection (SYN). Existing connections and handshakes in progress are
+/// not affected.
 ///
 /// # Errors
 /// Returns the error of `setsockopt(2)`.
