@@ -209,8 +209,8 @@ fn limits_that_processes_cannot_be_given_are_found_before_anything_is_bound() {
     };
     let own = std::process::id().cast_signed();
     let own_nice: i32 = common::field_of(&common::proc_of(own), 19).expect("the kernel has that");
-    let nice = ("-5", &*format!("--nice -5: this process may go down to {own_nice}"));
-    let nofile = ("nofile=600", "--rlimit nofile=600: this process may allow up to 512");
+    let nice = ("-5", &*format!("--nice -5: the lowest value that this process can set is {own_nice}"));
+    let nofile = ("nofile=600", "--rlimit nofile=600: the highest value that this process can set is 512");
     for (flag, (value, what)) in [("--nice", nice), ("--rlimit", nofile)] {
         let limit = format!("{flag}={value}");
         for arguments in [

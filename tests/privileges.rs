@@ -296,7 +296,10 @@ fn a_sandboxed_application_does_its_work_and_nothing_else() {
     }
     assert!(ask(&server, "/status").contains("Name:"));
     assert_eq!(std::fs::read_to_string(&elsewhere).unwrap(), "secret");
-    server.wait_for(&format!("sandbox refused a system call pid={pid} call=chroot number={}", libc::SYS_chroot));
+    server.wait_for(&format!(
+        "sandbox refused a system call (--sandbox) pid={pid} call=chroot number={}",
+        libc::SYS_chroot
+    ));
     // Each violation is logged once, and the worker has survived all of them.
     ask(&server, "/chroot");
     assert_eq!(server.log().matches("call=chroot").count(), 1, "{}", server.log());
@@ -348,7 +351,7 @@ fn what_cannot_be_had_names_its_flag() {
     complaint(&mut hello(&["--rlimit", "speed=1"]), 2, &["--rlimit", "unknown limit 'speed'"]);
     complaint(&mut hello(&["--nice", "50"]), 2, &["--nice", "-20..=19"]);
     complaint(&mut hello(&["--sandbox-read", "/usr"]), 2, &["need --sandbox"]);
-    complaint(&mut hello(&["--user", "4711"]), 1, &["--user", "name one with --group"]);
+    complaint(&mut hello(&["--user", "4711"]), 1, &["--user", "name a group with --group"]);
     complaint(
         &mut hello(&["--chroot", "/no-such-directory"]),
         1,

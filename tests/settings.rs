@@ -562,7 +562,7 @@ fn what_is_wrong_with_the_privileges_is_said_in_full_and_nothing_that_only_follo
         cpu-affinity = '1000'\nrlimit = ['nofile=unlimited', 'as=1G']\nsandbox = true\nsandbox-read = ['/no-such-a', '/no-such-b']\n";
     let words = ["--user: user 4711 has no account", "--chroot: /no-such-root", "--cpu-affinity: ", "--rlimit nofile="];
     let said = complained(&check("hello", &directory, text), 1, &words);
-    assert!(!said.contains("--chdir") && !said.contains("/no-such-a") && !said.contains("would be root"), "{said}");
+    assert!(!said.contains("--chdir") && !said.contains("/no-such-a") && !said.contains("would run as root"), "{said}");
     let text = text.replace("chroot = '/no-such-root'\n", "");
     complained(
         &check("hello", &directory, &text),

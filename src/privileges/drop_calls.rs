@@ -1,6 +1,6 @@
 //! The fenced system calls with which a process drops privileges, and the signal handler that reports a refused call.
 //!
-//! All of it may run between fork and exec: it allocates no memory and takes no lock. No decision is made here.
+//! All functions can run between fork and exec: they allocate no memory and take no lock. This module decides nothing.
 #![expect(unsafe_code, reason = "capset, setpriority, prctl and a signal's context have no safe form")]
 
 use std::fmt::Write as _;
@@ -30,7 +30,7 @@ pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
         }
         Step::Chroot(directory) => {
             chroot(directory.as_c_str())?;
-            chdir(c"/")?; // otherwise `..` of the old directory leads out
+            chdir(c"/")?; // otherwise `..` leads out of the new root
         }
         Step::Bound(kept) => bound_capabilities(*kept)?,
         Step::CarryCapabilities => nix::sys::prctl::set_keepcaps(true)?,
@@ -72,7 +72,7 @@ fn bound_capabilities(CapabilitySet(kept): CapabilitySet) -> io::Result<()> {
     Ok(())
 }
 
-/// Keeps these capabilities and no others: permitted, effective and, if `ambient`, also for the next program that is executed.
+/// Keeps these capabilities and no others, as permitted and effective; if `ambient`, the next program that is executed keeps them too.
 fn set_capabilities(CapabilitySet(kept): CapabilitySet, ambient: bool) -> io::Result<()> {
     /// As defined in `linux/capability.h`.
     const VERSION_3: u32 = 0x2008_0522;
@@ -107,7 +107,7 @@ fn outcome(returned: libc::c_long) -> io::Result<()> {
     if returned < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Makes each system call that the sandbox traps return an error, and logs its name: once per call and process.
+/// Makes each system call that the sandbox traps return an error, and logs the name of the call: once per call and process.
 ///
 /// # Errors
 /// Returns the error of `sigaction(2)`.
@@ -121,8 +121,8 @@ pub(super) fn report_refused_calls() -> io::Result<()> {
     outcome(unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) }.into())
 }
 
-/// One bit for each system call, by its number: whether it was reported.
-static TOLD: [AtomicU64; 16] = [const { AtomicU64::new(0) }; 16];
+/// One bit for each system call, by its number: whether the call was reported.
+static REPORTED: [AtomicU64; 16] = [const { AtomicU64::new(0) }; 16];
 
 extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     /// `si_code` of a signal sent by seccomp.
@@ -146,11 +146,11 @@ extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
         unsafe { libc::_exit(128 + libc::SIGSYS) }
     };
     let (word, bit) = (usize::try_from(number / 64).unwrap_or(usize::MAX), 1 << (number % 64));
-    if TOLD.get(word).is_some_and(|word| word.fetch_or(bit, Ordering::Relaxed) & bit == 0) {
-        tell(number);
+    if REPORTED.get(word).is_some_and(|word| word.fetch_or(bit, Ordering::Relaxed) & bit == 0) {
+        report(number);
     }
     let errno = i64::from(sandbox_syscalls::errno_of(number));
-    // SAFETY: with SA_SIGINFO the third argument is this thread's ucontext_t, which nothing else accesses meanwhile.
+    // SAFETY: with SA_SIGINFO the third argument is this thread's ucontext_t, which no other code accesses during the handler.
     let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
     set_result(context, -errno);
 }
@@ -172,7 +172,7 @@ fn set_result(context: &mut libc::ucontext_t, value: i64) {
 fn set_result(_: &mut libc::ucontext_t, _: i64) {}
 
 /// Writes one line to standard error, immediately, without allocating or locking.
-fn tell(number: u64) {
+fn report(number: u64) {
     struct Line {
         bytes: [u8; 160],
         length: usize,
@@ -189,7 +189,7 @@ fn tell(number: u64) {
     let pid = unsafe { libc::getpid() };
     let mut line = Line { bytes: [0; 160], length: 0 };
     let name = sandbox_syscalls::name_of(number).unwrap_or("unknown");
-    let _ = writeln!(line, "WARN sandbox refused a system call pid={pid} call={name} number={number} (--sandbox)"); // the line fits
+    let _ = writeln!(line, "WARN sandbox refused a system call (--sandbox) pid={pid} call={name} number={number}"); // the line fits
     // SAFETY: the buffer has `length` bytes. If standard error is closed, the line is lost.
     unsafe { libc::write(2, line.bytes.as_ptr().cast(), line.length) };
 }

@@ -1,7 +1,6 @@
-//! Explains, for the log, why a program could not be executed: the kernel's error alone names neither the file nor the
-//! user.
+//! Explains, for the log, why a program could not be executed: the kernel's error alone names neither the file nor the user.
 //!
-//! The checks run as the master, which may have more access than the user of the process. No decision is made here.
+//! The checks run as the master, which may have more access than the user of the process.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
@@ -13,7 +12,7 @@ use crate::config::privileges::PrivilegesConfig;
 use crate::sys;
 use crate::sys::file_path::directory_of;
 
-/// The cause, followed by the command, the user and the directory.
+/// A message with the command, the user, the directory and the cause.
 pub(super) fn explain(error: &io::Error, program: &Program, config: &PrivilegesConfig) -> String {
     let directory = match (&config.chdir, &config.chroot) {
         (Some(directory), _) => directory.clone(),
@@ -28,7 +27,7 @@ pub(super) fn explain(error: &io::Error, program: &Program, config: &PrivilegesC
         None => nix::unistd::geteuid().to_string(),
     };
     let cause = cause(error, &seen, config);
-    format!("{cause} command={} user={user} directory={}", program.path.display(), directory.display())
+    format!("cannot execute {} as user {user} in {}: {cause}", program.path.display(), directory.display())
 }
 
 fn cause(error: &io::Error, seen: &Path, config: &PrivilegesConfig) -> String {
@@ -41,9 +40,9 @@ fn cause(error: &io::Error, seen: &Path, config: &PrivilegesConfig) -> String {
         (Some(libc::EACCES), mode) => {
             let barred = Visitor::of(config).and_then(|visitor| visitor.barred_at(directory_of(seen)));
             match (barred, mode) {
-                (Some(directory), _) => format!("permission denied: the user may not enter {}", directory.display()),
-                (None, Ok(mode)) if mode & 0o111 == 0 => "it is not executable (chmod +x makes it so)".to_owned(),
-                (None, _) => "permission denied: the user may not execute it, or not its interpreter".to_owned(),
+                (Some(directory), _) => format!("permission denied: the user cannot enter {}", directory.display()),
+                (None, Ok(mode)) if mode & 0o111 == 0 => "it is not executable (use chmod +x)".to_owned(),
+                (None, _) => "permission denied: the user cannot execute it or its interpreter".to_owned(),
             }
         }
         _ => sys::explain(error),

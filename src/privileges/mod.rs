@@ -1,13 +1,13 @@
-//! The privileges of the application's processes: resolved and checked once, in the master, and applied in each process before
-//! any application code runs.
+//! The privileges of the application's processes. The master resolves and checks them once; each process applies them before any
+//! application code runs.
 //!
 //! - [`steps`] decides which steps are taken, and in which order (pure).
 //! - [`drop_calls`] makes the system calls, also between fork and exec.
 //! - [`exec_error`] explains why a program could not be executed.
-//! - [`reach`] determines whether another user can access a path.
+//! - [`path_access`] determines whether a different user can access a path.
 //! - [`sandbox`] confines a worker; [`sandbox_syscalls`] is its list of system calls.
 //!
-//! Imports the configuration, and nothing of master or worker.
+//! Imports the configuration, but nothing from master or worker.
 
 mod drop_calls;
 mod exec_error;
@@ -33,7 +33,7 @@ use crate::config::Program;
 use crate::config::privileges::{Affinity, Owner, PrivilegesConfig, Variable};
 use crate::sys;
 
-/// The privileges that a process gives up, and those that replace them.
+/// The privileges of the application's processes, and the steps that change them.
 #[derive(Clone, Debug)]
 pub(crate) struct Privileges {
     config: PrivilegesConfig,
@@ -45,10 +45,10 @@ impl Privileges {
     /// Checks that `config` can be applied. `executes` means that each process executes a program.
     ///
     /// # Errors
-    /// Returns every setting that cannot be applied, each as a sentence for the operator that names the flag.
+    /// Returns a message for the operator for every setting that cannot be applied; each names the flag.
     pub(crate) fn examine(config: &PrivilegesConfig, executes: bool) -> Result<Self, Vec<String>> {
         let standing =
-            standing().map_err(|error| vec![format!("what this process may do cannot be found out: {error}")])?;
+            standing().map_err(|error| vec![format!("cannot determine the privileges of this process: {error}")])?;
         let mut causes = Vec::new();
         let steps = steps::steps(config, &standing, executes).unwrap_or_else(|found| {
             causes = found;
@@ -63,12 +63,14 @@ impl Privileges {
         let gives_files = config.owner_of_sockets().is_some_and(|owner| owner.user != standing.user);
         if gives_files && !standing.has(Capability::CAP_CHOWN) {
             let flag = if config.socket_owner.is_some() { "--socket-owner" } else { "--user" };
-            causes.push(format!("{flag}: this process may not give files away: it lacks CAP_CHOWN (start it as root)"));
+            causes.push(format!(
+                "{flag}: this process cannot change the owner of files: it lacks CAP_CHOWN (start it as root)"
+            ));
         }
         if causes.is_empty() { Ok(Self { config: config.clone(), standing, steps }) } else { Err(causes) }
     }
 
-    /// Like [`examine`](Self::examine), with all errors in one sentence.
+    /// Like [`examine`](Self::examine), with all errors in one message.
     ///
     /// # Errors
     /// Fails as [`examine`](Self::examine) does.
@@ -79,16 +81,16 @@ impl Privileges {
     /// The steps for the process in `slot`, in order.
     ///
     /// # Errors
-    /// A sentence for the operator.
+    /// Returns a message for the operator if a processor of `--cpu-affinity` is not available.
     pub(crate) fn steps(&self, slot: u32) -> Result<Vec<Step>, String> {
         let affinity = steps::affinity(&self.config, &self.standing, slot)?;
         Ok(affinity.into_iter().chain(self.steps.iter().cloned()).collect())
     }
 
-    /// The steps for a process without a slot: the same, except for the processor that is specific to each slot.
+    /// The steps for a process without a slot: the same, except for a processor that depends on the slot.
     ///
     /// # Errors
-    /// A sentence for the operator.
+    /// Fails as [`steps`](Self::steps) does.
     pub(crate) fn steps_without_slot(&self) -> Result<Vec<Step>, String> {
         match self.config.affinity {
             Some(Affinity::Spread) => Ok(self.steps.clone()),
@@ -131,12 +133,12 @@ impl Privileges {
         self.config.sandbox.as_ref().map_or(Ok(()), sandbox::enter).map_err(io::Error::other)
     }
 
-    /// Explains why `program` could not be executed with these privileges: the cause, and the command, the user and the directory.
+    /// Explains why `program` could not be executed with these privileges. The message names the command, the user and the directory.
     pub(crate) fn explain_exec(&self, error: &io::Error, program: &Program) -> String {
         exec_error::explain(error, program, &self.config)
     }
 
-    /// Whether the processes may be able to open other files than the master.
+    /// Whether the processes may be able to open different files than the master.
     pub(crate) fn change_access(&self) -> bool {
         !self.steps.is_empty() || self.config.sandbox.is_some()
     }
@@ -187,14 +189,14 @@ pub(crate) fn give_of(file: BorrowedFd<'_>, from: Uid, owner: Owner) -> io::Resu
     }
     let ours = status.st_uid == from.as_raw() && status.st_nlink == 1;
     if !ours || ![SFlag::S_IFREG, SFlag::S_IFSOCK].contains(&kind) {
-        return Err(io::Error::other("it belongs to somebody else, or has a second name"));
+        return Err(io::Error::other("it belongs to another user, or has more than one name"));
     }
     // fchown(2) does not accept an O_PATH descriptor, but this call does.
     nix::unistd::fchownat(file, c"", Some(owner.user), Some(owner.group), nix::fcntl::AtFlags::AT_EMPTY_PATH)?;
     Ok(())
 }
 
-/// What is missing or unusable below this root: the directory of `--chdir`, and the paths of the sandbox.
+/// Checks the directory of `--chdir` and the paths of the sandbox below this root. Returns a message for each unusable path.
 fn missing_below(root: &Path, config: &PrivilegesConfig) -> Vec<String> {
     let chdir = config.chdir.as_ref().and_then(|directory| {
         let is_below = directory.is_absolute() || config.chroot.is_some();
@@ -210,7 +212,9 @@ fn is_directory(flag: &str, path: &Path) -> Result<(), String> {
     match path.metadata() {
         Ok(found) if found.is_dir() => Ok(()),
         Ok(_) => Err(format!("{flag}: {} is not a directory", path.display())),
-        Err(error) => Err(format!("{flag}: {}: {error} (create the directory, or name another one)", path.display())),
+        Err(error) => {
+            Err(format!("{flag}: {}: {error} (create the directory, or name another directory)", path.display()))
+        }
     }
 }
 

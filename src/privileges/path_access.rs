@@ -1,4 +1,4 @@
-//! Determines whether processes of another user can access a path: its parent directories may admit the master, but not that user.
+//! Determines whether processes of a different user can access a path: its parent directories may admit the master, but not that user.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt as _;
@@ -41,7 +41,7 @@ impl Visitor {
         self.has_search_bit(found.mode(), found.uid(), found.gid())
     }
 
-    /// The first class that a process belongs to decides: path_resolution(7).
+    /// Only the bits of the first class to which the process belongs apply: owner, group, others (path_resolution(7)).
     fn has_search_bit(&self, mode: u32, owner: u32, group: u32) -> bool {
         let shift = match () {
             () if owner == self.user => 6,
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_class_that_holds_decides() {
+    fn the_first_matching_class_decides() {
         let visitor = Visitor { user: 7, groups: vec![8, 9] };
         for (mode, owner, group, passes) in [
             (0o711, 0, 0, true),
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn the_directory_that_bars_the_way_is_named() {
+    fn the_inaccessible_directory_is_named() {
         let top = tempfile::tempdir().unwrap();
         let inner = top.path().join("closed/open");
         std::fs::create_dir_all(&inner).unwrap();

@@ -1,4 +1,4 @@
-//! The sandbox of a worker: Landlock for files, seccomp for system calls. Both bind the process and all its children permanently.
+//! The sandbox of a worker: Landlock for files, seccomp for system calls. Both apply permanently to the process and all its children.
 //!
 //! Landlock: files below `READ` and the paths of `--sandbox-read` can be read; files below `WRITE` and the paths of `--sandbox-write` can
 //! also be written; nothing else can be opened. Files that are already open stay usable: sockets, the segment, files that the application
@@ -60,20 +60,20 @@ const READ: [&str; 33] = [
 ];
 const WRITE: [&str; 3] = ["/dev/null", "/dev/zero", "/dev/full"];
 
-/// Checks that this kernel supports the sandbox, and that the paths that the operator named exist. Returns each problem
-/// as a sentence for the operator.
+/// Checks that this kernel supports the sandbox, and that the paths that the operator named exist. Returns a message for each
+/// problem.
 pub(super) fn check(config: &SandboxConfig, root: &Path) -> Vec<String> {
     let read = config.read.iter().map(|path| ("--sandbox-read", path));
     let named = read.chain(config.write.iter().map(|path| ("--sandbox-write", path)));
     let missing = named.filter_map(|(flag, path)| {
         let error = root.join(path.strip_prefix("/").unwrap_or(path)).metadata().err()?;
-        Some(format!("{flag} {}: {error} (it must be there at the start)", path.display()))
+        Some(format!("{flag} {}: {error} (it must exist at the start)", path.display()))
     });
     let filters = filters().err().map(|error| format!("--sandbox: {error}"));
     let ruleset = ruleset(config.required).err().map(|error| {
         format!(
-            "--sandbox: this kernel has no Landlock, or one before Linux 6.2 ({error}); --sandbox=best-effort goes on with what \
-             there is"
+            "--sandbox: this kernel has no Landlock, or is older than Linux 6.2: {error} (use --sandbox=best-effort to apply what \
+             the kernel supports)"
         )
     });
     missing.chain(filters).chain(ruleset).collect()
@@ -82,7 +82,7 @@ pub(super) fn check(config: &SandboxConfig, root: &Path) -> Vec<String> {
 /// Confines this thread, and all threads and processes that it starts later.
 ///
 /// # Errors
-/// A sentence that names what is missing.
+/// Returns a message for the operator if the kernel does not support a part of the sandbox, or a path is missing.
 pub(super) fn enter(config: &SandboxConfig) -> Result<(), String> {
     restrict_files(config).map_err(|error| format!("--sandbox: {error}"))?;
     drop_calls::report_refused_calls().map_err(|error| format!("--sandbox: {error}"))?;
@@ -125,16 +125,16 @@ fn restrict_files(config: &SandboxConfig) -> Result<(), String> {
     }
     let status = rules.restrict_self().map_err(failed)?;
     if config.required && status.ruleset == RulesetStatus::NotEnforced {
-        return Err("the kernel has not enforced the rules for files".to_owned());
+        return Err("the kernel does not enforce the rules for files".to_owned());
     }
     Ok(())
 }
 
-/// The filters, in the order in which they are set. The strictest result of them counts.
+/// The filters, in the order in which they are installed. The kernel applies the strictest of their results.
 fn filters() -> Result<Vec<BpfProgram>, String> {
     let machine = std::env::consts::ARCH;
     if !["x86_64", "aarch64"].contains(&machine) {
-        return Err(format!("there is no list of system calls for {machine}"));
+        return Err(format!("it is not supported on {machine}"));
     }
     let machine: TargetArch = machine.try_into().map_err(|error| format!("{error}"))?;
     let filter = |rules: BTreeMap<i64, Vec<SeccompRule>>, matched: SeccompAction, else_: SeccompAction| {

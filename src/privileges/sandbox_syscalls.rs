@@ -1,7 +1,7 @@
 //! The system calls of a sandboxed worker, by name: the calls that a web application, its runtime and the C library make.
 //!
 //! A call that is not in the list is refused with EPERM and reported. A call that is newer than the list is refused with ENOSYS,
-//! so that a library that probes for it works without it. This file makes no system call itself.
+//! so that a library that probes for it works without it. This module makes no system call.
 
 /// A system call's number, and its name in libc.
 type Named = (libc::c_long, &'static str);

@@ -1,6 +1,6 @@
 //! Decides the order in which a process gives up privileges: pure, from the operator's settings to a list of [`Step`]s.
 //!
-//! Each step takes away something that later steps do not need:
+//! Each step removes a privilege that later steps do not need:
 //!
 //! ```text
 //! limits, priority, processors   may need CAP_SYS_RESOURCE and CAP_SYS_NICE
@@ -13,7 +13,7 @@
 //! sandbox                        Landlock, which opens files, then seccomp (in `sandbox.rs`)
 //! ```
 //!
-//! This file makes no system call: the caller passes the state of this process as [`Standing`].
+//! This module makes no system call: the caller passes the state of this process as [`Standing`].
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt as _;
@@ -34,7 +34,7 @@ pub(crate) struct Standing {
     pub(crate) group: Gid,
     /// Effective capabilities, one bit each.
     pub(crate) capabilities: u64,
-    /// Whether the capabilities apply to the limits of the machine: those of a user namespace do not.
+    /// Whether the process is in the initial user namespace. Capabilities in other namespaces do not override limits of the machine.
     pub(crate) in_first_namespace: bool,
     /// The processors that the process may run on, in order.
     pub(crate) processors: Vec<usize>,
@@ -105,7 +105,7 @@ impl Step {
 /// `executes` means that the process will execute a program.
 ///
 /// # Errors
-/// Returns everything that cannot be done, as sentences for the operator that give the reason and the flag.
+/// Returns a message for the operator for every step that is not possible, with the reason and the flag.
 pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bool) -> Result<Vec<Step>, Vec<String>> {
     let limits = config.limits.iter().map(|limit| {
         let step = Step::Limit { resource: limit.resource, soft: limit.soft, hard: limit.hard };
@@ -120,7 +120,7 @@ pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bo
     let no_new_privileges =
         no_new_privileges(config).map(|wanted| Vec::from_iter(wanted.then_some(Step::NoNewPrivileges)));
     let chdir = config.chdir.iter().map(|directory| Ok(vec![Step::Chdir(text(directory, "--chdir")?)]));
-    let sandbox = sandbox_makes_sense(config, standing).map(|()| Vec::new());
+    let sandbox = check_sandbox(config, standing).map(|()| Vec::new());
     let parts = limits.chain(nice).chain(umask).chain(chroot).chain([identity_steps(config, standing, executes)]);
     let (mut steps, mut causes) = (Vec::new(), Vec::new());
     for part in parts.chain([no_new_privileges]).chain(chdir).chain([sandbox]) {
@@ -138,7 +138,7 @@ fn identity_steps(config: &PrivilegesConfig, standing: &Standing, executes: bool
     }
     if identity.user.is_some() {
         standing.need(Capability::CAP_SETUID, "--user", "become another user")?;
-        standing.need(Capability::CAP_KILL, "--user", "signal processes of another user, as it must to stop them")?;
+        standing.need(Capability::CAP_KILL, "--user", "signal processes of another user to stop them")?;
     }
     let mut steps = Vec::new();
     let kept = config.capabilities.or(config.user.as_ref().map(|_| CapabilitySet(0)));
@@ -146,9 +146,7 @@ fn identity_steps(config: &PrivilegesConfig, standing: &Standing, executes: bool
         && let missing @ 1.. = kept & !standing.capabilities
     {
         let names = names(missing);
-        return Err(format!(
-            "--capabilities: this process cannot keep what it lacks: {names} (start it as root, or leave them away)"
-        ));
+        return Err(format!("--capabilities: this process lacks {names} (start it as root, or omit them)"));
     }
     if let Some(kept) = kept {
         if standing.has(Capability::CAP_SETPCAP) {
@@ -171,15 +169,15 @@ fn check_limit(limit: &ResourceLimit, standing: &Standing) -> Result<(), String>
     if limit.resource == Resource::RLIMIT_NOFILE && hard > standing.most_descriptors {
         let most = standing.most_descriptors;
         return Err(format!(
-            "--rlimit {name}={}: nobody may have more than {most} (choose that, or raise it with: sysctl fs.nr_open)",
+            "--rlimit {name}={}: the maximum of this system is {most} (choose that value, or raise it with: sysctl fs.nr_open)",
             shown(hard)
         ));
     }
     let allowed = standing.hard_limits.iter().find(|(resource, _)| *resource == limit.resource);
     match allowed {
         Some(&(_, allowed)) if hard > allowed && !standing.may_exceed(Capability::CAP_SYS_RESOURCE) => Err(format!(
-            "--rlimit {name}={}: this process may allow up to {} (choose that, raise its own hard limit with ulimit -H or the \
-             unit's Limit{}=, or start it as root)",
+            "--rlimit {name}={}: the highest value that this process can set is {} (choose that value, raise its own hard limit \
+             with ulimit -H or the unit's Limit{}=, or start it as root)",
             shown(hard),
             shown(allowed),
             name.to_ascii_uppercase()
@@ -198,8 +196,8 @@ fn check_nice(nice: i32, standing: &Standing) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "--nice {nice}: this process may go down to {least} (choose that, raise its limit with ulimit -e or the unit's LimitNICE=, or \
-         start it as root)"
+        "--nice {nice}: the lowest value that this process can set is {least} (choose that value, raise its limit with ulimit -e or the \
+         unit's LimitNICE=, or start it as root)"
     ))
 }
 
@@ -212,9 +210,7 @@ impl Standing {
         if self.has(capability) {
             return Ok(());
         }
-        Err(format!(
-            "{flag}: this process may not {what}: it lacks {capability} (start it as root, or leave {flag} away)"
-        ))
+        Err(format!("{flag}: this process cannot {what}: it lacks {capability} (start it as root, or omit {flag})"))
     }
 
     /// Whether a limit of the machine does not apply to this process.
@@ -237,7 +233,10 @@ struct Identity {
 fn identity(config: &PrivilegesConfig, standing: &Standing) -> Result<Identity, String> {
     let group = config.group.or(config.user.as_ref().and_then(|user| user.gid));
     if let (Some(user), None) = (&config.user, group) {
-        return Err(format!("--user: user {} has no account, and so no group (name one with --group)", user.uid));
+        return Err(format!(
+            "--user: user {} has no account and therefore no group (name a group with --group)",
+            user.uid
+        ));
     }
     let groups = config.supplementary_groups.as_ref().map(|groups| groups.0.clone());
     let of_user = || config.user.as_ref().map(|user| user.groups.clone());
@@ -254,30 +253,29 @@ fn identity(config: &PrivilegesConfig, standing: &Standing) -> Result<Identity, 
 fn no_new_privileges(config: &PrivilegesConfig) -> Result<bool, String> {
     match config.no_new_privileges {
         Some(false) if config.sandbox.is_some() => {
-            Err("--no-new-privileges=false: a sandbox needs them to be refused (leave it away, or --sandbox)"
-                .to_owned())
+            Err("--no-new-privileges=false: a sandbox requires no_new_privs (omit this flag, or --sandbox)".to_owned())
         }
         Some(asked) => Ok(asked),
         None => Ok(config.user.is_some() || config.sandbox.is_some()),
     }
 }
 
-fn sandbox_makes_sense(config: &PrivilegesConfig, standing: &Standing) -> Result<(), String> {
+fn check_sandbox(config: &PrivilegesConfig, standing: &Standing) -> Result<(), String> {
     let root = config.user.as_ref().map_or(standing.user, |user| user.uid).is_root();
     if config.sandbox.is_some() && root {
         return Err(
-            "--sandbox: the workers would be root, whose files it cannot protect from a change of their mode or \
-                    owner (give another user with --user)"
+            "--sandbox: the workers would run as root, and a sandbox does not prevent changes of the mode or owner of root's \
+                    files (choose another user with --user)"
                 .to_owned(),
         );
     }
     Ok(())
 }
 
-/// The processors that the process in `slot` is bound to.
+/// The step that binds the process in `slot` to processors; `None` if none are configured.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if a processor is not available.
 pub(crate) fn affinity(config: &PrivilegesConfig, standing: &Standing, slot: u32) -> Result<Option<Step>, String> {
     let available = &standing.processors;
     let chosen = match &config.affinity {
@@ -290,7 +288,7 @@ pub(crate) fn affinity(config: &PrivilegesConfig, standing: &Standing, slot: u32
     };
     if let Some(missing) = chosen.iter().find(|processor| !available.contains(processor)) {
         return Err(format!(
-            "--cpu-affinity: processor {missing} is none that this process may run on (there are {available:?})"
+            "--cpu-affinity: processor {missing} is not available to this process (available: {available:?})"
         ));
     }
     let mut set = CpuSet::new();
@@ -301,7 +299,7 @@ pub(crate) fn affinity(config: &PrivilegesConfig, standing: &Standing, slot: u32
 }
 
 fn text(path: &Path, flag: &str) -> Result<CString, String> {
-    CString::new(path.as_os_str().as_bytes()).map_err(|_| format!("{flag}: a path cannot have a zero byte in it"))
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| format!("{flag}: a path cannot contain a null byte"))
 }
 
 /// The names of capabilities.
@@ -332,7 +330,7 @@ mod tests {
         }
     }
 
-    fn nobody() -> Standing {
+    fn unprivileged() -> Standing {
         Standing { user: Uid::from_raw(99), group: Gid::from_raw(99), capabilities: 0, ..root() }
     }
 
@@ -360,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_asked_for_no_step_needs_what_was_given_up_before() {
+    fn no_step_needs_a_privilege_that_an_earlier_step_removed() {
         let rank = |step: &Step| match step {
             Step::Limit { .. } | Step::Nice(_) | Step::Affinity(_) | Step::Umask(_) => 0,
             Step::Chroot(_) => 1,
@@ -378,14 +376,14 @@ mod tests {
         let mut planned = 0;
         for _ in 0..2000 {
             let config = random(&mut source);
-            let standing = if source.bool() { root() } else { nobody() };
+            let standing = if source.bool() { root() } else { unprivileged() };
             let Ok(steps) = steps(&config, &standing, source.bool()) else { continue };
             planned += 1;
             assert!(steps.is_sorted_by_key(rank), "seed {seed}: {steps:?}");
             let has = |wanted: u8| steps.iter().any(|step| rank(step) == wanted);
             assert!(
                 !has(6) || (has(4) && has(7)),
-                "seed {seed}: another user, with the master's groups or capabilities: {steps:?}"
+                "seed {seed}: a different user with the master's groups or capabilities: {steps:?}"
             );
             assert!(config.sandbox.is_none() || has(8), "seed {seed}: {steps:?}");
         }
@@ -393,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn another_user_has_its_own_groups_no_capability_and_gets_none() {
+    fn a_different_user_has_its_own_groups_and_no_capabilities() {
         let config = PrivilegesConfig { user: Some(account(33)), ..PrivilegesConfig::default() };
         let (gid, none) = (Gid::from_raw(33), CapabilitySet(0));
         let expected = [
@@ -406,29 +404,41 @@ mod tests {
         ];
         assert_eq!(steps(&config, &root(), false).unwrap(), expected);
         // A process that was already started as that user has nothing to change, and needs no privileges.
-        let same = Standing { user: Uid::from_raw(33), group: gid, ..nobody() };
+        let same = Standing { user: Uid::from_raw(33), group: gid, ..unprivileged() };
         assert_eq!(steps(&config, &same, false).unwrap(), expected[4..]);
         assert_eq!(steps(&PrivilegesConfig::default(), &root(), true), Ok(Vec::new()));
     }
 
     #[test]
-    fn what_cannot_be_done_is_said_with_its_flag() {
+    fn an_impossible_step_is_reported_with_its_flag() {
         let none = PrivilegesConfig::default;
         let sandbox = || Some(SandboxConfig { required: true, read: Vec::new(), write: Vec::new() });
         for (config, standing, said) in [
-            (PrivilegesConfig { user: Some(account(1)), ..none() }, nobody(), "--user: this process may not change"),
-            (PrivilegesConfig { group: Some(Gid::from_raw(1)), ..none() }, nobody(), "--group: this process may not"),
-            (PrivilegesConfig { chroot: Some("/srv".into()), ..none() }, nobody(), "it lacks CAP_SYS_CHROOT"),
-            (PrivilegesConfig { capabilities: Some(CapabilitySet(1)), ..none() }, nobody(), "what it lacks: CAP_CHOWN"),
+            (
+                PrivilegesConfig { user: Some(account(1)), ..none() },
+                unprivileged(),
+                "--user: this process cannot change",
+            ),
+            (
+                PrivilegesConfig { group: Some(Gid::from_raw(1)), ..none() },
+                unprivileged(),
+                "--group: this process cannot",
+            ),
+            (PrivilegesConfig { chroot: Some("/srv".into()), ..none() }, unprivileged(), "it lacks CAP_SYS_CHROOT"),
+            (
+                PrivilegesConfig { capabilities: Some(CapabilitySet(1)), ..none() },
+                unprivileged(),
+                "this process lacks CAP_CHOWN",
+            ),
             (
                 PrivilegesConfig { user: Some(Account { gid: None, ..account(1) }), ..none() },
                 root(),
-                "name one with --group",
+                "name a group with --group",
             ),
-            (PrivilegesConfig { sandbox: sandbox(), ..none() }, root(), "give another user with --user"),
+            (PrivilegesConfig { sandbox: sandbox(), ..none() }, root(), "choose another user with --user"),
             (
                 PrivilegesConfig { sandbox: sandbox(), no_new_privileges: Some(false), ..none() },
-                nobody(),
+                unprivileged(),
                 "--no-new-privileges=false",
             ),
         ] {
@@ -438,28 +448,32 @@ mod tests {
     }
 
     #[test]
-    fn limits_that_cannot_be_are_found_with_what_would_be_allowed() {
+    fn limits_that_cannot_be_set_are_reported_with_the_possible_value() {
         let nofile = |hard| ResourceLimit { resource: Resource::RLIMIT_NOFILE, soft: 1, hard };
         let limits = |hard| PrivilegesConfig { limits: vec![nofile(hard)], ..PrivilegesConfig::default() };
         let nice = |nice| PrivilegesConfig { nice: Some(nice), ..PrivilegesConfig::default() };
         let rootless = Standing { in_first_namespace: false, ..root() };
-        let favoured = Standing { hard_limits: vec![(Resource::RLIMIT_NICE, 25)], ..nobody() };
-        let yielding = Standing { nice: 10, ..nobody() };
+        let favoured = Standing { hard_limits: vec![(Resource::RLIMIT_NICE, 25)], ..unprivileged() };
+        let yielding = Standing { nice: 10, ..unprivileged() };
         for (config, standing, said) in [
-            (limits(4096), nobody(), None),
-            (limits(4097), nobody(), Some("--rlimit nofile=4097: this process may allow up to 4096")),
+            (limits(4096), unprivileged(), None),
+            (
+                limits(4097),
+                unprivileged(),
+                Some("--rlimit nofile=4097: the highest value that this process can set is 4096"),
+            ),
             (limits(4097), rootless.clone(), Some("LimitNOFILE=")),
             (limits(4097), root(), None),
-            (limits(RLIM_INFINITY), root(), Some("--rlimit nofile=unlimited: nobody may have more than 1048576")),
-            (nice(0), nobody(), None),
-            (nice(19), nobody(), None),
-            (nice(-1), nobody(), Some("--nice -1: this process may go down to 0")),
+            (limits(RLIM_INFINITY), root(), Some("--rlimit nofile=unlimited: the maximum of this system is 1048576")),
+            (nice(0), unprivileged(), None),
+            (nice(19), unprivileged(), None),
+            (nice(-1), unprivileged(), Some("--nice -1: the lowest value that this process can set is 0")),
             (nice(-5), rootless, Some("LimitNICE=")),
             (nice(-5), root(), None),
             (nice(-5), favoured.clone(), None),
-            (nice(-6), favoured, Some("may go down to -5")),
+            (nice(-6), favoured, Some("can set is -5")),
             (nice(10), yielding.clone(), None),
-            (nice(9), yielding, Some("may go down to 10")),
+            (nice(9), yielding, Some("can set is 10")),
         ] {
             let found = steps(&config, &standing, false);
             match said {
@@ -472,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn slots_are_spread_over_the_processors_that_there_are() {
+    fn slots_are_spread_over_the_available_processors() {
         let spread = PrivilegesConfig { affinity: Some(Affinity::Spread), ..PrivilegesConfig::default() };
         for (slot, processor) in [(0, 0), (1, 2), (2, 5), (3, 0)] {
             let mut set = CpuSet::new();
@@ -481,7 +495,7 @@ mod tests {
         }
         let list = PrivilegesConfig { affinity: Some(Affinity::Processors(vec![2, 3])), ..PrivilegesConfig::default() };
         let error = affinity(&list, &root(), 0).unwrap_err();
-        assert!(error.contains("--cpu-affinity: processor 3 is none"), "{error}");
+        assert!(error.contains("--cpu-affinity: processor 3 is not available"), "{error}");
         assert_eq!(affinity(&PrivilegesConfig::default(), &root(), 0), Ok(None));
     }
 }

@@ -70,7 +70,8 @@ fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
             let least = u64::from(config.workers.min.max(1)) * 2;
             (too_low(least) && !exempt).then(|| {
                 format!(
-                    "--rlimit {limit}: {} workers need at least {least} threads, and the limit applies to all threads of their user (raise the limit)",
+                    "--rlimit {limit}: {} workers need at least {least} threads, and the limit applies to all threads of their user \
+                     (raise the limit)",
                     config.workers.min.max(1)
                 )
             })
