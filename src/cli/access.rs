@@ -72,7 +72,7 @@ enum TrustHeader {
 
 impl AccessOptions {
     /// # Errors
-    /// A sentence for the operator: `FCGI_WEB_SERVER_ADDRS` is invalid.
+    /// Returns a message for the operator if `FCGI_WEB_SERVER_ADDRS` is invalid.
     pub(super) fn access(self, serves_fastcgi: bool) -> Result<Access, String> {
         let family = match self.trust_header {
             TrustHeader::XForwarded => Family::X,
@@ -80,8 +80,8 @@ impl AccessOptions {
         };
         let allow = Peers::new(self.allow);
         // Where the variable has no effect, its errors are not reported.
-        let counts = allow.is_none() && serves_fastcgi;
-        let variable = if counts { std::env::var("FCGI_WEB_SERVER_ADDRS").unwrap_or_default() } else { String::new() };
+        let is_used = allow.is_none() && serves_fastcgi;
+        let variable = if is_used { std::env::var("FCGI_WEB_SERVER_ADDRS").unwrap_or_default() } else { String::new() };
         let web_servers = Peers::web_servers(&variable, addresses_of)?;
         let trust = Peers::new(self.trust).map(|peers| Trust { peers, family });
         Ok(Access { allow, web_servers, trust, proxy_protocol: Peers::new(self.proxy_protocol) })

@@ -1,5 +1,5 @@
-//! `check`: tests whether this machine provides everything that the settings name. Creates, binds and starts nothing, and
-//! reports all errors, not only the first.
+//! `check`: tests whether the settings can be used on this machine. Creates, binds and starts nothing, and reports all errors,
+//! not only the first.
 
 use forkyard_shm::Segment;
 
@@ -20,7 +20,7 @@ pub(crate) struct Findings {
     pub(crate) warnings: Vec<String>,
 }
 
-/// `mistakes` are the errors that were found while reading the settings.
+/// Checks all settings. `mistakes` are the errors that were found while the settings were read.
 pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
     let mut findings = Findings { errors: mistakes, warnings: Vec::new() };
     let config = &request.config;

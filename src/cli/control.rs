@@ -47,7 +47,7 @@ pub(super) struct Socket {
     #[arg(long, value_name = "PATH", env = "FORKYARD_CONTROL")]
     control: PathBuf,
 
-    /// Give up when the master has not answered for this long; 0 for no limit
+    /// Fail if the master has not answered for this long; 0 for no limit
     ///
     /// A command that takes time (reload, scale, stop, upgrade) continues to wait as long as the master answers a
     /// status request.
@@ -205,7 +205,7 @@ impl Operation {
     /// `command` is the whole command line, for completions and the manual.
     ///
     /// # Errors
-    /// An error of clap, if the sub-command of a manual page does not exist.
+    /// Returns an error of clap if the sub-command of a manual page does not exist.
     pub(super) fn task(self, command: &mut Command) -> Result<Task, clap::Error> {
         Ok(match self {
             Self::Status(socket) => socket.ask(What::Ask(Request::Status)),

@@ -1,7 +1,7 @@
 //! The configuration file: TOML whose keys are the names of the flags, turned into command-line arguments.
 //!
-//! There is no second list of names, types or limits: a key is the flag of that name, and the flag's own parser checks
-//! its value. Flags and FORKYARD_* variables override the file.
+//! There is no separate list of names, types or limits: a key is the flag of that name, and the flag's own parser checks its
+//! value. Flags and FORKYARD_* variables override the file.
 
 use std::any::TypeId;
 use std::error::Error as _;

@@ -13,14 +13,14 @@ const OTHER_NAMES: [(&str, &str); 20] = [
     (
         "restart",
         "'reload' replaces all workers without losing a request, 'upgrade' also the master's program; settings that cannot \
-         change in a running master need 'stop' and a start",
+         change in a running master require 'stop' and a start",
     ),
     ("start", "'forkyard run' runs a program; a binary with a linked application serves without a sub-command"),
     ("serve", "'forkyard run' runs a program; a binary with a linked application serves without a sub-command"),
     ("quit", "'stop' stops the master"),
     ("shutdown", "'stop' stops the master"),
-    ("halt", "'stop --now' stops the master at once"),
-    ("kill", "'stop --now' stops the master at once"),
+    ("halt", "'stop --now' stops the master immediately"),
+    ("kill", "'stop --now' stops the master immediately"),
     ("configtest", "'check' reports errors in the settings"),
     ("test", "'check' reports errors in the settings"),
     ("validate", "'check' reports errors in the settings"),
@@ -56,7 +56,7 @@ pub(super) fn improve(
         _ => None,
     };
     if let Some(tip) = tip {
-        // clap would also print this suggestion, which is for another flag.
+        // clap would also print this suggestion, which is for a different flag.
         error.remove(ContextKind::SuggestedArg);
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![StyledStr::from(tip)]));
     }

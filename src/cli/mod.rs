@@ -5,8 +5,8 @@
 //!
 //! - Each group of flags has a file of its own. The flags of sockets, start and stop are in this file.
 //! - [`control`]: the sub-commands. [`file`]: the configuration file. [`check`]: what `check` tests.
-//! - [`parse`]: reads arguments, variables and file. [`refused`]: flags of the other command. [`hints`]: tips for invalid command
-//!   lines.
+//! - [`parse`]: reads arguments, variables and file. [`refused_flags`]: flags of the other command. [`hints`]: tips for
+//!   invalid command lines.
 
 pub(crate) mod check;
 pub(crate) mod scaling;
@@ -63,7 +63,7 @@ TIME is in seconds, or has a unit: ms, s, m or h. SIZE is in bytes, or has a uni
 
 Signals to the master:
   TERM       stop: finish the requests in flight, within --drain-timeout, and exit
-  INT, QUIT  stop at once
+  INT, QUIT  stop immediately
   HUP        reload: read the file of --config again and replace all workers; each new worker is
              ready before an old one drains
   TTIN, TTOU add a worker, remove a worker; with a range of --workers, both limits move
@@ -284,8 +284,8 @@ struct RunOptions {
 
     /// Count a program as started once it has run for this long; 0 counts it immediately
     ///
-    /// A program also counts as started when it is seen waiting for connections or serving one. [default: 1s until one
-    /// program has been seen doing so; after that, every program must be seen]
+    /// A program also counts as started when it is observed waiting for connections or serving one. [default: 1s until
+    /// one program has been observed doing so; after that, every program must be observed]
     #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", value_parser = parse_duration, help_heading = "Processes")]
     settle: Option<Duration>,
 
@@ -298,7 +298,7 @@ struct RunOptions {
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) config: Config,
-    /// Serve one CGI request, from the environment and standard input.
+    /// Whether to serve one CGI request, from the environment and standard input.
     pub(crate) cgi: bool,
     /// The external program and its arguments; `None` for a linked application.
     pub(crate) program: Option<Vec<OsString>>,
@@ -330,13 +330,13 @@ pub(crate) struct Identity {
 /// Reads the command line of a binary with a linked application.
 ///
 /// # Errors
-/// An error of clap, which also carries the text of `--help` and `--version`.
+/// Returns an error of clap, which can also be the text of `--help` or `--version`.
 pub(crate) fn parse_linked(arguments: &[OsString], identity: &Identity) -> Result<Invocation, clap::Error> {
     let name =
         arguments.first().and_then(|path| Path::new(path).file_name()).map(|name| name.to_string_lossy().into_owned());
     let run = RunOptions::augment_args(Command::new("run"));
-    let mut command = refused_flags::know(Linked::command(), &run, Way::Linked);
-    command = command.mut_subcommand("check", |check| refused_flags::know(check, &run, Way::Linked));
+    let mut command = refused_flags::add(Linked::command(), &run, Way::Linked);
+    command = command.mut_subcommand("check", |check| refused_flags::add(check, &run, Way::Linked));
     // The application's version: clap would otherwise print this library's version after the application's name.
     command = command.version(identity.version.clone().unwrap_or_default());
     if let Some(about) = &identity.about {
@@ -397,14 +397,14 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
 /// Reads the command line of `forkyard`.
 ///
 /// # Errors
-/// An error of clap, which also carries the text of `--help` and `--version`.
+/// Returns an error of clap, which can also be the text of `--help` or `--version`.
 pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap::Error> {
     let linked = LinkedOptions::augment_args(Command::new("linked"));
     let mut command = Forkyard::command().bin_name("forkyard");
     for name in ["run", "check"] {
         command = command.mut_subcommand(name, |run| {
             let run = run.mut_arg("bind", |bind| bind.help(BIND_OF_RUN[0]).long_help(BIND_OF_RUN[1]));
-            refused_flags::know(run, &linked, Way::Run)
+            refused_flags::add(run, &linked, Way::Run)
         });
     }
     let Read { matches, mistakes, checked } = read(&mut command, arguments, &["run", "check"])?;

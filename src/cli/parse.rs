@@ -29,7 +29,7 @@ pub(super) fn or_note<T: Default>(
 pub(super) struct Read {
     pub(super) matches: ArgMatches,
     pub(super) mistakes: Mistakes,
-    /// The sub-command is `check`.
+    /// Whether the sub-command is `check`.
     pub(super) checked: bool,
 }
 
@@ -37,7 +37,7 @@ pub(super) struct Read {
 /// the sub-commands that take the serving flags.
 ///
 /// # Errors
-/// An error of clap. For `check`, invalid values are among the mistakes instead.
+/// Returns an error of clap. For `check`, invalid values are among the mistakes instead.
 pub(super) fn read(command: &mut Command, arguments: &[OsString], serving: &[&str]) -> Result<Read, clap::Error> {
     let mut mistakes = Mistakes::default();
     let mut arguments = arguments.to_vec();
@@ -86,7 +86,7 @@ pub(super) fn read(command: &mut Command, arguments: &[OsString], serving: &[&st
 }
 
 /// Removes an invalid value from the arguments or, if the value comes from a variable, the variable from the command,
-/// and records the error. False if the error is of another kind.
+/// and records the error. Returns false if the error is of a different kind.
 fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsString>, mistakes: &mut Mistakes) -> bool {
     use clap::error::{ContextKind, ContextValue, ErrorKind};
     if !matches!(error.kind(), ErrorKind::ValueValidation | ErrorKind::InvalidValue) {

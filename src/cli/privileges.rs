@@ -35,7 +35,7 @@ pub(super) struct PrivilegeOptions {
     #[arg(long, value_name = "NAMES", env = "FORKYARD_CAPABILITIES", value_parser = parse_capabilities, help_heading = "Privileges")]
     capabilities: Option<CapabilitySet>,
 
-    /// Give setuid programs and file capabilities no effect in the application
+    /// Prevent the application from gaining privileges from setuid programs and file capabilities
     ///
     /// This sets PR_SET_NO_NEW_PRIVS (prctl(2)). [default: true with --user or --sandbox, otherwise false]
     #[arg(
@@ -167,7 +167,7 @@ enum SandboxMode {
 
 impl SandboxOptions {
     /// # Errors
-    /// A sentence for the operator: paths without a sandbox.
+    /// Returns a message for the operator if paths are given without a sandbox.
     pub(super) fn config(self) -> Result<Option<SandboxConfig>, String> {
         let Self { sandbox, sandbox_read: read, sandbox_write: write } = self;
         if sandbox.is_none() && !(read.is_empty() && write.is_empty()) {

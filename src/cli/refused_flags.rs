@@ -34,8 +34,8 @@ impl Way {
                  limits how many wait)"
             }
             (Self::Run, "access-log" | "access-log-format") => {
-                "a program answers its clients itself, so Forkyard does not see its requests (use the access log of the web \
-                 server in front of it)"
+                "a program answers its clients itself, so its requests do not pass through Forkyard (use the access log of the \
+                 web server in front of it)"
             }
             (Self::Run, "log-rate") => "a program logs to its standard error, which --output-rate limits",
             (Self::Run, "threads" | "queue") => {
@@ -45,23 +45,23 @@ impl Way {
                 "the sandbox is for linked applications, since it takes effect before anything is executed (use --user, \
                  --chroot and --rlimit, or the sandboxing of systemd)"
             }
-            (Self::Run, "events-backlog" | "max-subscribers") => "browsers subscribe to events at linked applications",
+            (Self::Run, "events-backlog" | "max-subscribers") => "only linked applications serve event subscribers",
             (Self::Run, "allow" | "trust" | "trust-header" | "proxy-protocol") => {
-                "a program accepts connections itself, so Forkyard does not see its clients (see --socket-mode and \
-                 --socket-owner; the web server in front of it knows the clients)"
+                "a program accepts connections itself, so its clients do not connect to Forkyard (see --socket-mode and \
+                 --socket-owner, and the settings of the web server in front of it)"
             }
             (Self::Run, _) => {
-                "a program accepts and serves connections itself, so Forkyard does not see its requests (set this in the \
+                "a program accepts and serves connections itself, so its requests do not pass through Forkyard (set this in the \
                  program, or in the web server in front of it)"
             }
-            (Self::Linked, "settle") => "a worker reports itself when it is ready (see --start-timeout)",
-            (Self::Linked, _) => "it is for programs under forkyard run",
+            (Self::Linked, "settle") => "a worker reports when it is ready (see --start-timeout)",
+            (Self::Linked, _) => "it is a flag of forkyard run",
         }
     }
 }
 
 /// Adds the flags of `other` that `command` lacks, as hidden arguments that will be refused.
-pub(super) fn know(command: Command, other: &Command, way: Way) -> Command {
+pub(super) fn add(command: Command, other: &Command, way: Way) -> Command {
     let has = |command: &Command, name: &str| command.get_arguments().any(|argument| argument.get_long() == Some(name));
     let names = other.get_arguments().filter_map(|argument| argument.get_long().filter(|_| !argument.is_hide_set()));
     let missing: Vec<String> = names.filter(|name| !has(&command, name)).map(ToOwned::to_owned).collect();

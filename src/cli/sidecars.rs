@@ -60,7 +60,7 @@ fn lines(text: &str) -> impl Iterator<Item = &str> {
 
 impl SidecarOptions {
     /// # Errors
-    /// A sentence for the operator, if two have the same name.
+    /// Returns a message for the operator if two sidecars have the same name.
     pub(super) fn config(self) -> Result<SidecarsConfig, String> {
         let all = self.daemon.into_iter().chain(self.cron).flat_map(|Lines(sidecars)| sidecars);
         SidecarsConfig::new(all.collect(), self.cron_timeout, self.daemon_tries)

@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn all_ipv6_addresses_take_ipv4_along_unless_something_else_does() {
+    fn all_ipv6_addresses_include_ipv4_unless_another_bind_does() {
         let binds: Vec<Bind> = [
             "http:[::]:80",
             "http:0.0.0.0:80",
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_bind_says_what_is_expected() {
+    fn the_error_for_an_invalid_bind_names_the_expected_form() {
         for (text, said) in [
             ("8080", "expected PROTO:ADDR"),
             ("gopher:127.0.0.1:70", "unknown protocol 'gopher'"),

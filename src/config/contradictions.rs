@@ -6,7 +6,7 @@ use super::Config;
 const OTHER_DESCRIPTORS: u64 = 64;
 
 impl Config {
-    /// Sentences for the operator. `descriptors` is the limit of a worker, if it is known.
+    /// Returns a message for the operator for each contradiction. `descriptors` is the descriptor limit of a worker, if it is known.
     pub(crate) fn contradictions(&self, descriptors: Option<u64>) -> Vec<String> {
         let limits = &self.limits;
         let connections = limits.max_connections;

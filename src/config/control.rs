@@ -14,8 +14,8 @@ pub(crate) struct ControlConfig {
 }
 
 /// The configuration after a reload: `read`, but with the settings of `running` where a running master cannot change them.
-/// Also returns the flags whose change is ignored for that reason. `slots` is the number of processes that the master has
-/// space for.
+/// Also returns the flags of these settings, if `read` changes them. `slots` is the number of processes for which the master has
+/// space.
 ///
 /// The sockets and the shared memory are created once and shared with running processes; other programs find this master by
 /// its pid file and control socket.

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-/// For each of the times, and for the number of deaths, zero disables.
+/// Zero disables a time limit. The quarantine is disabled if its number of deaths is zero.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Failures {
-    /// Time until the head of the response; then the request gets 504.
+    /// Time limit for the head of the response; after it, the request gets 504.
     pub(crate) request_timeout: Duration,
     /// Time for which an event loop may run without yielding, and a blocking function after its request has timed out.
     pub(crate) hang_timeout: Duration,
@@ -17,8 +17,9 @@ pub(crate) struct Failures {
 /// The conditions under which a request is refused because workers died while serving it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct QuarantineConfig {
+    /// Number of deaths after which the request is refused.
     pub(crate) deaths: u32,
-    /// Time within which the deaths count.
+    /// Time within which the deaths are counted.
     pub(crate) window: Duration,
     /// Duration of the first quarantine.
     pub(crate) time: Duration,

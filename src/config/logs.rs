@@ -91,7 +91,7 @@ impl Filters {
     /// the name of a module, and then log nothing else.
     ///
     /// # Errors
-    /// A sentence for the operator.
+    /// Returns a message for the operator if the text is not a valid filter.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let mut general = None;
         let mut directives = Vec::new();

@@ -45,7 +45,7 @@ pub(crate) struct Config {
     pub(crate) socket_mode: Option<u32>,
     pub(crate) start_timeout: Duration,
     pub(crate) drain_timeout: Duration,
-    /// Time after which an external program counts as started, if set.
+    /// Time after which an external program is considered started, if set.
     pub(crate) settle: Option<Duration>,
     /// Dead workers per second that are replaced immediately; further replacements are delayed.
     pub(crate) respawn_rate: u32,
@@ -166,7 +166,7 @@ impl Program {
     /// searches below that directory, because the program will be executed there.
     ///
     /// # Errors
-    /// A sentence for the operator, if there is no such program or it cannot be executed.
+    /// Returns a message for the operator if there is no such program, or it cannot be executed.
     fn find(command: &[OsString], root: Option<&std::path::Path>) -> Result<Self, String> {
         use std::os::unix::ffi::OsStrExt as _;
         let [name, arguments @ ..] = command else { return Err("no COMMAND after '--'".to_owned()) };
@@ -197,7 +197,7 @@ impl Program {
     /// Finds the program as processes with these privileges will see it.
     ///
     /// # Errors
-    /// A sentence for the operator.
+    /// Returns a message for the operator if there is no such program, or it cannot be executed.
     pub(crate) fn for_privileges(command: &[OsString], privileges: &PrivilegesConfig) -> Result<Self, String> {
         let PrivilegesConfig { chroot, chdir, .. } = privileges;
         Self::find(command, chroot.as_deref())?.with_path_for(chdir.as_deref().filter(|_| chroot.is_none()))
@@ -206,7 +206,7 @@ impl Program {
     /// The same program, with a path that is also valid when the program is started in `directory`.
     ///
     /// # Errors
-    /// If the working directory of this process no longer exists.
+    /// Fails if the working directory of this process no longer exists.
     fn with_path_for(self, directory: Option<&std::path::Path>) -> Result<Self, String> {
         if directory.is_none() {
             return Ok(self);
@@ -229,7 +229,7 @@ fn is_executable(path: &std::path::Path) -> bool {
 /// Reads a size: bytes, or with K, M, G or T (powers of 1024).
 ///
 /// # Errors
-/// A sentence with the expected form.
+/// Returns a message with the expected form.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let expected = || format!("'{text}' is not a size (expected bytes, or a number with K, M, G or T, as in 64M)");
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -265,7 +265,7 @@ pub(crate) fn millis(time: Duration) -> u64 {
 /// Reads a duration: seconds, or a number with ms, s, m or h.
 ///
 /// # Errors
-/// A sentence with the expected form.
+/// Returns a message with the expected form.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let expected = || format!("'{text}' is not a time (expected seconds, or a number with ms, s, m or h, as in 500ms)");
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -284,7 +284,7 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
 /// Like [`parse_duration`], for a duration that must not be zero.
 ///
 /// # Errors
-/// Fails as [`parse_duration`] does, or with a sentence about the minimum.
+/// Fails as [`parse_duration`] does, or with a message that names the minimum.
 pub(crate) fn parse_positive_duration(text: &str) -> Result<Duration, String> {
     let time = parse_duration(text)?;
     if time.is_zero() {
@@ -293,13 +293,13 @@ pub(crate) fn parse_positive_duration(text: &str) -> Result<Duration, String> {
     Ok(time)
 }
 
-/// Shortest interval between checks: with a shorter one, a process would do nothing but check.
+/// Shortest interval between checks: with a shorter interval, a process would do nothing but check.
 const MIN_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Like [`parse_duration`], for an interval between checks.
 ///
 /// # Errors
-/// Fails as [`parse_duration`] does, or with a sentence about the minimum.
+/// Fails as [`parse_duration`] does, or with a message that names the minimum.
 pub(crate) fn parse_interval(text: &str) -> Result<Duration, String> {
     let time = parse_duration(text)?;
     if time < MIN_INTERVAL {
@@ -322,7 +322,7 @@ pub(crate) fn parse_interval_or_zero(text: &str) -> Result<Duration, String> {
 /// Reads permissions in octal, in the form that `chmod` accepts.
 ///
 /// # Errors
-/// A sentence with the expected form.
+/// Returns a message with the expected form.
 pub(crate) fn parse_mode(text: &str) -> Result<u32, String> {
     let mode = u32::from_str_radix(text, 8).ok().filter(|&mode| mode <= 0o777);
     mode.ok_or(format!("'{text}' is not a file mode (expected three octal digits, as in 660)"))
@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn intervals_leave_time_for_something_else() {
+    fn intervals_have_a_minimum() {
         assert_eq!(parse_interval("100ms"), Ok(MIN_INTERVAL));
         for text in ["0", "0s", "1ms", "99ms"] {
             assert!(parse_interval(text).unwrap_err().contains("expected at least 100ms"), "{text}");

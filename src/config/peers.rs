@@ -29,7 +29,7 @@ impl Peers {
     /// the set. `None` if the variable is empty.
     ///
     /// # Errors
-    /// A sentence for the operator, for any invalid element: half of such a list would admit, or refuse, the wrong peers.
+    /// Returns a message for the operator if an element is invalid: an incomplete list would admit or refuse the wrong peers.
     pub(crate) fn web_servers(variable: &str, resolve: impl Fn(&str) -> Vec<IpAddr>) -> Result<Option<Self>, String> {
         let one = |address: IpAddr| {
             let address = address.to_canonical();
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_member_says_what_is_expected() {
+    fn the_error_for_an_invalid_member_names_the_expected_form() {
         for (text, said) in [
             ("localhost", "'localhost' is not an address"),
             ("10.0.0.0/33", "0 to 32 bits"),

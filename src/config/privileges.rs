@@ -1,8 +1,8 @@
 //! The privileges of the application's processes, as configured: each setting is parsed, looked up and checked on its
 //! own.
 //!
-//! Names of users and groups are resolved here, in the master, before any fork, so that a child that changes its user
-//! looks up nothing. `privileges` decides whether the settings are possible in combination.
+//! The master resolves names of users and groups here, before any fork, so that a child that changes its user does not look up
+//! names. `privileges` decides whether the settings are possible in combination.
 
 use std::ffi::CString;
 use std::fmt;
@@ -42,7 +42,7 @@ impl PrivilegesConfig {
         self.limits.iter().any(|limit| limit.resource == Resource::RLIMIT_NOFILE)
     }
 
-    /// A warning, if the application runs as root because no user is configured.
+    /// Returns a warning if the application runs as root because no user is configured.
     pub(crate) fn of_root(&self) -> Option<&'static str> {
         let is_root = nix::unistd::geteuid().is_root() && is_root_of_machine();
         (is_root && self.user.is_none()).then_some(
@@ -144,7 +144,7 @@ impl fmt::Debug for Variable {
 /// Files that a sandboxed worker may use, in addition to those that every program needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SandboxConfig {
-    /// A kernel without Landlock is an error.
+    /// Whether a kernel without Landlock is an error.
     pub(crate) required: bool,
     pub(crate) read: Vec<PathBuf>,
     pub(crate) write: Vec<PathBuf>,
@@ -153,7 +153,7 @@ pub(crate) struct SandboxConfig {
 /// Reads a user: a name, or a number.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the user cannot be looked up.
 pub(crate) fn parse_user(text: &str) -> Result<Account, String> {
     let number = text.parse().ok().map(Uid::from_raw);
     let found = match number {
@@ -170,21 +170,21 @@ pub(crate) fn parse_user(text: &str) -> Result<Account, String> {
             Ok(Account { uid: user.uid, gid: Some(user.gid), groups, name: Some(user.name), home: Some(home) })
         }
         (None, Some(uid)) => Ok(Account { uid, gid: None, groups: Vec::new(), name: None, home: None }),
-        (None, None) => Err(format!("there is no user {text} on this system (create it, or name another one)")),
+        (None, None) => Err(format!("there is no user {text} on this system (create it, or name another user)")),
     }
 }
 
 /// Reads a group: a name, or a number.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the group cannot be looked up.
 pub(crate) fn parse_group(text: &str) -> Result<Gid, String> {
     if let Ok(number) = text.parse() {
         return Ok(Gid::from_raw(number));
     }
     match Group::from_name(text) {
         Ok(Some(group)) => Ok(group.gid),
-        Ok(None) => Err(format!("there is no group {text} on this system (create it, or name another one)")),
+        Ok(None) => Err(format!("there is no group {text} on this system (create it, or name another group)")),
         Err(errno) => Err(format!("cannot look up group {text}: {}", errno.desc().to_lowercase())),
     }
 }
@@ -192,7 +192,7 @@ pub(crate) fn parse_group(text: &str) -> Result<Gid, String> {
 /// Reads a comma-separated list of groups, or `none`.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if a group cannot be looked up.
 pub(crate) fn parse_groups(text: &str) -> Result<GroupList, String> {
     listed(text).map(parse_group).collect::<Result<_, _>>().map(GroupList)
 }
@@ -200,12 +200,12 @@ pub(crate) fn parse_groups(text: &str) -> Result<GroupList, String> {
 /// Reads `USER:GROUP`; the default group is the user's.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the user or the group cannot be looked up.
 pub(crate) fn parse_owner(text: &str) -> Result<Owner, String> {
     let (user, group) = text.split_once(':').map_or((text, None), |(user, group)| (user, Some(group)));
     let user = parse_user(user)?;
     let group = group.map_or_else(
-        || user.gid.ok_or(format!("user {text} has no account, and so no group (expected USER:GROUP)")),
+        || user.gid.ok_or(format!("user {text} has no account, and therefore no group (expected USER:GROUP)")),
         parse_group,
     )?;
     Ok(Owner { user: user.uid, group })
@@ -214,7 +214,7 @@ pub(crate) fn parse_owner(text: &str) -> Result<Owner, String> {
 /// Reads a comma-separated list of capabilities, or `none`.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if a capability is unknown.
 pub(crate) fn parse_capabilities(text: &str) -> Result<CapabilitySet, String> {
     let one = |name: &str| -> Result<u64, String> {
         let canonical = caps::to_canonical(name);
@@ -289,7 +289,7 @@ pub(crate) fn name_of(resource: Resource) -> &'static str {
 /// Reads `NAME=SOFT[:HARD]`.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if it is not a valid limit.
 pub(crate) fn parse_limit(text: &str) -> Result<ResourceLimit, String> {
     const FORM: &str = "expected NAME=SOFT or NAME=SOFT:HARD, as in nofile=4096 or core=0:unlimited";
     let (name, values) = text.split_once('=').ok_or(format!("'{text}' is not a limit ({FORM})"))?;
@@ -313,7 +313,7 @@ pub(crate) fn parse_limit(text: &str) -> Result<ResourceLimit, String> {
 /// Reads `spread`, or numbers and ranges of processors as in `0-3,8`.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if it is not a valid list.
 pub(crate) fn parse_affinity(text: &str) -> Result<Affinity, String> {
     if text == "spread" {
         return Ok(Affinity::Spread);
@@ -335,7 +335,7 @@ pub(crate) fn parse_affinity(text: &str) -> Result<Affinity, String> {
 /// Reads `NAME=VALUE`; `NAME` alone passes the master's variable on.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the text is invalid, or the variable is not set.
 pub(crate) fn parse_variable(text: &str) -> Result<Variable, String> {
     let (name, value) = match text.split_once('=') {
         Some((name, value)) => (name, value.to_owned()),

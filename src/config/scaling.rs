@@ -1,4 +1,4 @@
-//! The number of workers and their replacement: the types of these flags, and their parsers.
+//! The number of workers and their replacement: types of the flags, and their parsers.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,7 +11,7 @@ const MOST: u32 = 1024;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Scaling {
-    /// Workers that are replaced at a time, for any reason.
+    /// Maximum number of workers that are replaced at a time, for any reason.
     pub(crate) max_unavailable: Share,
     /// Time for which workers may fail to start while none has ever been ready; zero is no limit.
     pub(crate) give_up_after: Duration,
@@ -108,7 +108,7 @@ impl Jittered<Duration> {
 /// Reads `N` or `N~JITTER`; 0 is no limit.
 ///
 /// # Errors
-/// A sentence with the expected form.
+/// Returns a message with the expected form.
 pub(crate) fn parse_max_requests(text: &str) -> Result<Jittered<u64>, String> {
     let parse = |part: &str| part.parse().ok();
     jittered(text, parse).ok_or(format!(
@@ -119,7 +119,7 @@ pub(crate) fn parse_max_requests(text: &str) -> Result<Jittered<u64>, String> {
 /// Reads `TIME` or `TIME~JITTER`; 0 is no limit.
 ///
 /// # Errors
-/// A sentence with the expected form.
+/// Returns a message with the expected form.
 pub(crate) fn parse_max_age(text: &str) -> Result<Jittered<Duration>, String> {
     let parse = |part: &str| parse_duration(part).ok();
     jittered(text, parse)
@@ -136,7 +136,7 @@ fn jittered<T: Default>(text: &str, parse: impl Fn(&str) -> Option<T>) -> Option
 /// Reads a size of memory of at least 1M; 0 is no limit.
 ///
 /// # Errors
-/// A sentence with the expected form.
+/// Returns a message with the expected form.
 pub(crate) fn parse_max_memory(text: &str) -> Result<u64, String> {
     let size = parse_size(text)?;
     if size > 0 && size < 1 << 20 {
@@ -148,7 +148,7 @@ pub(crate) fn parse_max_memory(text: &str) -> Result<u64, String> {
 /// Reads the path and query of a request.
 ///
 /// # Errors
-/// A sentence with the expected form.
+/// Returns a message with the expected form.
 pub(crate) fn parse_health_path(text: &str) -> Result<String, String> {
     let is_path = text.starts_with('/') && text.parse::<http::uri::PathAndQuery>().is_ok();
     is_path.then(|| text.to_owned()).ok_or(format!("'{text}' is not a path (expected a path such as /health)"))

@@ -43,7 +43,7 @@ pub(crate) struct Schedule {
 
 impl SidecarsConfig {
     /// # Errors
-    /// A sentence for the operator, if a name is used twice.
+    /// Returns a message for the operator if a name is used twice.
     pub(crate) fn new(sidecars: Vec<SidecarConfig>, cron_timeout: Duration, daemon_tries: u32) -> Result<Self, String> {
         for (index, sidecar) in sidecars.iter().enumerate() {
             if sidecars[..index].iter().any(|other| other.name == sidecar.name) {
@@ -59,7 +59,7 @@ impl SidecarConfig {
     /// Reads `NAME=COMMAND`.
     ///
     /// # Errors
-    /// A sentence with the expected form.
+    /// Returns a message with the expected form.
     pub(crate) fn daemon(text: &str) -> Result<Self, String> {
         let expected = || format!("'{text}' is not a daemon (expected NAME=COMMAND, as in mail=./mailer --queue out)");
         let (name, command) = text.split_once('=').ok_or_else(expected)?;
@@ -69,7 +69,7 @@ impl SidecarConfig {
     /// Reads `NAME=SCHEDULE=COMMAND`.
     ///
     /// # Errors
-    /// A sentence with the expected form.
+    /// Returns a message with the expected form.
     pub(crate) fn job(text: &str) -> Result<Self, String> {
         let expected =
             || format!("'{text}' is not a job (expected NAME=SCHEDULE=COMMAND, as in clean=*/5 * * * *=./clean --all)");
@@ -82,7 +82,7 @@ impl SidecarConfig {
     /// Finds the program as it will be seen with this root directory and working directory.
     ///
     /// # Errors
-    /// A sentence for the operator, which names the flag.
+    /// Returns a message for the operator, with the flag, if the program cannot be executed.
     pub(crate) fn program(&self, root: Option<&Path>, directory: Option<&Path>) -> Result<Program, String> {
         let command: Vec<OsString> = self.command.iter().map(OsString::from).collect();
         let found =
@@ -101,7 +101,7 @@ impl Schedule {
     /// as `@hourly`.
     ///
     /// # Errors
-    /// A sentence with the expected form.
+    /// Returns a message with the expected form.
     pub(crate) fn parse(text: &str, zone: TimeZone) -> Result<Self, String> {
         let parser = CronParser::builder().seconds(Seconds::Optional).year(Year::Disallowed).build();
         let cron = parser.parse(text.trim()).map_err(|error| {
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused_in_a_sentence() {
+    fn invalid_daemons_and_jobs_are_refused_with_a_reason() {
         for (text, words) in [
             ("mail", "expected NAME=COMMAND"),
             ("=x", "is not a name"),
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_local_and_summer_time_loses_and_doubles_no_run() {
+    fn times_are_local_and_a_change_of_the_clock_neither_skips_nor_repeats_a_run() {
         let zone = TimeZone::get("Europe/Berlin").unwrap();
         let daily = Schedule::parse("30 2 * * *", zone.clone()).unwrap();
         assert_eq!(daily.after(time("2026-01-10T00:00:00Z")), Some(time("2026-01-10T01:30:00Z")));
