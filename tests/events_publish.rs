@@ -569,7 +569,7 @@ fn tail_begins_with_an_id_as_a_browser_has_it_and_refuses_one_of_another_log() {
     assert_eq!(place.said(&["tail", "news", "--from", &from, "--count", "1"]), "2\tnews\t-\ttwo\n");
     let other = format!("{:08x}-2", epoch ^ 1);
     for (from, why) in
-        [(other.as_str(), "another event log"), ("x-2", "an id is"), ("0", "an id is"), ("1-2.3", "an id is")]
+        [(other.as_str(), "a different event log"), ("x-2", "an id is"), ("0", "an id is"), ("1-2.3", "an id is")]
     {
         let refused = place.command(&["tail", "news", "--from", from, "--count", "1"]).output_in_time().unwrap();
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();

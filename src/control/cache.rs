@@ -1,7 +1,7 @@
 //! Inspects and purges the page cache from outside the server.
 //!
-//! The master only passes the descriptor of the shared memory. This process then attaches to the segment like a worker,
-//! and can die at any instruction without harm.
+//! The master only passes the descriptor of the shared memory. This process then attaches to the segment, as a worker does. Its
+//! death at any instruction does no harm to the segment.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
@@ -29,7 +29,7 @@ pub(crate) enum Operation {
 /// Runs the operation, and writes its output to `out`.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the master does not pass the memory, the page does not exist, or the output cannot be written.
 pub(crate) fn run(place: &Place, operation: &Operation, json: bool, out: &mut dyn Write) -> Result<(), String> {
     let fd = Connection::ask(place, &Request::Segment)?.descriptor()?;
     let segment = Segment::attach(fd).map_err(|error| format!("cannot use the cache: {error}"))?;
@@ -50,7 +50,7 @@ pub(crate) fn run(place: &Place, operation: &Operation, json: bool, out: &mut dy
         Operation::PurgePrefix { prefix } => {
             cache.purge_prefix(prefix.as_bytes());
             let value = json!({ "purged_prefix": name(prefix.as_bytes()) });
-            done("purged all pages whose keys begin with this", value, json, out)
+            done("purged all pages whose keys begin with this prefix", value, json, out)
         }
         Operation::Clear => {
             cache.clear();
@@ -154,7 +154,7 @@ fn get(cache: &Cache, key: &OsStr, headers: bool, json: bool, out: &mut dyn Writ
     printed(written)
 }
 
-/// Bytes as text: unchanged if they are UTF-8, otherwise escaped.
+/// Formats bytes as text: unchanged if they are UTF-8, otherwise escaped.
 fn name(bytes: &[u8]) -> String {
     std::str::from_utf8(bytes).map_or_else(|_| bytes.escape_ascii().to_string(), ToOwned::to_owned)
 }

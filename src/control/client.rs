@@ -20,7 +20,7 @@ use crate::sys;
 /// Time between attempts to connect to a socket whose queue is full.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How to reach a master.
+/// The control socket of a master, and the time limit for its replies.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
     pub(crate) socket: PathBuf,
@@ -42,7 +42,7 @@ impl Connection {
     /// Connects to the master at `place`, and sends the request.
     ///
     /// # Errors
-    /// A sentence for the operator, if there is no master, or it does not accept.
+    /// Returns a message for the operator if there is no master, or it does not accept the connection.
     pub(crate) fn ask(place: &Place, request: &Request) -> Result<Self, String> {
         let Place { socket, timeout } = place;
         let at = socket.display().to_string();
@@ -73,7 +73,7 @@ impl Connection {
     /// The next reply.
     ///
     /// # Errors
-    /// A sentence for the operator, if the connection is lost, or the reply is invalid.
+    /// Returns a message for the operator if the connection is lost, the reply is invalid, or the master does not reply in time.
     pub(crate) fn next(&mut self) -> Result<Reply, String> {
         self.next_in_time()?.ok_or_else(|| self.silence())
     }
@@ -81,7 +81,7 @@ impl Connection {
     /// The next reply; `None` after a timeout. The received part is kept.
     ///
     /// # Errors
-    /// Fails as [`Connection::next`] does.
+    /// Returns a message for the operator if the connection is lost, or the reply is invalid.
     pub(crate) fn next_in_time(&mut self) -> Result<Option<Reply>, String> {
         let room = MAX_REPLY.saturating_sub(self.unfinished.len() as u64);
         match self.stream.by_ref().take(room).read_until(b'\n', &mut self.unfinished) {
@@ -94,7 +94,7 @@ impl Connection {
         }
     }
 
-    /// The error for a master that does not reply.
+    /// The message for the operator if the master does not reply.
     pub(crate) fn silence(&self) -> String {
         let (at, after) = (&self.at, shown(self.timeout));
         match self.master() {
@@ -132,7 +132,7 @@ impl Connection {
     /// Returns when the master has closed the connection: after a stop, when the master has exited.
     ///
     /// # Errors
-    /// A sentence for the operator, if the master does not close it in time.
+    /// Returns a message for the operator if the master does not close it in time.
     pub(crate) fn wait_for_close(mut self) -> Result<(), String> {
         match io::copy(&mut self.stream, &mut io::sink()) {
             Err(error) if is_timeout(&error) => {
@@ -145,7 +145,7 @@ impl Connection {
     /// Receives the outcome, with a descriptor.
     ///
     /// # Errors
-    /// As for [`Connection::next`], or the master's reason for a refusal.
+    /// Fails as [`Connection::next`] does, or with the master's reason for a refusal.
     pub(crate) fn descriptor(self) -> Result<OwnedFd, String> {
         let mut line = vec![0; 4096];
         let received = sys::receive_with_descriptor(self.stream.get_ref().as_fd(), &mut line);
@@ -169,7 +169,7 @@ impl Connection {
 /// The status of the master at `place`.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if there is no reply, or the master refuses.
 pub(crate) fn status(place: &Place) -> Result<Status, String> {
     match Connection::ask(place, &Request::Status)?.next()? {
         Reply::Status { status } => Ok(status),
@@ -178,7 +178,7 @@ pub(crate) fn status(place: &Place) -> Result<Status, String> {
     }
 }
 
-/// Connects; `None` if the socket's queue stays full for this time. A blocking connect(2) would wait without a limit.
+/// Connects; `None` if the socket's queue stays full for this time. A blocking connect(2) would wait forever.
 fn reach(path: &Path, timeout: Option<Duration>) -> io::Result<Option<UnixStream>> {
     let deadline = timeout.map(|timeout| Instant::now() + timeout);
     let address = UnixAddr::new(path)?;

@@ -34,16 +34,16 @@ pub(crate) enum What {
     Quarantine,
 }
 
-/// Consecutive timeouts, of this request and of a status request, after which the client gives up. A new build that takes
-/// over replies to no request until it is loaded, so an upgrade may take several timeouts.
-fn patience(request: &Request) -> u32 {
+/// Number of consecutive timeouts, each of this request and of a status request, after which the client fails. A new build that
+/// takes over replies to no request until it is loaded, so an upgrade may take several timeouts.
+fn max_timeouts(request: &Request) -> u32 {
     if *request == Request::Upgrade { 6 } else { 1 }
 }
 
 /// Runs the sub-command.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the sub-command fails, or its outcome is unknown.
 pub(crate) fn run(errand: &Errand) -> Result<(), String> {
     let Errand { place, json, what } = errand;
     match what {
@@ -82,7 +82,7 @@ fn ask(place: &Place, request: &Request, json: bool) -> Result<(), String> {
     loop {
         let Some(answer) = connection.next_in_time()? else {
             silent = if client::status(place).is_ok() { 0 } else { silent + 1 };
-            if silent >= patience(request) || silent > 0 && connection.is_stopped() {
+            if silent >= max_timeouts(request) || silent > 0 && connection.is_stopped() {
                 let name = request.name();
                 return Err(format!("{}; the outcome of {name} is unknown (see its status)", connection.silence()));
             }
@@ -123,7 +123,7 @@ fn top(place: &Place, json: bool, interval: Duration, rounds: Option<u32>) -> Re
     }
 }
 
-/// Writes to standard output. False if its reader has closed it.
+/// Writes to standard output. Returns false if the reader has closed it.
 fn write(text: &str) -> Result<bool, String> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -135,7 +135,7 @@ fn write(text: &str) -> Result<bool, String> {
 /// Turns an error from printing into a message. A closed output is not an error.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns the message for the operator.
 pub(crate) fn printed(written: io::Result<()>) -> Result<(), String> {
     match written {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {

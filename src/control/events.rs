@@ -1,6 +1,6 @@
 //! Publishes, lists and follows events from outside the server.
 //!
-//! As with the cache, the master only passes the descriptor of the shared memory. [`Follow`] decides what is shown, without
+//! As for the cache, the master only passes the descriptor of the shared memory. [`Follow`] selects the events to show, without
 //! I/O.
 
 use std::collections::HashMap;
@@ -55,13 +55,15 @@ impl FromStr for FirstId {
 }
 
 impl FirstId {
+    /// The id in the log with this epoch.
+    ///
     /// # Errors
-    /// A sentence for the operator, if it is an id of another log.
+    /// Returns a message for the operator if the id belongs to a different log.
     fn in_log(self, epoch: u32) -> Result<u64, String> {
         match self.epoch {
             Some(other) if other != epoch => Err(format!(
-                "--from: the id is from another event log, of epoch {other:08x}: this one has epoch {epoch:08x} (print all that \
-                 it has with --from 1)"
+                "--from: the id belongs to a different event log, with epoch {other:08x}; this log has epoch {epoch:08x} (print \
+                 all its events with --from 1)"
             )),
             Some(_) | None => Ok(self.id),
         }
@@ -76,7 +78,7 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// Runs the operation, and writes its output to standard output.
 ///
 /// # Errors
-/// A sentence for the operator.
+/// Returns a message for the operator if the operation fails, or the output cannot be written.
 pub(crate) fn run(place: &Place, operation: &Operation, json: bool) -> Result<(), String> {
     let connection = Connection::ask(place, &Request::Events)?;
     let master = connection.master();
@@ -215,10 +217,10 @@ fn tail(
         }
         printer.out.flush()?;
         if events.wait(seen, POLL_INTERVAL) == seen {
-            if nobody_reads() {
+            if is_output_closed() {
                 return Ok(End::Done);
             }
-            // A new master may have created a new log, which this process does not see.
+            // A new master may have created a new log, to which this process is not attached.
             if master.is_some_and(|master| kill(master, None) == Err(Errno::ESRCH)) {
                 return Ok(End::NoMaster);
             }
@@ -227,7 +229,7 @@ fn tail(
 }
 
 /// Whether standard output is a pipe whose other end is closed.
-fn nobody_reads() -> bool {
+fn is_output_closed() -> bool {
     let out = io::stdout();
     let mut watched = [PollFd::new(out.as_fd(), PollFlags::empty())];
     let asked = poll(&mut watched, PollTimeout::ZERO);
@@ -247,7 +249,7 @@ enum Shown {
 /// The last shown id of each topic, so that no event is shown twice and gaps are reported.
 #[derive(Debug)]
 struct Follow {
-    /// All topics, if empty.
+    /// The topics to show; all, if empty.
     wanted: Vec<String>,
     topics: HashMap<String, Known>,
     gaps: u64,
@@ -265,7 +267,7 @@ impl Follow {
         Self { wanted: wanted.to_vec(), topics: HashMap::new(), gaps: 0 }
     }
 
-    /// Shows events of the topic after this id.
+    /// Makes events of the topic after this id the next ones to show.
     fn start(&mut self, topic: &str, last: u64) {
         self.topics.insert(topic.to_owned(), Known { last, gaps: self.gaps });
     }
@@ -282,7 +284,7 @@ impl Follow {
         gap.into_iter().chain(events.into_iter().map(Shown::Event)).collect()
     }
 
-    /// Events of unknown topics are missing at the end of the log.
+    /// Records that events, of unknown topics, were lost at the end of the log.
     fn gap(&mut self) {
         self.gaps += 1;
     }
@@ -300,8 +302,8 @@ impl Follow {
         }
         let missed = event.id - last - 1;
         // Without a gap, the log had evicted the topic, and its ids continue from a higher number.
-        let told = missed > 0 && known.map_or(0, |known| known.gaps) < self.gaps;
-        let gap = told.then(|| Shown::Gap { topic: topic.to_owned(), missed });
+        let is_lost = missed > 0 && known.map_or(0, |known| known.gaps) < self.gaps;
+        let gap = is_lost.then(|| Shown::Gap { topic: topic.to_owned(), missed });
         let (topic, id) = (topic.to_owned(), event.id);
         self.start(&topic, id);
         gap.into_iter().chain([Shown::Event(event)]).collect()
@@ -387,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_from_the_log_and_from_its_end_is_shown_once() {
+    fn an_event_that_is_read_from_the_log_and_from_its_end_is_shown_once() {
         let log = log();
         log.publish("a", "", b"1").unwrap();
         let (mut tail, mut follow) = (log.tail(), Follow::new(&["a".to_owned()]));
@@ -401,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_gone_is_told() {
+    fn lost_events_are_reported() {
         let log = log();
         let (mut tail, mut follow) = (log.tail(), Follow::new(&[]));
         let large = vec![b'x'; 7000];
@@ -422,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_a_line() {
+    fn an_event_is_one_line() {
         assert_eq!(visible("Grüße".as_bytes()), "Grüße");
         assert_eq!(visible(b"a\nb\t\x1b[2J\\\xff\x7f"), r"a\nb\t\u{1b}[2J\\\xff\u{7f}");
     }

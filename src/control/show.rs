@@ -97,7 +97,7 @@ mod tests {
     use crate::control::wire::{BindStatus, ServingStatus};
 
     #[test]
-    fn columns_stand_in_line_and_what_is_not_known_is_a_dash() {
+    fn columns_are_aligned_and_unknown_values_are_dashes() {
         let serving = vec![ServingStatus { what: "GET /slow".to_owned(), for_ms: 1500 }];
         let known = WorkerStatus {
             slot: 10,

@@ -31,7 +31,7 @@ pub(crate) enum Request {
     },
     /// Reopen the log files.
     ReopenLogs,
-    /// Release a quarantined request, named as in the status; with `null`, all.
+    /// Release a quarantined request, named as in the status; all requests, if `null`.
     Release {
         // Makes the field mandatory.
         #[serde(deserialize_with = "Option::deserialize")]
@@ -130,8 +130,10 @@ pub(crate) struct ServingStatus {
 }
 
 impl Request {
+    /// Decodes a request.
+    ///
     /// # Errors
-    /// A sentence for the client.
+    /// Returns a message for the client if the line is not a request.
     pub(crate) fn parse(line: &[u8]) -> Result<Self, String> {
         serde_json::from_slice(line).map_err(|error| {
             format!("not a request of the control socket: {error} (use the sub-commands of version {VERSION})")

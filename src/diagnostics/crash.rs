@@ -47,7 +47,7 @@ const FAULTS: [c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIG
 const STACK: usize = 64 << 10;
 /// Maximum number of functions in a backtrace.
 pub(crate) const MAX_FRAMES: usize = 48;
-/// A line is one write, which a pipe accepts in one piece.
+/// Size of the buffer of the longest line. A pipe accepts a write of this size in one piece.
 const MAX_LINE: usize = 2048;
 /// Time limit for the backtrace, in seconds.
 const ANSWER_TIMEOUT: u32 = 2;
@@ -104,8 +104,8 @@ extern "C" fn on_exit() {
     }
 }
 
-/// A handler set by the application is kept, except for SIGSEGV and SIGBUS, for which the standard library has a
-/// handler anyway.
+/// Whether this module replaces the action. A handler that the application has set is kept, except for SIGSEGV and SIGBUS, for which
+/// the standard library has a handler anyway.
 fn is_ours_to_take(signal: c_int, action: &sigaction) -> bool {
     action.sa_sigaction == libc::SIG_DFL
         || (action.sa_sigaction != libc::SIG_IGN && [libc::SIGSEGV, libc::SIGBUS].contains(&signal))
@@ -119,7 +119,8 @@ fn action_of(signal: c_int) -> Option<sigaction> {
     (outcome == 0).then_some(action)
 }
 
-/// While the handler runs, all signals are blocked except SIGBUS, which recovers pages of a truncated file.
+/// Sets the action of a signal. While the handler runs, all signals are blocked except SIGBUS, whose handler recovers pages of a
+/// truncated file.
 pub(crate) fn set_action(signal: c_int, handler: usize, flags: c_int) -> io::Result<()> {
     // SAFETY: all zeroes is a valid sigaction.
     let mut action: sigaction = unsafe { mem::zeroed() };
@@ -185,7 +186,7 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
     die_of(signal, by_itself);
 }
 
-/// Calls the previous handler, if there was one.
+/// Calls the previous handler. Returns `None` if there was none.
 fn pass_on(will: &CrashContext, signal: c_int, info: *mut siginfo_t, context: *mut c_void) -> Option<()> {
     let index = SIGNALS.iter().position(|(known, _)| *known == signal)?;
     let before = will.before[index].as_ref().filter(|before| before.sa_sigaction != libc::SIG_DFL)?;
@@ -273,7 +274,7 @@ fn trace(will: &CrashContext, at: usize) {
     line.send(will.report);
 }
 
-/// The backtrace exceeded its time limit.
+/// Runs when the backtrace exceeds its time limit. Terminates the process by the signal of the crash.
 extern "C" fn on_alarm(_: c_int) {
     let signal = SIGNAL.load(Ordering::Relaxed);
     let _ = set_action(signal, libc::SIG_DFL, 0);

@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_is_known_by_its_request_while_it_is_at_work_on_it() {
+    fn a_thread_is_found_by_the_request_that_it_runs() {
         let plan = forkyard_shm::Plan { rows: 1, ..forkyard_shm::Plan::default() };
         let scoreboard = forkyard_shm::Segment::create(&plan).unwrap().scoreboard();
         let row = scoreboard.claim(0, 1, 1).unwrap();
@@ -108,7 +108,7 @@ mod tests {
         let running = || scoreboard.read(0).unwrap().running;
         note_in(row.event_loop_beat());
         let on_its_thread = || {
-            assert_eq!(enter(Some(first), current), None, "this thread is not known yet");
+            assert_eq!(enter(Some(first), current), None, "this thread is not registered yet");
             register_thread();
             register_thread();
             assert_eq!(current(), None);
@@ -118,7 +118,7 @@ mod tests {
                     assert_eq!((current(), thread_of(first)), (Some(second), None));
                     assert_eq!(running(), ["GET /90"]);
                 });
-                let panicked = std::panic::catch_unwind(|| enter(None, || panic!("asked to")));
+                let panicked = std::panic::catch_unwind(|| enter(None, || panic!("intended")));
                 assert!(panicked.is_err() && current() == Some(first));
             });
             assert_eq!((current(), thread_of(first)), (None, None));

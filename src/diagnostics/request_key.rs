@@ -13,7 +13,7 @@ const MIN_ID: usize = 8;
 pub(crate) struct RequestKey {
     /// Method and path: `GET /users/17`.
     pub(crate) path: String,
-    /// The same for all requests that differ only in numbers and ids: `GET /users/*`. `None` if only paths count.
+    /// The same for all requests that differ only in numbers and ids: `GET /users/*`. `None` with [`QuarantineBy::Path`].
     pub(crate) pattern: Option<String>,
 }
 
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_and_ids_do_not_count_in_a_pattern_and_queries_nowhere() {
+    fn a_pattern_has_no_numbers_or_ids_and_no_key_has_a_query() {
         for (what, path, pattern) in [
             ("GET /", "GET /", "GET /"),
             ("GET /users/17?tab=2", "GET /users/17", "GET /users/*"),
@@ -63,9 +63,9 @@ mod tests {
             ("GET /a#b", "GET /a", "GET /a"),
             ("", "", ""),
         ] {
-            let suspect = RequestKey::of(what, QuarantineBy::Pattern);
-            assert_eq!((suspect.path.as_str(), suspect.pattern.as_deref()), (path, Some(pattern)), "{what}");
-            assert_eq!(suspect.keys().collect::<Vec<_>>(), [path, pattern]);
+            let key = RequestKey::of(what, QuarantineBy::Pattern);
+            assert_eq!((key.path.as_str(), key.pattern.as_deref()), (path, Some(pattern)), "{what}");
+            assert_eq!(key.keys().collect::<Vec<_>>(), [path, pattern]);
             assert_eq!(RequestKey::of(what, QuarantineBy::Path).keys().collect::<Vec<_>>(), [path]);
         }
     }

@@ -1,7 +1,7 @@
 //! Samples the stack of another thread of this process: a signal interrupts the thread, and its handler stores the
 //! addresses of the instructions.
 //!
-//! The signal is SIGURG, because it is ignored if no handler is installed, and few programs use it.
+//! The signal is SIGURG: it is ignored if no handler is installed, and few programs use it.
 //!
 //! The handler must not allocate, lock or panic.
 #![expect(unsafe_code, reason = "a signal handler")]
@@ -16,10 +16,10 @@ use nix::unistd::Pid;
 use super::crash::{self, MAX_FRAMES};
 use crate::sys;
 
-/// How long to wait for a thread that does not run because the machine is busy.
+/// How long to wait for the thread's handler: on a busy machine, the thread may not run immediately.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The thread that is being sampled; 0 once it has answered.
+/// The thread that is being sampled; 0 when its handler is done.
 static ASKED: AtomicI32 = AtomicI32::new(0);
 static FRAMES: [AtomicUsize; MAX_FRAMES] = [const { AtomicUsize::new(0) }; MAX_FRAMES];
 
@@ -33,8 +33,8 @@ pub(crate) fn install() -> io::Result<()> {
     crash::set_action(libc::SIGURG, on_signal as *const () as usize, flags)
 }
 
-/// The addresses of the instructions that a thread is executing, the innermost first; empty if the thread does not answer. Must be
-/// called from one thread only, for one thread at a time.
+/// The addresses of the instructions that a thread is executing, the innermost first; empty if the thread's handler does not run in
+/// time. Must be called from one thread only, for one thread at a time.
 pub(crate) fn of(thread: i32) -> Vec<usize> {
     FRAMES.iter().for_each(|frame| frame.store(0, Ordering::Relaxed));
     ASKED.store(thread, Ordering::SeqCst);
@@ -45,7 +45,7 @@ pub(crate) fn of(thread: i32) -> Vec<usize> {
     while ASKED.load(Ordering::Acquire) != 0 && begun.elapsed() < ANSWER_TIMEOUT {
         thread::park_timeout(Duration::from_millis(1));
     }
-    // A thread that answers too late finds that it is no longer being sampled.
+    // A handler that runs too late finds that its thread is no longer being sampled.
     let answered = ASKED.swap(0, Ordering::SeqCst) == 0;
     let frames = FRAMES.iter().map(|frame| frame.load(Ordering::Relaxed)).take_while(|&frame| frame != 0);
     if answered { frames.collect() } else { Vec::new() }
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_spins_tells_where() {
+    fn the_function_of_a_spinning_thread_is_found() {
         install().unwrap();
         let (stop, number) = (AtomicBool::new(false), AtomicI32::new(0));
         thread::scope(|scope| {
