@@ -1,7 +1,7 @@
 //! A connection to a master's control socket: one request and its replies.
 //!
 //! Every wait has a limit ([`Place::timeout`]), because the kernel accepts connections even for a master that is stopped or
-//! hangs. Ctrl-C ends only the client; the master completes the command.
+//! has hung. Ctrl-C ends only the client; the master completes the command.
 
 use std::io::{self, BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
@@ -52,7 +52,7 @@ impl Connection {
                 let after = shown(*timeout);
                 return Err(format!(
                     "the master at {at} has not accepted a connection for {after}, and its queue is full: it is stopped or \
-                     hangs (see its log; wait longer with --timeout)"
+                     has hung (see its log; wait longer with --timeout)"
                 ));
             }
             Err(error) => return Err(explain(&error, &at)),
@@ -102,11 +102,11 @@ impl Connection {
                 format!("the master at {at} is stopped, and does not answer (continue it: kill -CONT {pid})")
             }
             Some(pid) => format!(
-                "the master at {at} has not answered for {after}: it hangs, or the machine is overloaded (see its log, and ps -o \
+                "the master at {at} has not answered for {after}: it has hung, or the machine is overloaded (see its log, and ps -o \
                  pid,stat,wchan,cmd -p {pid}; wait longer with --timeout)"
             ),
             None => format!(
-                "the master at {at} has not answered for {after}: it is stopped, or hangs (see its log; wait longer with --timeout)"
+                "the master at {at} has not answered for {after}: it is stopped or has hung (see its log; wait longer with --timeout)"
             ),
         }
     }

@@ -106,13 +106,13 @@ pub(crate) struct WorkerStatus {
     pub(crate) slot: u32,
     pub(crate) pid: Option<i32>,
     pub(crate) generation: u64,
-    /// `starting`, `ready`, `hung` (ready, but all threads hang), `draining`, `killed` or `waiting`.
+    /// `starting`, `ready`, `hung` (ready, but all threads have hung), `draining`, `killed` or `waiting`.
     pub(crate) state: String,
     pub(crate) age_ms: Option<u64>,
     pub(crate) requests: Option<u64>,
     pub(crate) connections: Option<u32>,
     pub(crate) in_flight: Option<u32>,
-    /// Number of threads on which a function hangs.
+    /// Number of threads whose function has hung.
     #[serde(default)]
     pub(crate) hung_threads: Option<u32>,
     /// Resident memory, including shared memory.

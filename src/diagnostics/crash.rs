@@ -155,7 +155,7 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
         // A second crash of the thread that is already reporting one: the previous handler, which was called for the first
         // signal, has aborted.
         Err(first) if first == thread => {
-            say(will);
+            write_report(will);
             return die_of(signal, by_itself);
         }
         // Another thread is already reporting a crash, and will terminate this process.
@@ -167,7 +167,7 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
             return die_of(signal, by_itself);
         }
     }
-    // SAFETY: for a signal without an address this is another field, which `say` does not report.
+    // SAFETY: for a signal without an address this is another field, which the report does not contain.
     ADDRESS.store(unsafe { about.si_addr() }.addr(), Ordering::Relaxed);
     CODE.store(usize::try_from(code).unwrap_or(0), Ordering::Relaxed);
     let is_sent = [libc::SI_USER, libc::SI_TKILL, libc::SI_QUEUE].contains(&code);
@@ -182,7 +182,7 @@ extern "C" fn on_crash(signal: c_int, info: *mut siginfo_t, context: *mut c_void
         DYING.store(0, Ordering::SeqCst); // the handler has recovered
         return;
     }
-    say(will);
+    write_report(will);
     die_of(signal, by_itself);
 }
 
@@ -216,7 +216,7 @@ fn die_of(signal: c_int, by_itself: bool) {
 }
 
 /// Writes the report: first the request, then the line that is safe to write, then the backtrace.
-fn say(will: &CrashContext) {
+fn write_report(will: &CrashContext) {
     current_request::accuse();
     let sender = SENDER.load(Ordering::Relaxed);
     if sender != will.process {

@@ -108,7 +108,7 @@ impl LogFiles {
     /// Sends the current files to a worker.
     ///
     /// # Errors
-    /// Returns `WouldBlock` if the worker has not received the previous ones, or another error of the channel.
+    /// Returns `WouldBlock` if the worker has not received the previous files, or another error of the channel.
     pub(crate) fn hand_out(&self, channel: BorrowedFd<'_>) -> io::Result<()> {
         let files = self.files();
         let control = [ControlMessage::ScmRights(&files)];
@@ -186,6 +186,6 @@ mod tests {
         std::fs::remove_dir_all(directory.path()).unwrap();
         let error = files.reopen_access().unwrap_err();
         assert!(error.contains("--access-log: cannot open"), "{error}");
-        assert!(files.write_access(b"goes on\n").1.is_ok());
+        assert!(files.write_access(b"still open\n").1.is_ok());
     }
 }

@@ -225,8 +225,8 @@ fn sink() -> MutexGuard<'static, Sink> {
 struct Replaceable(RwLock<Option<env_logger::Logger>>);
 
 impl Replaceable {
-    fn with<T>(&self, ask: impl FnOnce(&env_logger::Logger) -> T) -> Option<T> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(ask)
+    fn with<T>(&self, call: impl FnOnce(&env_logger::Logger) -> T) -> Option<T> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(call)
     }
 
     fn set(&self, logger: env_logger::Logger) {

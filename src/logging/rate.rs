@@ -58,7 +58,7 @@ pub(crate) struct LeftOut {
 /// The decision about a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Admission {
-    /// To be reported before the line.
+    /// Lines left out earlier, to be reported before this line.
     pub(crate) left_out: Option<LeftOut>,
     pub(crate) is_admitted: bool,
 }

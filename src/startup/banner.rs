@@ -49,15 +49,15 @@ pub(crate) fn can_take_over() -> bool {
 
 /// Reports an error, even before the log is open.
 pub(crate) fn complain(error: &dyn Display) {
-    say(Level::Error, "", error);
+    print(Level::Error, "", error);
 }
 
 /// Reports a finding of `check`: an error or a warning.
 pub(crate) fn report(level: Level, finding: &dyn Display) {
-    say(level, if level == Level::Error { "error: " } else { "warning: " }, finding);
+    print(level, if level == Level::Error { "error: " } else { "warning: " }, finding);
 }
 
-fn say(level: Level, prefix: &str, text: &dyn Display) {
+fn print(level: Level, prefix: &str, text: &dyn Display) {
     if logging::is_json() || logging::is_file() {
         log::log!(level, "{text}");
     }

@@ -62,7 +62,7 @@ impl PidFile {
         }
     }
 
-    /// The pid file at `path`: that of a former master, or a new one. A former master's file at another path is removed.
+    /// The pid file at `path`: a former master's file, or a new file. A former master's file at a different path is removed.
     /// `None` without a path, or if an upgrade check finds that the former master's file could be taken over.
     ///
     /// # Errors
