@@ -353,7 +353,7 @@ fn those_that_finish_what_they_serve_have_the_time_that_they_had_before_an_upgra
         wait_until_only(serving, &old);
         server.signal(Signal::SIGUSR2);
         server.wait_for("upgraded");
-        let killed = format!("(--drain-timeout): killed pid={serving}");
+        let killed = format!("did not exit in time (--drain-timeout) pid={serving} ");
         wait_until("it is killed when its time is over", || server.log().contains(&killed).then_some(()));
         assert!(client.join().is_err(), "the request had no response");
     });

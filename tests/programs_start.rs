@@ -48,7 +48,8 @@ fn a_reload_with_a_program_that_ends_well_at_once_fails_and_says_what_it_said() 
         assert!(said.contains("the old workers stay") && said.contains("configuration error: no DSN"), "{said}");
         let line = server.wait_for("reload failed");
         assert!(
-            line.contains("said=\"configuration error: no DSN\"") && line.contains("was not seen to take a connection"),
+            line.contains("said=\"configuration error: no DSN\"")
+                && line.contains("was not seen to accept a connection"),
             "{line}"
         );
         assert!(spawned(&server) - before <= 10, "{}", server.log());
@@ -160,7 +161,10 @@ fn php_without_cgi_is_told_from_php_cgi() {
     let mut server = Server::launch(&mut place.run(&[], &["php"]));
     let line = server.wait_for("workers die before they are ready");
     // A program that accepts a connection quickly looks the same, so the message claims no more than was observed.
-    assert!(line.contains("was not seen to take a connection: if it took none, is it a FastCGI program"), "{line}");
+    assert!(
+        line.contains("was not seen to accept a connection: if it accepted none, is it a FastCGI program"),
+        "{line}"
+    );
     assert!(line.contains("accepts from its standard input") && line.contains("php-cgi is one, php is not"), "{line}");
     server.stop();
 }

@@ -327,12 +327,12 @@ fn flags_that_run_has_not_are_refused_with_the_reason_and_named_in_the_documenta
         2,
         &["--slow-request is not available here", "forkyard run"],
     );
-    complained(&run("hello", &["--settle", "1s"]), 2, &["--settle is not available here: a worker reports itself"]);
     complained(
-        &run("hello", &["--direct"]),
+        &run("hello", &["--settle", "1s"]),
         2,
-        &["--direct is not available here: it is for programs under forkyard run"],
+        &["--settle is not available here: a worker reports when it is ready"],
     );
+    complained(&run("hello", &["--direct"]), 2, &["--direct is not available here: it is a flag of forkyard run"]);
 }
 
 #[test]

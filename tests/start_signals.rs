@@ -293,7 +293,7 @@ fn signals_in_a_reload_and_an_upgrade_mean_what_they_say() {
             place.hold("preload");
             running.signal(SIGUSR2);
             drop(place.await_stage("preload"));
-            running.server.wait_for("becoming");
+            running.server.wait_for("upgrade: executing");
             let held = place.await_stage("preload");
             let served = place.send("/until");
             running.signal(signal);
