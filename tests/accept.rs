@@ -1,4 +1,4 @@
-//! Accepting connections: a new connection wakes one worker, and it is a worker that can serve the connection at once.
+//! Accepting connections: a new connection wakes one worker, which is able to serve the connection immediately.
 
 #![allow(
     clippy::unwrap_used,
@@ -21,8 +21,8 @@ const QUIET: Duration = Duration::from_secs(3);
 /// Limit for responses that do not depend on the blocked request.
 const SOON: Duration = Duration::from_secs(5);
 
-/// One of four workers is blocked by a request for `hold`; requests for `next` on new connections must still be answered. `kept`
-/// connections are opened beforehand.
+/// One of four workers is blocked by a request for `hold`; requests for `next` on new connections must still be answered. `kept` is the
+/// number of connections that are opened beforehand.
 fn nobody_waits_for_the_one_that_is_held_up(protocol: Protocol, hold: &str, next: &str, kept: usize) {
     let mut server = protocol.start("holds", &["--workers", "4", "--threads", "1"]);
     let bind = server.binds[0].clone();
@@ -42,17 +42,17 @@ fn nobody_waits_for_the_one_that_is_held_up(protocol: Protocol, hold: &str, next
     let held_up = std::thread::spawn(move || raw::ask(&mut held, &request).0);
     let gate = common::accepted(&gate, "the held request has begun");
     // The blocked worker leaves new connections to the other workers for a while, and then accepts the remaining ones. On a busy machine it
-    // may accept one occasionally; without this rule it would accept one in four.
+    // may accept a few anyway. If it did not leave connections to the others, it would accept one in four.
     let (mut fresh, mut waiting) = (Vec::new(), Vec::new());
     for round in 0..80 {
         let mut stream = raw::connect(&bind);
         stream.write_all(&protocol.head("GET", next, 0)).unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
         match stream.read(&mut [0]) {
-            Ok(count) => assert!(count > 0, "an answer"),
+            Ok(count) => assert!(count > 0, "the connection was closed without a response"),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 waiting.push(stream);
-                assert!(waiting.len() <= 4, "{} of {} wait for the one that is held up", waiting.len(), round + 1);
+                assert!(waiting.len() <= 4, "{} of {} requests wait for the blocked worker", waiting.len(), round + 1);
                 continue;
             }
             Err(error) => panic!("{error}"),
@@ -62,7 +62,7 @@ fn nobody_waits_for_the_one_that_is_held_up(protocol: Protocol, hold: &str, next
             fresh.push(stream);
         }
     }
-    assert!(!held_up.is_finished(), "all were answered while it was held up");
+    assert!(!held_up.is_finished(), "the worker was no longer blocked");
     drop((gate, fresh, kept));
     for mut stream in waiting {
         stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
@@ -88,7 +88,7 @@ fn nobody_waits_for_an_event_loop_that_hangs() {
     }
 }
 
-/// Processor time in ticks, and voluntary context switches, of all threads of the workers together.
+/// Returns the processor time, in ticks, and the voluntary context switches of all threads of the workers.
 fn usage(server: &Server) -> (u64, u64) {
     let tasks = server.workers().into_iter().flat_map(|worker| {
         let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
@@ -112,7 +112,7 @@ fn get_ok(server: &Server) {
 
 /// Returns when the workers have been idle for three seconds.
 fn wait_until_quiet(server: &Server) {
-    wait_until("the workers sleep", || {
+    wait_until("the workers are idle", || {
         let before = usage(server);
         std::thread::sleep(QUIET); // the test measures a time without events
         (usage(server) == before).then_some(())
@@ -134,7 +134,7 @@ fn workers_without_connections_sleep_and_a_connection_wakes_one_of_them() {
     }
     let (_, after) = usage(&server);
     eprintln!("400 connections woke 8 workers {} times", after - before);
-    // On a busy machine a worker sleeps before a request, before its body, and before the end of the connection. If each connection woke
+    // On a busy machine a worker may sleep before a request, before its body, and before the end of the connection. If each connection woke
     // all workers, the count would be at least eight times as high.
     assert!(after - before < 6 * 400, "400 connections woke 8 workers {} times", after - before);
     server.stop();
@@ -145,7 +145,7 @@ fn connections_beyond_the_limit_wait_in_the_queue_and_are_served() {
     for protocol in raw::ALL {
         let mut server = protocol.start("crashy", &["--workers", "1", "--max-connections", "2"]);
         let bind = server.binds[0].clone();
-        // Connections are accepted in order of arrival. Neither is idle, because part of a request has arrived on each.
+        // Connections are accepted in order of arrival. None of these connections is idle, because part of a request has arrived on each.
         let first = [(); 2].map(|()| {
             let mut stream = raw::connect(&bind);
             stream.write_all(&protocol.head("GET", "/ok", 0)[..10]).unwrap();

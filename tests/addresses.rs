@@ -67,7 +67,7 @@ fn a_name_stands_for_all_its_addresses_on_one_port_also_after_an_upgrade() {
     let mut server = Server::start_command(command.args(["--workers", "1", "--bind", "http:localhost:0"]));
     let addresses: Vec<SocketAddr> =
         server.binds.iter().map(|bind| bind.strip_prefix("http://").unwrap().parse().unwrap()).collect();
-    assert_eq!(addresses.len(), 2, "what is no address of this machine is left out: {addresses:?}");
+    assert_eq!(addresses.len(), 2, "an address that this machine does not have is skipped: {addresses:?}");
     assert_eq!(addresses[0].port(), addresses[1].port());
     for is_upgraded in [false, true] {
         if is_upgraded {
@@ -84,7 +84,7 @@ fn a_name_stands_for_all_its_addresses_on_one_port_also_after_an_upgrade() {
     }
     server.stop();
 
-    // The start fails if one address of a name cannot be bound.
+    // Startup fails if one address of a name cannot be bound.
     let taken = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
     let port = taken.local_addr().unwrap().port();
     let mut command = where_localhost_is(&["127.0.0.1", "::1"], "mirror");
@@ -106,7 +106,7 @@ fn a_program_that_accepts_for_itself_gets_the_first_address_of_a_name_and_the_lo
 
 #[test]
 fn a_host_without_ipv4_is_served_over_ipv6() {
-    assert!(nix::unistd::geteuid().is_root(), "this test makes a network: run it as root");
+    assert!(nix::unistd::geteuid().is_root(), "this test creates a network namespace: run it as root");
     let script = "ip link set lo up && ip -4 addr flush dev lo && exec \"$0\" \"$@\"";
     let command = |binds: &[&str]| {
         let mut command = Command::new("unshare");
@@ -125,7 +125,7 @@ fn a_host_without_ipv4_is_served_over_ipv6() {
         assert_eq!(answer.join().unwrap(), 200);
         server.stop();
     }
-    // The default address is an IPv4 address. The error names an alternative.
+    // The default address is an IPv4 address. The error names a usable address.
     let output = command(&[]).output_in_time().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(1) && said.contains("without IPv4: [::1]"), "{said}");

@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::raw::{self, Protocol};
 use common::{PATIENCE, Server, wait_until};
 
-/// More consecutive quick calls than are needed to classify a function as quick.
+/// Number of consecutive quick calls, which is more than is needed to classify a function as quick.
 const MANY: u32 = 300;
 
 fn ask(protocol: Protocol, stream: &mut UnixStream, target: &str) -> (u16, i32) {
@@ -20,7 +20,7 @@ fn ask(protocol: Protocol, stream: &mut UnixStream, target: &str) -> (u16, i32) 
     (status, pid_in(protocol, &response))
 }
 
-/// The pid in the body of a response; -1 if there is none.
+/// Returns the pid in the body of a response, or -1 if there is none.
 fn pid_in(protocol: Protocol, response: &[u8]) -> i32 {
     let text = String::from_utf8_lossy(response);
     let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
@@ -49,9 +49,9 @@ fn a_run_that_blocks_after_many_quick_ones_holds_up_nobody() {
         }
         let (mut held, gate) = hold(protocol, &server.binds[0], "/hold");
         for target in ["/", "/loop/"] {
-            assert_eq!(ask(protocol, &mut kept, target).0, 200, "{protocol:?} {target} on a kept connection");
+            assert_eq!(ask(protocol, &mut kept, target).0, 200, "{protocol:?} {target} on a keep-alive connection");
             let mut fresh = raw::connect(&server.binds[0]);
-            assert_eq!(ask(protocol, &mut fresh, target).0, 200, "{protocol:?} {target} on a fresh connection");
+            assert_eq!(ask(protocol, &mut fresh, target).0, 200, "{protocol:?} {target} on a new connection");
         }
         drop(gate);
         assert_eq!(raw::ask(&mut held, b"").0, 200);
@@ -83,11 +83,11 @@ fn a_page_that_another_worker_renders_holds_up_nobody() {
         let bind = server.binds[0].clone();
         let (mut renders, gate) = hold(protocol, &bind, "/page");
         let port = gate.local_addr().unwrap().port();
-        // The other worker has a free thread, and the worker whose thread is occupied leaves connections to it for a while. On a busy
-        // machine the occupied worker may still accept the connection; then the test tries again.
+        // The other worker has a free thread, and the worker whose thread is occupied leaves connections to the other worker for a while.
+        // On a busy machine the occupied worker may still accept the connection; the test then retries.
         let renderer = occupied(&server);
         let connect = || {
-            wait_until("the other worker takes a connection", || {
+            wait_until("the other worker accepts a connection", || {
                 let mut stream = raw::connect(&bind);
                 let (status, pid) = ask(protocol, &mut stream, "/loop/");
                 (status == 200 && pid != renderer).then_some((stream, pid))
@@ -104,7 +104,7 @@ fn a_page_that_another_worker_renders_holds_up_nobody() {
         assert_eq!(ask(protocol, &mut beside, "/loop/"), (200, other), "{protocol:?}");
         kept.set_nonblocking(true).unwrap();
         let waits = kept.read(&mut [0]).unwrap_err();
-        assert_eq!(waits.kind(), ErrorKind::WouldBlock, "{protocol:?}: the page is not there yet");
+        assert_eq!(waits.kind(), ErrorKind::WouldBlock, "{protocol:?}: the page has not been rendered yet");
         kept.set_nonblocking(false).unwrap();
         drop(gate);
         let (_, page) = raw::ask(&mut renders, b"");
@@ -119,7 +119,7 @@ fn a_page_that_another_worker_renders_holds_up_nobody() {
     }
 }
 
-/// The worker that is serving a request.
+/// Returns the worker that is serving a request.
 fn occupied(server: &Server) -> i32 {
     let segment = server.segment();
     let board = segment.scoreboard();
@@ -163,7 +163,7 @@ fn more_requests_than_may_wait_get_503_and_as_many_as_may_are_all_answered() {
         stream.write_all(&Protocol::Http.head("GET", "/", 0)).unwrap();
     }
     // Five of the requests do not fit into the queue.
-    wait_until("five are refused", || {
+    wait_until("five requests are refused", || {
         waiting.retain_mut(|stream| {
             stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
             let mut piece = [0; 1024];

@@ -13,7 +13,7 @@ use common::{Server, fastcgi, http, status_number};
 
 const MIB: usize = 1 << 20;
 const SIZE: usize = 100 * MIB;
-/// The allowed growth of the worker's peak resident size.
+/// Maximum growth of the worker's peak resident size.
 const ALLOWED_KIB: u64 = 8 << 10;
 
 struct Fixture {
@@ -83,7 +83,7 @@ fn a_large_download_over_http() {
     let fixture = start();
     let mut client = http::Client::connect(&fixture.server.http()).unwrap();
     let socket = client.stream.get_mut();
-    // Over HTTP/1.0 the body ends with the connection, and is not chunked.
+    // Over HTTP/1.0 the end of the connection marks the end of the body, which is not chunked.
     write!(socket, "GET /bytes/100 HTTP/1.0\r\n\r\n").unwrap();
     assert_eq!(client.head().unwrap().0, 200);
     read_slowly(&mut client.stream, SIZE);

@@ -1,5 +1,5 @@
-//! The page cache as clients see it: one worker renders a page while other requests for the page wait, and a cache file preserves the pages
-//! over a restart.
+//! The cache of rendered pages as clients see it: one worker renders a page while other requests for the page wait, and a cache file
+//! preserves the pages over a restart.
 
 mod common;
 
@@ -14,11 +14,11 @@ use nix::unistd::Pid;
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
 
-/// A number from the output of `/stats`.
+/// Returns a number from the output of `/stats`.
 fn stat(address: &str, name: &str) -> u64 {
-    let text = http::get(address, "/stats").expect("it answers").text();
+    let text = http::get(address, "/stats").expect("the server answers").text();
     let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{name}: "))).expect(name);
-    line.trim_end_matches(',').parse().expect("a number")
+    line.trim_end_matches(',').parse().expect("the value is a number")
 }
 
 /// Requests the same page on many connections at once. Returns the bodies.
@@ -32,7 +32,7 @@ fn herd(address: &str, target: &str, clients: usize) -> Vec<String> {
             response.ok().filter(|response| response.status == 200).map(|response| response.text())
         };
         let threads: Vec<_> = (0..clients).map(|_| scope.spawn(ask)).collect();
-        threads.into_iter().filter_map(|thread| thread.join().expect("it does not panic")).collect()
+        threads.into_iter().filter_map(|thread| thread.join().expect("the client does not panic")).collect()
     })
 }
 
@@ -43,7 +43,7 @@ fn a_herd_renders_once() {
     for round in 1..=3 {
         let pages = herd(&address, "/page/1", 1000);
         assert_eq!(pages.len(), 1000);
-        assert_eq!(pages.iter().collect::<BTreeSet<_>>().len(), 1, "all got the same page");
+        assert_eq!(pages.iter().collect::<BTreeSet<_>>().len(), 1, "all clients received the same page");
         assert_eq!(stat(&address, "renders"), round);
         http::post(&address, "/purge/page-1", b"").unwrap();
     }
@@ -58,14 +58,18 @@ fn when_the_renderer_is_killed_another_takes_over() {
     std::thread::scope(|scope| {
         let clients = scope.spawn(|| herd(&address, "/page/1?ms=2000", 200));
         let line = server.wait_for("rendering page=1");
-        let renderer: i32 = line.split(['[', ']']).nth(1).expect("a pid").parse().unwrap();
+        let renderer: i32 = line.split(['[', ']']).nth(1).expect("the line contains a pid").parse().unwrap();
         kill(Pid::from_raw(renderer), Signal::SIGKILL).unwrap();
         let pages = clients.join().unwrap();
         let by: BTreeSet<_> = pages.iter().collect();
-        assert_eq!(by.len(), 1, "all got the page of the one who took over");
+        assert_eq!(by.len(), 1, "all clients received the page rendered by the worker that took over");
         assert!(!pages.iter().any(|page| page.contains(&format!("(pid {renderer})"))));
-        assert!(pages.len() >= 100, "only the killed worker's own clients are cut off: {} of 200 got it", pages.len());
-        assert_eq!(stat(&address, "renders"), 1, "one finished");
+        assert!(
+            pages.len() >= 100,
+            "only the killed worker's clients are disconnected: {} of 200 received the page",
+            pages.len()
+        );
+        assert_eq!(stat(&address, "renders"), 1, "one rendering was completed");
     });
     server.stop();
 }
@@ -86,7 +90,7 @@ fn a_cache_in_a_file_is_warm_after_a_stop_and_after_a_crash() {
 
     let mut server = start();
     assert!(server.log().contains("cache is warm"));
-    assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page, "as the former processes rendered it");
+    assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page, "the page rendered by the former processes");
     // Kill the master and all workers at once, as the kernel may do when memory runs out.
     let children = server.workers();
     server.signal(Signal::SIGSTOP);

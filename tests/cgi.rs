@@ -27,7 +27,7 @@ use nix::unistd::Pid;
 
 const MIB: usize = 1 << 20;
 
-/// A CGI program with the environment that a web server gives it.
+/// Returns a CGI program with the environment that a web server gives it.
 fn command(name: &str, method: &str, target: &str) -> Command {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let mut command = Command::new(program(name));
@@ -47,7 +47,7 @@ struct Called {
     status: Option<i32>,
 }
 
-/// Runs the command until it exits. Standard input stays open throughout, so a program that waits for its end would hang.
+/// Runs the command until it exits. Standard input stays open the whole time, so a program that waits for the end of its input would hang.
 fn run(command: &mut Command, body: &[u8]) -> Called {
     finish(start(command, body))
 }
@@ -93,7 +93,7 @@ fn a_call_that_may_have_no_threads_is_answered_without_a_panic() {
         assert!(!called.errors.contains("panicked"), "{name}: {}", called.errors);
         called
     };
-    assert_eq!(call("mirror", "GET", "/", b"").response.status(), 200, "it needs no thread");
+    assert_eq!(call("mirror", "GET", "/", b"").response.status(), 200, "the example needs no thread");
     let called = call("hello", "GET", "/", b"");
     assert_eq!(called.response.status(), 503, "{}", called.errors);
     assert!(called.errors.contains("cannot create all threads for blocking functions"), "{}", called.errors);
@@ -125,7 +125,10 @@ fn a_call_is_answered_and_over() {
         assert_eq!((called.response.status(), called.status), (status, Some(0)), "{what}");
         assert!(called.response.body == answer, "{what}: {} bytes", called.response.body.len());
     }
-    assert!(call("crashy", "GET", "/panic").errors.contains("a request panicked"), "for the web server's log");
+    assert!(
+        call("crashy", "GET", "/panic").errors.contains("a request panicked"),
+        "the panic is reported to the web server's log"
+    );
     assert!(call("hello", "HEAD", "/").response.head.contains("content-length: 13"));
     assert_eq!(call("pages", "GET", "/who").response.text().split(" pid ").next(), Some("slot 0"));
 }
@@ -136,10 +139,10 @@ fn what_the_application_prints_is_not_in_the_response() {
         let called = call("chatty", "GET", target);
         assert!(called.response.head.starts_with("Status: 200 "), "{target}: {}", called.response.head);
         assert!(!called.response.text().contains("number") && !called.response.text().contains("child"));
-        assert!(called.errors.contains(printed), "it is in the log: {}", called.errors);
+        assert!(called.errors.contains(printed), "the output is in the log: {}", called.errors);
         assert_eq!(called.status, Some(0));
     }
-    // The output is lost if there is no standard error.
+    // The output is lost if standard error is closed.
     let mut command = Command::new("sh");
     let script = format!("exec {} 2>&-", program("chatty").display());
     command.args(["-c", &script]).env_clear().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -173,7 +176,7 @@ fn limits_and_broken_bodies() {
 
     let mut child = start(command("crashy", "POST", "/count").env("CONTENT_LENGTH", "10"), b"");
     child.stdin.take().unwrap().write_all(b"12345").unwrap();
-    assert_eq!(finish(child).response.text(), "5\n", "it counts up to the error");
+    assert_eq!(finish(child).response.text(), "5\n", "the example counts up to the error");
 
     for (name, value, status) in [
         ("HTTP_TRANSFER_ENCODING", "chunked", 411),
@@ -237,11 +240,11 @@ fn a_term_or_a_web_server_that_has_left_ends_it() {
     };
     let mut child = begin();
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
-    wait_until("it ends by TERM", || child.try_wait().unwrap());
+    wait_until("the call exits on SIGTERM", || child.try_wait().unwrap());
 
     let mut child = begin();
     drop(child.stdout.take());
-    assert_eq!(wait_until("it ends without a reader", || child.try_wait().unwrap()).code(), Some(0));
+    assert_eq!(wait_until("the call exits when nobody reads its output", || child.try_wait().unwrap()).code(), Some(0));
 }
 
 fn with_cache(file: &Path, target: &str) -> Command {
@@ -268,13 +271,13 @@ fn calls_share_a_cache_with_each_other_and_with_a_server() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("pages");
     let first = page(&file, "/page/1");
-    assert_eq!(page(&file, "/page/1"), first, "rendered by the first call");
+    assert_eq!(page(&file, "/page/1"), first, "the page rendered by the first call");
 
     let mut running = server(&file);
     assert!(running.log().contains("cache is warm"), "{}", running.log());
     assert_eq!(http::get(&running.http(), "/page/1").unwrap().text(), first);
     let second = http::get(&running.http(), "/page/2").unwrap().text();
-    assert_eq!(page(&file, "/page/2"), second, "beside a server");
+    assert_eq!(page(&file, "/page/2"), second, "while a server uses the file");
     let third = page(&file, "/page/3");
     assert_eq!(http::get(&running.http(), "/page/3").unwrap().text(), third);
     http::post(&running.http(), "/purge/page-3", b"").unwrap();
@@ -282,8 +285,8 @@ fn calls_share_a_cache_with_each_other_and_with_a_server() {
     running.stop();
     assert!(!running.log().contains("the next start may drop its content"), "{}", running.log());
 
-    assert_eq!(page(&file, "/page/2"), second, "the file was closed");
-    assert_eq!(page(&file, "/page/1"), first, "and is in use again");
+    assert_eq!(page(&file, "/page/2"), second, "after the server has closed the file");
+    assert_eq!(page(&file, "/page/1"), first, "while the file is in use again");
 }
 
 #[test]
@@ -294,7 +297,7 @@ fn many_calls_at_a_time_render_once_and_leave_the_cache_whole() {
         let calls: Vec<_> =
             (0..24).map(|_| start(&mut with_cache(&file, &format!("/page/{round}?ms=1")), b"")).collect();
         let pages: BTreeSet<_> = calls.into_iter().map(|call| finish(call).response.text()).collect();
-        assert_eq!(pages.len(), 1, "one renders, whoever makes the file");
+        assert_eq!(pages.len(), 1, "one call renders, whichever call creates the file");
     }
     // Opening the segment as a master audits it first.
     let plan = Plan { cache_bytes: 4 << 20, rows: 20, events_bytes: 1 << 20, ..Plan::default() };
@@ -362,10 +365,10 @@ fn a_server_starts_while_a_call_uses_the_file() {
     let line = line_of(child.stderr.as_mut().unwrap(), "a line of its log");
     assert!(line.contains("rendering page=2"), "{line}");
     let mut running = server(&file);
-    assert!(child.try_wait().unwrap().is_none(), "the call is still at it");
+    assert!(child.try_wait().unwrap().is_none(), "the call is still rendering");
     assert_eq!(http::get(&running.http(), "/page/1").unwrap().text(), first);
     let waited_for = http::get(&running.http(), "/page/2").unwrap().text();
-    assert_eq!(finish(child).response.text(), waited_for, "the server waits for the call's page");
+    assert_eq!(finish(child).response.text(), waited_for, "the server waits for the page that the call renders");
     running.stop();
 }
 
@@ -392,7 +395,8 @@ fn a_file_of_another_plan_or_of_something_else_is_left_alone() {
     assert_eq!(std::fs::read(&file).unwrap(), b"something else");
 }
 
-/// Apache's mod_cgid uses one socket for both directions: exiting with unread data would reset the socket, and the response would be lost.
+/// Apache's mod_cgid uses one socket for both directions. If the program exited with unread data, the socket would be reset and the
+/// response would be lost.
 #[test]
 fn on_one_socket_a_body_that_nobody_reads_costs_no_response() {
     for (name, value, status) in [("CONTENT_LENGTH", "4194304", 200), ("HTTP_TRANSFER_ENCODING", "chunked", 411)] {
@@ -428,7 +432,7 @@ fn behind_lighttpd() {
         if name == "pages" {
             let first = http::get(&address, "/page/5").unwrap();
             assert_eq!((first.status, first.body.len()), (200, 16 << 10), "{}", first.text());
-            assert_eq!(http::get(&address, "/page/5").unwrap().body, first.body, "from the cache");
+            assert_eq!(http::get(&address, "/page/5").unwrap().body, first.body, "the page comes from the cache");
             assert_eq!(http::get(&address, "/page/five").unwrap().status, 400);
             assert_eq!(http::get(&address, "/?--help").unwrap().status, 200);
         } else {

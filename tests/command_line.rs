@@ -1,4 +1,4 @@
-//! The command line: incorrect usage prints one line that names the fix, and exits with the right status.
+//! The command line: for incorrect usage, the program prints one line that names the fix, and exits with the right status.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -12,10 +12,10 @@ use common::limit::InTime as _;
 use common::{Server, http, program};
 
 fn run(name: &str, arguments: &[&str]) -> Output {
-    Command::new(program(name)).args(arguments).output_in_time().expect("it runs")
+    Command::new(program(name)).args(arguments).output_in_time().expect("the command exits")
 }
 
-/// Runs `hello` with a bad flag, and expects this exit status and these words in the error.
+/// Runs `hello` with an invalid flag, and expects this exit status and these words in the error.
 #[track_caller]
 fn refused(arguments: &[&str], status: i32, words: &[&str]) {
     complained(&run("hello", arguments), status, words);
@@ -186,7 +186,7 @@ fn help_names_every_flag_with_its_default_and_variable() {
 #[test]
 fn the_version_and_the_description_of_an_application_are_its_own() {
     let said = |name: &str, flag: &str| String::from_utf8(run(name, &[flag]).stdout).unwrap();
-    assert_eq!(said("hello", "--version"), "hello\n", "no number of another program's");
+    assert_eq!(said("hello", "--version"), "hello\n", "not the version of another program");
     assert_eq!(said("hooks", "--version"), "hooks 7.8.9\n");
     assert!(said("hooks", "--help").starts_with("Shows when each hook runs\n"), "{}", said("hooks", "--help"));
     assert_eq!(said("forkyard", "--version"), format!("forkyard {}\n", env!("CARGO_PKG_VERSION")));

@@ -63,7 +63,7 @@ fn a_flag_wins_over_a_variable_and_that_over_the_file() {
     let mut server =
         Server::start_command(command.env("FORKYARD_WORKERS", "2").env("FORKYARD_BIND", "http:127.0.0.1:0"));
     assert!(server.log().contains("workers  2, 2 threads"), "{}", server.log());
-    assert_eq!(server.binds.len(), 1, "the list of the variable, and not both");
+    assert_eq!(server.binds.len(), 1, "the variable's list replaces the file's list");
     server.stop();
 
     let mut server = Server::start_command(command.args(["--workers", "1", "--cache=2M"]));
@@ -126,7 +126,7 @@ fn every_mistake_is_told_at_once_with_its_place() {
         let lines = said.lines().filter(|line| line.contains("forkyard.toml:")).count();
         assert_eq!(lines, expected.len(), "{}", String::from_utf8_lossy(&output.stderr));
     }
-    // A setting is checked even if a flag overrides it.
+    // A setting is validated even if a flag overrides it.
     let file = directory.file("workers = 0\n");
     let output = with_config("hello", &["check"], &file, &["--workers", "2"]).output_in_time().unwrap();
     complained(&output, 1, &[":1:11: 'workers': '0' is not"]);
@@ -169,7 +169,7 @@ fn check_tries_what_can_be_tried_without_serving() {
     );
     assert!(output.stdout.is_empty());
 
-    // The addresses of the running service are in use. `check` does not report this as an error, and does not disturb the service.
+    // The addresses of the running service are in use. `check` does not report them as an error, and does not disturb the service.
     let arguments = ["--bind", &format!("fastcgi:unix:{}", directory.path("a.sock").display()), "--workers", "1"];
     let control = directory.path("control.sock");
     let control = ["--control", control.to_str().unwrap()];
@@ -206,15 +206,15 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     let said = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{said}");
     assert!(said.contains("these settings take effect only after a restart: --backlog\n"), "{said}");
-    wait_until("there are five", || (server.workers().len() == 5).then_some(()));
-    wait_until("the new limit holds", || (posted() == 413).then_some(()));
+    wait_until("there are five workers", || (server.workers().len() == 5).then_some(()));
+    wait_until("the new limit applies", || (posted() == 413).then_some(()));
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
 
-    // On a reload, too, flags and variables override the file.
+    // Flags and variables override the file on a reload too.
     directory.file(&good);
     assert_eq!(reload().status.code(), Some(0));
-    wait_until("the old limit holds", || (posted() == 200).then_some(()));
-    wait_until("there are two", || (server.workers().len() == 2).then_some(()));
+    wait_until("the old limit applies", || (posted() == 200).then_some(()));
+    wait_until("there are two workers", || (server.workers().len() == 2).then_some(()));
 
     // A master that was started with two workers has room for twenty processes, including draining ones.
     directory.file(&(good.replace("= 2", "= 20") + "user = 'no-such-user'\n"));
@@ -222,6 +222,6 @@ fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
     directory.file(&good.replace("= 2", "= 20"));
     let said = String::from_utf8_lossy(&reload().stdout).into_owned();
     assert!(said.contains("these settings take effect only after a restart: --workers\n"), "{said}");
-    wait_until("there are still two", || (server.workers().len() == 2).then_some(()));
+    wait_until("there are still two workers", || (server.workers().len() == 2).then_some(()));
     server.stop();
 }

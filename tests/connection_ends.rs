@@ -1,5 +1,5 @@
-//! How connections end: the last response on a connection announces the close, and a body that the client breaks off is not logged as an
-//! error of the server.
+//! How connections end: the last response on a connection announces the close, and a request body that the client does not complete is not
+//! logged as an error of the server.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -30,7 +30,7 @@ fn send(client: &mut Client, bytes: &str) {
     client.stream.get_mut().write_all(bytes.as_bytes()).unwrap();
 }
 
-/// Sends these bytes. Returns the response, and what follows it until the end of the connection.
+/// Sends these bytes. Returns the response, and all data after it up to the end of the connection.
 fn last_response(address: &str, bytes: &str) -> (Response, Vec<u8>) {
     let mut client = Client::connect(address).unwrap();
     send(&mut client, bytes);
@@ -53,7 +53,7 @@ fn a_response_after_which_the_connection_is_closed_says_so() {
         (head("/ok", "Content-Length: 300000\r\n"), 413),
         (beyond, 413),
         (head("/count", "Content-Length: 5\r\n"), 408),
-        // The server does not request this client's body, so the bytes after the head may be anything.
+        // The server does not request the body from this client, so the bytes after the head may be anything.
         (head("/ok", "Content-Length: 5\r\nExpect: 100-continue\r\n"), 200),
         (head("/ok", "Content-Length: 300000\r\nExpect: 100-continue\r\n"), 413),
         (format!("{}x\r\n", head("/count", CHUNKED)), 200),
@@ -84,7 +84,7 @@ fn a_response_after_which_the_connection_is_closed_says_so() {
     server.stop();
 }
 
-/// All values of `Connection` in a response.
+/// Returns all values of `Connection` in a response.
 fn connection(response: &Response) -> Vec<&str> {
     let headers = response.headers.iter().filter(|(name, _)| name == "connection");
     headers.map(|(_, value)| value.as_str()).collect()
@@ -104,7 +104,7 @@ fn a_response_over_http_1_0_says_whether_the_connection_is_kept() {
         ("GET /raw-stream/200?content-length=5 HTTP/1.0", 200, true),
         ("GET /raw/200?connection=keep-alive HTTP/1.0", 200, true),
         (&long, 414, true),
-        // These responses have no body, so none of them needs a close to mark the end of the body.
+        // These responses have no body, so the connection need not close to mark the end of a body.
         ("HEAD /raw-stream/200 HTTP/1.0", 200, true),
         ("GET /raw-stream/204 HTTP/1.0", 204, true),
         // Only the end of the connection marks the end of this body.
@@ -180,13 +180,13 @@ fn an_application_cannot_contradict_the_server_about_the_connection() {
 #[test]
 fn the_last_response_in_a_drain_says_close() {
     for request in ["GET /ok HTTP/1.1\r\nHost: x\r\n\r\n", "GET /ok HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"] {
-        let last = wait_until("a request that comes before the idle connection is closed", || {
+        let last = wait_until("a request arrives before the idle connection is closed", || {
             let mut server = start(&[]);
             let mut client = Client::connect(&server.http()).unwrap();
             send(&mut client, request);
             assert_eq!(client.response(false).unwrap().text(), "ok\n");
             server.signal(Signal::SIGTERM);
-            wait_until("the worker drains", || {
+            wait_until("the worker is draining", || {
                 let row = server.segment().scoreboard().read(0)?;
                 (row.state == forkyard_shm::State::Draining).then_some(())
             });
@@ -211,7 +211,7 @@ fn a_small_body_that_nobody_reads_costs_no_connection() {
         let response = client.request("POST", target, body.as_bytes()).unwrap();
         assert_eq!((response.status, response.header("connection")), (status, None), "{target} {body}");
     }
-    // A body that arrives after the response is not a reason to close either.
+    // A body that arrives after the response does not close the connection either.
     send(&mut client, &head("/nowhere", "Content-Length: 5\r\n"));
     let response = client.response(false).unwrap();
     assert_eq!((response.status, response.header("connection")), (404, None));
@@ -224,14 +224,14 @@ fn a_small_body_that_nobody_reads_costs_no_connection() {
 #[test]
 fn a_broken_body_that_the_application_passes_on_is_a_400_and_no_error_of_ours() {
     let mut server = start(&[]);
-    // No part of the response has been sent when the error occurs.
+    // No part of the response had been sent when the error occurred.
     let (response, _) = last_response(&server.http(), &format!("{}x\r\n", head("/echo", CHUNKED)));
     assert_eq!(response.status, 400);
     let mut client = fastcgi::Client::connect(&server.binds[1]).unwrap();
     let whole = [fastcgi::head(1, true, "POST", "/echo", Some(10)), vec![record(STDIN, 1, b"", 0)]].concat();
     client.send(&whole).unwrap(); // all at once: the response begins as soon as the worker waits for more
     assert_eq!(client.response(1).unwrap().status(), 400);
-    assert_eq!(client.request("GET", "/ok", b"").unwrap().body(), b"ok\n", "the connection is kept");
+    assert_eq!(client.request("GET", "/ok", b"").unwrap().body(), b"ok\n", "the connection stays open");
     server.wait_for(&format!("{BROKEN_OFF}fastcgi"));
     let mut client = scgi::Client::connect(&server.binds[2]).unwrap();
     client.stream.write_all(&scgi::head("POST", "/echo", "10")).unwrap();
@@ -240,7 +240,7 @@ fn a_broken_body_that_the_application_passes_on_is_a_400_and_no_error_of_ours() 
     let _ = client.stream.read_to_end(&mut bytes);
     server.wait_for(&format!("{BROKEN_OFF}scgi"));
 
-    // Part of the response has been sent, so the error closes the connection or, over HTTP/2, the stream.
+    // Part of the response had been sent, so the error closes the connection or, over HTTP/2, the stream.
     let mut client = Client::connect(&server.http()).unwrap();
     send(&mut client, &format!("{}3\r\nabc\r\n", head("/echo", CHUNKED)));
     assert_eq!(client.head().unwrap().0, 200);
@@ -287,7 +287,7 @@ fn a_broken_body_in_a_cgi_call_is_no_error_of_ours() {
     child.stdin.take().unwrap().write_all(b"abc").unwrap();
     let output = limit::output_of(child, "the program");
     let errors = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "a part of the response is all that there is");
+    assert_eq!(output.status.code(), Some(1), "only part of the response was written");
     assert!(
         errors.contains("refused requests: an incomplete or malformed body") && !errors.contains("ERROR"),
         "{errors}"

@@ -1,7 +1,7 @@
-//! Starts the first command of README.md in a container: the root is read-only, memory is limited, the user is unprivileged, and some
-//! system calls are refused.
+//! Starts the first command of README.md in a container whose root is read-only, whose memory is limited, whose user is unprivileged, and
+//! in which some system calls are refused.
 //!
-//! The test needs root, and writable control groups for memory and processors; without them it prints a message and passes.
+//! The test needs root, and writable control groups for memory and processors. Without control groups it prints a message and passes.
 //! `shm/src/memory/memory_limit.rs` tests the parsing of control group files without control groups.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
@@ -19,22 +19,22 @@ use common::refuse::{NEWER, Refuse, arguments};
 use common::{Server, http, program, wait_until};
 use tempfile::TempDir;
 
-/// Prints a line that is shown even if the test passes, unlike `eprintln!`.
+/// Prints a line that, unlike a line from `eprintln!`, is shown even if the test passes.
 fn say(text: &str) {
     std::io::stderr().write_all(format!("container: {text}\n").as_bytes()).unwrap();
 }
 
-/// A limited control group, removed on drop.
+/// A control group with a limit, which is removed on drop.
 struct Group(PathBuf);
 
 impl Group {
-    /// A group with this much memory.
+    /// Creates a group with this much memory.
     fn create(bytes: u64) -> Result<Self, String> {
         let bytes = bytes.to_string();
         Self::limited("memory", &[("memory.limit_in_bytes", &bytes)], ("memory.max", &bytes))
     }
 
-    /// A group that is limited to one processor.
+    /// Creates a group that is limited to one processor.
     fn of_one_processor() -> Result<Self, String> {
         Self::limited(
             "cpu",
@@ -43,8 +43,8 @@ impl Group {
         )
     }
 
-    /// `v1` and `v2` name the files of the two control group versions, and the values to write. The error is the reason why no group can be
-    /// created.
+    /// Creates a group. `v1` and `v2` list the files of the two control group versions and the values to write. The error states why no
+    /// group can be created.
     fn limited(controller: &str, v1: &[(&str, &str)], v2: (&str, &str)) -> Result<Self, String> {
         let [ours, mounts] =
             ["cgroup", "mountinfo"].map(|name| std::fs::read_to_string(format!("/proc/self/{name}")).unwrap());
@@ -91,7 +91,7 @@ impl Drop for Group {
     }
 }
 
-/// A directory that the container can read, with copies of the programs that the user `nobody` may execute.
+/// A directory that the container can read, with copies of the programs that user `nobody` may execute.
 struct Image {
     directory: TempDir,
     refuse: Refuse,
@@ -110,8 +110,8 @@ impl Image {
         Self { directory, refuse }
     }
 
-    /// `pages` in a container: nothing is writable, `/dev/shm` is tiny, the network namespace is its own, the user (`nobody`) has no
-    /// capabilities, and recent system calls do not exist.
+    /// Returns the command that runs `pages` in a container. Nothing is writable, `/dev/shm` is tiny, the container has its own network
+    /// namespace, the user (`nobody`) has no capabilities, and recent system calls do not exist.
     fn pages(&self, group: &Group) -> Command {
         let script = "set -e; group=$1; shift
             echo $$ > \"$group/cgroup.procs\"
@@ -148,18 +148,21 @@ fn get(server: &Server, target: &'static str) -> http::Response {
 
 #[test]
 fn the_first_command_of_the_readme_serves_in_a_small_read_only_container() {
-    assert!(nix::unistd::geteuid().is_root(), "this test makes a container: run it as root");
+    assert!(nix::unistd::geteuid().is_root(), "this test creates a container: run it as root");
     let group = match Group::create(64 << 20) {
         Ok(group) => group,
         Err(cause) => return say(&format!("NOT RUN: {cause}")),
     };
     let image = Image::new();
     let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
-    assert!(readme.contains("cargo run --release --example pages -- --workers 2 "), "this is what the test runs");
+    assert!(
+        readme.contains("cargo run --release --example pages -- --workers 2 "),
+        "README.md starts with the command that the test runs"
+    );
     let mut server = Server::start_command(image.pages(&group).args(["--workers", "2"]));
     assert_eq!(get(&server, "/").status, 200);
     let page = get(&server, "/page/7");
-    assert_eq!((page.status, get(&server, "/page/7").text()), (200, page.text()), "it is cached");
+    assert_eq!((page.status, get(&server, "/page/7").text()), (200, page.text()), "the page is cached");
     server.stop();
     let log = server.log();
     let warnings: Vec<&str> = log.lines().filter(|line| line.contains("WARN")).collect();
@@ -170,7 +173,7 @@ fn the_first_command_of_the_readme_serves_in_a_small_read_only_container() {
 
 #[test]
 fn a_cache_that_does_not_fit_a_containers_memory_is_an_error_and_not_a_death_without_a_word() {
-    assert!(nix::unistd::geteuid().is_root(), "this test makes a container: run it as root");
+    assert!(nix::unistd::geteuid().is_root(), "this test creates a container: run it as root");
     let group = match Group::create(100 << 20) {
         Ok(group) => group,
         Err(cause) => return say(&format!("NOT RUN: {cause}")),
@@ -189,7 +192,7 @@ fn a_cache_that_does_not_fit_a_containers_memory_is_an_error_and_not_a_death_wit
     }
     let (status, said) = run(&["check"]);
     assert!(status == Some(0) && said.contains("the page cache has 25 MiB"), "{said}");
-    // A quarter of the memory is only the default; half of it can be requested explicitly.
+    // The default maximum is a quarter of the memory; half of it can be requested explicitly.
     let mut server = Server::start_command(image.pages(&group).args(["--workers", "1", "--cache", "50M"]));
     assert_eq!(get(&server, "/").status, 200);
     server.stop();
@@ -197,7 +200,7 @@ fn a_cache_that_does_not_fit_a_containers_memory_is_an_error_and_not_a_death_wit
 
 #[test]
 fn a_worker_that_the_kernel_kills_for_memory_is_named_as_such_and_its_client_gets_502() {
-    assert!(nix::unistd::geteuid().is_root(), "this test makes a control group: run it as root");
+    assert!(nix::unistd::geteuid().is_root(), "this test creates a control group: run it as root");
     let group = match Group::create(160 << 20) {
         Ok(group) => group,
         Err(cause) => return say(&format!("NOT RUN: {cause}")),
@@ -223,7 +226,7 @@ fn a_worker_that_the_kernel_kills_for_memory_is_named_as_such_and_its_client_get
 
 #[test]
 fn auto_starts_no_more_workers_than_a_container_may_use_processors() {
-    assert!(nix::unistd::geteuid().is_root(), "this test makes a control group: run it as root");
+    assert!(nix::unistd::geteuid().is_root(), "this test creates a control group: run it as root");
     let group = match Group::of_one_processor() {
         Ok(group) => group,
         Err(cause) => return say(&format!("NOT RUN: {cause}")),
@@ -251,7 +254,7 @@ fn a_cache_file_for_which_there_is_no_room_is_an_error_that_names_it() {
     assert!(said.contains("MiB for the cache file") && said.contains("its file system has 1 MiB free"), "{said}");
     assert!(
         said.lines().any(|line| line.split_ascii_whitespace().eq(["0", "/mnt/cache"])),
-        "the room is given back: {said}"
+        "the space is freed: {said}"
     );
 }
 

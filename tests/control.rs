@@ -1,4 +1,4 @@
-//! The control socket and the sub-commands: the real command line against real masters.
+//! The control socket and the sub-commands: the real command line with real masters.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -83,7 +83,7 @@ fn status_tells_of_the_master_and_of_each_request_in_flight() {
     let mut client = Client::connect(&address).unwrap();
     std::thread::scope(|scope| {
         let slow = scope.spawn(move || client.request("GET", "/slow/600000", b""));
-        let busy = wait_until("it is in flight", || {
+        let busy = wait_until("the request is in flight", || {
             let status = served.status();
             let workers = status["workers"].as_array().unwrap().clone();
             workers.into_iter().find(|worker| worker["in_flight"] == 1)
@@ -136,7 +136,7 @@ fn reload_returns_when_the_new_workers_serve() {
     assert_eq!(answers.last().unwrap()["answer"], "done");
     assert!(answers.len() > 1 && answers[..answers.len() - 1].iter().all(|answer| answer["answer"] == "progress"));
     served.server.stop();
-    assert!(!served.socket.exists(), "the socket goes with its master");
+    assert!(!served.socket.exists(), "the socket is removed with its master");
     assert!(served.complaint(&["reload"], 1).contains("no such socket"));
 }
 
@@ -190,7 +190,7 @@ fn stop_returns_when_the_master_is_gone_and_what_it_served_is_finished() {
     let mut client = Client::connect(&served.server.http()).unwrap();
     std::thread::scope(|scope| {
         let slow = scope.spawn(move || client.request("GET", "/slow/5000", b""));
-        wait_until("it is in flight", || (served.status()["workers"][0]["in_flight"] == 1).then_some(()));
+        wait_until("the request is in flight", || (served.status()["workers"][0]["in_flight"] == 1).then_some(()));
         let said = served.said(&["stop"]);
         assert!(said.contains("worker exited") && said.ends_with("stopped\n"), "{said}");
         assert_eq!(slow.join().unwrap().unwrap().status, 200);
@@ -228,10 +228,10 @@ fn an_upgrade_is_waited_for_until_its_reload_is_done() {
     assert_eq!((&status["pid"], &status["generation"]), (&before, &2.into()), "{status}");
     assert!(served.said(&["scale", "3"]).contains("workers=3"));
     served.said(&["upgrade"]);
-    assert_eq!(served.status()["target"], 3, "what was asked for by command stays");
+    assert_eq!(served.status()["target"], 3, "the number set by command is preserved");
     served.said(&["stop"]);
     assert_eq!(served.server.wait_end(), Some(0));
-    assert!(!served.socket.exists(), "the new build removes the file of the socket that the old one made");
+    assert!(!served.socket.exists(), "the new build removes the socket file that the old build created");
 }
 
 #[test]
@@ -271,12 +271,14 @@ fn garbage_on_the_socket_is_refused_and_costs_nothing() {
             let _ = stream.read_to_end(&mut answer);
         }
     }
-    // More clients than are served at a time: the idle ones are disconnected, and then the next command is served.
+    // More clients than are served at a time connect and stay idle. They are disconnected, and then the next command is served.
     let silent: Vec<UnixStream> = (0..20).map(|_| common::connect_unix(&served.socket).unwrap()).collect();
     served.server.wait_for("control client disconnected");
     assert_eq!(served.status()["state"], "running");
     drop(silent);
-    wait_until("all are closed", || (descriptors_of(served.server.pid().as_raw()) == before).then_some(()));
+    wait_until("all control connections are closed", || {
+        (descriptors_of(served.server.pid().as_raw()) == before).then_some(())
+    });
     assert_eq!(http::get(&served.server.http(), "/ok").unwrap().status, 200);
     served.server.stop();
 }
@@ -308,18 +310,13 @@ fn the_socket_is_for_its_owner_and_taken_from_no_one() {
     served.server.stop();
 }
 
-/// Changes the user of the calling thread only.
+/// Changes the user of only the calling thread.
 #[expect(unsafe_code, reason = "the library's function would change the user of all threads")]
 fn become_nobody() {
     const NOBODY: libc::c_long = 65534;
     // SAFETY: this system call takes three integers and no pointers.
     let outcome = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
-    assert_eq!(
-        outcome,
-        0,
-        "this test has to run as root: it asks as another user ({})",
-        std::io::Error::last_os_error()
-    );
+    assert_eq!(outcome, 0, "this test connects as another user: run it as root ({})", std::io::Error::last_os_error());
 }
 
 #[test]
@@ -369,7 +366,7 @@ fn the_cache_is_looked_at_and_purged_while_it_is_used() {
         };
         assert_eq!(keys(), ["page 1", "page 2", "page 3"]);
         assert!(served.said(&["cache", "ls"]).contains(" page 2\n"));
-        assert_eq!(served.said(&["cache", "ls", "other"]).lines().count(), 1, "the head alone");
+        assert_eq!(served.said(&["cache", "ls", "other"]).lines().count(), 1, "only the heading");
         let page = served.said(&["cache", "get", "page 2", "--headers"]);
         assert!(page.starts_with("200\ncontent-type: text/html") && page.contains("<title>Page 2</title>"), "{page}");
         assert_eq!(served.said(&["cache", "get", "page 2"]).len(), 16 << 10);
@@ -421,7 +418,7 @@ fn what_is_quarantined_is_listed_and_released() {
     assert_eq!(served.said(&["quarantine", "ls"]), "");
     for path in ["/abort", "/segv"] {
         assert_eq!(status_of(path), 502);
-        wait_until("it is refused", || (status_of(path) == 503).then_some(()));
+        wait_until("the request is refused", || (status_of(path) == 503).then_some(()));
     }
     let status = served.status();
     let listed = status["quarantined"].as_array().unwrap();
@@ -437,8 +434,8 @@ fn what_is_quarantined_is_listed_and_released() {
 
     assert_eq!(served.said(&["quarantine", "release", "GET /abort"]), "quarantine ended request=\"GET /abort\"\n");
     assert!(served.complaint(&["quarantine", "release", "GET /abort"], 1).contains("is not quarantined"));
-    assert_eq!(status_of("/abort"), 502, "it is let in again, and kills again");
-    wait_until("it is refused again", || (status_of("/abort") == 503).then_some(()));
+    assert_eq!(status_of("/abort"), 502, "the request is served again, and kills again");
+    wait_until("the request is refused again", || (status_of("/abort") == 503).then_some(()));
     assert_eq!(served.said(&["quarantine", "release", "--all"]), "quarantine ended requests=2\n");
     assert_eq!(served.said(&["quarantine", "ls"]), "");
     assert!(served.complaint(&["quarantine", "release"], 2).contains("<REQUEST|--all>"));
@@ -453,14 +450,16 @@ fn status_tells_how_many_wait_at_each_socket() {
     assert_eq!((&status["binds"][0]["waiting"], &status["min"], &status["max"]), (&0.into(), &1.into(), &3.into()));
     assert!(served.said(&["status"]).contains("workers=1 (1..3)"));
     served.said(&["scale", "1"]);
-    let [worker] = served.server.workers().into_iter().collect::<Vec<_>>()[..] else { panic!("it has one") };
+    let [worker] = served.server.workers().into_iter().collect::<Vec<_>>()[..] else {
+        panic!("the server has one worker")
+    };
     let worker = nix::unistd::Pid::from_raw(worker);
     common::stop(worker);
     let waiting: Vec<Client> = (0..3).map(|_| Client::connect(&address).unwrap()).collect();
-    wait_until("they are counted", || (served.status()["binds"][0]["waiting"] == 3).then_some(()));
+    wait_until("the waiting connections are counted", || (served.status()["binds"][0]["waiting"] == 3).then_some(()));
     assert!(served.said(&["top", "--rounds", "1"]).contains(&format!("http:{address} waiting=3\n")));
     nix::sys::signal::kill(worker, Signal::SIGCONT).unwrap();
-    wait_until("they are accepted", || (served.status()["binds"][0]["waiting"] == 0).then_some(()));
+    wait_until("the waiting connections are accepted", || (served.status()["binds"][0]["waiting"] == 0).then_some(()));
     drop(waiting);
     served.server.stop();
 }
@@ -483,7 +482,7 @@ fn completions_and_manual_pages_name_every_flag() {
     assert!(said("forkyard", &["man"]).contains("forkyard\\-status"));
     let unknown = Command::new(program("forkyard")).args(["man", "explode"]).output_in_time().unwrap();
     assert_eq!(unknown.status.code(), Some(2));
-    // Flags for serving are not valid for sub-commands, nor the other way round.
+    // Flags for serving are not valid for sub-commands, and vice versa.
     let output = Command::new(program("hello")).args(["--workers", "1", "status"]).output_in_time().unwrap();
     assert_eq!(output.status.code(), Some(2));
     let output =
@@ -509,7 +508,9 @@ fn status_shows_threads_that_hang_and_a_worker_of_which_all_do_as_hung() {
     let becomes = |state: &str, count: u32| {
         let is_it =
             |worker: &Value| worker["pid"] == pid && worker["state"] == state && worker["hung_threads"] == count;
-        wait_until("the status shows it", || one.status()["workers"].as_array()?.iter().any(is_it).then_some(()));
+        wait_until("the status shows the hung threads", || {
+            one.status()["workers"].as_array()?.iter().any(is_it).then_some(())
+        });
     };
     becomes("ready", 0);
     assert_eq!(http::get(&address, "/thread/hang").unwrap().status, 504);

@@ -1,5 +1,5 @@
-//! Sub-commands whose master does not reply, and sub-commands whose output is not read: both exit, and report an error if this is a
-//! failure.
+//! Sub-commands whose master does not reply, and sub-commands whose output is not read. In both cases the sub-command exits; if this is a
+//! failure, it reports an error.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -75,7 +75,7 @@ fn no_sub_command_waits_for_ever_for_a_master_that_is_stopped() {
         let what_to_do = format!("is stopped, and does not answer (continue it: kill -CONT {})", server.pid());
         assert!(said.contains(&what_to_do), "{arguments:?}: {said}");
     }
-    // The master carries out the request once it is resumed.
+    // The master executes the command once it is resumed.
     kill(server.pid(), Signal::SIGCONT).unwrap();
     assert_eq!(server.wait_end(), Some(0));
 }
@@ -122,7 +122,7 @@ fn what_takes_long_is_waited_for_as_long_as_the_master_lives() {
     command.args(["run", "--bind", &bind, "--workers", "1", "--settle", "1500ms", "--control"]);
     let mut server = Server::start_command(command.arg(control(&directory)).args(["--", "sleep", "1000"]));
     let old = server.children();
-    // The reload takes far longer than `--timeout`, and more clients wait at once than the control socket serves.
+    // The reload takes far longer than `--timeout`, and more clients wait at the same time than the control socket serves.
     let reloads: Vec<Child> =
         (0..20).map(|_| spawn(&mut ask(&control(&directory), &["reload", "--timeout", "300ms"]))).collect();
     for reload in reloads {
@@ -133,7 +133,7 @@ fn what_takes_long_is_waited_for_as_long_as_the_master_lives() {
     server.stop();
 }
 
-/// A pipe for standard output whose reading end is closed.
+/// Returns a pipe for standard output whose reading end is closed.
 fn closed_pipe() -> OwnedFd {
     nix::unistd::pipe().unwrap().1
 }

@@ -13,7 +13,7 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&["--bind", "http:127.0.0.1:0", "--quarantine", "0"], arguments].concat())
 }
 
-/// The value of `key="..."` in a line of the log.
+/// Returns the value of `key="..."` in a line of the log.
 fn quoted<'a>(line: &'a str, key: &str) -> &'a str {
     let start = format!(" {key}=\"");
     let rest = line.split_once(&start).unwrap_or_else(|| panic!("no {key} in {line:?}")).1;
@@ -29,7 +29,7 @@ fn the_obituary_says_where_a_worker_crashed_and_a_line_names_the_functions() {
         ("/abort", "ABRT", "ABRT in thread worker, instruction ", "crashy::abort"),
         ("/thread/segv", "SEGV", "SEGV in thread blocking-0 at address 0x10, instruction crashy+0x", "in_a_thread"),
     ] {
-        assert_eq!(http::get(&address, path).unwrap().status, 502, "{path} takes its worker with it");
+        assert_eq!(http::get(&address, path).unwrap().status, 502, "{path} kills its worker");
         let line = server.wait_for("worker died");
         assert!(line.contains(&format!(" signal={signal} ")), "it dies of the same signal: {line}");
         assert_eq!(quoted(&line, "crashed_in"), format!("GET {path}"));
@@ -38,7 +38,7 @@ fn the_obituary_says_where_a_worker_crashed_and_a_line_names_the_functions() {
         assert!(trace.split(' ').count() > 2 && trace.contains("crashy+0x"), "{line}");
         let names = server.wait_for("backtrace slot=");
         assert!(quoted(&names, "at").contains(function), "no {function} in {names}");
-        wait_until("it answers", || http::get(&address, "/ok").ok());
+        wait_until("the server answers", || http::get(&address, "/ok").ok());
     }
     server.stop();
 }
@@ -68,7 +68,7 @@ fn a_signal_from_outside_is_told_too_and_blames_no_request() {
         // Wait until the process that symbolizes backtraces has exited.
         let alone = || Some(server.workers()).filter(|children| children.len() == 1);
         let worker = wait_until("there is a worker", || alone()?.first().copied());
-        wait_until("it answers", || http::get(&server.http(), "/ok").ok());
+        wait_until("the server answers", || http::get(&server.http(), "/ok").ok());
         kill(Pid::from_raw(worker), signal).unwrap();
         let line = server.wait_for("worker died");
         let name = signal.as_str().trim_start_matches("SIG");

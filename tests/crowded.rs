@@ -1,4 +1,4 @@
-//! A worker that has reached its limit for connections, or for memory held for requests.
+//! A worker that has reached its limit for connections, or for memory that unfinished requests use.
 
 #![allow(
     clippy::unwrap_used,
@@ -41,17 +41,17 @@ fn ask(protocol: Protocol, stream: &mut UnixStream) {
 fn read_answer(protocol: Protocol, stream: &mut UnixStream) {
     let (status, mut response) = raw::ask(stream, b"");
     assert_eq!(status, 200, "{protocol:?}");
-    // Read to the end of the response, so that the rest is not taken for part of the next response.
+    // Read to the end of the response, so that the rest is not mistaken for part of the next response.
     let end: &[u8] = if protocol == Protocol::FastCgi { &[1, 3, 0, 1, 0, 8] } else { b"ok" };
     while !response.windows(end.len()).any(|part| part == end) {
         let mut piece = [0; 4096];
         let count = stream.read(&mut piece).unwrap();
-        assert!(count > 0, "{protocol:?}: it ended in mid-response");
+        assert!(count > 0, "{protocol:?}: the connection ended within the response");
         response.extend_from_slice(&piece[..count]);
     }
 }
 
-/// Whether data or the end of the stream has arrived.
+/// Returns whether data or the end of the stream has arrived.
 fn has_news(stream: &mut UnixStream) -> bool {
     stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
     let mut peeked = [0];
@@ -80,17 +80,18 @@ fn a_full_worker_closes_the_connection_that_was_idle_for_longest() {
         let mut server = protocol.start("crashy", &FULL);
         let bind = server.binds[0].clone();
         let mut used: Vec<UnixStream> = (0..MOST - 1).map(|_| kept(protocol, &bind)).collect();
-        // This is the newest connection, and it is not used again.
+        // This is the newest connection, and no further request is sent on it.
         let mut idle = kept(protocol, &bind);
         let mut use_them = || used.iter_mut().for_each(|stream| ask(protocol, stream));
-        // Idle times are counted in seconds. Wait until the connection has been idle longer than the others, however slow this machine is.
+        // Idle times are counted in seconds. Wait until the connection has been idle for longer than the others, however slow the machine
+        // is.
         let opened = Instant::now();
         while opened.elapsed() < Duration::from_secs(3) {
             use_them();
         }
         let mut further = raw::connect(&bind);
         further.write_all(&protocol.head("GET", "/ok", 0)).unwrap();
-        wait_until("there is room for a further connection", || {
+        wait_until("the worker accepts another connection", || {
             use_them();
             has_news(&mut further).then_some(())
         });
@@ -176,7 +177,7 @@ fn event_streams_leave_room_for_requests() {
     let open = || sse::Source::open(sse::Way::Http, &bind, "/events?topics=news", "");
     let streams: Vec<_> = (0..6).map(|_| open().unwrap()).collect();
     let refused = open().err().unwrap().to_string();
-    assert!(refused.starts_with("503\n"), "three quarters of the connections are for streams: {refused}");
+    assert!(refused.starts_with("503\n"), "streams can use three quarters of the connections: {refused}");
     let (status, _) = raw::ask(&mut raw::connect(&bind), &Protocol::Http.head("GET", "/who", 0));
     assert_eq!(status, 200);
     drop(streams);
@@ -199,7 +200,7 @@ fn a_client_has_as_many_connections_as_it_may_and_proxies_and_unix_sockets_any_n
         let over_unix: Vec<UnixStream> = (0..9).map(|_| kept(Protocol::Http, &binds[1])).collect();
         open.pop();
         // The server may take a moment to detect the end of the connection.
-        wait_until("there is room again", || {
+        wait_until("a connection is accepted again", || {
             let mut stream = raw::connect(&binds[0]);
             let _ = stream.write_all(&protocol.head("GET", "/ok", 0));
             let mut bytes = [0; 64];
@@ -256,11 +257,11 @@ fn a_connection_that_was_admitted_once_is_not_refused_by_the_worker_that_takes_i
         server.wait_for("reload done");
         all_answer("an upgrade");
         // The worker from before the upgrade may still be exiting.
-        let old = wait_until("one worker is left", || Some(server.workers()).filter(|workers| workers.len() == 1));
+        let old = wait_until("only one worker remains", || Some(server.workers()).filter(|workers| workers.len() == 1));
         kill(Pid::from_raw(*old.first().unwrap()), Signal::SIGKILL).unwrap();
         server.renewed(1, &old);
         all_answer("the death of the worker");
-        // The inherited connections do not count against this client, and the limit applies to its new connections.
+        // The inherited connections do not count toward this client's limit, and the limit applies to its new connections.
         let new: Vec<UnixStream> = (0..8).map(|_| kept(protocol, &bind)).collect();
         let mut ninth = raw::connect(&bind);
         assert!(matches!(ninth.read(&mut [0]), Ok(0) | Err(_)), "{protocol:?}");
@@ -314,7 +315,7 @@ fn settings_that_contradict_each_other_are_said_at_the_start_and_by_check() {
 
 // ---- memory ----
 
-/// The limit for memory held for requests; [`SENT_KIB`] is about the amount of data that is sent.
+/// Limit for the memory that unfinished requests may use. The test sends about [`SENT_KIB`] of data.
 const LIMIT_KIB: u64 = 8 << 10;
 const SENT_KIB: u64 = 80 << 10;
 
@@ -331,7 +332,7 @@ fn growth(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) ->
     let before = memory();
     let open = send(&bind);
     // When a later request is answered, possibly with 503, the worker has read all earlier data.
-    wait_until("it has read all", || {
+    wait_until("the worker has read all data", || {
         let mut stream = raw::connect(&bind);
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         let _ = stream.write_all(&get);
@@ -342,7 +343,7 @@ fn growth(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) ->
     eprintln!("{protocol}: {grown} KiB for {SENT_KIB} KiB sent, with --max-buffered {most}");
     drop(open);
     // Regular clients are served again.
-    wait_until("it serves", || {
+    wait_until("the worker answers", || {
         let mut stream = raw::connect(&bind);
         let (status, _) = raw::ask(&mut stream, &get);
         assert!(status != 500, "{protocol}");
@@ -371,7 +372,10 @@ fn many(count: usize, bytes: &[u8]) -> impl Fn(&str) -> Vec<UnixStream> {
 
 fn holds_no_more(protocol: &str, start: Protocol, example: &str, send: impl Fn(&str) -> Vec<UnixStream>) {
     let grown = growth(protocol, start, example, &send, "8M");
-    assert!(grown < SENT_KIB / 2, "{protocol}: {grown} KiB of {SENT_KIB}, and it may hold {LIMIT_KIB}");
+    assert!(
+        grown < SENT_KIB / 2,
+        "{protocol}: grew by {grown} KiB for {SENT_KIB} KiB sent; the limit is {LIMIT_KIB} KiB"
+    );
 }
 
 #[test]
@@ -389,7 +393,7 @@ fn heads_of_requests_take_no_more_memory_than_they_may_over_scgi() {
 
 #[test]
 fn heads_of_requests_take_no_more_memory_than_they_may_over_fastcgi() {
-    // 64 incomplete requests at once on one connection.
+    // 64 incomplete requests at a time on one connection.
     let value = fastcgi::pair("HTTP_A", &"a".repeat(50 << 10));
     let request = |id: u16| [fastcgi::begin(id, 1, true), fastcgi::record(fastcgi::PARAMS, id, &value, 0)].concat();
     let requests: Vec<u8> = (1..=64).flat_map(request).collect();
@@ -411,7 +415,7 @@ fn bodies_that_nobody_reads_take_no_more_memory_than_they_may_over_http2() {
     let send = |bind: &str| {
         let send = |_| {
             let mut client = http2::Client::connect(bind.trim_start_matches("http://")).unwrap();
-            // Now the connection's window is 1 MiB.
+            // After this frame, the connection's window is 1 MiB.
             client.next(WINDOW_UPDATE).unwrap();
             client.stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
             let _ = client.send(&bytes);

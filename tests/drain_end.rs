@@ -1,4 +1,4 @@
-//! The end of a drain: clients that neither read nor send do not keep a worker alive until it is killed.
+//! The end of a drain: clients that neither read nor send do not keep a worker running until it is killed.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -29,13 +29,13 @@ fn start(name: &str, directory: &tempfile::TempDir) -> (Server, std::path::PathB
 
 /// Waits until the worker has `count` requests in flight.
 fn wait_for_requests(server: &Server, count: usize) {
-    wait_until("all requests are under way", || {
+    wait_until("all requests are in flight", || {
         let row = server.segment().scoreboard().read(0)?;
         (row.in_flight + row.streams == u32::try_from(count).unwrap()).then_some(())
     });
 }
 
-/// Reloads. Checks that the old worker exits by itself, and that it logs a line for each request.
+/// Reloads the server. Checks that the old worker exits on its own, and that it logs a line for each request.
 fn leaves_by_itself(mut server: Server, log: &std::path::Path, requests: &[(&str, usize)]) {
     server.signal(Signal::SIGHUP);
     server.wait_for("worker exited");
@@ -107,7 +107,7 @@ fn responses_that_nobody_reads_end_before_the_worker_would_be_killed() {
     drop((streams, client, small));
 }
 
-/// Idle connections, and connections whose requests were answered before their bodies were read, for each bind.
+/// Opens idle connections to each bind, and connections whose requests were answered before their bodies were read.
 fn idle_connections(server: &Server) -> (Vec<UnixStream>, fastcgi::Client) {
     let mut streams = Vec::new();
     for (index, (protocol, _)) in BINDS.iter().enumerate() {
@@ -127,7 +127,7 @@ fn idle_connections(server: &Server) -> (Vec<UnixStream>, fastcgi::Client) {
     (streams, kept_fastcgi)
 }
 
-/// Whether the worker exits by itself despite its idle connections.
+/// Returns whether the worker exits on its own despite its idle connections.
 fn leaves_its_idle_connections(signal: Signal, timeout: &str) -> bool {
     let binds = BINDS.iter().flat_map(|(_, bind)| ["--bind", bind]);
     let arguments: Vec<&str> = ["--workers", "1", "--drain-timeout", timeout].into_iter().chain(binds).collect();
@@ -147,8 +147,11 @@ fn leaves_its_idle_connections(signal: Signal, timeout: &str) -> bool {
 #[test]
 fn idle_connections_end_within_a_drain_timeout_shorter_than_their_grace() {
     for (signal, timeout) in [(Signal::SIGTERM, "1s"), (Signal::SIGHUP, "1s"), (Signal::SIGTERM, "2s")] {
-        // On a busy machine a worker may be late by more than the short timeout allows, but not every time.
-        assert!((0..10).any(|_| leaves_its_idle_connections(signal, timeout)), "{signal} {timeout}: always killed");
+        // On a busy machine a worker may exceed the short timeout, but not every time.
+        assert!(
+            (0..10).any(|_| leaves_its_idle_connections(signal, timeout)),
+            "{signal} {timeout}: the worker was killed every time"
+        );
     }
 }
 

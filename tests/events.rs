@@ -1,5 +1,5 @@
-//! Events across all workers, with real processes: over every protocol, through crashes and reloads, to clients that poll, are slow, or
-//! disconnect.
+//! Events across all workers, with real processes: over every protocol, through crashes and reloads, and to clients that poll, read slowly,
+//! or disconnect.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
@@ -58,7 +58,7 @@ impl Site {
         answer.text().trim().parse().unwrap()
     }
 
-    /// The number of subscribers of the only worker.
+    /// Returns the number of subscribers of the only worker.
     fn subscribers(&self) -> usize {
         http::get(&self.0.http(), "/subscribers").unwrap().text().trim().parse().unwrap()
     }
@@ -76,7 +76,7 @@ fn poll(address: &str, target: &str, headers: &str) -> Response {
     client.response(false).unwrap()
 }
 
-/// The worker that serves a stream, if its head names the worker.
+/// Returns the worker that serves a stream, if the response head names it.
 fn worker_of(source: &Source) -> Option<i32> {
     source.head.lines().find_map(|line| line.strip_prefix("x-worker: "))?.parse().ok()
 }
@@ -90,7 +90,7 @@ fn what_any_worker_publishes_reaches_the_subscribers_of_all() {
         let source = site.open(way, "/events?topics=news,sport", "");
         workers.extend(worker_of(&source));
         sources.push((way, source));
-        assert!(sources.len() < 400, "all are at {workers:?}");
+        assert!(sources.len() < 400, "all streams are served by {workers:?}");
     }
     let mut expected = Vec::new();
     for round in 1..=20_u64 {
@@ -132,7 +132,7 @@ fn what_any_worker_publishes_reaches_the_subscribers_of_all() {
     site.0.stop();
 }
 
-/// The client of a killed worker resumes on another worker, over another protocol each time.
+/// The client of a killed worker resumes with another worker, and over a different protocol each time.
 #[test]
 fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
     const DEATHS: usize = 100;
@@ -140,7 +140,7 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
     let log = site.0.segment().events();
     let (published, over) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
-        // Publishing continues until the last stream has been read, so that each client always receives its next event.
+        // Publishing continues until the last stream has been read, so each client always receives its next event.
         let _publisher_ends = StopOnDrop(&over);
         scope.spawn(|| {
             while !over.load(Ordering::SeqCst) {
@@ -157,13 +157,13 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
         let mut take = |event: Event| {
             let number = event.number();
             assert_eq!(event.data, format!("event {number}"));
-            assert_eq!(*next.get_or_insert(number), number, "missing or doubled");
+            assert_eq!(*next.get_or_insert(number), number, "lost or duplicated");
             next = Some(number + 1);
             number
         };
         for death in 0..DEATHS {
             let way = WAYS[death % 4];
-            let mut source = wait_until("a worker serves", || {
+            let mut source = wait_until("a worker answers", || {
                 Source::open(way, site.bind(way), "/events?topics=news", &last_id).ok()
             });
             for _ in 0..3 {
@@ -174,19 +174,19 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
             for worker in workers {
                 let _ = kill(Pid::from_raw(worker), Signal::SIGKILL);
             }
-            // Each event that was sent is complete, and the stream of a killed worker never ends as if it were complete.
+            // Each event that was sent is complete, and the stream of a killed worker never ends like a complete stream.
             let killed = Instant::now();
             loop {
-                assert!(killed.elapsed() < PATIENCE, "{way:?}: the stream of a dead worker goes on");
+                assert!(killed.elapsed() < PATIENCE, "{way:?}: the stream of a dead worker continues");
                 match source.event() {
                     Ok(Some(event)) => drop(take(event)),
-                    Ok(None) => panic!("{way:?}: a proper end"),
+                    Ok(None) => panic!("{way:?}: the stream of a killed worker ended like a complete stream"),
                     Err(_) => break,
                 }
             }
             last_id.clone_from(&source.last_id);
         }
-        let mut source = wait_until("a worker serves", || {
+        let mut source = wait_until("a worker answers", || {
             Source::open(Way::Http, site.bind(Way::Http), "/events?topics=news", &last_id).ok()
         });
         let until_now = published.load(Ordering::SeqCst);
@@ -216,7 +216,7 @@ fn who_comes_back_too_late_is_told_how_much_he_has_missed() {
         let missed: u64 = missed.parse().unwrap();
         assert_eq!(gap.number(), first + missed);
         let mut expected = first + missed + 1;
-        assert!(last - expected > 20, "the log has the last ones: {expected} to {last}");
+        assert!(last - expected > 20, "the log contains the last events: {expected} to {last}");
         loop {
             let event = source.next();
             assert_eq!(event.number(), expected, "{way:?}");
@@ -225,7 +225,8 @@ fn who_comes_back_too_late_is_told_how_much_he_has_missed() {
                 break;
             }
         }
-        // Another epoch; an id that the server never issued; an id after the last event; the wrong number of topics.
+        // The id of another epoch (another event log), an id that the server never issued, an id after the last event, and an id with the
+        // wrong number of topics.
         let epoch = id.split_once('-').unwrap().0;
         for id in ["00000000-1", "what%20is%20this", &format!("{epoch}-999999999"), &format!("{epoch}-1.1")] {
             let mut source = site.open(way, &target, id);
@@ -251,7 +252,7 @@ fn who_polls_gets_what_there_is_or_waits_for_it() {
     let nothing = poll(&address, "/events?topics=news&poll_ms=300", "Accept: */*\r\n");
     assert_eq!((nothing.status, nothing.header("content-type")), (200, Some("text/event-stream")));
     let id = last_id(&nothing);
-    assert_eq!(nothing.text(), format!("id: {id}\n\n"), "it has waited in vain");
+    assert_eq!(nothing.text(), format!("id: {id}\n\n"), "the poll timed out without an event");
     site.publish("news", "one");
     site.publish_as("news", "flash", "two");
     let epoch = id.split_once('-').unwrap().0.to_owned();
@@ -275,7 +276,7 @@ fn who_polls_gets_what_there_is_or_waits_for_it() {
         assert_eq!(at_once.text(), expected, "{query}: the same, percent-encoded (RFC 3986, section 6.2.2.2)");
     }
     let at_once = poll(&address, &format!("/events?topics=news&lastEventId={id}"), "Accept: */*\r\nLast-Event-ID:\r\n");
-    assert_eq!(at_once.text(), expected, "a header that says nothing");
+    assert_eq!(at_once.text(), expected, "an invalid header is ignored");
     let nonsense = poll(&address, "/events?topics=news", "Accept: */*\r\nLast-Event-ID: \u{e9}\r\n");
     assert_eq!(nonsense.text(), format!("id: {epoch}-2\nevent: gap\ndata: ? news\n\n"));
     std::thread::scope(|scope| {
@@ -303,7 +304,7 @@ fn an_application_chooses_what_a_client_gets() {
         let shout = shouts.next();
         assert_eq!((shout.number(), shout.name.as_str(), shout.data.as_str()), (2, "shout", "TWO!"), "{way:?}");
         assert_eq!((shouts.next().data.as_str(), way), ("THREE!", way));
-        // The client receives the ids of events that its filter skips, so that the server need not scan these events again after a
+        // The client also receives the ids of events that its filter skips, so that the server need not scan those events again after a
         // reconnect.
         site.publish(&topic, "five");
         while !even.last_id.ends_with("-5") {
@@ -325,17 +326,17 @@ fn a_client_that_leaves_is_missed_at_once() {
             // Keep-alive comments cannot be what detects the end, because they come later than this test waits.
             let target = "/events?topics=quiet&keep_alive_ms=3600000";
             let sources: Vec<_> = (0..count).map(|_| site.open(way, target, "")).collect();
-            site.wait_for_subscribers(count, "they are there");
+            site.wait_for_subscribers(count, "the subscribers are counted");
             drop(sources);
-            site.wait_for_subscribers(0, &format!("{way:?}: they are gone"));
+            site.wait_for_subscribers(0, &format!("{way:?}: the disconnected subscribers are no longer counted"));
         }
     }
     // Over FastCGI a single request can be aborted while the connection stays open.
     let mut client = fastcgi::Client::connect(site.bind(Way::FastCgi)).unwrap();
     client.send(&fastcgi::request(1, true, "GET", "/events?topics=quiet", b"")).unwrap();
-    site.wait_for_subscribers(1, "it is there");
+    site.wait_for_subscribers(1, "the subscriber is counted");
     client.send(&[fastcgi::record(fastcgi::ABORT, 1, b"", 0)]).unwrap();
-    site.wait_for_subscribers(0, "it is gone");
+    site.wait_for_subscribers(0, "the aborted subscriber is no longer counted");
     site.0.stop();
 }
 
@@ -353,7 +354,9 @@ fn a_reload_waits_for_no_stream_and_no_event_is_lost_by_it() {
     // Read all streams concurrently, because an HTTP/2 connection closes only after its client has answered a PING.
     let read_to_end = |(way, mut source): (Way, Source)| {
         let mut next = position(&source.last_id);
-        while let Some(event) = source.event().unwrap_or_else(|error| panic!("{way:?}: not a proper end: {error}")) {
+        while let Some(event) =
+            source.event().unwrap_or_else(|error| panic!("{way:?}: the stream is incomplete: {error}"))
+        {
             next += 1;
             assert_eq!(event.number(), next);
         }
@@ -378,7 +381,7 @@ fn a_reload_waits_for_no_stream_and_no_event_is_lost_by_it() {
     site.0.stop();
 }
 
-/// The number in the event id of a stream with one topic.
+/// Returns the number in the event id of a stream with one topic.
 fn position(id: &str) -> u64 {
     id.split_once('-').unwrap().1.parse().unwrap()
 }
@@ -389,7 +392,7 @@ fn a_stop_ends_all_streams() {
     let sources = WAYS.map(|way| (way, site.open(way, "/events?topics=news", "")));
     let waiting = raw::connect(site.bind(Way::Http));
     (&waiting).write_all(b"GET /events?topics=news HTTP/1.1\r\nHost: a\r\nAccept: */*\r\n\r\n").unwrap();
-    site.wait_for_subscribers(5, "all are there");
+    site.wait_for_subscribers(5, "all subscribers are counted");
     site.0.signal(Signal::SIGTERM);
     for (way, mut source) in sources {
         let end = source.event().unwrap_or_else(|error| panic!("{way:?}: {error}"));
@@ -398,7 +401,7 @@ fn a_stop_ends_all_streams() {
     let mut rest = String::new();
     (&waiting).read_to_string(&mut rest).unwrap();
     assert!(rest.contains("\r\n\r\n") && rest.contains("id: ") && rest.ends_with("0\r\n\r\n"), "{rest:?}");
-    assert_eq!(site.0.wait_end(), Some(0), "it does not wait for them");
+    assert_eq!(site.0.wait_end(), Some(0), "the master does not wait for the streams");
 }
 
 /// A client that does not read uses only the buffers of the kernel and of the protocol, and is disconnected. Other clients are not
@@ -412,7 +415,7 @@ fn a_client_that_reads_nothing_is_bounded_and_cut_off() {
         let worker = *site.0.workers().first().unwrap();
         let mut quick = site.open(Way::FastCgi, "/events?topics=flood", "");
         let slow: Vec<_> = (0..CLIENTS).map(|_| site.open(way, "/events?topics=flood", "")).collect();
-        site.wait_for_subscribers(1 + CLIENTS, "all are there");
+        site.wait_for_subscribers(1 + CLIENTS, "all subscribers are counted");
         let before = status_number(worker, "VmRSS").unwrap();
         let (mut last, mut most) = (0, before);
         let begun = Instant::now();
@@ -426,21 +429,24 @@ fn a_client_that_reads_nothing_is_bounded_and_cut_off() {
                 }
             }
         });
-        // Up to 20 MiB for each client until all are disconnected; less on a busy machine.
+        // Up to 20 MiB for each client until all of them are disconnected, or less on a busy machine.
         while site.subscribers() > 1 {
             last = last.max(site.flood("flood", 100, 10_000));
             most = most.max(status_number(worker, "VmRSS").unwrap());
-            assert!(begun.elapsed() < PATIENCE, "{way:?}: they are never cut off");
+            assert!(begun.elapsed() < PATIENCE, "{way:?}: the clients were never disconnected");
         }
-        site.wait_for_subscribers(1, "who reads stays");
+        site.wait_for_subscribers(1, "the client that reads stays connected");
         site.publish("flood", "the end");
         let seen = reader.join().unwrap();
-        eprintln!("{way:?}: {last} events of 10 kB, {seen} seen by who reads, {} KiB grown", most - before);
-        // 400 KiB for each client, for the buffers of the protocols: hyper has 128 KiB and one chunk, h2 64 KiB, FastCGI and SCGI 64 KiB
+        eprintln!(
+            "{way:?}: {last} events of 10 kB, {seen} read by the reading client, memory grew by {} KiB",
+            most - before
+        );
+        // 400 KiB for each client, for the buffers of the protocols: hyper uses 128 KiB and one chunk, h2 64 KiB, FastCGI and SCGI 64 KiB
         // and a batch.
         assert!(most - before < 400 * CLIENTS as u64 + 4096, "{way:?}: {} KiB", most - before);
-        assert!(last * 10 > 10 * 400, "{way:?}: there was little more than they may cost");
-        wait_until("the log tells of each", || {
+        assert!(last * 10 > 10 * 400, "{way:?}: too little was published to exceed the buffers");
+        wait_until("each disconnect is logged", || {
             (site.0.log().matches("cut off a connection: the client read a response too slowly").count() == CLIENTS)
                 .then_some(())
         });
@@ -458,7 +464,7 @@ fn beyond_max_subscribers_there_is_a_503_and_without_a_log_as_well() {
     assert_eq!((refused.status, refused.header("retry-after")), (503, Some("5")));
     site.0.wait_for("refused a subscriber: this worker already has 2 subscribers");
     drop(first);
-    site.wait_for_subscribers(1, "one is gone");
+    site.wait_for_subscribers(1, "one subscriber has left");
     drop(site.open(Way::Http, "/events?topics=a", ""));
     drop(second);
     for topics in ["", "a,a", "%0a", &"x".repeat(129), &(0..33).map(|n| n.to_string()).collect::<Vec<_>>().join(",")] {

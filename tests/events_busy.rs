@@ -1,4 +1,4 @@
-//! A stopped process holds the event log: datagrams that arrive meanwhile wait, or are dropped and counted, as
+//! A stopped process holds the lock of the event log. Datagrams that arrive during that time wait, or are dropped and counted, as
 //! docs/events-from-other-languages.md describes.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
@@ -34,8 +34,8 @@ impl Place {
         Self { server, sender, _folder: directory }
     }
 
-    /// Stops a worker while it holds the log, and returns the worker. It holds the log because it is copying large events that it was asked
-    /// to publish, each of which takes a while to copy.
+    /// Stops a worker while it holds the log's lock, and returns the worker. The worker holds the lock because it is copying large events
+    /// that it was requested to publish, each of which takes a while to copy.
     fn hold(&self) -> Pid {
         let worker = wait_until("there is a worker", || self.server.workers().first().copied());
         let worker = Pid::from_raw(worker);
@@ -45,8 +45,8 @@ impl Place {
             .write_all(format!("POST /flood/large/100000/8000000 HTTP/1.1\r\nHost: a\r\n{length}\r\n").as_bytes())
             .unwrap();
         let log = self.server.segment().events();
-        wait_until("it publishes", || (log.last_id("large") > 0).then_some(()));
-        wait_until("it stands still with the log in its hands", || {
+        wait_until("the worker publishes", || (log.last_id("large") > 0).then_some(()));
+        wait_until("the worker is stopped while it holds the lock", || {
             stop(worker);
             let held = log.publish("probe", "", b"") == Err(PublishError::Busy);
             if !held {
@@ -56,17 +56,17 @@ impl Place {
         })
     }
 
-    /// Kills the worker, so that the log is released.
+    /// Kills the worker, so that the lock is released.
     fn release(worker: Pid) {
         kill(worker, Signal::SIGKILL).unwrap();
-        wait_until("it is dead", || is_gone(worker.as_raw()).then_some(()));
+        wait_until("the worker is dead", || is_gone(worker.as_raw()).then_some(()));
     }
 
     fn send(&self, number: usize) {
         self.sender.send(format!("n\n\n{number}").as_bytes()).unwrap();
     }
 
-    /// The published numbers that the large events have not evicted from the log.
+    /// Returns the published numbers that the large events have not evicted from the log.
     fn published(&self) -> Vec<usize> {
         let since = self.server.segment().events().since("n", 0, usize::MAX);
         since.events.iter().map(|event| std::str::from_utf8(&event.data).unwrap().parse().unwrap()).collect()
@@ -90,7 +90,7 @@ fn what_comes_while_the_log_is_held_waits_and_after_a_while_is_dropped_until_it_
     place.wait_for_relay();
     assert_eq!(place.last_id(), 0);
     Place::release(worker);
-    wait_until("all are published", || (place.last_id() == 10).then_some(()));
+    wait_until("all datagrams are published", || (place.last_id() == 10).then_some(()));
     assert_eq!(place.published(), (0..10).collect::<Vec<_>>());
     assert!(!place.server.log().contains("not published"), "{}", place.server.log());
 
@@ -98,16 +98,16 @@ fn what_comes_while_the_log_is_held_waits_and_after_a_while_is_dropped_until_it_
     (100..110).for_each(|number| place.send(number));
     let line = place.server.wait_for("datagrams not published count=");
     assert!(line.contains("another process holds the event log (try again)"), "{line}");
-    // The first datagram waited for the full timeout; the later ones were dropped without waiting.
+    // The first datagram waited for the full timeout; the later datagrams were dropped without waiting.
     if !line.contains("total=10 ") {
         place.server.wait_for("total=10 ");
     }
     Place::release(worker);
-    wait_until("it has the log again", || {
+    wait_until("the relay has the lock again", || {
         place.send(10);
         (place.last_id() > 10).then_some(())
     });
-    assert!(place.published().iter().all(|number| *number <= 10), "none of those that were dropped comes later");
+    assert!(place.published().iter().all(|number| *number <= 10), "no dropped datagram is published later");
     place.server.stop();
 }
 
@@ -115,16 +115,16 @@ fn what_comes_while_the_log_is_held_waits_and_after_a_while_is_dropped_until_it_
 fn an_upgrade_while_the_log_is_held_leaves_what_waits_to_the_next_relay() {
     let mut place = Place::start();
     place.send(0);
-    wait_until("there is a relay that works", || (place.last_id() == 1).then_some(()));
+    wait_until("the relay publishes", || (place.last_id() == 1).then_some(()));
     let worker = place.hold();
     (1..=10).for_each(|number| place.send(number));
     place.server.signal(Signal::SIGUSR2);
     place.server.wait_for("upgraded version=");
     Place::release(worker);
     place.send(11);
-    wait_until("the last is published", || place.published().contains(&11).then_some(()));
+    wait_until("the last datagram is published", || place.published().contains(&11).then_some(()));
     let published: Vec<_> = place.published().into_iter().filter(|number| *number > 0).collect();
     assert!(published.is_sorted_by(|one, other| one < other), "{published:?}");
-    assert!(published.len() >= 10, "the one that the relay was at may be lost, and no other: {published:?}");
+    assert!(published.len() >= 10, "at most the datagram that the relay was publishing is lost: {published:?}");
     place.server.stop();
 }

@@ -1,5 +1,5 @@
-//! Event streams through real web servers, with the configurations of docs/web-servers.md: a published event arrives while the stream stays
-//! open, a client that reconnects resumes where it left off, and the application detects when a client disconnects.
+//! Event streams through real web servers, with the configurations of docs/web-servers.md. A published event arrives while the stream stays
+//! open, a client that reconnects resumes where it left off, and the application detects a client's disconnect.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
@@ -16,7 +16,7 @@ use fronts::{Front, Site};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Keep-alives are frequent, because some web servers detect that a client has disconnected only when they have data to send to it.
+/// Keep-alive comments are frequent, because some web servers detect a client's disconnect only when they have data to send to the client.
 const TARGET: &str = "/events?topics=news&keep_alive_ms=200";
 
 fn open(site: &Site, last_id: &str) -> Source {
@@ -29,14 +29,14 @@ fn publish(site: &Site, data: &str) {
     assert_eq!(answer.status, 200, "{}", answer.text());
 }
 
-/// The number of event streams that the workers serve. The sum of served requests cannot be used, because it starts at zero in a worker
-/// that replaces a dead one.
+/// Returns the number of event streams that the workers serve. The number of served requests cannot be used, because it starts at zero in a
+/// worker that replaces a dead one.
 fn open_streams(server: &Server) -> u32 {
     let board = server.segment().scoreboard();
     (0..board.rows()).filter_map(|slot| board.read(slot)).map(|row| row.streams).sum()
 }
 
-/// Closes the client, and waits until the application has detected that.
+/// Disconnects the client, and waits until the application has detected the disconnect.
 fn leave(site: &mut Site, source: Source) {
     let server = site.application();
     wait_until("the stream is counted", || (open_streams(server) > 0).then_some(()));
@@ -64,15 +64,18 @@ fn streams(front: Front) {
     let mut client = Client::connect(&site.address).unwrap();
     let ask = format!("GET /events?topics=news HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nLast-Event-ID: {last_id}\r\n\r\n");
     client.stream.get_mut().write_all(ask.as_bytes()).unwrap();
-    assert!(client.response(false).unwrap().text().ends_with("-6\ndata: meanwhile\n\n"), "at once, to who polls");
+    assert!(
+        client.response(false).unwrap().text().ends_with("-6\ndata: meanwhile\n\n"),
+        "a polling client receives the event immediately"
+    );
 
-    // However the web server passes on the end of the stream, another worker resumes it.
+    // Whatever way the web server passes on the end of the stream, another worker resumes the stream.
     for worker in site.application().workers() {
         kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     }
     let end = source.event();
     assert!(!matches!(end, Ok(Some(_))), "{end:?}");
-    let mut source = wait_until("there is a worker again", || {
+    let mut source = wait_until("a new worker serves the stream", || {
         Source::open(Way::Http, &format!("http://{}", site.address), TARGET, &source.last_id).ok()
     });
     publish(&site, "again");

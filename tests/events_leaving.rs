@@ -1,5 +1,5 @@
-//! Workers that exit while event streams are open: the streams end at once, whatever their clients do. A client that reconnects misses no
-//! event, through reloads and upgrades.
+//! Workers that exit while event streams are open. The streams end immediately, whatever their clients do. A client that reconnects misses
+//! no event, through reloads and upgrades.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -53,7 +53,7 @@ fn a_stop_does_not_wait_for_who_reads_nothing() {
 #[test]
 fn a_stop_does_not_wait_for_who_says_nothing() {
     let mut server = start(&["--workers", "1"]);
-    // Over HTTP/2 such a client does not answer the PING by which the server checks that the client has read everything.
+    // Over HTTP/2 such a client does not answer the PING with which the server checks that the client has read everything.
     let clients = WAYS.map(|way| open(&server, way));
     server.stop();
     drop(clients);
@@ -86,7 +86,7 @@ fn a_stop_waits_for_a_stream_of_the_applications_own() {
         for left in (0..6).rev() {
             assert_eq!(source.next().data, left.to_string(), "{way:?}");
         }
-        assert_eq!(source.event().unwrap(), None, "{way:?}: its proper end");
+        assert_eq!(source.event().unwrap(), None, "{way:?}: the stream ends properly");
     }
     assert_eq!(server.wait_end(), Some(0));
 }
@@ -96,10 +96,12 @@ fn follow(way: Way, bind: &str, connections: &AtomicUsize) {
     let (mut last_id, mut next) = (String::new(), 1);
     loop {
         let open = || Source::open(way, bind, TARGET, &last_id).ok();
-        let mut source = wait_until("there is a worker to go on", open);
+        let mut source = wait_until("a worker resumes the stream", open);
         connections.fetch_add(1, Ordering::SeqCst);
-        while let Some(event) = source.event().unwrap_or_else(|error| panic!("{way:?}: not a proper end: {error}")) {
-            assert_eq!((event.number(), event.name.as_str()), (next, ""), "{way:?}: missing or doubled: {event:?}");
+        while let Some(event) =
+            source.event().unwrap_or_else(|error| panic!("{way:?}: the stream is incomplete: {error}"))
+        {
+            assert_eq!((event.number(), event.name.as_str()), (next, ""), "{way:?}: lost or duplicated: {event:?}");
             next += 1;
             if event.data == "the end" {
                 return;
@@ -126,7 +128,7 @@ fn through_upgrades_and_reloads_no_event_is_missing_or_doubled() {
             .map(|((way, bind), connections)| scope.spawn(|| follow(*way, bind, connections)))
             .collect();
         let counts = || connections.iter().map(|count| count.load(Ordering::SeqCst));
-        wait_until("all have begun", || counts().all(|count| count > 0).then_some(()));
+        wait_until("all clients have connected", || counts().all(|count| count > 0).then_some(()));
         scope.spawn(|| {
             while !over.load(Ordering::SeqCst) {
                 log.publish("news", "", b"on and on").unwrap();
@@ -144,13 +146,13 @@ fn through_upgrades_and_reloads_no_event_is_missing_or_doubled() {
             }
             server.wait_for("reload done");
             // Each client's worker has exited, so each client must reconnect to another worker.
-            wait_until(&format!("all have connected again, after {before:?}"), || {
+            wait_until(&format!("all clients have reconnected, after {before:?}"), || {
                 counts().zip(&before).all(|(count, before)| count > *before).then_some(())
             });
         }
         drop(publisher_ends);
         following.into_iter().for_each(|following| following.join().unwrap());
     });
-    assert_eq!(server.segment().events().epoch(), epoch, "it is the same log");
+    assert_eq!(server.segment().events().epoch(), epoch, "the event log is still the same");
     server.stop();
 }

@@ -1,5 +1,5 @@
-//! Many subscribers across all workers: each receives every event once and in order. Reports the latency from publishing to the read from
-//! the socket, the processor time per delivery, and the memory per subscriber.
+//! Many subscribers across all workers, each of which receives every event once and in order. The test reports the latency from publishing
+//! to the read from the socket, the processor time per delivery, and the memory per subscriber.
 //!
 //! The default is 400 subscribers for 5 s; `scripts/soak events` uses 10,000 for a minute (FORKYARD_SUBSCRIBERS, FORKYARD_SECONDS).
 
@@ -19,14 +19,14 @@ use tokio::net::TcpStream;
 /// Events per second.
 const RATE: u64 = 100;
 const WORKERS: usize = 4;
-/// Limit for the workers' memory per subscriber, in bytes, with at least [`MANY`] subscribers.
+/// Maximum memory of the workers per subscriber, in bytes, with at least [`MANY`] subscribers.
 const MOST_EACH: u64 = 20 << 10;
-/// The same limit with fewer subscribers, which share the fixed cost of the first subscriber of each worker.
+/// The same maximum for fewer subscribers, which share the fixed cost of the first subscriber of each worker.
 const MOST_EACH_OF_FEW: u64 = 32 << 10;
 const MANY: usize = 5000;
 
 fn number(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).map_or(otherwise, |text| text.parse().expect("a number"))
+    std::env::var(name).map_or(otherwise, |text| text.parse().expect("the variable contains a number"))
 }
 
 fn now_us() -> u64 {
@@ -44,7 +44,7 @@ impl Histogram {
         self.0[power as usize * 8 + usize::try_from(eighth).unwrap()] += 1;
     }
 
-    /// The latency, in microseconds, that this percentage of events does not exceed.
+    /// Returns the latency, in microseconds, that this percentage of events does not exceed.
     fn percentile_us(&self, percent: u64) -> u64 {
         let total: u64 = self.0.iter().sum();
         let mut left = total * percent / 100;
@@ -89,7 +89,7 @@ async fn subscriber(address: String, last: u64, seen: &'static Seen, latencies: 
                     seen.subscribed.fetch_add(1, Ordering::SeqCst);
                 }
             } else if let Some(published) = line.strip_prefix("data: ") {
-                assert_eq!(id, expected, "each once, and in order");
+                assert_eq!(id, expected, "each event once, and in order");
                 expected = id.map(|id| id + 1);
                 seen.delivered.fetch_add(1, Ordering::Relaxed);
                 let published: u64 = published.parse().unwrap();
@@ -105,7 +105,7 @@ async fn subscriber(address: String, last: u64, seen: &'static Seen, latencies: 
     }
 }
 
-/// Proportional set size of the workers, in bytes.
+/// Returns the proportional set size of the workers, in bytes.
 fn memory(server: &Server) -> u64 {
     let of = |pid: i32| {
         let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
@@ -115,7 +115,7 @@ fn memory(server: &Server) -> u64 {
     server.workers().into_iter().map(of).sum()
 }
 
-/// Processor time used by the workers.
+/// Returns the processor time that the workers have used.
 fn cpu(server: &Server) -> Duration {
     server.workers().into_iter().map(|pid| common::cpu_time(&common::proc_of(pid))).sum()
 }
@@ -147,23 +147,23 @@ fn every_subscriber_gets_every_event_once_and_in_order() {
             latencies.replace(Histogram(Vec::new()))
         }
     });
-    wait_until("all have subscribed", || {
+    wait_until("all clients have subscribed", || {
         (seen.subscribed.load(Ordering::SeqCst) == subscribers || clients.is_finished()).then_some(())
     });
     let each = memory(&server).saturating_sub(before) / subscribers as u64;
     let (used, begun) = (cpu(&server), Instant::now());
-    // Publish directly to the log, because a request would wait for a worker that is busy with the subscribers.
+    // Publish to the log directly, because a request would wait for a worker that is busy with the subscribers.
     let log = server.segment().events();
     for id in 1..=events {
         let due = Duration::from_secs(1) * u32::try_from(id).unwrap() / u32::try_from(RATE).unwrap();
         std::thread::sleep(due.saturating_sub(begun.elapsed()));
         assert_eq!(log.publish("load", "", now_us().to_string().as_bytes()), Ok(id));
     }
-    wait_until("all have got the last event", || {
+    wait_until("all subscribers have received the last event", || {
         (seen.done.load(Ordering::SeqCst) == subscribers || clients.is_finished()).then_some(())
     });
     let used = cpu(&server) - used;
-    let latencies = clients.join().expect("every subscriber got every event");
+    let latencies = clients.join().expect("every subscriber received every event");
     let delivered = seen.delivered.load(Ordering::SeqCst);
     assert_eq!(delivered, subscribers as u64 * events);
     eprintln!(
@@ -175,6 +175,6 @@ fn every_subscriber_gets_every_event_once_and_in_order() {
         latencies.percentile_us(99),
     );
     let most = if subscribers < MANY { MOST_EACH_OF_FEW } else { MOST_EACH };
-    assert!(each < most, "{each} bytes for each subscriber");
+    assert!(each < most, "{each} bytes per subscriber");
     server.stop();
 }

@@ -1,4 +1,4 @@
-//! Publishing by datagram and by command: real programs in other languages, real relays, and the events that survive a relay's death.
+//! Publishing by datagram and by command: with real programs in other languages, with real relays, and when a relay dies.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -73,7 +73,8 @@ impl Place {
         said
     }
 
-    /// The data of all events in a topic. Checks that none has been evicted from the log, and that the ids run from 1 without a gap.
+    /// Returns the data of all events in a topic. Checks that no event has been evicted from the log, and that the ids run from 1 without a
+    /// gap.
     fn data(&self, topic: &str) -> Vec<String> {
         let since = self.server.segment().events().since(topic, 0, usize::MAX);
         assert_eq!(since.missed, 0);
@@ -86,7 +87,7 @@ impl Place {
     }
 
     fn wait_for_last_id(&self, topic: &str, id: u64) {
-        wait_until("it is in the log", || (self.last_id(topic) >= id).then_some(()));
+        wait_until("the event is in the log", || (self.last_id(topic) >= id).then_some(()));
     }
 
     fn relay(&self) -> Option<Pid> {
@@ -110,10 +111,10 @@ fn said(output: Output) -> String {
     said
 }
 
-/// The examples for a language in the document.
+/// Returns the examples for a language in the document.
 fn example(language: &str) -> &'static str {
     let begin = format!("\n```{language}\n");
-    let (_, rest) = DOCUMENT.split_once(&begin).expect("there is one");
+    let (_, rest) = DOCUMENT.split_once(&begin).expect("the document has an example for this language");
     rest.split_once("\n```").unwrap().0
 }
 
@@ -161,7 +162,7 @@ fn the_documents_examples_publish_from_php_python_and_a_shell() {
     };
     assert_eq!(directories(), 1);
     server.stop();
-    assert_eq!(directories(), 0, "the socket's directory goes with the server");
+    assert_eq!(directories(), 0, "the socket's directory is removed with the server");
 }
 
 #[test]
@@ -215,7 +216,8 @@ fn what_is_no_event_is_counted_and_harms_nobody() {
     place.wait_for_last_id("news", 2);
     assert_eq!(place.data("news"), ["first", "last"]);
     assert_eq!(place.relay(), Some(relay));
-    // One line at once and one for all later datagrams; more if the datagrams take longer to arrive than a line is held back.
+    // One line immediately, and one line for all later datagrams. More lines are logged if the datagrams take longer to arrive than the log
+    // line is delayed.
     let lines = place.server.log().lines().filter(|line| line.contains("not published")).count();
     assert!(lines < 5, "{}", place.server.log());
 }
@@ -230,7 +232,7 @@ fn what_comes_by_datagram_reaches_a_subscriber() {
     let mut lines = Pipe::of(stream.stdout.take().unwrap());
     let mut line_with = |what: &str| loop {
         let line = lines.line(what);
-        assert!(!line.is_empty(), "curl has ended before {what:?}");
+        assert!(!line.is_empty(), "curl exited before {what:?}");
         if line.starts_with(what) {
             break line;
         }
@@ -253,7 +255,7 @@ fn workers_find_the_socket_in_their_environment() {
 
 // ---- the relay ----
 
-/// Sends numbers to a topic until `stop` is set. Returns how many were sent.
+/// Sends numbers to a topic until `stop` is set. Counts the sent numbers in `sent`.
 fn send_numbers(sender: &UnixDatagram, topic: &str, stop: &AtomicBool, sent: &AtomicU64) {
     while !stop.load(Ordering::SeqCst) {
         let number = sent.fetch_add(1, Ordering::SeqCst);
@@ -272,9 +274,9 @@ fn of_each_relay_that_is_killed_one_event_is_lost_at_most_and_none_is_doubled() 
         let _sender_ends = StopOnDrop(&stop);
         for _ in 0..KILLS {
             let before = place.last_id("n");
-            let relay = wait_until("a relay is at work", || place.relay().filter(|_| place.last_id("n") > before));
+            let relay = wait_until("a relay publishes", || place.relay().filter(|_| place.last_id("n") > before));
             kill(relay, Signal::SIGKILL).unwrap();
-            wait_until("it is dead", || process(relay.as_raw()).is_none().then_some(()));
+            wait_until("the relay is dead", || process(relay.as_raw()).is_none().then_some(()));
         }
     });
     sender.send(b"end\n\n").unwrap();
@@ -285,11 +287,11 @@ fn of_each_relay_that_is_killed_one_event_is_lost_at_most_and_none_is_doubled() 
     assert!(lost <= KILLS, "{lost} of {} are lost", numbers.len());
     assert_eq!(place.server.segment().events().audit(), Ok(()));
     let ended = || place.server.log().matches("relay exited").count() as u64;
-    wait_until("the log has the end of each", || (ended() >= KILLS).then_some(()));
-    assert_eq!(ended(), KILLS, "and of no other");
+    wait_until("the end of each relay is logged", || (ended() >= KILLS).then_some(()));
+    assert_eq!(ended(), KILLS, "only the killed relays ended");
     let relay = place.relay().unwrap();
     place.server.stop();
-    assert!(process(relay.as_raw()).is_none(), "it ends with the master");
+    assert!(process(relay.as_raw()).is_none(), "the relay exits with the master");
     assert!(!place.socket().exists());
 }
 
@@ -301,19 +303,19 @@ fn a_relay_that_is_stopped_is_replaced_and_its_publishers_go_on() {
     place.wait_for_last_id("begin", 1);
     let relay = place.relay().unwrap();
     common::stop(relay);
-    // More data than the kernel buffers for the socket, so that the sender has to wait.
+    // More data than the kernel buffers for the socket, so the sender has to wait.
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| {
             sender.set_write_timeout(Some(common::PATIENCE)).unwrap();
             (0..2000).try_for_each(|number| sender.send(format!("n\n\n{number}").as_bytes()).map(drop))
         });
         place.server.wait_for("killed the relay, because it made no progress");
-        sending.join().unwrap().expect("the publisher goes on");
+        sending.join().unwrap().expect("the publisher continues");
     });
     sender.send(b"end\n\n").unwrap();
     place.wait_for_last_id("end", 1);
     let numbers = place.data("n");
-    assert!(numbers.len() >= 1999, "one may be lost with the relay, and {} came", numbers.len());
+    assert!(numbers.len() >= 1999, "one event may be lost with the relay, and {} arrived", numbers.len());
     assert_ne!(place.relay().unwrap(), relay);
     assert_eq!(place.server.segment().events().audit(), Ok(()));
     place.server.stop();
@@ -334,9 +336,11 @@ fn one_publishers_topics_lock_nobody_out() {
     }
     sender.send(b"prices\n\nsecond").unwrap();
     sender.send(b"news\n\nnobody has kept this topic from coming").unwrap();
-    wait_until("they are in the log", || (place.server.segment().events().stats().published >= 1003).then_some(()));
-    assert_eq!(place.server.segment().events().stats().published, 1003, "nothing was refused");
-    // Topics that were evicted and published again, or that are new: a subscriber misses none of their events.
+    wait_until("all events are in the log", || {
+        (place.server.segment().events().stats().published >= 1003).then_some(())
+    });
+    assert_eq!(place.server.segment().events().stats().published, 1003, "no event was rejected");
+    // The topics are new, or were evicted and then published again. A subscriber misses none of their events.
     let events: Vec<sse::Event> = (0..2).map(|_| listens.event().unwrap().unwrap()).collect();
     let got: BTreeSet<(&str, &str)> = events.iter().map(|event| (event.name.as_str(), event.data.as_str())).collect();
     assert_eq!(got, BTreeSet::from([("", "hello 999"), ("", "second")]), "no gap");
@@ -353,7 +357,7 @@ fn a_relay_ends_with_a_master_that_is_killed_and_the_next_one_takes_the_path() {
     let relay = place.relay().unwrap();
     place.server.signal(Signal::SIGKILL);
     place.server.wait_end();
-    wait_until("it is gone", || is_gone(relay.as_raw()).then_some(()));
+    wait_until("the relay is gone", || is_gone(relay.as_raw()).then_some(()));
     assert!(place.socket().exists());
     let start = || {
         let mut command = Command::new(program("stream"));
@@ -367,7 +371,7 @@ fn a_relay_ends_with_a_master_that_is_killed_and_the_next_one_takes_the_path() {
     assert!(why.contains("--events-socket"), "{why}");
     let sender = UnixDatagram::unbound().unwrap();
     sender.send_to(b"news\n\nx", place.socket()).unwrap();
-    wait_until("it is published", || (second.segment().events().last_id("news") == 1).then_some(()));
+    wait_until("the event is published", || (second.segment().events().last_id("news") == 1).then_some(()));
     second.stop();
 }
 
@@ -400,9 +404,9 @@ fn an_upgrade_loses_nothing_that_is_sent_meanwhile() {
     sender.send(b"end\n\n").unwrap();
     place.wait_for_last_id("end", 1);
     let expected: Vec<String> = (0..sent.load(Ordering::SeqCst)).map(|number| number.to_string()).collect();
-    assert!(place.data("n") == expected, "{} of {} came", place.data("n").len(), expected.len());
+    assert!(place.data("n") == expected, "{} of {} arrived", place.data("n").len(), expected.len());
     assert_eq!(std::fs::metadata(place.socket()).unwrap().ino(), inode);
-    assert!(relays.insert(place.relay().unwrap()), "the new build has a relay of its own");
+    assert!(relays.insert(place.relay().unwrap()), "the new build has its own relay");
     assert!(!place.server.log().contains("relay exited"), "none has died:\n{}", place.server.log());
     place.server.stop();
     assert!(!place.socket().exists());
@@ -410,14 +414,14 @@ fn an_upgrade_loses_nothing_that_is_sent_meanwhile() {
 
 #[test]
 fn the_user_of_the_workers_may_publish_and_others_may_not() {
-    assert!(nix::unistd::geteuid().is_root(), "this test has to run as root: it changes users");
+    assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
     let place = Place::start(&["--user", "4711", "--group", "4712"]);
     let send = |user: u32, group: u32| {
         let socket = format!("UNIX-SENDTO:{}", place.socket().display());
         let mut socat = Command::new("socat");
         socat.args(["-u", "-", &socket]).uid(user).gid(group).current_dir("/").stdin(Stdio::piped());
         let mut child = socat.stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("{error} (scripts/test)"));
-        // A sender without permission may exit before it has read its input.
+        // A sender that lacks permission may exit before it has read its input.
         let _ = child.stdin.take().unwrap().write_all(b"news\n\nx");
         let output = limit::output_of(child, "socat");
         String::from_utf8_lossy(&output.stderr).into_owned()
@@ -425,7 +429,7 @@ fn the_user_of_the_workers_may_publish_and_others_may_not() {
     for (user, group) in [(4713, 4713), (4713, 4711)] {
         assert!(send(user, group).contains("Permission denied"), "EACCES");
     }
-    assert_eq!((place.relay(), place.last_id("news")), (None, 0), "nothing came, and there is no relay");
+    assert_eq!((place.relay(), place.last_id("news")), (None, 0), "no event arrived, and no relay was started");
     for (user, group) in [(4711, 4712), (4713, 4712)] {
         assert_eq!(send(user, group), "");
     }
@@ -470,7 +474,7 @@ fn commands_publish_and_list() {
         let complaint = place.complaint(arguments);
         assert!(complaint.contains(why), "{complaint}");
     }
-    assert_eq!(place.relay(), None, "these publish by themselves");
+    assert_eq!(place.relay(), None, "the commands publish without a relay");
 }
 
 #[test]
@@ -534,14 +538,14 @@ fn tail_prints_what_comes_and_ends_well() {
 
     kill(Pid::from_raw(news.child.id().cast_signed()), Signal::SIGINT).unwrap();
     assert_eq!((news.line(), limit::end_of(&mut news.child, "the tail").code()), (String::new(), Some(0)));
-    // Nothing reads the output any more: the command exits by itself, even without an event.
+    // The reading end is closed. The command exits on its own, even if no event arrives.
     all.lines = None;
-    assert_eq!(wait_until("it has ended", || all.child.try_wait().unwrap()).code(), Some(0));
+    assert_eq!(wait_until("the tail has exited", || all.child.try_wait().unwrap()).code(), Some(0));
 
     let mut orphan = Tail::start(&place, &["--from", "1", "news"]);
     assert_eq!(orphan.line(), "1\tnews\t-\tone\n");
     place.server.stop();
-    assert_eq!(wait_until("it has ended", || orphan.child.try_wait().unwrap()).code(), Some(1));
+    assert_eq!(wait_until("the tail has exited", || orphan.child.try_wait().unwrap()).code(), Some(1));
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Running out of descriptors and processes: the errors that are logged, and the recovery once some are available again. Also
-//! `--nice` and `--rlimit` values that cannot be set on processes.
+//! Running out of descriptors and processes: the errors that are logged, and the recovery once descriptors or processes are available
+//! again. Also `--nice` and `--rlimit` values that cannot be set on processes.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -14,14 +14,14 @@ use nix::unistd::Pid;
 
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
 
-/// A shell command that sets a limit and then executes the program `name`.
+/// Returns a shell command that sets a limit and then executes the program `name`.
 fn after(limit: &str, name: &str) -> Command {
     let mut command = Command::new("sh");
     command.args(["-c", &format!("{limit} && exec \"$0\" \"$@\"")]).arg(program(name));
     command
 }
 
-/// The lowest free descriptor number of a process. With this number as its limit, the process cannot open another descriptor.
+/// Returns the lowest free descriptor number of a process. With this number as its limit, the process cannot open another descriptor.
 fn lowest_free(pid: Pid) -> usize {
     (0..).find(|number| !std::path::Path::new(&format!("/proc/{pid}/fd/{number}")).exists()).unwrap()
 }
@@ -57,7 +57,10 @@ fn too_few_descriptors_are_found_before_anything_is_bound_with_how_many_are_need
                 said.contains("ulimit -n") || most < 8 && said.contains("shared librar"),
                 "{most} {mode:?}: {said}"
             );
-            assert!(directory.path().read_dir().unwrap().next().is_none(), "{most} {mode:?}: something is left");
+            assert!(
+                directory.path().read_dir().unwrap().next().is_none(),
+                "{most} {mode:?}: the failed startup left a file behind"
+            );
         }
     }
     // The limit that the error suggests is sufficient.
@@ -100,8 +103,8 @@ fn a_master_without_descriptors_says_so_and_recovers() {
     let mut server = Server::start("hello", &[&HTTP[..], &arguments].concat());
     let ask = |what: &str| Command::new(program("hello")).args([what, "--control", &control]).output_in_time().unwrap();
     let before = server.workers();
-    // Descriptors that are open only while a process is being spawned do not count.
-    wait_until("the daemon runs", || server.log().contains("daemon started").then_some(()));
+    // Wait until the daemon has started, because descriptors that are open only during a spawn must not raise the limit set below.
+    wait_until("the daemon is running", || server.log().contains("daemon started").then_some(()));
     set_limit(server.pid(), lowest_free(server.pid()).min(14));
     // A client of the control socket waits or gets an error; the master does not hang.
     let waiting = Command::new(program("hello")).args(["status", "--control", &control]).spawn().unwrap();
@@ -116,20 +119,20 @@ fn a_master_without_descriptors_says_so_and_recovers() {
     let line = server.wait_for("cannot upgrade");
     assert!(line.contains("state cannot be written") && line.contains("ulimit -n"), "{line}");
     assert!(!line.contains("put the new build there"), "{line}");
-    assert_eq!(server.workers(), before, "the workers are there still");
+    assert_eq!(server.workers(), before, "the workers are still running");
     serves(&server);
     set_limit(server.pid(), 1000);
-    assert!(wait_until("the client gets its answer", || waiting.0.try_wait().unwrap()).success());
+    assert!(wait_until("the client receives its reply", || waiting.0.try_wait().unwrap()).success());
     assert!(ask("reload").status.success(), "{}", server.log());
     assert!(ask("reopen-logs").status.success());
     let worker = *server.renewed(2, &before).first().unwrap();
-    // The descriptors freed by the dead worker are not enough either.
+    // The descriptors freed by the dead worker are not sufficient either.
     set_limit(server.pid(), lowest_free(server.pid()).min(14));
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     server.wait_for("cannot start a worker");
     serves(&server); // answered by the other worker
     set_limit(server.pid(), 1000);
-    wait_until("it is replaced", || (server.workers().len() == 2 && is_gone(worker)).then_some(()));
+    wait_until("the worker is replaced", || (server.workers().len() == 2 && is_gone(worker)).then_some(()));
     assert!(ask("upgrade").status.success(), "{}", server.log());
     serves(&server);
     server.stop();
@@ -138,7 +141,7 @@ fn a_master_without_descriptors_says_so_and_recovers() {
 #[test]
 fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
-    // A separate user, whose processes are counted. The limit is too low for two workers with their heirs and threads.
+    // The processes of a user of its own are counted. The limit is too low for two workers with their heirs and threads.
     let mut command = Command::new("setpriv");
     command
         .args(["--reuid", "4799", "--regid", "4799", "--clear-groups", "prlimit", "--nproc=1:1000"])
@@ -174,7 +177,7 @@ fn without_threads_for_blocking_functions_requests_get_503_until_there_are_some(
         command
     };
     let directory = tempfile::tempdir().unwrap();
-    // The limit allows the master, the worker with its event loop thread, and its heir.
+    // The limit allows the master, the worker with its event loop thread, and its heir (docs/heirs.md).
     let mut command = as_user("4:1000");
     command.arg(program("hello")).args(HTTP).args(["--workers", "1", "--threads", "2", "--cache", "1M"]);
     let mut server = Server::start_command(command.env("TMPDIR", directory.path()));
@@ -208,7 +211,7 @@ fn limits_that_processes_cannot_be_given_are_found_before_anything_is_bound() {
         (output.status.code(), said(&output))
     };
     let own = std::process::id().cast_signed();
-    let own_nice: i32 = common::field_of(&common::proc_of(own), 19).expect("the kernel has that");
+    let own_nice: i32 = common::field_of(&common::proc_of(own), 19).expect("the kernel reports the nice value");
     let nice = ("-5", &*format!("--nice -5: the lowest value that this process can set is {own_nice}"));
     let nofile = ("nofile=600", "--rlimit nofile=600: the highest value that this process can set is 512");
     for (flag, (value, what)) in [("--nice", nice), ("--rlimit", nofile)] {
@@ -219,10 +222,10 @@ fn limits_that_processes_cannot_be_given_are_found_before_anything_is_bound() {
         ] {
             let (status, said) = run("hello", arguments);
             assert!(status == Some(1) && said.contains(what), "{arguments:?}: {status:?} {said}");
-            assert!(directory.path().read_dir().unwrap().next().is_none(), "{arguments:?}: nothing is made");
+            assert!(directory.path().read_dir().unwrap().next().is_none(), "{arguments:?}: no file is created");
         }
         let (status, said) = run("forkyard", &["run", "--bind", "fastcgi:unix:sock", &limit, "--", "cat"]);
         assert!(status == Some(1) && said.contains(what), "{status:?} {said}");
-        assert!(directory.path().read_dir().unwrap().next().is_none(), "nothing is made");
+        assert!(directory.path().read_dir().unwrap().next().is_none(), "no file is created");
     }
 }

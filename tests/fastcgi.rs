@@ -1,5 +1,5 @@
-//! FastCGI on the wire: unusual input from the specification and from real servers, sent by the tests' own client. Section numbers refer to
-//! the FastCGI specification 1.0.
+//! FastCGI on the wire: unusual input, taken from the specification and from real servers, and sent by the tests' own client. Section
+//! numbers refer to the FastCGI specification 1.0.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -66,7 +66,7 @@ fn several_requests_in_one_write_are_all_answered() {
 fn requests_of_one_connection_overlap() {
     let fixture = start(&[]);
     let mut client = fixture.client();
-    // The first request waits for its body; the second one overtakes it.
+    // The first request waits for its body, and the second request overtakes it.
     client.send(&head(1, true, "POST", "/echo", Some(5))).unwrap();
     client.send(&request(3, true, "GET", "/ok", b"")).unwrap();
     let mut second = Vec::new();
@@ -126,7 +126,7 @@ fn what_cannot_be_served_is_refused_by_name() {
     for id in [1, 2] {
         assert_eq!(client.response(id).unwrap().protocol_status, 0, "REQUEST_COMPLETE (5.4)");
     }
-    assert_eq!(client.request("GET", "/ok", b"").unwrap().body(), b"ok\n", "the connection is as good as new");
+    assert_eq!(client.request("GET", "/ok", b"").unwrap().body(), b"ok\n", "the connection still works");
     drop(client);
     fixture.end();
 }
@@ -149,7 +149,7 @@ fn a_client_that_leaves_takes_its_work_along() {
     let mut client = fixture.client();
     client.send(&request(1, true, "GET", "/slow/600000", b"")).unwrap();
     client.send(&[record(GET_VALUES, 0, b"", 0)]).unwrap();
-    assert_eq!(client.record().unwrap().kind, GET_VALUES_RESULT, "it has been read");
+    assert_eq!(client.record().unwrap().kind, GET_VALUES_RESULT, "the request has been read");
     drop(client);
     fixture.end();
 }
@@ -213,7 +213,7 @@ fn an_answer_before_the_body_was_read_arrives_whole() {
     for keep in [true, false] {
         let fixture = start(&[]);
         let mut client = fixture.client();
-        // /ok does not read the body. Part of the body is sent before the response, the rest after it.
+        // /ok does not read the body. Part of the body is sent before the response, and the rest after it.
         client.send(&head(1, keep, "POST", "/ok", Some(300_000))).unwrap();
         client.send(&[record(STDIN, 1, &[b'x'; 30_000], 0)]).unwrap();
         let response = client.response(1).unwrap();
@@ -263,7 +263,7 @@ fn a_short_response_overtakes_a_long_one() {
             other => panic!("{other:?}"),
         }
     }
-    assert!(of_the_long_one < 32 << 20, "it waited for {of_the_long_one} bytes");
+    assert!(of_the_long_one < 32 << 20, "the short response arrived after {of_the_long_one} bytes of the long one");
     drop(client);
     fixture.end();
 }
@@ -275,14 +275,14 @@ fn a_body_in_single_bytes_costs_little_memory() {
     let mut client = fixture.client();
     client.request("GET", "/ok", b"").unwrap();
     let before = common::status_number(worker, "VmHWM").unwrap();
-    // Ten requests that never read their bodies: each may buffer 64 KiB of its body, not a multiple of that.
+    // Ten requests that never read their bodies. The server may buffer 64 KiB of each body, but not a multiple of that.
     for id in 1..=10 {
         client.send(&head(id, true, "GET", "/slow/600000", None)).unwrap();
         let byte = record(STDIN, id, b"x", 0);
         client.send(&vec![byte; 60_000]).unwrap();
     }
     client.send(&[record(GET_VALUES, 0, b"", 0)]).unwrap();
-    assert_eq!(client.record().unwrap().kind, GET_VALUES_RESULT, "all of it has been read");
+    assert_eq!(client.record().unwrap().kind, GET_VALUES_RESULT, "the server has read all records");
     let grown = common::status_number(worker, "VmHWM").unwrap() - before;
     assert!(grown < 4 << 10, "{grown} KiB");
     drop(client);
@@ -294,7 +294,7 @@ fn a_body_beyond_the_limit_is_a_413() {
     let fixture = start(&["--max-body", "1K"]);
     let mut client = fixture.client();
     assert_eq!(client.request("POST", "/echo", &[b'x'; 1025]).unwrap().status(), 413);
-    // A body without an announced length.
+    // A body without a declared length.
     client.send(&head(1, true, "POST", "/count", None)).unwrap();
     client
         .send(&[record(STDIN, 1, &[b'x'; 1000], 0), record(STDIN, 1, &[b'x'; 25], 0), record(STDIN, 1, b"", 0)])

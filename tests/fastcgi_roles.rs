@@ -1,4 +1,4 @@
-//! The three roles of FastCGI (specification 1.0, section 6), the application's status, and truncated uploads, with the example `roles`.
+//! The three roles of FastCGI (specification 1.0, section 6), the application status, and truncated uploads, with the example `roles`.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -13,7 +13,7 @@ fn start() -> Fixture {
     Fixture::start("roles", &[])
 }
 
-/// The records of a request up to the end of its parameters.
+/// Returns the records of a request up to the end of its parameters.
 fn ask(role: u16, keep: bool, target: &str, more: &[(&str, &str)]) -> Vec<Vec<u8>> {
     let mut params = vec![pair("REQUEST_METHOD", "GET"), pair("REQUEST_URI", target)];
     params.extend(more.iter().map(|(name, value)| pair(name, value)));
@@ -33,7 +33,7 @@ fn an_authorizer_decides_without_a_body() {
         if !keep {
             client = fixture.client();
         }
-        // An authorizer request should have no length (6.3). If it has one, the server does not wait for the body.
+        // An authorizer request should have no length (6.3). If it has a length, the server does not wait for the body.
         for (target, status) in [("/?user=ann", 200), ("/", 403)] {
             client.send(&ask(AUTHORIZER, keep, target, &[("CONTENT_LENGTH", "12")])).unwrap();
             if stdin {
@@ -132,7 +132,7 @@ fn an_upload_that_is_shorter_than_announced_is_an_error() {
     client.send(&[record(STDIN, 1, b"12345", 0), record(STDIN, 1, b"", 0)]).unwrap();
     let response = client.response(1).unwrap();
     assert_eq!((response.status(), response.application_status), (400, 1));
-    // A body that is longer than announced is used as it is, because a web server in front may have decompressed it.
+    // A body that is longer than declared is used as it is, because the web server may have decompressed it.
     client.send(&head(1, true, "POST", "/", Some(2))).unwrap();
     client.send(&[record(STDIN, 1, b"12345", 0), record(STDIN, 1, b"", 0)]).unwrap();
     assert_eq!(client.response(1).unwrap().body(), b"5 bytes\n");
@@ -140,8 +140,8 @@ fn an_upload_that_is_shorter_than_announced_is_an_error() {
     fixture.end();
 }
 
-/// When the client disconnects, Apache, Caddy and nginx without request buffering close the connection without ending STDIN: the end of the
-/// connection is not the end of the body.
+/// When the client disconnects, Apache, Caddy, and nginx without request buffering close the connection without ending STDIN. The end of
+/// the connection is not the end of the body.
 #[test]
 fn an_upload_that_is_cut_is_an_error_for_who_reads_it() {
     for length in [None, Some(1_000_000)] {
@@ -156,12 +156,12 @@ fn an_upload_that_is_cut_is_an_error_for_who_reads_it() {
     }
 }
 
-/// Overload is reported by an HTTP status, which web servers understand, never by OVERLOADED or CANT_MPX_CONN (5.5).
+/// Overload is reported by an HTTP status, which web servers understand, and never by OVERLOADED or CANT_MPX_CONN (5.5).
 #[test]
 fn too_much_at_once_is_a_503_with_retry_after() {
     let fixture = Fixture::start("roles", &["--threads", "1", "--queue", "1"]);
     let mut client = fixture.client();
-    // One request has the thread and waits for the rest of its body; another waits for the thread.
+    // One request has the thread and waits for the rest of its body; the other request waits for the thread.
     client.send(&head(1, true, "POST", "/", None)).unwrap();
     client.send(&vec![record(STDIN, 1, &[b'x'; 50_000], 0); 10]).unwrap();
     wait_until_read(&mut client);

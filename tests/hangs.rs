@@ -53,14 +53,14 @@ fn a_loop_that_hangs_is_named_ended_and_replaced() {
     let names = server.wait_for("backtrace slot=");
     assert!(names.contains("crashy::hang"), "{names}");
     assert_eq!(asked.join().unwrap().unwrap().status, 502);
-    wait_until("another answers", || http::get(&address, "/ok").ok());
+    wait_until("another worker answers", || http::get(&address, "/ok").ok());
     assert!(server.workers().is_disjoint(&worker));
     server.stop();
 }
 
 #[test]
 fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
-    // The function must have begun when the timeout expires, even on a busy machine.
+    // The function must have begun by the time the timeout expires, even on a busy machine.
     let more = ["--workers", "1", "--request-timeout", "3s", "--hang-timeout", "500ms"];
     let mut server = Server::start("hooks", &[&HTTP[..], &FOR_EVER, &more].concat());
     let worker = server.workers();
@@ -93,7 +93,7 @@ fn a_thread_that_hangs_has_its_worker_replaced_though_its_client_left_before_its
         gone(fastcgi, "GET"),
         gone(Protocol::Scgi, "GET"),
         (http, head_of_http2.clone(), "GET /thread/hang".to_owned(), Vec::new()),
-        // These requests keep their connections.
+        // These requests use keep-alive connections.
         (
             http,
             head_of_http2,
@@ -123,12 +123,12 @@ fn a_thread_that_hangs_has_its_worker_replaced_though_its_client_left_before_its
     }
 }
 
-/// Waits until a thread has begun this request. The event loop also shows the request briefly, before it goes to sleep.
+/// Waits until a thread has begun this request. Before it goes to sleep, the event loop also shows the request for a moment.
 fn await_thread(server: &Server, request: &str) {
     let board = server.segment().scoreboard();
     let is_at_it = || board.read(0).is_some_and(|row| row.running == [request]);
     let is_asleep = || board.read(0).is_some_and(|row| row.busy_since_ms.is_none());
-    wait_until("a thread is at it", || (is_at_it() && is_asleep() && is_at_it()).then_some(()));
+    wait_until("a thread executes the request", || (is_at_it() && is_asleep() && is_at_it()).then_some(()));
 }
 
 #[test]
@@ -158,7 +158,7 @@ fn a_function_that_goes_on_for_less_than_the_hang_timeout_is_waited_for() {
     drop(client);
     server.signal(Signal::SIGTERM);
     server.wait_for("worker exited");
-    assert!(begun.elapsed().as_millis() > 500, "it was not waited for");
+    assert!(begun.elapsed().as_millis() > 500, "the server did not wait for the function");
     server.wait_end();
 }
 
@@ -178,7 +178,7 @@ fn requests_of_a_worker_with_all_threads_hung_get_503_and_not_504_as_long_as_it_
         assert_eq!((response.status, response.header("retry-after")), (503, Some("1")));
     }
     server.wait_for("all threads for blocking functions hang");
-    assert_eq!(http::get(&address, "/ok").unwrap().status, 200, "what needs no thread is answered");
+    assert_eq!(http::get(&address, "/ok").unwrap().status, 200, "a request that needs no thread is answered");
     std::fs::remove_file(&broken).unwrap();
     server.wait_for("worker exited");
     assert_eq!(http::get(&address, "/thread/ok").unwrap().status, 200);
@@ -217,7 +217,7 @@ fn a_slow_request_is_named_once_with_what_its_thread_is_at() {
     assert_eq!(client.request("GET", "/ok", b"").unwrap().status, 200);
     drop(client);
     server.stop();
-    assert_eq!(server.log().matches("slow request (--slow-request)").count(), 2, "each is logged once");
+    assert_eq!(server.log().matches("slow request (--slow-request)").count(), 2, "each slow request is logged once");
 }
 
 #[test]
@@ -235,15 +235,15 @@ fn an_idle_worker_sleeps_however_often_the_master_looks() {
     let idle = || threads.iter().filter_map(|&thread| status_number(thread, "voluntary_ctxt_switches")).sum::<u64>();
     let looks = |count| {
         let before = switches(master);
-        wait_until("the master looks", || (switches(master) >= before + count).then_some(()));
+        wait_until("the master checks its workers", || (switches(master) >= before + count).then_some(()));
     };
-    wait_until("it has nothing to do", || {
+    wait_until("the worker has nothing to do", || {
         let before = idle();
         looks(60); // long enough to include a tick that was due when the client disconnected
         (idle() == before).then_some(())
     });
     let before = idle();
     looks(40);
-    assert_eq!(idle(), before, "it was woken");
+    assert_eq!(idle(), before, "the idle worker was woken");
     server.stop();
 }

@@ -1,4 +1,4 @@
-//! Tests the test harness: a hung test is killed, and its state is printed.
+//! Tests the test harness: a test that hangs is killed, and its state is printed.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::limit::InTime as _;
 use common::{Server, StopOnDrop, is_gone, wait_until};
 
-/// Run only by the test below, which sets a limit.
+/// Executed only by the test below, which sets a limit.
 #[test]
 #[ignore = "it hangs"]
 fn this_one_hangs() {
@@ -33,15 +33,15 @@ fn a_binary_at_its_limit_fails_shows_its_servers_and_ends_them() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("has reached its limit of 5 s"), "{said}");
     let threads = said.split("--- its processes:").next().unwrap();
-    assert!(threads.contains(" this_one_hangs "), "the test that hangs: {said}");
+    assert!(threads.contains(" this_one_hangs "), "the hung test: {said}");
     let server = said.split("--- the server pid=").nth(1).unwrap_or_else(|| panic!("no server: {said}"));
     assert!(server.contains(" of the test this_one_hangs: ") && server.contains("/hello"), "{said}");
-    assert!(server.contains("slot 1: ") && server.contains("ready in "), "its workers, and its log: {said}");
+    assert!(server.contains("slot 1: ") && server.contains("ready in "), "the server's workers and log: {said}");
     let master: i32 = server.split(' ').next().unwrap().parse().unwrap();
     let processes = said.split("--- its processes:").nth(1).unwrap().split("---").next().unwrap();
     let pids: Vec<i32> = processes.lines().filter_map(|line| line.trim().split(' ').next()?.parse().ok()).collect();
     assert!(pids.contains(&master) && pids.len() >= 3, "{said}");
-    wait_until("all that it has started is gone", || pids.iter().all(|pid| is_gone(*pid)).then_some(()));
+    wait_until("all processes that it started are gone", || pids.iter().all(|pid| is_gone(*pid)).then_some(()));
 }
 
 #[test]
@@ -49,7 +49,7 @@ fn a_panic_ends_the_threads_of_its_scope() {
     let stop = AtomicBool::new(false);
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         std::thread::scope(|scope| {
-            scope.spawn(|| wait_until("it is told to stop", || stop.load(Ordering::SeqCst).then_some(())));
+            scope.spawn(|| wait_until("the thread is asked to stop", || stop.load(Ordering::SeqCst).then_some(())));
             let _stops = StopOnDrop(&stop);
             panic!("on purpose");
         });
