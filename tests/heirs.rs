@@ -1,4 +1,5 @@
-//! The effect of a worker's death on its clients: a 502 for each request in flight, and no effect on the others.
+//! The effect of a worker's death on its clients: each request in flight gets a 502, and all other clients are not affected. docs/heirs.md
+//! describes heirs.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -29,7 +30,7 @@ fn start(arguments: &[&str]) -> Fixture {
 }
 
 impl Fixture {
-    /// The pid of the only worker.
+    /// Returns the pid of the only worker.
     fn worker(&self) -> Pid {
         let workers = self.server.workers();
         Pid::from_raw(*workers.first().filter(|_| workers.len() == 1).expect("there is one worker"))
@@ -39,7 +40,9 @@ impl Fixture {
     fn serves(&self, count: u32) {
         let board = self.server.segment().scoreboard();
         let rows = || (0..board.rows()).filter_map(|slot| board.read(slot));
-        wait_until("they are being served", || (rows().map(|row| row.in_flight).sum::<u32>() == count).then_some(()));
+        wait_until("all requests are in flight", || {
+            (rows().map(|row| row.in_flight).sum::<u32>() == count).then_some(())
+        });
     }
 
     fn kill(&mut self) {
@@ -47,7 +50,7 @@ impl Fixture {
     }
 }
 
-/// The heir of a running worker.
+/// Returns the heir of a running worker.
 fn heir_of(worker: Pid) -> Pid {
     wait_until("each worker has an heir", || {
         let is_heir = |process: &Process| process.parent == worker.as_raw() && process.name == "heir";
@@ -93,7 +96,7 @@ fn a_killed_worker_s_requests_get_502_and_its_idle_connections_go_on() {
     assert_eq!(answered, [1, 2, 7]);
     assert_eq!(slow_scgi.response().unwrap().status(), 502);
 
-    // Now the next worker has all connections.
+    // The next worker now has all connections.
     assert_eq!(slow_fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
     assert_eq!(idle_fastcgi.request("GET", "/ok", b"").unwrap().status(), 200);
     assert_eq!(idle_http.request("GET", "/ok", b"").unwrap().status, 200);
@@ -164,7 +167,7 @@ fn half_a_request_gets_502_and_half_a_response_breaks_off() {
     stream.write_all(b"GET /bytes/64 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     let mut begun = [0; 1000];
     stream.read_exact(&mut begun).unwrap();
-    // Earlier data has been read once these requests are answered.
+    // The data sent earlier has been read once these requests are answered.
     assert_eq!(http::get(&at.http, "/ok").unwrap().status, 200);
     half.stream.get_mut().write_all(b": a\r\n").unwrap();
     assert_eq!(http::get(&at.http, "/ok").unwrap().status, 200);
@@ -174,7 +177,7 @@ fn half_a_request_gets_502_and_half_a_response_breaks_off() {
     assert_eq!(half_fastcgi.response(9).unwrap().status(), 502);
     let mut rest = Vec::new();
     let ended = stream.read_to_end(&mut rest);
-    assert!(ended.is_err() || rest.len() < 64 << 20, "a response that is cut does not look whole");
+    assert!(ended.is_err() || rest.len() < 64 << 20, "a truncated response does not look complete");
     at.server.stop();
 }
 
@@ -197,7 +200,7 @@ fn a_worker_without_an_heir_is_replaced_and_takes_nothing_along() {
     assert_eq!(kept.request("GET", "/ok", b"").unwrap().status(), 200);
     kill(heir_of(worker), Signal::SIGKILL).unwrap();
     at.server.wait_for("its heir died");
-    wait_until("another has taken its place", || {
+    wait_until("a new worker has replaced it", || {
         (process(worker.as_raw()).is_none() && at.server.workers().len() == 1).then_some(())
     });
     assert_eq!(kept.request("GET", "/ok", b"").unwrap().status(), 200);
@@ -215,14 +218,14 @@ fn heirs_leave_with_their_workers() {
         at.server.signal(signal);
         at.server.wait_end();
         if signal != Signal::SIGKILL {
-            assert!(is_gone(heir.as_raw()), "it does not outlive the master: {signal}");
+            assert!(is_gone(heir.as_raw()), "{signal}: the heir exits with the master");
         }
-        wait_until("it is gone", || is_gone(heir.as_raw()).then_some(()));
+        wait_until("the heir is gone", || is_gone(heir.as_raw()).then_some(()));
     }
 }
 
-/// The master recognizes heirs by their names. It would take a new heir with another name for a process that a program has left behind, and
-/// kill it in a stop.
+/// The master recognizes heirs by their process names. It would mistake a new heir with a different name for a process that a program has
+/// left behind, and would kill the heir during a stop.
 #[test]
 fn an_heir_has_its_name_before_it_runs() {
     let mut at = start(&["--workers", "1"]);
@@ -238,20 +241,20 @@ fn an_heir_has_its_name_before_it_runs() {
         let worker = wait_until("a new worker starts", || {
             children_of(at.server.pid()).into_iter().find(|&pid| pid != old.as_raw())
         });
-        let name = wait_until("it has a child", || {
+        let name = wait_until("the worker has a child", || {
             let children = format!("/proc/{worker}/task/{worker}/children");
             let first_child = || std::fs::read_to_string(&children).ok()?.trim().parse().ok();
             process((0..1000).find_map(|_| first_child())?).map(|process| process.name)
         });
-        assert_eq!(name, "heir", "when it is first seen");
+        assert_eq!(name, "heir", "the heir's name when it is first seen");
         wait_until("the worker is ready", || at.server.workers().contains(&worker).then_some(()));
     }
     at.server.stop();
 }
 
-/// Whether a stop completes at once, and not after the two seconds that clients otherwise have to read the end of the connection. On a busy
-/// machine any step may take that long, so there are several attempts. `hold` opens the connections that stay open during the stop; `after`
-/// receives them afterwards.
+/// Returns whether a stop completes immediately, rather than after the two seconds that clients otherwise have to read the end of the
+/// connection. On a busy machine any step may take that long, so there are several attempts. `hold` opens the connections that stay open
+/// during the stop; `after` receives them afterwards.
 fn stops_at_once(hold: impl Fn(&Fixture) -> Vec<TcpStream>, after: impl Fn(Vec<TcpStream>)) -> bool {
     (0..10).any(|_| {
         let mut at = start(&["--workers", "1"]);
@@ -272,7 +275,7 @@ fn a_stop_at_once_waits_for_no_client_that_keeps_its_connection() {
         while client.next(http2::SETTINGS).unwrap().flags & http2::ACK == 0 {}
         vec![client.stream]
     };
-    assert!(stops_at_once(idle_http2, drop), "a kept connection over HTTP/2");
+    assert!(stops_at_once(idle_http2, drop), "an idle HTTP/2 connection");
     // More connections than fit into the channel to the other workers.
     let many_idle = |at: &Fixture| {
         let mut clients: Vec<_> = (0..400).map(|_| http::Client::connect(&at.http).unwrap()).collect();
@@ -281,7 +284,7 @@ fn a_stop_at_once_waits_for_no_client_that_keeps_its_connection() {
         }
         clients.into_iter().map(|client| client.stream.into_inner()).collect()
     };
-    assert!(stops_at_once(many_idle, drop), "many kept connections");
+    assert!(stops_at_once(many_idle, drop), "many idle connections");
     let in_flight = |at: &Fixture| {
         let mut stream = common::connect_tcp(&at.http).unwrap();
         stream.write_all(b"GET /slow/60000 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
@@ -312,7 +315,7 @@ fn a_reload_closes_no_connection() {
         at.server.signal(Signal::SIGHUP);
         at.server.wait_for(&format!("reload done gen={generation}"));
     }
-    // A connection on which part of a head has arrived is passed on too.
+    // A connection on which part of a head has arrived is also passed on.
     let (begun, rest) = (b"GET /ok HTTP/1.1\r\nHo", b"st: a\r\n\r\n");
     for client in &mut https {
         client.stream.get_mut().write_all(begun).unwrap();
@@ -333,7 +336,8 @@ const SMUGGLED: &str = "GET /status/418 HTTP/1.1\r\nHost: a\r\n\r\n";
 #[test]
 fn the_rest_of_a_body_is_never_taken_for_a_request() {
     let mut at = start(&["--workers", "1"]);
-    // The response is sent before the whole body has arrived. Then comes a reload, a kill, or a kill with a length above 32 bits.
+    // The response is sent before the whole body has arrived. Then the worker is reloaded, killed, or killed with a body length above 32
+    // bits.
     for (length, kills) in [(5000 + SMUGGLED.len(), false), (5000 + SMUGGLED.len(), true), (1 << 32, true)] {
         let mut client = http::Client::connect(&at.http).unwrap();
         let head = format!("POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
@@ -344,7 +348,7 @@ fn the_rest_of_a_body_is_never_taken_for_a_request() {
         let _ = client.stream.get_mut().write_all(SMUGGLED.as_bytes());
         assert!(client.response(false).map_or(true, |answer| answer.status != 418), "{length} {kills}");
     }
-    // The same within a FastCGI record of a finished request.
+    // The body ends within a FastCGI record of a finished request.
     for kills in [false, true] {
         let mut client = fastcgi::Client::connect(&at.fastcgi).unwrap();
         client.send(&fastcgi::head(1, true, "POST", "/ok", Some(70_000))).unwrap();
@@ -372,7 +376,7 @@ fn replace(at: &mut Fixture, kills: bool) {
     } else {
         at.server.signal(Signal::SIGHUP);
     }
-    wait_until("it is replaced", || {
+    wait_until("the worker is replaced", || {
         let workers = at.server.workers();
         (workers.len() == 1 && !workers.contains(&old.as_raw())).then_some(())
     });
@@ -389,6 +393,6 @@ fn a_head_that_fits_no_message_is_served_where_it_is() {
     at.server.wait_for("reload done gen=2");
     let _ = client.stream.get_mut().write_all(b"\r\n\r\n");
     let answer = client.response(false);
-    assert!(answer.as_ref().map_or(true, |answer| answer.status == 200), "whole, or not at all");
+    assert!(answer.as_ref().map_or(true, |answer| answer.status == 200), "a response is complete or absent");
     at.server.stop();
 }

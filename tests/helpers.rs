@@ -1,4 +1,4 @@
-//! Daemons and jobs: real programs alongside real workers, their environment, and how they terminate.
+//! Daemons and jobs: real programs that run alongside real workers, their environment, and how they terminate.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -30,7 +30,7 @@ fn pid_in(line: &str) -> Pid {
     Pid::from_raw(pid.parse().unwrap())
 }
 
-/// The position of this text in the log. Panics if the log does not contain the text.
+/// Returns the position of this text in the log. Panics if the log does not contain the text.
 #[track_caller]
 fn place(server: &Server, what: &str) -> usize {
     server.log().find(what).unwrap_or_else(|| panic!("no {what:?}"))
@@ -68,7 +68,7 @@ fn a_daemon_runs_beside_the_workers_is_restarted_and_is_stopped_after_them() {
     assert!(is_gone(third.as_raw()));
     let log = server.log();
     let worker_left = log.rfind("worker exited").unwrap();
-    assert!(worker_left < log.rfind("told to stop").unwrap(), "workers that drain may need it");
+    assert!(worker_left < log.rfind("told to stop").unwrap(), "draining workers may need the daemon");
 }
 
 #[test]
@@ -102,15 +102,15 @@ fn a_daemon_that_cannot_start_is_tried_less_and_less_and_125_is_taken_for_an_ans
     server.signal(Signal::SIGHUP);
     server.wait_for("reload done gen=2");
     let starts = |server: &Server| server.log().matches("daemon started name=done").count();
-    wait_until("it is started again", || (starts(&server) == 2).then_some(()));
-    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "the workers have nothing to do with it");
+    wait_until("the daemon is started again", || (starts(&server) == 2).then_some(()));
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "the workers are not affected");
     server.stop();
 }
 
 #[test]
 fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() {
     use std::os::unix::fs::PermissionsExt as _;
-    assert!(nix::unistd::geteuid().is_root(), "this test has to run as root: it gives privileges up");
+    assert!(nix::unistd::geteuid().is_root(), "this test drops privileges: run it as root");
     let directory = tempfile::tempdir().unwrap();
     let set = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
     let executable = |path: &str, text: &str, mode| {
@@ -142,7 +142,7 @@ fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() 
     told("daemon", "roots", &roots, "permission denied: the user cannot execute it");
     told("daemon", "alien", &alien, "its interpreter does not exist");
     told("cron", "job", &roots, "permission denied: the user cannot execute it");
-    // A daemon that has been running since the start.
+    // A daemon that has been running since startup.
     let line = server.logged("daemon started name=late");
     std::fs::remove_file(&late).unwrap();
     kill(pid_in(&line), Signal::SIGKILL).unwrap();
@@ -172,7 +172,7 @@ fn one_that_does_not_stop_is_killed_with_what_it_started() {
     server.stop();
     assert!(server.log().contains("killed a daemon that did not stop in time (--drain-timeout) name=deaf"));
     assert!(is_gone(pid_in(&line).as_raw()));
-    wait_until("what it had started is gone", || is_gone(child.as_raw()).then_some(()));
+    wait_until("the daemon's child is gone", || is_gone(child.as_raw()).then_some(()));
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn a_job_runs_at_its_times_and_not_twice_at_once() {
     server.wait_for("job is due but not started, because its previous run continues name=slow");
     server.wait_for("job is due but not started, because its previous run continues name=slow");
     assert_eq!(server.log().matches("began as slow").count(), 1);
-    wait_until("the other has run twice", || (server.log().matches("| it is time").count() >= 2).then_some(()));
+    wait_until("the other job has run twice", || (server.log().matches("| it is time").count() >= 2).then_some(()));
     assert!(server.log().contains("job exited name=quick"));
     std::fs::write(&gate, "").unwrap();
     server.wait_for("| done");
@@ -233,7 +233,7 @@ fn nothing_beside_the_workers_outlives_a_killed_master() {
     let mut server = crashy(&["--daemon", "idle=sleep 600"]);
     let pid = pid_in(&server.wait_for("daemon started name=idle"));
     let has_what_it_needs = || (descriptors_of(pid.as_raw()) == 4).then_some(());
-    wait_until("it has the standard ones, the shared memory, and is through with its libraries", has_what_it_needs);
+    wait_until("the daemon has its descriptors and has loaded its libraries", has_what_it_needs);
     server.signal(Signal::SIGKILL);
     assert_eq!(server.wait_end(), None);
     wait_until("the daemon is gone", || is_gone(pid.as_raw()).then_some(()));
@@ -241,7 +241,7 @@ fn nothing_beside_the_workers_outlives_a_killed_master() {
 
 #[test]
 fn helpers_have_the_privileges_of_the_workers() {
-    assert!(nix::unistd::geteuid().is_root(), "this test has to run as root: it gives privileges up");
+    assert!(nix::unistd::geteuid().is_root(), "this test drops privileges: run it as root");
     let show =
         "show=sh -c 'echo $(id -u) $(id -g) $(umask) $(grep NoNewPrivs /proc/self/status) $GIVEN; exec sleep 600'";
     let flags = ["--user", "65534", "--group", "65534", "--umask", "027", "--no-new-privileges", "--env", "GIVEN=this"];

@@ -1,4 +1,4 @@
-//! The application's hooks are called in the documented order and process, however a worker terminates.
+//! The application's hooks run in the documented order and in the documented process, however a worker terminates.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 
 const FLAGS: [&str; 6] = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--drain-timeout", "20s"];
 
-/// The names of the hooks that were called, in order, with their generations.
+/// Returns the names of the hooks that were called, in order, with their generations.
 fn called(server: &Server) -> Vec<String> {
     let log = server.log();
     let hooks = log.lines().filter_map(|line| line.split_once("hook: "));
@@ -24,7 +24,7 @@ fn called(server: &Server) -> Vec<String> {
     named.collect()
 }
 
-/// The number after `key=` in a line.
+/// Returns the number after `key=` in a line.
 fn number(line: &str, key: &str) -> i32 {
     let value = line.split([' ', '"']).find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
     value.unwrap_or_else(|| panic!("no {key} in {line}")).parse().unwrap()
@@ -57,7 +57,7 @@ fn hooks_are_called_in_order_over_a_crash_a_reload_and_a_stop() {
     server.wait_for("hook: on_ready");
     expected.extend(of_generation(&["on_worker_exit"], 1));
     expected.extend(of_generation(&BIRTH, 1));
-    assert_eq!(called(&server), expected, "who crashes does not drain, and has no graceful end");
+    assert_eq!(called(&server), expected, "a worker that crashes neither drains nor exits gracefully");
 
     server.signal(Signal::SIGHUP);
     let end = server.wait_for("hook: on_worker_exit");
@@ -101,7 +101,7 @@ fn a_worker_whose_hook_fails_is_none_and_a_reload_keeps_the_old_ones() {
     server.signal(Signal::SIGHUP);
     let line = server.wait_for("reload failed: ");
     assert!(line.contains(" gen=2 ") && line.contains("the application's on_ready failed: it is spoilt"), "{line}");
-    wait_until("the new one is gone", || (server.children() == old).then_some(()));
+    wait_until("the new worker is gone", || (server.children() == old).then_some(()));
     assert_eq!(http::get(&server.http(), "/").unwrap().status, 200);
     server.stop();
 }

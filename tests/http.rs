@@ -1,4 +1,4 @@
-//! HTTP as bytes on a connection: requests that are served, requests that are refused, and how hyper handles input on which other parsers
+//! HTTP as bytes on a connection: requests that are served, requests that are rejected, and how hyper handles input on which other parsers
 //! disagree.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
@@ -63,7 +63,7 @@ fn a_message_with_two_readings_is_refused_or_is_the_last() {
         ("Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", 400),
         ("Transfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n", 501),
         ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 501),
-        // RFC 9112, section 6.1: the server uses the chunked length, and closes the connection.
+        // RFC 9112, section 6.1: Transfer-Encoding overrides Content-Length, and the server closes the connection.
         ("Content-Length: 60\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 200),
         ("Transfer-Encoding: chunked\r\nContent-Length: 60\r\n\r\n0\r\n\r\n", 200),
     ] {
@@ -119,7 +119,7 @@ fn targets_and_hosts() {
         ("GET / HTTP/1.1", "Host:\r\n", 200, true),
         ("GET / HTTP/1.0", "", 200, false),
         ("GET / HTTP/1.0", "Connection: keep-alive\r\n", 200, true),
-        // There is no upgrade to HTTP/2: the response is HTTP/1.
+        // The server ignores a request to upgrade to HTTP/2: the response is HTTP/1.
         (
             "GET / HTTP/1.1",
             "Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
@@ -178,7 +178,7 @@ fn a_head_beyond_the_limits() {
     answered(&server.http(), "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\n\r\n01234567890", &[413, 200], true);
     server.stop();
 
-    // The same limits over FastCGI.
+    // FastCGI has the same limits.
     let mut server = Server::start(
         "mirror",
         &["--bind", "fastcgi:127.0.0.1:0", "--workers", "1", "--max-headers", "2", "--max-uri", "100"],
@@ -246,7 +246,7 @@ fn trailers_go_both_ways() {
         client.stream.get_mut().write_all(format!("{head}{body}").as_bytes()).unwrap();
         let mut response = String::new();
         client.stream.read_to_string(&mut response).unwrap();
-        assert!(response.contains("\nabc\nx-sum: 7\n"), "the application sees them: {response}");
+        assert!(response.contains("\nabc\nx-sum: 7\n"), "the application receives the trailers: {response}");
         assert_eq!(response.ends_with("0\r\nx-sum: 7\r\n\r\n"), sent, "{response}");
         assert_eq!(response.ends_with("0\r\n\r\n"), !sent, "{response}");
     }
@@ -297,7 +297,7 @@ fn http_2_without_tls_on_the_same_port() {
     let connect = b"\x02\x07CONNECT\x01\x04x:80";
     client.send(&http2::frame(http2::HEADERS, http2::END_HEADERS | http2::END_STREAM, 1, connect)).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(501)));
-    // The server does not wait for the body of a refused request, and sends RST_STREAM, so that the client need not send it.
+    // The server does not wait for the body of a rejected request. It sends RST_STREAM, so that the client need not send the body.
     client.send(&http2::head(3, 0, "POST", "/", &[("content-length", "1001")])).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(413)));
     let reset = client.next(http2::RST_STREAM).unwrap();
@@ -319,7 +319,7 @@ fn a_preface_in_pieces_is_a_preface() {
     client.send(&http2::head(1, http2::END_STREAM, "GET", "/", &[])).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
     drop(client);
-    // Bytes that begin like the HTTP/2 preface and then differ are parsed as HTTP/1.
+    // Bytes that begin like the HTTP/2 preface and then differ from it are parsed as HTTP/1.
     answered(&server.http(), "PRI * HTTP/2.0\r\n\r\nSO\r\n\r\n", &[400], false);
     answered(&server.http(), "PRINT /paper HTTP/1.1\r\nHost: x\r\n\r\n", &[200, 200], true);
     server.stop();
@@ -400,7 +400,7 @@ fn a_drain_does_not_wait_for_who_never_says_what_he_speaks() {
 fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
     let short = ["--idle-timeout", "1s", "--header-timeout", "1s", "--body-timeout", "1s"];
     let mut server = start("crashy", &[&short[..], &["--log-level", "debug,hyper=info,h2=info"]].concat());
-    // No data, part of a preface, half a head; and the same after a first request on the connection.
+    // No data, part of a preface, and half a head, each on a new connection and, except for the preface, after a first request.
     let cases = [("", ""), ("", "PRI"), ("", "GET / HTT"), (NEXT, ""), (NEXT, "GET / HTT")];
     let clients = cases.map(|(first, then)| {
         let mut client = Client::connect(&server.http()).unwrap();
@@ -419,7 +419,9 @@ fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
     }
     let count = |what: &str| server.log().matches(&format!("cut off a connection: {what}")).count();
     let counts = || Some((count("it was idle (--idle-timeout)"), count("the client sent a request head too slowly")));
-    common::wait_until("two were idle, and three half-way through a head", || counts().filter(|all| *all == (2, 3)));
+    common::wait_until("two clients were idle, and three had sent part of a head", || {
+        counts().filter(|all| *all == (2, 3))
+    });
     let mut client = Client::connect(&server.http()).unwrap();
     client.stream.get_mut().write_all(b"POST /count HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf").unwrap();
     assert_eq!(client.response(false).unwrap().status, 408);
@@ -429,7 +431,7 @@ fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
     let mut client = http2::Client::connect(&server.http()).unwrap();
     client.send(&http2::head(1, http2::END_STREAM, "GET", "/slow/2500", &[])).unwrap();
     assert!(client.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
-    // From now on the client is silent, except for replies to the server's frames.
+    // From here on the client only replies to the server's frames.
     while client.next(http2::DATA).is_ok() {}
     server.wait_for("cut off a connection: it was idle (--idle-timeout)");
     server.stop();

@@ -51,7 +51,7 @@ fn left(server: &Server, old: i32) {
     wait_until("the worker is replaced", || (!server.workers().contains(&old) && worker(server) != old).then_some(()));
 }
 
-/// Returns when data sent earlier has been read, because a later request has been answered that takes another iteration of the event loop.
+/// Returns when data sent earlier has been read: a later request, which takes another iteration of the event loop, has been answered.
 fn is_read(server: &Server) {
     assert_eq!(http::get(&server.http(), "/slow/1").unwrap().status, 200);
 }
@@ -60,7 +60,7 @@ const HEAD: &str = "GET /ok HTTP/1.1\r\nHost: a\r\n\r\n";
 const CHUNKED: &str = "POST /count HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
 const LENGTH: &str = "POST /count HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n";
 
-/// Requests in parts that are read one by one, and the number of requests in them.
+/// Returns requests in parts that are read one by one, and the number of requests in them.
 fn ways() -> Vec<(&'static str, Vec<String>, usize)> {
     let pieces = |pieces: &[&str]| pieces.iter().map(|&piece| piece.to_owned()).collect::<Vec<_>>();
     vec![
@@ -117,7 +117,7 @@ fn an_idle_connection_survives_its_worker_however_its_requests_arrived() {
         assert_eq!(fastcgis[1].response(1).unwrap().status(), 200);
         let fresh = scgi::Client::connect(&server.binds[2]).unwrap();
         is_read(&server);
-        // Twice, so that the workers that received the connections pass them on again.
+        // The worker is replaced twice, so that the workers that received the connections also pass them on.
         for _ in 0..2 {
             by.replace(&server);
             for (client, way) in &mut clients {

@@ -1,5 +1,5 @@
-//! When the master is killed, its programs, daemons and jobs are terminated too, and the processes that they have started. A guard process
-//! outlives the master and terminates them.
+//! When the master is killed, its programs, daemons and jobs are killed too, including the processes that they have started. A guard
+//! process outlives the master and kills them.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -15,7 +15,7 @@ use common::{Server, http, is_gone, process, processes, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// A shell that keeps running, with php-cgi as its child. The arguments of php-cgi contain the path of the directory.
+/// Returns the command of a shell that keeps running with php-cgi as its child. The arguments of php-cgi contain the path of the directory.
 fn wrapped_php(place: &Place) -> String {
     format!("php-cgi -n -d include_path='{}'; true", place.path("").display())
 }
@@ -24,7 +24,7 @@ fn run_wrapped(place: &Place, options: &[&str]) -> Command {
     place.run(options, &["sh", "-c", &wrapped_php(place)])
 }
 
-/// All processes with this path in their arguments: the server and its descendants.
+/// Returns all processes with this path in their arguments: the server and its descendants.
 fn ours(path: &Path) -> BTreeSet<i32> {
     let mentions = |pid: i32| {
         let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -61,7 +61,7 @@ fn kill_master(server: &mut Server, path: &Path) {
     let _left = Left(path);
     server.signal(Signal::SIGKILL);
     server.wait_end();
-    wait_until("nothing of it is left", || ours(path).is_empty().then_some(()));
+    wait_until("no process of the server is left", || ours(path).is_empty().then_some(()));
 }
 
 #[test]
@@ -86,19 +86,19 @@ fn a_program_whose_wrapper_died_before_the_master_ends_with_it() {
     let mut server = Server::start_command(&mut place.run(&["--settle", "1ms"], &["sh", "-c", text]));
     let pid_in = |line: &str| -> i32 { line.rsplit_once(' ').unwrap().1.parse().unwrap() };
     let left = pid_in(&server.logged("| left "));
-    wait_until("its parent is the master", || {
+    wait_until("the left-behind process is a child of the master", || {
         process(left).filter(|process| process.parent == server.pid().as_raw()).map(drop)
     });
-    // A guard that is started later must find the process too.
+    // A guard that is started later must also find the process.
     let first = guard_of(&server);
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
-    wait_until("it is replaced", || is_gone(first).then_some(()));
+    wait_until("the guard is replaced", || is_gone(first).then_some(()));
     guard_of(&server);
     assert!(!is_gone(left));
     server.signal(Signal::SIGKILL);
     server.wait_end();
     for line in server.log().lines().filter(|line| line.contains("| left ")) {
-        wait_until("it is ended", || is_gone(pid_in(line)).then_some(()));
+        wait_until("the left-behind process is killed", || is_gone(pid_in(line)).then_some(()));
     }
 }
 
@@ -127,7 +127,7 @@ fn daemons_and_jobs_below_wrappers_end_with_a_killed_master_and_workers_finish()
     let pid_in = |what: &str| -> i32 { server.logged(what).rsplit_once(' ').unwrap().1.parse().unwrap() };
     let [daemon, job] = ["daemon=a", "cron=b"].map(|name| {
         let wrapper = pid_in(name);
-        wait_until("its child is there", || {
+        wait_until("the child has started", || {
             processes().into_iter().find(|process| process.parent == wrapper).map(|process| process.pid)
         })
     });
@@ -136,7 +136,7 @@ fn daemons_and_jobs_below_wrappers_end_with_a_killed_master_and_workers_finish()
     std::thread::scope(|scope| {
         let address = server.http();
         let slow = scope.spawn(move || http::get(&address, "/slow/1500").unwrap().status);
-        wait_until("it is being served", || {
+        wait_until("the request is in flight", || {
             let board = server.segment().scoreboard();
             (board.read(0)?.in_flight == 1).then_some(())
         });
@@ -145,7 +145,7 @@ fn daemons_and_jobs_below_wrappers_end_with_a_killed_master_and_workers_finish()
     });
     server.wait_end();
     for (what, pid) in [("the daemon", daemon), ("the job", job), ("the daemon in the background", detached)] {
-        wait_until(&format!("{what} is ended"), || is_gone(pid).then_some(()));
+        wait_until(&format!("{what} is killed"), || is_gone(pid).then_some(()));
     }
 }
 
@@ -172,14 +172,14 @@ fn an_upgrade_ends_nothing_and_a_master_that_is_killed_after_it_leaves_nothing()
     guard_of(&server);
     assert!(!server.log().contains("the master has died"), "{}", server.log());
     assert!(!server.log().contains("signal=KILL"), "{}", server.log());
-    wait_until("the old ones have left", || (named(&place.path(""), "php-cgi").len() == 2).then_some(()));
+    wait_until("the old programs have exited", || (named(&place.path(""), "php-cgi").len() == 2).then_some(()));
     kill_master(&mut server, &place.path(""));
 }
 
 #[test]
 fn what_an_upgraded_master_took_over_ends_with_it() {
     let place = Place::new();
-    // New workers never become ready, so the old ones stay.
+    // New workers never become ready, so the old workers stay.
     let broken = place.path("broken");
     let text = format!("test -e '{}' && exit 3; {}", broken.display(), wrapped_php(&place));
     let mut server = Server::start_command(&mut place.run(&[], &["sh", "-c", &text]));
@@ -201,13 +201,13 @@ fn a_guard_that_is_killed_is_replaced_and_one_that_is_stopped_goes_on() {
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
     let line = server.logged("guard exited");
     assert!(line.contains("signal=KILL"), "{line}");
-    wait_until("another one takes its place", || is_gone(first).then_some(()));
+    wait_until("the guard is replaced", || is_gone(first).then_some(()));
     let second = guard_of(&server);
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGSTOP] {
         kill(Pid::from_raw(second), signal).unwrap();
     }
     server.logged("continued the guard, which another process had stopped");
-    wait_until("it goes on", || (process(second)?.state != 'T').then_some(()));
+    wait_until("the guard continues", || (process(second)?.state != 'T').then_some(()));
     kill_master(&mut server, &place.path(""));
 }
 
@@ -219,13 +219,13 @@ fn a_guard_lets_go_of_a_log_file_that_was_moved_and_ends_with_a_master_that_stop
     let first = guard_of(&server);
     std::fs::rename(&log, place.path("log.1")).unwrap();
     server.signal(Signal::SIGUSR1);
-    wait_until("another one takes its place", || is_gone(first).then_some(()));
+    wait_until("the guard is replaced", || is_gone(first).then_some(()));
     let second = guard_of(&server);
     let held = std::fs::read_dir(format!("/proc/{second}/fd")).unwrap();
     let held: Vec<_> = held.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).collect();
     assert!(held.contains(&log) && !held.contains(&place.path("log.1")), "{held:?}");
     server.stop();
-    wait_until("the guard has ended too", || is_gone(second).then_some(()));
+    wait_until("the guard has exited too", || is_gone(second).then_some(()));
     let text = std::fs::read_to_string(&log).unwrap();
     assert!(!text.contains("guard exited") && !text.contains("the master has died"), "{text}");
 }

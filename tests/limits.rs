@@ -1,4 +1,4 @@
-//! A request that exceeds a limit gets a status that names the limit, over each protocol.
+//! A request that exceeds a limit gets the status for that limit, over each protocol.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -13,7 +13,7 @@ use common::{fastcgi, scgi};
 const LIMITS: [&str; 10] =
     ["--workers", "1", "--max-params", "8K", "--max-headers", "3", "--max-uri", "100", "--max-body", "1000"];
 
-/// A request with these headers and `Host`. Over SCGI it also has the mandatory length, which counts as a header.
+/// Returns a request with these headers and `Host`. Over SCGI it also has the mandatory length, which counts as a header.
 fn with_headers(protocol: Protocol, headers: &[(&str, &str)]) -> Vec<u8> {
     let variables = headers.iter().map(|(name, value)| (format!("HTTP_{name}"), *value));
     match protocol {
@@ -38,7 +38,7 @@ fn with_headers(protocol: Protocol, headers: &[(&str, &str)]) -> Vec<u8> {
     }
 }
 
-/// A body of `length` bytes without an announced length, and the bytes that mark its end.
+/// Returns a body of `length` bytes without a declared length, and the bytes that mark its end.
 fn unannounced(protocol: Protocol, length: usize) -> (Vec<u8>, Vec<u8>) {
     let body = vec![b'x'; length];
     match protocol {
@@ -82,9 +82,9 @@ fn what_is_beyond_a_limit_gets_its_status() {
                 stream.shutdown(Shutdown::Write).unwrap();
             }
             let (status, _) = raw::ask(&mut stream, b"");
-            assert_eq!(status, expected, "{protocol:?}: {length} bytes that nobody announced");
+            assert_eq!(status, expected, "{protocol:?}: {length} bytes without a declared length");
         }
-        // The refused requests have not cost the worker more than their own connections.
+        // The rejected requests affected only their own connections.
         assert_eq!(status(protocol.head("GET", "/ok", 0)), 200, "{protocol:?}");
         server.stop();
     }

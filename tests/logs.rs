@@ -48,7 +48,7 @@ fn wait_for_line(path: &Path, what: &str) -> String {
     wait_until(what, || read(path).lines().find(|line| line.contains(what)).map(str::to_owned))
 }
 
-/// The text after the bar in each line of output.
+/// Returns the text after the bar in each line of output.
 fn words(log: &str) -> Vec<&str> {
     log.lines().filter_map(|line| line.split_once(" | ")).map(|(_, words)| words).collect()
 }
@@ -98,7 +98,7 @@ fn a_flood_is_logged_whole_and_does_not_stop_the_master() {
     assert_eq!(found.len(), LINES as usize);
     assert!((0..LINES).zip(&found).all(|(number, words)| *words == format!("number {number}")), "in order, each once");
     let added = log.find("signal to add").unwrap_or(usize::MAX);
-    assert!(added < log.rfind("| number").unwrap(), "it heard the signal in the middle of the flood");
+    assert!(added < log.rfind("| number").unwrap(), "the master handled the signal during the flood");
 }
 
 /// Starts a server whose standard error is `stderr`. Returns the server and its address; `Server` cannot read the log in this case.
@@ -107,7 +107,7 @@ fn start_with_stderr(directory: &Path, stderr: impl Into<Stdio>, arguments: &[&s
     let mut command = Command::new("sh");
     command.args(["-c", "exec \"$0\" \"$@\" 2>&0 </dev/null"]).arg(program("chatty")).stdin(stderr);
     let server = Server::launch(command.args(["--bind", &address, "--workers", "1"]).args(arguments));
-    wait_until("it serves", || ask(&address, "/ok").filter(|&status| status == 200));
+    wait_until("the server answers", || ask(&address, "/ok").filter(|&status| status == 200));
     (server, address)
 }
 
@@ -130,16 +130,20 @@ fn a_log_that_nobody_reads_stops_neither_the_master_nor_a_worker() {
         };
         let endless = ["--output-rate", "0", "--hang-timeout", "1h"]; // a busy machine is no hang
         let (mut server, address) = start_with_stderr(directory.path(), theirs, &endless);
-        assert_eq!(ask(&address, &format!("/flood/{LINES}")), Some(200), "it is not held up");
+        assert_eq!(
+            ask(&address, &format!("/flood/{LINES}")),
+            Some(200),
+            "the worker does not wait for the log's reader"
+        );
         let first = worker(&server);
         server.signal(Signal::SIGTTIN);
         wait_until("there are two workers", || (server.workers().len() == 2).then_some(()));
         kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
-        wait_until("the dead one is replaced", || {
+        wait_until("the dead worker is replaced", || {
             let workers = server.workers();
             (workers.len() == 2 && !workers.contains(&first)).then_some(())
         });
-        // From now on the output is read. A stop does not wait for a reader that has read nothing for a second, so reading begins before
+        // From here on the output is read. A stop does not wait for a reader that has read nothing for a second, so reading begins before
         // the stop.
         let text = Arc::new(Mutex::new(Vec::new()));
         let copy = Arc::clone(&text);
@@ -159,9 +163,12 @@ fn a_log_that_nobody_reads_stops_neither_the_master_nor_a_worker() {
             .filter(|line| line.contains("log lines were lost"))
             .map(|line| line.rsplit_once("lost=").unwrap().1.parse::<usize>().unwrap())
             .sum();
-        assert!(lost > 0, "they were counted");
+        assert!(lost > 0, "lost lines were counted");
         let (seen, others) = (words(&log).len(), log.lines().filter(|line| !line.contains(" | ")).count());
-        assert!(seen + lost >= LINES && seen + lost < LINES + 100, "{seen} + {lost}, and {others} others");
+        assert!(
+            seen + lost >= LINES && seen + lost < LINES + 100,
+            "{seen} seen, {lost} lost, and {others} other lines"
+        );
         let numbers: Vec<usize> =
             words(&log).iter().filter_map(|words| words.strip_prefix("number ")?.parse().ok()).collect();
         assert!(numbers.is_sorted() && numbers.len() == seen, "no line is torn");
@@ -227,7 +234,7 @@ fn a_device_that_is_always_full_is_refused_by_a_start_and_by_check_alike() {
     }
 }
 
-/// Limits the size of the files that these processes write.
+/// Sets the maximum size of the files that these processes write.
 fn limit_file_size(pids: impl IntoIterator<Item = i32>, bytes: u64) {
     for pid in pids {
         let arguments = ["--pid", &pid.to_string(), &format!("--fsize={bytes}:")].map(str::to_owned);
@@ -249,7 +256,7 @@ fn logs_that_reach_the_limit_of_file_sizes_are_as_on_a_full_disk() {
     assert_eq!(get(&server, "/ok"), 200);
     let wait = "cannot write to the access log; its lines are lost: File too large";
     server.wait_for(wait);
-    // An upgrade needs a file for the state that the new build takes over.
+    // For an upgrade, the master writes a file with the state that the new build takes over.
     server.signal(Signal::SIGUSR2);
     server.wait_for("File too large");
     assert!(server.workers().contains(&pid), "{}", server.log());
@@ -264,7 +271,7 @@ fn logs_that_reach_the_limit_of_file_sizes_are_as_on_a_full_disk() {
     for name in ["SigIgn:", "SigCgt:"] {
         let line = log.lines().find(|line| line.contains(name)).unwrap_or_else(|| panic!("{name} {log}"));
         let mask = u64::from_str_radix(line.split_whitespace().next_back().unwrap(), 16).unwrap();
-        assert_eq!(mask & bit, 0, "a daemon has the default: {line}");
+        assert_eq!(mask & bit, 0, "a daemon has the default action: {line}");
     }
 }
 
@@ -276,7 +283,7 @@ fn a_worker_whose_files_may_not_grow_is_no_dead_worker() {
     let mut server = start(&["--log-file", log, "--access-log", access, "--rlimit", "fsize=1"]);
     let pid = worker(&server);
     assert_eq!(get(&server, "/ok"), 200);
-    // The worker's log lines are written by the master, to which the limit does not apply.
+    // The master, to which the limit does not apply, writes the worker's log lines.
     let line = wait_for_line(Path::new(log), "cannot write to the access log; its lines are lost");
     assert!(line.contains("File too large"), "{line}");
     server.stop();
@@ -289,7 +296,7 @@ fn an_access_log_that_nobody_reads_stops_no_worker() {
     let fifo = directory.path().join("access");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let mut reader =
-        OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&fifo).expect("it does not wait");
+        OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&fifo).expect("the open does not block");
     let mut server = start(&["--access-log", fifo.to_str().unwrap()]);
     let mut client = http::Client::connect(&server.http()).unwrap();
     const REQUESTS: usize = 4000;
@@ -297,9 +304,9 @@ fn an_access_log_that_nobody_reads_stops_no_worker() {
         assert_eq!(client.request("GET", &format!("/ok?{number}"), b"").unwrap().status, 200);
     }
     server.wait_for("cannot write to the access log; its lines are lost: its reader is too slow");
-    // From now on the access log is read.
+    // From here on the access log is read.
     let mut text = Vec::new();
-    wait_until("it is written again", || {
+    wait_until("the access log is written again", || {
         let _ = reader.read_to_end(&mut text); // until no more data is available for now
         http::get(&server.http(), "/ok?last").unwrap();
         server.log().contains("the access log can be written again").then_some(())
@@ -309,7 +316,7 @@ fn an_access_log_that_nobody_reads_stops_no_worker() {
     let text = String::from_utf8(text).unwrap();
     assert!(
         text.lines().all(|line| line.starts_with("127.0.0.1 - - [") && line.ends_with("protocol=http")),
-        "none is torn"
+        "no line is torn"
     );
     assert!(text.lines().count() < REQUESTS && text.contains("/ok?0 ") && text.contains("/ok?last "));
 }
@@ -335,7 +342,7 @@ fn a_worker_that_has_no_descriptors_for_the_new_files_takes_them_later() {
     server.signal(Signal::SIGUSR1);
     server.wait_for("cannot switch to the new log files yet");
     limit(String::from_utf8(before.stdout).unwrap().trim());
-    wait_until("it writes to the new file", || {
+    wait_until("the worker writes to the new file", || {
         assert_eq!(get(&server, "/ok?new"), 200);
         read(&access).contains("/ok?new").then_some(())
     });
@@ -363,7 +370,7 @@ fn the_output_of_daemons_and_jobs_is_counted_and_marked_as_that_of_workers() {
     let (daemon, job) = (format!("d={AGAIN}"), format!("j=* * * * * *={AGAIN}"));
     let mut server = start(&["--daemon", &daemon, "--cron", &job, "--log-format", "json"]);
     for (kind, name) in [("daemon", "d"), ("cron", "j")] {
-        let lines = wait_until("it has written all", || {
+        let lines = wait_until("the process has written all lines", || {
             let log = server.log();
             let all: Vec<Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
             let ours: Vec<Value> = all.into_iter().filter(|line| line[kind] == name).collect();
@@ -400,7 +407,7 @@ fn output_outlives_the_master() {
     wait_for_line(&log, "the master is dead");
     // The connection may serve one more request within a second.
     if let Ok(response) = client.request("GET", "/line/9", b"") {
-        assert_eq!(response.text(), "Ok(())\n", "it can still write");
+        assert_eq!(response.text(), "Ok(())\n", "the worker can still write");
         assert!(read(&log).lines().any(|line| line == "xxxxxxxxx"), "{}", read(&log));
     }
     wait_until("the worker has left", || is_gone(pid).then_some(()));
@@ -430,7 +437,7 @@ fn a_log_of_objects_has_nothing_else_in_it() {
     assert!(lines.iter().any(|line| line["pid"] == master));
 }
 
-/// Requests are sent continuously while the files are repeatedly moved away.
+/// Requests are sent continuously while the files are renamed repeatedly.
 #[test]
 fn no_line_is_lost_when_the_files_are_rotated_under_load() {
     assert!(Uid::effective().is_root(), "this test changes users: run it as root");
@@ -465,7 +472,7 @@ fn no_line_is_lost_when_the_files_are_rotated_under_load() {
             }
             server.signal(Signal::SIGUSR1);
             wait_for_line(&log, "log files reopened errors=0");
-            // Both workers write to the new file although their user cannot open it.
+            // Both workers write to the new file, although their user cannot open it.
             let lines = || {
                 read(&access)
                     .lines()
@@ -473,7 +480,7 @@ fn no_line_is_lost_when_the_files_are_rotated_under_load() {
                     .map(|(_, rest)| rest[..1].to_owned())
                     .collect()
             };
-            wait_until("both workers have followed", || {
+            wait_until("both workers write to the new file", || {
                 let slots: BTreeSet<String> = lines();
                 (slots.len() == 2).then_some(())
             });
@@ -506,7 +513,7 @@ fn each_request_has_a_line_over_each_protocol() {
     assert_eq!(get(&server, "/none"), 404);
     let mut client = fastcgi::Client::connect(&address).unwrap();
     assert_eq!(client.request("GET", "/line/7", b"").unwrap().status(), 200);
-    assert_eq!(read(&access), "", "they wait for company");
+    assert_eq!(read(&access), "", "the lines are still buffered");
     wait_for_line(&access, "/line/7");
     let lines = objects(&read(&access));
     let seen = |line: &Value| {

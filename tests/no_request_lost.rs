@@ -1,6 +1,6 @@
 //! No request fails while workers are replaced. When a worker is killed, only the requests that it was serving fail.
 //!
-//! Each test sends some 100,000 requests; `scripts/soak` sets the number (`FORKYARD_SOAK`), `scripts/repeat` a percentage
+//! Each test sends about 100,000 requests. `scripts/soak` sets the number (`FORKYARD_SOAK`), and `scripts/repeat` a percentage of it
 //! (`FORKYARD_SCALE`).
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
@@ -14,15 +14,15 @@ use common::{Server, is_gone, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// The minimum number of requests in each test.
+/// Returns the minimum number of requests in each test.
 fn requests() -> u64 {
     let number = |name: &str| {
-        std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap_or_else(|_| panic!("{name} is a number")))
+        std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap_or_else(|_| panic!("{name} is not a number")))
     };
     number("FORKYARD_SOAK").unwrap_or_else(|| 1000 * number("FORKYARD_SCALE").unwrap_or(100))
 }
 
-/// A server for the load, and the directory of its sockets.
+/// Starts a server for the load, and creates the directory of its sockets.
 fn server(arguments: &[&str]) -> (Server, tempfile::TempDir) {
     let directory = tempfile::tempdir().unwrap();
     let binds = Load::binds(directory.path());
@@ -30,7 +30,7 @@ fn server(arguments: &[&str]) -> (Server, tempfile::TempDir) {
     (Server::start("crashy", &[&binds, arguments].concat()), directory)
 }
 
-/// Repeats `act`, three times at least, until enough requests were sent. Returns the number of calls.
+/// Repeats `act`, at least three times, until enough requests have been sent. Returns the number of calls.
 fn again(load: &Load, mut act: impl FnMut()) -> u64 {
     let mut times = 0;
     while (load.total() < requests() || times < 3) && !load.has_failed() {
@@ -40,7 +40,7 @@ fn again(load: &Load, mut act: impl FnMut()) -> u64 {
     times
 }
 
-/// Replaces every worker repeatedly by `signal`. The master logs `lines` for each replacement; the last one marks its completion.
+/// Replaces all workers repeatedly with `signal`. The master logs `lines` for each replacement; the last one marks its completion.
 fn replaced_by(signal: Signal, lines: &[&str]) {
     let (mut server, _folder) = server(&["--workers", "2"]);
     let load = Load::default();
@@ -80,7 +80,7 @@ fn recycling() {
             let some = load.total() + 100;
             wait_until("requests are answered", || (load.total() >= some || load.has_failed()).then_some(()));
         });
-        wait_until("all have served their time", || {
+        wait_until("all workers are recycled", || {
             (server.workers().is_disjoint(&first) || load.has_failed()).then_some(())
         });
     });
@@ -119,12 +119,12 @@ fn kills() {
                 (load.good.load(Ordering::SeqCst) > enough || load.has_failed()).then_some(())
             });
             load.kills();
-            // The worker may have exited since it was listed; then it is not killed.
+            // The worker may have exited since it was listed. In this case it is not killed.
             let victim = wait_until("there is a worker to kill", || {
                 let victim = *server.workers().iter().nth(random.usize(..2))?;
                 kill(Pid::from_raw(victim), Signal::SIGKILL).ok().map(|()| victim)
             });
-            wait_until("it is replaced", || (is_gone(victim) && server.workers().len() == 2).then_some(()));
+            wait_until("the worker is replaced", || (is_gone(victim) && server.workers().len() == 2).then_some(()));
             if load.has_failed() {
                 break;
             }
@@ -132,7 +132,7 @@ fn kills() {
     });
     let mut late = load.answers_after_kill.lock().unwrap().clone();
     late.sort_unstable();
-    assert!(late.len() as u64 >= kills / 10, "kills meet requests: {}", late.len());
+    assert!(late.len() as u64 >= kills / 10, "some kills interrupt requests: {}", late.len());
     eprintln!(
         "{kills} kills, {} requests in flight: 502 after {:?} (median), {:?} (slowest)",
         late.len(),

@@ -25,7 +25,7 @@ fn mirror(binds: &[&str], arguments: &[&str]) -> Server {
     )
 }
 
-/// The request as the application sees it, with `before` sent before the request and `headers` in its head.
+/// Returns the request as the application sees it, with `before` sent ahead of the request and `headers` in its head.
 fn seen(address: &str, before: &[u8], headers: &str) -> String {
     let mut client = Client::connect(address).unwrap();
     let head = format!("GET / HTTP/1.1\r\nHost: x\r\n{headers}\r\n");
@@ -33,7 +33,7 @@ fn seen(address: &str, before: &[u8], headers: &str) -> String {
     client.response(false).unwrap().text()
 }
 
-/// Like [`seen`], but over FastCGI; `params` are added to the parameters that a web server sends.
+/// Like [`seen`], but over FastCGI. `params` are added to the parameters that a web server sends.
 fn seen_over_fastcgi(address: &str, before: &[u8], params: &[(&str, &str)]) -> String {
     let mut client = fastcgi::Client::connect(address).unwrap();
     let more: Vec<u8> = params.iter().flat_map(|(name, value)| fastcgi::pair(name, value)).collect();
@@ -65,7 +65,7 @@ fn seen_over_scgi(address: &str, before: &[u8]) -> String {
     all
 }
 
-/// All data that the server sends until it closes the connection.
+/// Returns all data that the server sends until it closes the connection.
 fn all_that_comes(address: &str, bytes: &[u8]) -> String {
     let mut stream = common::connect_tcp(address).unwrap();
     let mut all = Vec::new();
@@ -88,17 +88,17 @@ fn a_trusted_proxy_tells_who_its_client_is() {
     for words in ["\npeer=192.0.2.7:0 https=true\n", "\nhost: site.example\n", "\nx-forwarded-for: 6.6.6.6, "] {
         assert!(text.contains(words), "no {words:?} in {text}");
     }
-    assert!(!text.contains("evil"), "that header is the client's: {text}");
+    assert!(!text.contains("evil"), "the client's own header is not used: {text}");
     let text = seen(&server.http(), b"", "X-Forwarded-Host: a/b\r\n");
     assert!(text.contains("\nhost: x\n") && text.contains("\npeer=127.0.0.1:"), "{text}");
 
-    // Over FastCGI the web server's own client may be such a proxy: here REMOTE_ADDR is 127.0.0.1.
+    // Over FastCGI, such a proxy may be the client of the web server. REMOTE_ADDR is then the proxy's address, here 127.0.0.1.
     let forwarded = [("HTTP_X_FORWARDED_FOR", "192.0.2.7"), ("HTTP_X_FORWARDED_PROTO", "https")];
     let text = seen_over_fastcgi(&server.binds[1], b"", &forwarded);
     assert!(text.contains("\npeer=192.0.2.7:0 https=true\n"), "{text}");
     let text = seen_over_fastcgi(&server.binds[1], b"", &[("REMOTE_ADDR", "192.0.2.9"), forwarded[0]]);
     assert!(text.contains("\npeer=192.0.2.9:4711 https=false\n") && !text.contains("x-forwarded"), "{text}");
-    assert!(!text.contains("HTTP_X_FORWARDED"), "nor is it among the variables: {text}");
+    assert!(!text.contains("HTTP_X_FORWARDED"), "the variables do not contain the header: {text}");
     server.stop();
 
     let mut server = mirror(&HTTP, &["--trust", "127.0.0.1", "--trust-header", "forwarded"]);
@@ -113,7 +113,7 @@ fn nobody_else_does() {
     let mut server = mirror(&HTTP, &["--trust", "192.0.2.0/24"]);
     let text = seen(&server.http(), b"", X_FORWARDED);
     assert!(text.contains("\npeer=127.0.0.1:") && text.contains(" https=false\n"), "{text}");
-    assert!(text.contains("\nhost: x\n") && !text.contains("forwarded"), "what is not believed is removed: {text}");
+    assert!(text.contains("\nhost: x\n") && !text.contains("forwarded"), "untrusted headers are removed: {text}");
     // A PROXY header is not valid HTTP.
     let proxy = "PROXY TCP4 192.0.2.7 192.0.2.1 4711 80\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n";
     let refused = all_that_comes(&server.http(), proxy.as_bytes());
@@ -131,7 +131,7 @@ fn nobody_else_does() {
     server.stop();
 }
 
-/// A version 2 header that reports TLS.
+/// Returns a version 2 header that reports TLS.
 fn proxy_v2() -> Vec<u8> {
     let tls = [0x20, 0, 5, 1, 0, 0, 0, 0];
     let block = [&[192, 0, 2, 7, 192, 0, 2, 1, 0x12, 0x67, 0, 80][..], &tls].concat();
@@ -160,7 +160,7 @@ fn a_load_balancer_says_it_in_front_of_any_protocol() {
     let text = seen(&server.http(), v1, X_FORWARDED);
     assert!(text.contains("\npeer=[2001:db8::7]:4711 https=false\n") && !text.contains("forwarded"), "{text}");
 
-    // The header is sent byte by byte; then one is followed by HTTP/2.
+    // The header is sent byte by byte, and another header is followed by HTTP/2.
     let mut stream = common::connect_tcp(server.http()).unwrap();
     stream.set_nodelay(true).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -217,11 +217,14 @@ fn whether_there_is_a_proxy_header_is_never_guessed() {
     server.stop();
 
     let mut server = mirror(&HTTP, &["--proxy-protocol", "192.0.2.0/24"]);
-    assert!(seen(&server.http(), b"", "").contains("\npeer=127.0.0.1:"), "it is not one of those");
+    assert!(
+        seen(&server.http(), b"", "").contains("\npeer=127.0.0.1:"),
+        "this peer is not configured to send PROXY headers"
+    );
     server.stop();
 }
 
-/// Waiting for the rest of a header uses no processor time, however long it takes, and a client that disconnects during the wait is
+/// Waiting for the rest of a header uses no processor time, however long the wait, and a client that disconnects during the wait is
 /// detected.
 #[test]
 fn a_proxy_header_that_comes_in_part_keeps_nobody_busy() {
@@ -238,7 +241,7 @@ fn a_proxy_header_that_comes_in_part_keeps_nobody_busy() {
             })
             .collect();
         let worker = *server.workers().first().unwrap();
-        common::wait_until("they are accepted", || (common::sockets_of(worker) >= 12).then_some(()));
+        common::wait_until("the connections are accepted", || (common::sockets_of(worker) >= 12).then_some(()));
         let switches = || {
             let threads = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
             let thread_ids = threads.map(|thread| thread.unwrap().file_name().to_str().unwrap().parse().unwrap());
@@ -249,12 +252,16 @@ fn a_proxy_header_that_comes_in_part_keeps_nobody_busy() {
         std::thread::sleep(std::time::Duration::from_secs(3)); // the test measures a time without events
         let after = switches();
         let woke = after.saturating_sub(before);
-        assert!(woke < 100, "{bind}: in 3 s it woke {woke} times");
+        assert!(woke < 100, "{bind}: the worker woke {woke} times in 3 s");
 
         let gone = streams.pop().unwrap();
         gone.shutdown(Shutdown::Write).unwrap();
         let mut stream = gone;
-        assert_eq!(stream.read(&mut [0; 9]).unwrap_or(0), 0, "{bind}: the rest of it will never come");
+        assert_eq!(
+            stream.read(&mut [0; 9]).unwrap_or(0),
+            0,
+            "{bind}: the server closes the connection whose header stays incomplete"
+        );
         for stream in &mut streams {
             stream.write_all(b"192.0.2.1 4711 80\r\nGET / HTTP/1.0\r\n\r\n").unwrap();
             let mut text = String::new();
@@ -341,7 +348,7 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
         server.stop();
     }
 
-    // Host names, because web servers are often configured with them.
+    // The variable contains host names, because web servers are often configured with them.
     let mut server = start("localhost", &[]);
     assert!(seen_over_fastcgi(&server.binds[1], b"", &[]).starts_with("GET / "));
     server.stop();
@@ -353,7 +360,7 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(said.contains("in FCGI_WEB_SERVER_ADDRS is neither an address nor a name"), "{said}");
     }
-    // Without a FastCGI socket the variable is ignored.
+    // Without a FastCGI socket, the variable is ignored.
     let mut command = Command::new(program("mirror"));
     let mut server = Server::start_command(command.args(HTTP).env("FCGI_WEB_SERVER_ADDRS", "no-such-host.invalid"));
     assert!(seen(&server.http(), b"", "").contains("\npeer=127.0.0.1:"));

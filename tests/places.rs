@@ -1,5 +1,5 @@
-//! Restricted environments: starting and serving where directories are read-only, memory and descriptors are scarce, system calls are
-//! missing, and other users interfere.
+//! Restricted environments: the server starts and serves even if directories are read-only, memory and descriptors are scarce, system calls
+//! are missing, or other users interfere.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -21,7 +21,7 @@ fn serves(server: &Server) {
     assert_eq!(http::get(&server.http(), "/").unwrap().status, 200);
 }
 
-/// The number of log lines that contain this text.
+/// Returns the number of log lines that contain this text.
 fn count(server: &Server, what: &str) -> usize {
     server.log().lines().filter(|line| line.contains(what)).count()
 }
@@ -50,12 +50,12 @@ fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
     assert!(!second.status.success() && said.contains("another master uses it"), "{said}");
     server.stop();
-    assert_eq!(directory.path().read_dir().unwrap().count(), 0, "nothing is left, no lock file either");
+    assert_eq!(directory.path().read_dir().unwrap().count(), 0, "no file is left, not even a lock file");
 }
 
 // ---- missing system calls ----
 
-/// Whether process `pid` has a file open whose path contains this text.
+/// Returns whether process `pid` has a file open whose path contains this text.
 fn has_open(pid: i32, what: &str) -> bool {
     let links = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(Result::ok);
     links.filter_map(|link| std::fs::read_link(link.path()).ok()).any(|to| to.to_string_lossy().contains(what))
@@ -74,7 +74,7 @@ fn without_newer_system_calls_all_is_served_and_one_line_says_what_is_missing() 
         let mut server = Server::start_command(&mut command);
         serves(&server);
         // Only the master holds the pid file open, so that the lock is released when the master exits.
-        let children: Vec<i32> = wait_until("workers and the daemon", || {
+        let children: Vec<i32> = wait_until("the workers and the daemon are running", || {
             let children: Vec<i32> = server.children().into_iter().collect();
             let is_execed =
                 |pid: &&i32| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("sleep"));
@@ -84,14 +84,16 @@ fn without_newer_system_calls_all_is_served_and_one_line_says_what_is_missing() 
         for pid in children {
             assert!(
                 !has_open(pid, &pid_file.to_string_lossy()),
-                "process {pid} got descriptors that it should not have"
+                "process {pid} inherited the descriptor of the pid file"
             );
         }
-        let old = wait_until("the workers", || Some(server.children()).filter(|all| all.len() == 3));
+        let old = wait_until("the workers and the daemon are running", || {
+            Some(server.children()).filter(|all| all.len() == 3)
+        });
         server.signal(Signal::SIGHUP);
         server.wait_for("reload done");
         serves(&server);
-        let worker = *wait_until("the new workers", || {
+        let worker = *wait_until("the new workers are running", || {
             let new: Vec<i32> = server.children().difference(&old).copied().collect();
             (new.len() >= 2).then_some(new)
         })
@@ -99,8 +101,10 @@ fn without_newer_system_calls_all_is_served_and_one_line_says_what_is_missing() 
         .unwrap();
         kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
         server.wait_for("worker died");
-        wait_until("it is gone", || is_gone(worker).then_some(()));
-        wait_until("it is served", || http::get(&server.http(), "/").ok().filter(|response| response.status == 200));
+        wait_until("the killed worker is gone", || is_gone(worker).then_some(()));
+        wait_until("the request is answered", || {
+            http::get(&server.http(), "/").ok().filter(|response| response.status == 200)
+        });
         server.stop();
         assert_eq!(count(&server, "pidfd_open"), 1, "{}", server.log());
         assert_eq!(count(&server, "ERROR"), 0, "{}", server.log());
@@ -115,7 +119,7 @@ fn check(command: &mut Command) -> (bool, String) {
     (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-/// A command in its own mount namespace, in which only the file systems in `read_only` are read-only.
+/// Returns a command in its own mount namespace, in which only the file systems in `read_only` are read-only.
 fn with_read_only(read_only: &[&str], name: &str) -> Command {
     let mut command = Command::new("unshare");
     let mounts: String =
@@ -149,7 +153,7 @@ fn a_server_starts_without_a_place_for_a_socket_that_nobody_asked_for_and_says_s
         server.stop();
         assert_eq!(count(&server, "no place for the socket"), 1, "{}", server.log());
         assert!(server.log().lines().any(|line| line.ends_with("| events=")), "{}", server.log());
-        // If the flag is given explicitly, the same failure is an error.
+        // If the path is given explicitly, the failure is an error.
         let asked = command("hello").args(HTTP).args(["--events-socket", "/tmp/events"]).output_in_time().unwrap();
         let said = String::from_utf8_lossy(&asked.stderr).into_owned();
         assert!(asked.status.code() == Some(1) && said.contains("--events-socket"), "{said}");
@@ -193,7 +197,7 @@ fn another_user_publishes_although_the_temporary_directory_is_roots_alone() {
     command.args(HTTP).args(user).env("TMPDIR", private.path()).env_remove("XDG_RUNTIME_DIR");
     let mut server = Server::start_command(&mut command);
     server.wait_for("| sent=0");
-    wait_until("it is in the log", || (server.segment().events().stats().published > 0).then_some(()));
+    wait_until("the event is in the log", || (server.segment().events().stats().published > 0).then_some(()));
     server.stop();
     assert_eq!(count(&server, "WARN"), 0, "{}", server.log());
 

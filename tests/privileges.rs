@@ -1,5 +1,5 @@
 //! Privileges and restrictions of the application's processes, as reported by the kernel. The tests start processes of other users, so they
-//! need root and fail without it.
+//! need root, and fail without it.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -25,7 +25,7 @@ fn server(arguments: &[&str]) -> Server {
     Server::start("confined", &[&HTTP, arguments].concat())
 }
 
-/// `forkyard run` with one process of `command`, which counts as ready at once.
+/// Returns `forkyard run` with one process of `command`, which is considered ready immediately.
 fn program_under_run(directory: &TempDir, arguments: &[&str], command: &[&str]) -> Command {
     assert!(Uid::effective().is_root(), "these tests change users: run them as root");
     let bind = format!("fastcgi:unix:{}", directory.path().join("app.sock").display());
@@ -42,14 +42,14 @@ fn ask(server: &Server, target: &str) -> String {
     http::get(&server.http(), target).unwrap().text()
 }
 
-/// A directory that user 4711 can write to.
+/// Creates a directory that user 4711 can write to.
 fn directory() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     chown(directory.path(), Some(4711), Some(4712)).unwrap();
     directory
 }
 
-/// The words after the name on a line of `/proc/PID/FILE`.
+/// Returns the words after the name on a line of `/proc/PID/FILE`.
 fn line(pid: i32, file: &str, name: &str) -> Vec<String> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("no {name} in {text}"));
@@ -100,7 +100,7 @@ fn expect_all(pid: i32, directory: &TempDir) {
     assert_eq!(line(pid, "limits", "Max core file size")[..2], ["0", "1048576"]);
     assert_eq!(line(pid, "limits", "Max open files")[..2], ["512", "640"]);
     assert_eq!(nice(pid), 7);
-    assert!(status(pid, "Cpus_allowed_list").parse::<u32>().is_ok(), "one processor, and no list");
+    assert!(status(pid, "Cpus_allowed_list").parse::<u32>().is_ok(), "one processor rather than a list");
     assert_eq!(std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), directory.path().canonicalize().unwrap());
 }
 
@@ -123,15 +123,15 @@ fn a_worker_is_what_it_was_told_to_be() {
     assert_eq!((made.uid(), made.gid(), made.mode() & 0o777), (4711, 4712, 0o640));
     assert_eq!(ask(&server, "/read?path=/etc/shadow"), "PermissionDenied");
     assert_eq!(ask(&server, "/kill-master"), "PermissionDenied");
-    // A dead process is replaced by one with the same restrictions, and no error is logged.
+    // A dead process is replaced by a process with the same restrictions, and no error is logged.
     let first = child(&server);
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
-    let next = wait_until("it is replaced", || server.workers().into_iter().find(|&pid| pid != first));
+    let next = wait_until("the process is replaced", || server.workers().into_iter().find(|&pid| pid != first));
     assert_eq!(ask(&server, "/directory"), directory.path().canonicalize().unwrap().to_string_lossy());
     expect_all(next, &directory);
     assert!(
         !server.log().contains("each new connection wakes"),
-        "it could not look at its event loop: {}",
+        "the worker could not inspect its event loop: {}",
         server.log()
     );
     server.stop();
@@ -177,7 +177,7 @@ fn a_user_with_an_account_gets_its_groups_and_home() {
     for line in ["USER=nobody\n".to_owned(), format!("HOME={}\n", account.dir.display())] {
         assert!(environment.contains(&line), "no {line:?} in {environment}");
     }
-    assert!(environment.contains("PATH="), "the rest is inherited");
+    assert!(environment.contains("PATH="), "other variables are inherited");
     server.stop();
 }
 
@@ -224,7 +224,7 @@ fn a_worker_in_another_root_serves_and_has_its_cache() {
     assert_eq!(ask(&server, "/write?path=/new"), "written");
     assert!(root.path().join("new").exists());
     assert_eq!(ask(&server, "/read?path=/../../etc/hosts"), "NotFound");
-    assert_eq!(server.log().matches("each new connection wakes all workers").count(), 1, "there is no /proc");
+    assert_eq!(server.log().matches("each new connection wakes all workers").count(), 1, "the new root has no /proc");
     assert_eq!(ask(&server, "/cache"), "true Some(\"kept\")");
     server.stop();
 }
@@ -256,7 +256,7 @@ fn no_process_of_another_user_outlives_a_killed_master() {
     for server in [&mut workers, &mut programs] {
         let pid = child(server);
         server.signal(Signal::SIGKILL);
-        wait_until("it has left", || is_gone(pid).then_some(()));
+        wait_until("the process has exited", || is_gone(pid).then_some(()));
         server.wait_end();
     }
 }
@@ -300,17 +300,17 @@ fn a_sandboxed_application_does_its_work_and_nothing_else() {
         "sandbox refused a system call (--sandbox) pid={pid} call=chroot number={}",
         libc::SYS_chroot
     ));
-    // Each violation is logged once, and the worker has survived all of them.
+    // Each violation is logged once, and the worker has survived all violations.
     ask(&server, "/chroot");
     assert_eq!(server.log().matches("call=chroot").count(), 1, "{}", server.log());
     assert_eq!(child(&server), pid);
     assert!(
         !server.log().contains("each new connection wakes"),
-        "it could not look at its event loop: {}",
+        "the worker could not inspect its event loop: {}",
         server.log()
     );
     server.stop();
-    assert_eq!(std::fs::metadata(&cache).unwrap().uid(), 4711, "CGI calls of that user can join it");
+    assert_eq!(std::fs::metadata(&cache).unwrap().uid(), 4711, "CGI calls of that user can use the file");
 }
 
 #[test]
@@ -363,7 +363,7 @@ fn what_cannot_be_had_names_its_flag() {
     let missing = [&USER[..], &["--sandbox", "--sandbox-read", "/no-such-file"]].concat();
     complaint(&mut hello(&missing), 1, &["--sandbox-read /no-such-file"]);
 
-    // A master that lacks a capability, as if it were not root.
+    // Starts a master that lacks a capability, as if it did not run as root.
     let without = |capability: &str, arguments: &[&str]| {
         let mut command = Command::new("setpriv");
         command.args(["--bounding-set", capability, "--inh-caps", capability, "--"]).arg(program("hello"));
@@ -423,7 +423,7 @@ fn a_limit_with_which_no_worker_can_start_is_refused_or_named_in_the_line_of_its
     let line = server.logged("worker died");
     assert!(line.contains(&hint("nofile=20")), "{line}");
     drop(server);
-    // The same under `run`, with the default settle time.
+    // `run`, with the default settle time, reports the same hint.
     let directory = tempfile::tempdir().unwrap();
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let death = |limit: &str, program_and_arguments: &[&str]| {
@@ -435,7 +435,7 @@ fn a_limit_with_which_no_worker_can_start_is_refused_or_named_in_the_line_of_its
         let line = death(limit, &["sleep", "1000"]);
         assert!(line.contains(&hint(limit)), "{line}");
     }
-    // Output of the program takes precedence over the hint.
+    // If the program has written output, the output is reported instead of the hint.
     let line = death("nofile=4096", &["sh", "-c", "echo no database; exit 3"]);
     assert!(line.contains("no database") && !line.contains("hint="), "{line}");
 }
@@ -453,7 +453,7 @@ fn a_pid_file_keeps_a_second_master_out_and_goes_with_the_first() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(&format!("with pid {}", server.pid())) && said.contains("--pid-file"), "{said}");
     assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", server.pid()));
-    // Workers do not hold the lock, so the next master can start at once after a master was killed.
+    // Workers do not hold the lock, so another master can start immediately after a master was killed.
     server.signal(Signal::SIGKILL);
     server.wait_end();
     let mut next = Server::start("hello", &arguments);
@@ -471,6 +471,6 @@ fn socket_files_are_given_to_whom_the_operator_names() {
     let mut server = Server::start("hello", &arguments);
     let socket = path.metadata().unwrap();
     assert_eq!((socket.uid(), socket.gid(), socket.mode() & 0o777), (4711, 33, 0o660));
-    assert_eq!(status(child(&server), "Uid"), "0 0 0 0", "that says nothing of the workers");
+    assert_eq!(status(child(&server), "Uid"), "0 0 0 0", "socket ownership does not change the workers' user");
     server.stop();
 }

@@ -1,5 +1,5 @@
-//! Processes started by requests of external programs, and their effects on the server: children that a page waits for,
-//! background jobs, wrappers around the programs that serve, and processes left behind when the server stops.
+//! Processes that requests to external programs start, and their effects on the server: children that a page waits for, background jobs,
+//! wrappers around the programs that serve, and processes left behind when the server stops.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -47,7 +47,7 @@ impl<'a> Waiting<'a> {
         let name = place.path(name).to_string_lossy().into_owned();
         let gate = format!("{name}.gate");
         nix::unistd::mkfifo(gate.as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        // Opened for reading too, so that the open does not wait for a peer.
+        // The FIFO is also opened for reading, so that the open does not wait for a peer.
         let gate = File::options().read(true).write(true).open(gate).unwrap();
         Self { place, name, gate }
     }
@@ -70,15 +70,15 @@ impl<'a> Waiting<'a> {
     }
 }
 
-/// The number in a file that is being written.
+/// Returns the number in a file that is being written.
 fn number_in(path: &Path) -> i32 {
-    wait_until("somebody has written its pid", || {
+    wait_until("a process has written its pid", || {
         let text = std::fs::read_to_string(path).ok()?;
         text.strip_suffix('\n')?.parse().ok()
     })
 }
 
-/// Kills a leftover process, however the test ends.
+/// Kills a leftover process, whether the test passes or fails.
 struct Left(i32);
 
 impl Drop for Left {
@@ -91,9 +91,9 @@ fn lives(pid: i32) -> bool {
     !is_gone(pid)
 }
 
-/// Waits until `serving` is the only process left of those in `old`.
+/// Waits until `serving` is the only remaining process of those in `old`.
 fn wait_until_only(serving: i32, old: &[i32]) {
-    wait_until("only the one that serves is left", || {
+    wait_until("only the serving process is left", || {
         let left: Vec<i32> = old.iter().copied().filter(|&pid| lives(pid)).collect();
         (left == [serving]).then_some(())
     });
@@ -169,7 +169,7 @@ fn what_a_request_waits_for_ends_with_a_program_that_does_not_finish_in_time() {
         assert!(client.join().unwrap().is_err());
         child
     });
-    wait_until("it has ended too", || is_gone(child).then_some(()));
+    wait_until("the child is killed too", || is_gone(child).then_some(()));
     server.stop();
 }
 
@@ -189,12 +189,12 @@ fn background_jobs_survive_recycling_and_a_reload_and_end_with_the_server() {
     server.wait_for("reload done gen=2");
     let before = server.workers();
     place.text("/children.php?do=pid");
-    wait_until("all is as before", || (server.workers() != before).then_some(()));
+    wait_until("all programs are replaced", || (server.workers() != before).then_some(()));
     assert!(lives(job) && lives(apart.0), "{}", server.log());
     server.stop();
     let log = server.log();
     assert!(log.contains(&format!("left behind, because the server is exiting pid={job} name=sleep")), "{log}");
-    assert!(is_gone(job) && lives(apart.0), "one with a session of its own outlives the server");
+    assert!(is_gone(job) && lives(apart.0), "a job with its own session outlives the server");
     let named = format!("still has a listening socket open pid={} name=sleep socket=fastcgi:unix:", apart.0);
     assert!(log.contains(&named), "{log}");
 }
@@ -222,7 +222,7 @@ fn a_job_that_ignores_term_is_killed_and_the_stop_does_not_wait_for_it() {
     let mut server = Server::launch(&mut place.run(&[], &["sh", "-c", text]));
     let line = server.wait_for("| job ");
     let job: i32 = line.rsplit(' ').next().unwrap().parse().unwrap();
-    wait_until("it sleeps", || (process(job)?.name == "sleep").then_some(()));
+    wait_until("the job is sleeping", || (process(job)?.name == "sleep").then_some(()));
     server.wait_for("ready in ");
     server.stop();
     assert!(is_gone(job), "{}", server.log());
@@ -237,7 +237,7 @@ fn what_still_has_the_socket_is_named_and_its_address_is_free() {
     let mut server = start(&place, &[], &[]);
     place.text(&format!("/children.php?do=session&name={}", session.display()));
     let left = Left(number_in(&session));
-    wait_until("it sleeps", || (process(left.0)?.name == "sleep").then_some(()));
+    wait_until("the process is sleeping", || (process(left.0)?.name == "sleep").then_some(()));
     server.stop();
     let named = format!("still has a listening socket open pid={} name=sleep socket={}", left.0, place.address);
     assert!(server.log().contains(&named), "{}", server.log());
@@ -251,7 +251,7 @@ fn what_still_has_the_socket_is_named_and_its_address_is_free() {
 
 // ---- wrappers ----
 
-/// All descendants of the server with this name.
+/// Returns all descendants of the server with this name.
 fn named(server: &Server, name: &str) -> Vec<i32> {
     let mut family = vec![server.pid().as_raw()];
     let mut at = 0;
@@ -263,7 +263,7 @@ fn named(server: &Server, name: &str) -> Vec<i32> {
     family
 }
 
-/// The wrapper exits on TERM, or ignores TERM and then waits for its child.
+/// The wrapper either exits on SIGTERM, or ignores SIGTERM and waits for its child.
 #[test]
 fn a_wrapper_and_what_it_has_started_leave_together_when_the_request_is_finished() {
     for script in ["\"$@\"; true", "trap : TERM; \"$@\"; true", "trap '' TERM; (trap - TERM; exec \"$@\"); true"] {
@@ -275,18 +275,18 @@ fn a_wrapper_and_what_it_has_started_leave_together_when_the_request_is_finished
         is_finished(&place, "a", &mut server, |server| {
             server.signal(Signal::SIGHUP);
             server.wait_for("reload done gen=2");
-            wait_until("the one that had nothing to do is gone", || {
+            wait_until("the idle process is gone", || {
                 (old.iter().filter(|&&pid| is_gone(pid)).count() == 1).then_some(())
             });
         });
-        wait_until("none of the old ones is left", || old.iter().all(|&pid| is_gone(pid)).then_some(()));
-        wait_until("there are two new ones", || (named(&server, "php-cgi").len() == 2).then_some(()));
+        wait_until("all old processes are gone", || old.iter().all(|&pid| is_gone(pid)).then_some(()));
+        wait_until("there are two new processes", || (named(&server, "php-cgi").len() == 2).then_some(()));
         server.stop();
         assert!(!server.log().contains("signal=KILL"), "{script}: {}", server.log());
     }
 }
 
-/// Each of its processes serves one connection at a time. TERM kills a process that does not handle it.
+/// Each process of this program serves one connection at a time. SIGTERM kills a process that does not handle it.
 const SERVE: &str = r"#!/usr/bin/env python3
 import os, re, select, signal, socket, struct, sys
 s = socket.socket(fileno=0)
@@ -301,11 +301,11 @@ def serve(c):
     c.close()
 ";
 
-/// A program that only waits for its two children, which serve.
+/// A program that only waits for its two children, which serve requests.
 const TWO_CHILDREN: &str =
     "for _ in range(2):\n  if os.fork() == 0:\n    while True: serve(s.accept()[0])\nos.wait()\n";
 
-/// The server first sends TERM only to the program, which is killed by it; the children are not asked to exit yet.
+/// The server first sends SIGTERM only to the program, which is killed by it. The children are not asked to exit yet.
 #[test]
 fn those_below_a_program_that_term_ends_finish_what_they_serve() {
     let place = Place::new();
@@ -317,17 +317,17 @@ fn those_below_a_program_that_term_ends_finish_what_they_serve() {
     {
         let options = [&ALL[..], if signal.is_none() { &["--max-age", "1s"] } else { &[] }].concat();
         let mut server = Server::start_command(&mut place.run(&options, command));
-        wait_until("all are there", || (named(&server, "python3").len() >= 6).then_some(()));
+        wait_until("all processes have started", || (named(&server, "python3").len() >= 6).then_some(()));
         let name = format!("request-{index}");
         let serving = || number_in(&place.path(&format!("{name}.in")));
         is_finished(&place, &name, &mut server, |server| {
-            // Not earlier, because --max-age replaces processes at any time.
+            // The processes are listed only now, because --max-age replaces processes at any time.
             let old = named(server, "python3");
             signal.iter().for_each(|signal| server.signal(*signal));
             wait_until_only(serving(), &old);
         });
         let serving = serving();
-        wait_until("it has left too", || is_gone(serving).then_some(()));
+        wait_until("the serving process has exited too", || is_gone(serving).then_some(()));
         if signal == Some(Signal::SIGTERM) {
             assert_eq!(server.wait_end(), Some(0));
         } else {
@@ -341,10 +341,10 @@ fn those_below_a_program_that_term_ends_finish_what_they_serve() {
 fn those_that_finish_what_they_serve_have_the_time_that_they_had_before_an_upgrade() {
     let place = Place::new();
     let script = place.script("app", &format!("{SERVE}{TWO_CHILDREN}"));
-    // Enough time for the reload and the upgrade, even on a busy machine.
+    // The drain timeout is long enough for the reload and the upgrade, even on a busy machine.
     let options = [&ALL[..], &["--drain-timeout", "10s"]].concat();
     let mut server = Server::start_command(&mut place.run(&options, &[&script]));
-    let old = wait_until("all are there", || Some(named(&server, "python3")).filter(|all| all.len() == 6));
+    let old = wait_until("all processes have started", || Some(named(&server, "python3")).filter(|all| all.len() == 6));
     let waiting = Waiting::new(&place, "request");
     std::thread::scope(|scope| {
         let client = scope.spawn(|| waiting.ask());
@@ -355,13 +355,13 @@ fn those_that_finish_what_they_serve_have_the_time_that_they_had_before_an_upgra
         server.wait_for("upgraded");
         let killed = format!("did not exit in time (--drain-timeout) pid={serving} ");
         wait_until("it is killed when its time is over", || server.log().contains(&killed).then_some(()));
-        assert!(client.join().is_err(), "the request had no response");
+        assert!(client.join().is_err(), "the request received no response");
     });
     server.stop();
 }
 
-/// A process may never be seen without a connection: an event loop gets TERM at once, other programs after half of their drain
-/// timeout.
+/// The master may never observe a process without a connection. An event loop is sent SIGTERM immediately; other programs are sent SIGTERM
+/// after half of their drain timeout.
 #[test]
 fn those_that_handle_term_are_asked_while_they_serve() {
     let place = Place::new();
@@ -388,7 +388,9 @@ fn those_that_handle_term_are_asked_while_they_serve() {
 fn children_of_php_cgi_itself_finish_what_they_serve() {
     let place = place();
     let mut server = start(&place, &[&ALL[..], &["--env", "PHP_FCGI_CHILDREN=3"]].concat(), &[]);
-    wait_until("two parents with three children each", || (named(&server, "php-cgi").len() == 8).then_some(()));
+    wait_until("php-cgi has two parents with three children each", || {
+        (named(&server, "php-cgi").len() == 8).then_some(())
+    });
     for (signal, line) in [(Signal::SIGHUP, "reload done gen=2"), (Signal::SIGTERM, "worker exited")] {
         let name = place.path(signal.as_str()).to_string_lossy().into_owned();
         let answer = std::thread::scope(|scope| {
@@ -434,7 +436,7 @@ fn the_workers_of_a_perl_manager_finish_and_so_does_what_they_wait_for() {
 fn who_is_left_behind_and_takes_connections_is_asked_to_leave() {
     let place = place();
     let command = [&["setsid"][..], &PHP].concat();
-    // setsid forks, and the parent exits with 0.
+    // setsid forks, and the parent exits with status 0.
     let mut server = Server::launch(&mut place.run(&[], &command));
     server.wait_for("sent SIGTERM to a process that a worker left behind, because it accepts connections");
     server.wait_for("workers die before they are ready");
@@ -470,7 +472,7 @@ fn a_child_that_shuts_the_socket_down_does_no_lasting_harm() {
         let mut server = start(&place, &["--socket-mode", "600"], &[]);
         let _ = place.ask("/children.php?do=shutdown", b""); // the result of this request does not matter
         server.wait_for("recreated the listening socket");
-        wait_until("it is served again", || place.ask("/children.php?do=pid", b"").ok());
+        wait_until("the request is answered again", || place.ask("/children.php?do=pid", b"").ok());
         server.signal(Signal::SIGHUP);
         server.wait_for("reload done gen=2");
         place.text("/children.php?do=pid");
@@ -483,7 +485,7 @@ fn a_child_that_shuts_the_socket_down_does_no_lasting_harm() {
     }
 }
 
-/// The same with a socket that another program has passed to the server.
+/// The same check, with a socket that another program has passed to the server.
 #[test]
 fn a_socket_that_was_passed_on_and_shut_down_listens_again() {
     let place = with_page(Place::with_port());
@@ -497,11 +499,11 @@ fn a_socket_that_was_passed_on_and_shut_down_listens_again() {
     let mut server = Server::start_command(&mut command);
     let _ = place.ask("/children.php?do=shutdown", b"");
     server.wait_for("recreated the listening socket");
-    wait_until("it is served again", || place.ask("/children.php?do=pid", b"").ok());
+    wait_until("the request is answered again", || place.ask("/children.php?do=pid", b"").ok());
     server.stop();
 }
 
-/// Node, Go and similar runtimes make the socket non-blocking themselves, and rely on its staying non-blocking.
+/// Node, Go and similar runtimes make the socket non-blocking themselves, and rely on the socket to stay non-blocking.
 #[test]
 fn a_program_with_an_event_loop_keeps_its_socket_non_blocking() {
     let place = Place::new();
@@ -513,7 +515,7 @@ fn a_program_with_an_event_loop_keeps_its_socket_non_blocking() {
     let old = server.workers();
     kill(Pid::from_raw(*old.first().unwrap()), Signal::SIGKILL).unwrap();
     server.wait_for("worker died");
-    wait_until("it is replaced", || Some(server.workers()).filter(|all| all.len() == 2 && *all != old));
+    wait_until("the program is replaced", || Some(server.workers()).filter(|all| all.len() == 2 && *all != old));
     server.signal(Signal::SIGHUP);
     server.wait_for("reload done gen=2");
     server.stop();

@@ -1,5 +1,5 @@
-//! When an external program counts as started, and how failed starts are handled: programs that exit with status 0 at once,
-//! that only appear ready, or that never use the listening socket; wrappers that fail; daemons that move to the background.
+//! When an external program is considered started, and how failed starts are handled: programs that exit with status 0 immediately, that
+//! only appear ready, or that never use the listening socket; wrappers that fail; daemons that move to the background.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -22,7 +22,7 @@ fn start(place: &Place, options: &[&str]) -> (Server, String) {
     (Server::start_command(&mut place.run(options, &[&app])), app)
 }
 
-/// The number that follows this text in a line.
+/// Returns the number that follows this text in a line.
 fn after(line: &str, what: &str) -> u128 {
     let rest = line.split_once(what).unwrap_or_else(|| panic!("no {what:?} in {line:?}")).1;
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
@@ -73,7 +73,7 @@ fn a_program_that_ends_well_at_once_is_tried_ever_more_rarely() {
         assert!(line.contains("php-cgi is one, php is not"), "{line}");
     }
     server.stop();
-    // Several processes at the start, then one at a time.
+    // Several processes at startup, then one at a time.
     assert!(server.log().matches("exited on its own").count() <= 10 + 1 + 5, "{}", server.log());
 }
 
@@ -94,7 +94,7 @@ fn in_a_pool_that_serves_one_that_ends_well_at_once_is_tried_ever_more_rarely_to
 
 // ---- readiness ----
 
-/// The program connects to its database, loads for longer than the settle time, and dies.
+/// The program connects to its database, takes longer than the settle time to load, and dies.
 #[test]
 fn a_connection_to_a_database_and_a_long_start_are_no_readiness() {
     let place = Place::new();
@@ -118,7 +118,7 @@ fn a_connection_to_a_database_and_a_long_start_are_no_readiness() {
     });
     assert!(line.contains("reload failed") && line.contains("said=\"schema version mismatch\""), "{line}");
     assert!(server.log().contains("status=29"), "{}", server.log());
-    assert_eq!(server.workers(), old, "{app} has replaced nobody");
+    assert_eq!(server.workers(), old, "{app} has replaced no worker");
     assert_eq!(place.text("/hello"), "Hello, world\n");
     server.stop();
 }
@@ -134,7 +134,7 @@ fn a_program_with_an_event_loop_is_ready_when_it_watches_the_socket() {
         gate.display()
     );
     let app = place.script("app", &text);
-    // By the settle time alone, the program would be ready only after an hour.
+    // With the settle time alone, the program would be ready only after an hour.
     let mut server = Server::launch(&mut place.run(&["--settle", "1h"], &[&app]));
     server.wait_for("| loading");
     std::fs::write(gate, "").unwrap();
@@ -222,7 +222,7 @@ fn an_upgrade_and_a_late_start_do_not_forget_that_programs_are_seen_to_accept() 
             Command::new(program("forkyard")).arg(what).arg("--control").arg(&control).output_in_time().unwrap();
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
-    // The program counts as ready after a second, and accepts its first connection a little later, which the master detects.
+    // The program is considered ready after a second, and accepts its first connection a little later, which the master detects.
     wait_until("a program that never accepts fails a reload", || {
         write("['sleep', '600']");
         let (status, said) = ask("reload");
@@ -237,7 +237,7 @@ fn an_upgrade_and_a_late_start_do_not_forget_that_programs_are_seen_to_accept() 
     let old = server.workers();
     let (status, said) = ask("upgrade");
     assert_eq!(status, Some(1), "{said}");
-    assert_eq!(server.workers(), old, "they go on");
+    assert_eq!(server.workers(), old, "the old workers continue");
     server.stop();
 }
 
@@ -282,7 +282,7 @@ fn a_program_that_was_ready_may_ask_not_to_be_replaced() {
         let _client = std::os::unix::net::UnixStream::connect(place.socket()).unwrap();
         server.wait_for("worker exited and asked not to be replaced");
     }
-    assert_eq!(server.wait_end(), Some(1), "none is left");
+    assert_eq!(server.wait_end(), Some(1), "no program is left");
 }
 
 // ---- daemons in the background ----
@@ -297,12 +297,12 @@ fn a_daemon_that_puts_itself_into_the_background_is_named_started_once_and_ends_
     let line = server.wait_for("daemon has put itself into the background");
     assert!(line.contains("run it in the foreground") && line.contains("name=d"), "{line}");
     let first = i32::try_from(after(&line, " pid=")).unwrap();
-    wait_until("it sleeps", || (process(first)?.name == "sleep").then_some(()));
+    wait_until("the daemon is sleeping", || (process(first)?.name == "sleep").then_some(()));
     assert_eq!(server.log().matches("daemon started name=d").count(), 1, "{}", server.log());
     server.signal(Signal::SIGHUP);
     let line = server.wait_for("daemon has put itself into the background");
     let second = i32::try_from(after(&line, " pid=")).unwrap();
-    wait_until("the first is gone, since it is started anew", || is_gone(first).then_some(()));
+    wait_until("the first process is gone, because the daemon is started again", || is_gone(first).then_some(()));
     server.stop();
     assert!(is_gone(second), "{}", server.log());
     assert!(

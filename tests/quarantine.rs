@@ -1,4 +1,4 @@
-//! A request that kills workers is refused for a while; all other requests are still answered.
+//! A request that kills workers is refused for some time, and all other requests are still answered.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -23,7 +23,7 @@ fn crashy(arguments: &[&str]) -> Server {
 fn poison(address: &str, mut path: impl FnMut(usize) -> String) -> usize {
     let refused = |path: &str| http::get(address, path).is_ok_and(|response| response.status == 503);
     let mut deaths = 0;
-    wait_until("it is refused", || {
+    wait_until("the request is refused", || {
         let is_refused = refused(&path(deaths));
         deaths += usize::from(!is_refused);
         is_refused.then_some(())
@@ -39,12 +39,12 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
     let mut deaths = 0;
     std::thread::scope(|scope| {
         let _stop = StopOnDrop(&stop);
-        // A popular route, which is always in flight, including in the workers that die.
+        // A popular route, which is always in flight, even in the workers that die.
         for _ in 0..4 {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     let Ok(mut client) = Client::connect(&address) else { continue };
-                    // When its worker dies, the request may get a 502 and its connection may end. Any other response is the regular one.
+                    // When a worker dies, the request may get a 502 and its connection may close. Any other response is the regular one.
                     while let Ok(response) = client.request("GET", "/slow/5", b"") {
                         if response.status == 502 {
                             break;
@@ -70,10 +70,10 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
             assert!(response.status == 503 && (1..=61).contains(&seconds), "{seconds}");
         }
         assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
-        wait_until("the others are answered", || (good.load(Ordering::Relaxed) > before + 50).then_some(()));
+        wait_until("other requests are answered", || (good.load(Ordering::Relaxed) > before + 50).then_some(()));
     });
     server.stop();
-    assert_eq!(server.log().matches("worker died").count(), deaths, "none since it is refused");
+    assert_eq!(server.log().matches("worker died").count(), deaths, "no worker has died since the request is refused");
 }
 
 #[test]
@@ -86,7 +86,11 @@ fn what_kills_by_many_ids_is_refused_by_its_pattern() {
     let mut server = crashy(&["--quarantine-by", "path", "--quarantine", "2"]);
     assert!(poison(&server.http(), |_| "/poison/1".to_owned()) >= 2);
     assert!(server.wait_for("quarantined").contains("request=\"GET /poison/1\""));
-    assert_eq!(http::get(&server.http(), "/poison/2").unwrap().status, 502, "it kills, and is not refused");
+    assert_eq!(
+        http::get(&server.http(), "/poison/2").unwrap().status,
+        502,
+        "the request kills a worker, and is not refused"
+    );
     server.stop();
 }
 
@@ -97,7 +101,9 @@ fn a_relapse_takes_one_death() {
     assert!(server.wait_for("quarantined").contains("times=1"));
     server.wait_for("quarantine ended request=\"GET /exit/3\"");
     // The workers read a coarse clock, which has the resolution of the kernel's ticks.
-    wait_until("it kills again", || (http::get(&server.http(), "/exit/3").unwrap().status == 502).then_some(()));
+    wait_until("the request kills a worker again", || {
+        (http::get(&server.http(), "/exit/3").unwrap().status == 502).then_some(())
+    });
     assert!(server.wait_for("quarantined").contains("times=2"));
     server.stop();
 }
@@ -116,7 +122,7 @@ fn the_refusal_is_a_503_over_each_protocol() {
 
 #[test]
 fn a_request_whose_functions_hang_is_refused_after_three_workers_left_for_that() {
-    // The function must have begun when the timeout expires, even on a busy machine.
+    // The function must have begun by the time the timeout expires, even on a busy machine.
     let hangs = ["--threads", "2", "--request-timeout", "3s", "--hang-timeout", "300ms", "--drain-timeout", "1h"];
     let mut server = crashy(&hangs);
     let address = server.http();
@@ -127,7 +133,7 @@ fn a_request_whose_functions_hang_is_refused_after_three_workers_left_for_that()
     }
     let line = server.logged("quarantined a request");
     assert!(line.contains("request=\"GET /thread/hang\""), "{line}");
-    wait_until("it is refused", || (http::get(&address, "/thread/hang").ok()?.status == 503).then_some(()));
+    wait_until("the request is refused", || (http::get(&address, "/thread/hang").ok()?.status == 503).then_some(()));
     assert_eq!(http::get(&address, "/thread/ok").unwrap().status, 200);
     server.stop();
     assert!(!server.log().contains("worker died"), "{}", server.log());
@@ -138,7 +144,7 @@ fn functions_that_hang_in_one_worker_count_once() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("broken");
     let mut command = std::process::Command::new(common::program("crashy"));
-    // The function must have begun when the timeout expires, even on a busy machine.
+    // The function must have begun by the time the timeout expires, even on a busy machine.
     let hangs = ["--threads", "4", "--request-timeout", "3s", "--hang-timeout", "300ms", "--quarantine", "2"];
     let command = command.args(["--bind", "http:127.0.0.1:0", "--workers", "1"]).args(hangs);
     let mut server = Server::start_command(command.env("CRASHY_BROKEN", &broken));
@@ -167,14 +173,14 @@ fn a_signal_that_another_process_has_sent_accuses_no_request_and_the_log_says_wh
     ] {
         let connections = send_among(Way::Apart(Protocol::Http), &server, &["/slow/600000"], "/thread/sleep-600000");
         let board = server.segment().scoreboard();
-        let row = wait_until("both are under way", || serving(&board).filter(|row| row.running.len() == 1));
+        let row = wait_until("both requests are in flight", || serving(&board).filter(|row| row.running.len() == 1));
         kill(Pid::from_raw(row.pid.cast_signed()), signal).unwrap();
         let line = server.wait_for("worker died");
         assert!(line.contains(&format!(" signal={} ", &signal.as_str()[3..])), "{line}");
         assert!(line.contains(&format!(" sent_by={own} ")) && !line.contains("crashed_in"), "{line}");
         drop(connections);
     }
-    // A signal that a process sends to itself does count.
+    // A signal that a process sends to itself counts as a death caused by the request.
     wait_until("there is a worker", || (http::get(&server.http(), "/abort").ok()?.status == 502).then_some(()));
     server.wait_for("(--quarantine) request=\"GET /abort\"");
     server.stop();
@@ -242,17 +248,17 @@ impl Way {
         }
     }
 
-    /// Whether this is a response with this status.
+    /// Returns whether this is a response with this status.
     fn has_status(self, response: &[u8], status: u16) -> bool {
         match (self, status) {
             (Self::Http2, 502) => response.windows(4).any(|bytes| bytes == [0x48, 0x82, 0x6c, 0x02]),
             (Self::Http2, 503) => response.windows(5).any(|bytes| bytes == [0x48, 0x83, 0x6c, 0x0c, 0xff]),
-            (Self::Http2, _) => panic!("{status} has to be encoded here"),
+            (Self::Http2, _) => panic!("this function has no encoding of {status}"),
             (Self::Apart(_) | Self::FastCgi, _) => raw::status(response) == Some(status),
         }
     }
 
-    /// Reads until this status has arrived.
+    /// Reads until a response with this status has arrived.
     fn expect(self, mut stream: &UnixStream, status: u16) {
         let mut response = Vec::new();
         while !self.has_status(&response, status) {
@@ -264,18 +270,19 @@ impl Way {
     }
 }
 
-/// The scoreboard row of the only worker, if it is ready. The row of a dead worker stays unchanged until its replacement has started.
+/// Returns the scoreboard row of the only worker, if the worker is ready. The row of a dead worker does not change until its replacement
+/// has started.
 fn serving(board: &Scoreboard) -> Option<Snapshot> {
     board.read(0).filter(|row| row.state == State::Ready)
 }
 
-/// Sends `others`, waits until the worker serves them, and then sends `last` in the same way.
+/// Sends `others`, waits until the worker is serving them, and then sends `last` over the same kind of connection.
 fn send_among(way: Way, server: &Server, others: &[&str], last: &str) -> Vec<UnixStream> {
     let board = server.segment().scoreboard();
-    wait_until("the worker is there", || serving(&board));
+    wait_until("the worker is ready", || serving(&board));
     let is_serving = || serving(&board).is_some_and(|row| row.in_flight as usize >= others.len());
     let mut connections = way.send(server, others);
-    wait_until("all the others are in flight", || is_serving().then_some(()));
+    wait_until("all other requests are in flight", || is_serving().then_some(()));
     connections.extend(way.send(server, &[last]));
     connections
 }
@@ -288,7 +295,7 @@ fn in_quotes<'a>(line: &'a str, key: &str) -> &'a str {
 #[test]
 fn poison_among_a_hundred_others_is_named_and_refused_after_as_many_deaths_as_on_an_idle_worker() {
     let hundred = ["/slow/600000"; 100];
-    // More threads than the scoreboard has slots for.
+    // More threads are busy than the scoreboard has slots for.
     let busy = [&hundred[..], &["/thread/sleep-600000"; 18]].concat();
     let http = Way::Apart(Protocol::Http);
     for (way, poison, named, others) in [

@@ -1,4 +1,4 @@
-//! Requests that have waited too long before the application could begin, and only those, are shed with 503.
+//! Requests that have waited too long before the application could begin are shed with 503. No other requests are shed.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -25,10 +25,10 @@ fn assert_shed(response: &Response) {
     assert_eq!((response.status, response.header("retry-after")), (503, Some("1")), "{}", response.text());
 }
 
-/// Returns when a request sent before the call has waited longer than the limit.
+/// Returns when a request sent before the call has waited for longer than the limit.
 fn too_late() {
     let begun = Instant::now();
-    wait_until("the time is over", || (begun.elapsed() > LIMIT * 2).then_some(()));
+    wait_until("the limit has passed", || (begun.elapsed() > LIMIT * 2).then_some(()));
 }
 
 #[test]
@@ -38,11 +38,15 @@ fn who_waits_too_long_for_a_thread_is_shed_while_the_thread_is_still_at_work() {
     let mut first = Client::connect(&address).unwrap();
     let long = b"GET /thread/sleep-6000 HTTP/1.1\r\nHost: a\r\n\r\n";
     first.stream.get_mut().write_all(long).unwrap();
-    // The first request has the only thread, or gets it before the others, because they arrive on a later connection.
+    // The first request occupies the only thread, or gets it before the other requests, because they arrive on a later connection.
     let mut second = Client::connect(&address).unwrap();
     assert_shed(&second.request("GET", "/thread/", b"").unwrap());
-    assert_eq!(second.request("GET", "/ok", b"").unwrap().status, 200, "who needs no thread does not wait");
-    assert_eq!(first.response(false).unwrap().status, 200, "who was begun with in time may take its time");
+    assert_eq!(second.request("GET", "/ok", b"").unwrap().status, 200, "a request that needs no thread does not wait");
+    assert_eq!(
+        first.response(false).unwrap().status,
+        200,
+        "a request that began in time may take longer than the limit"
+    );
     assert_eq!(second.request("GET", "/thread/", b"").unwrap().status, 200);
     server.wait_for("requests waited too long and got 503 (--max-queue-time) count=1");
     server.stop();
@@ -61,7 +65,11 @@ fn the_wait_in_the_kernel_counts_for_the_first_request_of_a_connection() {
         too_late();
         kill(worker, Signal::SIGCONT).unwrap();
         assert_eq!(raw::ask(&mut stream, b"").0, 503, "{protocol:?}");
-        assert_eq!(raw::ask(&mut silent, &head).0, 200, "{protocol:?}: it is the request that has to have waited");
+        assert_eq!(
+            raw::ask(&mut silent, &head).0,
+            200,
+            "{protocol:?}: the wait of the connection without a request does not count"
+        );
         assert_eq!(raw::ask(&mut raw::connect(&server.binds[0]), &head).0, 200, "{protocol:?}");
         server.stop();
     }
@@ -93,7 +101,7 @@ fn a_trusted_proxy_is_believed_when_it_says_since_when() {
     trusting.stop();
     let mut doubting = crashy(&[]);
     for start in &old {
-        assert_eq!(ask(&doubting, start).status, 200, "anybody can write that");
+        assert_eq!(ask(&doubting, start).status, 200, "a header from an untrusted client is ignored");
     }
     assert_eq!(http::get(&doubting.http(), "/ok").unwrap().status, 200);
     doubting.stop();

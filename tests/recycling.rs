@@ -1,4 +1,4 @@
-//! Workers that reach a recycling limit are replaced without affecting clients.
+//! Workers that reach a recycling limit are replaced with no effect on clients.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -21,12 +21,12 @@ fn a_worker_is_replaced_after_its_number_of_requests() {
     let mut server = crashy(&["--workers", "2", "--max-requests", "20~10"]);
     let old = server.workers();
     let mut asked = 0;
-    wait_until("all are replaced", || {
+    wait_until("all workers are replaced", || {
         assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
         asked += 1;
         old.iter().all(|&pid| is_gone(pid)).then_some(())
     });
-    assert!(asked >= 40, "each has served its 20: {asked}");
+    assert!(asked >= 40, "each worker has served its 20 requests: {asked}");
     let line = server.wait_for("worker will be replaced");
     assert!(line.contains("reason=max-requests") && line.contains("slot="), "{line}");
     assert!(!server.log().contains("worker died"), "{}", server.log());
@@ -40,11 +40,11 @@ fn a_worker_that_grows_is_replaced() {
     assert_eq!(http::get(&server.http(), "/leak/200").unwrap().status, 200);
     let line = server.wait_for("worker will be replaced");
     assert!(line.contains("reason=max-memory memory="), "{line}");
-    wait_until("one is replaced", || {
+    wait_until("one worker is replaced", || {
         let children = server.workers();
         (children.len() == 2 && children != old).then_some(())
     });
-    assert_eq!(server.workers().intersection(&old).count(), 1, "the other one has not grown");
+    assert_eq!(server.workers().intersection(&old).count(), 1, "the other worker has not grown");
     server.stop();
 }
 

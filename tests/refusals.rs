@@ -1,5 +1,5 @@
-//! Requests that cannot be parsed, over each protocol: the access log records the client's address, and the log records the reason for the
-//! refusal.
+//! Requests that cannot be parsed, over each protocol: the access log contains the client's address, and the log gives the reason for the
+//! rejection.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -19,7 +19,7 @@ fn start(directory: &TempDir, bind: &str, arguments: &[&str]) -> Server {
     Server::start("mirror", &[&common, arguments].concat())
 }
 
-/// Sends bytes on a new connection, and returns everything that the server sends.
+/// Sends bytes on a new connection, and returns all data that the server sends.
 fn exchange(bind: &str, bytes: &[u8]) -> String {
     let mut stream = connect(bind);
     let mut write = stream.try_clone().unwrap();
@@ -32,7 +32,7 @@ fn exchange(bind: &str, bytes: &[u8]) -> String {
     })
 }
 
-/// The statuses of the access log entries without a request line, sorted. Checks that each has the client's address.
+/// Returns the statuses of the access log entries without a request line, sorted. Checks that each entry contains the client's address.
 fn unread(directory: &Path) -> Vec<u16> {
     let lines = std::fs::read_to_string(directory.join("access")).unwrap();
     let rest = lines.lines().filter_map(|line| Some((line, line.split_once("] \"-\" ")?.1)));
@@ -92,7 +92,7 @@ fn what_http_cannot_read_is_in_both_logs() {
 fn what_http_2_cannot_read_is_in_both_logs() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = start(&directory, "http:127.0.0.1:0", &["--max-params", "8K"]);
-    // A head that exceeds the limit, whose request line is known; then a frame that is invalid at this point.
+    // A head that exceeds the limit and whose request line has been parsed, followed by a frame that is invalid in this state.
     let mut client = http2::Client::connect(&server.http()).unwrap();
     let cookies: Vec<String> = (0..80).map(|number| format!("{number}{}", "v".repeat(100))).collect();
     let fields: Vec<(&str, &str)> = cookies.iter().map(|cookie| ("x", cookie.as_str())).collect();
@@ -161,7 +161,7 @@ fn a_head_that_does_not_come_in_time_is_answered_where_that_is_possible_and_logg
             assert_eq!(answer, "");
         }
     }
-    // A connection without any data is not a request.
+    // A connection without any data is not counted as a request.
     server.stop();
     assert!(server.log().contains("within --header-timeout status=408 protocol=http from=127.0.0.1:"));
     assert_eq!(unread(directory.path()), [408; 4]);

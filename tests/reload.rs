@@ -1,4 +1,4 @@
-//! Reloads: they wait for readiness and health, replace a limited number of workers at a time, and report failures with a reason.
+//! Reloads wait until workers are ready and healthy, replace a limited number of workers at a time, and report the reason for a failure.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -36,14 +36,14 @@ fn a_failed_reload_says_why_and_the_old_generation_stays_in_strength() {
     kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
     let line = server.wait_for("worker died");
     assert!(line.contains(&format!("pid={victim} gen=1")), "{line}");
-    wait_until("it is replaced", || {
+    wait_until("the worker is replaced", || {
         let children = server.workers();
         (children.len() == 2 && !children.contains(&victim)).then_some(())
     });
-    wait_until("it answers", || http::get(&server.http(), "/ok").ok());
+    wait_until("the server answers", || http::get(&server.http(), "/ok").ok());
     server.signal(Signal::SIGHUP);
     server.wait_for("reload done gen=3");
-    wait_until("all are new", || server.workers().is_disjoint(&old).then_some(()));
+    wait_until("all workers are new", || server.workers().is_disjoint(&old).then_some(()));
     let generations =
         server.log().lines().filter(|line| line.contains("worker exited")).map(str::to_owned).collect::<Vec<_>>();
     assert!(generations.iter().all(|line| line.contains("gen=1")), "{generations:?}");
@@ -87,16 +87,17 @@ fn no_more_are_replaced_at_a_time_than_may_be_and_the_new_ones_come_first() {
     for generation in 2..5 {
         server.signal(Signal::SIGHUP);
         let mut most = BTreeSet::new();
-        wait_until("all are replaced", || {
+        wait_until("all workers are replaced", || {
             let children = server.workers();
-            // Listing takes a while, and may miss a worker that starts while another exits, so a count is used only if two lists agree.
+            // Listing takes a while, and may miss a worker that starts while another worker exits. A count is therefore used only if two
+            // lists agree.
             if children == server.workers() {
                 most.insert(children.len());
             }
             (children.len() == 4 && children.is_disjoint(&old)).then_some(())
         });
         server.wait_for(&format!("reload done gen={generation}"));
-        assert!(most.iter().all(|count| (4..=6).contains(count)), "4, and 2 more at most: {most:?}");
+        assert!(most.iter().all(|count| (4..=6).contains(count)), "4 workers, and at most 2 more: {most:?}");
         old = server.workers();
     }
     server.stop();

@@ -1,7 +1,7 @@
-//! A reload applies each setting, or reports that it does not: a table of all settings, checked against the programs' own help.
+//! A reload either applies a setting or reports that it does not. A table of all settings is checked against the programs' own help.
 //!
 //! A new flag needs a row here. `Seen` defines how a change is observed: in the new processes, or in the settings that the responsible part
-//! of the master or worker logs at level debug.
+//! of the master or of a worker logs at debug level.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -19,29 +19,29 @@ use common::{Server, program, wait_until};
 /// How the test observes that a reload has applied a setting.
 #[derive(Clone, Copy)]
 enum Seen {
-    /// The reload does not apply the setting: the warning names it.
+    /// The reload does not apply the setting, and lists it in a warning.
     Named,
     /// In the settings that a new worker logs.
     InWorker,
     /// In the settings that this part of the master logs.
     InMaster(&'static str),
-    /// In the kernel's information on a new worker or program.
+    /// In the kernel's information about a new worker or program.
     OfWorker(fn(i32) -> String),
-    /// Like `OfWorker`, for a daemon as well.
+    /// Like `OfWorker`, but for a daemon too.
     OfProcesses(fn(i32) -> String),
-    /// In the environment of a daemon and of a program, as the kernel reports it.
+    /// In the environment of a daemon and of a program, as reported by the kernel.
     InEnvironment,
     /// In the log between the beginning and the end of the reload.
     InLog(fn(&str) -> String),
     /// In a file in the directory.
     AtFile(fn(&Path) -> String),
-    /// It cannot be observed, for this reason.
-    Never(#[expect(dead_code, reason = "it is for who reads the table")] &'static str),
+    /// The change cannot be observed, for this reason.
+    Never(#[expect(dead_code, reason = "the reason is for readers of the table")] &'static str),
 }
 
 use Seen::{AtFile, InEnvironment, InLog, InMaster, InWorker, Named, Never, OfProcesses, OfWorker};
 
-/// A setting, its new value, and how the change is observed. `with` holds other settings, which are in force before and after the change.
+/// A setting, its new value, and how the change is observed. `with` contains other settings, which apply both before and after the change.
 struct Row {
     name: &'static str,
     to: &'static str,
@@ -60,7 +60,7 @@ const fn with(name: &'static str, to: &'static str, with: &'static [(&'static st
 const AS_SOMEBODY: &[(&str, &str)] = &[("user", "4711"), ("group", "4711")];
 const SANDBOXED: &[(&str, &str)] = &[("user", "4711"), ("group", "4711"), ("sandbox", "'best-effort'")];
 
-/// `DIR` stands for the directory.
+/// In the values, `DIR` stands for the directory.
 const TABLE: &[Row] = &[
     // Sockets.
     row("bind", "['fastcgi:unix:DIR/b.sock']", Named),
@@ -72,7 +72,7 @@ const TABLE: &[Row] = &[
     row("proxy-protocol", "['10.0.0.0/8']", InWorker),
     with("trust-header", "'forwarded'", &[("trust", "['unix']")], InWorker),
     row("events-socket", "'DIR/events'", Named),
-    row("direct", "true", Never("in this version programs accept for themselves with it and without it")),
+    row("direct", "true", Never("in this version programs accept connections themselves with and without the flag")),
     // Processes.
     row("workers", "2", InMaster("supervisor")),
     row("max-unavailable", "'50%'", InMaster("supervisor")),
@@ -155,12 +155,12 @@ const TABLE: &[Row] = &[
     with("access-log-format", "'json'", &[("access-log", "'DIR/access'")], InWorker),
     // Operation.
     row("control", "'DIR/other'", Named),
-    row("config", "", Never("a file does not say where it is")),
+    row("config", "", Never("a configuration file cannot set its own path")),
 ];
 
 fn status_line(pid: i32, name: &str) -> String {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    status.lines().find(|line| line.starts_with(&format!("{name}:"))).expect("the kernel has that").to_owned()
+    status.lines().find(|line| line.starts_with(&format!("{name}:"))).expect("the kernel reports this").to_owned()
 }
 
 fn link(pid: i32, name: &str) -> String {
@@ -192,11 +192,11 @@ fn reloads_in(path: &Path) -> String {
     std::fs::read_to_string(path).map_or(0, |text| text.matches("reload done").count()).to_string()
 }
 
-/// The flags of a command, from its help.
+/// Returns the flags of a command, from its help.
 fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
     let help = Command::new(program(name)).args(arguments).arg("--help").output_in_time().unwrap();
     let help = String::from_utf8(help.stdout).unwrap();
-    // Flag names have their own column, so that no line of a description is taken for a flag.
+    // Flag names have their own column, so no line of a description is mistaken for a flag.
     let names = help.lines().filter_map(|line| {
         let line = line.strip_prefix("      --").or_else(|| line.strip_prefix("  -").and_then(|line| line.get(4..)))?;
         let name = line.trim_start_matches('-').split([' ', '=', '[', '<']).next()?;
@@ -217,12 +217,12 @@ struct Served {
 }
 
 impl Served {
-    /// `run` holds the arguments that precede the flags.
+    /// Starts the server. `run` contains the arguments that precede the flags.
     fn start(name: &'static str, run: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let at = directory.path();
         std::fs::set_permissions(at, PermissionsExt::from_mode(0o755)).unwrap();
-        // A static program, which has the same path under another root.
+        // A static program, which has the same path under a different root.
         let source = at.join("wait.c");
         std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
         let built = Command::new("gcc").args(["-static", "-o"]).arg(at.join("wait")).arg(&source).status_in_time();
@@ -241,11 +241,11 @@ impl Served {
         served
     }
 
-    /// Writes these settings and the common ones to the file, and reloads. Returns the output of the reload.
+    /// Writes these settings and the common settings to the file, and reloads. Returns the output of the reload.
     fn reload(&mut self, is_run: bool, settings: &[(&str, &str)]) -> String {
         let at = self.directory.path();
         write_file(at, is_run, settings);
-        // The log of an earlier row; the process that still writes to it is about to exit.
+        // The log of an earlier row. The process that still writes to it is about to exit.
         let _ = std::fs::remove_file(at.join("log"));
         let before = self.server.log().len();
         let said = self.ask(&["reload"]);
@@ -258,7 +258,7 @@ impl Served {
         };
         // The daemon is the last process to be replaced.
         let server = &self.server;
-        self.log = wait_until("the daemon is new", || {
+        self.log = wait_until("the daemon is replaced", || {
             let text = all(server);
             let begun = text.rsplit_once("reload started").unwrap_or_default().1;
             begun.contains("daemon started").then(|| text.clone())
@@ -267,7 +267,7 @@ impl Served {
         let daemon = number_behind(daemon, "pid");
         let expected =
             settings.iter().find(|(name, _)| *name == "workers").map_or(1, |(_, count)| count.parse().unwrap());
-        let worker = wait_until("the workers are new, and there is the daemon", || {
+        let worker = wait_until("the workers are replaced, and the daemon is running", || {
             let children = server.children();
             let workers: Vec<i32> = children.into_iter().filter(|&pid| pid != daemon).collect();
             let settled = workers.iter().all(|&pid| !common::is_gone(pid)) && workers.len() == expected;
@@ -282,7 +282,7 @@ impl Served {
         Command::new(program(self.name)).args(arguments).env("FORKYARD_CONTROL", socket).output_in_time().unwrap()
     }
 
-    /// The observable state of a setting.
+    /// Returns the observable state of a setting.
     fn look(&self, seen: Seen, is_run: bool) -> String {
         let (worker, daemon) = self.processes;
         match seen {
@@ -298,11 +298,11 @@ impl Served {
         }
     }
 
-    /// The settings that this part logged last.
+    /// Returns the settings that this part logged last.
     fn settings(&self, part: &str) -> String {
         let line = self.log.lines().rfind(|line| line.contains(&format!("settings part={part}")));
-        let line = line.unwrap_or_else(|| panic!("{part} says nothing in\n{}", self.log));
-        // Values that differ between workers come before the settings.
+        let line = line.unwrap_or_else(|| panic!("{part} logs no settings in\n{}", self.log));
+        // Values that differ between workers precede the settings.
         line.split_once("Config {").or_else(|| line.split_once("part=")).unwrap().1.to_owned()
     }
 }
@@ -354,7 +354,7 @@ fn each_setting_is_taken_over_or_named(name: &'static str, run: &[&str]) {
     let missing: Vec<&String> = flags.iter().filter(|flag| TABLE.iter().all(|row| row.name != **flag)).collect();
     assert!(
         missing.is_empty(),
-        "these flags have no row in this file, which says how a reload takes them over: {missing:?}"
+        "these flags have no row in this file, which defines how a reload applies them: {missing:?}"
     );
 
     let mut served = Served::start(name, run);

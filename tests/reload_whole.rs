@@ -1,4 +1,4 @@
-//! A reload with changed settings: the changes reach each affected process, in the right order. If the settings are invalid or the reload
+//! A reload with changed settings: the changes reach all affected processes, in the right order. If the settings are invalid or the reload
 //! fails, nothing changes.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
@@ -60,7 +60,7 @@ impl Served {
         }
     }
 
-    /// The pid of the daemon with this name, from its next start line.
+    /// Returns the pid of the daemon with this name, from its next start line.
     fn daemon(&mut self, name: &str) -> i32 {
         let line = self.server.wait_for(&format!("daemon started name={name} "));
         number_behind(&line, "pid=")
@@ -79,7 +79,7 @@ fn number_behind(line: &str, key: &str) -> i32 {
     digits.parse().unwrap()
 }
 
-/// `None` if the process is gone.
+/// Returns the user of a process, or `None` if the process is gone.
 fn user_of(pid: i32) -> Option<u64> {
     common::status_number(pid, "Uid")
 }
@@ -107,17 +107,17 @@ fn a_reload_with_another_user_reaches_workers_daemons_jobs_and_the_files_of_sock
     };
     publish(&served);
     let relay = number_behind(&served.server.wait_for("relay started"), "pid=");
-    wait_until("it has given up its privileges", || (user_of(relay) == Some(4711)).then_some(()));
+    wait_until("the relay has dropped its privileges", || (user_of(relay) == Some(4711)).then_some(()));
 
     let said = served.reloaded(&with(4712));
     assert!(!said.contains("only after a restart"), "{said}");
-    wait_until("all workers are of the new user", || {
+    wait_until("all workers run as the new user", || {
         served.server.workers().into_iter().all(|worker| user_of(worker) == Some(4712)).then_some(())
     });
     let daemon = served.daemon("d");
     assert_eq!(user_of(daemon), Some(4712));
-    // A job that started before the reload keeps the old user.
-    wait_until("jobs are of the new user", || served.server.wait_for("cron=c").ends_with("| 4712").then_some(()));
+    // A job that started before the reload keeps its user.
+    wait_until("jobs run as the new user", || served.server.wait_for("cron=c").ends_with("| 4712").then_some(()));
     for name in ["a.sock", "events"] {
         let metadata = std::fs::metadata(served.path(name)).unwrap();
         assert_eq!((metadata.uid(), metadata.gid()), (4712, 4712), "{name}");
@@ -125,7 +125,7 @@ fn a_reload_with_another_user_reaches_workers_daemons_jobs_and_the_files_of_sock
     wait_until("the old relay is gone", || is_gone(relay).then_some(()));
     publish(&served);
     let relay = number_behind(&served.server.wait_for("relay started"), "pid=");
-    wait_until("it has given up its privileges", || (user_of(relay) == Some(4712)).then_some(()));
+    wait_until("the relay has dropped its privileges", || (user_of(relay) == Some(4712)).then_some(()));
     served.server.stop();
 }
 
@@ -139,14 +139,14 @@ fn a_reload_starts_daemons_and_jobs_that_are_new_and_stops_those_that_are_not_wa
     assert_eq!(command_line(new), "sleep 1003");
     let changed = served.daemon("kept");
     assert_eq!(command_line(changed), "sleep 1004");
-    wait_until("those that were are gone", || (is_gone(kept) && is_gone(gone)).then_some(()));
+    wait_until("the old daemons are gone", || (is_gone(kept) && is_gone(gone)).then_some(()));
     assert!(served.server.wait_for("cron=tick").ends_with("| ticks"));
     let count = served.server.log().matches("daemon started name=gone").count();
-    assert_eq!(count, 1, "it is not started again");
+    assert_eq!(count, 1, "the daemon is not started again");
 
-    // Once all daemons and jobs are removed, the server can still be stopped.
+    // The server can still be stopped after all daemons and jobs have been removed.
     served.reloaded(HTTP);
-    wait_until("all are gone", || (is_gone(new) && is_gone(changed)).then_some(()));
+    wait_until("all daemons are gone", || (is_gone(new) && is_gone(changed)).then_some(()));
     served.server.stop();
 }
 
@@ -157,7 +157,7 @@ fn a_reload_moves_the_logs_and_changes_their_form() {
     let address = served.server.http();
     let read = |served: &Served, name: &str| std::fs::read_to_string(served.path(name)).unwrap_or_default();
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
-    wait_until("there is a line", || read(&served, "access").contains("GET /ok").then_some(()));
+    wait_until("the access log has a line", || read(&served, "access").contains("GET /ok").then_some(()));
 
     let moved = "log-file = 'DIR/log'\nlog-format = 'json'\naccess-log = 'DIR/other'\naccess-log-format = 'json'\n";
     served.reloaded(&format!("{HTTP}{moved}"));
@@ -165,26 +165,26 @@ fn a_reload_moves_the_logs_and_changes_their_form() {
     assert!(read(&served, "log").lines().all(|line| line.starts_with("{\"time\"")), "{}", read(&served, "log"));
     assert!(!served.server.log().contains("reload done"));
     // An old worker may answer the first requests.
-    wait_until("there is a line", || {
+    wait_until("the access log has a line", || {
         assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
         read(&served, "other").contains("\"target\":\"/ok\"").then_some(())
     });
     // The worker's own log lines are also written to the file.
     assert_eq!(http::get(&address, "/panic").unwrap().status, 500);
-    wait_until("it is there", || read(&served, "log").contains("/panic").then_some(()));
+    wait_until("the panic is logged to the file", || read(&served, "log").contains("/panic").then_some(()));
 
-    // After a rotation, both logs are still in the configured files.
+    // After a rotation, both logs are again written to the configured files.
     for name in ["log", "other"] {
         std::fs::rename(served.path(name), served.path(&format!("{name}.1"))).unwrap();
     }
     served.server.signal(Signal::SIGUSR1);
-    wait_until("the log is open again", || read(&served, "log").contains("log files reopened").then_some(()));
-    wait_until("the access log is open again", || {
+    wait_until("the log is reopened", || read(&served, "log").contains("log files reopened").then_some(()));
+    wait_until("the access log is reopened", || {
         assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
         read(&served, "other").contains("/ok").then_some(())
     });
 
-    // Back to standard error, at another level, and without an access log.
+    // Back to standard error, at a different level, and without an access log.
     served.reloaded(&format!("{HTTP}log-level = 'debug'\n"));
     served.server.wait_for("reload done gen=3");
     served.server.wait_for("worker exited");
@@ -212,12 +212,12 @@ fn a_reload_runs_another_command_and_refuses_one_that_is_not_there() {
     served.refused(&format!("{FASTCGI}command = ['/etc/passwd']\n"), &["not an executable file"]);
     let daemon = "daemon = ['d=no-such-program']\ncommand = ['sleep', '1002']\n";
     served.refused(&format!("{FASTCGI}{daemon}"), &["--daemon d", "no program of that name"]);
-    assert_eq!(served.server.children(), old, "nothing has changed");
+    assert_eq!(served.server.children(), old, "no process has changed");
 
     let said = served.reloaded(&format!("{FASTCGI}command = ['sleep', '1002']\n"));
     assert!(!said.contains("only after a restart"), "{said}");
     for pid in served.server.renewed(2, &old) {
-        wait_until("it is the new one", || (command_line(pid) == "sleep 1002").then_some(()));
+        wait_until("the process runs the new command", || (command_line(pid) == "sleep 1002").then_some(()));
     }
     served.server.stop();
 }
@@ -232,22 +232,28 @@ fn after_a_failed_reload_those_that_die_are_replaced_by_what_they_were() {
         &format!("{}{broken}", FASTCGI.replace("settle = '20ms'\n", "")),
         &["reload failed; the old workers stay: worker died ", " gen=2 "],
     );
-    assert_eq!(std::fs::metadata(served.path("a.sock")).unwrap().uid(), 0, "the file was given back");
+    assert_eq!(
+        std::fs::metadata(served.path("a.sock")).unwrap().uid(),
+        0,
+        "the socket file was given back to its owner"
+    );
     let victim = *old.first().unwrap();
     kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
     served.server.wait_for(&format!("pid={victim}"));
-    let replaced = wait_until("it is replaced", || {
+    let replaced = wait_until("the process is replaced", || {
         let children = served.server.children();
         (children.len() == 2 && !children.contains(&victim)).then_some(children)
     });
     for pid in replaced {
-        wait_until("it is as before", || (command_line(pid) == "sleep 1001" && user_of(pid) == Some(0)).then_some(()));
+        wait_until("the replacement has the old command and user", || {
+            (command_line(pid) == "sleep 1001" && user_of(pid) == Some(0)).then_some(())
+        });
     }
     assert!(!served.server.log().contains("daemon started"), "nor does anything else begin");
 
     served.reloaded(&format!("{FASTCGI}command = ['sleep', '1004']\n"));
     for pid in served.server.renewed(2, &old) {
-        wait_until("it is the new one", || (command_line(pid) == "sleep 1004").then_some(()));
+        wait_until("the process runs the new command", || (command_line(pid) == "sleep 1004").then_some(()));
     }
     served.server.stop();
 }

@@ -44,7 +44,7 @@ fn php_knows_its_slot_and_forks_no_children() {
     let children = server.workers();
     assert_eq!(children.len(), 2);
     let mut slots = BTreeSet::new();
-    // The kernel chooses which process answers, so the test stops one process to make the other one answer.
+    // The kernel chooses which process answers, so the test stops one process to make the other process answer.
     for (&pid, other) in children.iter().zip(children.iter().rev()) {
         common::stop(Pid::from_raw(*other));
         let environment = place.text("/pages.php?do=environment");
@@ -69,10 +69,10 @@ fn php_may_leave_after_some_requests() {
         let environment = place.ask("/pages.php?do=environment", b"");
         let environment = environment.unwrap_or_else(|error| panic!("request {index}: {error}"));
         let environment = String::from_utf8_lossy(environment.body()).into_owned();
-        let pid: i32 = value(&environment, "pid").and_then(|pid| pid.parse().ok()).expect("it says its pid");
+        let pid: i32 = value(&environment, "pid").and_then(|pid| pid.parse().ok()).expect("the page contains the pid");
         seen.insert(pid);
     }
-    // 200 requests at 20 per process, except that two processes have not reached the limit yet.
+    // 200 requests at 20 per process, except that two processes have not yet reached the limit.
     assert!(seen.len() >= 10, "{seen:?}");
     for _ in 0..8 {
         let line = server.wait_for("worker exited on its own");
@@ -86,7 +86,7 @@ fn php_may_leave_after_some_requests() {
     assert!(!server.log().contains("worker died"), "{}", server.log());
 }
 
-/// Requests are always in flight, so that the master never sees the processes idle.
+/// Requests are always in flight, so the master never observes an idle process.
 #[test]
 fn php_may_leave_however_busy_it_is() {
     let place = Place::new();
@@ -101,7 +101,7 @@ fn php_may_leave_however_busy_it_is() {
         };
         let clients: Vec<_> = (0..4).map(|_| scope.spawn(client)).collect();
         let clients_end = StopOnDrop(&over);
-        wait_until("the clients are done, or it fails", || {
+        wait_until("the clients have finished, or a request has failed", || {
             failing.store(server.log().contains("workers die before they are ready"), Ordering::Relaxed);
             (failing.load(Ordering::Relaxed) || clients.iter().all(|client| client.is_finished())).then_some(())
         });
@@ -115,7 +115,7 @@ fn php_may_leave_however_busy_it_is() {
     assert!(!failing.into_inner(), "{}", server.log());
     server.stop();
     let log = server.log();
-    // 800 requests at 20 per process, except that two processes have not reached the limit yet.
+    // 800 requests at 20 per process, except that two processes have not yet reached the limit.
     assert!(log.matches("worker exited on its own").count() >= 38, "{log}");
 }
 
@@ -166,10 +166,10 @@ fn a_program_inherits_what_it_should() {
     assert!(matches!(value(&environment, "FORKYARD_SLOT"), Some("0" | "1")), "{environment}");
     assert_eq!(value(&environment, "FORKYARD_GENERATION"), Some("1"));
     for pid in server.workers() {
-        // The program keeps the signal mask that it inherited, which must be empty.
-        wait_until("it blocks no signal", || (blocked_signals(pid)? == 0).then_some(()));
-        // The socket, standard output and standard error, and the segment; a connection may still be closing.
-        wait_until("it has four descriptors", || (descriptors_of(pid) == 4).then_some(()));
+        // The program keeps the signal mask that it has inherited, which must be empty.
+        wait_until("the program blocks no signal", || (blocked_signals(pid)? == 0).then_some(()));
+        // The descriptors are the socket, standard output and standard error, and the segment. A connection may still be closing.
+        wait_until("the program has four descriptors", || (descriptors_of(pid) == 4).then_some(()));
         let environment = std::fs::read_to_string(format!("/proc/{pid}/environ")).unwrap().replace('\0', "\n");
         let segment = value(&environment, "FORKYARD_SHM").expect("the descriptor of the segment");
         let segment = std::fs::read_link(format!("/proc/{pid}/fd/{segment}")).unwrap();
@@ -193,7 +193,7 @@ fn what_outlives_its_program_does_not_keep_the_cache_file() {
     let command = || place.run(&options, &[&script, &hello.to_string_lossy()]);
     let has_left = |&pid: &i32| getsid(Some(Pid::from_raw(pid))) == Ok(Pid::from_raw(pid));
     let survivors = |count| {
-        wait_until("each program has left something", || {
+        wait_until("each program has left a process behind", || {
             let pids = std::fs::read_to_string(&left).ok()?;
             let pids: Option<Vec<i32>> = pids.lines().map(|pid| pid.parse().ok()).collect();
             pids.filter(|pids| pids.len() == count)
@@ -209,7 +209,7 @@ fn what_outlives_its_program_does_not_keep_the_cache_file() {
     assert_eq!(std::fs::read_link(format!("/proc/{pid}/fd/{segment}")).unwrap(), file);
     let of_the_first = survivors(3);
     server.stop();
-    // A stop terminates the processes that a daemon has left behind.
+    // A stop kills the processes that a daemon has left behind.
     assert_eq!(of_the_first.iter().filter(|&&pid| !is_gone(pid)).count(), 2, "{}", server.log());
 
     let mut server = Server::start_command(&mut command());
@@ -217,7 +217,7 @@ fn what_outlives_its_program_does_not_keep_the_cache_file() {
     let (of_the_second, programs) = (survivors(6), server.workers());
     server.signal(Signal::SIGKILL);
     assert_eq!(server.wait_end(), None);
-    wait_until("they die with the master", || programs.iter().all(|&pid| is_gone(pid)).then_some(()));
+    wait_until("the programs die with the master", || programs.iter().all(|&pid| is_gone(pid)).then_some(()));
     assert!(of_the_second.iter().all(|&pid| !is_gone(pid)), "{of_the_second:?}");
 
     let mut server = Server::start_command(&mut command());
@@ -226,7 +226,7 @@ fn what_outlives_its_program_does_not_keep_the_cache_file() {
     server.stop();
 }
 
-/// The client is stopped, like a client whose output goes to a pager.
+/// The client is stopped, like a client whose output is piped to a pager.
 #[test]
 fn a_client_that_hangs_does_not_keep_the_cache_file() {
     let place = Place::new();
@@ -239,7 +239,9 @@ fn a_client_that_hangs_does_not_keep_the_cache_file() {
     let client = Helper::start(&mut client);
     let pid = Pid::from_raw(client.0.id().try_into().unwrap());
     let maps = format!("/proc/{pid}/maps");
-    wait_until("it uses the file", || std::fs::read_to_string(&maps).ok()?.contains(&*file).then_some(()));
+    wait_until("the client has mapped the file", || {
+        std::fs::read_to_string(&maps).ok()?.contains(&*file).then_some(())
+    });
     common::stop(pid);
     server.stop();
 
@@ -262,7 +264,7 @@ impl Drop for Killed<'_> {
     }
 }
 
-/// The signals that a process blocks, as a bit mask.
+/// Returns the signals that a process blocks, as a bit mask.
 fn blocked_signals(pid: i32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"))?;
@@ -283,10 +285,10 @@ fn a_killed_program_is_replaced() {
     }
     let line = server.wait_for("worker died");
     assert!(line.contains(&format!("pid={victim}")) && line.contains("signal=KILL"), "{line}");
-    let after = wait_until("there are two again", || {
+    let after = wait_until("there are two programs again", || {
         Some(server.workers()).filter(|all| all.len() == 2 && !all.contains(&victim))
     });
-    assert_eq!(before.intersection(&after).count(), 1, "the other one of {before:?} lives: {after:?}");
+    assert_eq!(before.intersection(&after).count(), 1, "the other program of {before:?} is still running: {after:?}");
     server.stop();
 }
 
@@ -301,7 +303,7 @@ fn the_log_says_how_a_program_died() {
         assert!(line.contains("signal=ABRT") && line.contains("WARN"), "{line}");
         assert_eq!(place.text("/hello"), "Hello, world\n");
     }
-    wait_until("there are two again", || (server.workers().len() == 2).then_some(()));
+    wait_until("there are two programs again", || (server.workers().len() == 2).then_some(()));
     server.stop();
 }
 
@@ -322,7 +324,7 @@ fn reload_under_load(place: &Place, server: &mut Server, target: &str) -> usize 
         };
         let clients_end = StopOnDrop(&done);
         let clients = [scope.spawn(client), scope.spawn(client)];
-        wait_until("requests come", || {
+        wait_until("requests are answered", || {
             (answered.load(Ordering::Relaxed) >= 20 || clients.iter().any(|client| client.is_finished())).then_some(())
         });
         server.signal(Signal::SIGHUP);
@@ -330,7 +332,7 @@ fn reload_under_load(place: &Place, server: &mut Server, target: &str) -> usize 
         server.renewed(2, &before);
         let until = answered.load(Ordering::Relaxed) + 20;
         let more = || answered.load(Ordering::Relaxed) >= until || clients.iter().any(|client| client.is_finished());
-        wait_until("requests still come", || more().then_some(()));
+        wait_until("requests are still answered", || more().then_some(()));
         drop(clients_end);
         clients.into_iter().filter_map(|client| client.join().unwrap().err()).collect::<Vec<_>>()
     });
@@ -351,7 +353,7 @@ fn a_reload_replaces_all_and_loses_no_request() {
 #[test]
 fn a_reload_of_php_loses_no_request() {
     let place = Place::new();
-    // Without this variable php-cgi exits after 500 requests, with or without a reload.
+    // Without this variable php-cgi exits after 500 requests, even without a reload.
     let mut server = place.start_php(&[], &[("PHP_FCGI_MAX_REQUESTS", "0")]);
     assert!(reload_under_load(&place, &mut server, "/pages.php?do=add&a=1&b=2") >= 40);
     assert_eq!(value(&place.text("/pages.php?do=environment"), "FORKYARD_GENERATION"), Some("2"));
@@ -379,11 +381,11 @@ fn no_program_outlives_its_master() {
     let pids = server.workers();
     assert_eq!(pids.len(), 2);
     server.signal(Signal::SIGKILL);
-    assert_eq!(server.wait_end(), None, "a signal ended it");
+    assert_eq!(server.wait_end(), None, "the master was killed by a signal");
     for pid in pids {
         wait_until("the program is gone", || is_gone(pid).then_some(()));
     }
-    assert!(place.socket().exists(), "nobody was left to remove it");
+    assert!(place.socket().exists(), "no process was left to remove the socket");
     let mut next = place.start_hello(&[]);
     assert_eq!(place.text("/hello"), "Hello, world\n");
     next.stop();
@@ -412,7 +414,7 @@ fn a_program_that_cannot_run_is_named() {
         let (status, error) = failure(&mut place.run(&[], &[command]));
         assert_eq!(status, Some(1), "{error}");
         assert!(error.contains(said) && error.starts_with("forkyard: "), "{error}");
-        assert!(!place.socket().exists(), "no socket is left of {command}");
+        assert!(!place.socket().exists(), "{command} leaves no socket behind");
     }
 }
 
@@ -442,14 +444,14 @@ fn a_program_that_dies_at_once_is_tried_ever_more_rarely() {
     server.stop();
     assert!(!place.socket().exists());
     let log = server.log();
-    // Two at the start, then one at a time. Deaths after the last awaited line are not counted.
+    // Two processes at startup, then one at a time. Deaths after the last awaited line are not counted.
     let until_then = log.split(" failures=4 ").next().unwrap();
     let died = until_then.lines().filter(|line| line.contains("worker died") && line.contains("status=1")).count();
     assert!((4..=6).contains(&died), "{log}");
     assert!(!log.contains("ready in "), "{log}");
 }
 
-/// Each process leaves two orphans: one that exits at once, and one that exits when the test asks it to.
+/// Each process leaves two orphans: one that exits immediately, and one that exits when the test requests it.
 #[test]
 fn an_orphan_of_a_program_is_reaped() {
     let place = Place::new();
@@ -501,7 +503,7 @@ fn a_program_that_does_not_want_to_leave_is_killed() {
     assert!(!place.socket().exists());
 }
 
-/// The children of a wrapper script hold the listening socket too, so they would keep accepting connections alongside the replacement.
+/// The children of a wrapper script also hold the listening socket, so they would keep accepting connections alongside the replacement.
 #[test]
 fn what_a_wrapper_started_goes_with_it() {
     let place = Place::new();
@@ -509,18 +511,19 @@ fn what_a_wrapper_started_goes_with_it() {
     let run = ["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--", "sh", "-c", "sleep 600 & wait"];
     let mut server = Server::start("forkyard", &run);
     let family = |wrapper: i32| {
-        wait_until("the wrapper has started something", || children_of(Pid::from_raw(wrapper)).first().copied())
+        wait_until("the wrapper has started a child", || children_of(Pid::from_raw(wrapper)).first().copied())
     };
     let gone = |pid: i32| {
-        wait_until("it is gone", || is_gone(pid).then_some(()));
+        wait_until("the process is gone", || is_gone(pid).then_some(()));
     };
     let wrapper = *server.workers().first().unwrap();
     let started = family(wrapper);
     kill(Pid::from_raw(wrapper), Signal::SIGKILL).unwrap();
     server.wait_for("worker died");
     gone(started);
-    let next =
-        wait_until("it is replaced", || server.workers().into_iter().find(|&pid| pid != wrapper && pid != started));
+    let next = wait_until("the wrapper is replaced", || {
+        server.workers().into_iter().find(|&pid| pid != wrapper && pid != started)
+    });
     let started = family(next);
     server.stop();
     gone(started);

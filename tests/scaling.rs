@@ -20,7 +20,7 @@ fn crashy(arguments: &[&str]) -> Server {
 }
 
 fn has(server: &Server, count: usize) -> BTreeSet<i32> {
-    wait_until("there are as many", || Some(server.workers()).filter(|children| children.len() == count))
+    wait_until("the number of workers is reached", || Some(server.workers()).filter(|children| children.len() == count))
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn programs_are_scaled_by_whether_they_wait_for_connections() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("a.sock");
     let bind = format!("fastcgi:unix:{}", socket.display());
-    // The program accepts nothing, and has no connection, so the demand shows in the kernel's accept queue.
+    // The program accepts nothing and has no connection, so the demand appears in the kernel's accept queue.
     let mut server = Server::start_command(Command::new(program("forkyard")).args([
         "run",
         "--bind",

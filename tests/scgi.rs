@@ -27,7 +27,7 @@ fn start(arguments: &[&str]) -> Fixture {
     let socket = format!("scgi:unix:{}", directory.path().join("a.sock").display());
     let binds = ["--bind", &socket, "--bind", "scgi:127.0.0.1:0", "--workers", "1", "--log-level", "debug"];
     let server = Server::start("crashy", &[&binds, arguments].concat());
-    assert_eq!(server.binds[0], socket, "as the banner has it");
+    assert_eq!(server.binds[0], socket, "the banner shows the socket");
     Fixture { server, _folder: directory }
 }
 
@@ -163,7 +163,7 @@ fn limits_and_nonsense_have_answers() {
     fixture.end();
 }
 
-/// By a reset, a web server detects that a response without a length is incomplete.
+/// Expects a reset. A reset is how a web server detects that a response without a length is incomplete.
 fn expect_reset(client: &mut Client, what: &str) {
     let mut bytes = Vec::new();
     let error = client.stream.read_to_end(&mut bytes).expect_err(what);
@@ -196,7 +196,7 @@ fn a_worker_that_dies_resets_its_connections() {
         }
     }
     for client in fixture.clients() {
-        assert_eq!(client.request("GET", "/ok", b"").unwrap().text(), "ok\n", "by the next worker");
+        assert_eq!(client.request("GET", "/ok", b"").unwrap().text(), "ok\n", "the next worker answers");
     }
 }
 
@@ -205,14 +205,14 @@ fn when_the_client_leaves_its_request_is_dropped() {
     let mut fixture = start(&[]);
     for mut client in fixture.clients() {
         client.stream.write_all(&request("GET", "/slow/600000", b"")).unwrap();
-        // The start of the request cannot be observed, but a later request is answered only after it has started.
+        // The test cannot observe when the request starts, but a later request is answered only after it has started.
         for other in fixture.clients() {
             other.request("GET", "/ok", b"").unwrap();
         }
         drop(client);
         fixture.server.wait_for("the peer disconnected before it had received its response");
     }
-    // No request is in flight, so the drain completes at once.
+    // No request is in flight, so the drain completes immediately.
     fixture.end();
 }
 
@@ -222,13 +222,13 @@ fn a_body_that_is_cut_is_an_error_to_the_application() {
     for mut client in fixture.clients() {
         client.stream.write_all(&[&head("POST", "/count", "10")[..], b"12345"].concat()).unwrap();
         client.end_writing().unwrap();
-        assert_eq!(client.response().unwrap().text(), "5\n", "it counts up to the error");
+        assert_eq!(client.response().unwrap().text(), "5\n", "the example counts up to the error");
     }
     for mut client in fixture.clients() {
         client.stream.write_all(&[&head("POST", "/echo", "10")[..], b"12345"].concat()).unwrap();
         client.end_writing().unwrap();
         let mut bytes = Vec::new();
-        let _ = client.stream.read_to_end(&mut bytes); // the kernel decides whether the break appears as a reset or as an end
+        let _ = client.stream.read_to_end(&mut bytes); // depending on the kernel, the break appears as a reset or as an end
         assert!(!bytes.ends_with(b"\r\n\r\n1234512345"));
     }
     fixture.server.wait_for("refused requests: an incomplete or malformed body status=400 protocol=scgi");
@@ -254,12 +254,12 @@ fn a_drain_finishes_what_has_begun() {
     drop(idle);
 }
 
-/// The error must not be a timeout of the client itself.
+/// Checks that the error is not a timeout of the client itself.
 fn expect_an_end(error: &io::Error) {
     assert!(!matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "{error}");
 }
 
-/// Checks that apply to every web server. `address` is that of the web server in front of `server`.
+/// Runs the checks that apply to every web server. `address` is the address of the web server in front of `server`.
 fn check_front(address: &str, server: &Server) {
     assert_eq!(http::get(address, "/ok").unwrap().text(), "ok\n");
     assert_eq!(http::get(address, "/panic").unwrap().status, 500);
@@ -271,7 +271,9 @@ fn check_front(address: &str, server: &Server) {
     assert_eq!((head.status, head.header("content-length")), (200, Some("3")));
 
     match http::get(address, "/break") {
-        Ok(response) => assert!(response.status >= 500, "taken for whole: {response:?}"),
+        Ok(response) => {
+            assert!(response.status >= 500, "an incomplete response was accepted as complete: {response:?}")
+        }
         Err(error) => expect_an_end(&error),
     }
     let mut client = http::Client::connect(address).unwrap();
@@ -283,7 +285,7 @@ fn check_front(address: &str, server: &Server) {
     if let Err(error) = client.stream.read_to_end(&mut rest) {
         expect_an_end(&error);
     }
-    assert!(!rest.ends_with(b"0\r\n\r\n"), "a response whose worker died is taken for whole");
+    assert!(!rest.ends_with(b"0\r\n\r\n"), "a response whose worker died was accepted as complete");
     wait_until("the next worker serves", || http::get(address, "/ok").ok().filter(|response| response.status == 200));
 }
 
