@@ -1,5 +1,5 @@
-//! Shared memory that another process has overwritten, or whose file it has truncated: the server keeps running, logs the damage once, and
-//! a reload creates new memory.
+//! Shared memory that another process has overwritten, or whose file it has truncated. The server keeps running and logs the damage once,
+//! and a reload creates new memory.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -49,7 +49,7 @@ impl Scribbled {
         }
     }
 
-    /// The shared memory of the server's current generation.
+    /// Returns the shared memory of the server's current generation.
     fn memory(&self) -> File {
         let directory = format!("/proc/{}/fd", self.server.pid());
         let is_memory =
@@ -77,7 +77,7 @@ impl Scribbled {
         let said = [&output.stdout[..], &output.stderr].concat();
         let said = String::from_utf8_lossy(&said).into_owned();
         assert!(output.status.success(), "{said}\n{}", self.server.log());
-        wait_until("the old processes leave", || old.iter().all(|&pid| is_gone(pid)).then_some(()));
+        wait_until("the old processes exit", || old.iter().all(|&pid| is_gone(pid)).then_some(()));
         said
     }
 }
@@ -89,7 +89,7 @@ fn memory_that_is_written_over_is_told_once_and_a_reload_replaces_it() {
         let address = site.server.http();
         let page = || http::get(&address, "/page/1").unwrap();
         let first = page().text();
-        assert!(page().text() == first, "it is cached");
+        assert!(page().text() == first, "the page is cached");
         let memory = site.memory();
         site.scribble(&memory, with);
         let line = site.server.wait_for("the shared memory is damaged");
@@ -102,11 +102,11 @@ fn memory_that_is_written_over_is_told_once_and_a_reload_replaces_it() {
         let said = site.reload();
         assert!(said.contains("replaced the damaged shared memory"), "{with}: {said}");
         let first = page().text();
-        assert!((0..8).all(|_| page().text() == first), "{with}: it is cached again, for both workers");
+        assert!((0..8).all(|_| page().text() == first), "{with}: the page is cached again, for both workers");
         assert!(site.ask(&["cache", "stats"]).status.success() && site.ask(&["events", "ls"]).status.success());
         let said = site.reload();
-        assert!(!said.contains("memory"), "sound memory stays: {said}");
-        assert!(page().text() == first, "and the cache in it");
+        assert!(!said.contains("memory"), "undamaged memory is kept: {said}");
+        assert!(page().text() == first, "the cache is kept with the memory");
         site.server.stop();
         assert_eq!(site.server.log().matches("the shared memory is damaged").count(), 1, "{}", site.server.log());
     }
@@ -182,7 +182,7 @@ fn a_truncated_cache_file_ends_neither_worker_nor_master_nor_a_request() {
             for client in 0..4 {
                 let (status, is_over) = (&status, &is_over);
                 scope.spawn(move || {
-                    // A thousand keys, in all shards of the cache.
+                    // The thousand keys are in all shards of the cache.
                     for number in (0..1000).cycle().skip(client * 250).take_while(|_| !is_over.load(Ordering::SeqCst)) {
                         let outcome = status(number);
                         assert!(matches!(outcome, Ok(200)), "{how}: page {number}: {outcome:?}");
@@ -195,11 +195,14 @@ fn a_truncated_cache_file_ends_neither_worker_nor_master_nor_a_request() {
             (0..100).for_each(|number| assert_eq!(status(number).unwrap(), 200, "{how}"));
             workers
         });
-        assert_eq!(site.server.children(), workers, "{how}: nobody has died\n{}", site.server.log());
+        assert_eq!(site.server.children(), workers, "{how}: no worker has died\n{}", site.server.log());
         let said = site.reload();
         assert!(said.contains("replaced the damaged shared memory"), "{how}: {said}");
         let first = http::get(&address, "/page/1").unwrap().text();
-        assert!((0..8).all(|_| http::get(&address, "/page/1").unwrap().text() == first), "{how}: it is cached again");
+        assert!(
+            (0..8).all(|_| http::get(&address, "/page/1").unwrap().text() == first),
+            "{how}: the page is cached again"
+        );
         site.server.stop();
         let log = site.server.log();
         assert!(!log.contains("signal=") && !log.contains("the next start may drop its content"), "{how}: {log}");
@@ -233,7 +236,7 @@ fn a_truncated_file_with_an_event_log_ends_neither_relay_nor_those_who_follow_th
     send();
     site.server.wait_for("its file was truncated");
     site.server.logged("event not published: the file of the shared memory was truncated");
-    assert!(tail.0.try_wait().unwrap().is_none(), "it waits");
+    assert!(tail.0.try_wait().unwrap().is_none(), "the tail is still waiting");
     assert_eq!(site.server.children(), children, "{}", site.server.log());
     site.reload();
     assert_eq!(publish(), 200);

@@ -1,4 +1,4 @@
-//! Settings: all errors are reported in full, with a remedy, before anything is started.
+//! Settings: all errors are reported together, each with a remedy, before any process is started.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -36,7 +36,7 @@ fn check(name: &str, directory: &tempfile::TempDir, text: &str) -> Output {
     Command::new(program(name)).args(["check", "--config"]).arg(path).output_in_time().unwrap()
 }
 
-/// The flags of a command, from its help.
+/// Returns the flags of a command, from its help.
 fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
     let help = run(name, &[arguments, &["--help"]].concat());
     let help = String::from_utf8(help.stdout).unwrap();
@@ -53,7 +53,7 @@ fn a_log_level_that_there_is_not_is_refused_with_those_that_there_are() {
         complained(&run("hello", &["--log-level", level]), 2, &["--log-level", levels, hint]);
         complained(&run("hello", &["check", "--log-level", level]), 1, &["--log-level", levels, hint]);
     }
-    // A level for one module does not silence the others.
+    // A level for one module does not silence the other modules.
     let mut server =
         Server::start("crashy", &["--bind", "http:127.0.0.1:0", "--workers", "1", "--log-level", "hyper=debug"]);
     server.signal(nix::sys::signal::Signal::SIGHUP);
@@ -127,13 +127,13 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
         "--daemon and --cron: the name 'a' is used twice",
     ];
     complained(&check("hello", &directory, text), 1, &words);
-    // Programs of sidecars with distinct names are looked up. With a duplicate name, none is looked up.
+    // The programs of sidecars with distinct names are looked up. If a name is used twice, none of the programs is looked up.
     let text = "bind = 'fastcgi:127.0.0.1:0'\nworkers = 'many'\ncommand = ['no-such-program']\n\
         daemon = ['a=no-such-a', 'b=no-such-b']\ncron = ['c=@daily=no-such-c']\n";
     let words = ["'workers': 'many'", "no-such-program", "--daemon a: ", "--daemon b: ", "--cron c: "];
     complained(&check("forkyard", &directory, text), 1, &words);
 
-    // A value that cannot be parsed does not cause further errors.
+    // A value that cannot be parsed does not cause any further errors.
     let said = complained(
         &check("forkyard", &directory, "bind = 'gopher:1'\ncommand = 'sleep 1'\n"),
         1,
@@ -141,7 +141,7 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
     );
     assert!(!said.contains("needs an address to listen on") && !said.contains("no program to run"), "{said}");
 
-    // Errors in flags and variables are reported together with those of the file.
+    // Errors in flags and variables are reported together with the errors in the file.
     let path = file(&directory, "queue = 'x'\ncache-file = '/no-such-directory/cache'\n");
     let output = Command::new(program("hello"))
         .args(["check", "--workers", "many", "--idle-timeout=soon", "--workers", "few", "--config"])
@@ -157,7 +157,7 @@ fn check_finds_all_that_a_start_would_find_one_after_the_other() {
     assert_eq!(said.matches("--workers").count(), 1, "{said}");
 }
 
-/// Each setting that takes a file, as the arguments that set it to this path.
+/// Returns each setting that takes a file, as the arguments that set it to this path.
 fn settings_of_files(path: &str) -> [(&'static str, Vec<String>); 7] {
     let with = |flag: &'static str| (flag, ["--bind", "http:127.0.0.1:0", flag, path].map(ToOwned::to_owned).to_vec());
     [
@@ -209,7 +209,7 @@ fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
                 complained(&checked, 0, &[]);
                 continue;
             }
-            // A setting follows a link if it opens the file. If it creates the file, the link itself is in the way.
+            // A setting that opens an existing file follows a link. For a setting that creates the file, the link itself is in the way.
             let cause = match flag {
                 _ if !path.ends_with("/loop") || LINKS.contains(&flag) => cause,
                 "--pid-file" => "it is a symbolic link, not a pid file",
@@ -222,7 +222,7 @@ fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
             assert_eq!(start.trim_end().replacen("forkyard: ", "forkyard: error: ", 1), lines[0]);
         }
     }
-    // Problems that depend on the moment of the start are only warnings in `check`.
+    // Problems that may disappear before startup are only warnings in `check`.
     for flag in ["--log-file", "--access-log"] {
         let fifo = at("fifo");
         let output = run("hello", &["check", "--user", "root", "--bind", "http:127.0.0.1:0", flag, &fifo]);
@@ -282,7 +282,7 @@ fn a_list_that_is_not_closed_is_one_mistake_with_its_place() {
         "{said}"
     );
     assert!(lines[2..].iter().all(|line| !line.contains("forkyard.toml")), "{said}");
-    // The same applies if the list is closed later, or never.
+    // The error is the same if the list is closed later, or never.
     for (text, place) in [
         ("bind = ['http:127.0.0.1:0'\nallow = ['unix']\n", "before line 2"),
         ("bind = ['http:127.0.0.1:0'\n", "at the end"),
@@ -308,7 +308,7 @@ fn flags_that_run_has_not_are_refused_with_the_reason_and_named_in_the_documenta
     let settings: String = missing.iter().map(|flag| format!("{flag} = 1\n")).collect();
     let of_file = complained(&check("forkyard", &directory, &settings), 1, &[]);
     let document = include_str!("../docs/operations.md");
-    let table = document.split("## Flags that `forkyard run` lacks").nth(1).expect("it has that section");
+    let table = document.split("## Flags that `forkyard run` lacks").nth(1).expect("the document has this section");
     let cells = table.lines().filter_map(|line| line.strip_prefix("| `--")?.split(" | ").next());
     let named: BTreeSet<&str> =
         cells.flat_map(|cell| cell.split(['`', ',', ' '])).filter(|word| !word.is_empty()).collect();
@@ -316,12 +316,15 @@ fn flags_that_run_has_not_are_refused_with_the_reason_and_named_in_the_documenta
     for flag in &missing {
         assert!(said.contains(&format!("--{flag} is not available here: ")), "{flag}: {said}");
         assert!(of_file.contains(&format!("'{flag}' is not available here: ")), "{flag}: {of_file}");
-        assert!(named.contains(flag.as_str()), "docs/operations.md does not name --{flag} among what run lacks");
+        assert!(
+            named.contains(flag.as_str()),
+            "docs/operations.md does not list --{flag} among the flags that run lacks"
+        );
     }
     assert!(!said.contains("tip:"), "{said}");
     let named: Vec<&str> = named.into_iter().filter(|flag| !missing.iter().any(|missing| missing == flag)).collect();
-    assert!(named.is_empty(), "run has these: {named:?}");
-    // The same for a flag without its value, and for flags that only `run` has.
+    assert!(named.is_empty(), "run has these flags: {named:?}");
+    // The error is the same for a flag without its value, and for flags that only `run` has.
     complained(
         &run("forkyard", &["run", "--slow-request", "--", "cat"]),
         2,
@@ -370,7 +373,7 @@ fn what_was_probably_meant_is_said() {
         assert_eq!(said.matches("tip:").count(), 1, "{said}");
     }
     complained(&run("hello", &["run", "--", "cat"]), 2, &["'forkyard run' runs a program"]);
-    // A request to purge or release nothing.
+    // These commands would purge or release nothing.
     for what in [&[][..], &["--tag", ""], &["--prefix", ""], &[""]] {
         let said = run("hello", &[&["cache", "purge", "--control", "/x"], what].concat());
         complained(&said, 2, if what.is_empty() { &["--tag", "--prefix", "'cache clear'"] } else { &["for '"] });
@@ -394,7 +397,7 @@ fn an_application_that_runs_as_root_unasked_is_warned_of() {
         server.stop();
         server.log()
     };
-    assert!(nix::unistd::geteuid().is_root(), "this test has to run as root");
+    assert!(nix::unistd::geteuid().is_root(), "run this test as root");
     for name in ["hello", "forkyard"] {
         assert!(start(name, &[]).contains(WARNING), "{name}");
         for user in [&["--user", "root"][..], &["--user", "4711", "--group", "4711"]] {
@@ -454,7 +457,7 @@ fn settings_that_name_one_place_are_all_named_by_check_and_by_a_start_that_makes
     std::fs::remove_file(at("real/log")).unwrap();
     assert_eq!(before().collect::<Vec<_>>(), ["forkyard.toml", "link", "real"]);
 
-    // A log file that another setting also names is not created, and an existing one is left unchanged.
+    // If another setting has the same path as the log file, a new log file is not created, and an existing file is left unchanged.
     let text = format!("bind = 'fastcgi:unix:{}'\nlog-file = '{}'\n", at("real/x"), at("link/x"));
     complained(&start(&text), 1, &["name the same file"]);
     assert_eq!(before().collect::<Vec<_>>(), ["forkyard.toml", "link", "real"]);
@@ -506,7 +509,7 @@ fn check_finds_that_a_file_system_is_full_and_leaves_nothing_on_it() {
     assert!(nix::unistd::geteuid().is_root(), "this test mounts file systems: run it as root");
     let check = |options: &str, full: bool, arguments: &[&str]| {
         let fill = if full { "head -c 1M /dev/zero > /mnt/fill 2>/dev/null;" } else { "" };
-        // The list at the end shows whether a file is left.
+        // The listing at the end shows whether a file is left behind.
         let script = format!(
             "mount -t tmpfs -o {options} tmpfs /mnt && {fill} ls -A /mnt >&2; \"$0\" \"$@\"; code=$?; ls -A /mnt >&2; exit $code"
         );
@@ -596,7 +599,7 @@ fn each_flag_that_takes_zero_says_in_its_help_what_that_does() {
         for (flag, text) in helps {
             let is_refused = said.lines().any(|line| line.starts_with(&format!("forkyard: error: --{flag}: ")));
             let is_told = text.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word == "0");
-            assert!(is_refused || is_told, "{name} --{flag} takes 0, and its help does not say what that does:{text}");
+            assert!(is_refused || is_told, "{name} --{flag} takes 0, and its help does not explain 0:{text}");
         }
     }
 }

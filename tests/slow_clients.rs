@@ -1,4 +1,4 @@
-//! Slow clients: thousands of them use few resources and do not delay other clients, and each is disconnected after its timeout.
+//! Slow clients: thousands of slow clients use few resources and do not delay other clients, and each is disconnected after its timeout.
 
 #![allow(
     clippy::unwrap_used,
@@ -16,16 +16,16 @@ use common::raw::{self, ALL, Protocol};
 use common::{Server, status_number, wait_until};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// The interval between two bytes of a slow client.
+/// Interval between two bytes of a slow client.
 const PACE: Duration = Duration::from_secs(1);
-/// The duration of the measurement, in seconds.
+/// Duration of the measurement, in seconds.
 const ROUNDS: usize = 5;
 
-/// The number of clients that the limits of this machine allow, up to 10,000.
+/// Returns the number of clients that the limits of this machine allow, up to 10,000.
 fn clients() -> usize {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(1 << 16), hard).unwrap();
-    // One worker may get all clients, and it also needs descriptors for itself.
+    // One worker may accept all clients, and it also needs descriptors for itself.
     let clients = usize::try_from(hard).unwrap_or(usize::MAX).saturating_sub(100).min(10_000);
     assert!(clients >= 4000, "the hard limit of descriptors is {hard}, and this test needs 4100 (ulimit -Hn)");
     clients
@@ -35,10 +35,10 @@ fn memory(server: &Server) -> u64 {
     server.workers().into_iter().map(|worker| status_number(worker, "VmRSS").unwrap()).sum()
 }
 
-/// Thousands of slow clients, each of which has sent `begun`, send a byte per second. Checks the memory per client, in KiB.
+/// Each of thousands of slow clients sends `begun`, and then a byte per second. Checks the memory per client, in KiB.
 fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
     let most = clients();
-    // Opening this many connections can take longer than the timeout for a head.
+    // It may take longer than the timeout for a head to open this many connections.
     let never = ["--idle-timeout", "1h", "--header-timeout", "1h", "--body-timeout", "1h"];
     let most_of_each = most.to_string();
     let arguments = ["--bind", bind, "--workers", "2", "--max-connections", &most_of_each];
@@ -77,8 +77,10 @@ fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
         served
     });
     let grown = memory(&server) - before;
-    eprintln!("{protocol:?}, {what}: {most} connections, {grown} KiB, meanwhile {served} requests of others");
-    // Measured for heads and bodies: 21 and 16 KiB with HTTP, mostly hyper's buffers; 5 and 6 KiB with FastCGI.
+    eprintln!(
+        "{protocol:?}, {what}: {most} connections, {grown} KiB, {served} requests from other clients at the same time"
+    );
+    // Measured for heads and bodies: 21 and 16 KiB over HTTP, mostly hyper's buffers; 5 and 6 KiB over FastCGI.
     let most_each = if protocol == Protocol::Http { 24 } else { 8 };
     assert!(grown < most_each * most as u64, "{protocol:?}, {what}: {grown} KiB for {most} connections");
     for stream in &mut slow {
@@ -119,7 +121,7 @@ fn trickle(mut stream: UnixStream) -> Vec<u8> {
     let mut all = Vec::new();
     stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     loop {
-        assert!(began.elapsed() < common::PATIENCE, "it is never cut off");
+        assert!(began.elapsed() < common::PATIENCE, "the client was never disconnected");
         let gone = stream.write_all(b"x").is_err();
         let mut piece = [0; 4096];
         match stream.read(&mut piece) {
@@ -149,7 +151,7 @@ fn a_head_that_trickles_is_cut_off() {
         let text = String::from_utf8_lossy(&came);
         match protocol {
             Protocol::Http => assert_eq!(raw::status(&came), Some(408), "{text}"),
-            // There is no request yet to which the server could respond.
+            // The server cannot respond, because it has no request yet.
             _ => assert!(came.is_empty(), "{protocol:?}: {text}"),
         }
         wait_for_cut(&server, "connection: the client sent a request head too slowly");
@@ -197,7 +199,7 @@ fn who_reads_nothing_is_cut_off() {
     }
 }
 
-/// The application has finished, and the rest of the response waits in the connection, which therefore is not idle.
+/// The application has finished, and the rest of the response waits in the connection, which is therefore not idle.
 #[test]
 fn who_reads_slowly_but_steadily_gets_all() {
     const LENGTH: usize = 16 << 20;
@@ -208,9 +210,9 @@ fn who_reads_slowly_but_steadily_gets_all() {
         let (mut count, mut piece) = (0, vec![0; 64 << 10]);
         while count < LENGTH {
             let read = stream.read(&mut piece).unwrap();
-            assert!(read > 0, "{protocol:?}: {count} bytes came of {LENGTH}");
+            assert!(read > 0, "{protocol:?}: {count} of {LENGTH} bytes arrived");
             count += read;
-            // The pause makes the whole body take about four seconds. The kernel's buffers hold little of it.
+            // With this pause the whole body takes about four seconds. The kernel's buffers hold little of the body.
             std::thread::sleep(Duration::from_micros(15 * read as u64 / 64));
         }
         server.stop();
@@ -240,7 +242,7 @@ fn who_asks_for_nothing_is_cut_off() {
             assert_eq!(raw::status(&rest), None, "{protocol:?}");
         }
         let cut = || server.log().matches("cut off a connection: it was idle (--idle-timeout)").count();
-        wait_until("all were cut off for that", || (cut() == count).then_some(()));
+        wait_until("all clients were disconnected for this reason", || (cut() == count).then_some(()));
         server.stop();
     }
 }

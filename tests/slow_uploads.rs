@@ -1,4 +1,4 @@
-//! A stalled upload fails, and does not affect any other request.
+//! A stalled upload fails, and affects no other request.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -21,7 +21,7 @@ fn start(protocol: Protocol) -> (Server, tempfile::TempDir) {
     (protocol.start("scenarios", &arguments), directory)
 }
 
-/// The status of each request in the access log of a server that has stopped.
+/// Returns the status of each request in the access log of a server that has stopped.
 fn statuses(directory: &tempfile::TempDir) -> BTreeMap<String, String> {
     let lines = std::fs::read_to_string(directory.path().join("access.log")).unwrap();
     let fields = |line: &str| {
@@ -32,7 +32,7 @@ fn statuses(directory: &tempfile::TempDir) -> BTreeMap<String, String> {
     lines.lines().map(|line| fields(line).unwrap_or_else(|| panic!("{line}"))).collect()
 }
 
-/// A target whose request blocks until the returned stream is dropped.
+/// Returns a target whose request blocks until the returned stream is dropped.
 fn gate() -> (String, impl FnOnce() -> TcpStream) {
     let gate = TcpListener::bind("127.0.0.1:0").unwrap();
     let target = format!("/gate/{}", gate.local_addr().unwrap().port());
@@ -88,7 +88,7 @@ fn uploads_that_wait_for_a_thread_leave_room_for_the_one_that_is_read() {
     let mut server = Protocol::Http.start("holds", &["--workers", "1", "--threads", "1"]);
     let mut client = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
     let update = client.next(http2::WINDOW_UPDATE).unwrap();
-    assert_eq!(update.stream, 0, "the connection's");
+    assert_eq!(update.stream, 0, "the window update is for the connection");
     let mut window = 65_535 + u32::from_be_bytes(update.payload.try_into().unwrap());
     client.send(&http2::head(1, 0, "POST", "/count", &[])).unwrap();
     // All data that the server's window allows, except for one byte.
@@ -105,7 +105,7 @@ fn uploads_that_wait_for_a_thread_leave_room_for_the_one_that_is_read() {
     }
     let mut seen = Vec::new();
     for &stream in [1].iter().chain(&waiting) {
-        assert!(window > 1, "the client can send nothing to the function that reads");
+        assert!(window > 1, "the client cannot send data to the function that reads");
         client.send(&http2::frame(http2::DATA, http2::END_STREAM, stream, b"")).unwrap();
         seen.push(client.next(http2::HEADERS).unwrap());
     }
@@ -168,9 +168,9 @@ fn an_idle_http2_connection_is_told_that_it_ends() {
     assert!(idle.next(http2::HEADERS).unwrap().payload.starts_with(http2::status(200)));
     let goaway = idle.next(http2::GOAWAY).unwrap();
     assert_eq!(goaway.payload[4..8], [0; 4], "NO_ERROR");
-    // PINGs are answered until the connection closes.
+    // The client answers PINGs until the connection closes.
     assert_eq!(idle.next(http2::DATA + 100).unwrap_err().kind(), ErrorKind::UnexpectedEof);
-    // A connection whose client does not process the GOAWAY is closed as well.
+    // A connection whose client does not process the GOAWAY is closed too.
     let mut deaf = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
     while deaf.frame().is_ok() {}
     server.stop();

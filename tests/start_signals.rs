@@ -1,5 +1,5 @@
-//! Each documented signal at many moments between the start of the program and its exit, also with the server as process 1: the signal has
-//! its documented effect, and no file is left behind.
+//! Each documented signal at many moments between the start of the program and its exit, with and without the server as process 1. The
+//! signal has its documented effect, and no file is left behind.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -21,7 +21,7 @@ use nix::unistd::{Pid, mkfifo};
 use tempfile::TempDir;
 
 const ENDS: [Signal; 3] = [SIGTERM, SIGINT, SIGQUIT];
-/// The log line that shows the effect of each other signal.
+/// The log line that shows the effect of each signal that does not stop the server.
 const MEANINGS: [(Signal, &str); 5] = [
     (SIGHUP, "reload done"),
     (SIGUSR1, "log files reopened"),
@@ -30,7 +30,7 @@ const MEANINGS: [(Signal, &str); 5] = [
     (SIGTTOU, "it is at its limit"),
 ];
 
-/// The files of a server, and the FIFOs that hold it up.
+/// The files of a server, and the FIFOs that make it wait.
 struct Place {
     directory: TempDir,
     as_pid_1: bool,
@@ -88,7 +88,7 @@ impl Place {
         wait_until(stage, || options.open(self.path("stages").join(stage)).ok())
     }
 
-    /// Releases the process that is held at this stage, and lets later ones pass.
+    /// Releases the process that is held at this stage, and lets later processes pass.
     fn release(&self, stage: &str, held: File) {
         std::fs::remove_file(self.path("stages").join(stage)).unwrap();
         drop(held);
@@ -99,9 +99,9 @@ impl Place {
         let launched = server.pid();
         let master = if self.as_pid_1 {
             let child = wait_until("unshare has forked", || children_of(launched).first().copied());
-            // The process that unshare forks executes the program a little later.
+            // The process that unshare forks executes the program slightly later.
             let exe = program("staged");
-            wait_until("it is the program", || {
+            wait_until("the process executes the program", || {
                 (std::fs::read_link(format!("/proc/{child}/exe")).ok()? == exe).then_some(())
             });
             Pid::from_raw(child)
@@ -225,7 +225,7 @@ fn signals_that_come_as_soon_as_the_pid_file_is_there_are_not_lost() {
     }
 }
 
-/// Before the program's own code runs, TERM has its default action: it kills the process, which has not created anything yet.
+/// Before the program's own code runs, SIGTERM has its default action. It kills the process, which has not created any file yet.
 #[test]
 fn a_signal_at_any_millisecond_of_the_start_ends_it_and_leaves_nothing() {
     for signal in ENDS {
@@ -249,7 +249,7 @@ fn signals_in_a_reload_and_an_upgrade_mean_what_they_say() {
             let ends = ENDS.contains(&signal);
             let meaning = MEANINGS.iter().find(|(other, _)| *other == signal).map_or("", |(_, meaning)| meaning);
 
-            // During a reload, while a new worker is being started.
+            // During a reload, while a new worker is starting.
             let of = named("in a reload", signal, as_pid_1);
             let place = Place::new(as_pid_1);
             let mut running = place.server();

@@ -1,5 +1,5 @@
-//! Listening sockets when a server stops or is killed: new connections are refused at once, earlier connections are served, and the address
-//! is free for the next start.
+//! Listening sockets when a server stops or is killed: new connections are refused immediately, earlier connections are served, and the
+//! address is free for the next server.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -20,7 +20,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-/// Timeouts so long that a test fails if any process waits for them to expire.
+/// Timeouts so long that the test fails if a process waits for one of them to expire.
 const FOR_EVER: [&str; 6] = ["--drain-timeout", "10m", "--start-timeout", "10m", "--workers", "1"];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,7 +88,7 @@ impl Place {
         Ok(stream)
     }
 
-    /// A connection on which a request has been sent.
+    /// Opens a connection and sends a request on it.
     fn send(&self, protocol: Protocol, target: &str) -> UnixStream {
         let mut stream = self.connect().unwrap();
         stream.write_all(&protocol.head("GET", target, 0)).unwrap();
@@ -97,7 +97,7 @@ impl Place {
 
     /// Checks that a connection is refused, if necessary after TCP's retransmissions.
     fn is_refused(&self) {
-        let error = self.connect().expect_err("nobody accepts").kind();
+        let error = self.connect().expect_err("no process accepts").kind();
         assert!(matches!(error, ErrorKind::ConnectionRefused | ErrorKind::NotFound), "{error}");
     }
 }
@@ -108,7 +108,7 @@ fn answer(stream: &mut UnixStream) -> (u16, String) {
     let mut piece = [0; 4096];
     while !response.ends_with(b"went\n") && !String::from_utf8_lossy(&response).contains("went") {
         let count = stream.read(&mut piece).unwrap();
-        assert!(count > 0, "it ended after {:?}", String::from_utf8_lossy(&response));
+        assert!(count > 0, "the response ended after {:?}", String::from_utf8_lossy(&response));
         response.extend_from_slice(&piece[..count]);
     }
     (status, String::from_utf8_lossy(&response).into_owned())
@@ -131,7 +131,7 @@ fn a_server_that_stops_refuses_new_connections_at_once_and_finishes_what_it_serv
             server.wait_for("new connections are refused");
             place.is_refused();
             assert!(!place.path("app.sock").exists());
-            // The next server can start while this one is still draining.
+            // The next server can start while this server is still draining.
             let mut next = Server::start_command(&mut place.staged(protocol, &FOR_EVER[2..]));
             place.go();
             went(&mut served);
@@ -156,8 +156,8 @@ fn what_is_queued_at_the_stop_is_served_and_then_all_are_refused() {
             server.signal(Signal::SIGTERM);
             server.wait_for("signal to drain");
             if family != Family::Tcp {
-                // On Unix sockets, refusing new connections does not reset the queued ones.
-                wait_until("it refuses", || place.connect().is_err().then_some(()));
+                // On Unix sockets, refusing new connections does not reset the queued connections.
+                wait_until("new connections are refused", || place.connect().is_err().then_some(()));
             }
             kill(worker, Signal::SIGCONT).unwrap();
             server.wait_for("new connections are refused");
@@ -241,20 +241,20 @@ fn a_reload_refuses_nobody() {
         let old = *server.workers().first().unwrap();
         server.signal(Signal::SIGHUP);
         server.wait_for("reload done");
-        // The old worker drains, and no longer holds a listening socket.
-        wait_until("it gives the sockets up", || (listening(old) == 0).then_some(()));
+        // The old worker is draining, and no longer holds a listening socket.
+        wait_until("the old worker closes its listening sockets", || (listening(old) == 0).then_some(()));
         let mut next = place.send(Protocol::Http, "/until");
         server.wait_for("waits");
         place.go();
         went(&mut served);
         went(&mut next);
         drop((served, next));
-        wait_until("it leaves", || is_gone(old).then_some(()));
+        wait_until("the old worker exits", || is_gone(old).then_some(()));
         server.stop();
     }
 }
 
-/// The number of listening sockets that a process holds.
+/// Returns the number of listening sockets that a process holds.
 fn listening(pid: i32) -> usize {
     let table = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/net/{name}")).unwrap_or_default();
     let row = |line: &str| line.split_ascii_whitespace().map(str::to_owned).collect::<Vec<_>>();
@@ -282,7 +282,7 @@ fn a_socket_that_was_passed_to_the_server_goes_on_to_listen() {
         let mut served = place.send(Protocol::Http, "/until");
         server.wait_for("waits");
         server.signal(signal);
-        wait_until("our own address is refused", || own.connect().is_err().then_some(()));
+        wait_until("connections to the server's own address are refused", || own.connect().is_err().then_some(()));
         // This connection waits for the next server.
         let mut waiting = place.send(Protocol::Http, "/until");
         place.go();
@@ -314,12 +314,12 @@ fn the_address_of_a_killed_master_is_free_at_once_whatever_its_workers_serve() {
                 let workers = killed.workers();
                 killed.signal(Signal::SIGKILL);
                 let mut next = Server::start_command(&mut place.staged(protocol, &["--workers", "1"]));
-                assert!(workers.iter().any(|&pid| !is_gone(pid)), "they serve still");
+                assert!(workers.iter().any(|&pid| !is_gone(pid)), "the workers are still serving");
                 place.go();
                 went(&mut served);
                 went(&mut place.send(protocol, "/until"));
                 drop((served, idle));
-                wait_until("they leave", || workers.iter().all(|&pid| is_gone(pid)).then_some(()));
+                wait_until("the workers exit", || workers.iter().all(|&pid| is_gone(pid)).then_some(()));
                 went(&mut place.send(protocol, "/until"));
                 next.stop();
                 let _ = killed.wait_end();
@@ -328,7 +328,7 @@ fn the_address_of_a_killed_master_is_free_at_once_whatever_its_workers_serve() {
     }
 }
 
-/// php-cgi with a page that blocks.
+/// Returns the command for php-cgi with a page that blocks.
 fn run_php(place: &Place, arguments: &[&str]) -> Command {
     let page =
         "<?php echo getmypid(), \" waits\\n\"; flush(); while (!file_exists(__DIR__.'/go')) usleep(5000); echo 'went';";
@@ -360,7 +360,7 @@ fn read_until(stream: &mut UnixStream, what: &str) {
     let (mut text, mut piece) = (Vec::new(), [0; 4096]);
     while !String::from_utf8_lossy(&text).contains(what) {
         let count = stream.read(&mut piece).unwrap();
-        assert!(count > 0, "it ended after {:?}", String::from_utf8_lossy(&text));
+        assert!(count > 0, "the response ended after {:?}", String::from_utf8_lossy(&text));
         text.extend_from_slice(&piece[..count]);
     }
 }
@@ -376,11 +376,11 @@ fn programs_that_stop_serve_what_is_queued_and_all_others_are_refused() {
         server.signal(Signal::SIGTERM);
         server.wait_for("signal to drain");
         if family != Family::Tcp {
-            wait_until("it refuses", || place.connect().is_err().then_some(()));
+            wait_until("new connections are refused", || place.connect().is_err().then_some(()));
         }
         place.go();
         served.into_iter().chain(queued).for_each(php_went);
-        wait_until("it refuses", || place.connect().is_err().then_some(()));
+        wait_until("new connections are refused", || place.connect().is_err().then_some(()));
         assert_eq!(server.wait_end(), Some(0), "{family:?}");
         assert!(!server.log().contains("are reset"), "{}", server.log());
     }
@@ -514,7 +514,7 @@ fn hold(fifo: &Path) -> std::fs::File {
     use std::os::unix::fs::OpenOptionsExt as _;
     let mut options = std::fs::File::options();
     options.write(true).custom_flags(libc::O_NONBLOCK);
-    wait_until("it waits at its FIFO", || options.open(fifo).ok())
+    wait_until("the process waits at its FIFO", || options.open(fifo).ok())
 }
 
 #[test]
@@ -588,8 +588,9 @@ fn the_log_file_tells_of_the_start() {
         let log = place.path("log");
         let arguments = ["--workers", "1", "--log-format", format, "--log-file", log.to_str().unwrap()];
         let mut server = Server::launch(&mut place.staged(Protocol::Http, &arguments));
-        let text =
-            wait_until("it is ready", || std::fs::read_to_string(&log).ok().filter(|text| text.contains("ready in")));
+        let text = wait_until("the server is ready", || {
+            std::fs::read_to_string(&log).ok().filter(|text| text.contains("ready in"))
+        });
         for fact in [&format!("forkyard {}", env!("CARGO_PKG_VERSION")), &place.address, "workers"] {
             assert!(text.contains(fact), "{fact}: {text}");
         }
@@ -597,7 +598,7 @@ fn the_log_file_tells_of_the_start() {
         let text = std::fs::read_to_string(&log).unwrap();
         assert!(text.contains("signal to drain and stop"), "{text}");
 
-        // The log also contains the reason why a start failed.
+        // The log also contains the reason for a failed startup.
         let taken = std::net::TcpListener::bind(&place.address).unwrap();
         let mut failed = Server::launch(&mut place.staged(Protocol::Http, &arguments));
         assert_eq!(failed.wait_end(), Some(1));
@@ -609,8 +610,8 @@ fn the_log_file_tells_of_the_start() {
 
 // ---- processes that do not belong to the server ----
 
-/// An entry script with a background process that has a child, and with a process that leaves a child behind once `go` exists. The pids of
-/// the three sleeping processes are written to files.
+/// Returns an entry script with a background process that has a child, and with a process that leaves a child behind once `go` exists. The
+/// pids of the three sleeping processes are written to files.
 fn entry_script(directory: &Path, server: &str) -> String {
     let at = |name: &str| directory.join(name).display().to_string();
     let (parent, child, late, go) = (at("parent"), at("child"), at("late"), at("go"));
@@ -623,7 +624,7 @@ fn entry_script(directory: &Path, server: &str) -> String {
 }
 
 fn pid_in(path: &Path) -> i32 {
-    wait_until("its pid is in the file", || std::fs::read_to_string(path).ok()?.strip_suffix('\n')?.parse().ok())
+    wait_until("the pid is in the file", || std::fs::read_to_string(path).ok()?.strip_suffix('\n')?.parse().ok())
 }
 
 #[test]
@@ -635,7 +636,7 @@ fn children_that_were_there_before_the_server_are_left_alone_also_after_an_upgra
     let mut server = Server::start_command(&mut command);
     std::fs::write(directory.path().join("go"), "").unwrap();
     let others = ["parent", "child", "late"].map(|name| pid_in(&directory.path().join(name)));
-    wait_until("its parent has ended", || server.children().contains(&others[2]).then_some(()));
+    wait_until("the parent of the process has exited", || server.children().contains(&others[2]).then_some(()));
     server.signal(Signal::SIGUSR2);
     server.wait_for("upgraded");
     server.wait_for("reload done");

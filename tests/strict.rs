@@ -1,4 +1,4 @@
-//! Invalid requests, over each protocol: they get a 400, and do not reach the application.
+//! Invalid requests, over each protocol, get a 400 and do not reach the application.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -21,8 +21,8 @@ fn start() -> Server {
     Server::start("mirror", &["--workers", "1", "--bind", bind])
 }
 
-/// The statuses of a request with these CGI variables over FastCGI, SCGI and CGI. Without `REQUEST_METHOD` the method is GET. Without
-/// `CONTENT_LENGTH` there is no body; otherwise the body is `12345`.
+/// Returns the statuses of a request with these CGI variables over FastCGI, SCGI and CGI. Without `REQUEST_METHOD` the method is GET.
+/// Without `CONTENT_LENGTH` there is no body; otherwise the body is `12345`.
 fn statuses(server: &Server, variables: &[(&str, &str)]) -> [u16; 3] {
     [over_fastcgi(server, variables), over_scgi(server, variables), over_cgi(variables)]
 }
@@ -79,7 +79,7 @@ fn over_http(server: &Server, head: &str) -> u16 {
     client.response(false).unwrap().status
 }
 
-/// Whether the request gets a 200. Otherwise it must get a 400, or the stream must be reset with PROTOCOL_ERROR.
+/// Returns whether the request gets a 200. If it does not, it must get a 400, or the stream must be reset with PROTOCOL_ERROR.
 fn is_served_over_http2(server: &Server, head: &[u8]) -> bool {
     let mut client = http2::Client::connect(&server.http()).unwrap();
     client.send(head).unwrap();
@@ -125,7 +125,7 @@ fn a_host_that_is_none_is_a_400_over_every_protocol() {
         ("GET http://a/ HTTP/1.1\r\nHost: x:ab\r\n\r\n", 400),
         ("GET http://a/ HTTP/1.1\r\n\r\n", 400),
         ("GET http://a/ HTTP/1.0\r\n\r\n", 200),
-        // The exception in docs/http.md.
+        // docs/http.md documents this exception.
         ("GET http://%C3%BC/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
     ] {
         assert_eq!(over_http(&server, head), status, "{head:?}");
@@ -175,7 +175,7 @@ fn a_content_length_that_is_none_is_a_400_over_every_protocol() {
         let variables = [("REQUEST_METHOD", "POST"), ("REQUEST_URI", "/"), ("CONTENT_LENGTH", length)];
         assert_eq!(statuses(&server, &variables), [400; 3], "{length:?}");
     }
-    // lighttpd sends this value for a body of unknown length. Over CGI that body has no end.
+    // lighttpd sends this value for a body of unknown length. Over CGI, the end of such a body cannot be recognized.
     let unknown = [("REQUEST_METHOD", "POST"), ("REQUEST_URI", "/"), ("CONTENT_LENGTH", "-1")];
     assert_eq!(statuses(&server, &unknown), [200, 200, 411]);
     server.stop();

@@ -1,4 +1,4 @@
-//! Reactions of the master and of the other workers when a process dies or is asked to exit.
+//! How the master and the other workers react when a process dies or is asked to exit.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -19,7 +19,7 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&HTTP, arguments].concat())
 }
 
-/// Stops the only worker with SIGSTOP: data sent to it from now on waits in the kernel.
+/// Stops the only worker with SIGSTOP. Data sent to it from now on waits in the kernel.
 fn stop_worker(server: &Server) -> Pid {
     let worker = Pid::from_raw(*server.workers().first().unwrap());
     common::stop(worker);
@@ -65,7 +65,7 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
                         } else {
                             client.request("GET", &format!("/page/{number}"), b"")
                         };
-                        let response = response.expect("a kill costs no connection, and no request its answer");
+                        let response = response.expect("a kill closes no connection, and every request is answered");
                         if response.status == 502 {
                             break; // the request was in flight
                         }
@@ -82,7 +82,7 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
         }
         for round in 0..200 {
             let before = good.load(Ordering::Relaxed);
-            // A worker that has exited since it was listed is not killed; its replacement takes its place in the list.
+            // A worker that has exited since it was listed is not killed. Its replacement takes its place in the list.
             let victim = wait_until("there is a worker to kill", || {
                 let victim = *server.workers().iter().nth(round % 2)?;
                 kill(Pid::from_raw(victim), Signal::SIGKILL).ok().map(|()| victim)
@@ -96,7 +96,7 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
         let line = server.wait_for("worker died");
         assert!(line.contains("signal=KILL") && line.contains("served="), "{line}");
     }
-    segment.cache().audit().expect("the cache is in order");
+    segment.cache().audit().expect("the cache is consistent");
     let stats = segment.cache().stats();
     assert_eq!((stats.used_bytes + stats.free_bytes, stats.lost), (stats.capacity, 0), "{stats:?}");
     assert!(stats.stores > 0 && stats.hits > 0 && stats.entries > 0, "{stats:?}");
@@ -106,11 +106,11 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
         assert_eq!(http::get(&address, "/page/1000").unwrap().status, 200);
     }
     let after = segment.cache().stats();
-    assert!(after.stores > before.stores && after.hits > before.hits, "it still stores and answers");
+    assert!(after.stores > before.stores && after.hits > before.hits, "the cache still stores and returns pages");
 
     assert!(server.children().iter().all(|&pid| process(pid).is_some_and(|child| child.state != 'Z')), "no zombies");
     let as_before = || (descriptors_of(server.pid().as_raw()) == descriptors).then_some(());
-    wait_until("the master has no more descriptors than before", as_before);
+    wait_until("the master has as many descriptors as before", as_before);
     let of_workers: BTreeSet<usize> = server.workers().iter().map(|&pid| descriptors_of(pid)).collect();
     assert!(of_workers.iter().all(|&count| count < 30), "{of_workers:?}");
     server.stop();
@@ -121,12 +121,12 @@ fn a_death_is_one_line_that_names_what_was_served() {
     let mut server = crashy(&["--workers", "2"]);
     let address = server.http();
     for (path, ending) in [("/segv", "signal=SEGV"), ("/abort", "signal=ABRT"), ("/exit/3", "status=3")] {
-        assert_eq!(http::get(&address, path).unwrap().status, 502, "{path} takes its worker with it");
+        assert_eq!(http::get(&address, path).unwrap().status, 502, "{path} kills its worker");
         let line = server.wait_for("worker died");
         for words in [ending, "slot=", "pid=", "gen=1", "served=", &format!("GET {path} ")] {
             assert!(line.contains(words), "no {words:?} in {line:?}");
         }
-        wait_until("it answers", || http::get(&address, "/ok").ok());
+        wait_until("the server answers", || http::get(&address, "/ok").ok());
     }
     server.stop();
 }
@@ -137,7 +137,7 @@ fn a_panic_costs_one_request_a_500() {
     let children = server.workers();
     let mut client = Client::connect(&server.http()).unwrap();
     assert_eq!(client.request("GET", "/panic", b"").unwrap().status, 500);
-    assert_eq!(client.request("GET", "/ok", b"").unwrap().text(), "ok\n", "on the same connection");
+    assert_eq!(client.request("GET", "/ok", b"").unwrap().text(), "ok\n", "the same connection is still usable");
     let line = server.wait_for("a request panicked");
     assert!(line.contains("asked to") && line.contains("GET /panic"), "{line}");
     server.has_only(&children);
@@ -154,10 +154,10 @@ fn term_drains_and_int_does_not() {
         idle.request("GET", "/ok", b"").unwrap();
         let segment = server.segment();
         std::thread::scope(|scope| {
-            // A request that is to be cut off must not complete by itself before that.
+            // A request that must be cut off must not complete earlier on its own.
             let target = if answered { "/slow/3000" } else { "/slow/600000" };
             let slow = scope.spawn(move || client.request("GET", target, b""));
-            wait_until("it is being served", || {
+            wait_until("the request is in flight", || {
                 let rows = (0..segment.scoreboard().rows()).filter_map(|slot| segment.scoreboard().read(slot));
                 rows.into_iter().any(|row| row.in_flight > 0).then_some(())
             });
@@ -183,7 +183,7 @@ fn a_client_that_gave_up_in_the_queue_costs_the_others_nothing() {
     let mut server = crashy(&["--workers", "1"]);
     let worker = stop_worker(&server);
     let gone = Client::connect(&server.http()).unwrap();
-    // The connection is closed by a reset, so that accept(2) or getpeername(2) fails.
+    // The connection is reset, so that accept(2) or getpeername(2) fails.
     setsockopt(gone.stream.get_ref(), sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).unwrap();
     drop(gone);
     let clients = (0..5).map(|_| Client::connect(&server.http()).unwrap()).collect();
@@ -197,7 +197,7 @@ fn a_drain_that_takes_too_long_ends_in_a_kill() {
     std::thread::scope(|scope| {
         let slow = scope.spawn(move || client.request("GET", "/slow/600000", b"").unwrap().status);
         let segment = server.segment();
-        wait_until("it is being served", || (segment.scoreboard().read(0)?.in_flight > 0).then_some(()));
+        wait_until("the request is in flight", || (segment.scoreboard().read(0)?.in_flight > 0).then_some(()));
         server.signal(Signal::SIGTERM);
         server.wait_for("worker killed: it did not finish in time (--drain-timeout)");
         let line = server.wait_for("worker exited");
@@ -223,7 +223,7 @@ fn hup_replaces_every_worker_and_no_request_fails() {
                     if thread % 3 == 0 {
                         assert_eq!(http::get(address, "/slow/1").unwrap().status, 200);
                     } else if thread % 3 == 1 {
-                        // A kept connection is closed after a response that announces the close.
+                        // A keep-alive connection is closed after a response that announces the close.
                         let response = kept.request("GET", "/slow/1", b"").unwrap();
                         assert_eq!(response.status, 200);
                         if response.header("connection") == Some("close") {
@@ -370,18 +370,18 @@ fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
         // A worker whose event loop hangs cannot drain, so the alarm kills it. The other workers serve the remaining requests.
         let mut hanging = Client::connect(&address).unwrap();
         let hung = scope.spawn(move || hanging.request("GET", "/hang", b"").unwrap().status);
-        wait_until("it hangs", || (in_flight() == 1).then_some(()));
+        wait_until("the event loop hangs", || (in_flight() == 1).then_some(()));
         let slow = scope.spawn({
             let address = address.clone();
             move || {
-                // A connection may be waiting in the hung worker. That connection is cut off, and the request is repeated on another
+                // A connection may be waiting in the hung worker. This connection is closed, and the request is repeated with another
                 // worker.
                 wait_until("a slow request is answered", || {
                     http::get(&address, "/slow/2000").ok().filter(|slow| slow.status == 200)
                 })
             }
         });
-        wait_until("it is being served", || (in_flight() >= 2).then_some(()));
+        wait_until("the slow request is in flight", || (in_flight() >= 2).then_some(()));
         server.signal(Signal::SIGKILL);
         assert_eq!(server.wait_end(), None);
         assert_eq!(slow.join().unwrap().status, 200);
@@ -395,7 +395,7 @@ fn a_worker_gets_its_share_of_signals_and_keeps_them_from_the_master() {
     let mut server = crashy(&["--workers", "2"]);
     let worker = Pid::from_raw(*server.workers().first().unwrap());
     for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGTTIN] {
-        kill(worker, signal).unwrap(); // has no meaning for a worker
+        kill(worker, signal).unwrap(); // this signal has no effect on a worker
     }
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
     kill(worker, Signal::SIGTERM).unwrap();
@@ -416,7 +416,7 @@ fn as_pid_1_it_reaps_orphans_and_stops_on_term() {
     }
     command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(program("forkyard"));
     command.args(["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--log-level", "debug"]);
-    // The program leaves an orphan behind and keeps running.
+    // The program leaves an orphan behind, and continues to run.
     command.args(["--", "sh", "-c", "(exit 7 &) ; exec sleep 600"]);
     let mut server = Server::start_command(&mut command);
     let master = *server.children().first().unwrap();

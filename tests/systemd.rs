@@ -1,4 +1,4 @@
-//! The interface to systemd: sockets and messages, with real sockets in place of systemd's; and the files in `scripts/systemd`.
+//! The interface to systemd: sockets and messages, with sockets of the test in place of systemd's, and the files in `scripts/systemd`.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -34,8 +34,8 @@ impl Manager {
         Self { _folder: directory, socket, path, stored: None }
     }
 
-    /// The next message. A descriptor that is attached to the message is stored.
-    #[expect(unsafe_code, reason = "what the kernel has just made for us is a number in nix")]
+    /// Receives the next message. A descriptor that is attached to the message is stored.
+    #[expect(unsafe_code, reason = "nix returns a received descriptor as a number")]
     fn hear(&mut self) -> String {
         let mut text = [0; 4096];
         let mut space = nix::cmsg_space!([RawFd; 4]);
@@ -55,7 +55,7 @@ impl Manager {
         String::from_utf8(text[..count].to_vec()).unwrap()
     }
 
-    /// Receives messages up to the first that contains this line, and returns that message.
+    /// Receives messages up to the first one that contains this line, and returns that message.
     fn wait_for(&mut self, line: &str) -> String {
         loop {
             let message = self.hear();
@@ -66,7 +66,7 @@ impl Manager {
     }
 }
 
-/// Starts a program as systemd does: these descriptors are numbered from 3, and environment variables describe them.
+/// Starts a program as systemd does: the descriptors are numbered from 3, and environment variables describe them.
 fn start(name: &str, arguments: &[&str], passed: Vec<(&str, OwnedFd)>, manager: &Manager) -> Server {
     let mut command = Command::new("sh");
     let names: Vec<&str> = passed.iter().map(|(name, _)| *name).collect();
@@ -75,7 +75,7 @@ fn start(name: &str, arguments: &[&str], passed: Vec<(&str, OwnedFd)>, manager: 
     let mut passed = passed.into_iter().map(|(_, descriptor)| Stdio::from(descriptor));
     command.stdin(passed.next().unwrap_or_else(Stdio::null));
     command.stdout(passed.next().unwrap_or_else(Stdio::null));
-    assert!(passed.next().is_none(), "two are as many as this can pass");
+    assert!(passed.next().is_none(), "this function passes at most two descriptors");
     command.arg("-c").arg("exec 3<&0 4>&1 </dev/null >/dev/null; LISTEN_PID=$$ exec \"$0\" \"$@\"");
     Server::start_command(command.arg(program(name)).args(arguments))
 }
@@ -155,7 +155,7 @@ fn the_manager_hears_of_every_turn() {
     let idle = sockets_of(worker);
     std::thread::scope(|scope| {
         let slow = scope.spawn(|| http::get(&address, "/slow/5000"));
-        common::wait_until("it is being served", || (sockets_of(worker) > idle).then_some(()));
+        common::wait_until("the request is in flight", || (sockets_of(worker) > idle).then_some(()));
         server.signal(Signal::SIGTERM);
         manager.wait_for("STOPPING=1");
         manager.wait_for("EXTEND_TIMEOUT_USEC=20000000");
@@ -175,7 +175,7 @@ fn a_manager_that_is_busy_hears_it_later() {
     let arguments = ["--bind", "http:127.0.0.1:0", "--workers", "1"];
     let mut server = start("crashy", &arguments, Vec::new(), &manager);
     assert!(server.log().contains("cannot notify the service manager"), "{}", server.log());
-    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "it goes on meanwhile");
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "the server continues to serve");
     manager.wait_for("READY=1");
     server.stop();
     assert_eq!(server.log().matches("cannot notify the service manager").count(), 1, "{}", server.log());
@@ -209,7 +209,7 @@ fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
     assert!(server.log().contains("the cache that systemd stored was dropped"), "{}", server.log());
     server.stop();
 
-    // After a change of the memory layout, the stored memory is dropped, and the log reports that.
+    // After the memory layout has changed, the stored memory is dropped, and this is logged.
     let larger = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "4M"];
     let mut server = start("pages", &larger, vec![("forkyard-segment", again)], &manager);
     assert!(server.log().contains("the memory that systemd stored was dropped"), "{}", server.log());
@@ -223,11 +223,11 @@ fn what_is_the_masters_is_not_in_a_programs_environment() {
     let directory = tempfile::tempdir().unwrap();
     let (out, socket) = (directory.path().join("variables"), directory.path().join("a.sock"));
     let bind = format!("fastcgi:unix:{}", socket.display());
-    // The rename ensures that the file is complete when it appears.
+    // The file is renamed into place, so that it is complete when it appears.
     let script = format!("env > {0}.new; mv {0}.new {0}; exec sleep 600", out.display());
     let run = ["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--", "sh", "-c", &script];
     let mut server = start("forkyard", &run, Vec::new(), &manager);
-    let variables = common::wait_until("it has written them", || std::fs::read_to_string(&out).ok());
+    let variables = common::wait_until("the program has written its variables", || std::fs::read_to_string(&out).ok());
     assert!(variables.contains("FORKYARD_SLOT=0"), "{variables}");
     for name in ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"] {
         assert!(!variables.contains(name), "{name} in {variables}");

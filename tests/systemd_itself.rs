@@ -1,8 +1,8 @@
-//! Tests the unit files in scripts/systemd under systemd itself: a manager in its own namespaces and control group, isolated from this
+//! Tests the unit files in scripts/systemd with systemd itself: a manager in its own namespaces and control group, isolated from the
 //! machine. `tests/programs/systemd.sh` runs inside these namespaces.
 //!
-//! The test needs root, and a writable control group hierarchy of version 2, which some containers lack. In that case the test reports what
-//! it has tried, and passes. Any other problem is a failure.
+//! The test needs root, and a writable control group hierarchy of version 2, which some containers lack. Without the hierarchy, the test
+//! reports what it has tried, and passes. Any other problem is a failure.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -15,12 +15,12 @@ use std::process::{Command, Stdio};
 use common::limit::InTime as _;
 use common::{program, wait_until};
 
-/// Prints a line that is shown even if the test passes, unlike `eprintln!`.
+/// Prints a line that, unlike a line from `eprintln!`, is shown even if the test passes.
 fn say(text: &str) {
     std::io::stderr().write_all(format!("systemd_itself: {text}\n").as_bytes()).unwrap();
 }
 
-/// A control group below the test's own group, removed on drop.
+/// A control group below the test's own group, which is removed on drop.
 struct Group(PathBuf);
 
 impl Group {
@@ -47,7 +47,7 @@ impl Drop for Group {
     }
 }
 
-/// Removes a group and the groups below it, which the manager has created. Fails while they contain processes.
+/// Removes a group and the groups below it, which the manager has created. Fails while the groups contain processes.
 fn remove(group: &Path) -> bool {
     for entry in std::fs::read_dir(group).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -66,15 +66,15 @@ fn the_unit_files_do_what_they_promise() {
         Ok(group) => group,
         Err(error) => {
             let lacking = [ErrorKind::Unsupported, ErrorKind::PermissionDenied, ErrorKind::ReadOnlyFilesystem];
-            assert!(lacking.contains(&error.kind()), "no control group for a systemd of its own: {error}");
+            assert!(lacking.contains(&error.kind()), "no control group can be created for a separate systemd: {error}");
             return say(&format!("NOT RUN: no control group for a systemd of its own can be made here: {error}"));
         }
     };
     let (pages, crashy) = (program("pages"), program("crashy"));
     let programs = pages.parent().filter(|directory| crashy.starts_with(directory)).unwrap();
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // Everything stays inside the group. When the first process of the pid namespace dies, which it does with the test, all others are
-    // killed.
+    // All processes stay inside the group. The first process of the pid namespace dies with the test, and the kernel then kills all other
+    // processes in the namespace.
     let script = "echo $$ > \"$1\" || exit; shift; exec setpriv --pdeathsig KILL \
                   unshare --mount --pid --fork --kill-child --cgroup bash tests/programs/systemd.sh \"$@\"";
     let output = Command::new("sh")
@@ -102,5 +102,5 @@ fn the_unit_files_do_what_they_promise() {
         assert!(said.contains(promise), "{promise}: {said}{log}");
     }
     said.lines().filter(|line| line.starts_with("NOT RUN")).for_each(say);
-    wait_until("its control group is removed", || remove(&group.0).then_some(()));
+    wait_until("the control group is removed", || remove(&group.0).then_some(()));
 }

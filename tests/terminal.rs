@@ -1,4 +1,4 @@
-//! A server in the background of a terminal that stops background jobs when they write (`stty tostop`).
+//! A server in the background of a terminal that stops background jobs when they write to it (`stty tostop`).
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -10,7 +10,7 @@ use common::{Server, http, program};
 use nix::sys::signal::Signal;
 
 /// Runs a command as a background job of a new terminal, copies the terminal's output to standard error, forwards signals, and exits with
-/// the command's status.
+/// the status of the command.
 const TERMINAL: &str = "
 import fcntl, os, pty, signal, sys, termios
 ours, theirs = pty.openpty()

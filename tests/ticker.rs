@@ -1,5 +1,5 @@
-//! The example `ticker` in a real browser, behind real web servers: prices arrive at once, by EventSource or by long polling. When the
-//! worker that serves them is killed, the page keeps receiving them; no event is lost or delivered twice.
+//! The example `ticker` in a real browser, behind real web servers. Prices arrive immediately, by EventSource or by long polling. When the
+//! worker that serves them is killed, the page continues to receive prices, and no event is lost or delivered twice.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
 
@@ -18,7 +18,7 @@ use serde_json::Value;
 
 const WITHOUT_EVENT_SOURCE: &str = "delete window.EventSource";
 
-/// The numbers of the events that the page has received.
+/// Returns the numbers of the events that the page has received.
 fn received(browser: &mut Browser) -> Vec<u64> {
     let ids = browser.evaluate("ticker.ids");
     // An id looks like `9f3a61c2-17`.
@@ -34,14 +34,14 @@ fn wait_for_more(browser: &mut Browser, count: usize) {
 fn assert_dense(browser: &mut Browser) {
     let ids = received(browser);
     let first = *ids.first().unwrap();
-    assert_eq!(ids, (first..first + ids.len() as u64).collect::<Vec<_>>(), "none missed, none doubled");
+    assert_eq!(ids, (first..first + ids.len() as u64).collect::<Vec<_>>(), "no event is lost or duplicated");
     assert_eq!(browser.evaluate("ticker.gaps"), 0);
 }
 
 /// Kills a worker, and waits for its replacement.
 fn kill_one(server: &Server, worker: i32) {
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
-    wait_until("it is replaced", || {
+    wait_until("the worker is replaced", || {
         let workers = server.workers();
         (workers.len() == 2 && !workers.contains(&worker)).then_some(())
     });
@@ -56,7 +56,7 @@ fn prices_go_on(front: Front, script: &str, by: &str) {
     browser.wait_for("window.ticker && ticker.ids.length >= 3");
     assert_eq!(browser.evaluate("ticker.by"), by);
     assert!(browser.evaluate("document.querySelectorAll('td.price').length") == 6);
-    // Kill every worker in turn, including the one that serves the page and the one that generates the prices.
+    // Kill each worker in turn, including the worker that serves the page and the worker that generates the prices.
     for _ in 0..3 {
         for worker in server.workers() {
             kill_one(server, worker);
@@ -74,7 +74,7 @@ fn prices_go_on(front: Front, script: &str, by: &str) {
         lags[lags.len() / 2],
         lags[lags.len() - 1]
     );
-    assert!(makers > 1, "another is elected");
+    assert!(makers > 1, "another worker was elected");
     server.stop();
 }
 
@@ -88,26 +88,26 @@ fn behind_lighttpd_the_page_goes_on_when_its_worker_is_killed() {
     prices_go_on(LIGHTTPD_EVENTS, "", "EventSource");
 }
 
-/// The two ways for a page to subscribe, from docs/events.md.
+/// A page can subscribe in two ways, which are shown in docs/events.md.
 #[test]
 fn the_documents_scripts_get_what_is_published_whatever_is_in_it() {
     const DOCUMENT: &str = include_str!("../docs/events.md");
     let scripts: Vec<&str> =
         DOCUMENT.split("\n```js\n").skip(1).map(|rest| rest.split_once("\n```").unwrap().0).collect();
-    let [by_event_source, by_polling] = scripts[..] else { panic!("there are two") };
+    let [by_event_source, by_polling] = scripts[..] else { panic!("the document has two scripts") };
     let mut server = Server::start("stream", &["--bind", "http:127.0.0.1:0", "--workers", "1"]);
     let mut browser = Browser::start("");
     browser.open(&format!("http://{}/who", server.http()));
     browser.wait_for("document.readyState === 'complete'");
     browser.evaluate("window.polled = []; window.pushed = []; console.log = data => pushed.push(data)");
-    // The path and topic of the application under test.
+    // The path and the topic of the application under test.
     let by_event_source = by_event_source.replace("\"/events\"", "\"/events?topics=news\"");
     browser.evaluate(&format!("{by_event_source}; window.source = source"));
     browser.evaluate(&format!(
         "{by_polling}; void poll('/events?topics=news', (name, data) => polled.push([name, data]))"
     ));
     let log = server.segment().events();
-    wait_until("both have subscribed", || {
+    wait_until("both scripts have subscribed", || {
         let count = http::get(&server.http(), "/subscribers").unwrap().text();
         (count.trim() == "2").then_some(())
     });
@@ -142,13 +142,13 @@ fn without_event_source_the_page_polls_behind_lighttpd() {
 fn one_at_a_time_makes_the_prices() {
     let mut server = Server::start("ticker", &["--bind", "http:127.0.0.1:0", "--workers", "3"]);
     for round in 0..5 {
-        let makers = wait_until("one is elected", || {
+        let makers = wait_until("a worker is elected", || {
             let log = server.log();
             let lines = log.lines().filter(|line| line.contains("makes the prices from now on"));
             let makers: Vec<i32> = lines.map(|line| line.split(['[', ']']).nth(1).unwrap().parse().unwrap()).collect();
             (makers.len() > round).then_some(makers)
         });
-        assert_eq!(makers.len(), round + 1, "nobody is elected while another lives: {makers:?}");
+        assert_eq!(makers.len(), round + 1, "no worker is elected while the elected worker lives: {makers:?}");
         kill(Pid::from_raw(makers[round]), Signal::SIGKILL).unwrap();
     }
     let page = http::get(&server.http(), "/").unwrap().text();

@@ -1,4 +1,4 @@
-//! USR2: the master executes a new build of its program, without affecting clients.
+//! SIGUSR2: the master executes a new build of its program, without affecting clients.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -31,9 +31,9 @@ impl Place {
         self.directory.path().join("app")
     }
 
-    /// Installs like a package manager: writes the new file under another name, then renames it over the old one. A separate process writes
-    /// the file, because a child that a concurrent test forks would inherit this process's open files, and executing a file that is open
-    /// for writing fails ("text file busy").
+    /// Installs a file like a package manager: writes the new file under a different name, then renames it over the old one. A separate
+    /// process writes the file, because a child that a concurrent test forks would inherit this process's open files, and executing a file
+    /// that is open for writing fails ("text file busy").
     fn put(&self, source: &Path, mode: u32) {
         let new = self.directory.path().join("app.new");
         assert!(Command::new("cp").arg(source).arg(&new).status_in_time().unwrap().success());
@@ -76,9 +76,9 @@ fn the_new_build_answers_in_the_old_ones_place() {
     place.install("crashy");
     upgrade(&mut server);
     server.renewed(2, &old);
-    assert_eq!(http::get(&address, "/ok").unwrap().text(), "ok\n", "the same port, another program");
+    assert_eq!(http::get(&address, "/ok").unwrap().text(), "ok\n", "the new program answers on the same port");
     let executable = std::fs::read_link(format!("/proc/{}/exe", server.pid())).unwrap();
-    assert_eq!(executable, place.path(), "in the same process");
+    assert_eq!(executable, place.path(), "the process executes the new program");
 
     let mut client = common::fastcgi::Client::connect(&bind).unwrap();
     client.send(&common::fastcgi::request(1, false, "GET", "/ok", b"")).unwrap();
@@ -86,7 +86,7 @@ fn the_new_build_answers_in_the_old_ones_place() {
     drop(client);
     assert!(socket.exists());
     server.stop();
-    assert!(!socket.exists(), "the socket file is its, though a former build has made it");
+    assert!(!socket.exists(), "the new build removes the socket file, although the former build created it");
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn of_what_the_configuration_no_longer_names_no_file_is_left_and_who_asked_for_t
         assert!(asked.status.success() && said.contains("reload done"), "{asked:?}");
         server.renewed(1, &old);
         for name in files {
-            assert!(!at(name).exists(), "{name} is no longer named");
+            assert!(!at(name).exists(), "{name} is no longer configured");
         }
         assert!(control.is_none_or(|name| at(name).exists()));
         server.stop();
@@ -132,7 +132,7 @@ fn the_same_bind_twice_is_two_sockets_before_and_after() {
     upgrade(&mut server);
     let sockets = sockets_of(server.pid().as_raw());
     upgrade(&mut server);
-    assert_eq!(sockets_of(server.pid().as_raw()), sockets, "none is made anew");
+    assert_eq!(sockets_of(server.pid().as_raw()), sockets, "no socket is created again");
     for address in addresses {
         assert_eq!(http::get(&address, "/").unwrap().text(), "Hello, world\n");
     }
@@ -151,7 +151,11 @@ fn a_page_cached_before_is_a_hit_after() {
         place.install("pages");
         upgrade(&mut server);
         server.renewed(2, &old);
-        assert_eq!(http::get(&address, "/page/7").unwrap().text(), page, "rendered by a worker that is gone");
+        assert_eq!(
+            http::get(&address, "/page/7").unwrap().text(),
+            page,
+            "the page was rendered by a worker that is gone"
+        );
         assert_eq!(server.log().matches("rendering page=7").count(), 1);
         server.stop();
         assert!(!server.log().contains("the next start may drop its content"), "a file is closed by who adopted it");
@@ -197,7 +201,7 @@ fn a_cache_of_another_size_begins_empty_and_says_so() {
     );
     server.wait_for("reload done");
     let now = server.renewed(2, &old);
-    assert_ne!(http::get(&address, "/page/7").unwrap().text(), page, "it is rendered again");
+    assert_ne!(http::get(&address, "/page/7").unwrap().text(), page, "the page is rendered again");
     // The next upgrade executes the wrapper script.
     upgrade(&mut server);
     server.renewed(2, &now);
@@ -253,7 +257,7 @@ fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
     let place = Place::with("hello");
     let mut server = place.start(&ARGUMENTS);
     let mut old = server.workers();
-    // If the script received its own flag as an argument as well, the duplicate would be an error.
+    // If the script also received its own flag as an argument, the duplicate would be an error.
     let text = "#!/bin/sh\nprintf 'a line without an end: ' >&2; exec";
     let text = format!("{text} {} --drain-timeout 5s \"$@\"\n", program("crashy").display());
     place.script(&text, 0o755);
@@ -289,7 +293,7 @@ fn a_build_that_fails_its_check_changes_nothing() {
         let line = server.wait_for("cannot upgrade; nothing has changed");
         assert!(line.contains(why), "{why:?} is not in {line:?}");
         assert_eq!(http::get(&address, "/").unwrap().text(), "Hello, world\n");
-        wait_until("the check is gone", || (server.children() == old).then_some(()));
+        wait_until("the process of the check is gone", || (server.children() == old).then_some(()));
     }
     std::fs::remove_file(place.path()).unwrap();
     server.signal(Signal::SIGUSR2);
@@ -300,7 +304,7 @@ fn a_build_that_fails_its_check_changes_nothing() {
     place.install("crashy");
     upgrade(&mut server);
     server.renewed(2, &old);
-    assert_eq!(http::get(&address, "/ok").unwrap().text(), "ok\n", "and a good one heals it");
+    assert_eq!(http::get(&address, "/ok").unwrap().text(), "ok\n", "an upgrade to a working build succeeds");
     server.stop();
 }
 
@@ -316,7 +320,8 @@ fn a_state_that_cannot_be_written_prevents_an_upgrade_and_is_named() {
     };
     let descriptors = descriptors_of(server.pid().as_raw());
     set_limit("100:");
-    // The first time, the limit applies before the check. The second time, the script in place of the program lowers it during the check.
+    // In the first iteration, the limit applies before the check. In the second iteration, the script in place of the program sets the
+    // limit during the check.
     let text = format!("#!/bin/sh\nprlimit --pid $PPID --fsize=100:\nexec {} \"$@\"\n", program("hello").display());
     for is_checked in [false, true] {
         server.signal(Signal::SIGUSR2);
@@ -382,8 +387,8 @@ fn twenty_upgrades_under_load_leave_nothing_behind() {
             least = least.min(descriptors_of(server.pid().as_raw()));
         }
     });
-    // A dead worker's pipe is closed a moment after its pid is gone; a leaked descriptor is never closed.
-    wait_until("no more descriptors are open than at the least", || {
+    // A dead worker's pipe is closed a moment after its pid is gone. A leaked descriptor is never closed.
+    wait_until("the number of open descriptors is at its minimum", || {
         (descriptors_of(server.pid().as_raw()) <= least).then_some(())
     });
     assert!(server.children().iter().all(|&pid| process(pid).is_some_and(|child| child.state != 'Z')), "no zombies");
@@ -398,7 +403,7 @@ fn signals_that_come_during_an_upgrade_are_not_lost() {
         let mut server = place.start(&ARGUMENTS);
         server.signal(Signal::SIGUSR2);
         server.wait_for("upgrade: executing");
-        // A moment between the last line of the old build and the first line of the new one.
+        // The signal arrives between the last line of the old build and the first line of the new build.
         for _ in 0..delay * 20_000 {
             std::hint::spin_loop();
         }
@@ -428,14 +433,16 @@ fn what_died_during_an_upgrade_is_reaped_and_replaced() {
 fn a_program_and_its_output_outlive_the_upgrade_of_what_runs_it() {
     let place = Place::with("forkyard");
     let bind = format!("fastcgi:unix:{}", place.directory.path().join("a.sock").display());
-    // The worker's last output arrives after the upgrade, through a pipe that was created before it.
+    // The worker's last output arrives after the upgrade, through a pipe that was created before the upgrade.
     let text = "trap 'echo parting words; exit' TERM; while :; do sleep 0.01; done";
     let run = ["run", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--", "sh", "-c", text];
     let mut server = place.start(&run);
     let old = server.workers();
     upgrade(&mut server);
     server.renewed(2, &old);
-    wait_until("both have said so", || (server.log().matches("| parting words").count() == 2).then_some(()));
+    wait_until("both programs have written their last line", || {
+        (server.log().matches("| parting words").count() == 2).then_some(())
+    });
     server.stop();
 }
 

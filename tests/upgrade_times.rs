@@ -1,4 +1,4 @@
-//! Timers of processes keep running while an upgraded master runs its `preload`, before it takes over the processes.
+//! Timers of processes keep running while an upgraded master runs its `preload`, before the master takes over the processes.
 
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
 
@@ -16,7 +16,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use tempfile::TempDir;
 
-/// A server whose startup stages can be held up: see `examples/staged.rs`.
+/// A server that can be held at each stage of its startup (see `examples/staged.rs`).
 struct Staged {
     server: Server,
     stages: TempDir,
@@ -45,13 +45,13 @@ impl Staged {
         wait_until(stage, || options.open(self.stage(stage)).ok())
     }
 
-    /// Lets the process that is held at the stage continue, and no other process stop there.
+    /// Lets the process that is held at the stage continue, and stops no other process there.
     fn release(&self, stage: &str, held: File) {
         std::fs::remove_file(self.stage(stage)).unwrap();
         drop(held);
     }
 
-    /// Begins an upgrade. Returns when the check of the new build is in its `preload`.
+    /// Starts an upgrade. Returns when the check of the new build is in its `preload`.
     fn begin_upgrade(&self) -> File {
         self.hold("preload");
         self.server.signal(Signal::SIGUSR2);
@@ -87,7 +87,7 @@ fn the_time_of_a_job_and_the_age_of_a_worker_go_on() {
     let mut staged = Staged::start(&["--cron", "j=* * * * * *=sleep 600", "--cron-timeout", "2s"]);
     let check = staged.begin_upgrade();
     let worker = staged.server.workers().first().unwrap().to_string();
-    // A job that has just started, and that is still running at the exec.
+    // A job that has just started, and that is still running during the exec.
     let runs = || staged.server.log().matches("job started name=j").count();
     let before = runs();
     wait_until("the job starts again", || (runs() > before).then_some(()));
@@ -117,11 +117,11 @@ fn a_worker_whose_drain_ends_by_its_own_alarm_has_not_died() {
     staged.server.signal(Signal::SIGHUP);
     staged.server.logged("reload done");
     let preload = staged.enter_new_master(check);
-    assert_eq!(client.join().unwrap(), 502, "from its heir");
+    assert_eq!(client.join().unwrap(), 502, "the heir answers with 502");
     staged.release("preload", preload);
     let line = staged.line_of("worker", &format!("{worker} gen=1"));
     assert!(line.contains("worker terminated itself") && line.contains("(--drain-timeout)"), "{line}");
-    wait_until("the reload after the upgrade", || {
+    wait_until("the reload after the upgrade has begun", || {
         (staged.server.log().matches("reload done").count() == 2).then_some(())
     });
     staged.server.stop();

@@ -1,4 +1,4 @@
-//! Connections that switch to another protocol: WebSockets with axum's handler, and other 101 responses.
+//! Connections that switch to a different protocol: WebSockets with axum's handler, and other 101 responses.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -61,9 +61,9 @@ fn echoes(stream: &mut TcpStream, text: &str) {
     assert_eq!(echo, text.as_bytes());
 }
 
-/// The only worker's row in the scoreboard: its connections, and the streams among its requests.
+/// Returns, from the scoreboard row of the only worker, the number of connections and the number of requests that are streams.
 fn counts(server: &Server) -> (u32, u32) {
-    let row = server.segment().scoreboard().read(0).expect("it has a row");
+    let row = server.segment().scoreboard().read(0).expect("the worker has a row");
     (row.connections, row.streams)
 }
 
@@ -79,16 +79,16 @@ fn an_axum_websocket_handler_works_unchanged() {
     }
     socket.send(Message::Ping(b"x".as_slice().into())).unwrap();
     assert_eq!(socket.read().unwrap(), Message::Pong(b"x".as_slice().into()));
-    assert_eq!(counts(&server), (1, 1), "it is a connection, and a stream");
+    assert_eq!(counts(&server), (1, 1), "the upgraded connection counts as a connection and a stream");
     socket.close(None).unwrap();
     assert!(matches!(socket.read(), Ok(Message::Close(_))));
     drop(socket);
-    wait_until("it is over", || (counts(&server) == (0, 0)).then_some(()));
+    wait_until("the upgraded connection is closed", || (counts(&server) == (0, 0)).then_some(()));
     server.stop();
     let lines = std::fs::read_to_string(&log).unwrap();
     let (_, rest) = lines.split_once("\"GET /ws HTTP/1.1\" 101 ").expect(&lines);
     let bytes: usize = rest.split(' ').next().unwrap().parse().unwrap();
-    assert!((1 << 20..(1 << 20) + 100).contains(&bytes), "what went to the client: {lines}");
+    assert!((1 << 20..(1 << 20) + 100).contains(&bytes), "the bytes sent to the client are logged: {lines}");
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn a_browser_and_its_websocket() {
     browser.wait_for("window.socket && socket.readyState == 1");
     browser.evaluate("socket.send('over and out')");
     browser.wait_for("document.querySelector('pre').textContent.includes('over and out')");
-    // A reload makes the worker close the socket (1001), and the page reconnects to the new worker.
+    // A reload makes the worker close the WebSocket (1001), and the page reconnects to the new worker.
     server.signal(Signal::SIGHUP);
     browser.wait_for("document.querySelector('pre').textContent.includes('closed: 1001')");
     browser.wait_for("socket.readyState == 1");
@@ -123,9 +123,9 @@ fn any_protocol_can_be_switched_to_and_each_direction_ends_by_itself() {
         stream.read_to_string(&mut echo).unwrap();
         assert!(echo == long, "{} bytes", echo.len());
     });
-    // A client that disconnects at once.
+    // This client disconnects immediately.
     drop(upgrade(&server, "/upgrade", ""));
-    wait_until("they are over", || (counts(&server) == (0, 0)).then_some(()));
+    wait_until("the upgraded connections are closed", || (counts(&server) == (0, 0)).then_some(()));
     server.stop();
 }
 
@@ -149,7 +149,7 @@ fn without_a_request_for_an_upgrade_101_is_an_error_that_says_so() {
         .write_all(b"GET /upgrade HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
         .unwrap();
     assert_eq!(client.response(false).unwrap().status, 426);
-    // The response must name the new protocol.
+    // The response must contain the new protocol.
     assert_eq!(upgrade(&server, "/switch-to-nothing", "").0, 500);
     server.wait_for("a response has status 101 Switching Protocols but no Upgrade header");
     server.stop();
@@ -249,7 +249,7 @@ fn a_drain_lets_upgraded_connections_go_on_and_ends_them_without_a_reset() {
         let (_, mut stream) = upgrade(&server, "/upgrade", "");
         server.signal(if stops { Signal::SIGTERM } else { Signal::SIGHUP });
         if stops {
-            wait_until("the worker drains", || {
+            wait_until("the worker is draining", || {
                 let row = server.segment().scoreboard().read(0)?;
                 (row.state == forkyard_shm::State::Draining).then_some(())
             });
@@ -258,7 +258,7 @@ fn a_drain_lets_upgraded_connections_go_on_and_ends_them_without_a_reset() {
         }
         echoes(&mut stream, "still here");
         let mut rest = Vec::new();
-        stream.read_to_end(&mut rest).expect("an end, and no reset");
+        stream.read_to_end(&mut rest).expect("the stream ends without a reset");
         assert_eq!(rest, b"");
         drop(stream);
         if stops {
@@ -276,7 +276,7 @@ fn a_websocket_handler_can_say_goodbye_when_its_worker_leaves() {
     let mut server = start("websocket", &[]);
     let mut socket = websocket(&server);
     server.signal(Signal::SIGTERM);
-    let Ok(Message::Close(Some(goodbye))) = socket.read() else { panic!("no close frame came") };
+    let Ok(Message::Close(Some(goodbye))) = socket.read() else { panic!("the client sent no close frame") };
     assert_eq!(goodbye.code, CloseCode::Away);
     while socket.read().is_ok() {}
     assert_eq!(server.wait_end(), Some(0));
@@ -306,7 +306,7 @@ fn the_timeouts_of_requests_are_not_those_of_an_upgraded_connection() {
     let mut server = start("scenarios", &short);
     let (_, mut upgraded) = upgrade(&server, "/upgrade", "");
     for round in 0..2 {
-        // The closing of an idle connection marks the time.
+        // The closing of an idle connection shows that the timeout has passed.
         let mut idle = http::Client::connect(&server.http()).unwrap();
         idle.request("GET", "/empty", b"").unwrap();
         assert_eq!(idle.stream.read(&mut [0]).unwrap(), 0);
@@ -318,7 +318,7 @@ fn the_timeouts_of_requests_are_not_those_of_an_upgraded_connection() {
     let mut server = start("scenarios", &["--upgraded-timeout", "1s"]);
     let (_, mut upgraded) = upgrade(&server, "/upgrade", "");
     echoes(&mut upgraded, "and then nothing");
-    assert_eq!(upgraded.read(&mut [0; 10]).unwrap(), 0, "it was silent for too long");
+    assert_eq!(upgraded.read(&mut [0; 10]).unwrap(), 0, "the upgraded connection was idle for too long");
     server.stop();
 }
 
@@ -332,7 +332,7 @@ fn an_upgrade_is_the_last_request_that_a_connection_may_have() {
     server.stop();
 }
 
-/// A frame from a client, masked with a zero mask.
+/// Returns a frame from a client, masked with a zero mask.
 fn masked(text: &str) -> Vec<u8> {
     [&[0x81, 0x80 | u8::try_from(text.len()).unwrap(), 0, 0, 0, 0][..], text.as_bytes()].concat()
 }
@@ -364,7 +364,7 @@ fn a_websocket_over_http_2() {
     let last = client.next(http2::DATA).unwrap();
     assert_eq!((last.stream, last.flags & http2::END_STREAM), (1, http2::END_STREAM));
     client.send(&http2::frame(http2::DATA, http2::END_STREAM, 1, b"")).unwrap();
-    while client.next(http2::GOAWAY).is_ok() {} // acknowledges the server's PING
+    while client.next(http2::GOAWAY).is_ok() {} // the client acknowledges the server's PING
     assert_eq!(server.wait_end(), Some(0));
     let lines = std::fs::read_to_string(&log).unwrap();
     assert!(lines.contains("\"CONNECT /ws HTTP/2.0\" 200 "), "{lines}");

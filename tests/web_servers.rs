@@ -1,7 +1,8 @@
-//! Forkyard behind real web servers and with real clients: crashes, panics, the shared cache and many concurrent requests, with the
-//! examples `pages` and `crashy` over FastCGI; `cgi-fcgi`; curl. tests/scenarios covers single requests and responses.
+//! Forkyard behind real web servers and with real clients. The examples `pages` and `crashy` run behind each web server over FastCGI, with
+//! crashes, panics, the shared cache and many concurrent requests. The clients are `cgi-fcgi` and curl. tests/scenarios covers single
+//! requests and responses.
 //!
-//! The checks are the same for each web server: the list is at the end of the first part of this file.
+//! The checks are the same for each web server. The list of checks is at the end of the first part of this file.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
 
@@ -44,7 +45,8 @@ impl Site {
     fn start(front: Front) -> Self {
         let mut fronts = ["pages", "crashy"].map(|application| fronts::Site::start(front, application));
         let clients = Clients { pages: fronts[0].address.clone(), crashy: fronts[1].address.clone() };
-        let [pages, crashy] = fronts.each_mut().map(|site| site.application.take().expect("we started it"));
+        let [pages, crashy] =
+            fronts.each_mut().map(|site| site.application.take().expect("the test has started the application"));
         Self { _fronts: fronts, pages, crashy, clients }
     }
 }
@@ -55,7 +57,7 @@ impl Clients {
             App::Pages => &self.pages,
             App::Crashy => &self.crashy,
         };
-        Client::connect(address).expect("the web server lives")
+        Client::connect(address).expect("the web server accepts connections")
     }
 
     /// Sends one request on a new connection. Panics if there is no response.
@@ -67,13 +69,13 @@ impl Clients {
 
 // ---- checks that are the same for each web server ----
 
-/// Random bytes, so that no slice of sufficient length occurs twice.
+/// Returns random bytes, so that no slice of sufficient length occurs twice.
 fn some_bytes(length: usize) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(7);
     std::iter::repeat_with(|| random.u8(..)).take(length).collect()
 }
 
-/// The log shows the request as the client sent it, with its query.
+/// The log contains the request as the client sent it, with its query.
 fn a_panic_costs_one_response(site: &mut Site) {
     let workers = site.crashy.workers();
     for round in 0..4 {
@@ -101,16 +103,16 @@ fn a_crash_costs_one_response(site: &mut Site) {
     assert_eq!(after.intersection(&workers).count(), 1, "one of {workers:?} was replaced: {after:?}");
 }
 
-/// The number after `pid ` in the example's output.
+/// Returns the number after `pid ` in the example's output.
 fn pid_in(text: &str) -> i32 {
     let (_, rest) = text.split_once("pid ").unwrap_or_else(|| panic!("no pid in {text:?}"));
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().unwrap()
 }
 
-/// Both workers answer requests through the web server. A worker with more load leaves connections to the other one, so under several
-/// concurrent clients both workers soon answer. If all clients share one multiplexed connection (`option max-reqs 64` for HAProxy), this
-/// takes more clients than one connection carries.
+/// Both workers answer requests through the web server. A worker with more load leaves connections to the other worker, so both workers
+/// soon answer if there are several concurrent clients. If all clients share one multiplexed connection (`option max-reqs 64` for HAProxy),
+/// more clients are needed than one connection carries.
 fn both_workers_answer(site: &mut Site) {
     let workers = site.pages.workers();
     assert_eq!(workers.len(), 2);
@@ -134,16 +136,16 @@ fn both_workers_answer(site: &mut Site) {
             return;
         }
     }
-    panic!("of the workers {workers:?} only {seen:?} have answered");
+    panic!("only {seen:?} of the workers {workers:?} have answered");
 }
 
-/// A kept connection to each worker, not through the web server.
+/// Opens a keep-alive connection to each worker, bypassing the web server.
 fn connections_to_both(site: &Site) -> BTreeMap<i32, fastcgi::Client> {
     let (mut by_worker, mut others) = (BTreeMap::new(), Vec::new());
     for _ in 0..200 {
         let mut client = fastcgi::Client::connect(&site.pages.binds[0]).unwrap();
         let pid = pid_in(&String::from_utf8_lossy(client.request("GET", "/who", b"").unwrap().body()));
-        // Both connections stay open, because the worker with fewer connections accepts the next one.
+        // All connections stay open, because the worker with fewer connections accepts the next connection.
         others.extend(by_worker.insert(pid, client));
         if by_worker.len() == 2 {
             return by_worker;
@@ -168,16 +170,22 @@ fn a_page_is_shared_and_purged(site: &mut Site) {
     let pids: Vec<i32> = workers.keys().copied().collect();
     for (&one, &other) in [(&pids[0], &pids[1]), (&pids[1], &pids[0])] {
         let rendered = page(workers.get_mut(&one).unwrap(), 7);
-        assert_eq!(renderer(&rendered), one, "the one that was asked first renders");
-        assert!(page(workers.get_mut(&other).unwrap(), 7) == rendered, "the other has the same page");
-        assert!(site.clients.ask(App::Pages, "GET", "/page/7").body == rendered, "so have the web server's clients");
+        assert_eq!(renderer(&rendered), one, "the worker with the first request renders the page");
+        assert!(page(workers.get_mut(&other).unwrap(), 7) == rendered, "the other worker returns the same page");
+        assert!(
+            site.clients.ask(App::Pages, "GET", "/page/7").body == rendered,
+            "clients of the web server receive the same page"
+        );
 
         assert_eq!(site.clients.ask(App::Pages, "POST", "/purge/page-8").status, 204);
-        assert!(page(workers.get_mut(&other).unwrap(), 7) == rendered, "another page's tag is another page's");
+        assert!(
+            page(workers.get_mut(&other).unwrap(), 7) == rendered,
+            "a purge of another tag does not affect the page"
+        );
         assert_eq!(site.clients.ask(App::Pages, "POST", "/purge/pages").status, 204);
         let anew = page(workers.get_mut(&other).unwrap(), 7);
-        assert_eq!(renderer(&anew), other, "the page is gone for all workers");
-        assert!(site.clients.ask(App::Pages, "GET", "/page/7").body == anew, "and the new one is there for all");
+        assert_eq!(renderer(&anew), other, "the purge removes the page for all workers");
+        assert!(site.clients.ask(App::Pages, "GET", "/page/7").body == anew, "all workers serve the new page");
         assert_eq!(site.clients.ask(App::Pages, "POST", "/purge/page-7").status, 204);
     }
 }
@@ -196,7 +204,7 @@ fn a_page_outlives_its_worker(site: &mut Site) {
     assert_ne!(renderer(&anew), dead);
 }
 
-/// 300 consecutive requests on one connection, concurrent with eight clients: each gets the right response.
+/// 300 consecutive requests on one connection, while eight other clients send requests. Each request gets the right response.
 fn many_requests_at_once(site: &mut Site) {
     let clients = &site.clients;
     let one_client = |count: usize| {
@@ -228,7 +236,7 @@ fn many_requests_at_once(site: &mut Site) {
     });
 }
 
-/// A response that is shorter than announced is not accepted as complete.
+/// A response that is shorter than declared is not accepted as complete.
 fn a_response_that_is_too_short_is_seen(site: &mut Site) {
     for _ in 0..3 {
         let answer = site.clients.connect(App::Crashy).request("GET", "/claim/10/5", b"");
@@ -237,7 +245,7 @@ fn a_response_that_is_too_short_is_seen(site: &mut Site) {
     }
 }
 
-/// Behind nginx, a response without a length that breaks off is not accepted as complete either.
+/// Behind nginx, an incomplete response without a length is not accepted as complete either.
 #[test]
 fn nginx_passes_the_news_of_a_response_that_breaks_off() {
     for front in [fronts::NGINX, fronts::NGINX_KEPT] {
@@ -248,7 +256,7 @@ fn nginx_passes_the_news_of_a_response_that_breaks_off() {
     }
 }
 
-/// lighttpd asks the application, as an authorizer, before it serves a file.
+/// lighttpd queries the application as an authorizer before it serves a file.
 #[test]
 fn lighttpd_has_an_authorizer() {
     let site = fronts::Site::start(fronts::LIGHTTPD_AUTHORIZER, "roles");
@@ -261,7 +269,7 @@ fn lighttpd_has_an_authorizer() {
     assert_eq!(ask("/file?user=ann"), (200, "for friends\n".to_owned()));
 }
 
-/// Connections that the web server wants to keep stay open, and all others are closed. The number of the workers' sockets shows this.
+/// Connections that the web server wants to keep open stay open, and all others are closed. The number of the workers' sockets shows this.
 fn connections_are_kept_if_that_was_asked(site: &mut Site, front: Front) {
     let sockets = || site.pages.workers().into_iter().map(common::sockets_of).sum::<usize>();
     let before = sockets();
@@ -269,12 +277,12 @@ fn connections_are_kept_if_that_was_asked(site: &mut Site, front: Front) {
         assert_eq!(site.clients.ask(App::Pages, "GET", "/who").status, 200);
     }
     let kept = front.link == Link::FastCgiKept;
-    let open = wait_until("no connection is open that nobody asked to keep", || {
+    let open = wait_until("connections without keep-alive are closed", || {
         let open = sockets().checked_sub(before)?;
         (kept || open == 0).then_some(open)
     });
     if kept {
-        assert!((1..=16).contains(&open), "a few connections are to be kept, and {open} are open");
+        assert!((1..=16).contains(&open), "1 to 16 connections must stay open, and {open} are open");
     }
 }
 
@@ -335,7 +343,7 @@ fn cgi_fcgi_is_a_client() {
         let mut command = Command::new("cgi-fcgi");
         command.args(["-bind", "-connect"]).arg(&socket).env_clear().envs(variables.iter().copied());
         let output = output_of(&mut command, body).expect("cgi-fcgi ends well (scripts/test installs it)");
-        let head = output.windows(4).position(|four| four == b"\r\n\r\n").expect("there is a head");
+        let head = output.windows(4).position(|four| four == b"\r\n\r\n").expect("the output has a head");
         let (head, body) = (String::from_utf8_lossy(&output[..head]).into_owned(), output[head + 4..].to_vec());
         (head.lines().next().unwrap_or_default().to_owned(), body)
     };
@@ -349,14 +357,14 @@ fn cgi_fcgi_is_a_client() {
         let variables = [("REQUEST_METHOD", "POST"), ("SCRIPT_NAME", "/echo"), ("CONTENT_LENGTH", &length)];
         let (status, echo) = ask(&variables, &body);
         assert_eq!(status, "Status: 200 OK");
-        assert!(echo == body, "{} bytes came back of {length}", echo.len());
+        assert!(echo == body, "{} of {length} bytes were returned", echo.len());
     }
     // A call without variables, like a health check, has no method.
     assert_eq!(ask(&[], b"").0, "Status: 400 Bad Request");
     drop(crashy);
 }
 
-/// The result of curl: the version and status of the response, and the body.
+/// Runs curl. Returns the version and status of the response, and the body.
 fn curl(arguments: &[&str], url: &str, input: &[u8]) -> (String, Vec<u8>) {
     let mut command = Command::new("curl");
     command.args(["-q", "--silent", "--show-error", "--noproxy", "*", "--write-out", "\n%{http_version} %{http_code}"]);
@@ -390,7 +398,7 @@ fn curl_is_a_client() {
     for arguments in [&chunked[..], &["--data-binary", "@-"], &["--upload-file", "-"]] {
         let (line, body) = curl(arguments, &url("/echo"), &large);
         assert_eq!(line, "1.1 200", "{arguments:?}");
-        assert!(body == large, "{arguments:?}: {} bytes came back", body.len());
+        assert!(body == large, "{arguments:?}: {} bytes were returned", body.len());
         assert_eq!(curl(arguments, &url("/count"), &large), answer("1.1 200", b"1048576\n"));
     }
     // Over HTTP/1.0, the end of the connection marks the end of a response without a known length.

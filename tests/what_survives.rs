@@ -24,7 +24,7 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&HTTP, arguments].concat())
 }
 
-/// Processor time of a single-threaded process: the first number in its `schedstat`.
+/// Returns the processor time of a single-threaded process: the first number in its `schedstat`.
 fn cpu_time_ns(pid: Pid) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
     text.split(' ').next().unwrap().parse().unwrap()
@@ -42,9 +42,9 @@ fn a_worker_panics_in_one_request() {
     let mut other = Client::connect(&address).unwrap();
     std::thread::scope(|scope| {
         let beside = scope.spawn(|| other.request("GET", "/slow/3000", b"").unwrap().status);
-        wait_until("it is being served", || (in_flight(&server) == 1).then_some(()));
+        wait_until("the request is in flight", || (in_flight(&server) == 1).then_some(()));
         assert_eq!(http::get(&address, "/panic").unwrap().status, 500);
-        assert_eq!(beside.join().unwrap(), 200, "the request beside it is unharmed");
+        assert_eq!(beside.join().unwrap(), 200, "the concurrent request is not affected");
     });
     server.has_only(&workers); // the worker is still alive
     server.stop();
@@ -63,23 +63,23 @@ fn a_worker_is_killed_or_segfaults() {
         std::thread::scope(|scope| {
             let asked = scope.spawn(|| http::get(&address, path).unwrap().status);
             if path != "/segv" {
-                wait_until("it is being served", || (in_flight(&server) == 1).then_some(()));
+                wait_until("the request is in flight", || (in_flight(&server) == 1).then_some(()));
                 kill(Pid::from_raw(old), Signal::SIGKILL).unwrap();
             }
             assert_eq!(asked.join().unwrap(), 502, "{path}");
         });
-        assert_eq!(kept.request("GET", "/ok", b"").unwrap().status, 200, "its idle connection goes on");
+        assert_eq!(kept.request("GET", "/ok", b"").unwrap().status, 200, "the worker's idle connection continues");
         let line = server.wait_for("worker died");
         assert!(line.contains(&format!("GET {path} ")), "{line}");
-        wait_until("it is replaced", || (worker() != old).then_some(()));
+        wait_until("the worker is replaced", || (worker() != old).then_some(()));
     }
     server.stop();
 }
 
 #[test]
 fn a_worker_dies_holding_a_lock_in_shared_memory() {
-    // Quarantine is off, because where only the machine-wide count of OOM kills is available, an OOM kill in another test would make these
-    // deaths count against the request.
+    // Quarantine is off. Where only the machine-wide count of OOM kills is available, an OOM kill in another test would count these deaths
+    // against the request.
     let arguments = ["--workers", "2", "--cache", "2M", "--respawn-rate", "1000", "--quarantine", "0"];
     let mut server = Server::start("pages", &[&HTTP[..], &arguments].concat());
     let (address, segment) = (server.http(), server.segment());
@@ -95,14 +95,14 @@ fn a_worker_dies_holding_a_lock_in_shared_memory() {
             // Only a ready worker is killed, because deaths before readiness trigger the circuit breaker and its delays.
             let ready = (0..2).filter_map(|slot| board.read(slot)).find(|row| row.state == State::Ready);
             if let Some(worker) = ready.map(|row| i32::try_from(row.pid).unwrap()) {
-                let _ = kill(Pid::from_raw(worker), Signal::SIGKILL); // the worker may be dead already
-                wait_until("it is dead", || is_gone(worker).then_some(()));
+                let _ = kill(Pid::from_raw(worker), Signal::SIGKILL); // the worker may already be dead
+                wait_until("the worker is dead", || is_gone(worker).then_some(()));
             }
         }
     });
-    segment.cache().audit().expect("the cache is in order");
+    segment.cache().audit().expect("the cache is consistent");
     let stats = segment.cache().stats();
-    assert_eq!((stats.lock_timeouts, stats.lost), (0, 0), "nobody waited for a dead holder: {stats:?}");
+    assert_eq!((stats.lock_timeouts, stats.lost), (0, 0), "no process waited for a dead lock holder: {stats:?}");
     server.stop();
 }
 
@@ -110,9 +110,9 @@ fn a_worker_dies_holding_a_lock_in_shared_memory() {
 fn the_same_request_kills_workers_again_and_again() {
     let mut server = crashy(&["--workers", "2"]);
     let address = server.http();
-    wait_until("it is refused", || (http::get(&address, "/poison/1").ok()?.status == 503).then_some(()));
+    wait_until("the request is refused", || (http::get(&address, "/poison/1").ok()?.status == 503).then_some(()));
     server.wait_for("quarantined");
-    assert_eq!(http::get(&address, "/ok").unwrap().status, 200, "the rest of the site lives");
+    assert_eq!(http::get(&address, "/ok").unwrap().status, 200, "other requests are answered");
     server.stop();
 }
 
@@ -126,7 +126,7 @@ fn a_worker_hangs() {
         assert!(line.contains("GET /hang "), "the request is named: {line}");
         assert_eq!(hanging.join().unwrap(), 502);
     });
-    wait_until("it is replaced", || (server.workers().len() == 2).then_some(()));
+    wait_until("the worker is replaced", || (server.workers().len() == 2).then_some(()));
     server.stop();
 }
 
@@ -140,8 +140,8 @@ fn all_workers_crash_at_start() {
     for failures in 1..=5 {
         server.wait_for(&format!(" failures={failures} "));
     }
-    // The master now waits for 1600 ms. The processor time of a master that did not sleep would depend on the load of the machine, so it is
-    // compared with that of a thread that does not sleep.
+    // The master now waits for 1600 ms. The processor time of a master that did not sleep would depend on the load of the machine, so the
+    // test compares it with the processor time of a thread that does not sleep.
     let (before, over) = (cpu_time_ns(server.pid()), AtomicBool::new(false));
     let spun = std::thread::scope(|scope| {
         let spinning = scope.spawn(|| {
@@ -157,14 +157,14 @@ fn all_workers_crash_at_start() {
     });
     let used = cpu_time_ns(server.pid()) - before;
     assert!(used < spun / 4, "the master used {used} ns while a thread that never sleeps got {spun} ns");
-    // The delays so far were 100, 200, 400, 800 and 1600 ms. After the first four deaths, only one worker was started at a time.
+    // The delays so far were 100, 200, 400, 800 and 1600 ms. After the first four deaths, the master started only one worker at a time.
     let log = server.log();
     let forks = log.split(" failures=6 ").next().unwrap().matches("worker died").count();
     assert!(forks <= 4 + 5, "{forks} forks");
     std::fs::remove_file(&broken).unwrap();
     server.signal(Signal::SIGHUP);
     server.wait_for("ready in ");
-    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "a good reload heals it");
+    assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200, "a reload with a working build succeeds");
     server.stop();
 }
 
@@ -195,7 +195,7 @@ fn the_master_is_killed() {
     let mut server = crashy(&["--workers", "2", "--bind", &socket]);
     let address = server.http();
     let workers = server.workers();
-    let ours = wait_until("there are two workers, and their heirs", || {
+    let ours = wait_until("there are two workers and their heirs", || {
         let all = processes().into_iter();
         let ours = all.filter(|process| workers.contains(&process.pid) || workers.contains(&process.parent));
         let ours: Vec<i32> = ours.map(|process| process.pid).collect();
@@ -203,9 +203,9 @@ fn the_master_is_killed() {
     });
     std::thread::scope(|scope| {
         let slow = scope.spawn(|| http::get(&address, "/slow/3000").unwrap().status);
-        wait_until("it is being served", || (in_flight(&server) == 1).then_some(()));
+        wait_until("the request is in flight", || (in_flight(&server) == 1).then_some(()));
         server.signal(Signal::SIGKILL);
-        assert_eq!(slow.join().unwrap(), 200, "what is being served is finished");
+        assert_eq!(slow.join().unwrap(), 200, "the request in flight is finished");
     });
     server.wait_end();
     wait_until("no orphan remains", || ours.iter().all(|&pid| is_gone(pid)).then_some(()));
@@ -223,12 +223,12 @@ fn descriptors_run_out() {
         client.stream.get_mut().write_all(b"GET /ok HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     }
     server.wait_for("cannot accept connections for now");
-    // Each worker that exits makes room for a waiting client, and no request is lost.
+    // Each worker that exits frees descriptors for a waiting client, and no request is lost.
     for mut client in clients {
         assert_eq!(client.response(false).unwrap().status, 200);
     }
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
-    assert_eq!(server.log().matches("cannot accept connections for now").count(), 1, "the log says so once");
+    assert_eq!(server.log().matches("cannot accept connections for now").count(), 1, "the pause is logged once");
     server.stop();
 }
 
@@ -240,12 +240,12 @@ fn a_power_cut() {
     let mut server = Server::start("pages", &arguments);
     assert_eq!(http::get(&server.http(), "/page/1").unwrap().status, 200);
     let ours: Vec<i32> = server.children().into_iter().collect();
-    // All processes are killed at once, without a chance to log anything.
+    // All processes are killed together, without a chance to log anything.
     for pid in [server.pid()].into_iter().chain(ours.iter().map(|&pid| Pid::from_raw(pid))) {
         let _ = kill(pid, Signal::SIGKILL);
     }
     server.wait_end();
-    wait_until("all are gone", || ours.iter().all(|&pid| is_gone(pid)).then_some(()));
+    wait_until("all processes are gone", || ours.iter().all(|&pid| is_gone(pid)).then_some(()));
     let mut next = Server::start("pages", &arguments);
     let said = next.log();
     assert!(said.contains("was dropped") || said.contains("cache is warm"), "used whole, or dropped: {said}");
