@@ -165,10 +165,7 @@ fn a_log_that_nobody_reads_stops_neither_the_master_nor_a_worker() {
             .sum();
         assert!(lost > 0, "lost lines were counted");
         let (seen, others) = (words(&log).len(), log.lines().filter(|line| !line.contains(" | ")).count());
-        assert!(
-            seen + lost >= LINES && seen + lost < LINES + 100,
-            "{seen} seen, {lost} lost, and {others} other lines"
-        );
+        assert!(seen + lost >= LINES && seen + lost < LINES + 100, "{seen} seen, {lost} lost, {others} other");
         let numbers: Vec<usize> =
             words(&log).iter().filter_map(|words| words.strip_prefix("number ")?.parse().ok()).collect();
         assert!(numbers.is_sorted() && numbers.len() == seen, "no line is torn");
