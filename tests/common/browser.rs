@@ -1,4 +1,4 @@
-//! Drives a real browser, headless Chromium, over a pair of pipes by the DevTools protocol. Each message is JSON followed by a zero byte.
+//! Drives a real browser, headless Chromium, over a pair of pipes with the DevTools protocol. Each message is JSON followed by a zero byte.
 
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 #![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
@@ -25,7 +25,7 @@ impl Browser {
     /// Starts the browser. Each page runs `script` before its own scripts.
     pub(crate) fn start(script: &str) -> Self {
         let profile = tempfile::tempdir().unwrap();
-        // Chromium uses descriptors 3 and 4 for DevTools. Its sandbox is off, because it works neither for root nor in containers.
+        // Chromium uses descriptors 3 and 4 for DevTools. Its sandbox is off, because it works neither as root nor in containers.
         let shell = "exec chromium \"$@\" 3<&0 4>&1 </dev/null >/dev/null 2>&1";
         let mut process = Command::new("sh")
             .args(["-c", shell, "sh", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
@@ -52,7 +52,7 @@ impl Browser {
         assert!(answer["errorText"].is_null(), "{url}: {answer}");
     }
 
-    /// The value of a JavaScript expression in the page, or null while the page cannot evaluate it.
+    /// Returns the value of a JavaScript expression in the page, or null while the page cannot evaluate the expression.
     pub(crate) fn evaluate(&mut self, expression: &str) -> Value {
         let mut answer = self.call("Runtime.evaluate", json!({"expression": expression, "returnByValue": true}));
         answer["result"]["value"].take()
@@ -71,11 +71,11 @@ impl Browser {
         if let Some(session) = &self.session {
             message["sessionId"] = session.as_str().into();
         }
-        self.to.write_all(format!("{message}\0").as_bytes()).expect("the browser lives (the package `chromium`)");
+        self.to.write_all(format!("{message}\0").as_bytes()).expect("the browser is running (the package `chromium`)");
         loop {
             let mut bytes = self.from.until(0, &format!("the browser's answer to {method}"));
-            bytes.pop().expect("the browser lives (the package `chromium`)");
-            let mut said: Value = serde_json::from_slice(&bytes).expect("it speaks JSON");
+            bytes.pop().expect("the browser is running (the package `chromium`)");
+            let mut said: Value = serde_json::from_slice(&bytes).expect("the message is JSON");
             // Other messages are events, which match no request.
             if said["id"] == self.last_id {
                 assert!(said["error"].is_null(), "{method}: {said}");
@@ -90,7 +90,7 @@ impl Drop for Browser {
         let _ = self.to.write_all(b"{\"id\":0,\"method\":\"Browser.close\"}\0");
         // A browser that does not read the close command exits at the end of the pipe.
         if !std::thread::panicking() {
-            wait_until("the browser has ended", || self.process.try_wait().ok().flatten());
+            wait_until("the browser has exited", || self.process.try_wait().ok().flatten());
         }
         let _ = self.process.kill();
         let _ = self.process.wait();

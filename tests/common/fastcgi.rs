@@ -1,5 +1,5 @@
-//! A FastCGI client, written from the specification, not from the server's codec. It can send malformed records, and reads replies record
-//! by record.
+//! A FastCGI client that is based on the specification and shares no code with the server's codec. It can send malformed records, and reads
+//! responses record by record.
 
 use std::io::{self, Read, Write};
 
@@ -36,14 +36,14 @@ pub struct Response {
 
 impl Response {
     pub fn head(&self) -> String {
-        let end = self.stdout.windows(4).position(|four| four == b"\r\n\r\n").expect("there is a head");
+        let end = self.stdout.windows(4).position(|four| four == b"\r\n\r\n").expect("the response has a head");
         String::from_utf8_lossy(&self.stdout[..end]).into_owned()
     }
 
     pub fn status(&self) -> u16 {
         let head = self.head();
         let status = head.lines().find_map(|line| line.strip_prefix("Status: "));
-        status.and_then(|status| status[..3].parse().ok()).expect("there is a status")
+        status.and_then(|status| status[..3].parse().ok()).expect("the head has a status")
     }
 
     pub fn body(&self) -> &[u8] {
@@ -56,7 +56,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// `address` has the form of the startup banner: `fastcgi:unix:/path` or `fastcgi:HOST:PORT`.
+    /// Connects to `address`, which has the form of the startup banner: `fastcgi:unix:/path` or `fastcgi:HOST:PORT`.
     pub fn connect(address: &str) -> io::Result<Self> {
         let address = address.strip_prefix("fastcgi:").unwrap_or(address);
         Ok(match address.strip_prefix("unix:") {
@@ -69,13 +69,13 @@ impl Client {
         self.stream.write_all(&records.concat())
     }
 
-    /// Sends a whole request on a kept connection, and reads the response.
+    /// Sends a whole request on a keep-alive connection, and reads the response.
     pub fn request(&mut self, method: &str, target: &str, body: &[u8]) -> io::Result<Response> {
         self.send(&request(1, true, method, target, body))?;
         self.response(1)
     }
 
-    /// Reads until the request ends. A record of another request is an error.
+    /// Reads until the request ends. A record of a different request is an error.
     pub fn response(&mut self, id: u16) -> io::Result<Response> {
         let mut response = Response::default();
         loop {
@@ -108,7 +108,7 @@ impl Client {
         Ok(Record { kind, id: u16::from_be_bytes([id_high, id_low]), content })
     }
 
-    /// Whether the server has closed the connection.
+    /// Returns whether the server has closed the connection.
     pub fn is_closed(&mut self) -> bool {
         let mut byte = [0];
         match self.stream.read(&mut byte) {
@@ -120,7 +120,7 @@ impl Client {
 }
 
 pub fn record(kind: u8, id: u16, content: &[u8], padding: u8) -> Vec<u8> {
-    let length = u16::try_from(content.len()).expect("it fits a record").to_be_bytes();
+    let length = u16::try_from(content.len()).expect("the content fits into a record").to_be_bytes();
     let id = id.to_be_bytes();
     let header = [1, kind, id[0], id[1], length[0], length[1], padding, 0];
     [&header[..], content, &vec![0xAA; usize::from(padding)]].concat()
@@ -139,7 +139,7 @@ pub fn pair(name: &str, value: &str) -> Vec<u8> {
     [length(name), length(value), name.into(), value.into()].concat()
 }
 
-/// The records of a whole request, as nginx sends it.
+/// Returns the records of a whole request, as nginx sends it.
 pub fn request(id: u16, keep: bool, method: &str, target: &str, body: &[u8]) -> Vec<Vec<u8>> {
     let mut records = head(id, keep, method, target, Some(body.len()));
     records.extend(body.chunks(32 << 10).map(|piece| record(STDIN, id, piece, 0)));
@@ -147,7 +147,7 @@ pub fn request(id: u16, keep: bool, method: &str, target: &str, body: &[u8]) -> 
     records
 }
 
-/// The records of a request, without its body.
+/// Returns the records of a request, without its body.
 pub fn head(id: u16, keep: bool, method: &str, target: &str, length: Option<usize>) -> Vec<Vec<u8>> {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let length = length.filter(|&length| length > 0).map_or(String::new(), |length| length.to_string());

@@ -1,4 +1,4 @@
-//! A small HTTP/1.1 client for tests that check every byte. It supports Content-Length and chunked bodies, and keeps its connection.
+//! A small HTTP/1.1 client for tests that check every byte. It supports Content-Length and chunked bodies, and keeps its connection open.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;

@@ -1,4 +1,4 @@
-//! A small HTTP/2 client (RFC 9113) that sends and receives single frames.
+//! A small HTTP/2 client (RFC 9113) that sends and receives individual frames.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
@@ -44,7 +44,7 @@ impl Client {
         self.stream.write_all(frame)
     }
 
-    /// The next frame of any kind.
+    /// Reads the next frame of any kind.
     pub fn frame(&mut self) -> io::Result<Frame> {
         let mut head = [0; 9];
         self.stream.read_exact(&mut head).map_err(|error| awaited("an HTTP/2 frame", error))?;
@@ -54,13 +54,13 @@ impl Client {
         Ok(Frame { kind, flags, stream: u32::from_be_bytes([d & 0x7f, e, f, g]), payload })
     }
 
-    /// The next frame of this kind. Other frames are skipped; SETTINGS and PING are acknowledged.
+    /// Reads the next frame of this kind. Skips other frames, and acknowledges SETTINGS and PING.
     pub fn next(&mut self, kind: u8) -> io::Result<Frame> {
         loop {
             let frame = self.frame()?;
             if matches!(frame.kind, SETTINGS | PING) && frame.flags & ACK == 0 {
                 let payload: &[u8] = if frame.kind == PING { &frame.payload } else { b"" };
-                // If the server has closed the connection meanwhile, the frames that it sent before can still be read.
+                // If the server has closed the connection, frames that it sent earlier can still be read.
                 let _ = self.send(&self::frame(frame.kind, ACK, 0, payload));
             }
             if frame.kind == kind {
@@ -70,7 +70,7 @@ impl Client {
     }
 }
 
-/// The first bytes of a response's HEADERS: the status, as the server's encoder writes it (name 8 of the static table, Huffman).
+/// Returns the first bytes of a response's HEADERS: the status in the server's encoding (name 8 in the static table, Huffman).
 pub fn status(status: u16) -> &'static [u8] {
     match status {
         200 => &[0x88],
@@ -78,7 +78,7 @@ pub fn status(status: u16) -> &'static [u8] {
         408 => &[0x48, 0x83, 0x68, 0x0f, 0x7f],
         413 => &[0x48, 0x83, 0x68, 0x2c, 0xff],
         501 => &[0x48, 0x82, 0x6c, 0x01],
-        other => panic!("{other} has to be encoded here"),
+        other => panic!("this function has no encoding of {other}"),
     }
 }
 
@@ -87,7 +87,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&[a, b, c, kind, flags][..], &stream.to_be_bytes(), payload].concat()
 }
 
-/// A HEADERS frame that requests a tunnel for this protocol (RFC 8441, section 4).
+/// Returns a HEADERS frame that requests a tunnel for this protocol (RFC 8441, section 4).
 pub fn connect(stream: u32, protocol: &str, path: &str, fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = Vec::new();
     let pseudo = [(":method", "CONNECT"), (":protocol", protocol), (":scheme", "http"), (":path", path)];
@@ -101,16 +101,16 @@ pub fn connect(stream: u32, protocol: &str, path: &str, fields: &[(&str, &str)])
     frame(HEADERS, END_HEADERS, stream, &block)
 }
 
-/// A HEADERS frame with a whole head: fields from HPACK's static table (RFC 7541, appendix A), and literals.
+/// Returns a HEADERS frame with a whole head: fields from HPACK's static table (RFC 7541, appendix A), and literals.
 pub fn head(stream: u32, flags: u8, method: &str, path: &str, fields: &[(&str, &str)]) -> Vec<u8> {
     head_at(stream, flags, method, path, "localhost", fields)
 }
 
-/// Like [`head`], with another `:authority`.
+/// Like [`head`], with a different `:authority`.
 pub fn head_at(stream: u32, flags: u8, method: &str, path: &str, authority: &str, fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = vec![if method == "POST" { 0x83 } else { 0x82 }, 0x86];
     let text = |text: &str, block: &mut Vec<u8>| {
-        // Lengths from 127 on take several bytes.
+        // Lengths of 127 and above take several bytes.
         block.push(u8::try_from(text.len()).ok().filter(|&length| length < 127).unwrap());
         block.extend_from_slice(text.as_bytes());
     };

@@ -1,10 +1,10 @@
-//! Limits the run time of tests, so that no test can hang: a watchdog for the whole test binary, and waits for child processes and pipes
-//! that fail with the name of the awaited event.
+//! Limits the run time of tests, so that no test can hang. Contains a watchdog for the whole test binary, and waits for child processes and
+//! pipes; a wait that fails reports the awaited event.
 //!
 //! The watchdog is a thread that is started by the first use of this module. When the binary has run for FORKYARD_TEST_LIMIT seconds
 //! (default: 900), the watchdog prints the tests that are still running, all processes that the binary has started, and the output of the
-//! reporters. Then it kills those processes and exits with status 1. `scripts/limit` does the same from outside, for test binaries that do
-//! not use this module.
+//! reporters. Then it kills those processes and exits with status 1. `scripts/limit` enforces a limit from outside, for test binaries that
+//! do not use this module.
 //!
 //! This module uses only the standard library, because crates that do not use `tests/common` include this file by its path.
 
@@ -19,13 +19,13 @@ use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, fs, thread};
 
-/// How long a test waits for an event that must happen. This is not a limit on speed, because a passing test never reaches it.
+/// Maximum time that a test waits for an event that must happen. This is not a limit on speed, because a passing test never reaches it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long a test binary may run, unless FORKYARD_TEST_LIMIT sets another limit.
+/// Maximum run time of a test binary, unless FORKYARD_TEST_LIMIT sets a different limit.
 const BINARY_LIMIT: Duration = Duration::from_secs(900);
 
-/// Prints the state of the servers.
+/// A function that prints the state of the servers.
 type Reporter = fn(&mut dyn Write);
 
 static REPORTERS: Mutex<Vec<Reporter>> = Mutex::new(Vec::new());
@@ -35,7 +35,7 @@ pub fn start() {
     STARTED.call_once(|| {
         let seconds = std::env::var("FORKYARD_TEST_LIMIT").ok().and_then(|text| text.parse().ok());
         let limit = seconds.map_or(BINARY_LIMIT, Duration::from_secs);
-        thread::Builder::new().name("watchdog".into()).spawn(move || watch(limit)).expect("a thread starts");
+        thread::Builder::new().name("watchdog".into()).spawn(move || watch(limit)).expect("a thread can be started");
     });
 }
 
@@ -44,7 +44,7 @@ pub fn report_with(reporter: Reporter) {
     REPORTERS.lock().unwrap_or_else(PoisonError::into_inner).push(reporter);
 }
 
-#[expect(clippy::exit, reason = "nothing else ends a test binary whose threads hang")]
+#[expect(clippy::exit, reason = "only an exit terminates a test binary whose threads hang")]
 fn watch(limit: Duration) {
     thread::sleep(limit);
     // `eprintln!` is captured in the threads of the test harness and in the threads that they start.
@@ -65,11 +65,11 @@ struct Process {
     parent: u32,
     name: String,
     state: String,
-    /// In clock ticks.
+    /// Processor time in clock ticks.
     cpu: u64,
 }
 
-/// Reads a `stat` file in `/proc`: proc_pid_stat(5).
+/// Reads a `stat` file in `/proc` (see proc_pid_stat(5)).
 fn read_stat(directory: &Path) -> Option<Process> {
     let stat = fs::read_to_string(directory.join("stat")).ok()?;
     let (before, after) = stat.rsplit_once(')')?;
@@ -118,7 +118,7 @@ fn print_below(out: &mut dyn Write, all: &BTreeMap<u32, Process>, parent: u32, d
     }
 }
 
-/// Writes what a process or thread is doing: where it sleeps in the kernel, and in which system call, if the kernel lets this be read.
+/// Writes what a process or thread is doing: where it sleeps in the kernel, and in which system call, if the kernel allows this to be read.
 fn write_line(out: &mut dyn Write, indent: &str, pid: u32, directory: &Path) -> Option<()> {
     let Process { name, state, cpu, .. } = read_stat(directory)?;
     let read = |file: &str| fs::read_to_string(directory.join(file)).unwrap_or_default();
@@ -128,7 +128,7 @@ fn write_line(out: &mut dyn Write, indent: &str, pid: u32, directory: &Path) -> 
     writeln!(out, "{indent}{pid} {name} state={state} ticks={cpu} syscall={call} wchan={waits} {command}").ok()
 }
 
-/// Kills these processes and all their descendants. They are stopped first, so that none of them starts another process meanwhile.
+/// Kills these processes and all their descendants. The processes are stopped first, so that none of them can start another process.
 pub fn kill_trees(roots: &BTreeSet<u32>) {
     kill_trees_but(roots, 0);
 }
@@ -161,11 +161,12 @@ fn send(signal: &str, pids: &BTreeSet<u32>) {
 
 // ---- Commands ----
 
-/// Runs a command until it exits. If it is still running after [`PATIENCE`], it is killed with its descendants, and the test panics.
+/// Runs a command until it exits. If the command is still running after [`PATIENCE`], it is killed with its descendants, and the test
+/// panics.
 pub trait InTime {
     /// Like [`Command::output`], with an empty standard input.
     fn output_in_time(&mut self) -> io::Result<Output>;
-    /// Like [`Command::output`], with the standard input that the command was given.
+    /// Like [`Command::output`], with the command's own standard input.
     fn output_with_input_in_time(&mut self) -> io::Result<Output>;
     /// Like [`Command::status`].
     fn status_in_time(&mut self) -> io::Result<ExitStatus>;
@@ -186,18 +187,18 @@ impl InTime for Command {
     }
 }
 
-/// Waits until a child exits. After [`PATIENCE`] the child is killed with its descendants.
+/// Waits until a child exits. After [`PATIENCE`], kills the child with its descendants, and panics.
 pub fn end_of(child: &mut Child, what: &str) -> ExitStatus {
     end_before(Instant::now() + PATIENCE, child).unwrap_or_else(|| {
         kill_trees(&BTreeSet::from([child.id()]));
-        panic!("{what}: has not ended in {PATIENCE:?}, and was killed")
+        panic!("{what}: has not exited in {PATIENCE:?}, and was killed")
     })
 }
 
 fn end_before(deadline: Instant, child: &mut Child) -> Option<ExitStatus> {
     start();
     loop {
-        let status = child.try_wait().expect("it is our child");
+        let status = child.try_wait().expect("the process is a child of the test");
         if status.is_some() || Instant::now() >= deadline {
             return status;
         }
@@ -216,12 +217,12 @@ pub fn output_of(mut child: Child, what: &str) -> Output {
     let rest = |pipe: Option<Receiver<Vec<u8>>>, name: &str| {
         let Some(pipe) = pipe else { return Vec::new() };
         pipe.recv_timeout(PATIENCE)
-            .unwrap_or_else(|_| panic!("{what}: has ended, but its {name} has not in {PATIENCE:?}"))
+            .unwrap_or_else(|_| panic!("{what}: has exited, but its {name} has not ended in {PATIENCE:?}"))
     };
     let (stdout, stderr) = (rest(out, "standard output"), rest(err, "standard error"));
     let Some(status) = end else {
         let said = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
-        panic!("{what}: has not ended in {PATIENCE:?}, and was killed. Its output: {said}");
+        panic!("{what}: has not exited in {PATIENCE:?}, and was killed. Its output: {said}");
     };
     Output { status, stdout, stderr }
 }
@@ -282,7 +283,7 @@ impl Pipe {
         Ok(true)
     }
 
-    /// Reads up to and including this byte. Returns less, or nothing, at the end of the stream.
+    /// Reads up to and including this byte. Returns less data, or none, at the end of the stream.
     pub fn until(&mut self, end: u8, what: &str) -> Vec<u8> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -297,7 +298,7 @@ impl Pipe {
         }
     }
 
-    /// The next line, with its line ending. Empty at the end of the stream.
+    /// Reads the next line, with its line ending. Returns an empty string at the end of the stream.
     pub fn line(&mut self, what: &str) -> String {
         String::from_utf8(self.until(b'\n', what)).unwrap_or_else(|error| panic!("{what}: {error}"))
     }

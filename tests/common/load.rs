@@ -1,5 +1,5 @@
-//! Strict load: 32 clients, over each protocol, on kept and on fresh connections, on Unix sockets and TCP. Every request must be answered
-//! with 200, or with 502 if workers are killed.
+//! Strict load: 32 clients, over each protocol, on keep-alive and on new connections, on Unix sockets and TCP. Every request must be
+//! answered with 200, or with 502 if workers are killed.
 
 use std::io;
 use std::sync::Mutex;
@@ -8,22 +8,24 @@ use std::time::{Duration, Instant};
 
 use super::{Server, StopOnDrop, fastcgi, http, scgi};
 
-/// The number of concurrent clients.
+/// Number of concurrent clients.
 pub const CLIENTS: usize = 32;
-/// The number of failures that are reported in detail; further ones are only counted.
+/// Maximum number of failures that are reported in detail. Further failures are only counted.
 const TOLD: usize = 10;
 
 /// The results of all clients.
 #[derive(Default)]
 pub struct Load {
     stop: AtomicBool,
-    /// Requests answered with 200, and with 502.
+    /// Number of requests answered with 200.
     pub good: AtomicU64,
+    /// Number of requests answered with 502.
     pub sorry: AtomicU64,
     failures: Mutex<Vec<String>>,
     begun: Mutex<Option<Instant>>,
-    /// When the last worker was killed, and how long after that each 502 arrived.
+    /// Time at which the last worker was killed.
     killed: Mutex<Option<Instant>>,
+    /// For each 502, the time since the last worker was killed.
     pub answers_after_kill: Mutex<Vec<Duration>>,
 }
 
@@ -35,14 +37,14 @@ enum Way {
     Scgi { address: String },
 }
 
-/// A kept connection.
+/// A connection that is kept open.
 enum Kept {
     FastCgi(fastcgi::Client),
     Http(http::Client),
 }
 
 impl Load {
-    /// The arguments that make a server listen for all of these clients. The Unix sockets are in `directory`.
+    /// Returns the arguments that make a server listen for all of these clients. The Unix sockets are in `directory`.
     pub fn binds(directory: &std::path::Path) -> Vec<String> {
         let file = |protocol: &str| format!("{protocol}:unix:{}", directory.join(format!("{protocol}.sock")).display());
         let all = [
@@ -92,13 +94,13 @@ impl Load {
         );
         let seconds = self.begun.lock().unwrap().unwrap().elapsed().as_secs_f64();
         eprintln!(
-            "{total} requests in {seconds:.1} s: {} answered, {} got 502, 0 failed",
+            "{total} requests in {seconds:.1} s: {} answered, {} were answered with 502, 0 failed",
             self.good.load(Ordering::SeqCst),
             self.sorry.load(Ordering::SeqCst)
         );
     }
 
-    /// The number of requests so far.
+    /// Returns the number of requests so far.
     pub fn total(&self) -> u64 {
         self.good.load(Ordering::SeqCst) + self.sorry.load(Ordering::SeqCst)
     }
@@ -119,7 +121,7 @@ impl Load {
             count += 1;
             let body = format!("{number}-{count}").repeat(count % 40);
             let length = format!("{}\n", body.len());
-            // These responses are sent only when complete; for a streamed response, part could already have been sent when the worker is
+            // These responses are sent only when complete. Part of a streamed response could already have been sent when the worker is
             // killed.
             let (method, target, expected) = match count % 4 {
                 0 => ("POST", "/count", length.as_str()),
@@ -153,7 +155,7 @@ impl Load {
     }
 }
 
-/// Sends one request. A kept connection stays open unless a response closes it. Over HTTP, requests may be sent on it in parts.
+/// Sends one request. A keep-alive connection stays open unless a response closes it. Over HTTP, requests may be sent on it in parts.
 fn ask(
     way: &Way,
     kept: &mut Option<Kept>,

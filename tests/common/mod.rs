@@ -1,13 +1,13 @@
-//! Code shared by the integration tests: it starts the real programs, waits for them without sleeping, and always terminates them.
+//! Code shared by the integration tests. It starts the real programs, waits for them without sleeping, and always terminates them.
 //! Everything that a test creates is in its own temporary directory, listens on loopback or a Unix socket, and is removed with the test.
 //!
-//! No test can hang. Every wait has a limit and fails with the name of the awaited event: [`wait_until`] and the functions built on it,
-//! sockets with timeouts ([`connect_tcp`], [`connect_unix`] and the clients), [`limit::InTime`] for commands, [`limit::end_of`] for
-//! children, [`limit::Pipe`] for their output, [`received`] for channels. Threads that run until a flag is set use a [`StopOnDrop`], so
-//! that a panic stops them too. The whole binary also has a limit: [`limit`].
+//! No test can hang. Every wait has a limit, and fails with the name of the awaited event. Waits are [`wait_until`] and the functions based
+//! on it, sockets with timeouts ([`connect_tcp`], [`connect_unix`] and the clients), [`limit::InTime`] for commands, [`limit::end_of`] for
+//! children, [`limit::Pipe`] for their output, and [`received`] for channels. A thread that runs until a flag is set uses a [`StopOnDrop`],
+//! so that a panic stops it too. The whole binary also has a limit (see [`limit`]).
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
 
 pub mod fastcgi;
 pub mod http;
@@ -42,7 +42,7 @@ use nix::unistd::Pid;
 
 pub use limit::PATIENCE;
 
-/// The path of a built program: `forkyard`, or an example.
+/// Returns the path of a built program: `forkyard`, or an example.
 pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the test knows its own path");
     let target = test.parent().and_then(Path::parent).expect("tests are in target/PROFILE/deps");
@@ -51,8 +51,9 @@ pub fn program(name: &str) -> PathBuf {
     path
 }
 
-/// Restores the default actions of ignored signals. A shell starts background jobs (`&`) with INT and QUIT ignored, and nohup ignores HUP.
-/// A server inherits ignored signals from the tests, and such a signal is lost if it arrives before the server has installed its handlers.
+/// Restores the default actions of ignored signals. A shell starts background jobs (`&`) with SIGINT and SIGQUIT ignored, and nohup ignores
+/// SIGHUP. A server inherits ignored signals from the tests, and such a signal is lost if it arrives before the server has installed its
+/// handlers.
 #[expect(unsafe_code, reason = "an action that runs code could be unsound; the default action runs none")]
 fn stop_ignoring_signals() {
     static DONE: Once = Once::new();
@@ -64,11 +65,11 @@ fn stop_ignoring_signals() {
     });
 }
 
-/// The log of a server, and what the watchdog prints about the server.
+/// The log of a server, and the data that the watchdog prints about the server.
 struct Log {
     pid: Pid,
     command: String,
-    /// The name of the thread that started the server, which is the name of its test.
+    /// Name of the thread that started the server, which is the name of its test.
     test: String,
     lines: Mutex<Vec<String>>,
 }
@@ -132,11 +133,11 @@ impl Server {
         server
     }
 
-    /// Starts the server without waiting.
+    /// Starts the server without waiting until it is ready.
     pub fn launch(command: &mut Command) -> Self {
         stop_ignoring_signals();
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-        let stderr = child.stderr.take().expect("it is piped");
+        let stderr = child.stderr.take().expect("standard error is piped");
         let (sender, lines) = channel();
         let log = Arc::new(Log {
             pid: Pid::from_raw(child.id().cast_signed()),
@@ -160,14 +161,14 @@ impl Server {
         Self { child, log, log_ended, lines, runs_programs, binds: Vec::new() }
     }
 
-    /// Waits for a log line that contains `what`, and returns the line. The search begins after the line that the previous wait returned;
-    /// for lines in no fixed order, use [`Server::logged`].
+    /// Waits for a log line that contains `what`, and returns the line. The search begins after the line that the previous wait returned.
+    /// For lines in no fixed order, use [`Server::logged`].
     pub fn wait_for(&mut self, what: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let Ok(line) = self.lines.recv_timeout(left) else {
-                panic!("no line with {what:?} came. The log:\n{}", self.log());
+                panic!("no line with {what:?} was logged. The log:\n{}", self.log());
             };
             if let Some(bind) = line.strip_prefix("  bind     ") {
                 self.binds.push(bind.to_owned());
@@ -189,7 +190,7 @@ impl Server {
         self.log.text()
     }
 
-    /// `HOST:PORT` of the first `http` bind.
+    /// Returns `HOST:PORT` of the first `http` bind.
     pub fn http(&self) -> String {
         let bind = self.binds.iter().find_map(|bind| bind.strip_prefix("http://"));
         bind.expect("there is an http bind").to_owned()
@@ -199,7 +200,7 @@ impl Server {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// The server's shared memory, mapped by the test. A segment in a file is not available, because no other process may open the file.
+    /// Maps the server's shared memory. A segment in a file is not available, because no other process may open the file.
     pub fn segment(&self) -> Segment {
         self.memory().expect("the master holds a sealed memory file")
     }
@@ -208,8 +209,8 @@ impl Server {
         memory_of(self.pid())
     }
 
-    /// The pids of the running workers: the processes with a row in the scoreboard. If the scoreboard cannot be read, and under `run`,
-    /// where workers have no rows: all children.
+    /// Returns the pids of the running workers: the processes with a row in the scoreboard. If the scoreboard cannot be read, and under
+    /// `run`, where workers have no rows, returns the pids of all children.
     pub fn workers(&self) -> BTreeSet<i32> {
         match self.memory() {
             Some(segment) if !self.runs_programs => {
@@ -224,7 +225,7 @@ impl Server {
     /// Checks that the server has exactly these workers and no other children, such as failed attempts or zombies.
     pub fn has_only(&self, workers: &BTreeSet<i32>) {
         assert_eq!(&self.workers(), workers);
-        wait_until("it has no other children", || (self.children() == *workers).then_some(()));
+        wait_until("the server has no other children", || (self.children() == *workers).then_some(()));
     }
 
     /// Waits until all workers in `old` are gone and there are `count` workers.
@@ -235,18 +236,19 @@ impl Server {
         })
     }
 
-    /// The pids of all children: workers, sidecars and zombies, but not heirs.
+    /// Returns the pids of all children: workers, sidecars and zombies, but not heirs.
     pub fn children(&self) -> BTreeSet<i32> {
         children_of(self.pid())
     }
 
     pub fn signal(&self, signal: Signal) {
-        kill(self.pid(), signal).expect("the master lives");
+        kill(self.pid(), signal).expect("the master is running");
     }
 
-    /// Waits until the master has exited and its log has ended, and returns the exit status.
+    /// Waits until the master has exited and its log has ended. Returns the exit status.
     pub fn wait_end(&mut self) -> Option<i32> {
-        let status = wait_until("the master has ended", || self.child.try_wait().expect("it is our child"));
+        let status =
+            wait_until("the master has exited", || self.child.try_wait().expect("the master is a child of the test"));
         wait_until("its log has ended", || self.log_ended.load(Ordering::SeqCst).then_some(()));
         status.code()
     }
@@ -277,7 +279,7 @@ impl Drop for Server {
     }
 }
 
-/// Another program that a test needs, such as a web server. It is terminated when dropped.
+/// Another program that a test needs, such as a web server. Dropping it terminates the program.
 pub struct Helper(pub Child);
 
 impl Helper {
@@ -289,7 +291,7 @@ impl Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        // TERM first, because a program may have children of its own.
+        // SIGTERM first, because a program may have children of its own.
         let _ = kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM);
         let deadline = Instant::now() + Duration::from_secs(5);
         while matches!(self.0.try_wait(), Ok(None)) && Instant::now() < deadline {
@@ -308,21 +310,22 @@ pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
         if let Some(answer) = ask() {
             return answer;
         }
-        assert!(Instant::now() < deadline, "never came about in {PATIENCE:?}: {what}");
+        assert!(Instant::now() < deadline, "did not happen within {PATIENCE:?}: {what}");
         std::thread::park_timeout(Duration::from_millis(1));
     }
 }
 
-/// The next message of a channel. Panics if none arrives in time.
+/// Returns the next message of a channel. Panics if none arrives in time.
 pub fn received<T>(messages: &Receiver<T>, what: &str) -> T {
     match messages.recv_timeout(PATIENCE) {
         Ok(message) => message,
-        Err(RecvTimeoutError::Timeout) => panic!("never came in {PATIENCE:?}: {what}"),
-        Err(RecvTimeoutError::Disconnected) => panic!("its sender has gone: {what}"),
+        Err(RecvTimeoutError::Timeout) => panic!("did not arrive within {PATIENCE:?}: {what}"),
+        Err(RecvTimeoutError::Disconnected) => panic!("the sender has been dropped: {what}"),
     }
 }
 
-/// Sets a flag when it is dropped, also by a panic. For `thread::scope`, which waits for threads that run until the flag is set.
+/// Sets a flag when it is dropped, including by a panic. Needed with `thread::scope`, which waits for threads that run until the flag is
+/// set.
 pub struct StopOnDrop<'a>(pub &'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {
@@ -352,30 +355,30 @@ pub fn connect_tcp(address: impl ToSocketAddrs) -> io::Result<TcpStream> {
 pub fn connect_unix(path: impl AsRef<Path>) -> io::Result<UnixStream> {
     limit::start();
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    let patience = TimeVal::milliseconds(i64::try_from(PATIENCE.as_millis()).expect("it is short"));
+    let patience = TimeVal::milliseconds(i64::try_from(PATIENCE.as_millis()).expect("the timeout is short"));
     setsockopt(&socket, sockopt::SendTimeout, &patience)?;
     setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
     connect(socket.as_raw_fd(), &UnixAddr::new(path.as_ref())?)?;
     Ok(socket.into())
 }
 
-/// The next connection to a listener, with timeouts. Panics if none arrives in time.
+/// Returns the next connection to a listener, with timeouts. Panics if none arrives in time.
 pub fn accepted(listener: &TcpListener, what: &str) -> TcpStream {
-    listener.set_nonblocking(true).expect("it listens");
+    listener.set_nonblocking(true).expect("the socket is listening");
     let stream = wait_until(what, || listener.accept().ok()).0;
-    stream.set_nonblocking(false).expect("it is connected");
-    stream.set_read_timeout(Some(PATIENCE)).expect("it is connected");
-    stream.set_write_timeout(Some(PATIENCE)).expect("it is connected");
+    stream.set_nonblocking(false).expect("the socket is connected");
+    stream.set_read_timeout(Some(PATIENCE)).expect("the socket is connected");
+    stream.set_write_timeout(Some(PATIENCE)).expect("the socket is connected");
     stream
 }
 
 /// Like [`accepted`], for a Unix socket.
 pub fn accepted_unix(listener: &UnixListener, what: &str) -> UnixStream {
-    listener.set_nonblocking(true).expect("it listens");
+    listener.set_nonblocking(true).expect("the socket is listening");
     let stream = wait_until(what, || listener.accept().ok()).0;
-    stream.set_nonblocking(false).expect("it is connected");
-    stream.set_read_timeout(Some(PATIENCE)).expect("it is connected");
-    stream.set_write_timeout(Some(PATIENCE)).expect("it is connected");
+    stream.set_nonblocking(false).expect("the socket is connected");
+    stream.set_read_timeout(Some(PATIENCE)).expect("the socket is connected");
+    stream.set_write_timeout(Some(PATIENCE)).expect("the socket is connected");
     stream
 }
 
@@ -386,8 +389,12 @@ pub fn line_of(pipe: &mut (impl Read + AsFd), what: &str) -> String {
     while !line.ends_with(b"\n") {
         let left = deadline.saturating_duration_since(Instant::now());
         let mut ready = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
-        let count = poll(&mut ready, PollTimeout::try_from(left).expect("it is short"));
-        assert!(count != Ok(0), "never came in {PATIENCE:?}: {what}, after {:?}", String::from_utf8_lossy(&line));
+        let count = poll(&mut ready, PollTimeout::try_from(left).expect("the timeout is short"));
+        assert!(
+            count != Ok(0),
+            "did not arrive within {PATIENCE:?}: {what}, after {:?}",
+            String::from_utf8_lossy(&line)
+        );
         let mut byte = [0];
         if pipe.read(&mut byte).unwrap_or_else(|error| panic!("{what}: {error}")) == 0 {
             break;
@@ -409,16 +416,16 @@ pub fn read_all(stream: &mut impl Read, into: &mut Vec<u8>) -> io::Result<()> {
             Err(error) => return Err(awaited("the end of the stream", error)),
         }
         if Instant::now() >= deadline {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("no end of the stream in {PATIENCE:?}")));
+            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("the stream did not end within {PATIENCE:?}")));
         }
     }
 }
 
-/// Adds the name of the awaited event to the error of a socket timeout.
+/// Adds the name of the awaited event to the error from a socket timeout.
 pub fn awaited(what: &str, error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            io::Error::new(error.kind(), format!("{what} did not come in time ({error})"))
+            io::Error::new(error.kind(), format!("{what} did not arrive in time ({error})"))
         }
         _ => error,
     }
@@ -435,8 +442,8 @@ fn segment_at(path: &Path) -> Option<Segment> {
     Segment::attach(OwnedFd::from(file)).ok()
 }
 
-/// The processes whose parent is `pid`, including zombies, except the heirs of dead workers and the guard. Under `run`, a child with the
-/// master's name is a fork that has not yet been given its own name.
+/// Returns the pids of the processes whose parent is `pid`, including zombies, except the heirs of dead workers and the guard. Under `run`,
+/// a child with the master's name is also excluded: it is a fork that has not yet been given its own name.
 pub fn children_of(pid: Pid) -> BTreeSet<i32> {
     let is_master = process(pid.as_raw()).is_some_and(|process| process.name == "forkyard");
     let is_left_out = |name: &str| ["heir", "guard"].contains(&name) || (is_master && name == "forkyard");
@@ -452,17 +459,17 @@ pub struct Process {
     pub state: char,
 }
 
-/// All processes of the machine.
+/// Returns all processes of the machine.
 pub fn processes() -> Vec<Process> {
-    let entries = std::fs::read_dir("/proc").expect("/proc is there").filter_map(Result::ok);
+    let entries = std::fs::read_dir("/proc").expect("/proc is mounted").filter_map(Result::ok);
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.filter_map(process).collect()
 }
 
 /// Stops a process with SIGSTOP, and returns when all its threads have stopped.
 pub fn stop(pid: Pid) {
-    kill(pid, Signal::SIGSTOP).expect("it lives");
-    wait_until("it stands still", || {
+    kill(pid, Signal::SIGSTOP).expect("the process is running");
+    wait_until("the process is stopped", || {
         let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
         let mut states = threads.filter_map(|thread| field_of::<char>(&thread.ok()?.path(), 3));
         states.all(|state| state == 'T').then_some(())
@@ -476,23 +483,23 @@ pub fn process(pid: i32) -> Option<Process> {
     Some(Process { pid, name, parent: fields[1].parse().ok()?, state: fields[0].chars().next()? })
 }
 
-/// Whether the process is gone. A zombie counts as gone, because only its parent can reap it.
+/// Returns whether the process is gone. A zombie counts as gone, because only its parent can reap it.
 pub fn is_gone(pid: i32) -> bool {
     process(pid).is_none_or(|process| matches!(process.state, 'Z' | 'X'))
 }
 
-/// The fields of a `stat` file in `/proc`, from the third (the state) on: proc_pid_stat(5). The name before them is in parentheses and
-/// may contain any character.
+/// Returns the fields of a `stat` file in `/proc` (see proc_pid_stat(5)), beginning with the third, the state. The name before them is in
+/// parentheses and may contain any character.
 fn fields(stat: &str) -> Option<Vec<&str>> {
     Some(stat.rsplit_once(')')?.1.split_ascii_whitespace().collect())
 }
 
-/// One field of `/proc/PID/stat` or `/proc/PID/task/TID/stat`, by its number in proc_pid_stat(5), from 3 on.
+/// Returns one field of `/proc/PID/stat` or `/proc/PID/task/TID/stat`, by its number in proc_pid_stat(5), which must be at least 3.
 pub fn field_of<T: FromStr>(directory: &Path, number: usize) -> Option<T> {
     fields(&std::fs::read_to_string(directory.join("stat")).ok()?)?.get(number - 3)?.parse().ok()
 }
 
-/// The processor time that a process, or a thread, has used in kernel and user mode, given its directory in `/proc`.
+/// Returns the processor time that a process or thread has used in kernel and user mode. `directory` is its directory in `/proc`.
 pub fn cpu_time(directory: &Path) -> Duration {
     let ticks: u64 = [14, 15].map(|number| field_of::<u64>(directory, number).unwrap()).iter().sum();
     let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).unwrap().unwrap();
@@ -503,27 +510,27 @@ pub fn proc_of(pid: i32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}"))
 }
 
-/// The number of open descriptors of a process.
+/// Returns the number of open descriptors of a process.
 pub fn descriptors_of(pid: i32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
-/// The number of open sockets of a process.
+/// Returns the number of open sockets of a process.
 pub fn sockets_of(pid: i32) -> usize {
     let links = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().filter_map(Result::ok);
     let targets = links.filter_map(|link| std::fs::read_link(link.path()).ok());
     targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count()
 }
 
-/// A number from `/proc/PID/status`, in KiB where that is its unit.
+/// Returns a number from `/proc/PID/status`, in KiB if that is its unit.
 pub fn status_number(pid: i32, name: &str) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find(|line| line.split(':').next() == Some(name))?;
     line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-/// A port that was free just now, for a program that cannot choose a port itself.
+/// Returns a port that was free when the function returned, for a program that cannot choose a port itself.
 pub fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
-    listener.local_addr().expect("it is bound").port()
+    listener.local_addr().expect("the socket is bound").port()
 }

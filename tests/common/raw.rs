@@ -16,7 +16,7 @@ pub enum Protocol {
 pub const ALL: [Protocol; 3] = [Protocol::Http, Protocol::FastCgi, Protocol::Scgi];
 
 impl Protocol {
-    /// Starts an example that listens for this protocol only, on a port that the kernel chooses.
+    /// Starts an example that listens for only this protocol, on a port that the kernel chooses.
     pub fn start(self, example: &str, arguments: &[&str]) -> Server {
         let bind = match self {
             Self::Http => "http:127.0.0.1:0",
@@ -26,8 +26,8 @@ impl Protocol {
         Server::start(example, &[&["--bind", bind][..], arguments].concat())
     }
 
-    /// A request without its body. Over FastCGI, the head is followed by the header of a record with 65,535 bytes of the body, so that in
-    /// every protocol the next bytes belong to the body.
+    /// Returns a request without its body. Over FastCGI, the head is followed by the header of a record with 65,535 bytes of the body, so
+    /// that the next bytes belong to the body in every protocol.
     pub fn head(self, method: &str, target: &str, length: usize) -> Vec<u8> {
         match self {
             Self::Http => {
@@ -48,7 +48,7 @@ impl Protocol {
 /// Connects to `bind`, an address from the banner. The returned Unix stream may be a TCP socket, because reading, writing and timeouts use
 /// the same system calls.
 pub fn connect(bind: &str) -> UnixStream {
-    let (_, address) = bind.split_once(':').expect("a protocol comes first");
+    let (_, address) = bind.split_once(':').expect("the address begins with a protocol");
     match address.strip_prefix("unix:") {
         Some(path) => connect_unix(path).unwrap(),
         None => OwnedFd::from(connect_tcp(address.trim_start_matches('/')).unwrap()).into(),
@@ -65,12 +65,12 @@ pub fn ask(stream: &mut UnixStream, bytes: &[u8]) -> (u16, Vec<u8>) {
         }
         let mut piece = [0; 4096];
         let count = stream.read(&mut piece).map_err(|error| awaited("the head of a response", error)).unwrap();
-        assert!(count > 0, "it ended after {:?}", String::from_utf8_lossy(&response));
+        assert!(count > 0, "the connection ended after {:?}", String::from_utf8_lossy(&response));
         response.extend_from_slice(&piece[..count]);
     }
 }
 
-/// The status of a response, if its head is complete.
+/// Returns the status of a response, if its head is complete.
 pub fn status(response: &[u8]) -> Option<u16> {
     let text = String::from_utf8_lossy(response);
     let (head, _) = text.split_once("\r\n\r\n")?;

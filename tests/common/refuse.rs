@@ -26,7 +26,7 @@ impl Refuse {
         Self { _folder: directory, path }
     }
 
-    /// The program `name`, with these system calls refused.
+    /// Returns a command that runs the program `name`, and for which these system calls fail.
     pub fn command(&self, errno: i32, calls: &[i64], name: &str) -> Command {
         let mut command = Command::new(&self.path);
         command.args(arguments(errno, calls)).arg(program(name));
@@ -34,7 +34,7 @@ impl Refuse {
     }
 }
 
-/// System calls that were added to Linux after 4.4, and that the server or its libraries use.
+/// System calls that were added after Linux 4.4, and that the server or its libraries use.
 pub const NEWER: &[i64] = &[
     libc::SYS_pidfd_open,
     libc::SYS_pidfd_send_signal,
@@ -54,7 +54,7 @@ pub const NEWER: &[i64] = &[
     libc::SYS_memfd_secret,
 ];
 
-/// The arguments of `refuse` that precede the command.
+/// Returns the arguments of `refuse` that precede the command.
 pub fn arguments(errno: i32, calls: &[i64]) -> Vec<String> {
     let numbers = calls.iter().map(ToString::to_string);
     [errno.to_string()].into_iter().chain(numbers).chain(["--".to_owned()]).collect()

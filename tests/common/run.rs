@@ -37,7 +37,7 @@ impl Place {
 
     /// Creates an executable script.
     pub fn script(&self, name: &str, text: &str) -> String {
-        // The script is written under another name first, because executing a file that is open for writing fails.
+        // The script is first written under a different name, because executing a file that is open for writing fails.
         let (path, new) = (self.path(name), self.path(&format!("{name}.new")));
         std::fs::write(&new, text).unwrap();
         std::fs::set_permissions(&new, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
@@ -49,7 +49,7 @@ impl Place {
         self.path("app.sock")
     }
 
-    /// `forkyard run` with two processes of `command`.
+    /// Returns the command `forkyard run` with two processes of `command`.
     pub fn run(&self, options: &[&str], command: &[&str]) -> Command {
         let mut forkyard = Command::new(program("forkyard"));
         forkyard.args(["run", "--bind", &self.address, "--workers", "2"]).args(options).arg("--").args(command);
@@ -81,7 +81,7 @@ impl Place {
         if response.protocol_status == 0 { Ok(response) } else { Err(io::Error::other(format!("{response:?}"))) }
     }
 
-    /// The body of the response. Panics if the request fails.
+    /// Returns the body of the response. Panics if the request fails.
     pub fn text(&self, target: &str) -> String {
         let response = self.ask(target, b"").unwrap_or_else(|error| panic!("{target}: {error}"));
         String::from_utf8(response.body().to_vec()).unwrap()
@@ -90,7 +90,7 @@ impl Place {
     /// Starts two processes of php-cgi, with the script `/pages.php`.
     pub fn start_php(&self, options: &[&str], variables: &[(&str, &str)]) -> Server {
         std::fs::write(self.path("pages.php"), PAGES_PHP).unwrap();
-        // `-n` ignores this machine's php.ini. Errors are logged to standard error, not sent to the web server.
+        // `-n` ignores the machine's php.ini. Errors are logged to standard error, and not sent to the web server.
         let php = ["php-cgi", "-n", "-d", "log_errors=1", "-d", "fastcgi.logging=0"];
         Server::start_command(self.run(options, &php).envs(variables.iter().copied()))
     }
@@ -112,7 +112,7 @@ impl Place {
     }
 }
 
-/// The value of `name` in lines of the form `NAME=VALUE`.
+/// Returns the value of `name` in lines of the form `NAME=VALUE`.
 pub fn value<'a>(lines: &'a str, name: &str) -> Option<&'a str> {
     lines.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
 }

@@ -1,4 +1,4 @@
-//! An SCGI client, written from the specification, not from the server's codec.
+//! An SCGI client that is based on the specification and shares no code with the server's codec.
 
 use std::io::{self, Write as _};
 use std::net::Shutdown;
@@ -20,13 +20,13 @@ pub struct Response {
 
 impl Response {
     pub fn parse(bytes: &[u8]) -> Self {
-        let end = bytes.windows(4).position(|four| four == b"\r\n\r\n").expect("there is a head");
+        let end = bytes.windows(4).position(|four| four == b"\r\n\r\n").expect("the response has a head");
         Self { head: String::from_utf8_lossy(&bytes[..end]).into_owned(), body: bytes[end + 4..].to_vec() }
     }
 
     pub fn status(&self) -> u16 {
         let status = self.head.strip_prefix("Status: ").and_then(|rest| rest.get(..3));
-        status.and_then(|status| status.parse().ok()).expect("it begins with a status")
+        status.and_then(|status| status.parse().ok()).expect("the head begins with a status")
     }
 
     pub fn text(&self) -> String {
@@ -35,7 +35,7 @@ impl Response {
 }
 
 impl Client {
-    /// `address` has the form of the startup banner: `scgi:unix:/path` or `scgi:HOST:PORT`.
+    /// Connects to `address`, which has the form of the startup banner: `scgi:unix:/path` or `scgi:HOST:PORT`.
     pub fn connect(address: &str) -> io::Result<Self> {
         let address = address.strip_prefix("scgi:").unwrap_or(address);
         Ok(if let Some(path) = address.strip_prefix("unix:") {
@@ -75,7 +75,7 @@ pub fn netstring(pairs: &[(&str, &str)]) -> Vec<u8> {
     format!("{}:{strings},", strings.len()).into_bytes()
 }
 
-/// A request without its body, as nginx sends it.
+/// Returns a request without its body, as nginx sends it.
 pub fn head(method: &str, target: &str, length: &str) -> Vec<u8> {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     netstring(&[

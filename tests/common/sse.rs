@@ -1,4 +1,4 @@
-//! An SSE client for every protocol. It parses a stream event by event, as browsers do (HTML standard, 9.2.6).
+//! A client for server-sent events over every protocol. It parses a stream event by event, as browsers do (HTML standard, 9.2.6).
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead as _, BufReader, Read, Write as _};
@@ -16,7 +16,7 @@ pub struct Event {
 }
 
 impl Event {
-    /// The number in the id of an event from a single topic.
+    /// Returns the number in the id of an event from a single topic.
     pub fn number(&self) -> u64 {
         self.id.split_once('-').and_then(|(_, id)| id.parse().ok()).unwrap_or_else(|| panic!("{self:?}"))
     }
@@ -34,7 +34,7 @@ pub enum Way {
 pub const WAYS: [Way; 4] = [Way::Http, Way::Http2, Way::FastCgi, Way::Scgi];
 
 impl Way {
-    /// The protocol for `--bind`.
+    /// Returns the protocol for `--bind`.
     pub fn protocol(self) -> Protocol {
         match self {
             Self::Http | Self::Http2 => Protocol::Http,
@@ -56,8 +56,8 @@ pub struct Source {
 }
 
 impl Source {
-    /// Opens a stream at `bind`, an address from the banner, with a `Last-Event-ID` header if `last_id` is not empty. Returns when the head
-    /// and the first lines have arrived.
+    /// Opens a stream at `bind`, an address from the banner. Sends a `Last-Event-ID` header if `last_id` is not empty. Returns when the
+    /// head and the first lines have arrived.
     pub fn open(way: Way, bind: &str, target: &str, last_id: &str) -> io::Result<Self> {
         let (head, body): (String, Box<dyn Read + Send>) = match way {
             Way::Http => {
@@ -113,8 +113,8 @@ impl Source {
         Ok(source)
     }
 
-    /// The next event; `None` if the stream has ended properly. An error if no event arrives in time; keep-alive comments do not count as
-    /// events.
+    /// Returns the next event, or `None` if the stream has ended properly. Fails if no event arrives in time; keep-alive comments do not
+    /// count as events.
     pub fn event(&mut self) -> io::Result<Option<Event>> {
         let deadline = Instant::now() + PATIENCE;
         while self.events.is_empty() {
@@ -129,10 +129,10 @@ impl Source {
         Ok(self.events.pop_front())
     }
 
-    /// The next event. Panics if none arrives.
+    /// Returns the next event. Panics if none arrives.
     pub fn next(&mut self) -> Event {
         let event = self.event().unwrap_or_else(|error| panic!("the next event: {error}"));
-        event.expect("the stream goes on")
+        event.expect("the stream continues")
     }
 
     /// Reads up to the next empty line. Returns false at the end of the stream.
@@ -243,7 +243,7 @@ impl Read for Frames {
                     let _ = self.client.send(&http2::frame(frame.kind, http2::ACK, 0, payload));
                 }
                 http2::DATA => {
-                    // WINDOW_UPDATE for the connection and for the stream.
+                    // Sends WINDOW_UPDATE for the connection and for the stream.
                     let count = u32::try_from(frame.payload.len()).unwrap().to_be_bytes();
                     self.over = frame.flags & http2::END_STREAM != 0;
                     let updates = [http2::frame(8, 0, 0, &count), http2::frame(8, 0, 1, &count)].concat();

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Tests the unit files under a real systemd: a user manager configured like the system manager, so that the account and the
-# hardening are real too. tests/systemd_itself.rs runs this script as the first process of new namespaces, in a new control
-# group: systemd.sh UNITS PROGRAMS (the directory of forkyard.service and .socket, and the directory of the examples `pages` and
-# `crashy`). Prints a line for each verified behavior. Must not affect anything outside its namespaces and control group.
+# Tests the unit files with a real systemd: a user manager that is configured like the system manager, so that the account and the hardening
+# are real too. tests/systemd_itself.rs runs this script as the first process of new namespaces, in a new control group: systemd.sh UNITS
+# PROGRAMS (the directory of forkyard.service and .socket, and the directory of the examples `pages` and `crashy`). Prints a line for each
+# verified behavior. Must not affect anything outside its namespaces and control group.
 set -euo pipefail
 units=$1 programs=$2
 
 mount -t proc proc /proc
 mount -t tmpfs -o mode=755 tmpfs /run
-# Unmounts the machine's hierarchies, because a manager takes over all processes that it finds at their root.
+# Unmount the machine's hierarchies, because a manager takes over all processes that it finds at their root.
 umount --recursive --lazy /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /run/systemd/system /run/systemd/user/forkyard.service.d /run/programs /run/seen
-# A path that ProtectHome= and PrivateTmp= do not hide.
+# ProtectHome= and PrivateTmp= do not hide this path.
 mount --bind "$programs" /run/programs
 chmod 755 /run/seen
 export XDG_RUNTIME_DIR=/run HOME=/run/home
 log=/run/seen/log
 
-# Changes the command and the socket as described in docs/systemd.md, and writes the log to a file that this script can read.
+# Change the command and the socket as described in docs/systemd.md, and write the log to a file that this script can read.
 for unit in service socket; do
   sed -e "s|^ExecStart=.*|ExecStart=/run/programs/pages --bind http:systemd:http --workers 2 --cache 4M\nStandardError=append:$log|" \
     -e 's|^ListenStream=.*|ListenStream=/run/seen/app.sock|' -e 's|^FileDescriptorName=.*|FileDescriptorName=http|' \
@@ -26,7 +26,7 @@ for unit in service socket; do
 done
 cp /run/systemd/user/forkyard.service /run/seen/plain.service
 
-# No umask, as in the system manager: otherwise the service's account cannot write to the notification socket.
+# The umask is 0, as in the system manager. Otherwise the service's account could not write to the notification socket.
 (umask 0 && exec /lib/systemd/systemd --user) &
 ended() {
   status=$?
@@ -39,7 +39,7 @@ fail() { echo "FAILED: $*" >&2; exit 1; }
 await() {
   local end=$((SECONDS + 60))
   until "$@"; do
-    ((SECONDS < end)) || fail "this never came: $*"
+    ((SECONDS < end)) || fail "this did not happen: $*"
     sleep 0.05
   done
 }
@@ -106,7 +106,7 @@ expect_property NRestarts 0
 [[ $(ask /who) == *"generation 3" ]] || fail "the workers are the old ones"
 echo "seen: an upgrade keeps the main pid, and the service active"
 
-# Three clients, each of which repeatedly opens a new connection. A client exits with an error on any failure.
+# Start three clients, each of which repeatedly opens a new connection. A client exits with an error on any failure.
 page=$(ask /page/1)
 clients=()
 for client in 1 2 3; do
@@ -155,7 +155,7 @@ await property_is ActiveState inactive
 expect_property Result success
 echo "seen: stop lets a request be finished"
 
-# The configuration from docs/systemd.md.
+# Apply the configuration from docs/systemd.md.
 if ((version < 253)); then
   echo "NOT RUN: Type=notify-reload, which needs systemd 253; this is $version"
   exit

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use crate::common::accepted;
 
-/// The number of bytes that are written or read at a time.
+/// Number of bytes that are written or read at a time.
 pub(crate) const PIECE: usize = 64 << 10;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Ask {
     pub(crate) method: &'static str,
-    /// `{gate}` is replaced by the port of a [`Gate`].
+    /// The target, in which `{gate}` is replaced by the port of a [`Gate`].
     pub(crate) target: String,
     pub(crate) headers: Vec<(&'static str, &'static [u8])>,
     pub(crate) body: Sent,
@@ -25,9 +25,9 @@ pub(crate) struct Ask {
 #[derive(Clone, Debug)]
 pub(crate) enum Sent {
     Nothing,
-    /// The length is announced.
+    /// A body with a declared length.
     Known(Arc<[u8]>),
-    /// The body is sent in chunks.
+    /// A body that is sent in chunks.
     Chunked(Arc<[u8]>),
 }
 
@@ -47,14 +47,14 @@ impl Sent {
     }
 }
 
-/// How fast the client is.
+/// Speed of the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pace {
     Even,
     /// Sends the request in 50 parts.
     SlowSender,
     SlowReader,
-    /// Over HTTP: sends the body only after the server's 100 Continue.
+    /// Over HTTP, sends the body only after the server's 100 Continue.
     AwaitsContinue,
 }
 
@@ -63,7 +63,7 @@ pub(crate) struct Reply {
     pub(crate) status: u16,
     pub(crate) headers: Vec<(String, Vec<u8>)>,
     pub(crate) body: Taken,
-    /// The statuses of interim responses (1xx) before the response.
+    /// Statuses of the interim responses (1xx) that preceded the response.
     pub(crate) interim: Vec<u16>,
 }
 
@@ -101,7 +101,7 @@ impl Taken {
     pub(crate) fn add(&mut self, piece: &[u8]) -> io::Result<()> {
         let before = usize::try_from(self.length).map_err(io::Error::other)?;
         self.length += piece.len() as u64;
-        // Whole slices are compared, because a comparison byte by byte takes minutes for a response of 4 GiB in an unoptimized test.
+        // Whole slices are compared, because comparing a response of 4 GiB byte by byte takes minutes in an unoptimized test.
         let is_all_x = || piece.chunks(XS.len()).all(|piece| Some(piece) == XS.get(..piece.len()));
         if self.is_all_x && !is_all_x() {
             self.bytes.resize(before, b'x');
@@ -144,18 +144,18 @@ pub(crate) fn give(to: &mut impl Write, bytes: &[u8], pace: Pace) {
     }
 }
 
-/// Holds up the application in mid-response: it connects to the gate, and continues when the connection is closed.
+/// Blocks the application in the middle of its response: the application connects to the gate, and continues when the connection is closed.
 #[derive(Debug)]
 pub(crate) struct Gate(Option<TcpListener>);
 
 impl Gate {
-    /// A gate for a request whose target contains `{gate}`.
+    /// Returns a gate for a request whose target contains `{gate}`.
     pub(crate) fn of(ask: &mut Ask) -> Self {
         if !ask.target.contains("{gate}") {
             return Self(None);
         }
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the socket is bound").port();
         ask.target = ask.target.replace("{gate}", &port.to_string());
         Self(Some(listener))
     }

@@ -1,5 +1,5 @@
 //! Captures the exact bytes that each web server sends to a FastCGI or SCGI application. The test itself reads the request and writes the
-//! response. If `CAPTURE_SEEDS=DIRECTORY` is in the environment (scripts/capture-seeds), the bytes are stored in that directory.
+//! response. If the environment contains `CAPTURE_SEEDS=DIRECTORY` (scripts/capture-seeds), the bytes are stored in that directory.
 
 use std::fs::{self, Permissions};
 use std::io::{self, Read, Write as _};
@@ -19,7 +19,7 @@ const ANSWER: &[u8] = b"Status: 200 OK\r\nContent-Length: 3\r\n\r\nok\n";
 
 /// A connection that records the bytes it reads.
 struct Recorder {
-    /// This may be a TCP socket, because reading and writing use the same system calls.
+    /// The connection, which may be a TCP socket, because reading and writing use the same system calls.
     stream: UnixStream,
     bytes: Vec<u8>,
 }
@@ -32,11 +32,11 @@ impl Recorder {
         Ok(bytes)
     }
 
-    /// The type, the request id and the content of a record.
+    /// Reads a record. Returns its type, request id and content.
     fn record(&mut self) -> io::Result<(u8, u16, Vec<u8>)> {
         let header = self.take(8)?;
         let number = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
-        assert_eq!(header[0], 1, "the version of FastCGI");
+        assert_eq!(header[0], 1, "the FastCGI version is 1");
         let content = self.take(number(4).into())?;
         self.take(header[6].into())?;
         Ok((header[1], number(2), content))
@@ -48,15 +48,15 @@ impl Recorder {
         loop {
             match self.take(1)?[0] {
                 digit @ b'0'..=b'9' => length = length * 10 + usize::from(digit - b'0'),
-                byte => break assert_eq!(byte, b':', "the end of the netstring's length"),
+                byte => break assert_eq!(byte, b':', "the netstring's length ends with a colon"),
             }
         }
         let params = self.take(length)?;
-        assert_eq!(self.take(1)?, b",", "the end of the netstring");
+        assert_eq!(self.take(1)?, b",", "the netstring ends with a comma");
         let text = String::from_utf8_lossy(&params);
-        let (name, rest) = text.split_once('\0').expect("strings end in zero bytes");
-        assert_eq!(name, "CONTENT_LENGTH", "it comes first");
-        let length = rest.split('\0').next().and_then(|length| length.parse().ok()).expect("a length");
+        let (name, rest) = text.split_once('\0').expect("strings end with zero bytes");
+        assert_eq!(name, "CONTENT_LENGTH", "CONTENT_LENGTH is the first header");
+        let length = rest.split('\0').next().and_then(|length| length.parse().ok()).expect("the value is a length");
         let body = self.take(length)?;
         self.stream.write_all(ANSWER)?;
         Ok((params, body))
@@ -110,7 +110,7 @@ enum Backend {
 }
 
 impl Backend {
-    /// A Unix socket in `directory`, or a TCP port for mod_proxy_scgi, which does not support Unix sockets here.
+    /// Listens on a Unix socket in `directory`, or on a TCP port for mod_proxy_scgi, which does not support Unix sockets here.
     fn new(front: Front, directory: &Path) -> (Self, String) {
         if front == fronts::APACHE_SCGI {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -141,13 +141,13 @@ fn capture(front: Front) {
     let site = Site::before(front, directory, &at);
     for (name, ask) in cases() {
         if front == fronts::APACHE_SCGI && matches!(ask.body, Sent::Chunked(_)) {
-            continue; // mod_proxy_scgi itself answers 411
+            continue; // mod_proxy_scgi itself answers with 411
         }
         let (params, body, bytes) = std::thread::scope(|scope| {
             let client = scope.spawn(|| Connection::open(&site.address)?.ask(&ask, &mut Gate::none()));
             let mut recorder = backend.accept();
             let (params, body) = if is_scgi { recorder.serve_scgi() } else { recorder.serve() }.unwrap();
-            // If the connection were kept, the web server would use it for the next case, but nothing would read it.
+            // If this connection stayed open, the web server would use it for the next case, but the test would not read from it.
             drop(recorder.stream);
             let (reply, _) = client.join().unwrap().unwrap();
             assert_eq!((reply.status, reply.body.bytes.as_slice()), (200, &b"ok\n"[..]), "{front}, {name}");
@@ -159,7 +159,7 @@ fn capture(front: Front) {
         let target = format!("REQUEST_URI{between}/page/a%20b?c=d");
         assert!(has(&method) && has(&target), "{front}, {name}");
         assert_eq!(body, ask.body.bytes(), "{front}, {name}");
-        assert!(!has(&own_path), "{front}, {name}: a path of this machine");
+        assert!(!has(&own_path), "{front}, {name}: the bytes contain a path of the machine");
         if let Some(seeds) = std::env::var_os("CAPTURE_SEEDS") {
             let protocol = if is_scgi { "scgi" } else { "fastcgi" };
             fs::write(Path::new(&seeds).join(protocol).join(format!("{front}-{name}")), bytes).unwrap();

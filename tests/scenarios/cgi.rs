@@ -14,7 +14,7 @@ use crate::common::program;
 
 type Variables = Vec<(String, Vec<u8>)>;
 
-/// The variables of a request (section 4.1).
+/// Returns the variables of a request (section 4.1).
 pub(crate) fn variables(ask: &Ask) -> Variables {
     let (path, query) = ask.target.split_once('?').unwrap_or((&ask.target, ""));
     let mut all: Variables = [
@@ -97,13 +97,13 @@ pub(crate) struct FastCgi {
 }
 
 impl FastCgi {
-    /// `address` has the form of the startup banner: `fastcgi:HOST:PORT`.
+    /// Connects to `address`, which has the form of the startup banner: `fastcgi:HOST:PORT`.
     pub(crate) fn open(address: &str) -> io::Result<Self> {
         let stream = crate::common::connect_tcp(address.strip_prefix("fastcgi:").unwrap_or(address))?;
         Ok(Self { stream })
     }
 
-    /// The response. If `keep`, the connection stays open; otherwise the server must close it.
+    /// Sends the request, and returns the response. If `keep`, the connection stays open; otherwise the server must close it.
     pub(crate) fn ask(mut self, ask: &Ask, gate: &mut Gate, keep: bool) -> io::Result<(Reply, Option<Self>)> {
         let pairs: Vec<u8> = variables(ask).iter().flat_map(|(name, value)| pair(name, value)).collect();
         let mut sent = [begin(1, 1, keep), record(PARAMS, 1, &pairs, 0), record(PARAMS, 1, b"", 0)].concat();
@@ -121,7 +121,7 @@ impl FastCgi {
             if !sent_all || reply.is_err() {
                 let _ = self.stream.shutdown(Shutdown::Both);
             }
-            assert!(ended || reply.is_err(), "the response ends where the request does");
+            assert!(ended || reply.is_err(), "the response ends with the request's end record");
             reply.map(|reply| (reply, sent_all))
         })?;
         if !keep && sent_all && self.stream.read(&mut [0])? != 0 {
@@ -137,7 +137,7 @@ pub(crate) struct Scgi {
 }
 
 impl Scgi {
-    /// `address` has the form of the startup banner: `scgi:HOST:PORT`.
+    /// Connects to `address`, which has the form of the startup banner: `scgi:HOST:PORT`.
     pub(crate) fn open(address: &str) -> io::Result<Self> {
         let stream = crate::common::connect_tcp(address.strip_prefix("scgi:").unwrap_or(address))?;
         Ok(Self { stream })
@@ -183,11 +183,11 @@ pub(crate) fn call(ask: &Ask, gate: &mut Gate) -> io::Result<Reply> {
 }
 
 fn pair(name: &str, value: &[u8]) -> Vec<u8> {
-    let length = |length: usize| (u32::try_from(length).expect("it is short") | 0x8000_0000).to_be_bytes();
+    let length = |length: usize| (u32::try_from(length).expect("the length is short") | 0x8000_0000).to_be_bytes();
     [&length(name.len())[..], &length(value.len()), name.as_bytes(), value].concat()
 }
 
-/// The content of a request's STDOUT records.
+/// Reads the content of a request's STDOUT records.
 struct Stdout<'a> {
     stream: &'a mut TcpStream,
     left: usize,

@@ -16,7 +16,7 @@ impl Connection {
         Ok(Self { stream: BufReader::with_capacity(super::ask::PIECE, stream) })
     }
 
-    /// The response, and the connection if it can be reused.
+    /// Sends the request. Returns the response, and the connection if it can be reused.
     pub(crate) fn ask(mut self, ask: &Ask, gate: &mut Gate) -> io::Result<(Reply, Option<Self>)> {
         let mut sent = head(ask);
         let body = body(&ask.body);
@@ -38,7 +38,7 @@ impl Connection {
             let reply = self.reply(ask, gate, &mut interim);
             let sent_all = sender.is_finished();
             if !sent_all || reply.is_err() {
-                // Stops the sending thread once the response has arrived.
+                // Stops the sending thread, because the response has arrived.
                 let _ = self.stream.get_ref().shutdown(Shutdown::Both);
             }
             reply.map(|reply| (reply, sent_all))

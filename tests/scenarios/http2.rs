@@ -15,12 +15,12 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::ask::{Ask, Gate, PIECE, Pace, Reply, Sent, Taken};
 use crate::common::PATIENCE;
 
-/// The pause between two writes of a slow client.
+/// Pause between two writes of a slow client.
 const PAUSE: Duration = Duration::from_millis(1);
 
 pub(crate) struct Connection {
     client: SendRequest<Bytes>,
-    /// Drives the connection during a call.
+    /// Runtime that drives the connection during a call.
     runtime: Runtime,
 }
 
@@ -38,7 +38,7 @@ impl Connection {
         Ok(Self { client, runtime })
     }
 
-    /// The response, and the connection, which can be reused.
+    /// Sends the request. Returns the response, and the connection, which can be reused.
     pub(crate) fn ask(self, ask: &Ask, gate: &mut Gate) -> io::Result<(Reply, Option<Self>)> {
         let Self { client, runtime } = self;
         let (reply, client) = runtime.block_on(exchange(client, ask, gate))?;

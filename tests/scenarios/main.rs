@@ -26,7 +26,7 @@ use table::{Content, Expect, Row, rows};
 /// The servers and protocols between the client and the application.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// No server: the client speaks this protocol to the application.
+    /// No server: the client uses this protocol to connect to the application.
     Direct(Protocol),
     Behind(Front),
 }
@@ -55,7 +55,7 @@ impl Way {
         matches!(self, Self::Direct(_))
     }
 
-    /// Whether the application is reached over HTTP.
+    /// Returns whether the application is reached over HTTP.
     fn is_http(self) -> bool {
         match self {
             Self::Direct(protocol) => matches!(protocol, Protocol::Http | Protocol::Http2),
@@ -67,7 +67,7 @@ impl Way {
         matches!(self, Self::Behind(front) if front.server == server)
     }
 
-    /// Whether the application is behind this web server, over a protocol with CGI variables.
+    /// Returns whether the application is behind this web server, over a protocol with CGI variables.
     fn is_cgi_of(self, server: WebServer) -> bool {
         self.is_behind(server) && !self.is_http()
     }
@@ -84,13 +84,13 @@ impl Way {
         self == Self::Behind(fronts::APACHE_FCGID)
     }
 
-    /// Whether the application is behind Apache's mod_proxy, over FastCGI or SCGI.
+    /// Returns whether the application is behind Apache's mod_proxy, over FastCGI or SCGI.
     fn is_apache_proxy_cgi(self) -> bool {
         self.is_apache_proxy_fastcgi() || self == Self::Behind(fronts::APACHE_SCGI)
     }
 
-    /// Whether the application is behind an Apache module that does not determine the length of a chunked body, and leaves the length of a
-    /// response to Apache.
+    /// Returns whether the application is behind an Apache module that does not determine the length of a chunked body, and leaves the
+    /// length of a response to Apache.
     fn is_apache_scgi_or_cgi(self) -> bool {
         self == Self::Behind(fronts::APACHE_SCGI) || self == Self::Behind(fronts::APACHE_CGI)
     }
@@ -102,12 +102,12 @@ impl Way {
 
 /// The processes that run during a test.
 enum Running {
-    Alone(#[expect(dead_code, reason = "it is there to be dropped")] Server),
-    Behind(#[expect(dead_code, reason = "it is there to be dropped")] Site),
+    Alone(#[expect(dead_code, reason = "held only to be dropped")] Server),
+    Behind(#[expect(dead_code, reason = "held only to be dropped")] Site),
     ForEachRequest,
 }
 
-/// The address for clients.
+/// The address of the application or of the web server, for clients.
 struct Address {
     protocol: Protocol,
     /// `HOST:PORT`, or the path of a socket.
@@ -149,14 +149,14 @@ impl Address {
 enum Connection {
     Http(http::Connection),
     Http2(http2::Connection),
-    /// The flag: whether to keep the connection.
+    /// A FastCGI connection, and whether to keep it open.
     FastCgi(cgi::FastCgi, bool),
     Scgi(cgi::Scgi),
     Cgi,
 }
 
 impl Connection {
-    /// The response, and the connection if it can be reused.
+    /// Sends the request. Returns the response, and the connection if it can be reused.
     fn ask(self, ask: &Ask, gate: &mut Gate) -> io::Result<(Reply, Option<Self>)> {
         Ok(match self {
             Self::Http(connection) => {
@@ -204,7 +204,8 @@ fn check(
     }
 }
 
-/// The rules for every response that comes directly from Forkyard, whatever the application has produced (`docs/http.md`).
+/// Returns the rule that a response violates, if any. The rules hold for every response that comes directly from Forkyard, whatever the
+/// application has produced (`docs/http.md`).
 fn broken_rule(way: Way, ask: &Ask, reply: &Reply) -> Option<String> {
     let Way::Direct(protocol) = way else { return None };
     let has = |name: &str| !reply.all(name).is_empty();
@@ -216,12 +217,12 @@ fn broken_rule(way: Way, ask: &Ask, reply: &Reply) -> Option<String> {
         ("there are several lengths", reply.all("content-length").len() > 1),
         ("it has a length and chunks", has("content-length") && has("transfer-encoding")),
         (
-            "there is a coding but chunked",
+            "there is a transfer coding other than chunked",
             is_http1 && reply.all("transfer-encoding").iter().any(|coding| *coding != b"chunked"),
         ),
         ("there is not one Date", way.is_http() && reply.all("date").len() != 1),
         (
-            "it has what belongs to an HTTP/1 connection",
+            "there is a header that belongs to an HTTP/1 connection",
             !is_http1
                 && ["connection", "transfer-encoding", "upgrade", "keep-alive", "proxy-connection", "te", "x-hop"]
                     .into_iter()
@@ -233,7 +234,7 @@ fn broken_rule(way: Way, ask: &Ask, reply: &Reply) -> Option<String> {
 }
 
 impl Expect {
-    /// The difference between a response and the expected response.
+    /// Returns the difference between a response and the expected response.
     fn miss(&self, reply: &Reply) -> Option<String> {
         let text = String::from_utf8_lossy(&reply.body.bytes[..reply.body.bytes.len().min(200)]);
         if !self.statuses.contains(&reply.status) {
@@ -257,7 +258,7 @@ impl Expect {
     }
 }
 
-/// Sends each row on its own connection, then the small rows on one connection that the client reuses as long as possible.
+/// Sends each row on its own connection. Then sends the small rows on one connection, which the client reuses as long as possible.
 fn scenarios(way: Way) {
     let (_running, address) = start(way);
     let mut rows = rows();
@@ -274,7 +275,7 @@ fn scenarios(way: Way) {
         }
         match row.expected(way) {
             Ok(expect) => asked.push((row, expect)),
-            Err(why) => eprintln!("not asked at {way}: {}: {why}", row.name),
+            Err(why) => eprintln!("not sent over {way}: {}: {why}", row.name),
         }
     }
     let rows = asked;
@@ -301,7 +302,7 @@ fn scenarios(way: Way) {
         }
     }
     let failures = failures.into_inner().unwrap();
-    assert!(failures.is_empty(), "{} failures at {way}:\n{}", failures.len(), failures.join("\n"));
+    assert!(failures.is_empty(), "{} failures over {way}:\n{}", failures.len(), failures.join("\n"));
 }
 
 macro_rules! ways {

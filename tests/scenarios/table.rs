@@ -1,5 +1,5 @@
 //! The table of requests and expected responses, for every way between the client and the application. Where a web server is known to
-//! behave differently, the row describes the difference and the reason.
+//! behave differently, the row gives the difference and the reason.
 
 use std::sync::Arc;
 
@@ -9,9 +9,9 @@ use super::fronts::{APACHE_CGI, NGINX_SCGI, WebServer};
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
-/// Large enough to fill every buffer between the client and the application.
+/// Length that is large enough to fill every buffer between the client and the application.
 const HUGE: usize = 24 * MIB;
-/// More than a 32-bit counter can hold.
+/// Length that exceeds a 32-bit counter.
 const BEYOND_32_BITS: u64 = (4 << 30) + 1;
 
 pub(crate) struct Row {
@@ -21,11 +21,11 @@ pub(crate) struct Row {
     differences: Vec<Difference>,
 }
 
-/// An expectation that applies to some ways only.
+/// An expectation that applies to only some ways.
 struct Difference {
     at: fn(Way) -> bool,
     why: &'static str,
-    /// `None`: the row is not sent.
+    /// The expectation, or `None` if the row is not sent.
     expect: Option<Expect>,
 }
 
@@ -33,9 +33,9 @@ struct Difference {
 pub(crate) struct Expect {
     pub(crate) statuses: &'static [u16],
     pub(crate) body: Content,
-    /// The values of headers, in order; an empty list means that the header must be absent.
+    /// Values of headers, in order. An empty list means that the header must be absent.
     pub(crate) headers: Vec<(&'static str, Vec<&'static [u8]>)>,
-    /// Whether the first bytes of the response must arrive before the application has produced the last ones.
+    /// Whether the first bytes of the response must arrive before the application has produced the last bytes.
     pub(crate) streams: bool,
     /// Whether the client must not reuse the connection.
     pub(crate) is_last: bool,
@@ -44,17 +44,17 @@ pub(crate) struct Expect {
 #[derive(Clone, Debug)]
 pub(crate) enum Content {
     Is(Vec<u8>),
-    /// This many `x`.
+    /// This many bytes `x`.
     Xs(u64),
     /// Any content, such as an error page of the web server.
     Any,
 }
 
 impl Row {
-    /// The expectation for `way`.
+    /// Returns the expectation for `way`.
     ///
     /// # Errors
-    /// The reason why the row is not sent there.
+    /// Returns the reason why the row is not sent over this way.
     pub(crate) fn expected(&self, way: Way) -> Result<&Expect, &'static str> {
         match self.differences.iter().find(|difference| (difference.at)(way)) {
             Some(difference) => difference.expect.as_ref().ok_or(difference.why),
@@ -62,7 +62,7 @@ impl Row {
         }
     }
 
-    /// Whether the row is small enough to be sent a second time.
+    /// Returns whether the row is small enough to be sent a second time.
     pub(crate) fn is_small(&self) -> bool {
         let large = matches!(self.expect.body, Content::Xs(length) if length > MIB as u64);
         self.ask.body.bytes().len() <= MIB && !large && self.ask.pace == Pace::Even
@@ -159,23 +159,23 @@ fn xs(length: usize) -> Expect {
     Expect { body: Content::Xs(length as u64), ..body("") }
 }
 
-/// The application's status, with this body.
+/// Expects one of these statuses from the application, with this body.
 fn status(statuses: &'static [u16], bytes: &str) -> Expect {
     Expect { statuses, ..body(bytes) }
 }
 
-/// One of these statuses, from the application or a web server.
+/// Expects one of these statuses, from the application or from a web server.
 fn refused(statuses: &'static [u16]) -> Expect {
     Expect { statuses, body: Content::Any, ..body("") }
 }
 
-/// The response of `/sum` for a body.
+/// Expects the response of `/sum` for a body.
 fn sum(bytes: &[u8]) -> Expect {
     let sum = bytes.iter().fold(0_u64, |sum, &byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
     body(format!("{} {sum:016x}\n", bytes.len()))
 }
 
-/// Random bytes, so that no slice of sufficient length occurs twice.
+/// Returns random bytes, so that no slice of sufficient length occurs twice.
 fn some_bytes(length: usize) -> Arc<[u8]> {
     let mut random = fastrand::Rng::with_seed(7);
     std::iter::repeat_with(|| random.u8(..)).take(length).collect()
@@ -201,17 +201,17 @@ pub(crate) fn rows() -> Vec<Row> {
 fn methods() -> Vec<Row> {
     vec![
         row("GET", get("/method"), body("GET").with("content-length", &[b"3"]))
-            .but(Way::is_apache_scgi_or_cgi, "Apache counts itself, if all is there at once", body("GET"))
+            .but(Way::is_apache_scgi_or_cgi, "Apache computes the length itself if it has the whole body", body("GET"))
             .but(
                 Way::is_apache_proxy_fastcgi,
-                "mod_proxy passes on no length that CGI tells, and sends chunks",
+                "mod_proxy drops the length in a CGI response, and sends chunks",
                 body("GET").with("content-length", &[]),
             ),
         row("HEAD has the length and no body", ask("HEAD", "/method"), body("").with("content-length", &[b"4"]))
-            .but(Way::is_apache_scgi_or_cgi, "Apache counts itself, if all is there at once", body(""))
+            .but(Way::is_apache_scgi_or_cgi, "Apache computes the length itself if it has the whole body", body(""))
             .but(
                 Way::is_apache_proxy_cgi,
-                "mod_proxy passes on no length that CGI tells, and sends chunks",
+                "mod_proxy drops the length in a CGI response, and sends chunks",
                 body("").with("content-length", &[]),
             ),
         row("HEAD of a huge body", ask("HEAD", "/bytes/67108864"), body("")),
@@ -222,9 +222,9 @@ fn methods() -> Vec<Row> {
         row("DELETE", ask("DELETE", "/method"), body("DELETE")),
         row("OPTIONS", ask("OPTIONS", "/method"), body("OPTIONS")),
         row("a method of an extension", ask("PROPFIND", "/method"), body("PROPFIND")),
-        row("a method that nobody knows", ask("BREW", "/method"), body("BREW")).but(
+        row("an unknown method", ask("BREW", "/method"), body("BREW")).but(
             |way| way.is_behind(WebServer::Lighttpd),
-            "lighttpd has a list of methods",
+            "lighttpd accepts only the methods in its list",
             refused(&[501]),
         ),
     ]
@@ -236,23 +236,23 @@ fn targets() -> Vec<Row> {
         row("an empty query", get("/target/a?"), body("/target/a?")),
         row("percent-encoding stays as it is", get("/target/a%20b%c3%A9/~c"), body("/target/a%20b%c3%A9/~c")).but(
             |way| way.is_http_of(WebServer::Lighttpd),
-            "mod_proxy passes a path on as lighttpd has put it right",
+            "mod_proxy passes on the path that lighttpd has normalized",
             body("/target/a%20b%C3%A9/~c"),
         ),
         row("an encoded slash", get("/target/a%2Fb"), body("/target/a%2Fb")).but(
             |way| way.is_http_of(WebServer::Lighttpd),
-            "mod_proxy passes a path on as lighttpd has put it right",
+            "mod_proxy passes on the path that lighttpd has normalized",
             body("/target/a/b"),
         ),
         row("an encoded percent sign", get("/target/100%25"), body("/target/100%25")).but(
             Way::is_apache_proxy_cgi,
-            "Apache refuses it here, nobody knows why",
+            "Apache rejects this for an unknown reason",
             refused(&[400]),
         ),
         row("the path in CGI is decoded", get("/path/a%20b%C3%A9?c"), body("/path/a b\u{e9}"))
             .but(
                 |way| way == Way::Behind(NGINX_SCGI),
-                "nginx's scgi_params have neither SCRIPT_NAME nor PATH_INFO",
+                "nginx's scgi_params contain neither SCRIPT_NAME nor PATH_INFO",
                 body(""),
             )
             .but(Way::is_http, "HTTP has no decoded path", body("/path/a%20b%C3%A9")),
@@ -266,11 +266,11 @@ fn request_headers() -> Vec<Row> {
         row("a header twice", get("/header/x-twice").with("X-Twice", b"one").with("X-Twice", b"two"), body("one, two")),
         row("Cookie twice", get("/header/cookie").with("Cookie", b"a=1").with("Cookie", b"b=2"), body("a=1; b=2")).but(
             |way| way.is_behind(WebServer::Apache) || way.is_cgi_of(WebServer::Caddy),
-            "they join cookies like any other header",
+            "these web servers join cookies like other headers",
             body("a=1, b=2"),
         ),
         row(
-            "bytes that are no ASCII",
+            "bytes that are not ASCII",
             get("/header/x-odd").with("X-Odd", b"caf\xe9 \x80\xff"),
             body(b"caf\xe9 \x80\xff"),
         ),
@@ -282,19 +282,19 @@ fn request_headers() -> Vec<Row> {
         ),
         row("Content-Length", post("/header/content-length").sending(b"12345"), body("5")),
         row("Proxy is not for the application", get("/header/proxy").with("Proxy", b"http://evil"), body(""))
-            .but(|way| way.is_http_of(WebServer::Lighttpd), "lighttpd drops it for all", body(""))
-            .but(Way::is_http, "only in CGI is it a variable that libraries believe", body("http://evil")),
+            .but(|way| way.is_http_of(WebServer::Lighttpd), "lighttpd always removes the header", body(""))
+            .but(Way::is_http, "only CGI turns the header into a variable that libraries trust", body("http://evil")),
         row("HTTPS is not on", get("/variable/HTTPS"), body("(none)")),
         row("HTTPS is on", get("/variable/HTTPS").over_tls(), body("on"))
-            .not_asked(|way| !way.is_direct() || way.is_http(), "whether there is TLS is the web server's to know"),
+            .not_asked(|way| !way.is_direct() || way.is_http(), "only the web server determines whether TLS is used"),
     ]
 }
 
 fn statuses() -> Vec<Row> {
     vec![
-        row("200 and nothing in it", get("/empty"), body("").with("content-length", &[b"0"])).but(
+        row("200 with an empty body", get("/empty"), body("").with("content-length", &[b"0"])).but(
             Way::is_apache_scgi_or_cgi,
-            "Apache may leave a length of 0 out",
+            "Apache may omit a length of 0",
             body(""),
         ),
         row("204", get("/status/204"), status(&[204], "").with("content-length", &[])),
@@ -314,7 +314,7 @@ fn statuses() -> Vec<Row> {
         row("500", get("/status/500"), status(&[500], "500\n")),
         row("503", get("/status/503"), status(&[503], "503\n")),
         row("599, which has no name", get("/status/599"), status(&[599], "599\n")),
-        row("103 is no response", get("/status/103"), status(&[500], "500 Internal Server Error\n")),
+        row("103 is not a final response", get("/status/103"), status(&[500], "500 Internal Server Error\n")),
         row("a redirection", get("/redirect"), status(&[303], "").with("location", &[b"/there?a=%20b"])),
     ]
 }
@@ -330,20 +330,20 @@ fn response_headers() -> Vec<Row> {
         )
         .but(
             |way| way.is_cgi_of(WebServer::Apache),
-            "Apache joins what it reads from CGI, but for Set-Cookie",
+            "Apache joins repeated headers from CGI, except Set-Cookie",
             body("repeated\n")
                 .with("set-cookie", &[b"a=1; Path=/", b"b=2; HttpOnly"])
                 .with("x-repeated", &[b"one, two"]),
         ),
-        row("bytes that are no ASCII in a response", get("/odd"), body("odd\n").with("x-odd", &[b"caf\xe9 \x80\xff"])),
+        row("bytes that are not ASCII in a response", get("/odd"), body("odd\n").with("x-odd", &[b"caf\xe9 \x80\xff"])),
         row("a head of nearly 4 KiB in a response", get("/long/3900"), body("long\n").with("x-long", &[&[b'v'; 3900]])),
     ]
 }
 
-/// Requirements of RFC 9110, 9112, 9113 and 3875 that hold for any application. `/raw/STATUS?HEADERS` answers with a body of 5 bytes and
-/// these headers, whatever the method and the status; `/raw-stream` does the same without a length.
+/// Requirements of RFC 9110, 9112, 9113 and 3875 that hold for any application. `/raw/STATUS?HEADERS` returns a body of 5 bytes and these
+/// headers, whatever the method and the status. `/raw-stream` returns the same response without a length.
 fn semantics() -> Vec<Row> {
-    let direct = "it is about what we send, not about what a web server makes of it";
+    let direct = "the row checks what Forkyard sends, not what a web server makes of it";
     let rows = lengths_and_codings().into_iter().chain(headers_and_targets());
     rows.map(|row| row.not_asked(|way| !way.is_direct(), direct)).collect()
 }
@@ -363,7 +363,7 @@ fn lengths_and_codings() -> Vec<Row> {
             body("").with("content-length", &[b"0"]),
         ),
         row(
-            "HEAD with a length that is none",
+            "HEAD with an invalid length",
             ask("HEAD", "/raw/200?content-length=x"),
             body("").with("content-length", &[b"5"]),
         ),
@@ -386,18 +386,18 @@ fn lengths_and_codings() -> Vec<Row> {
             status(&[304], "").with("etag", &[b"v"]),
         ),
         row(
-            "a coding of the application's",
+            "a coding from the application",
             get("/raw/200?transfer-encoding=gzip&content-length=5"),
             body("body\n").with("content-length", &[b"5"]).with("transfer-encoding", &[]),
         ),
-        row("chunks of the application's", get("/raw-stream/200?transfer-encoding=chunked"), body("body\n")),
+        row("chunks from the application", get("/raw-stream/200?transfer-encoding=chunked"), body("body\n")),
         row(
-            "a body longer than its length is cut",
+            "a body longer than its length is truncated",
             get("/raw/200?content-length=3"),
             body("bod").with("content-length", &[b"3"]),
         ),
         row(
-            "two lengths are none",
+            "two lengths are discarded",
             get("/raw/200?content-length=5&content-length=6"),
             body("body\n").with("content-length", &[b"5"]),
         ),
@@ -418,19 +418,22 @@ fn headers_and_targets() -> Vec<Row> {
             get("/raw/200?x-a=a%0d%0ax-b:b"),
             status(&[500], "no header has such a value\n"),
         ),
-        row("nor is NUL", get("/raw/200?x-a=a%00b"), status(&[500], "no header has such a value\n")),
+        row("NUL is in no header", get("/raw/200?x-a=a%00b"), status(&[500], "no header has such a value\n")),
         row("an underscore in a header's name", get("/header/x_under").with("X_Under", b"v"), body("v")).but(
             in_variables,
-            "in a variable's name it is a hyphen",
+            "in a variable's name, an underscore stands for a hyphen",
             body(""),
         ),
-        row("TRACE is the application's", ask("TRACE", "/method"), body("TRACE")),
+        row("TRACE reaches the application", ask("TRACE", "/method"), body("TRACE")),
         row("OPTIONS of all", ask("OPTIONS", "*"), body("OPTIONS *")).not_asked(no_url, "this client sends paths"),
         row("a whole URI", get("http://localhost/target/a?b"), body("/target/a?b"))
             .not_asked(no_url, "this client sends paths"),
-        row("an expectation that nobody knows", get("/method").with("Expect", b"a-miracle"), refused(&[417]).last())
-            .but(in_variables, "the web server has seen to it", body("GET")),
-        row("101 that nobody asked for", get("/switch"), status(&[500], "500 Internal Server Error\n")),
+        row("an expectation that is unknown", get("/method").with("Expect", b"a-miracle"), refused(&[417]).last()).but(
+            in_variables,
+            "the web server has handled the expectation",
+            body("GET"),
+        ),
+        row("101 that was not requested", get("/switch"), status(&[500], "500 Internal Server Error\n")),
     ]
 }
 
@@ -445,42 +448,42 @@ fn uploads() -> Vec<Row> {
         row("a huge body", post("/sum").sending(&huge), sum(&huge)),
         row("an empty body in chunks", post("/sum").in_chunks(b""), sum(b"")).but(
             Way::is_apache_scgi_or_cgi,
-            "there must be a length",
+            "the length is required",
             refused(&[411]).last(),
         ),
         row("a small body in chunks", post("/whole").in_chunks(b"0123456789"), body("0123456789")).but(
             Way::is_apache_scgi_or_cgi,
-            "there must be a length",
+            "the length is required",
             refused(&[411]).last(),
         ),
         row("a body of 1 MiB in chunks", post("/sum").in_chunks(&large), sum(&large))
-            .but(Way::is_apache_scgi_or_cgi, "there must be a length", refused(&[411]).last())
+            .but(Way::is_apache_scgi_or_cgi, "the length is required", refused(&[411]).last())
             .but(
                 |way| way.is_cgi_of(WebServer::Haproxy),
-                "HAProxy counts the bytes of a chunked body, and has one buffer for that",
+                "HAProxy buffers a chunked body to determine its length, and has one buffer",
                 refused(&[400]).last(),
             ),
         row("a huge body in chunks", post("/sum").in_chunks(&huge), sum(&huge))
-            .but(Way::is_apache_scgi_or_cgi, "there must be a length", refused(&[411]).last())
+            .but(Way::is_apache_scgi_or_cgi, "the length is required", refused(&[411]).last())
             .but(
                 |way| way.is_cgi_of(WebServer::Haproxy),
-                "HAProxy counts the bytes of a chunked body, and has one buffer for that",
+                "HAProxy buffers a chunked body to determine its length, and has one buffer",
                 refused(&[400]).last(),
             ),
-        row("a body that nobody reads", post("/early").sending(&large), body("the body was not read\n")).but(
+        row("a body that is not read", post("/early").sending(&large), body("the body was not read\n")).but(
             |way| way.is_cgi_of(WebServer::Haproxy),
-            "HAProxy 2.6 forgets a client whose request was answered before it had come whole",
+            "HAProxy 2.6 drops a client whose request is answered before it has arrived completely",
             body("the body was not read\n").last(),
         ),
-        // After its response the server reads up to 64 MiB more, for up to two seconds. A busy machine needs that long for this body.
-        row("a huge body that nobody reads", post("/early").sending(&huge[..8 * MIB]), body("the body was not read\n")),
-        row("a body comes back while it is sent", post("/echo").sending(&large), body(&large))
+        // After its response, the server reads up to 64 MiB more, for up to two seconds. A busy machine needs this time for this body.
+        row("a huge body that is not read", post("/early").sending(&huge[..8 * MIB]), body("the body was not read\n")),
+        row("a body is returned while it is being sent", post("/echo").sending(&large), body(&large))
             .not_asked(|way| way.is_cgi_of(WebServer::Nginx), "nginx stops sending when the response begins, and waits")
-            .not_asked(Way::is_fcgid, "mod_fcgid sends all of the request before it reads")
-            .not_asked(|way| way == Way::Behind(APACHE_CGI), "mod_cgid sends all of the request before it reads")
+            .not_asked(Way::is_fcgid, "mod_fcgid sends the whole request before it reads")
+            .not_asked(|way| way == Way::Behind(APACHE_CGI), "mod_cgid sends the whole request before it reads")
             .not_asked(
                 |way| way.is_behind(WebServer::Caddy),
-                "Caddy reads either the request or the response at a time",
+                "Caddy does not read the request and the response at the same time",
             ),
     ]
 }
@@ -488,10 +491,10 @@ fn uploads() -> Vec<Row> {
 fn downloads() -> Vec<Row> {
     vec![
         row("64 KiB", get("/bytes/65536"), xs(64 * KIB).with("content-length", &[b"65536"]))
-            .but(Way::is_apache_scgi_or_cgi, "Apache counts itself, if all is there at once", xs(64 * KIB))
+            .but(Way::is_apache_scgi_or_cgi, "Apache computes the length itself if it has the whole body", xs(64 * KIB))
             .but(
                 Way::is_apache_proxy_cgi,
-                "mod_proxy passes on no length that CGI tells, and sends chunks",
+                "mod_proxy drops the length in a CGI response, and sends chunks",
                 xs(64 * KIB).with("content-length", &[]),
             ),
         row("a huge response", get(&format!("/bytes/{HUGE}")), xs(HUGE)),
@@ -502,8 +505,8 @@ fn downloads() -> Vec<Row> {
             get(&format!("/bytes/{BEYOND_32_BITS}")),
             Expect { body: Content::Xs(BEYOND_32_BITS), ..body("").with("content-length", &[b"4294967297"]) },
         )
-        .not_asked(|way| !way.is_direct(), "once for each protocol is enough, it takes long")
-        .not_asked(Way::is_http2, "frame by frame it takes longer still, and the length is counted as over HTTP/1.1"),
+        .not_asked(|way| !way.is_direct(), "the row takes long, so it is sent only once for each protocol")
+        .not_asked(Way::is_http2, "sending frames takes even longer, and the length is counted as over HTTP/1.1"),
         row("a response that streams", get("/gate/{gate}"), body("first\nlast\n").streaming())
             .but(|way| way.is_cgi_of(WebServer::Nginx), "nginx fills a buffer first", body("first\nlast\n"))
             .but(|way| way.is_behind(WebServer::Lighttpd), "lighttpd buffers the whole response", body("first\nlast\n"))
@@ -517,11 +520,14 @@ fn paces() -> Vec<Row> {
         row("a client that sends slowly", post("/sum").sending(&bytes).at(Pace::SlowSender), sum(&bytes)),
         row("a client that sends chunks slowly", post("/sum").in_chunks(&bytes).at(Pace::SlowSender), sum(&bytes)).but(
             Way::is_apache_scgi_or_cgi,
-            "there must be a length",
+            "the length is required",
             refused(&[411]).last(),
         ),
         row("a client that reads slowly", get("/bytes/4194304").at(Pace::SlowReader), xs(4 * MIB)),
         row("a client that waits for 100 Continue", post("/sum").sending(&bytes).at(Pace::AwaitsContinue), sum(&bytes))
-            .not_asked(Way::is_http2, "hyper sends no 100 over HTTP/2; clients send after a moment by themselves"),
+            .not_asked(
+                Way::is_http2,
+                "hyper sends no 100 over HTTP/2; clients send the body on their own after a moment",
+            ),
     ]
 }

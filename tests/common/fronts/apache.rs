@@ -12,9 +12,9 @@ const MODULES: [&str; 9] =
 
 pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { directory, port, snippet } = place;
-    // The user of the child processes varies, so any user may create sockets here.
+    // The user of the child processes varies, so any user may create sockets in this directory.
     let sockets = directory.join("fcgid");
-    let _ = fs::create_dir(&sockets); // it exists from the second attempt on
+    let _ = fs::create_dir(&sockets); // already exists from the second attempt on
     fs::set_permissions(&sockets, Permissions::from_mode(0o777)).unwrap();
     let directory = directory.display();
     let modules: String = MODULES

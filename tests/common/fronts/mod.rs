@@ -1,6 +1,6 @@
 //! Starts real web servers in front of Forkyard. The part of the configuration that concerns the application is extracted from
-//! docs/web-servers.md, so that the tests check the documented configuration. One file per web server adds the settings that a server in a
-//! temporary directory needs.
+//! docs/web-servers.md, so that the tests check the documented configuration. For each web server, a file adds the settings that a server
+//! in a temporary directory needs.
 //!
 //! Each web server runs in the foreground, listens on a free loopback port, and writes only to its directory.
 
@@ -35,7 +35,7 @@ pub(crate) enum WebServer {
 }
 
 impl WebServer {
-    /// The name in the document's code blocks and in the seed files.
+    /// Returns the name that the document's code blocks and the seed files use.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Apache => "apache",
@@ -47,7 +47,7 @@ impl WebServer {
     }
 }
 
-/// How a web server connects to the application.
+/// How the application is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Link {
     /// The web server connects to the application.
@@ -67,7 +67,7 @@ pub(crate) enum Link {
 pub(crate) struct Front {
     pub(crate) server: WebServer,
     pub(crate) link: Link,
-    /// The name of the configuration. Its block in the document begins with the name of the web server and this name.
+    /// Name of the configuration. Its block in the document begins with the name of the web server and this name.
     pub(crate) name: &'static str,
 }
 
@@ -119,7 +119,7 @@ pub(crate) struct Place<'a> {
     pub(crate) snippet: String,
 }
 
-/// A running web server, and the application behind it unless the web server itself started the application.
+/// A running web server, and the application behind it unless the web server itself has started the application.
 pub(crate) struct Site {
     front: Helper,
     pub(crate) application: Option<Server>,
@@ -145,13 +145,13 @@ impl Site {
         let backend = match (&server, front.link) {
             (Some(server), Link::Http) => server.http(),
             (Some(server), Link::Scgi) if front.server == WebServer::Apache => {
-                server.binds[0].strip_prefix("scgi:").expect("it speaks SCGI").to_owned()
+                server.binds[0].strip_prefix("scgi:").expect("the address is an SCGI address").to_owned()
             }
             (Some(_), _) => socket.display().to_string(),
             (None, _) => {
-                // The web server's user may not be able to read the build directory.
+                // The web server's user may not have permission to read the build directory.
                 let copy = directory.path().join("app");
-                fs::copy(program(application), &copy).expect("there is room for a copy");
+                fs::copy(program(application), &copy).expect("the program can be copied");
                 copy.display().to_string()
             }
         };
@@ -159,7 +159,7 @@ impl Site {
         Self { front: helper, application: server, address, directory }
     }
 
-    /// Starts the web server in front of the server that listens on `backend`, whose socket may be in `directory`.
+    /// Starts the web server in front of the server that listens on `backend`. The socket may be in `directory`.
     pub(crate) fn before(front: Front, directory: TempDir, backend: &str) -> Self {
         let (helper, address) = start(front, directory.path(), backend);
         Self { front: helper, application: None, address, directory }
@@ -170,7 +170,7 @@ impl Site {
     }
 
     pub(crate) fn application(&mut self) -> &mut Server {
-        self.application.as_mut().expect("the web server did not start it")
+        self.application.as_mut().expect("the test has started the application")
     }
 }
 
@@ -199,14 +199,14 @@ fn start(front: Front, directory: &Path, backend: &str) -> (Helper, String) {
 /// Starts a web server with a configuration that is not in the document. `snippet` returns the configuration for a port. Returns the server
 /// and its address.
 pub(crate) fn start_with(server: WebServer, directory: &Path, snippet: impl Fn(u16) -> String) -> (Helper, String) {
-    // Another process may bind the port after `free_port` returns. The web server then exits, and another port is tried.
+    // Another process may bind the port after `free_port` returns. The web server then exits, and a different port is tried.
     for _ in 0..5 {
         let port = free_port();
         let place = Place { directory, port, snippet: snippet(port) };
         let mut helper = Helper::start(&mut command(server, &place));
         let address = format!("127.0.0.1:{port}");
-        let up = wait_until("the web server listens, or has ended", || {
-            let ended = helper.0.try_wait().expect("it is our child").is_some();
+        let up = wait_until("the web server listens, or has exited", || {
+            let ended = helper.0.try_wait().expect("the web server is a child of the test").is_some();
             (ended || std::net::TcpStream::connect(&address).is_ok()).then_some(!ended)
         });
         if up {
@@ -237,7 +237,7 @@ fn configuration(place: &Place<'_>, text: &str) -> PathBuf {
     path
 }
 
-/// The block in the document for `front`, with the addresses replaced.
+/// Returns the configuration for `front` from the document, with the addresses and paths replaced.
 fn snippet(front: Front, directory: &Path, port: u16, backend: &str) -> String {
     let mut text = block(front).to_owned();
     let socket = directory.join("app.sock").display().to_string();
@@ -257,7 +257,7 @@ fn snippet(front: Front, directory: &Path, port: u16, backend: &str) -> String {
             &[("/usr/local/bin/app", backend), ("/usr/local/bin", directory.to_str().expect("the path is UTF-8"))]
         }
         Link::Http if front.server == WebServer::Lighttpd => {
-            &[("8080", backend.rsplit_once(':').expect("it has a port").1)]
+            &[("8080", backend.rsplit_once(':').expect("the address has a port").1)]
         }
         Link::Http => &[("127.0.0.1:8080", backend)],
     };
@@ -278,11 +278,11 @@ fn block(front: Front) -> &'static str {
     let opening = format!("\n```{} {}\n", front.server.name(), front.name);
     let from = DOCUMENT.find(&opening).unwrap_or_else(|| panic!("docs/web-servers.md has no block {opening:?}"));
     let rest = &DOCUMENT[from + opening.len()..];
-    let end = rest.find("\n```").expect("the block ends");
+    let end = rest.find("\n```").expect("the block has an end");
     &rest[..=end]
 }
 
-/// A command for a daemon, with an empty environment. Daemons are installed in directories that are not in every user's PATH.
+/// Returns a command for a daemon, with an empty environment. Daemons are installed in directories that are not in every user's PATH.
 fn daemon(name: &str) -> Command {
     const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let found = PATH.split(':').map(|directory| Path::new(directory).join(name)).find(|path| path.exists());

@@ -8,7 +8,8 @@ use super::{Place, configuration, daemon, is_root};
 
 pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { directory, snippet, .. } = place;
-    // The snippet includes these files from the directory of the configuration, as in /etc/nginx. They exist from the second attempt on.
+    // The snippet includes these files from the directory of the configuration, as in /etc/nginx. They already exist from the second
+    // attempt on.
     for name in ["fastcgi_params", "scgi_params"] {
         let _ = symlink(Path::new("/etc/nginx").join(name), directory.join(name));
     }
