@@ -1,4 +1,4 @@
-//! Tests with processes that are killed and stopped while they use a segment.
+//! Tests in which processes are killed and stopped while they use a segment.
 #![expect(unsafe_code, reason = "forks")]
 
 mod common;
@@ -13,7 +13,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, alarm, fork, pause};
 
 const KEYS: u32 = 300;
-/// The number of entries that one process can pin at a time.
+/// Number of entries that one process can pin at a time.
 const PINS: u32 = 32;
 
 fn main() {
@@ -46,13 +46,13 @@ fn a_child_attaches_by_descriptor(_seed: u64) {
     assert_eq!(segment.cache().get("from the child").expect("hit"), b"hello");
     let row = segment.scoreboard().read(3).expect("row");
     assert_eq!((row.generation, row.state, row.requests, row.in_flight), (9, State::Ready, 1, 1));
-    assert_eq!(row.serving[0].what, "GET /not done", "what a dead process was serving can be read");
+    assert_eq!(row.serving[0].what, "GET /not done", "the request of a dead process can be read");
 }
 
 fn killed_while_holding_loses_nothing(_seed: u64) {
     let cache = segment(16 << 20).cache();
     fill(&cache, KEYS, 500);
-    // The next child that needs the lock of a dead process detects the death; this process does so for the last child.
+    // The next child that needs the lock of a dead process detects the death. For the last child, this process detects it.
     for _ in 0..11 {
         let mut child = spawn(|mut pipe| {
             let _held = cache.hold(name(0)).expect("lock");
@@ -69,7 +69,7 @@ fn killed_while_holding_loses_nothing(_seed: u64) {
     assert_eq!(cache.locks_held(), 0);
 }
 
-/// A child that stopped while it held the lock of key 0's shard.
+/// Returns a child that is stopped while it holds the lock of key 0's shard.
 fn stopped_holder(cache: &Cache) -> Child {
     let child = spawn(|_| {
         let _held = cache.hold(name(0)).expect("lock");
@@ -88,7 +88,7 @@ fn stopped_while_holding_stalls_no_reader(_seed: u64) {
     let (held, others): (Vec<u32>, Vec<u32>) = (0..KEYS).partition(|&key| cache.shard_index(name(key)) == stopped);
     assert!(held.len() > 1 && others.len() > 1);
 
-    assert_eq!(present(&cache, KEYS).len(), KEYS as usize, "reading goes on in all shards");
+    assert_eq!(present(&cache, KEYS).len(), KEYS as usize, "all shards can be read");
     assert_eq!(cache.stats().lock_timeouts, 0);
     for key in &others {
         assert_eq!(cache.set(name(*key), page(*key, 2, 300), &StoreOptions::new()), Ok(()));
@@ -100,12 +100,12 @@ fn stopped_while_holding_stalls_no_reader(_seed: u64) {
     assert_eq!(cache.stats().lock_timeouts, held.len() as u64);
     assert!(cache.audit().is_err_and(|why| why.contains("could not be locked")));
     assert!(!cache.purge(name(0)));
-    assert_eq!(cache.get(name(0)), None, "purged though the shard is locked");
+    assert_eq!(cache.get(name(0)), None, "the key is purged even though the shard is locked");
     cache.sweep();
 
     kill(child.pid, Signal::SIGCONT).expect("kill");
     child.join();
-    assert_eq!(present(&cache, KEYS).len(), KEYS as usize - 1, "nothing else is lost");
+    assert_eq!(present(&cache, KEYS).len(), KEYS as usize - 1, "no other key is lost");
     let stats = assert_well(&cache, KEYS);
     assert_eq!((stats.lost, stats.lock_recoveries), (0, 0));
 }
@@ -118,9 +118,9 @@ fn a_stop_costs_one_wait(_seed: u64) {
     for _ in 0..1000 {
         assert_eq!(cache.set(name(0), "x", &StoreOptions::new()), Err(StoreError::Busy));
     }
-    assert!(since.elapsed() < Duration::from_secs(10), "each waits its 20 ms: {:?}", since.elapsed());
+    assert!(since.elapsed() < Duration::from_secs(10), "each lock attempt waits for 20 ms: {:?}", since.elapsed());
     assert_eq!(cache.stats().lock_timeouts, 1001);
-    // A process that is killed while it is stopped counts as dead.
+    // A process that is killed while it is stopped is considered dead.
     child.kill();
     assert_eq!(cache.set(name(0), "x", &StoreOptions::new()), Ok(()));
     let stats = assert_well(&cache, KEYS);
@@ -153,7 +153,7 @@ fn the_pins_of_a_dead_reader_are_freed(_seed: u64) {
         assert!(if round == 0 { pinned == PINS as usize } else { pinned > 3 }, "{pinned} pins");
         child.kill();
         lap(&cache, 3);
-        assert_eq!(cache.pins_set(), 0, "somebody ran into them");
+        assert_eq!(cache.pins_set(), 0, "a writer encountered the pins");
         assert_eq!(adds_up(&cache.stats()), Ok(()));
     }
     assert_well(&cache, KEYS);
@@ -177,7 +177,7 @@ fn what_is_pinned_never_changes(_seed: u64) {
     let mut child = spawn(|mut pipe| {
         let pins: Vec<_> = (0..8).map(|key| cache.pin(name(key)).expect("hit")).collect();
         say_ready(&mut pipe);
-        // Runs for at least 2000 rounds, and until the parent stores "enough".
+        // The child runs for at least 2000 rounds, and until the parent stores "enough".
         let mut rounds = 0;
         while rounds < 2000 || cache.get("enough").is_none() {
             rounds += 1;
@@ -189,7 +189,7 @@ fn what_is_pinned_never_changes(_seed: u64) {
     });
     child.await_ready();
     assert_eq!(cache.pins_set(), 8);
-    // The reader lives throughout, so the writers must skip its pins.
+    // The reader stays alive, so the writers must skip its pins.
     for _ in 0..10 {
         lap(&cache, 3);
         assert_eq!(cache.pins_set(), 8);
@@ -213,20 +213,20 @@ fn a_child_that_lives_on_does_not_keep_its_parents_lock(_seed: u64) {
         match unsafe { fork() }.expect("fork") {
             ForkResult::Parent { .. } => pause(),
             ForkResult::Child => {
-                assert!(pin.is_empty(), "it is the parent that pins");
+                assert!(pin.is_empty(), "the child has no pins, because the parent set them");
                 alarm::set(600); // in case the test does not kill this process
-                pipe.write_all(&std::process::id().to_le_bytes()).expect("we are awaited");
+                pipe.write_all(&std::process::id().to_le_bytes()).expect("the test is waiting for the pid");
                 pause();
             }
         }
     });
     let mut pid = [0; 4];
-    parent.ready.read_exact(&mut pid).expect("the grandchild is there");
-    // The child holds the mapping, and all descriptors of its parent except one.
+    parent.ready.read_exact(&mut pid).expect("the grandchild has started");
+    // The grandchild holds the mapping, and all descriptors of its parent except one.
     assert_eq!(cache.set(name(2), "x", &StoreOptions::new()), Err(StoreError::Busy));
     parent.kill();
     assert_eq!(cache.set(name(2), "x", &StoreOptions::new()), Ok(()));
     assert_eq!((cache.stats().lock_recoveries, cache.pins_set(), cache.locks_held()), (1, 0, 0));
-    kill(Pid::from_raw(i32::from_le_bytes(pid)), Signal::SIGKILL).expect("the grandchild lived on");
+    kill(Pid::from_raw(i32::from_le_bytes(pid)), Signal::SIGKILL).expect("the grandchild is still running");
     assert_well(&cache, KEYS);
 }

@@ -1,10 +1,10 @@
-//! Kills a process at each marked step of each act, and also kills the process that repairs the damage, at each marked step of the
+//! Kills a process at each marked step of each operation, and also kills the process that repairs the damage, at each marked step of the
 //! repair.
 //!
-//! In long acts, the death of the repairing process is tested only after some of the deaths; FORKYARD_EVERY=1 tests it after every death,
-//! and FORKYARD_SCALE=n only after n percent of these deaths, chosen at random.
-//! The test also checks that it reaches every mark, and that every repair is needed.
-#![expect(clippy::print_stdout, reason = "a report of its own")]
+//! In long operations, the death of the repairing process is tested only after some of the deaths. FORKYARD_EVERY=1 tests it after every
+//! death, and FORKYARD_SCALE=n after only n percent of these deaths, which are chosen at random. The test also checks that it reaches every
+//! mark, and that every repair is needed.
+#![expect(clippy::print_stdout, reason = "the test prints its own report")]
 
 mod common;
 
@@ -18,9 +18,9 @@ use common::{not_longer_than, spawn};
 use forkyard_shm::crash::{self, Recovery};
 use forkyard_shm::{Cache, Segment};
 
-/// Far more than checking one state takes.
+/// Time limit that is far longer than the check of one state takes.
 const HANGS: Duration = Duration::from_secs(120);
-/// More marks than any act passes.
+/// Number of marks that exceeds the number of marks in any operation.
 const MOST_MARKS: u64 = 5000;
 
 fn main() {
@@ -37,7 +37,7 @@ fn mend(cache: &Cache) {
     cache.sweep_all();
 }
 
-/// Has a child die at a mark of an act. Returns false if the act finished before this mark.
+/// Makes a child die at a mark of an operation. Returns false if the operation finished before this mark.
 fn dies(segment: &Segment, at: u64, act: fn(&Cache)) -> bool {
     not_longer_than(HANGS);
     let cache = segment.cache();
@@ -66,7 +66,7 @@ impl Play<'_> {
         Play { scene, stage, image, slate, known }
     }
 
-    /// The state after a death at each mark of the act.
+    /// Returns the state after a death at each mark of the operation.
     fn deaths(&self) -> impl Iterator<Item = (u64, Segment)> {
         let segments = (0..MOST_MARKS).map(|at| (at, self.slate.pour(&self.image)));
         segments.take_while(|(at, segment)| dies(segment, *at, self.scene.act))
@@ -126,7 +126,7 @@ fn each_repair_is_needed(_seed: u64) {
         });
         match missed {
             Some(why) => println!("  without {repair:?}: {why}"),
-            None => panic!("nothing goes wrong without {repair:?}"),
+            None => panic!("no check fails without {repair:?}"),
         }
     }
 }
@@ -148,12 +148,12 @@ fn every_mark_of_the_sources_is_passed(_seed: u64) {
     assert!(never.is_empty(), "no scene passes these marks of the sources: {never:?}");
 }
 
-/// The names of all marks in `src`: each string in a line that calls `crash::point`.
+/// Returns the names of all marks in `src`: each string in a line that calls `crash::point`.
 fn marks_of_the_sources() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     let mut folders = vec![PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))];
     while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).expect("the sources are there") {
+        for entry in std::fs::read_dir(folder).expect("the sources exist") {
             let path = entry.expect("entry").path();
             if path.ends_with("src/events") || path.ends_with("protocols/told.rs") {
                 // `tests/events.rs` covers these marks.

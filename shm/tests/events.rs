@@ -1,9 +1,9 @@
-//! Crash tests of the event log: publishers are killed at each marked step and at every instruction, and publishers and readers are
-//! killed at random. No event is torn or delivered twice, no confirmed event is lost, the ids of each topic have no gap, and every
-//! sleeping reader is woken.
+//! Crash tests of the event log. Publishers are killed at each marked step and at every instruction, and publishers and readers are killed
+//! at random. No event is torn or delivered twice, no confirmed event is lost, the ids of each topic have no gap, and every sleeping reader
+//! is woken.
 //!
 //! FORKYARD_KILLS sets the number of random deaths (default 300).
-#![expect(clippy::print_stdout, reason = "a report of its own")]
+#![expect(clippy::print_stdout, reason = "the test prints its own report")]
 
 mod common;
 
@@ -37,7 +37,7 @@ fn segment(events_bytes: u64) -> Segment {
     Segment::create(&Plan { rows: 8, events_bytes, ..Plan::default() }).expect("segment")
 }
 
-/// The expected data of an event.
+/// Returns the expected data of an event.
 fn data_of(topic: &str, seed: u64) -> Vec<u8> {
     let mut data = seed.to_le_bytes().to_vec();
     let length = usize::try_from(seed % 1500).expect("small");
@@ -46,7 +46,7 @@ fn data_of(topic: &str, seed: u64) -> Vec<u8> {
 }
 
 fn assert_whole(event: &Event) {
-    let seed = event.data.first_chunk().copied().map(u64::from_le_bytes).expect("a seed");
+    let seed = event.data.first_chunk().copied().map(u64::from_le_bytes).expect("the data begins with a seed");
     assert!(event.data == data_of(&event.topic, seed), "{} {} is torn", event.topic, event.id);
 }
 
@@ -55,7 +55,7 @@ fn publish(events: &Events, topic: &str, seed: u64) -> u64 {
     loop {
         match events.publish(topic, "kind", &data) {
             Ok(id) => return id,
-            // The owner of the lock got no CPU time, because other tests are running too.
+            // The owner of the lock got no processor time, because other tests are running too.
             Err(PublishError::Busy) => std::thread::yield_now(),
             Err(why) => panic!("{why}"),
         }
@@ -70,7 +70,7 @@ fn publish_all(events: &Events, topic: &str, seeds: std::ops::Range<u64>) {
 
 // ---- deaths at each mark ----
 
-/// A scene: a name, and the events published before the death.
+/// A scene: its name, and a function that publishes the events before the death.
 type Scene = (&'static str, fn(&Events));
 
 const SCENES: [Scene; 5] = [
@@ -87,7 +87,7 @@ const SCENES: [Scene; 5] = [
     }),
 ];
 
-/// Has a child publish and die at a mark. Returns false if the child finished before this mark.
+/// Makes a child publish and die at a mark. Returns false if the child finished before this mark.
 fn dies(events: &Events, at: u64, topic: &str) -> bool {
     not_longer_than(HANGS);
     let child = spawn(|_| {
@@ -103,7 +103,7 @@ fn killed_at_each_mark(_seed: u64) {
         let (mut deaths, mut deaths_after) = (0, 0);
         for at in 0.. {
             let mut again = 0;
-            // The next publisher dies at each mark as well, until a mark is beyond its end.
+            // The next publisher also dies at each mark, until it finishes before the mark.
             loop {
                 let segment = segment(64 * 1024);
                 let events = segment.events();
@@ -140,7 +140,7 @@ fn killed_at_each_mark(_seed: u64) {
     }
 }
 
-/// The events of the topic that a tail returns.
+/// Returns the events of the topic that a tail returns.
 fn seen(tail: &mut Tail) -> Result<Vec<Event>, String> {
     let mut seen = Vec::new();
     loop {
@@ -153,8 +153,7 @@ fn seen(tail: &mut Tail) -> Result<Vec<Event>, String> {
     }
 }
 
-/// Checks a log after one or two deaths: the event is either present or not, and with `by_tail`, a tail has returned the same
-/// events.
+/// Checks a log after one or two deaths. The event is either present or absent, and with `by_tail`, a tail has returned the same events.
 fn verify(events: &Events, by_tail: Option<&[Event]>, before: u64) -> Result<(), String> {
     events.audit()?;
     let since = events.since(TOPIC, before, 10);
@@ -179,7 +178,7 @@ fn verify(events: &Events, by_tail: Option<&[Event]>, before: u64) -> Result<(),
 
 // ---- deaths at every instruction ----
 
-/// Like `single_step.rs` for the cache: checks each state of the memory in which a publisher could die.
+/// Checks each state of the memory in which a publisher could die, like `single_step.rs` for the cache.
 fn killed_at_every_instruction(_seed: u64) {
     for (name, prepare) in SCENES {
         let segment = segment(64 * 1024);
@@ -214,7 +213,7 @@ fn killed_at_every_instruction(_seed: u64) {
 
 // ---- sleeping readers ----
 
-/// After a publisher died at any step, the next publisher wakes all sleeping readers.
+/// After a publisher has died at any step, the next publisher wakes all sleeping readers.
 fn who_sleeps_is_woken_by_the_next_publisher(_seed: u64) {
     let mut deaths = 0;
     loop {
@@ -236,7 +235,7 @@ fn who_sleeps_is_woken_by_the_next_publisher(_seed: u64) {
     assert!(deaths > 10);
 }
 
-/// A child that sleeps until an event is published, with a timeout longer than the limit of this test.
+/// Starts a child that sleeps until an event is published, with a timeout longer than the limit of this test.
 fn sleeper(events: &Events, seen: u32) -> Child {
     let mut child = spawn(|mut pipe| {
         common::say_ready(&mut pipe);
@@ -244,7 +243,7 @@ fn sleeper(events: &Events, seen: u32) -> Child {
     });
     child.await_ready();
     let stat = format!("/proc/{}/stat", child.pid);
-    while !std::fs::read_to_string(&stat).expect("it lives").contains(") S ") {
+    while !std::fs::read_to_string(&stat).expect("the process is running").contains(") S ") {
         std::thread::yield_now();
     }
     child
@@ -252,7 +251,7 @@ fn sleeper(events: &Events, seen: u32) -> Child {
 
 fn marks_of_the_sources() -> BTreeSet<String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/events");
-    let sources = std::fs::read_dir(folder).expect("the sources are there").map(|entry| entry.expect("entry").path());
+    let sources = std::fs::read_dir(folder).expect("the sources exist").map(|entry| entry.expect("entry").path());
     let text: String = sources.map(|path| std::fs::read_to_string(path).expect("a source is text")).collect();
     let names: BTreeSet<String> = text
         .lines()
@@ -268,7 +267,7 @@ fn marks_of_the_sources() -> BTreeSet<String> {
 
 const TOPICS: [&str; 3] = ["0", "1", "2"];
 
-/// Publishes without end, and reports each confirmed id.
+/// Publishes endlessly, and reports each confirmed id.
 fn publisher(events: &Events, mut said: File, seed: u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     loop {
@@ -279,12 +278,12 @@ fn publisher(events: &Events, mut said: File, seed: u64) {
             return;
         }
         if random.u8(..) < 64 {
-            std::thread::sleep(Duration::from_micros(random.u64(..100))); // otherwise the witness would not keep up
+            std::thread::sleep(Duration::from_micros(random.u64(..100))); // without this pause, the witness could not keep up
         }
     }
 }
 
-/// Reads without end, alternating between `since` and a tail.
+/// Reads endlessly, alternating between `since` and a tail.
 fn reader(events: &Events, mut said: File) {
     let (mut tail, mut last) = (events.tail(), HashMap::new());
     common::say_ready(&mut said);
@@ -315,7 +314,7 @@ fn reader(events: &Events, mut said: File) {
 struct Witness {
     tail: Tail,
     last: HashMap<Box<str>, u64>,
-    /// The topics that may have a gap before the next event.
+    /// Topics that may have a gap before their next event.
     unsure: BTreeSet<Box<str>>,
     gaps: u64,
 }
@@ -341,21 +340,21 @@ impl Witness {
     }
 }
 
-/// Once with a log that is large enough for all events, and once with a smaller log.
+/// Runs with a log that is large enough for all events, and with a smaller log.
 fn killed_at_random(seed: u64) {
     let kills = common::number("FORKYARD_KILLS").unwrap_or(300);
     for (bytes, kills) in [(64 << 20, kills), (64 << 10, kills)] {
         let segment = segment(bytes);
         let events = segment.events();
         let (gaps, confirmed) = kill_at_random(&events, kills, seed);
-        events.audit().expect("in order");
+        events.audit().expect("the log is consistent");
         let stats = events.stats();
         println!("  {kills} kills: {} events, {confirmed} confirmed, {gaps} gaps, {stats:?}", stats.published);
         assert!(stats.restarts == 0 && confirmed > kills && (gaps == 0 || stats.evicted > 0));
     }
 }
 
-/// Returns the number of observed gaps, and the number of confirmed events.
+/// Returns the number of observed gaps and the number of confirmed events.
 fn kill_at_random(events: &Events, kills: u64, seed: u64) -> (u64, u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut witness = Witness { tail: events.tail(), last: HashMap::new(), unsure: BTreeSet::new(), gaps: 0 };
@@ -379,7 +378,7 @@ fn kill_at_random(events: &Events, kills: u64, seed: u64) -> (u64, u64) {
         let mut said = child.ready.try_clone().expect("dup");
         child.kill();
         let mut words = Vec::new();
-        said.read_to_end(&mut words).expect("what it said");
+        said.read_to_end(&mut words).expect("the report of the child");
         if publishes {
             witness.look();
             for word in words.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)) {
@@ -404,7 +403,7 @@ fn a_publisher_that_stands_still_stops_no_reader(_seed: u64) {
         publisher(&events, pipe, 5);
     });
     child.await_ready();
-    kill(child.pid, Signal::SIGSTOP).expect("it lives");
+    kill(child.pid, Signal::SIGSTOP).expect("the process is running");
     let mut seen = 0;
     while let Tailed::Event(event) = tail.next() {
         assert_whole(&event);
@@ -414,5 +413,5 @@ fn a_publisher_that_stands_still_stops_no_reader(_seed: u64) {
     assert!(events.last_id(TOPIC) == 1);
     child.kill();
     publish(&events, TOPIC, 2);
-    events.audit().expect("in order");
+    events.audit().expect("the log is consistent");
 }

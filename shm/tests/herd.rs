@@ -1,10 +1,10 @@
-//! Many processes request one page at the same moment. It is rendered once, even if processes die, fail, stop or are late.
+//! Many processes request one page at the same moment. The page is rendered once, even if processes die, fail, stop or are late.
 //!
 //! The test does not use the test harness, because it must be single-threaded for forking to be safe. The tests do not depend on sleep
-//! times: a renderer continues when the other processes are seen waiting, and the tests wait for it by reading a byte from a pipe. The
-//! time until another process takes over is printed, not asserted.
-#![expect(unsafe_code, reason = "forks, and maps memory to count in")]
-#![expect(clippy::print_stdout, reason = "reports like the test harness that it replaces")]
+//! times: a renderer continues when the other processes are observed waiting, and the tests wait for the renderer by reading a byte from a
+//! pipe. The time until another process takes over is printed, not asserted.
+#![expect(unsafe_code, reason = "the test forks, and maps memory for its counters")]
+#![expect(clippy::print_stdout, reason = "the test reports like the test harness that it replaces")]
 
 use std::fs::File;
 use std::sync::Barrier;
@@ -49,7 +49,7 @@ fn cache() -> Cache {
     Segment::create(&Plan { cache_bytes: 16 << 20, rows: 8, ..Plan::default() }).expect("segment").cache()
 }
 
-/// A page that differs for each renderer.
+/// Returns a page that differs for each renderer.
 fn unique_page() -> Vec<u8> {
     format!("{} {:?}", std::process::id(), std::thread::current().id()).repeat(100).into()
 }
@@ -72,7 +72,7 @@ fn store_expired(cache: &Cache, options: StoreOptions) {
 
 // ---- herds ----
 
-/// All processes request the page at once. The renderer finishes when all other processes wait, or render as well.
+/// All processes request the page at the same time. The renderer finishes when all other processes are waiting or rendering.
 fn herd(one_process: impl Fn(&Cache, &Counts, &mut File)) {
     let (cache, counts) = (cache(), Counts::new());
     store_expired(&cache, StoreOptions::new());
@@ -88,7 +88,7 @@ fn herd(one_process: impl Fn(&Cache, &Counts, &mut File)) {
     assert_eq!((load(counts.rendering), load(counts.served), load(counts.stale)), (1, all, 0));
     assert_eq!((stats.renders, stats.lease_waits, stats.stores - before.stores), (1, all - 1, 1));
     assert_eq!(stats.misses - before.misses, 1);
-    // A hit may be lost if threads of one process count at the same instant (`Stats::hits`).
+    // A hit may not be counted if threads of one process count at the same instant (`Stats::hits`).
     assert!(stats.hits - before.hits < all);
 }
 
@@ -140,10 +140,10 @@ fn a_herd_of_tasks_renders_once() {
             say_ready(pipe);
             until(|| load(counts.go) == 1);
             for task in tasks {
-                task.await.expect("no panic");
+                task.await.expect("the task does not panic");
             }
         });
-        // The thread that served the tasks exits when no tasks are left.
+        // The thread that executed the tasks exits when no tasks are left.
         let threads = || std::fs::read_dir("/proc/self/task").expect("/proc").count();
         until(|| threads() == 1);
     });
@@ -151,7 +151,7 @@ fn a_herd_of_tasks_renders_once() {
 
 // ---- renderers that do not reach their end ----
 
-/// Waits in five threads or five tasks for a page from another process, and takes over if needed.
+/// Waits in five threads or five tasks for a page from another process, and takes over if necessary.
 fn wait_in_five(cache: &Cache, counts: &Counts, threads: bool) {
     let take_over = || {
         counts.note(1);
@@ -176,8 +176,8 @@ fn wait_in_five(cache: &Cache, counts: &Counts, threads: bool) {
     }
 }
 
-/// Twenty times: a renderer starts, and terminates on request without a page, while two processes wait with five requests each. In half
-/// of the cases they wait in threads.
+/// Twenty times, a renderer starts, and terminates on request without a page, while two processes wait with five requests each. In half of
+/// the cases they wait in threads.
 fn succession(what: &str, renderer: impl Fn(&Cache, &Counts, &mut File), end: impl Fn(Child, &Counts)) {
     for threads in [true, false] {
         let mut delays: Vec<[u64; 2]> = Vec::new();
@@ -189,7 +189,11 @@ fn succession(what: &str, renderer: impl Fn(&Cache, &Counts, &mut File), end: im
             until(|| cache.stats().lease_waits == 10);
             end(first, &counts);
             others.into_iter().for_each(Child::join);
-            assert_eq!((load(counts.rendering), load(counts.served)), (1, 10), "one took over, and all had the page");
+            assert_eq!(
+                (load(counts.rendering), load(counts.served)),
+                (1, 10),
+                "one process took over, and all requests received the page"
+            );
             assert_eq!(cache.audit(), Ok(()));
             delays.push(counts.delays());
         }
@@ -285,7 +289,7 @@ fn a_stopped_renderer_is_passed_over() {
         (&b"old"[..], CacheStatus::Stale, 0)
     );
     go_on(child);
-    assert_eq!(stale.get(KEY).expect("stored"), b"late", "nobody took over, so it is not too late");
+    assert_eq!(stale.get(KEY).expect("stored"), b"late", "no process took over, so the page is stored");
 
     let (cache, options) = (cache(), StoreOptions::new().deadline(Duration::from_millis(50)));
     store_expired(&cache, StoreOptions::new());
@@ -293,11 +297,11 @@ fn a_stopped_renderer_is_passed_over() {
     let answer = ask(&cache, &options, |_| Ok(b"newer".to_vec()));
     assert_eq!((answer.value.as_slice(), answer.source), (&b"newer"[..], CacheStatus::Rendered));
     go_on(child);
-    assert_eq!(cache.get(KEY).expect("stored"), b"newer", "what comes too late does not replace it");
+    assert_eq!(cache.get(KEY).expect("stored"), b"newer", "a late page does not replace a newer page");
     assert_eq!(cache.stats().lease_waits, 1);
 }
 
-/// Kills a renderer at the first step, at the second, and so on until it finishes.
+/// Kills a renderer at the first step, at the second step, and so on until it finishes.
 fn killed_at_each_step() {
     let mut steps = 0;
     loop {
@@ -370,7 +374,7 @@ fn stale_while_one_renders() {
         spawn(|_| {
             let answer = ask(&cache, &options, |_| {
                 counts.rendering.fetch_add(1, Ordering::SeqCst);
-                // If the other requests waited for this one, the test would not end.
+                // If the other requests waited for this renderer, the test would not end.
                 until(|| load(counts.stale) + load(counts.rendering) == PROCESSES);
                 Ok(b"new".to_vec())
             });
@@ -400,7 +404,7 @@ fn stale_if_rendering_fails() {
         })
     });
     children.collect::<Vec<_>>().into_iter().for_each(Child::join);
-    // Each process rendered after the previous one had failed, and fell back to the stale page.
+    // Each process rendered after the previous process had failed, and fell back to the stale page.
     assert_eq!((load(counts.rendering), load(counts.stale), load(counts.served)), (PROCESSES, PROCESSES, 0));
     assert_eq!(cache.stats().stale_hits, PROCESSES);
 }
@@ -453,8 +457,8 @@ fn a_fork_leaves_the_leases_of_its_parent_alone() {
     assert_eq!(begun, Some(Poll::Pending));
     spawn(|_| drop(never.take())).join();
     assert_eq!(cache.get_or_render(KEY, &options, |_| Err::<Vec<u8>, _>("impatient")), Err("impatient"));
-    assert_eq!(cache.stats().lease_waits, 1, "it is still held");
+    assert_eq!(cache.stats().lease_waits, 1, "the lease is still held");
     drop(never);
     ask(&cache, &options, |_| Ok(Vec::new()));
-    assert_eq!(cache.stats().lease_waits, 1, "now it is not");
+    assert_eq!(cache.stats().lease_waits, 1, "the lease has been released");
 }

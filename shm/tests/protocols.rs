@@ -1,13 +1,13 @@
 //! Runs the shared-memory protocols under loom, through the possible interleavings of threads and delays of stores.
 //!
-//! The protocol files are compiled here against loom's atomics, so the checked code is the shipped code. [`Futex`] models sleeping in
-//! the kernel. Each protocol has variants with a deliberate error in an ordering or a fence. These variants must fail, which shows that
-//! the models cover the critical places.
+//! The protocol files are compiled here with loom's atomics, so the checked code is the shipped code. [`Futex`] models sleeping in the
+//! kernel. Each protocol has variants with a deliberate error in an ordering or a fence. These variants must fail, which shows that the
+//! models cover the critical places.
 //!
-//! The models are not a proof. Preemptions are bounded. Loom (0.7) decides what to reorder based only on the *last* access to an atomic,
-//! so it misses some orders if several threads read the atomic. Each model is therefore run with its threads in several arrangements; a
-//! variant counts as failed if one arrangement fails. Loom treats `SeqCst` loads and stores as acquire and release, which is weaker than
-//! in reality; fences are exact.
+//! The models are not a proof. The number of preemptions is bounded. Loom (0.7) chooses what to reorder based only on the *last* access to
+//! an atomic, so it misses some orders if several threads read the atomic. Each model is therefore run with its threads in several
+//! arrangements; a variant counts as failed if one arrangement fails. Loom treats `SeqCst` loads and stores as acquire and release, which
+//! is weaker than their real ordering; fences are modeled exactly.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -36,10 +36,10 @@ mod crash {
 #[path = "../src/protocols/bell.rs"]
 mod bell;
 #[path = "../src/protocols/lease.rs"]
-#[expect(dead_code, reason = "deadlines and marks are no matter of order: lease_tests.rs")]
+#[expect(dead_code, reason = "deadlines and marks do not concern memory ordering: lease_tests.rs")]
 mod lease;
 #[path = "../src/protocols/lock.rs"]
-#[expect(dead_code, reason = "what is done to a file that was just opened is no matter of order")]
+#[expect(dead_code, reason = "operations on a file that was just opened do not concern memory ordering")]
 mod lock;
 #[path = "../src/protocols/pin.rs"]
 mod pin;
@@ -58,14 +58,14 @@ mod reading;
 /// The code of one thread in a model.
 type Work = Box<dyn FnOnce()>;
 
-/// Several concurrent threads, and the condition that must hold afterwards.
+/// Several concurrent threads, and the condition that must hold after they have finished.
 struct Model {
     threads: Vec<Work>,
     afterwards: Work,
 }
 
-/// Runs a model with at most `preemptions` preemptions per execution. The model is recreated for each execution, and runs in
-/// several arrangements: with each of the threads as the main thread, and with none.
+/// Runs a model with at most `preemptions` preemptions per execution. The model is recreated for each execution, and runs in several
+/// arrangements: with each of the threads as the main thread, and with none of them as the main thread.
 fn check(preemptions: usize, model: impl Fn() -> Model + Sync + Send + 'static) {
     let model = Arc::new(model);
     let mut first = 0;
@@ -83,7 +83,7 @@ fn check(preemptions: usize, model: impl Fn() -> Model + Sync + Send + 'static) 
             if let Some(main) = main {
                 main();
             }
-            others.into_iter().for_each(|other| other.join().expect("no panic"));
+            others.into_iter().for_each(|other| other.join().expect("the thread does not panic"));
             afterwards();
         });
         last = first == threads.load(std::sync::atomic::Ordering::Relaxed);
@@ -91,15 +91,15 @@ fn check(preemptions: usize, model: impl Fn() -> Model + Sync + Send + 'static) 
     }
 }
 
-/// A thread's operation on the shared state. Loom runs all threads in one, so no `Arc` is needed.
+/// Returns a thread's operation on the shared state. Loom runs all threads in one thread, so no `Arc` is needed.
 fn work<T: 'static>(shared: &Rc<T>, work: impl FnOnce(&T) + 'static) -> Work {
     let shared = Rc::clone(shared);
     Box::new(move || work(&shared))
 }
 
-/// futex(2): compares and goes to sleep in one step, as far as wakers can observe.
+/// Models futex(2), which compares and goes to sleep in one step, as far as wakers can observe.
 ///
-/// No thread really sleeps: the id of a sleeping thread is recorded, and its thread finishes. The waking thread then does what the
+/// No thread really sleeps. When a thread goes to sleep, its id is recorded and the thread finishes. The waking thread then does what the
 /// woken thread would do next.
 #[derive(Default)]
 struct Futex {
@@ -107,9 +107,9 @@ struct Futex {
 }
 
 impl Futex {
-    /// Whether the thread `who` sleeps now.
+    /// Returns whether the thread `who` goes to sleep.
     fn wait(&self, word: &AtomicU32, seen: u32, who: u32) -> bool {
-        // The kernel also executes a full fence first, but the protocol should not depend on it.
+        // The kernel also executes a full fence first, but the protocol must not depend on it.
         let mut asleep = self.asleep.lock().expect("no panic");
         let sleeps = word.load(Ordering::Relaxed) == seen;
         if sleeps {
@@ -118,7 +118,7 @@ impl Futex {
         sleeps
     }
 
-    /// The thread that is woken.
+    /// Returns the thread that is woken.
     fn wake(&self) -> Option<u32> {
         self.asleep.lock().expect("no panic").pop()
     }
@@ -132,7 +132,7 @@ impl Futex {
 
 const KEY: u64 = 5 << 47;
 
-/// A page that only one thread at a time may render: loom fails if two threads render it.
+/// A page that only one thread at a time may render. Loom fails if two threads render it.
 #[derive(Default)]
 struct Lease {
     word: AtomicU64,
@@ -143,12 +143,12 @@ struct Lease {
 }
 
 impl Lease {
-    /// A lease held by member 0 until 100, and its word.
+    /// Returns a lease that member 0 holds until time 100, and the lease's word.
     fn held() -> (Rc<Lease>, u64) {
         let lease = Rc::new(Lease::default());
         match lease::take(&lease.word, KEY, 0, 1, 100) {
             lease::Claim::Mine(word) => (lease, word),
-            other => panic!("it was free: {other:?}"),
+            other => panic!("the lease was free: {other:?}"),
         }
     }
 
@@ -156,14 +156,14 @@ impl Lease {
     fn try_to_render(&self, member: u32, now_ms: u64, release: Release) {
         if let lease::Claim::Mine(word) = lease::take(&self.word, KEY, member, now_ms, now_ms + 100) {
             self.page.with_mut(|_| ());
-            assert!(release(&self.word, word), "somebody else freed it");
+            assert!(release(&self.word, word), "another thread released the lease");
         }
     }
 }
 
 type Release = fn(&AtomicU64, u64) -> bool;
 
-/// One thread holds the lease, and is late; two others take it over when its deadline has passed.
+/// One thread holds the lease and is late. Two other threads take the lease over when its deadline has passed.
 fn late_release(release: Release) {
     check(3, move || {
         let (lease, late) = Lease::held();
@@ -196,7 +196,7 @@ fn a_relaxed_release_does_not_hand_the_page_over() {
     late_release(|word, mine| word.compare_exchange(mine, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok());
 }
 
-/// The holder is dead. Two threads mark it dead at once and request its lease, as does a third.
+/// The holder is dead. Two threads mark the holder dead at the same time and request its lease, and a third thread also requests the lease.
 fn burial(take_from: fn(&AtomicU64, u32) -> bool) {
     check(3, move || {
         let (lease, _) = Lease::held();
@@ -248,8 +248,8 @@ impl Shard {
     }
 }
 
-/// The late thread and its successor store their pages. With `look_first`, the late thread checks that it still has the lease before it
-/// takes the lock.
+/// A late thread and its successor store their pages. With `look_first`, the late thread checks that it still has the lease before it takes
+/// the lock.
 fn late_store(look_first: bool) {
     check(3, move || {
         let (lease, late) = Lease::held();
@@ -393,11 +393,11 @@ impl Lock {
     fn assert_visited(&self, visits: u32, repairs: u32) {
         self.futex.assert_all_awake();
         assert_eq!(self.visits.load(Ordering::Relaxed), visits);
-        assert_eq!(self.repairs.load(Ordering::Relaxed), repairs, "one repairs what the dead one left");
+        assert_eq!(self.repairs.load(Ordering::Relaxed), repairs, "one thread repairs what the dead owner left");
     }
 }
 
-/// Several threads request the lock at once.
+/// Several threads request the lock at the same time.
 fn visitors(unlock: Unlock) {
     check(2, move || {
         let lock = Rc::new(Lock::default());
@@ -427,7 +427,7 @@ fn a_relaxed_unlock_lets_two_in() {
     visitors(|word| word.swap(0, Ordering::Relaxed) & 1 << 31 != 0);
 }
 
-/// An owner died. Its death is detected twice, while two threads request the lock.
+/// An owner has died. Its death is detected twice, while two threads request the lock.
 fn dead_owner(mark_dead: fn(&AtomicU32, u32) -> bool) {
     check(2, move || {
         let lock = Rc::new(Lock::default());

@@ -1,9 +1,9 @@
-//! A process overwrites the cache with random data, while other processes use it.
+//! A process overwrites the cache with random data while other processes use it.
 //!
-//! None of the locks, members, tags, prefixes, leases, heads, index and rings can be trusted. No process may crash, hang, or loop
-//! forever. A served value may be wrong, but must not come from outside the memory. The scoreboard and the constant part of the header
-//! are not overwritten.
-#![expect(unsafe_code, clippy::print_stdout, reason = "scribbles, and a report of its own")]
+//! The overwritten data includes locks, members, tags, prefixes, leases, heads, the index and the rings. No process may crash, hang, or
+//! loop forever. A returned value may be wrong, but must not come from outside the memory. The scoreboard and the constant part of the
+//! header are not overwritten.
+#![expect(unsafe_code, clippy::print_stdout, reason = "the test overwrites memory, and prints its own report")]
 
 mod common;
 
@@ -19,13 +19,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 
 const TIME: Duration = Duration::from_millis(150);
-/// A child that is still running after this time hangs.
+/// Time after which a child that is still running is considered hung.
 const HANGS: Duration = Duration::from_secs(120);
-/// Each round has a new segment, because a segment whose locks appear to be held soon becomes unusable.
+/// Number of rounds. Each round has a new segment, because a segment whose locks appear to be held soon becomes unusable.
 const ROUNDS: u32 = 8;
 const USERS: usize = 3;
 const KEYS: u32 = 200;
-/// The header up to this offset is read once, when the segment is attached.
+/// End of the part of the header that is read only once, when the segment is attached.
 const CLOCKS_AT: usize = 128;
 const CLOCKS_END: usize = 160;
 const SWEEP_AT: usize = 304;
@@ -39,7 +39,7 @@ fn main() {
     ]);
 }
 
-/// All words of a segment.
+/// Returns all words of a segment.
 fn words(segment: &Segment) -> &'static [AtomicU64] {
     let len = NonZeroUsize::new(usize::try_from(segment.len()).expect("it is mapped")).expect("not empty");
     let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
@@ -49,7 +49,7 @@ fn words(segment: &Segment) -> &'static [AtomicU64] {
     unsafe { std::slice::from_raw_parts(memory.cast::<AtomicU64>().as_ptr(), len.get() / 8) }
 }
 
-/// A word that the code could take for a valid one.
+/// Returns a word that the code could mistake for a valid word.
 fn nonsense(random: &mut fastrand::Rng, words: &[AtomicU64]) -> u64 {
     match random.u32(..8) {
         0 => random.u64(..),
@@ -57,14 +57,14 @@ fn nonsense(random: &mut fastrand::Rng, words: &[AtomicU64]) -> u64 {
         2 => u64::MAX - random.u64(..3),
         3 => 1 << random.u32(..64),
         4 => random.u64(..1 << 20),
-        // Another word of the segment, or a value near it: heads, positions, slots.
+        // Another word of the segment, such as a head, a position or a slot, or a value near it.
         5 => words[random.usize(..words.len())].load(Ordering::Relaxed),
         6 => words[random.usize(..words.len())].load(Ordering::Relaxed).wrapping_add(random.u64(..64)),
         _ => u64::from(random.u32(..64)) << 32 | u64::from(random.u32(..64)),
     }
 }
 
-/// Overwrites words until the process is killed. A random word is most likely in a page, where it has little effect, so this often
+/// Overwrites words until the process is killed. A random word is most likely in a page, where it has little effect, so this function often
 /// chooses the important places.
 fn scribble(words: &[AtomicU64], random: &mut fastrand::Rng, pause: u32) -> ! {
     let matter = words.len().min(HEADER / 8 + 8192);
@@ -81,7 +81,7 @@ fn scribble(words: &[AtomicU64], random: &mut fastrand::Rng, pause: u32) -> ! {
     }
 }
 
-/// Uses all functions of the cache until the time is over. Returns the number of hits and of stored pages.
+/// Uses all functions of the cache until the time has passed. Returns the number of hits and of stored pages.
 fn use_it(cache: &Cache, mut random: fastrand::Rng) -> [u32; 2] {
     let [mut hits, mut stored] = [0; 2];
     let until = Instant::now() + TIME;
@@ -132,7 +132,7 @@ fn scribbled(seed: u64, cache_bytes: u64) {
         let users = (0..USERS).map(|_| random.fork()).map(|random| {
             spawn(|mut pipe| {
                 let counts = use_it(&cache, random).map(u32::to_le_bytes).concat();
-                pipe.write_all(&counts).expect("parent is there");
+                pipe.write_all(&counts).expect("the parent is running");
             })
         });
         for mut user in users.collect::<Vec<_>>() {
@@ -148,5 +148,5 @@ fn scribbled(seed: u64, cache_bytes: u64) {
     }
     let [hits, stored] = sums;
     println!("  {hits} hits, {stored} stored");
-    assert!(hits > 0 && stored > 100, "this tests nothing");
+    assert!(hits > 0 && stored > 100, "the users had too few hits or stores for a valid test");
 }

@@ -1,12 +1,12 @@
-//! Kills a process at every single instruction of each act on the cache.
+//! Kills a process at every single instruction of each operation on the cache.
 //!
-//! One child steps through the act. After each step, the memory is as if the child had been killed there. If the memory has changed, it
-//! is copied, and the copy is checked as a segment whose members are all dead (see `common/image.rs`). One run thus covers every
-//! instruction of the act.
+//! One child steps through the operation. After each step, the memory is as if the child had been killed there. If the memory has changed,
+//! it is copied, and the copy is checked as a segment whose members are all dead (see `common/image.rs`). One run thus covers every
+//! instruction of the operation.
 //!
-//! An instruction that copies bytes is stepped byte by byte. Of the states within such an instruction, one in sixteen is checked, or
-//! every one with FORKYARD_EVERY=1. FORKYARD_SCALE=n steps only through n percent of the acts, chosen at random.
-#![expect(clippy::print_stdout, reason = "a report of its own")]
+//! An instruction that copies bytes is stepped byte by byte. Of the states within such an instruction, one in sixteen is checked, or all of
+//! them with FORKYARD_EVERY=1. FORKYARD_SCALE=n steps through only n percent of the operations, which are chosen at random.
+#![expect(clippy::print_stdout, reason = "the test prints its own report")]
 
 mod common;
 
@@ -19,7 +19,7 @@ use nix::sys::ptrace;
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::Pid;
 
-/// Far more than checking one state takes.
+/// Time limit that is far longer than the check of one state takes.
 const HANGS: Duration = Duration::from_secs(120);
 
 fn main() {
@@ -34,10 +34,10 @@ fn killed_at_every_instruction(seed: u64) {
         let Counts { instructions, states, looked_at, locked } = step_through(scene);
         let took = began.elapsed();
         println!(
-            "  {}: {instructions} instructions, {states} states, {looked_at} looked at, {locked} with the lock held, {took:?}",
+            "  {}: {instructions} instructions, {states} states, {looked_at} checked, {locked} with the lock held, {took:?}",
             scene.name
         );
-        assert!(instructions > 50 && states > 0, "the act was not there");
+        assert!(instructions > 50 && states > 0, "the operation was not stepped");
     }
 }
 
@@ -89,7 +89,7 @@ fn step_through(scene: &Scene) -> Counts {
     counts
 }
 
-/// Whether the child is within an instruction that copies bytes, or directly before it.
+/// Returns whether the child is within an instruction that copies bytes, or directly before it.
 fn copies_bytes(pid: Pid) -> bool {
     let registers = ptrace::getregs(pid).expect("registers");
     let code = ptrace::read(pid, registers.rip as ptrace::AddressType).expect("code");

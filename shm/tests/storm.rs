@@ -1,8 +1,12 @@
 //! The kill storm: readers and writers of small segments are killed and stopped at random instants, thousands of times.
 //!
-//! Each value identifies its key and shows whether it is whole. No process may wait long for a page or hang, and no byte of memory may be
-//! lost. FORKYARD_KILLS=n sets the total number of kills, FORKYARD_SCALE=n a percentage of the default.
-#![expect(unsafe_code, clippy::print_stdout, reason = "memory shared with forked children, and a report of its own")]
+//! Each value identifies its key and shows whether it is intact. No process may wait long for a page or hang, and no byte of memory may be
+//! lost. FORKYARD_KILLS=n sets the total number of kills, and FORKYARD_SCALE=n a percentage of the default.
+#![expect(
+    unsafe_code,
+    clippy::print_stdout,
+    reason = "the test shares memory with forked children, and prints its own report"
+)]
 
 mod common;
 
@@ -23,16 +27,17 @@ use nix::unistd::Pid;
 const KILLS: u64 = 20_000;
 const CHILDREN: usize = 5;
 const TAGS: u32 = 64;
-/// The maximum duration of a lookup.
+/// Maximum duration of a lookup.
 const SLOWEST_GET: Duration = Duration::from_secs(20);
-/// The maximum time without progress of a child.
+/// Maximum time without progress of a child.
 const STUCK: Duration = Duration::from_secs(60);
-/// Words of a torn page that are reported.
+/// Number of words of a torn page that are reported.
 const TORN_WORDS: usize = 8192;
-/// Exit codes of children that have detected an error.
+/// Exit code of a child that has found a torn page.
 const TORN: i32 = 77;
-/// What a child was doing.
+/// The operations in which a child checks a page.
 const CHECKS: [&str; 5] = ["get", "get_into", "pin", "pin before its release", "list"];
+/// Exit code of a child whose page was rejected for no reason.
 const REFUSED: i32 = 78;
 
 fn main() {
@@ -43,7 +48,7 @@ fn main() {
     ]);
 }
 
-/// The reports of the children, in memory that outlives them.
+/// The reports of the children, in memory that outlives the children.
 #[repr(C)]
 #[derive(Debug)]
 struct Report {
@@ -52,9 +57,9 @@ struct Report {
     stored: AtomicU64,
     busy: AtomicU64,
     pinned: AtomicU64,
-    /// The error that a child has found: which check, the key, and the length of the page.
+    /// The error that a child has found: the check, the key, and the length of the page.
     torn: [AtomicU64; 3],
-    /// The beginning of that page.
+    /// The beginning of the torn page.
     torn_page: [AtomicU64; TORN_WORDS],
     slots: [Slot; CHILDREN],
 }
@@ -62,7 +67,7 @@ struct Report {
 #[repr(C, align(64))]
 #[derive(Debug)]
 struct Slot {
-    /// The start of the current lookup; 0 if there is none.
+    /// Start of the current lookup, in nanoseconds. 0 if there is none.
     since_ns: AtomicU64,
     acts: AtomicU64,
 }
@@ -79,10 +84,11 @@ impl Report {
 }
 
 impl Report {
-    /// The error that a child has found, in words: where the page changes from one version to another shows how it was torn.
+    /// Describes the error that a child has found. The places where the page changes from one version to another show how the page was
+    /// torn.
     fn torn(&self) -> String {
         let [which, key, len] = [0, 1, 2].map(|at: usize| self.torn[at].load(Ordering::Relaxed));
-        let words = usize::try_from(len.div_ceil(8)).expect("a page").min(TORN_WORDS);
+        let words = usize::try_from(len.div_ceil(8)).expect("the length of a page").min(TORN_WORDS);
         let page: Vec<u64> = self.torn_page[..words].iter().map(|word| word.load(Ordering::Relaxed)).collect();
         let mut runs: Vec<(usize, u64, usize)> = Vec::new();
         for (at, &word) in page.iter().enumerate() {
@@ -93,14 +99,14 @@ impl Report {
         }
         runs.truncate(64);
         let runs: Vec<String> = runs.iter().map(|(at, word, count)| format!("{at}: {word:016x} x{count}")).collect();
-        let which = CHECKS[usize::try_from(which).expect("an index")];
+        let which = CHECKS[usize::try_from(which).expect("the index of a check")];
         format!("{which}, key {key}, {len} bytes:\n  {}", runs.join("\n  "))
     }
 }
 
 fn now_ns() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("there is a clock");
-    u64::try_from(now.tv_sec() * 1_000_000_000 + now.tv_nsec()).expect("after the start of the machine")
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("the clock can be read");
+    u64::try_from(now.tv_sec() * 1_000_000_000 + now.tv_nsec()).expect("the monotonic clock is not negative")
 }
 
 fn count(word: &AtomicU64) {
@@ -121,7 +127,7 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// Half of all requests are for a tenth of the keys.
+    /// Chooses a key. Half of all requests are for a tenth of the keys.
     fn key(&mut self) -> u32 {
         let most = if self.random.bool() { self.keys } else { self.keys / 10 };
         self.random.u32(..most)
@@ -152,7 +158,7 @@ impl Worker<'_> {
         count(&self.slot.acts);
     }
 
-    /// Runs a lookup, and measures its time.
+    /// Runs a lookup, and measures its duration.
     fn timed(&mut self, lookup: impl FnOnce(&mut Self)) {
         let since = now_ns();
         self.slot.since_ns.store(since, Ordering::Relaxed);
@@ -170,7 +176,7 @@ impl Worker<'_> {
     }
 
     fn report_torn(&self, which: &'static str, key: u32, bytes: &[u8]) {
-        let which = CHECKS.iter().position(|check| *check == which).expect("a check");
+        let which = CHECKS.iter().position(|check| *check == which).expect("the check is in the list");
         let values = [which as u64, key.into(), bytes.len() as u64];
         self.report.torn.iter().zip(values).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
         for (word, bytes) in self.report.torn_page.iter().zip(bytes.chunks(8)) {
@@ -181,7 +187,7 @@ impl Worker<'_> {
         leave(TORN)
     }
 
-    /// Pins a page for a while, and checks it again before it is released.
+    /// Pins a page for a while, and checks the page again before the pin is released.
     fn pin(&mut self, key: u32) {
         self.timed(|worker| {
             if let Some(pin) = worker.cache.pin(name(key)) {
@@ -229,7 +235,7 @@ struct Storm<'a> {
     random: fastrand::Rng,
     keys: u32,
     children: Vec<Pid>,
-    /// The progress of each child, and when it last changed.
+    /// For each child, its progress and the time at which the progress last changed.
     seen: Vec<(u64, Instant)>,
 }
 
@@ -274,24 +280,24 @@ impl Storm<'_> {
         match waitpid(pid, None).expect("waitpid") {
             WaitStatus::Signaled(_, Signal::SIGKILL, _) => {}
             WaitStatus::Exited(_, TORN) => {
-                panic!("a child saw a page that is torn or another's: {}", self.report.torn())
+                panic!("a child read a torn page or the page of another key: {}", self.report.torn())
             }
-            WaitStatus::Exited(_, REFUSED) => panic!("a child's page was refused for no reason"),
+            WaitStatus::Exited(_, REFUSED) => panic!("a child's page was rejected for no reason"),
             other => panic!("a child failed: {other:?}"),
         }
     }
 
-    /// Checks that no child waits long for a page, and that none hangs.
+    /// Checks that no child waits long for a page, and that no child hangs.
     fn watch(&mut self) {
         for (slot, seen) in self.report.slots.iter().zip(&mut self.seen) {
             let since = slot.since_ns.load(Ordering::Relaxed);
             let waits = Duration::from_nanos(if since == 0 { 0 } else { now_ns().saturating_sub(since) });
-            assert!(waits < SLOWEST_GET, "a lookup has been going on for {waits:?}");
+            assert!(waits < SLOWEST_GET, "a lookup has taken {waits:?} so far");
             let acts = slot.acts.load(Ordering::Relaxed);
             if acts != seen.0 {
                 *seen = (acts, Instant::now());
             }
-            assert!(seen.1.elapsed() < STUCK, "a child has done nothing for {STUCK:?}");
+            assert!(seen.1.elapsed() < STUCK, "a child has made no progress for {STUCK:?}");
         }
         let slowest = Duration::from_nanos(self.report.slowest_get_ns.load(Ordering::Relaxed));
         assert!(slowest < SLOWEST_GET, "a lookup took {slowest:?}");
@@ -325,7 +331,7 @@ fn storm(seed: u64, cache_bytes: u64, keys: u32, percent: u64) {
         }
         storm.watch();
         if (kills + stops) % 200 == 0 {
-            // The children continue meanwhile, and one may be stopped while it holds a lock.
+            // The children continue during the audit, and one of them may be stopped while it holds a lock.
             let audit = cache.audit();
             assert!(
                 audit.as_ref().is_err_and(|why| why.contains("could not be locked")) || audit == Ok(()),
@@ -360,10 +366,10 @@ fn storm(seed: u64, cache_bytes: u64, keys: u32, percent: u64) {
     assert!(used.abs_diff(fresh) <= fresh / 50, "{used} live bytes, where a new segment has {fresh}");
 }
 
-/// Checks that nothing remains of the dead children.
+/// Checks that dead children have left no locks or pins behind.
 fn after(cache: &Cache) -> Stats {
     assert_eq!(cache.audit(), Ok(()));
-    // The sweep runs at most once per second, and a child may have run it just before.
+    // The sweep runs at most once per second, and a child may just have run it.
     let since = Instant::now();
     while cache.pins_set() > 0 && since.elapsed() < STUCK {
         cache.sweep();
@@ -376,8 +382,8 @@ fn after(cache: &Cache) -> Stats {
     stats
 }
 
-/// Stores pages of 1 KiB until the cache has turned over a few times. Returns the number of live bytes. Each page is requested once:
-/// pages without requests do not reach the main ring when it is full, and dead pages there stay for the sweep.
+/// Stores pages of 1 KiB until the cache has been filled a few times. Returns the number of live bytes. Each page is requested once,
+/// because pages without requests do not reach the main ring when it is full, and dead pages there stay until the sweep.
 fn fill_up(cache: &Cache) -> u64 {
     let pages = u32::try_from(cache.stats().capacity / 1024 * 3).expect("a small cache");
     for key in 1_000_000..1_000_000 + pages {

@@ -1,10 +1,10 @@
-//! Shared code of the tests with dying processes: children, pages that show whether they are whole, and a limit for hangs.
+//! Shared code of the tests in which processes die: children, pages that show whether they are intact, and a limit for tests that hang.
 //!
-//! The test binaries do not use the test harness, because they must be single-threaded for forking to be safe. The tests wait for
-//! children by reading a byte from a pipe, or with `waitpid`. No test can hang, because a separate process watches the tests. At the
-//! limit (FORKYARD_TEST_LIMIT seconds, default 900, or an earlier limit that a test has set) it prints the state of the tests and kills
-//! them. Set FORKYARD_SEED=n to repeat a history (the timing of the kills is not repeated). With a word as argument, only the tests
-//! whose names contain it are run.
+//! The test binaries do not use the test harness, because they must be single-threaded for forking to be safe. The tests wait for children
+//! by reading a byte from a pipe, or with `waitpid`. No test can hang, because a separate process watches the tests. At the limit
+//! (FORKYARD_TEST_LIMIT seconds, default 900, or an earlier limit that a test has set) it prints the state of the tests and kills them.
+//! FORKYARD_SEED=n repeats a history, except for the timing of the kills. With a word as argument, only the tests whose names contain the
+//! word are run.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 #![allow(unsafe_code, clippy::print_stdout, reason = "forks, and reports like the test harness that it replaces")]
 
@@ -28,10 +28,10 @@ pub mod scenes;
 mod watch;
 
 pub type Test = (&'static str, fn(u64));
-/// The size of the smallest cache: one shard.
+/// Size of the smallest cache, which has one shard.
 pub const SMALL: u64 = 256 * 1024;
 
-/// Runs the selected tests, or all.
+/// Runs the selected tests, or all tests.
 pub fn run(tests: &[Test]) {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     let seed = number("FORKYARD_SEED").unwrap_or_else(|| fastrand::u64(..));
@@ -47,12 +47,12 @@ pub fn run(tests: &[Test]) {
     }
 }
 
-/// A number from the environment.
+/// Returns a number from the environment.
 pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Sets a limit until the next call: at the limit the test fails, or a child dies of SIGALRM. This is the only way out of an endless
+/// Sets a limit that applies until the next call. At the limit the test fails, or a child dies of SIGALRM. Only this limit ends an endless
 /// loop.
 pub fn not_longer_than(limit: Duration) {
     if !watch::not_longer_than(limit) {
@@ -68,7 +68,7 @@ pub struct Child {
     pub ready: File,
 }
 
-/// Forks. The child runs `work` with the writing end of a pipe, and exits with 0 if `work` returns, with 101 if it panics.
+/// Forks. The child runs `work` with the writing end of a pipe. It exits with 0 if `work` returns, and with 101 if `work` panics.
 pub fn spawn(work: impl FnOnce(File)) -> Child {
     let (reader, writer) = pipe().expect("pipe");
     // SAFETY: this process is single-threaded, so the child may run any code.
@@ -85,7 +85,7 @@ pub fn spawn(work: impl FnOnce(File)) -> Child {
     }
 }
 
-/// Terminates a child at once, before it can return into the code of its parent.
+/// Terminates a child immediately, before it can return into the code of its parent.
 pub fn leave(code: i32) -> ! {
     // SAFETY: ends the process without running other code.
     unsafe { libc::_exit(code) }
@@ -96,23 +96,26 @@ impl Child {
     pub fn await_ready(&mut self) {
         let mut byte = [0];
         if self.ready.read_exact(&mut byte).is_err() {
-            panic!("child ended early: {:?}", waitpid(self.pid, None));
+            panic!("the child exited early: {:?}", waitpid(self.pid, None));
         }
     }
 
-    /// Kills the child, which must not have ended by itself.
+    /// Kills the child, which must not have exited on its own.
     pub fn kill(self) {
         kill(self.pid, Signal::SIGKILL).expect("kill");
         let status = waitpid(self.pid, None).expect("waitpid");
-        assert!(matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)), "child ended by itself: {status:?}");
+        assert!(
+            matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)),
+            "the child exited on its own: {status:?}"
+        );
     }
 
-    /// Waits for the child. Returns false if the child was killed before it finished.
+    /// Waits until the child has ended. Returns false if the child was killed before it finished.
     pub fn ended(self) -> bool {
         match waitpid(self.pid, None).expect("waitpid") {
             WaitStatus::Exited(_, 0) => true,
             WaitStatus::Signaled(_, Signal::SIGKILL, _) => false,
-            other => panic!("child failed: {other:?}"),
+            other => panic!("the child failed: {other:?}"),
         }
     }
 
@@ -126,7 +129,7 @@ pub fn await_stop(pid: Pid) {
     assert!(matches!(waitpid(pid, None), Ok(WaitStatus::Stopped(_, Signal::SIGSTOP))));
 }
 
-/// Lets a traced child execute one instruction. Returns false if the child ended.
+/// Lets a traced child execute one instruction. Returns false if the child has ended.
 pub fn stepped(pid: Pid) -> bool {
     ptrace::step(pid, None).expect("step");
     match waitpid(pid, None).expect("waitpid") {
@@ -137,7 +140,7 @@ pub fn stepped(pid: Pid) -> bool {
 }
 
 pub fn say_ready(pipe: &mut File) {
-    pipe.write_all(b"!").expect("parent is there");
+    pipe.write_all(b"!").expect("the parent is running");
 }
 
 pub fn segment(cache_bytes: u64) -> Segment {
@@ -146,7 +149,7 @@ pub fn segment(cache_bytes: u64) -> Segment {
 
 // ---- pages that show whether they are whole ----
 
-/// The key, then bytes derived from key and version, then a checksum of all that: `len` + 20 bytes.
+/// Returns the key, then bytes derived from key and version, then a checksum of all these bytes: `len` + 20 bytes.
 pub fn page(key: u32, version: u64, len: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(len + 20);
     bytes.extend(key.to_le_bytes());
@@ -160,7 +163,7 @@ pub fn page(key: u32, version: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Whether a page was made for this key and is whole.
+/// Returns whether a page was made for this key and is intact.
 pub fn is_whole(key: u32, bytes: &[u8]) -> bool {
     bytes.split_last_chunk::<8>().is_some_and(|(body, checksum)| {
         xxh3_64(body).to_le_bytes() == *checksum && body.starts_with(&key.to_le_bytes())
@@ -177,7 +180,7 @@ pub fn fill(cache: &Cache, keys: u32, len: usize) {
     }
 }
 
-/// The keys that are in the cache. Checks that their pages are whole.
+/// Returns the keys that are in the cache. Checks that their pages are intact.
 pub fn present(cache: &Cache, keys: u32) -> Vec<u32> {
     let found = |key: &u32| {
         let bytes = cache.get(name(*key));
@@ -187,7 +190,7 @@ pub fn present(cache: &Cache, keys: u32) -> Vec<u32> {
     (0..keys).filter(found).collect()
 }
 
-/// Checks that the cache is consistent, stores pages, and returns them.
+/// Checks that the cache is consistent, stores pages, and returns the statistics.
 pub fn assert_well(cache: &Cache, keys: u32) -> Stats {
     assert_eq!(cache.audit(), Ok(()));
     for key in 0..keys {
@@ -201,7 +204,7 @@ pub fn assert_well(cache: &Cache, keys: u32) -> Stats {
     stats
 }
 
-/// Checks that no byte is lost: each byte is free or used, each used byte is live or wasted, and no shard was given up.
+/// Checks that no byte is lost: each byte is free or used, each used byte is live or wasted, and no shard has been abandoned.
 pub fn adds_up(stats: &Stats) -> Result<(), String> {
     let adds_up = stats.used_bytes + stats.free_bytes == stats.capacity
         && stats.live_bytes + stats.wasted_bytes == stats.used_bytes

@@ -1,7 +1,7 @@
-//! Scenes: a state of the cache, and an act on it during which a process will be killed.
+//! Scenes: a state of the cache, and an operation on the cache during which a process will be killed.
 //!
-//! After the kill, each key holds its value from before or after the act. The act determines whether the key may also be missing, and
-//! whether it may change without the other keys. In each case, other processes must be able to continue from the resulting state.
+//! After the kill, each key has its value from before or after the operation. The scene determines whether the key may also be missing, and
+//! whether the key may change without the other keys. In each case, other processes must be able to continue from the resulting state.
 
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
@@ -14,9 +14,9 @@ use super::image::{Image, Slate};
 use super::{SMALL, adds_up, fill, name, page, say_ready, segment, spawn};
 
 const KEYS: u32 = 640;
-/// The number of keys in scenes where the size does not matter.
+/// Number of keys in scenes in which the size does not matter.
 const FEW: u32 = 20;
-/// The page size; a few hundred pages fill the cache.
+/// Page size. A few hundred pages of this size fill the cache.
 const LEN: usize = 400;
 const PINS: u32 = 4;
 
@@ -26,11 +26,11 @@ pub struct Scene {
     pub prepare: fn() -> Stage,
     pub act: fn(&Cache),
     pub rule: Rule,
-    /// The act begins with the process becoming a member.
+    /// Whether the operation begins with the process becoming a member.
     pub claims: bool,
 }
 
-/// A segment that is ready for the act, and the pages that the parent pins in it.
+/// A segment that is ready for the operation, and the pages that the parent pins in it.
 #[derive(Debug)]
 pub struct Stage {
     pub segment: Segment,
@@ -39,15 +39,15 @@ pub struct Stage {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
-    /// A key that the act changes holds the old page or the new one.
+    /// A key that the operation changes has the old page or the new page.
     OldOrNew,
-    /// A changed key may also be missing for a while.
+    /// A changed key may also be missing temporarily.
     Gaps,
-    /// Any key may be missing: the course of the act depends on the process that performs it.
+    /// Any key may be missing, because the course of the operation depends on the process that performs it.
     Misses,
-    /// A changed key holds the old page or the new one, and all changed keys change at the same instant.
+    /// A changed key has the old page or the new page, and all changed keys change at the same instant.
     AtOnce,
-    /// The shard is given up.
+    /// The shard is abandoned.
     Lost,
 }
 
@@ -101,7 +101,7 @@ fn set_new(cache: &Cache) {
     cache.set(name(KEYS - 1), page(KEYS - 1, 2, LEN), &StoreOptions::new()).expect("stored");
 }
 
-/// Purges all keys that begin with 1.
+/// Purges all keys whose number begins with 1.
 fn purge_tens(cache: &Cache) {
     cache.purge_prefix("/page/1");
 }
@@ -118,7 +118,7 @@ fn few() -> Stage {
     Stage { segment, pins: Vec::new() }
 }
 
-/// The effect of an act, determined on a copy.
+/// The effect of an operation, determined on a copy.
 struct Probe {
     before: Stats,
     after: Stats,
@@ -126,7 +126,7 @@ struct Probe {
     pins_left: usize,
 }
 
-/// A full cache in which the act has the `wanted` effect. `each` is called after each page stored to fill the cache.
+/// Returns a full cache in which the operation has the `wanted` effect. `each` is called after each page that is stored to fill the cache.
 fn full(each: impl Fn(&Segment, u32) -> Vec<Pinned>, act: fn(&Cache), wanted: fn(&Probe) -> bool) -> Stage {
     let segment = segment(SMALL);
     let cache = segment.cache();
@@ -143,7 +143,7 @@ fn full(each: impl Fn(&Segment, u32) -> Vec<Pinned>, act: fn(&Cache), wanted: fn
             return Stage { segment, pins };
         }
     }
-    panic!("such a state does not come about, after {:?}", cache.stats());
+    panic!("no such state was reached, after {:?}", cache.stats());
 }
 
 fn leave_alone(_: &Segment, _: u32) -> Vec<Pinned> {
@@ -175,13 +175,12 @@ fn reprieving() -> Stage {
     })
 }
 
-/// The next store encounters four adjacent pins, and skips them.
+/// A state in which the next store encounters four adjacent pins, and skips them.
 fn pinned() -> Stage {
-    // Another member than the parent sets the pins, because the parent's membership differs in copies, where it marks its predecessor
-    // dead.
+    // A member other than the parent sets the pins, because the parent's membership differs in copies, where it marks its predecessor dead.
     let each = |segment: &Segment, key: u32| {
         let reader = Segment::attach(segment.fd().try_clone_to_owned().expect("dup")).expect("attach").cache();
-        // Keys that were not in the cache before are in the small ring, like the key that the act stores.
+        // Keys that were not in the cache before are in the small ring, like the key that the operation stores.
         let new = if key == 0 && segment.cache().pins_set() == 0 { KEYS..KEYS + PINS } else { 0..0 };
         let pinned = new.map(|key| {
             reader.set(name(key), page(key, 1, LEN), &StoreOptions::new()).expect("stored");
@@ -212,12 +211,12 @@ fn untidy() -> Stage {
     full(each, Cache::sweep, |Probe { before, after, .. }| (2..30).contains(&(after.reprieved - before.reprieved)))
 }
 
-/// The state after a process died in the act, directly after the mark.
+/// The state after a process has died in the operation, directly after the mark.
 fn died_in(act: fn(&Cache), mark: &str) -> Stage {
     let stage = few();
     let image = Image::of(&stage.segment);
     let at = marks(&Slate::for_images_like(&image).pour(&image).cache(), act).iter().position(|&name| name == mark);
-    let at = at.expect("the act passes the mark") as u64;
+    let at = at.expect("the operation passes the mark") as u64;
     let cache = stage.segment.cache();
     let child = spawn(|_| {
         die_at(at);
@@ -227,7 +226,7 @@ fn died_in(act: fn(&Cache), mark: &str) -> Stage {
     stage
 }
 
-/// The marks that an act passes.
+/// Returns the marks that an operation passes.
 pub fn marks(cache: &Cache, act: fn(&Cache)) -> Vec<&'static str> {
     die_at(u64::MAX - 1);
     act(cache);
@@ -248,7 +247,7 @@ fn half_cleared() -> Stage {
     died_in(Cache::clear, "empty: floor raised")
 }
 
-/// The state after the death of a process that held a lock and read in place.
+/// The state after the death of a process that held a lock and was reading in place.
 fn dead_reader() -> Stage {
     let stage = few();
     let cache = stage.segment.cache();
@@ -263,7 +262,7 @@ fn dead_reader() -> Stage {
     stage
 }
 
-/// The slot of key 3 points to invalid data.
+/// A state in which the slot of key 3 points to invalid data.
 fn spoilt() -> Stage {
     let stage = few();
     let mut image = Image::of(&stage.segment);
@@ -273,7 +272,7 @@ fn spoilt() -> Stage {
 
 // ---- invariants ----
 
-/// The values of all keys before and after an act.
+/// The values of all keys before and after an operation.
 #[derive(Debug)]
 pub struct Known {
     before: Vec<Option<Vec<u8>>>,
@@ -281,7 +280,7 @@ pub struct Known {
     names: Vec<String>,
     rule: Rule,
     act: fn(&Cache),
-    /// The shards given up before the act.
+    /// Number of shards that were abandoned before the operation.
     lost: u64,
 }
 
@@ -296,17 +295,17 @@ impl Known {
         let copy = slate.pour(image).cache();
         (scene.act)(&copy);
         if scene.rule == Rule::Lost {
-            (scene.act)(&copy); // the first call gave the shard up, so this call can continue
+            (scene.act)(&copy); // the first call abandoned the shard, so this call can continue
         }
         let names = (0..KEYS).map(name).collect();
         Known { before, after: pages(&copy), names, rule: scene.rule, act: scene.act, lost }
     }
 
-    /// Checks that the act may leave this state behind, and that processes can continue from it.
+    /// Checks that the operation may leave this state behind, and that processes can continue from it.
     pub fn verify(&self, cache: &Cache) -> Result<(), String> {
         self.check(cache).map_err(|why| format!("before anything is repaired: {why}"))?;
         if self.rule == Rule::Lost {
-            (self.act)(cache); // detects the inconsistent shard, if that has not happened yet
+            (self.act)(cache); // detects the inconsistent shard if no process has detected it yet
         }
         cache.audit()?;
         self.check(cache).map_err(|why| format!("after the repair: {why}"))?;
@@ -358,12 +357,12 @@ impl Known {
         adds_up(&stats)
     }
 
-    /// Checks that a process that renders does not have to wait for the dead process.
+    /// Checks that a process that renders does not wait for the dead process.
     fn render_again(&self, cache: &Cache) -> Result<(), String> {
         cache.purge(name(FEW));
         let begun = Instant::now();
         render(cache);
-        // Without the lease, this would take the full wait of ten seconds.
+        // If the lease were not released, this would take the full wait of ten seconds.
         if begun.elapsed() < Duration::from_secs(5) {
             Ok(())
         } else {
@@ -371,7 +370,7 @@ impl Known {
         }
     }
 
-    /// Checks that the whole memory of the rings can be used again.
+    /// Checks that all memory of the rings can be used again.
     fn go_on(&self, cache: &Cache) -> Result<(), String> {
         let bytes = [7; 8000];
         let pages = 2 * cache.stats().capacity / 8000;
@@ -381,7 +380,8 @@ impl Known {
                 let stored = cache.set(key.to_le_bytes(), bytes, &StoreOptions::new());
                 (stored, cache.get_into(key.to_le_bytes(), &mut value) && value == bytes)
             };
-            // A purge whose process died between its steps applies to the page that is stored next, and that store finishes it.
+            // A purge whose process died between its steps applies to the page that is stored next. The store of this page finishes the
+            // purge.
             let (stored, found) = match store() {
                 (Ok(()), false) => store(),
                 other => other,

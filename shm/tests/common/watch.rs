@@ -1,7 +1,7 @@
-//! A watchdog process that kills the tests, and all processes that they have started, when the tests reach their time limit.
+//! A watchdog process that, at the time limit, kills the tests and all processes that they have started.
 //!
-//! The watchdog is a separate process because the tests fork and so must be single-threaded. The tests write the deadline and the name
-//! of the running test to memory that they share with the watchdog.
+//! The watchdog is a separate process because the tests fork, and must therefore be single-threaded. The tests write the deadline and the
+//! name of the running test to memory that they share with the watchdog.
 
 use std::io::Write as _;
 use std::num::NonZeroUsize;
@@ -17,16 +17,16 @@ use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 
 use super::{leave, limit, number};
 
-/// The time limit for all tests of a binary together, in seconds, unless FORKYARD_TEST_LIMIT sets another.
+/// Time limit in seconds for all tests of a binary together, unless FORKYARD_TEST_LIMIT sets a different limit.
 const LIMIT: u64 = 900;
 const LOOK: Duration = Duration::from_millis(100);
 
 #[repr(C)]
 #[derive(Debug)]
 struct Shared {
-    /// In seconds of the monotonic clock; 0 means no deadline.
+    /// Deadline in seconds of the monotonic clock. 0 means no deadline.
     deadline: AtomicU64,
-    /// The name of the running test.
+    /// Name of the running test.
     name: [AtomicU8; 128],
 }
 
@@ -40,12 +40,12 @@ struct Watch {
 static WATCH: OnceLock<Watch> = OnceLock::new();
 
 fn now() -> u64 {
-    ClockId::CLOCK_MONOTONIC.now().expect("there is a clock").tv_sec().cast_unsigned()
+    ClockId::CLOCK_MONOTONIC.now().expect("the clock can be read").tv_sec().cast_unsigned()
 }
 
 /// Forks the watchdog process.
 pub fn start() {
-    let size = NonZeroUsize::new(size_of::<Shared>()).expect("it is not empty");
+    let size = NonZeroUsize::new(size_of::<Shared>()).expect("the structure is not empty");
     // SAFETY: a new mapping, to which nothing else refers.
     let memory =
         unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED) };
@@ -57,7 +57,7 @@ pub fn start() {
         set_pdeathsig(Signal::SIGKILL).expect("prctl");
         watch(tests, shared);
     }
-    assert!(WATCH.set(Watch { tests, shared }).is_ok(), "one watch for all tests");
+    assert!(WATCH.set(Watch { tests, shared }).is_ok(), "the watchdog is started once");
 }
 
 fn watch(tests: Pid, shared: &Shared) -> ! {
@@ -65,7 +65,7 @@ fn watch(tests: Pid, shared: &Shared) -> ! {
     loop {
         std::thread::sleep(LOOK);
         if getppid() != tests {
-            leave(0); // the tests ended before the death signal was requested
+            leave(0); // the tests exited before the death signal was requested
         }
         let own = shared.deadline.load(Ordering::SeqCst);
         if now() >= end || (own != 0 && now() >= own) {
@@ -82,13 +82,13 @@ fn watch(tests: Pid, shared: &Shared) -> ! {
     );
     let pid = tests.as_raw().cast_unsigned();
     limit::print_state(&mut out, pid);
-    // The watchdog is also a child of the tests: it ends last.
+    // The watchdog is also a child of the tests, and must exit last.
     let own = getpid().as_raw().cast_unsigned();
     limit::kill_trees_but(&[pid].into(), own);
     leave(1)
 }
 
-/// Records the name of the running test, which may use the time that is left for all tests.
+/// Records the name of the running test, which may use the remaining time of all tests.
 pub fn runs(name: &str) {
     let Some(watch) = WATCH.get() else { return };
     watch.shared.deadline.store(0, Ordering::SeqCst);
@@ -96,7 +96,7 @@ pub fn runs(name: &str) {
     bytes.zip(&watch.shared.name).for_each(|(byte, place)| place.store(byte, Ordering::SeqCst));
 }
 
-/// Gives the running test a limit, from now on. Returns false in a child of the tests, and without a watchdog.
+/// Sets a limit for the running test, counted from now. Returns false in a child of the tests, and if there is no watchdog.
 pub fn not_longer_than(limit: Duration) -> bool {
     let watch = WATCH.get().filter(|watch| watch.tests == getpid());
     watch.inspect(|watch| watch.shared.deadline.store(now() + limit.as_secs().max(1), Ordering::SeqCst)).is_some()

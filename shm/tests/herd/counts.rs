@@ -14,7 +14,7 @@ pub(crate) struct Counts {
     pub(crate) rendering: &'static AtomicU64,
     pub(crate) served: &'static AtomicU64,
     pub(crate) stale: &'static AtomicU64,
-    /// The hash of the page; 0 while no process has got the page.
+    /// Hash of the page. 0 while no process has received the page.
     pub(crate) page: &'static AtomicU64,
     /// Times in microseconds: of the event, of the takeover, and of the last delivery of the page.
     pub(crate) when: [&'static AtomicU64; 3],
@@ -22,7 +22,7 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
-    /// All counters are 0, in memory that children share.
+    /// Creates the counters, which are 0, in memory that children share.
     pub(crate) fn new() -> Counts {
         let len = NonZeroUsize::new(4096).expect("not 0");
         let (access, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED);
@@ -33,11 +33,11 @@ impl Counts {
         Counts { rendering, served, stale, page, when: [a, b, c], go }
     }
 
-    /// Counts a request that got the page. Checks that all requests get the same page.
+    /// Counts a request that received the page. Checks that all requests receive the same page.
     pub(crate) fn serve(&self, answer: &Cached) {
         let hash = xxh3_64(&answer.value);
         let first = self.page.compare_exchange(0, hash, Ordering::SeqCst, Ordering::SeqCst);
-        assert!(first.is_ok() || first == Err(hash), "not all got the same page");
+        assert!(first.is_ok() || first == Err(hash), "the requests received different pages");
         let counter = if answer.source == CacheStatus::Stale { self.stale } else { self.served };
         counter.fetch_add(1, Ordering::SeqCst);
         self.note(2);
@@ -50,14 +50,14 @@ impl Counts {
         self.when[event].fetch_max(u64::try_from(micros).expect("positive"), Ordering::SeqCst);
     }
 
-    /// Microseconds from the event to the takeover, and to the last delivery of the page.
+    /// Returns the microseconds from the event to the takeover, and to the last delivery of the page.
     pub(crate) fn delays(&self) -> [u64; 2] {
         let [event, takeover, end] = self.when.map(|when| when.load(Ordering::SeqCst));
         [takeover.saturating_sub(event), end.saturating_sub(event)]
     }
 }
 
-/// The value of a counter.
+/// Returns the value of a counter.
 pub(crate) fn load(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::SeqCst)
 }

@@ -1,5 +1,5 @@
-//! Models of publishing, reading and waiting for events: `protocols/bell.rs`, `protocols/told.rs`, and the use of the head, the floor
-//! and the topic names in `events/publish.rs` and `events/read.rs`.
+//! Models of publishing, reading and waiting for events: `protocols/bell.rs`, `protocols/told.rs`, and the use of the head, the floor and
+//! the topic names in `events/publish.rs` and `events/read.rs`.
 
 use std::rc::Rc;
 
@@ -79,8 +79,8 @@ fn a_publisher_that_looks_for_sleepers_first_overlooks_one() {
     });
 }
 
-/// A reader goes to sleep with the sequence that it sees, while one thread publishes and another publishes and dies. Afterwards a third
-/// one publishes.
+/// A reader goes to sleep with the sequence number that it has read, while one thread publishes and another thread publishes and dies. A
+/// third thread publishes afterwards.
 fn next_publisher(announce: Announce, dies: Announce) {
     check(3, move || {
         let all = Rc::new(Sleep::default());
@@ -129,7 +129,7 @@ fn who_dies_after_it_has_said_that_all_are_woken_leaves_them_asleep() {
 
 // ---- latest events ----
 
-/// A log with event 5 at position 5, recorded in the topic.
+/// A log whose topic has event 5, at position 5.
 struct Latest {
     linked: AtomicU64,
     head: AtomicU64,
@@ -138,7 +138,7 @@ struct Latest {
 }
 
 impl Latest {
-    /// Whether event 6 is found, and the latest id, in the same way as `Log::since`.
+    /// Returns whether event 6 is found, and the latest id, like `Log::since`.
     fn look(&self, read: fn(&Latest) -> (u64, u64), unlinked_first: bool) -> (bool, u64) {
         let is_unlinked = || {
             let at = self.linked.load(Ordering::Acquire);
@@ -155,7 +155,7 @@ fn read(log: &Latest) -> (u64, u64) {
     told::told(&log.last_id, &log.last_at)
 }
 
-/// Event 6 is published, while a reader looks for events after 5, and again after it was notified of 6.
+/// Event 6 is published, while a reader looks for events after 5, and looks again after it was notified of event 6.
 fn since_against_publisher(tell: fn(&Latest), read: fn(&Latest) -> (u64, u64), unlinked_first: bool) {
     check(4, move || {
         let new = AtomicU64::new;
@@ -169,7 +169,7 @@ fn since_against_publisher(tell: fn(&Latest), read: fn(&Latest) -> (u64, u64), u
             work(&log, move |log| {
                 let was_published = log.head.load(Ordering::Acquire) == 7;
                 let (is_found, id) = log.look(read, unlinked_first);
-                assert!(is_found || id == 5 && !was_published, "what is there was said to be missing");
+                assert!(is_found || id == 5 && !was_published, "an existing event was reported missing");
             }),
         ];
         Model { threads, afterwards: Box::new(|| ()) }
@@ -186,7 +186,7 @@ fn what_is_there_is_found() {
 }
 
 #[test]
-#[should_panic(expected = "said to be missing")]
+#[should_panic(expected = "reported missing")]
 fn told_the_id_first_a_reader_takes_the_event_for_gone() {
     let tell = |log: &Latest| {
         log.last_id.store(6, Ordering::Release);
@@ -196,7 +196,7 @@ fn told_the_id_first_a_reader_takes_the_event_for_gone() {
 }
 
 #[test]
-#[should_panic(expected = "said to be missing")]
+#[should_panic(expected = "reported missing")]
 fn who_reads_the_position_first_takes_the_event_for_gone() {
     let read = |log: &Latest| {
         let at = log.last_at.load(Ordering::Acquire);
@@ -206,14 +206,14 @@ fn who_reads_the_position_first_takes_the_event_for_gone() {
 }
 
 #[test]
-#[should_panic(expected = "said to be missing")]
+#[should_panic(expected = "reported missing")]
 fn who_asks_the_topic_first_overlooks_what_it_is_told_meanwhile() {
     since_against_publisher(tell, read, false);
 }
 
 // ---- records ----
 
-/// A ring with room for one event of two words, which contain its position.
+/// A ring with room for one event of two words, each of which contains its position.
 struct Ring {
     floor: AtomicU64,
     head: AtomicU64,
@@ -278,7 +278,7 @@ fn a_head_that_is_raised_relaxed_publishes_half_an_event() {
 
 // ---- topics ----
 
-/// A cell: the name of its topic, and the latest id.
+/// A cell: the name of its topic, and the topic's latest id.
 struct Cell {
     name: AtomicU64,
     last_id: AtomicU64,
@@ -289,8 +289,8 @@ const OLD: u64 = 1;
 const NONE: u64 = 2;
 const NEW: u64 = 3;
 
-/// A topic whose latest event is 5 is evicted for another topic, while a reader queries it. Runs with or without the publisher's fence,
-/// and with or without the reader's second check.
+/// A topic whose latest event is 5 is evicted for another topic, while a reader queries it. The publisher runs with or without its fence,
+/// and the reader with or without its second check.
 fn ask_against_giving_up(publishers_fence: bool, look_again: bool) {
     check(4, move || {
         let new = AtomicU64::new;

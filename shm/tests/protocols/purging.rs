@@ -5,7 +5,7 @@ use std::rc::Rc;
 use crate::sync::{AtomicU64, Ordering};
 use crate::{Model, check, purge, work};
 
-/// The clock, the two slots of a tag, the slot of another tag, and the snapshots of the pages that were made.
+/// The clock, the two slots of a tag, the slot of another tag, and the snapshots of the pages that were composed.
 struct Tags {
     clock: AtomicU64,
     tag: [AtomicU64; 2],
@@ -28,12 +28,12 @@ impl Tags {
         [a, b]
     }
 
-    /// The same check as in `freshness.rs`.
+    /// Returns whether a snapshot is valid, with the same check as `freshness.rs`.
     fn is_good(&self, snapshot: u64) -> bool {
         snapshot >= self.clock.load(Ordering::SeqCst) || purge::is_current(&self.slots(), snapshot)
     }
 
-    /// Composes a page from the fragment, if the fragment is valid, and a page from that page. Each inherits the tag.
+    /// Composes a page from the fragment if the fragment is valid, and a second page from that page. Each page inherits the tag.
     fn make_pages(&self) {
         let page_of = |fragment: Option<u64>| {
             let snapshot = self.clock.load(Ordering::SeqCst);
@@ -49,7 +49,7 @@ impl Tags {
         let [page, outer] = *self.pages.lock().expect("no panic");
         assert!(!page.is_some_and(|page| self.is_good(page)), "a page outlived its fragment");
         assert!(!outer.is_some_and(|outer| self.is_good(outer)), "a page outlived its fragment's fragment");
-        assert!(self.is_good(self.clock.load(Ordering::SeqCst)), "what is made now is good");
+        assert!(self.is_good(self.clock.load(Ordering::SeqCst)), "a page composed now is valid");
     }
 }
 
@@ -94,7 +94,7 @@ fn a_purge_that_does_not_look_who_else_raised_the_clock_lets_a_page_escape() {
     });
 }
 
-/// A purger pauses between its steps, and is taken for dead.
+/// A purger pauses between its steps, and is mistaken for dead.
 #[test]
 fn a_purge_that_another_finishes_holds() {
     check(3, || {
@@ -112,7 +112,7 @@ fn a_purge_that_another_finishes_holds() {
 fn a_purge_that_was_never_finished_is_finished_by_the_next_store() {
     check(3, || {
         let tags = Tags::new();
-        // The state that the dead purger left.
+        // The state that the dead purger has left.
         tags.slots().into_iter().for_each(|slot| slot.store(FRAGMENT + 1, Ordering::SeqCst));
         let helper = |tags: &Tags| purge::finish(&tags.clock, &tags.slots());
         let threads = vec![work(&tags, helper), work(&tags, helper), work(&tags, Tags::make_pages)];

@@ -35,7 +35,7 @@ fn pin_against_reclaim(set: fn(&Pinnable) -> bool, reclaimers_fence: bool) {
                     fence(Ordering::SeqCst);
                 }
                 match pin::get(&all.cell) {
-                    // The bytes are overwritten: loom fails if a reader can read them at the same time.
+                    // The bytes are overwritten. Loom fails if a reader can read them at the same time.
                     None => all.bytes.with_mut(|_| ()),
                     Some(pin) => assert_eq!(pin, PIN),
                 }
@@ -70,7 +70,7 @@ fn without_the_readers_fence_a_pin_is_overlooked() {
     pin_against_reclaim(set, true);
 }
 
-/// A ring with room for one entry of two words, which contain its position.
+/// A ring with room for one entry of two words, each of which contains its position.
 #[derive(Default)]
 struct Ring {
     slot: AtomicU64,
