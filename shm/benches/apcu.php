@@ -1,9 +1,9 @@
 <?php
-// Fills APCu and times its operations from within, as src/get/measure.rs does for the other contestants.
+// Fills APCu and times its operations from within, as src/get/measure.rs does for the other competitors.
 //
-// Arguments: a file with all keys of 38 bytes, one with the sequence of their indices in 32 bits each, the size of a value.
-// First prints "ok FORKS EMPTY_LOOP_NS", then for each line "WORK MILLISECONDS START PROCESSES" one line for each process (of
-// which there are two if this PHP can fork): "ok NS KEPT DROPPED OPERATIONS MISSES". Nothing is subtracted from the times.
+// Arguments: a file with all keys of 38 bytes, a file with the sequence of their indices in 32 bits each, and the size of a value. First
+// prints "ok FORKS EMPTY_LOOP_NS". Then, for each input line "WORK MILLISECONDS START PROCESSES", prints one line for each process (two
+// processes if this PHP can fork): "ok NS KEPT DROPPED OPERATIONS MISSES". Nothing is subtracted from the times.
 
 const KEY_LEN = 38;
 const WINDOW_NS = 2_000_000;
@@ -38,7 +38,7 @@ while (($line = fgets(STDIN)) !== false) {
     }
 }
 
-// Forks a process that also measures, at another place in the sequence. Returns the connection to it, or null without fork.
+// Forks a process that also measures, at a different position in the sequence. Returns the connection to it, or null without fork.
 function second_process(array $keys, int $size)
 {
     global $sequence;
@@ -56,7 +56,7 @@ function second_process(array $keys, int $size)
         [$work, $milliseconds, $start] = explode(' ', trim($line));
         fwrite($theirs, measure($work, $milliseconds, (int) $start + intdiv(count($sequence), 2)) . "\n");
     }
-    posix_kill(getmypid(), SIGKILL); // without cleanup: the resources belong to the other process
+    posix_kill(getmypid(), SIGKILL); // no cleanup: the resources belong to the other process
 }
 
 function say(string $line): void
@@ -146,7 +146,7 @@ function reading(array $keys, array $sequence, int $mask, int &$place, int $oper
     $missed += $misses;
 }
 
-// Every tenth operation stores a value. A value that is missing is stored too.
+// One operation in ten stores a value. A value that is missing is also stored.
 function mixed(
     array $keys, array $sequence, int $mask, string $page, int &$place, int $operations, int &$missed
 ): void {
@@ -165,7 +165,7 @@ function mixed(
     $missed += $misses;
 }
 
-// The time of one iteration of the loop in reading() without APCu.
+// Returns the time of one iteration of the loop in reading() without APCu.
 function empty_loop_ns(array $keys, array $sequence, int $mask): float
 {
     $times = [];
@@ -184,7 +184,7 @@ function empty_loop_ns(array $keys, array $sequence, int $mask): float
     return median($times);
 }
 
-// The CPU time in ns, and the number of times that this process went to sleep.
+// Returns the CPU time in ns, and the number of times that this process went to sleep.
 function used(): array
 {
     $usage = getrusage();

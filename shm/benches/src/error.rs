@@ -9,21 +9,21 @@ use nix::errno::Errno;
 pub(crate) enum Error {
     /// Forkyard's segment could not be created.
     Segment(SegmentError),
-    /// Forkyard rejected a value that it should store.
+    /// Forkyard rejected a value that it must store.
     StoreError(StoreError),
     /// The event log rejected an event.
     NotPublished(PublishError),
     /// LMDB failed.
     Lmdb(heed::Error),
-    /// A program of the comparison is not installed.
+    /// A program that the benchmark compares is not installed.
     NoProgram { program: &'static str, package: &'static str },
-    /// A server or a script failed; `what` is its output.
+    /// A server or a script failed. `what` is its output.
     Program { program: &'static str, what: String },
     /// A store returned a value that differs from the stored one.
     WrongValue { key: String },
-    /// A forked process failed; its message.
+    /// A forked process failed with this message.
     Worker(String),
-    /// A system call, or I/O, failed.
+    /// A system call or I/O failed.
     System { what: &'static str, source: io::Error },
     /// No name contains this pattern.
     NoSuchName { pattern: String, names: String },
@@ -52,7 +52,7 @@ impl fmt::Display for Error {
             Self::Lmdb(source) => write!(f, "LMDB failed: {source}"),
             Self::NoProgram { program, package } => write!(
                 f,
-                "{program} is not installed: install Debian's package {package}, or leave the servers out with --no-servers"
+                "{program} is not installed: install Debian's package {package}, or omit the servers with --no-servers"
             ),
             Self::Program { program, what } => write!(f, "{program} does not do what it should: {what}"),
             Self::WrongValue { key } => write!(f, "the value of {key} is not the one that was stored"),

@@ -1,8 +1,8 @@
-//! Measures the event log: publishing, with and without a sleeping reader to wake, and reading.
+//! Measures the event log: publishing, with and without a sleeping reader that must be woken, and reading.
 //!
 //! Publishers and readers are threads of one process. The log treats threads like processes, because all communication uses the shared
-//! memory. Times are means over a round, and the table shows the median of the rounds. Where each operation is timed individually, the
-//! median replaces the mean.
+//! memory. A time is the mean over a round, and the table shows the median of the rounds. If each operation is timed individually, the
+//! median over the round is used instead of the mean.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -14,25 +14,25 @@ use forkyard_shm::{Events, Plan, PublishError, Segment, Tailed};
 use crate::error::Error;
 use crate::say;
 
-/// What publishing and reading events costs
+/// Measure the cost of publishing and reading events
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Rounds, of which the median is shown
+    /// Number of rounds, of which the median is shown
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
 
-    /// Size of the log, in KiB; it has room for a topic for each 4
+    /// Size of the log, in KiB; it has room for one topic per 4 KiB
     #[arg(long, value_name = "KIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(128..=1 << 20))]
     log: u64,
 }
 
-/// The sizes of the events' data in bytes, by column.
+/// Sizes of the events' data in bytes, by column.
 const SIZES: [usize; 3] = [100, 1000, 8000];
-/// The number of operations in a round.
+/// Number of operations in a round.
 const COUNT: u32 = 20_000;
-/// The number of operations in a round with pauses between them.
+/// Number of operations in a round with pauses between them.
 const PACED: u32 = 500;
-/// A pause in which a woken reader can go back to sleep.
+/// Pause in which a woken reader can go back to sleep.
 const PACE: Duration = Duration::from_micros(200);
 
 type Bench = fn(&Events, &[u8]) -> Result<f64, PublishError>;
@@ -75,7 +75,7 @@ fn median(values: &mut [f64]) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
-/// The mean time of a call in nanoseconds, over `count` calls.
+/// Returns the mean time of a call in nanoseconds, over `count` calls.
 fn mean(count: u32, mut call: impl FnMut(u32) -> Result<(), PublishError>) -> Result<f64, PublishError> {
     let begun = Instant::now();
     (0..count).try_for_each(&mut call)?;
@@ -106,7 +106,7 @@ fn publish_to_any(events: &Events, data: &[u8]) -> Result<f64, PublishError> {
     mean(COUNT, |number| events.publish(&topics[number as usize * 7919 % topics.len()], "", data).map(drop))
 }
 
-/// The time of a publication that wakes a sleeping reader, and the time until the reader has the event.
+/// Returns the time of a publication that wakes a sleeping reader, and the time until the reader has the event.
 fn wake(events: &Events, data: &[u8]) -> Result<(f64, f64), PublishError> {
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! Wraps Forkyard's cache for the benchmarks. Only this file depends on the API of the cache.
+//! Wraps Forkyard's page cache for the benchmarks. Only this file depends on the API of the cache.
 
 use std::ops::Deref;
 
@@ -6,7 +6,7 @@ use forkyard_shm::{Cache, Plan, Segment, StoreError, StoreOptions};
 
 use crate::error::Error;
 
-/// A cache in its own segment; all overhead is within `cache_bytes`. The segment lives as long as the cache.
+/// Opens a cache in its own segment. All overhead is within `cache_bytes`. The segment lives as long as the cache.
 pub(crate) fn open(cache_bytes: u64) -> Result<Cache, Error> {
     let segment = Segment::create(&Plan { cache_bytes, rows: 4, ..Plan::default() }).map_err(Error::Segment)?;
     Ok(segment.cache())
@@ -20,13 +20,13 @@ pub(crate) fn get_into(cache: &Cache, key: &[u8], into: &mut Vec<u8>) -> bool {
 
 /// Looks a key up, and returns the value in place.
 #[inline]
-#[expect(unsafe_code, reason = "the other caches lend slices too")]
+#[expect(unsafe_code, reason = "the other caches return slices too")]
 pub(crate) fn pin(cache: &Cache, key: &[u8]) -> Option<impl Deref<Target = [u8]>> {
     // SAFETY: the processes of a benchmark all run this program, which writes to the segment only through the segment's functions.
     Some(unsafe { cache.pin(key)?.into_slice() })
 }
 
-/// Stores a value, unless other processes hold the lock: a cache may forget.
+/// Stores a value, unless other processes hold the lock: a cache may drop values.
 #[inline]
 pub(crate) fn set(cache: &Cache, key: &[u8], value: &[u8], options: &StoreOptions) -> Result<(), Error> {
     match cache.set(key, value, options) {

@@ -1,16 +1,16 @@
-//! Measures lookups: Forkyard in comparison with a hash table, other caches in process and in shared memory, and servers.
+//! Measures lookups in Forkyard, in comparison with a hash table, other caches in process and in shared memory, and servers.
 //!
 //! ```text
 //! for each data set (size of a value, number of keys):
 //!     servers, segments -> fork two workers, each with its own private stores and connections -> fill, check
-//!     for each cell (get or mix, one process or two) and each round: every contestant for a short time
+//!     for each cell (get or mix, one process or two) and each round: every competitor for a short time
 //! ```
-//! A disturbance of the machine thus affects all contestants of a cell. `measure` describes the timing. Keys are requested according to
+//! A disturbance of the machine thus affects all competitors of a cell. `measure` describes the timing. Keys are requested according to
 //! Zipf's law. Each process of a cell times itself, and the result is the mean over the processes.
 
 mod apcu;
 mod cell;
-mod contestant;
+mod competitor;
 mod data;
 mod line;
 mod lmdb;
@@ -33,7 +33,7 @@ use tempfile::TempDir;
 use crate::error::Error;
 use crate::get::apcu::Apcu;
 use crate::get::cell::{CELLS, Cell, MOST_PROCESSES, SHAPES};
-use crate::get::contestant::{CONTESTANTS, Contestant, Group, LIMIT, Place};
+use crate::get::competitor::{COMPETITORS, Competitor, Group, LIMIT, Place};
 use crate::get::data::{Data, Shape};
 use crate::get::line::Order;
 use crate::get::measure::{Sample, Task};
@@ -44,18 +44,18 @@ use crate::get::worker::Worker;
 use crate::only::Only;
 use crate::say;
 
-/// What a lookup costs, in forkyard and in other caches
+/// Measure the cost of a lookup in Forkyard and in other caches
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Rounds, of which the median is shown
+    /// Number of rounds, of which the median is shown
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
 
-    /// Time for each contestant in each cell and round
+    /// Time for each competitor in each cell and round
     #[arg(long, value_name = "S", default_value = "0.3", value_parser = seconds)]
     seconds: Duration,
 
-    /// Leave out the contestants that are separate programs: APCu (PHP), memcached and Redis
+    /// Omit the competitors that are separate programs: APCu (PHP), memcached and Redis
     #[arg(long)]
     no_servers: bool,
 
@@ -102,20 +102,20 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// The columns and the rows. The baseline is always included, because the other rows are compared with it.
+/// Returns the columns and the rows. The baseline is always included, because the other rows are compared with it.
 fn wanted(options: &Options) -> Result<(Vec<&'static Cell>, Vec<usize>), Error> {
-    let names = CONTESTANTS.iter().map(|each| each.name.to_owned());
+    let names = COMPETITORS.iter().map(|each| each.name.to_owned());
     options.only.check(&names.chain(CELLS.iter().map(Cell::name)).collect::<Vec<_>>())?;
     let cells = options.only.choose(&CELLS, Cell::name);
-    let chosen: Vec<&Contestant> = options.only.choose(&CONTESTANTS, |each| each.name.to_owned());
-    let takes_part = |each: &Contestant| {
+    let chosen: Vec<&Competitor> = options.only.choose(&COMPETITORS, |each| each.name.to_owned());
+    let takes_part = |each: &Competitor| {
         each.name == LIMIT || (chosen.contains(&each) && !(options.no_servers && each.group.is_program()))
     };
-    let rows = (0..CONTESTANTS.len()).filter(|&row| takes_part(&CONTESTANTS[row])).collect();
+    let rows = (0..COMPETITORS.len()).filter(|&row| takes_part(&COMPETITORS[row])).collect();
     Ok((cells, rows))
 }
 
-/// The reason to skip this data set, if it does not fit into memory.
+/// Returns the reason to skip this data set if it does not fit into memory.
 fn too_large(shape: Shape, groups: &[Group]) -> Option<String> {
     let copies: u64 = groups.iter().map(|group| if group.is_private() { MOST_PROCESSES as u64 } else { 1 }).sum();
     let needed = copies * (shape.bytes() + u64::from(shape.keys) * 384);
@@ -164,8 +164,7 @@ impl Stage {
                 results.notes.push(format!("{}, process {}: {notes}", shape.name(), number + 1));
             }
         }
-        // All users have opened the directory, so it can be removed now; nothing is left even if this process is
-        // killed.
+        // All users have opened the directory, so it can be removed now. Nothing is left behind even if this process is killed.
         drop(memory_dir);
         let apcu = has(Group::Apcu).then(|| Apcu::start(dir.path(), &data)).transpose()?;
         let servers = redis.into_iter().chain(memcached).collect();
@@ -187,7 +186,7 @@ impl Stage {
         for cell in cells {
             for round in 0..options.rounds {
                 say(&format!("{}, round {} of {}", cell.name(), round + 1, options.rounds));
-                // Each round starts at another position, which is the same for all contestants of a round.
+                // Each round starts at a different position, which is the same for all competitors of a round.
                 let start = round as usize * 104_729;
                 for &row in rows {
                     let task = Task { work: cell.work, time: options.seconds, start };
@@ -202,9 +201,9 @@ impl Stage {
         Ok(())
     }
 
-    /// The samples of all processes; empty if the contestant cannot run with this number of processes.
+    /// Returns the samples of all processes, or no samples if the competitor cannot run with this number of processes.
     fn measure(&mut self, row: usize, processes: usize, task: Task) -> Result<Vec<Sample>, Error> {
-        if CONTESTANTS[row].group == Group::Apcu {
+        if COMPETITORS[row].group == Group::Apcu {
             return match &mut self.apcu {
                 Some(apcu) if processes == 1 || apcu.forks => apcu.measure(task, processes),
                 Some(_) | None => Ok(Vec::new()),
@@ -227,7 +226,7 @@ fn report(row: usize, samples: &[Sample]) {
             format!("{ns:8.0} ns ({kept} windows, {dropped} dropped, {misses} misses)")
         })
         .collect();
-    say(&format!("  {:<24} {}", CONTESTANTS[row].name, told.join("  ")));
+    say(&format!("  {:<24} {}", COMPETITORS[row].name, told.join("  ")));
 }
 
 #[cfg(test)]
@@ -242,13 +241,13 @@ mod tests {
     fn the_limit_is_always_there() {
         let (cells, rows) = wanted(&options(&["moka", "16K/10k"], false)).unwrap();
         assert_eq!((cells.len(), rows.len()), (4, 3));
-        assert_eq!(CONTESTANTS[rows[0]].name, LIMIT);
+        assert_eq!(COMPETITORS[rows[0]].name, LIMIT);
     }
 
     #[test]
     fn without_servers_there_are_three_rows_less() {
-        assert_eq!(wanted(&options(&[], false)).unwrap().1.len(), CONTESTANTS.len());
-        assert_eq!(wanted(&options(&[], true)).unwrap().1.len(), CONTESTANTS.len() - 3);
+        assert_eq!(wanted(&options(&[], false)).unwrap().1.len(), COMPETITORS.len());
+        assert_eq!(wanted(&options(&[], true)).unwrap().1.len(), COMPETITORS.len() - 3);
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! Measures the hit ratio of the cache, in comparison with textbook policies and moka, with the same memory for each.
+//! Measures the hit ratio of the page cache, in comparison with textbook policies and moka. Each cache has the same amount of memory.
 //!
-//! Traces are requests drawn from Zipf's law over 50,000 objects with a total size of 787 MiB. Some traces also contain objects that are
-//! requested only once. A request that misses stores the object. The first requests fill the cache; hits are counted among the later
-//! ones.
+//! Traces are requests drawn according to Zipf's law from 50,000 objects with a total size of 787 MiB. Some traces also contain objects
+//! that are requested only once. A request that misses stores the object. The first requests fill the cache, and hits are counted among the
+//! later requests.
 //!
-//! The memory is a share of the 787 MiB. For Forkyard this is the whole segment, including values, keys, headers and index. For the other
-//! policies an object costs its value, its key, and 64 bytes.
+//! The memory is a share of the 787 MiB. For Forkyard this is the size of the whole segment, including values, keys, headers and index. For
+//! the other policies, the charge for an object is the size of its value and its key, plus 64 bytes.
 
 mod list;
 mod policy;
@@ -24,18 +24,18 @@ use crate::hits::trace::{BETWEEN_SCANS, RECIPES, Recipe, SCAN, World};
 use crate::only::Only;
 use crate::say;
 
-/// The policies that the text below the table compares with Forkyard.
+/// The policies with which the text below the table compares Forkyard.
 const RIVALS: [&str; 4] = ["LRU", "S3-FIFO, freq ≥ 1", "S3-FIFO, freq ≥ 2", "moka"];
 const OURS: &str = "forkyard";
 
-/// Hit ratios of forkyard and of other policies, on synthetic traces
+/// Measure hit ratios of Forkyard and of other policies, with synthetic traces
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Requests that are counted, of each trace
+    /// Number of counted requests in each trace
     #[arg(long, value_name = "N", default_value_t = 2_000_000, value_parser = clap::value_parser!(u32).range(1..=50_000_000))]
     requests: u32,
 
-    /// Requests before them
+    /// Number of requests that fill the cache before counting begins
     #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(..=20_000_000))]
     warmup: u32,
 
@@ -47,7 +47,7 @@ pub(crate) struct Options {
     only: Only,
 }
 
-/// The hits of each policy (in the order of `policies`) on one trace, in percent.
+/// The hits of each policy on one trace, in percent, in the order of `policies`.
 struct Row {
     trace: String,
     hits: Vec<f64>,
@@ -62,7 +62,7 @@ pub(crate) fn run(options: &Options) -> Result<String, Error> {
     }
     let mut out = String::new();
     let written = table(&mut out, &policies, &rows).and_then(|()| footer(&mut out, options));
-    written.expect("a string takes what is written to it");
+    written.expect("writing to a string cannot fail");
     Ok(out)
 }
 

@@ -1,12 +1,12 @@
-//! `forkyard-shm-bench` measures the page cache in comparison with other caches, in one run on one machine, and the event log.
+//! `forkyard-shm-bench` measures Forkyard's page cache, in comparison with other caches in one run on one machine, and the event log.
 //!
 //! ```text
-//! get    what a lookup costs: in process, in shared memory, and over a socket      -> ns per operation
-//! hits   how often the eviction policy is right: replays request traces            -> hit %
-//! events what publishing and reading events costs                                  -> ns per operation
+//! get    the cost of a lookup: in process, in shared memory, and over a socket      -> ns per operation
+//! hits   the hit ratio of the eviction policy, for replayed request traces            -> hit %
+//! events the cost of publishing and reading events                                 -> ns per operation
 //! ```
-//! Shared modules: `sample` (requested objects and their sizes), `forkyard` (Forkyard's cache as it is measured), `only` (selection of
-//! rows and columns). The tables go to standard output, all other output to standard error.
+//! The benchmarks share the modules `sample` (the requested objects and their sizes), `forkyard` (Forkyard's cache, as it is measured) and
+//! `only` (the selection of rows and columns). The tables are written to standard output, and all other output to standard error.
 
 mod error;
 mod events;
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Reports progress to standard error. A write error is ignored, because a missing reader is no reason to stop.
+/// Reports progress to standard error. A write error is ignored, because the benchmark need not stop if nobody reads the output.
 fn say(line: &str) {
     let _ = writeln!(io::stderr(), "forkyard-shm-bench: {line}");
 }

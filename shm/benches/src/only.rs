@@ -1,9 +1,8 @@
-//! `--only`: selects rows and columns by name.
+//! Implements `--only`, which selects rows and columns by name.
 
 use crate::error::Error;
 
-/// Patterns select rows and columns by name. If no pattern matches a row (or a column), all rows (or columns) are
-/// included.
+/// Patterns that select rows and columns by name. If no pattern matches a row (or a column), all rows (or columns) are included.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Only {
     /// Show only rows and columns whose names contain this; repeatable
@@ -17,7 +16,7 @@ impl Only {
         if found.is_empty() { all.iter().collect() } else { found }
     }
 
-    /// Each pattern must match at least one name.
+    /// Fails if a pattern matches no name.
     pub(crate) fn check(&self, names: &[String]) -> Result<(), Error> {
         match self.only.iter().find(|pattern| !names.iter().any(|name| name.contains(pattern.as_str()))) {
             Some(pattern) => Err(Error::NoSuchName { pattern: pattern.clone(), names: names.join("; ") }),

@@ -1,19 +1,19 @@
-//! Draws the requested objects and their sizes, reproducibly from a seed.
+//! Draws the requested objects and their sizes. The result is determined by a seed.
 
 use fastrand::Rng;
 
-/// The length of all keys.
+/// Length of all keys.
 pub(crate) const KEY_LEN: usize = 38;
 
-/// A key that looks like the URL of a page.
+/// A key, which looks like the URL of a page.
 pub(crate) type Key = [u8; KEY_LEN];
 
-/// The smallest and the largest size of an object, in bytes.
+/// Smallest and largest size of an object, in bytes.
 const SIZES: (f64, f64) = (102.4, 256.0 * 1024.0);
-/// The standard deviation of the logarithm of the sizes.
+/// Standard deviation of the logarithm of the sizes.
 const SPREAD: f64 = 1.5;
 
-/// The key of an object. There are 100 million keys.
+/// Returns the key of an object. There are 100 million keys.
 pub(crate) fn key(object: u32) -> Key {
     let mut key = *b"https://shop.example/articles/00000000";
     let mut rest = object;
@@ -24,7 +24,7 @@ pub(crate) fn key(object: u32) -> Key {
     key
 }
 
-/// Zipf's law: the object of rank r, from 1 on, is requested with a probability proportional to 1 / r^exponent.
+/// Zipf's law: the object of rank r, starting at 1, is requested with a probability proportional to 1 / r^exponent.
 #[derive(Debug)]
 pub(crate) struct Zipf {
     /// For each object, the sum of the weights of all objects up to this one.
@@ -41,23 +41,23 @@ impl Zipf {
         Zipf { cumulative: (1..=objects).map(up_to).collect() }
     }
 
-    /// An object: its rank minus one.
+    /// Draws an object, which is its rank minus one.
     pub(crate) fn draw(&self, rng: &mut Rng) -> u32 {
         let total = self.cumulative.last().copied().unwrap_or_default();
         let at = rng.f64() * total;
         let index = self.cumulative.partition_point(|&sum| sum <= at).min(self.cumulative.len().saturating_sub(1));
-        u32::try_from(index).expect("there are no more objects than a u32 counts")
+        u32::try_from(index).expect("the number of objects fits into a u32")
     }
 }
 
-/// Log-normal sizes in bytes, clamped, with a median such that the first `objects` have a given total size.
+/// Log-normal sizes in bytes, clamped to a range. Their median is chosen so that the first `objects` have a given total size.
 #[derive(Debug)]
 pub(crate) struct Sizes {
     median: f64,
 }
 
 impl Sizes {
-    /// The sizes of `objects` objects, and the distribution for further sizes.
+    /// Returns the sizes of `objects` objects, and the distribution for further sizes.
     pub(crate) fn new(objects: u32, total: u64, rng: &mut Rng) -> (Vec<u32>, Sizes) {
         let normals: Vec<f64> = (0..objects).map(|_| normal(rng)).collect();
         let sum = |median: f64| normals.iter().map(|&z| u64::from(size(median, z))).sum::<u64>();
@@ -83,7 +83,7 @@ fn size(median: f64, z: f64) -> u32 {
     bytes
 }
 
-/// The standard normal distribution, by the Box-Muller transform.
+/// Draws from the standard normal distribution, with the Box-Muller transform.
 fn normal(rng: &mut Rng) -> f64 {
     let (u, v) = (1.0 - rng.f64(), rng.f64());
     (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()

@@ -1,4 +1,4 @@
-//! Runs APCu: a PHP script fills it and times itself, because only PHP code can read its values.
+//! Runs APCu. A PHP script fills APCu and times itself, because only PHP code can read APCu's values.
 
 use std::fs;
 use std::path::Path;
@@ -19,7 +19,7 @@ pub(crate) struct Apcu {
     child: Child,
     /// Whether the script can fork.
     pub(crate) forks: bool,
-    /// The time of one iteration of the script's loop without APCu.
+    /// Time of one iteration of the script's loop without APCu.
     pub(crate) empty_loop_ns: f64,
 }
 

@@ -19,7 +19,7 @@ const fn cell(shape: Shape, work: Work, processes: usize) -> Cell {
     Cell { shape, work, processes }
 }
 
-/// Cells with stores come after cells that only read.
+/// The columns. Cells with stores come after cells that only read.
 pub(crate) const CELLS: [Cell; 10] = [
     cell(SMALL, Work::Get, 1),
     cell(SMALL, Work::Get, 2),

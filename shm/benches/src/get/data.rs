@@ -1,4 +1,4 @@
-//! Generates the stored data and the sequence of requests, the same for all stores.
+//! Generates the stored data and the sequence of requests, which are the same for all stores.
 
 use fastrand::Rng;
 
@@ -15,12 +15,12 @@ pub(crate) struct Shape {
 pub(crate) struct Data {
     pub(crate) shape: Shape,
     pub(crate) keys: Vec<Key>,
-    /// Indices of keys, drawn by Zipf's law; the sequence repeats. Its length is a power of two.
+    /// Indices of keys, drawn according to Zipf's law. The sequence repeats. Its length is a power of two.
     pub(crate) sequence: Vec<u32>,
 }
 
 const EXPONENT: f64 = 0.99;
-/// Draws per key, so that the sequence is too long to be learned.
+/// Number of draws per key. It makes the sequence too long for the processor to learn.
 const DRAWS_PER_KEY: usize = 4;
 const LEAST_DRAWS: usize = 1 << 20;
 
@@ -33,12 +33,12 @@ impl Shape {
         format!("{}K/{keys}", self.size / 1024)
     }
 
-    /// The total size of all values in bytes.
+    /// Returns the total size of all values in bytes.
     pub(crate) fn bytes(self) -> u64 {
         self.size as u64 * u64::from(self.keys)
     }
 
-    /// The value stored under the key with this index: the repeated index, so that any part identifies its value.
+    /// Returns the value stored under the key with this index: the repeated index, so that any part identifies its value.
     pub(crate) fn value(self, index: u32) -> Vec<u8> {
         u64::from(index).to_le_bytes().repeat(self.size / 8)
     }

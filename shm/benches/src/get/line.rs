@@ -1,4 +1,4 @@
-//! The protocol between the run and the measuring processes: one line for an order, one line for its reply.
+//! The protocol between the run and the measuring processes: one line for an order, and one line for its reply.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -11,9 +11,9 @@ use crate::get::measure::{Sample, Task, Work};
 /// An order to a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// Open the stores; fill the shared ones if `fill`.
+    /// Opens the stores, and if `fill`, fills the shared stores.
     Open { fill: bool },
-    /// Measure this row.
+    /// Measures this row.
     Run { row: usize, task: Task },
 }
 
@@ -43,7 +43,7 @@ impl Order {
     }
 }
 
-/// A task in words, which scripts also parse.
+/// Returns a task in words, which scripts also parse.
 pub(crate) fn task_words(Task { work, time, start }: Task) -> String {
     let work = match work {
         Work::Get => "get",
@@ -85,7 +85,7 @@ impl Talk {
         self.to.write_all(line.as_bytes()).map_err(|error| Error::Worker(format!("it takes no order: {error}")))
     }
 
-    /// The next line; `None` at the end.
+    /// Reads the next line, or returns `None` at the end.
     pub(crate) fn hear(&mut self) -> Result<Option<String>, Error> {
         let mut line = String::new();
         let length = self.from.read_line(&mut line).map_err(Error::system("reading from a pipe"))?;
@@ -98,9 +98,9 @@ impl Talk {
         self.say(&order.line())
     }
 
-    /// The text after "ok" in a reply.
+    /// Returns the text after "ok" in a reply.
     pub(crate) fn reply(&mut self) -> Result<String, Error> {
-        let line = self.hear()?.ok_or_else(|| Error::Worker("it ended".to_owned()))?;
+        let line = self.hear()?.ok_or_else(|| Error::Worker("the process ended".to_owned()))?;
         match line.split_once(' ').unwrap_or((line.as_str(), "")) {
             ("ok", rest) => Ok(rest.to_owned()),
             (_, what) => Err(Error::Worker(what.to_owned())),
@@ -114,7 +114,7 @@ impl Talk {
 
     // ---- the worker's side ----
 
-    /// The next order, or `None` if there are no more.
+    /// Returns the next order, or `None` if there are no more orders.
     pub(crate) fn next(&mut self) -> Option<Order> {
         Order::parse(&self.hear().ok()??)
     }

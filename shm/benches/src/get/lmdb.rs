@@ -1,6 +1,6 @@
-//! LMDB in a memory file system, without writes to disk, and with a transaction for each operation: a typical setup for a cache that
-//! several processes share.
-#![expect(unsafe_code, reason = "heed trusts the caller to open an environment as LMDB wants it")]
+//! LMDB in a memory file system, without writes to disk, and with a transaction for each operation. This is a typical setup for a cache
+//! that several processes share.
+#![expect(unsafe_code, reason = "heed requires the caller to open an environment as LMDB prescribes")]
 
 use std::path::Path;
 
@@ -20,14 +20,14 @@ pub(crate) struct Lmdb {
 }
 
 impl Lmdb {
-    /// Must be called once by each process, after the fork.
+    /// Opens the environment. Must be called once by each process, after the fork.
     pub(crate) fn open(dir: &Path, shape: Shape) -> Result<Lmdb, Error> {
         let pages = u64::from(shape.keys) * (shape.size as u64 + 4096);
         let map_size = usize::try_from(pages + (256 << 20)).unwrap_or(usize::MAX).next_multiple_of(1 << 20);
         let mut options = EnvOpenOptions::new();
         options.map_size(map_size);
-        // SAFETY: without syncing, a crash of the system may leave a broken file; this file does not outlive the run. With a writable
-        // map, a stray write in this process could break the file; all other code in the process is safe Rust.
+        // SAFETY: without syncing, a crash of the system may leave a broken file behind, but this file does not outlive the run. With a
+        // writable map, a stray write in this process could break the file, but all other code in the process is safe Rust.
         unsafe { options.flags(EnvFlags::WRITE_MAP | EnvFlags::NO_SYNC | EnvFlags::NO_META_SYNC) };
         // SAFETY: the directory is new and belongs to this run, and only LMDB changes its files.
         let env = unsafe { options.open(dir) }.map_err(Error::Lmdb)?;

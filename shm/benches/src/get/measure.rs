@@ -1,8 +1,8 @@
 //! Fills a store and times its operations.
 //!
-//! The time is divided into windows of about 2 ms; the result is the median of their means. A window is dropped if the process got less
-//! than 95 % of a CPU although it did not sleep: another process was running. If the process did sleep, it waited for a lock or a server,
-//! which is part of the cost of the operation.
+//! The time is divided into windows of about 2 ms, and the result is the median of their means. A window is dropped if the process got less
+//! than 95 % of a CPU although it did not sleep, because another process was then running. If the process did sleep, it waited for a lock
+//! or a server, which is part of the cost of the operation.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ pub(crate) trait Store {
 pub(crate) enum Work {
     /// Lookups that hit.
     Get,
-    /// Every tenth operation stores a value. A value that is missing is stored too.
+    /// One operation in ten stores a value. A value that is missing is also stored.
     Mix,
 }
 
@@ -36,14 +36,14 @@ pub(crate) enum Work {
 pub(crate) struct Task {
     pub(crate) work: Work,
     pub(crate) time: Duration,
-    /// The start position in the sequence.
+    /// Start position in the sequence.
     pub(crate) start: usize,
 }
 
 /// The result of a measurement.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Sample {
-    /// The median of the windows; 0 if all were dropped.
+    /// Median of the windows, or 0 if all windows were dropped.
     pub(crate) ns: f64,
     pub(crate) kept: u32,
     pub(crate) dropped: u32,
@@ -53,7 +53,7 @@ pub(crate) struct Sample {
 
 /// A store behind a pointer.
 pub(crate) trait Timed {
-    /// Stores all values and reads each back. Returns the number of keys that are not kept, however often they are stored.
+    /// Stores all values and reads each value back. Returns the number of keys that the store does not keep, even after several attempts.
     fn fill(&mut self, data: &Data) -> Result<u32, Error>;
 
     /// Reads the first values back, in a process that did not store them. Returns the number of missing values.
@@ -62,12 +62,12 @@ pub(crate) trait Timed {
     fn measure(&mut self, data: &Data, task: Task) -> Result<Sample, Error>;
 }
 
-/// The number of attempts to store values that are not kept.
+/// Number of attempts to store the values that are not kept.
 const FILLS: u32 = 6;
 const WINDOW: Duration = Duration::from_millis(2);
-/// The share of a CPU that a process must get, in percent.
+/// Minimum share of a CPU that a process must get, in percent.
 const LEAST_CPU: u32 = 95;
-/// With fewer windows than this, the measurement continues, up to `MOST_TIMES` the time.
+/// Minimum number of windows. With fewer windows, the measurement continues, up to `MOST_TIMES` the time.
 const LEAST_WINDOWS: u32 = 10;
 const MOST_TIMES: u32 = 4;
 
@@ -81,7 +81,7 @@ impl<S: Store> Timed for S {
                 if pass == 0 || !is_stored(self, key, &value)? {
                     self.set(index, key, &value)?;
                     missing += 1;
-                    // Lookups may make a cache keep this value and evict others.
+                    // Lookups may cause a cache to keep this value and evict others.
                     is_stored(self, key, &value)?;
                 }
             }
@@ -192,7 +192,7 @@ impl<'a, S: Store> Walk<'a, S> {
         Ok(())
     }
 
-    /// The next key, and its index.
+    /// Returns the next key and its index.
     #[inline]
     fn next(&mut self) -> (u32, &'a Key) {
         let Data { keys, sequence, .. } = self.data;
@@ -202,7 +202,7 @@ impl<'a, S: Store> Walk<'a, S> {
     }
 }
 
-/// The minimal use of a value by a reader.
+/// Uses a value as little as a reader can.
 #[inline]
 fn touch(value: &[u8]) {
     black_box(value.first().copied());
@@ -210,12 +210,12 @@ fn touch(value: &[u8]) {
     black_box(value.as_ptr());
 }
 
-/// Clock values of this process, or differences of them.
+/// Clock values of this process, or differences between clock values.
 #[derive(Clone, Copy, Debug)]
 struct Clocks {
     wall: Duration,
     cpu: Duration,
-    /// The number of times that the process went to sleep.
+    /// Number of times that the process went to sleep.
     sleeps: i64,
 }
 
@@ -238,13 +238,13 @@ impl Clocks {
         }
     }
 
-    /// Whether the process was running or sleeping, and not preempted, during this time.
+    /// Returns whether the process was running or sleeping, and not preempted, during this time.
     fn ran(&self) -> bool {
         self.sleeps > 0 || self.cpu * 100 >= self.wall * LEAST_CPU
     }
 }
 
-/// The median: the middle value, or the mean of the two middle values.
+/// Returns the median: the middle value, or the mean of the two middle values.
 pub(crate) fn median(values: &mut [f64]) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let (low, high) = (values.get(values.len().checked_sub(1)? / 2)?, values.get(values.len() / 2)?);

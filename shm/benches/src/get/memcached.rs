@@ -1,4 +1,4 @@
-//! memcached over a Unix socket, in its text protocol: one request, one reply.
+//! memcached over a Unix socket, with its text protocol: one request, one reply.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::sample::Key;
 
 const PROGRAM: Program = Program { name: "memcached", package: "memcached" };
 
-/// Starts memcached with one thread for each client process, and with enough memory to evict nothing.
+/// Starts memcached with one thread for each client process, and with enough memory that it evicts nothing.
 pub(crate) fn start(dir: &Path, shape: Shape) -> Result<Server, Error> {
     let socket = dir.join("memcached.sock");
     let megabytes = (shape.bytes() + u64::from(shape.keys) * 256) * 3 / 2 / (1 << 20) + 128;
@@ -49,7 +49,7 @@ impl Store for Memcached {
         if line == "END" {
             return Ok(false);
         }
-        // VALUE key flags length
+        // The line has the form `VALUE key flags length`.
         let length: Option<usize> = line.strip_prefix("VALUE ").and_then(|rest| rest.rsplit(' ').next()?.parse().ok());
         let length = length.ok_or_else(|| PROGRAM.error(format!("it answers get with {line}")))?;
         let end = start + length + b"\r\nEND\r\n".len();

@@ -12,7 +12,7 @@ use crate::sample::Key;
 
 type Bytes = Box<[u8]>;
 
-/// The hash table of the standard library, with a copy: the baseline for any cache that copies.
+/// The hash table of the standard library, which copies the value: the baseline for any cache that copies.
 #[derive(Debug, Default)]
 pub(crate) struct Limit {
     values: HashMap<Bytes, Bytes>,
@@ -70,7 +70,8 @@ impl Shared for Quick<Bytes, Arc<[u8]>> {
     }
 }
 
-/// Both crates count entries here. Their capacity is twice the number of entries, so that they evict nothing.
+/// In this benchmark, the capacity of both crates is a number of entries. It is twice the number of stored entries, so that the crates
+/// evict nothing.
 const ROOM: usize = 2;
 
 pub(crate) fn moka(keys: u32) -> Arc<Moka<Bytes, Arc<[u8]>>> {

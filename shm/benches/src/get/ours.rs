@@ -1,4 +1,4 @@
-//! Forkyard's cache, copying and in place, with tags and without.
+//! Forkyard's cache, copying and in place, with and without tags.
 
 use forkyard_shm::{Cache, StoreOptions};
 
@@ -8,7 +8,7 @@ use crate::get::data::Shape;
 use crate::get::measure::Store;
 use crate::sample::Key;
 
-/// The segments, created before the fork.
+/// The segments, which are created before the fork.
 #[derive(Debug)]
 pub(crate) struct Segments {
     pub(crate) plain: Cache,
@@ -19,13 +19,13 @@ impl Segments {
     /// Creates segments that are large enough to evict nothing.
     pub(crate) fn new(shape: Shape) -> Result<Segments, Error> {
         let bytes = shape.bytes() + u64::from(shape.keys) * 256;
-        // Small segments get twice the size: stores must not cause evictions, and the mix stores continuously.
+        // Small segments are twice as large, because stores must not cause evictions, and the mix stores continuously.
         let bytes = if bytes < (512 << 20) { bytes * 2 } else { bytes + bytes / 4 };
         Ok(Segments { plain: forkyard::open(bytes)?, tagged: forkyard::open(bytes)? })
     }
 }
 
-/// The tags of stored pages: a number of tags for each page, out of 1000.
+/// The tags of stored pages: a fixed number of tags per page, chosen from 1000 tags.
 #[derive(Debug)]
 struct Tagging {
     options: Vec<StoreOptions>,

@@ -1,5 +1,5 @@
 //! Starts processes: forked children, and programs that must not outlive this process.
-#![expect(unsafe_code, reason = "forks, and runs code between fork and exec")]
+#![expect(unsafe_code, reason = "this file forks, and runs code between fork and exec")]
 
 use std::os::unix::process::CommandExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,11 +12,11 @@ use nix::unistd::{ForkResult, Pid, fork};
 
 use crate::error::Error;
 
-/// A forked process; killed when dropped.
+/// A forked process, which is killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Child(Pid);
 
-/// Forks. The child runs `work` and exits; it runs no other code of the parent, not even a destructor. It is killed when the parent
+/// Forks. The child runs `work` and exits. It runs no other code of the parent, not even a destructor. It is killed when the parent
 /// terminates. The process must be single-threaded.
 pub(crate) fn spawn(work: impl FnOnce()) -> Result<Child, Error> {
     // SAFETY: this process is single-threaded, so no lock is held by a thread that the child lacks.
@@ -41,7 +41,7 @@ impl Drop for Child {
     }
 }
 
-/// Has the kernel kill the program when this process terminates in any way.
+/// Makes the kernel kill the program when this process terminates in any way.
 pub(crate) fn die_with_us(command: &mut Command) {
     let request = || set_pdeathsig(Signal::SIGKILL).map_err(Into::into);
     // SAFETY: between fork and exec, the closure makes one system call and does nothing else.

@@ -1,4 +1,4 @@
-//! Starts servers for the run, and implements the I/O over a Unix socket that their clients share.
+//! Starts servers for the run, and implements the I/O over a Unix socket that all clients share.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
@@ -13,7 +13,7 @@ use crate::get::process::die_with_us;
 const START: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(10);
 
-/// A running server; killed when dropped.
+/// A running server, which is killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Server {
     child: Child,
@@ -71,7 +71,7 @@ impl Drop for Server {
     }
 }
 
-/// A connection, and the received bytes.
+/// A connection, and the bytes received on it.
 #[derive(Debug)]
 pub(crate) struct Wire {
     program: Program,
@@ -81,13 +81,13 @@ pub(crate) struct Wire {
 }
 
 impl Wire {
-    /// A reply must not be longer than `longest`.
+    /// Connects to a server. A reply must not be longer than `longest`.
     pub(crate) fn connect(program: Program, socket: &Path, longest: usize) -> Result<Wire, Error> {
         let stream = UnixStream::connect(socket).map_err(Error::system("connecting to a server"))?;
         Ok(Wire { program, stream, received: vec![0; longest], length: 0 })
     }
 
-    /// Sends a request, and discards data received before.
+    /// Sends a request, and discards the data received earlier.
     pub(crate) fn send(&mut self, request: &[u8]) -> Result<(), Error> {
         self.length = 0;
         self.stream.write_all(request).map_err(|error| self.program.error(format!("it takes no request: {error}")))

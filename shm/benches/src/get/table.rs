@@ -4,20 +4,20 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 
 use crate::get::cell::Cell;
-use crate::get::contestant::{CONTESTANTS, LIMIT};
+use crate::get::competitor::{COMPETITORS, LIMIT};
 use crate::get::measure::{Sample, median};
 
 /// The measurements, and notes about them.
 #[derive(Debug, Default)]
 pub(crate) struct Results {
-    /// ns per operation in each round, by cell and row.
+    /// Nanoseconds per operation in each round, by cell and row.
     times: HashMap<(String, usize), Vec<f64>>,
-    /// Operations and misses, by cell and row.
+    /// Number of operations and of misses, by cell and row.
     misses: HashMap<(String, usize), (u64, u64)>,
     pub(crate) notes: Vec<String>,
 }
 
-/// The percentage of misses above which a note reports them.
+/// Percentage of misses above which a note reports them.
 const MENTIONED: f64 = 0.1;
 
 impl Results {
@@ -29,7 +29,7 @@ impl Results {
             *operations += sample.operations;
             *misses += sample.misses;
         }
-        // A round does not count if one process was disturbed throughout.
+        // A round is not counted if one process was disturbed during the whole round.
         if samples.iter().all(|sample| sample.kept > 0) {
             let mean = samples.iter().map(|sample| sample.ns).sum::<f64>() / samples.len() as f64;
             self.times.entry(key).or_default().push(mean);
@@ -40,20 +40,20 @@ impl Results {
         median(&mut self.times.get(&(cell.name(), row))?.clone())
     }
 
-    /// The table, followed by its notes.
+    /// Returns the table, followed by its notes.
     pub(crate) fn table(&self, cells: &[&Cell], rows: &[usize]) -> String {
         let mut out = String::new();
-        self.write(&mut out, cells, rows).expect("a string takes what is written to it");
+        self.write(&mut out, cells, rows).expect("writing to a string cannot fail");
         out
     }
 
     fn write(&self, out: &mut String, cells: &[&Cell], rows: &[usize]) -> std::fmt::Result {
-        let limit = CONTESTANTS.iter().position(|each| each.name == LIMIT).unwrap_or_default();
+        let limit = COMPETITORS.iter().position(|each| each.name == LIMIT).unwrap_or_default();
         write!(out, "| ns per operation |")?;
         cells.iter().try_for_each(|cell| write!(out, " {} |", cell.name()))?;
         write!(out, "\n|---|{}\n", "--:|".repeat(cells.len()))?;
         for &row in rows {
-            write!(out, "| {} |", CONTESTANTS[row].name)?;
+            write!(out, "| {} |", COMPETITORS[row].name)?;
             for cell in cells {
                 match (self.time(cell, row), self.time(cell, limit)) {
                     (Some(ns), Some(least)) => write!(out, " {ns:.0} ({}×) |", ratio(ns / least))?,
@@ -77,7 +77,7 @@ impl Results {
                 let (operations, misses) = self.misses.get(&(cell.name(), row)).copied().unwrap_or_default();
                 let percent = 100.0 * misses as f64 / operations.max(1) as f64;
                 if percent >= MENTIONED {
-                    notes.push(format!("{}, {}: {percent:.2} % misses", CONTESTANTS[row].name, cell.name()));
+                    notes.push(format!("{}, {}: {percent:.2} % misses", COMPETITORS[row].name, cell.name()));
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! A forked process that measures: it has its own values or its own connections, and receives orders through a pipe.
+//! A forked process that measures. It has its own values or its own connections, and receives orders through a pipe.
 
 use std::collections::HashMap;
 
@@ -6,17 +6,17 @@ use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
 use crate::error::Error;
-use crate::get::contestant::{CONTESTANTS, Group, Place};
+use crate::get::competitor::{COMPETITORS, Group, Place};
 use crate::get::data::Data;
 use crate::get::line::{Order, Talk};
 use crate::get::measure::{Sample, Task, Timed};
 use crate::get::process::{self, Child};
 use crate::say;
 
-/// The number of values to check on a server: if one client has found all values, the other need not check all again.
+/// Number of values to check on a server. If one client has found all values, other clients need not check all of them again.
 const SPOTS: usize = 1000;
 
-/// The run's end of the connection.
+/// The worker, as seen from the run.
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) talk: Talk,
@@ -41,7 +41,7 @@ struct Inside<'a> {
     data: &'a Data,
     place: &'a Place,
     groups: &'a [Group],
-    /// By row.
+    /// The stores, by row.
     stores: HashMap<usize, Box<dyn Timed>>,
 }
 
@@ -67,7 +67,7 @@ impl Inside<'_> {
         let mut notes = Vec::new();
         for &group in self.groups {
             let mut stores = self.place.open(group)?;
-            let name = group.rows().next().map_or("", |row| CONTESTANTS[row].name);
+            let name = group.rows().next().map_or("", |row| COMPETITORS[row].name);
             if let Some(first) = stores.first_mut() {
                 let missing = if fill || group.is_private() {
                     say(&format!("filling: {name}"));

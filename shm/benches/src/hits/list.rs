@@ -1,11 +1,11 @@
-//! A doubly linked list in a vector: objects in queue order, any of which can be removed.
+//! A doubly linked list in a vector. It holds objects in queue order, and any object can be removed.
 
 use std::collections::HashMap;
 
 use crate::hits::policy::charge;
 use crate::hits::trace::Request;
 
-/// The position of a node, valid while the node is in the list.
+/// Position of a node, valid while the node is in the list.
 pub(crate) type Place = usize;
 
 const NONE: Place = usize::MAX;
@@ -26,7 +26,7 @@ pub(crate) struct List {
     places: HashMap<u32, Place>,
     newest: Place,
     oldest: Place,
-    /// The sum of the charges.
+    /// Sum of the charges.
     pub(crate) bytes: u64,
 }
 
@@ -47,7 +47,7 @@ impl List {
         Some(self.oldest).filter(|&place| place != NONE)
     }
 
-    /// The next newer node.
+    /// Returns the next newer node.
     pub(crate) fn newer(&self, place: Place) -> Option<Place> {
         Some(self.nodes[place].newer).filter(|&place| place != NONE)
     }

@@ -19,7 +19,7 @@ pub(crate) trait Cached {
     fn request(&mut self, request: Request) -> Result<bool, Error>;
 }
 
-/// A policy, and a function that creates a cache of a given number of bytes.
+/// A policy: its name, and a function that creates a cache with a given number of bytes.
 pub(crate) struct Policy {
     pub(crate) name: &'static str,
     pub(crate) open: fn(u64) -> Result<Box<dyn Cached>, Error>,
@@ -35,7 +35,7 @@ pub(crate) const POLICIES: [Policy; 7] = [
     Policy { name: "moka", open: |capacity| Ok(Box::new(MokaCache::new(capacity))) },
 ];
 
-/// The assumed size of an object in a cache that does not report its memory: value, key, and an estimate of the overhead.
+/// Returns the assumed size of an object in a cache that does not report its memory: the value, the key, and an estimate of the overhead.
 pub(crate) fn charge(size: u32) -> u64 {
     u64::from(size) + KEY_LEN as u64 + 64
 }
@@ -58,7 +58,7 @@ impl Cached for Forkyard {
     fn request(&mut self, Request { object, size }: Request) -> Result<bool, Error> {
         let key = key(object);
         if forkyard::get_into(&self.cache, &key, &mut self.found) {
-            assert_eq!(self.found.len(), size as usize, "a page of another size than was stored");
+            assert_eq!(self.found.len(), size as usize, "the size of the page differs from the stored size");
             return Ok(true);
         }
         forkyard::set(&self.cache, &key, &self.page[..size as usize], &self.options)?;
@@ -66,7 +66,7 @@ impl Cached for Forkyard {
     }
 }
 
-/// A hasher with the same result in each run.
+/// A hasher with the same result in every run.
 type NoChance = BuildHasherDefault<DefaultHasher>;
 
 struct MokaCache {
@@ -75,7 +75,7 @@ struct MokaCache {
 }
 
 impl MokaCache {
-    /// moka buffers lookups and processes the buffer later. This is the largest number of buffered lookups here.
+    /// Maximum number of buffered lookups. moka buffers lookups and processes the buffer later.
     const MOST_UNSEEN: u32 = 32;
 
     fn new(capacity: u64) -> MokaCache {
@@ -113,7 +113,7 @@ mod tests {
             let mut cache = open(capacity).unwrap();
             let mut ask = |object| cache.request(Request { object, size: SIZE }).unwrap();
             assert!(!ask(0) && ask(0), "{name}");
-            // Half of the objects fit, and stay if they were requested again.
+            // Half of the objects fit, and they stay if they were requested again.
             assert!((1..most / 2).all(|object| !ask(object) && ask(object)), "{name}");
             assert!((0..most / 2).all(&mut ask), "{name}");
             // Of three times as many objects, only a part fits.

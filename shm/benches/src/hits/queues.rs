@@ -1,4 +1,4 @@
-//! The policies with one queue, LRU, FIFO and SIEVE, as in textbooks, for objects of different sizes.
+//! The textbook policies with one queue, LRU, FIFO and SIEVE, for objects of different sizes.
 
 use crate::error::Error;
 use crate::hits::list::{List, Place};
@@ -19,13 +19,13 @@ pub(crate) struct Fifo {
     list: List,
 }
 
-/// A hand moves from the oldest to the newest object, clears the mark of objects requested since its last pass, and evicts the first
-/// object without a mark. The remaining objects keep their positions.
+/// Evicts with a hand that moves from the oldest object to the newest. The hand clears the mark of objects requested since its last pass,
+/// and evicts the first object without a mark. The remaining objects keep their positions.
 #[derive(Debug)]
 pub(crate) struct Sieve {
     capacity: u64,
     list: List,
-    /// The position of the hand; `None` for the oldest object.
+    /// Position of the hand, or `None` for the oldest object.
     hand: Option<Place>,
 }
 
@@ -106,7 +106,7 @@ impl Cached for Sieve {
 mod tests {
     use super::*;
 
-    /// The hits of a cache with room for three objects of size zero.
+    /// Returns the hits of a cache with room for three objects of size zero.
     fn hits(mut cache: impl Cached, objects: &[u32]) -> Vec<bool> {
         objects.iter().map(|&object| cache.request(Request { object, size: 0 }).unwrap()).collect()
     }
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn sieve_goes_on_where_it_was() {
-        // 4 clears the mark of 1 and evicts 2; 5 evicts 3, not 1; 6 evicts 4.
+        // Object 4 clears the mark of 1 and evicts 2; object 5 evicts 3, not 1; object 6 evicts 4.
         let found = hits(Sieve::new(3 * charge(0)), &[1, 2, 3, 1, 4, 5, 6, 1, 4]);
         assert_eq!(found, [false, false, false, true, false, false, false, true, false]);
     }

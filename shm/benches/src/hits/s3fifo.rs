@@ -1,8 +1,8 @@
-//! S3-FIFO with whole objects, their sizes counted in bytes, for comparison with a log that uses the same policy.
+//! S3-FIFO with whole objects, whose sizes are counted in bytes, for comparison with a log that uses the same policy.
 //!
 //! New objects enter a small queue with a tenth of the memory. An object at the end of the small queue moves to the main queue if it was
-//! requested often enough meanwhile; otherwise it is evicted, and its name is kept in the ghost queue. An object that misses while its
-//! name is in the ghost queue enters the main queue directly. In the main queue, requested objects are reinserted, at most three times.
+//! requested often enough in the small queue. Otherwise it is evicted, and its name is kept in the ghost queue. An object that misses while
+//! its name is in the ghost queue enters the main queue directly. In the main queue, requested objects are reinserted, at most three times.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -13,7 +13,7 @@ use crate::hits::trace::Request;
 const SMALL_PERCENT: u64 = 10;
 const MOST_HITS: u8 = 3;
 
-/// `PROMOTE` is the number of hits that move an object from the small queue to the main queue.
+/// An S3-FIFO cache. `PROMOTE` is the number of hits that move an object from the small queue to the main queue.
 #[derive(Debug)]
 pub(crate) struct S3Fifo<const PROMOTE: u8> {
     capacity: u64,
@@ -35,8 +35,8 @@ struct Queue {
     bytes: u64,
 }
 
-/// Names of evicted objects, oldest first. The name of an object that is stored again is removed from `set`, and stays in `order`
-/// until it is the oldest.
+/// Names of evicted objects, in `order` from the oldest to the newest, and in `set` for lookups. The name of an object that is stored again
+/// is removed from both.
 #[derive(Debug, Default)]
 struct Ghosts {
     order: VecDeque<u32>,
@@ -51,7 +51,7 @@ impl Queue {
 }
 
 impl Ghosts {
-    /// Keeps at most `most` names.
+    /// Adds a name, and removes the oldest names if there are more than `most`.
     fn push(&mut self, object: u32, most: usize) {
         if self.set.insert(object) {
             self.order.push_back(object);
@@ -88,7 +88,7 @@ impl<const PROMOTE: u8> S3Fifo<PROMOTE> {
     /// Moves objects to the main queue until one is evicted, or the queue is empty.
     fn evict_small(&mut self) {
         while let Some(object) = self.small.objects.pop_front() {
-            let entry = self.objects.get_mut(&object).expect("what is in a queue is in the table");
+            let entry = self.objects.get_mut(&object).expect("an object in a queue is in the table");
             self.small.bytes -= entry.charge;
             if entry.hits < PROMOTE {
                 self.objects.remove(&object);
@@ -103,7 +103,7 @@ impl<const PROMOTE: u8> S3Fifo<PROMOTE> {
     /// Reinserts objects until one is evicted, or the queue is empty.
     fn evict_main(&mut self) {
         while let Some(object) = self.main.objects.pop_front() {
-            let entry = self.objects.get_mut(&object).expect("what is in a queue is in the table");
+            let entry = self.objects.get_mut(&object).expect("an object in a queue is in the table");
             if entry.hits == 0 {
                 self.main.bytes -= entry.charge;
                 self.objects.remove(&object);
@@ -139,7 +139,7 @@ mod tests {
         cache.request(Request { object, size: 0 }).unwrap()
     }
 
-    /// A full cache with room for ten objects, of which one is in the small queue.
+    /// Returns a full cache with room for ten objects, one of which is in the small queue.
     fn full<const PROMOTE: u8>(hits: usize) -> S3Fifo<PROMOTE> {
         let mut cache = S3Fifo::new(10 * charge(0));
         assert!(!ask(&mut cache, 1));

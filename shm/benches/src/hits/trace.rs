@@ -11,20 +11,20 @@ pub(crate) struct Request {
     pub(crate) size: u32,
 }
 
-/// Requests for objects that are requested only once, in addition to the objects that follow Zipf's law.
+/// Requests for objects that are requested only once, in addition to the requests that follow Zipf's law.
 #[derive(Clone, Copy, Debug)]
 enum Once {
     Never,
     /// Each request is for such an object with this probability.
     Mixed(f64),
-    /// `length` such objects in a row, after `after` other requests.
+    /// `length` requests for such objects in a row, after `after` other requests.
     Scans {
         length: u32,
         after: u32,
     },
 }
 
-/// How a trace is generated, and the size of the cache in percent of the total size of all objects.
+/// The parameters with which a trace is generated, and the size of the cache in percent of the total size of all objects.
 #[derive(Debug)]
 pub(crate) struct Recipe {
     exponent: f64,
@@ -36,7 +36,7 @@ const fn recipe(exponent: f64, once: Once, cache_percent: u64) -> Recipe {
     Recipe { exponent, once, cache_percent }
 }
 
-/// About 160 MiB in a row: four times a cache of 5 %.
+/// Scans of about 160 MiB, which is four times the size of a cache of 5 %.
 const SCANS: Once = Once::Scans { length: SCAN, after: BETWEEN_SCANS };
 pub(crate) const SCAN: u32 = 10_000;
 pub(crate) const BETWEEN_SCANS: u32 = 20_000;
@@ -67,13 +67,13 @@ impl Recipe {
         format!("{exponent}{once}, {cache_percent} %")
     }
 
-    /// The size of the cache in bytes.
+    /// Returns the size of the cache in bytes.
     pub(crate) fn capacity(&self) -> u64 {
         TOTAL * self.cache_percent / 100
     }
 }
 
-/// The objects, the same for all traces with the same seed.
+/// The objects, which are the same for all traces with the same seed.
 #[derive(Debug)]
 pub(crate) struct World {
     pub(crate) objects: u32,

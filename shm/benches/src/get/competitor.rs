@@ -1,4 +1,4 @@
-//! Lists the contestants, and opens each of them in a process.
+//! Lists the competitors, and opens each of them in a process.
 
 use std::path::PathBuf;
 
@@ -12,12 +12,12 @@ use crate::get::ours::{self, Segments};
 use crate::get::redis::Redis;
 
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Contestant {
+pub(crate) struct Competitor {
     pub(crate) name: &'static str,
     pub(crate) group: Group,
 }
 
-/// Contestants that read the same stored values.
+/// Competitors that read the same stored values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Group {
     Limit,
@@ -33,11 +33,11 @@ pub(crate) enum Group {
 
 pub(crate) const LIMIT: &str = "limit: HashMap, copy";
 
-const fn row(name: &'static str, group: Group) -> Contestant {
-    Contestant { name, group }
+const fn row(name: &'static str, group: Group) -> Competitor {
+    Competitor { name, group }
 }
 
-pub(crate) const CONTESTANTS: [Contestant; 13] = [
+pub(crate) const COMPETITORS: [Competitor; 13] = [
     row(LIMIT, Group::Limit),
     row("forkyard", Group::Forkyard),
     row("forkyard, 4 tags", Group::Tagged),
@@ -66,23 +66,23 @@ impl Group {
         Group::Redis,
     ];
 
-    /// Whether each process has its own values.
+    /// Returns whether each process has its own values.
     pub(crate) fn is_private(self) -> bool {
         matches!(self, Group::Limit | Group::Quick | Group::Moka)
     }
 
-    /// Whether the contestant is another program, which must be installed.
+    /// Returns whether the competitor is a separate program, which must be installed.
     pub(crate) fn is_program(self) -> bool {
         matches!(self, Group::Apcu | Group::Memcached | Group::Redis)
     }
 
-    /// The rows of this group, by their indices in `CONTESTANTS`.
+    /// Returns the rows of this group, as indices in `COMPETITORS`.
     pub(crate) fn rows(self) -> impl Iterator<Item = usize> {
-        CONTESTANTS.iter().enumerate().filter(move |(_, each)| each.group == self).map(|(index, _)| index)
+        COMPETITORS.iter().enumerate().filter(move |(_, each)| each.group == self).map(|(index, _)| index)
     }
 }
 
-/// The shared resources of the processes.
+/// The resources that the processes share.
 #[derive(Debug)]
 pub(crate) struct Place {
     pub(crate) shape: Shape,
@@ -93,7 +93,7 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Opens the stores of a group, in the order of its rows. Empty for a group that our processes do not open.
+    /// Opens the stores of a group, in the order of its rows. Returns no stores for a group that the processes do not open.
     pub(crate) fn open(&self, group: Group) -> Result<Vec<Box<dyn Timed>>, Error> {
         let Place { shape, segments, lmdb, redis, memcached } = self;
         Ok(match group {
@@ -155,7 +155,7 @@ mod tests {
             for store in &mut stores {
                 assert_eq!(store.check(&data, usize::MAX).unwrap(), 0, "{group:?}");
             }
-            // The mix comes last, because it stores other values.
+            // The mix is measured last, because it stores different values.
             for work in [Work::Get, Work::Mix] {
                 for store in &mut stores {
                     let task = Task { work, time: Duration::from_millis(1), start: 0 };
