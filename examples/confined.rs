@@ -50,7 +50,7 @@ fn done() -> String {
     "done".to_owned()
 }
 
-/// The outcome, or the kind of error.
+/// Returns the outcome, or the kind of error.
 fn told(outcome: io::Result<String>) -> String {
     outcome.unwrap_or_else(|error| format!("{:?}", error.kind()))
 }
@@ -61,7 +61,7 @@ fn write(path: &std::path::Path) -> io::Result<String> {
 }
 
 fn kill_parent() -> io::Result<()> {
-    // No signal is sent; the kernel only checks the permission.
+    // No signal is sent. The kernel only checks the permission.
     Ok(nix::sys::signal::kill(nix::unistd::getppid(), None)?)
 }
 

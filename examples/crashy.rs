@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release --example crashy -- --workers 4`, then `curl http://127.0.0.1:8080/segv`
 //!
-//! With `CRASHY_BROKEN=FILE` in the environment, its workers fail to start as long as FILE exists; if FILE contains
+//! If the environment contains `CRASHY_BROKEN=FILE`, the workers fail to start as long as FILE exists. If FILE contains
 //! `hang`, they hang instead.
 
 use std::convert::Infallible;
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
 
 type InThread = fn(Request<forkyard::Body>) -> Response<String>;
 
-/// Requests below `/thread/` run on a thread for blocking functions, all others on the event loop.
+/// Requests below `/thread/` run on a thread for blocking functions, and all other requests on the event loop.
 #[derive(Clone)]
 struct Crashy {
     router: Router,
@@ -85,7 +85,7 @@ impl Service<Request<forkyard::Body>> for Crashy {
     }
 }
 
-/// The number of bytes in the request's body.
+/// Returns the number of bytes in the request's body.
 async fn count(mut body: Body) -> String {
     let mut count = 0;
     while let Some(Ok(frame)) = body.frame().await {
@@ -94,26 +94,26 @@ async fn count(mut body: Body) -> String {
     format!("{count}\n")
 }
 
-/// A body of `mib` MiB, produced as fast as it is sent.
+/// Returns a body of `mib` MiB, produced as fast as it is sent.
 async fn bytes(Path(mib): Path<usize>) -> Body {
     let piece = Bytes::from(vec![b'x'; 64 << 10]);
     let pieces = std::iter::repeat_n(Ok::<_, Infallible>(piece), mib * 16);
     Body::from_stream(futures_util::stream::iter(pieces))
 }
 
-/// A body that fails after its first chunk.
+/// Returns a body that fails after its first chunk.
 async fn break_off() -> Body {
     let pieces = [Ok(Bytes::from_static(b"a part\n")), Err("broken on purpose")];
     Body::from_stream(futures_util::stream::iter(pieces))
 }
 
-/// A response whose `Content-Length` may be wrong.
+/// Returns a response whose `Content-Length` may be wrong.
 async fn claim(Path((length, real)): Path<(String, usize)>) -> Response {
     let pieces = std::iter::repeat_n(Ok::<_, Infallible>(Bytes::from_static(b"xxxxx")), real / 5);
     ([(CONTENT_LENGTH, length)], Body::from_stream(futures_util::stream::iter(pieces))).into_response()
 }
 
-/// About this many bytes of headers, and a header with the name that CGI uses for the status.
+/// Returns about this many bytes of headers, and a header with the name that CGI uses for the status.
 async fn head(Path(bytes): Path<usize>) -> Response {
     let mut response = "body\n".into_response();
     for _ in 0..bytes / 1000 {
@@ -133,7 +133,7 @@ async fn slow(Path(ms): Path<u64>) -> String {
     format!("{ms} ms\n")
 }
 
-#[expect(unsafe_code, reason = "a bad pointer is what this is about")]
+#[expect(unsafe_code, reason = "this example demonstrates an invalid pointer")]
 async fn segv() -> String {
     let nowhere: *const u8 = std::ptr::without_provenance(8);
     // SAFETY: none. The process is meant to crash here.
@@ -148,7 +148,7 @@ async fn panic() {
     panic!("asked to")
 }
 
-#[expect(unconditional_recursion, reason = "a stack that ends is what this is about")]
+#[expect(unconditional_recursion, reason = "this example demonstrates a stack overflow")]
 fn recurse(depth: &mut [u64; 512]) -> u64 {
     let mut deeper = [depth[0] + 1; 512];
     recurse(&mut deeper) + std::hint::black_box(&mut deeper)[7]
@@ -159,7 +159,7 @@ async fn overflow() -> String {
 }
 
 /// Sleeps, crashes or hangs on a thread for blocking functions.
-#[expect(unsafe_code, reason = "a bad pointer is what this is about")]
+#[expect(unsafe_code, reason = "this example demonstrates an invalid pointer")]
 fn in_a_thread(request: Request<forkyard::Body>) -> Response<String> {
     let path = request.uri().path();
     if let Some(ms) = path.strip_prefix("/thread/sleep-").and_then(|ms| ms.parse().ok()) {
@@ -192,7 +192,7 @@ async fn hang() {
     }
 }
 
-/// Answers 500 and leaves a hung thread that does not belong to the server.
+/// Responds with 500, and leaves behind a hung thread that does not belong to the server.
 async fn hang_outside() -> StatusCode {
     tokio::task::spawn_blocking(|| {
         loop {
@@ -203,24 +203,24 @@ async fn hang_outside() -> StatusCode {
 }
 
 async fn leak(Path(mib): Path<usize>) -> String {
-    // Non-zero, so that the pages are written and count as used memory.
+    // The bytes are not zero, so that the pages are written and count as used memory.
     Vec::leak(vec![1_u8; mib << 20]);
     format!("leaked {mib} MiB\n")
 }
 
-#[expect(clippy::exit, reason = "a library that does this is what this is about")]
+#[expect(clippy::exit, reason = "this example demonstrates a library that exits")]
 async fn exit(Path(status): Path<i32>) {
     std::process::exit(status)
 }
 
 /// Exits without the cleanup of `exit(3)`.
-#[expect(unsafe_code, reason = "a library that does this is what this is about")]
+#[expect(unsafe_code, reason = "this example demonstrates a library that exits")]
 async fn exit_at_once(Path(status): Path<i32>) {
     // SAFETY: `_exit` is always sound.
     unsafe { libc::_exit(status) }
 }
 
-/// Is killed by SIGKILL, as if by the kernel or an operator.
+/// Kills the worker with SIGKILL, as the kernel or an operator might.
 async fn kill() {
     let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
 }

@@ -1,11 +1,11 @@
 //! An application that blocks on demand, to test whether other requests wait for it. Each response is the worker's pid.
 //!
-//! - `/hold/PORT` connects to that port of 127.0.0.1 and answers when the peer closes the connection.
-//! - `/page/PORT` does the same to render a page for the cache; the page has the pid of the worker that rendered it.
-//! - `/count` answers when the request's body is complete.
-//! - Any other path answers at once.
+//! - `/hold/PORT` connects to that port of 127.0.0.1, and responds when the peer closes the connection.
+//! - `/page/PORT` does this to render a page for the cache. The page contains the pid of the worker that rendered it.
+//! - `/count` responds when the request's body is complete.
+//! - Any other path responds immediately.
 //!
-//! Requests run in a blocking function; below `/loop/`, they block the event loop itself.
+//! Requests run in a blocking function. Below `/loop/`, they block the event loop itself.
 //!
 //! `cargo run --release --example holds -- --workers 4`
 

@@ -1,4 +1,4 @@
-//! An application that returns each request as it received it from web servers and proxies, over any protocol.
+//! An application that returns each request as it was received from web servers and proxies, over any protocol.
 //!
 //! `cargo run --release --example mirror -- --trust 127.0.0.1`, then
 //! `curl -H 'X-Forwarded-For: 192.0.2.7' http://127.0.0.1:8080/some/path?x`
@@ -17,8 +17,8 @@ fn main() -> ExitCode {
     forkyard::run(|_cx| Router::new().fallback(tell))
 }
 
-/// Responds with one line for each property of the request, followed by its body. If the request has trailers, so does
-/// the response.
+/// Responds with one line for each property of the request, followed by its body. If the request has trailers, the
+/// response has the same trailers.
 async fn tell(request: Request<Body>) -> Response<Body> {
     let (head, body) = request.into_parts();
     let mut text = format!("{} {} {:?}\n", head.method, head.uri, head.version);

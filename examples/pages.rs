@@ -1,4 +1,4 @@
-//! Slow pages, stored in the cache that all workers share.
+//! Slow pages, which are stored in the cache that all workers share.
 //!
 //! `cargo run --release --example pages -- --workers 2`, then open http://127.0.0.1:8080
 
@@ -31,7 +31,7 @@ async fn front() -> Html<&'static str> {
     Html(include_str!("pages.html"))
 }
 
-/// How long rendering takes, for example `/page/7?ms=500`.
+/// Query with the time that rendering takes, for example `/page/7?ms=500`.
 #[derive(Deserialize)]
 struct Effort {
     #[serde(default = "usual_ms")]
@@ -42,7 +42,7 @@ fn usual_ms() -> u64 {
     50
 }
 
-/// Answers from the cache. If the page is missing, one worker renders it, and other workers wait for it.
+/// Returns the page from the cache. If the page is missing, one worker renders it, and other workers wait for it.
 async fn page(
     State(cx): State<Context>,
     Path(number): Path<u32>,
@@ -58,7 +58,7 @@ async fn page(
     Ok(response.map(Body::from))
 }
 
-/// 16 KiB.
+/// Renders a page of 16 KiB.
 async fn render(cx: &Context, number: u32, ms: u64) -> Page {
     log::info!("rendering page={number}");
     tokio::time::sleep(Duration::from_millis(ms)).await;

@@ -53,7 +53,7 @@ fn filter(request: Request<Body>) -> io::Result<Response<Body>> {
         return Ok(Response::new(Body::from("the file was not read\n")));
     }
     let data = request.extensions().get::<FilterData>().and_then(FilterData::take);
-    drop(request); // the body precedes the file, and is not needed
+    drop(request); // the body precedes the file and is not needed
     let mut text = Vec::new();
     data.unwrap_or_default().reader().read_to_end(&mut text)?;
     text.make_ascii_uppercase();

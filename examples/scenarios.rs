@@ -1,5 +1,5 @@
 //! An application that returns parts of the request as it received them, and produces every kind of response, to test
-//! what the web servers in front of it change.
+//! how web servers in front of it change requests and responses.
 //!
 //! `cargo run --release --example scenarios`, then `curl http://127.0.0.1:8080/target/a%20b?c=d`
 
@@ -58,7 +58,7 @@ impl Service<Request<forkyard::Body>> for App {
     }
 }
 
-/// A response with this status, the headers from the query, and a body, even if the combination is invalid.
+/// Returns a response with this status, the headers from the query, and a body, even if the combination is invalid.
 fn raw(status: &str, query: &str, body: Body) -> Response {
     let mut response = Response::new(body);
     *response.status_mut() = status.parse().unwrap_or(StatusCode::BAD_REQUEST);
@@ -108,7 +108,7 @@ fn router() -> Router {
         .route("/switch-to-nothing", any(async || StatusCode::SWITCHING_PROTOCOLS))
 }
 
-/// SCRIPT_NAME and PATH_INFO, decoded by the web server; the URI's path if these variables are absent.
+/// Returns SCRIPT_NAME and PATH_INFO, as decoded by the web server, or the URI's path if these variables are absent.
 async fn path(request: Request) -> Vec<u8> {
     let path = request.uri().path().as_bytes();
     let origin: Option<&ClientInfo> = request.extensions().get();
@@ -118,20 +118,20 @@ async fn path(request: Request) -> Vec<u8> {
     ["SCRIPT_NAME", "PATH_INFO"].map(|name| variables.get(name).unwrap_or_default()).concat()
 }
 
-/// The values of a header, joined, because a web server may have joined them already.
+/// Returns the values of a header. They are joined, because a web server may already have joined them.
 async fn header_of(Path(name): Path<String>, headers: HeaderMap) -> Vec<u8> {
     let values: Vec<&[u8]> = headers.get_all(&name).iter().map(HeaderValue::as_bytes).collect();
     let glue: &[u8] = if name == "cookie" { b"; " } else { b", " };
     values.join(glue)
 }
 
-/// The value of a CGI variable, or `(none)`.
+/// Returns the value of a CGI variable, or `(none)`.
 async fn variable(Path(name): Path<String>, request: Request) -> Vec<u8> {
     let value = request.extensions().get::<ClientInfo>().and_then(|origin| origin.params.get(&name));
     value.unwrap_or(b"(none)").to_vec()
 }
 
-/// The length of the request's body, and a checksum.
+/// Returns the length of the request's body, and a checksum.
 async fn sum(mut body: Body) -> Result<String, StatusCode> {
     let (mut count, mut sum) = (0, 0_u64);
     while let Some(frame) = body.frame().await {
@@ -144,7 +144,7 @@ async fn sum(mut body: Body) -> Result<String, StatusCode> {
     Ok(format!("{count} {sum:016x}\n"))
 }
 
-/// A response with this status. The body is the status code if the status allows a body.
+/// Returns a response with this status. The body is the status code if the status allows a body.
 async fn status(Path(code): Path<u16>) -> Response {
     match StatusCode::from_u16(code) {
         Ok(status @ (StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)) => status.into_response(),
@@ -168,7 +168,7 @@ async fn repeat() -> Response {
     response
 }
 
-/// A header with non-ASCII bytes (obs-text, RFC 9110, section 5.5).
+/// Returns a header with non-ASCII bytes (obs-text, RFC 9110, section 5.5).
 async fn odd() -> Response {
     let mut response = "odd\n".into_response();
     if let Ok(value) = HeaderValue::from_bytes(b"caf\xe9 \x80\xff") {
@@ -177,7 +177,7 @@ async fn odd() -> Response {
     response
 }
 
-/// A header with a value of `length` bytes.
+/// Returns a header with a value of `length` bytes.
 async fn long(Path(length): Path<usize>) -> Response {
     let mut response = "long\n".into_response();
     if let Ok(value) = HeaderValue::from_str(&"v".repeat(length)) {
@@ -207,7 +207,7 @@ impl HttpBody for Bytes64 {
     }
 }
 
-/// The same body without a known length.
+/// Returns the same body without a known length.
 async fn stream(Path(length): Path<u64>) -> Body {
     let mut body = Bytes64 { left: length };
     Body::from_stream(futures_util::stream::poll_fn(move |context| {
@@ -217,7 +217,7 @@ async fn stream(Path(length): Path<u64>) -> Body {
     }))
 }
 
-/// Upgrades the connection, if possible, and echoes what the client sends.
+/// Upgrades the connection if possible, and echoes the data that the client sends.
 async fn upgrade(mut request: Request) -> Response {
     if request.extensions().get::<hyper::upgrade::OnUpgrade>().is_none() {
         return StatusCode::UPGRADE_REQUIRED.into_response();

@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     forkyard::run(|_cx| Hello { greeting: "Hello, world\n" })
 }
 
-/// Created once in each worker and cloned for each request; put large values into an `Arc` or `Rc`.
+/// Created once in each worker and cloned for each request. Large values belong in an `Arc` or `Rc`.
 #[derive(Clone)]
 struct Hello {
     greeting: &'static str,

@@ -1,10 +1,10 @@
-//! An application whose startup and requests can be held up from outside, to test signals during that time.
+//! An application whose startup and requests can be blocked from outside, to test signals during that time.
 //!
 //! `STAGED=DIRECTORY cargo run --release --example staged`
 //!
-//! - A startup stage (`preload`, `factory`, `ready`) waits if DIRECTORY has a FIFO with the name of the stage, until
-//!   another process opens the FIFO for writing and closes it.
-//! - `/until` answers when DIRECTORY has a file `go`; `/block` blocks the event loop until then.
+//! - A startup stage (`preload`, `factory`, `ready`) waits if DIRECTORY contains a FIFO with the name of the stage,
+//!   until another process opens the FIFO for writing and closes it.
+//! - `/until` responds when DIRECTORY contains a file `go`; `/block` blocks the event loop until then.
 //! - `/deaf` calls shutdown(2) on all listening sockets.
 
 #![expect(clippy::print_stdout, reason = "the tests wait for what it prints")]
@@ -62,10 +62,10 @@ async fn block() -> &'static str {
     "went\n"
 }
 
-/// Shuts down the listening sockets, which it shares with its siblings, like a process that assumes to be their only
-/// owner.
+/// Shuts down the listening sockets, which the process shares with its siblings, like a process that assumes that it is
+/// their only owner.
 async fn deaf() -> &'static str {
-    // proc_net(5): TCP sockets have a state; a flag marks Unix sockets that accept connections.
+    // See proc_net(5): TCP sockets have a state, and a flag marks Unix sockets that accept connections.
     let inodes = |table: &str, place: usize, value: &str, inode: usize| -> BTreeSet<String> {
         let text = std::fs::read_to_string(table).unwrap_or_default();
         let rows = text.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());

@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     })
 }
 
-/// The query, for example `/events?topics=a,b&keep_alive_ms=200&only=even`.
+/// Query, for example `/events?topics=a,b&keep_alive_ms=200&only=even`.
 #[derive(Deserialize)]
 struct Wish {
     topics: String,
@@ -65,7 +65,8 @@ fn choose(cx: &Context, wish: &Wish, request: &Request) -> Sse {
     }
 }
 
-/// An event stream produced without [`sse`]: `pieces` chunks, one per second, also while the worker drains.
+/// Returns an event stream that is produced without [`sse`]: `pieces` chunks, one per second, even while the worker is
+/// draining.
 async fn answer(Path(pieces): Path<u32>) -> ([(HeaderName, &'static str); 1], Body) {
     let mut seconds = tokio::time::interval(Duration::from_secs(1));
     let mut left = pieces;
@@ -81,7 +82,7 @@ async fn answer(Path(pieces): Path<u32>) -> ([(HeaderName, &'static str); 1], Bo
     ([(CONTENT_TYPE, "text/event-stream")], Body::from_stream(pieces))
 }
 
-/// The query, for example `/publish/news?name=headline`.
+/// Query, for example `/publish/news?name=headline`.
 #[derive(Deserialize)]
 struct Named {
     #[serde(default)]

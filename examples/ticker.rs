@@ -1,9 +1,9 @@
-//! A stock ticker: a page of prices that any worker can serve, and that every browser sees change at the same moment.
+//! A stock ticker: a page of prices that any worker can serve, and that changes in every browser at the same moment.
 //!
 //! `cargo run --release --example ticker -- --workers 4`, then open http://127.0.0.1:8080 in several windows, kill a
 //! worker or two, and watch the prices keep changing.
 //!
-//! One worker generates the prices: the worker that holds a lock on a file. When it dies, the kernel grants the lock to
+//! The worker that holds a lock on a file generates the prices. When this worker dies, the kernel grants the lock to
 //! another worker. The worker publishes the prices, and stores them in the cache for its successor.
 
 use std::fs::File;
@@ -29,7 +29,7 @@ const STOCKS: [(&str, &str, f64); 6] = [
     ("FJRD", "Fjord Shipping", 128.60),
 ];
 
-/// An unnamed temporary file that the workers lock.
+/// An unnamed temporary file, which the workers lock.
 static OFFICE: OnceLock<File> = OnceLock::new();
 
 fn main() -> ExitCode {
@@ -49,14 +49,15 @@ fn main() -> ExitCode {
     .run()
 }
 
-/// Streams the prices, or returns the next ones to a browser that uses long polling.
+/// Streams the prices, or returns the next prices to a browser that uses long polling.
 async fn prices(State(cx): State<Context>, request: Request) -> Response<forkyard::Body> {
     let mut response = sse(&request, &cx.events(), [TOPIC]).retry(Duration::from_millis(250)).response();
     response.headers_mut().insert("x-worker", std::process::id().into());
     response
 }
 
-/// The page with the current prices: complete before the first event, and for browsers without scripts.
+/// Returns the page with the current prices, so that it is complete before the first event and for browsers without
+/// scripts.
 async fn page(State(cx): State<Context>) -> Html<String> {
     let prices = current(&cx);
     let row = |((symbol, name, _), price): (&(&str, &str, f64), &f64)| {
@@ -70,7 +71,7 @@ async fn page(State(cx): State<Context>) -> Html<String> {
     Html(page.replace("<!-- worker -->", &format!("worker {}, pid {}", cx.slot(), std::process::id())))
 }
 
-/// The current prices, from the cache.
+/// Returns the current prices from the cache.
 fn current(cx: &Context) -> Vec<f64> {
     let text = cx.cache().get(TOPIC).and_then(|bytes| String::from_utf8(bytes).ok()).unwrap_or_default();
     let prices: Vec<f64> = text.split(',').filter_map(|price| price.parse().ok()).collect();
@@ -79,7 +80,7 @@ fn current(cx: &Context) -> Vec<f64> {
 
 /// Waits for the lock, and then generates prices until the process exits.
 fn make_prices(cx: &Context) {
-    // Reopening the file gives this process its own lock owner; the inherited descriptor shares the lock owner of its
+    // Reopening the file gives this process its own lock owner. The inherited descriptor shares the lock owner of the
     // parent.
     let Some(office) = OFFICE.get().and_then(|file| File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok())
     else {

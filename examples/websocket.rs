@@ -45,7 +45,7 @@ async fn talk(mut socket: WebSocket, cx: Context) {
         };
         let echoed = match message {
             Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => socket.send(message).await,
-            Some(Ok(_)) => continue, // axum answers a ping by itself
+            Some(Ok(_)) => continue, // axum answers pings itself
             Some(Err(_)) | None => return,
         };
         if echoed.is_err() {

@@ -1,4 +1,5 @@
-//! Compares a complete response with the expected one. Pure. The body is compared as it arrives and is not stored.
+//! Compares a complete response with the expected response. Performs no I/O. The body is compared as it arrives, and is not
+//! stored.
 
 use crate::response::End;
 use crate::tally::{Fault, Kind};
@@ -6,9 +7,9 @@ use crate::tally::{Fault, Kind};
 /// The expected response.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Expectation<'a> {
-    /// The body, byte for byte.
+    /// The expected body, which is compared byte for byte.
     pub(crate) body: Option<&'a [u8]>,
-    /// The length of the body, if only its length is checked.
+    /// The expected length of the body, if only the length is checked.
     pub(crate) length: Option<u64>,
 }
 
@@ -55,7 +56,7 @@ mod tests {
 
     const GOOD: End = End { refused: None, status: 200, keep: true };
 
-    /// The outcome for a response with this body, in parts of any size.
+    /// Returns the outcome for a response with this body, which arrives in parts of any size.
     fn verdict(expectation: Expectation<'_>, end: End, body: &[u8]) -> Option<Kind> {
         let verdicts: Vec<Option<Kind>> = (1..=body.len().max(1))
             .map(|size| {

@@ -1,10 +1,11 @@
-//! Measures the CPU time of processes and their descendants, from their clocks and /proc.
+//! Measures the CPU time of processes and their descendants, with CPU-time clocks and /proc.
 //!
-//! /proc reports times in clock ticks, usually of 10 ms, each rounded down: if 64 processes share half a second, each shows
-//! zero. Therefore living processes are measured by their CPU-time clocks, in nanoseconds, and only dead ones in ticks.
+//! /proc reports times in clock ticks, usually of 10 ms, and rounds each time down. If 64 processes share half a second, each
+//! of them shows zero. Living processes are therefore measured by their CPU-time clocks, in nanoseconds, and only dead
+//! processes in ticks.
 //!
-//! The time of a dead child is included in its parent's sum for reaped children, so workers may come and go during a run.
-//! Descendants that have left the tree (by a double fork) are not counted.
+//! The time of a dead child is included in its parent's sum for reaped children, so workers may start and exit during a run.
+//! Descendants that have left the tree by a double fork are not counted.
 
 use std::collections::HashMap;
 use std::fs;
@@ -17,18 +18,18 @@ use nix::unistd::{Pid, SysconfVar, sysconf};
 
 use crate::error::Error;
 
-/// A shorter time is not significant, because the processes' own timers may use as much of it as the requests do.
+/// Minimum time that is significant. The processes' own timers may use a large part of a shorter time.
 pub(crate) const MEASURABLE: Duration = Duration::from_millis(10);
 
 /// The figures of one process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stat {
     parent: i32,
-    /// The time of its reaped children, in clock ticks.
+    /// Time of its reaped children, in clock ticks.
     dead: u64,
 }
 
-/// The time that the processes of the trees below `roots` have used since they started.
+/// Returns the time that the processes of the trees below `roots` have used since they started.
 pub(crate) fn of_trees(roots: &[i32]) -> Result<Duration, Error> {
     let members = trees(roots)?;
     let failed = Error::system("sysconf");
@@ -39,7 +40,7 @@ pub(crate) fn of_trees(roots: &[i32]) -> Result<Duration, Error> {
     Ok(living + Duration::from_secs(dead) / per_second)
 }
 
-/// The processes of these trees.
+/// Returns the pids of the processes of these trees.
 pub(crate) fn pids_of_trees(roots: &[i32]) -> Result<Vec<i32>, Error> {
     Ok(trees(roots)?.into_iter().map(|(pid, _)| pid).collect())
 }
@@ -52,12 +53,12 @@ fn trees(roots: &[i32]) -> Result<Vec<(i32, Stat)>, Error> {
     Ok(members(&processes, roots))
 }
 
-/// The time of all threads of a process together; `None` if the process has just died.
+/// Returns the time of all threads of a process together, or `None` if the process has just died.
 fn clock(pid: i32) -> Option<Duration> {
     ClockId::pid_cpu_clock_id(Pid::from_raw(pid)).and_then(ClockId::now).ok().map(Duration::from)
 }
 
-/// The time that this process has used.
+/// Returns the time that this process has used.
 pub(crate) fn own() -> Result<Duration, Error> {
     let usage = getrusage(UsageWho::RUSAGE_SELF).map_err(Error::system("getrusage"))?;
     let micros = [usage.user_time(), usage.system_time()]
@@ -86,7 +87,7 @@ fn parse(line: &str) -> Option<Stat> {
 
 fn members(processes: &HashMap<i32, Stat>, roots: &[i32]) -> Vec<(i32, Stat)> {
     let below_a_root = |mut pid: i32| {
-        // The chain is as long as the tree is deep. The limit stops the loop if the tree changed while it was read.
+        // The chain is as long as the tree is deep. The limit stops the loop if the tree has changed while it was read.
         for _ in 0..processes.len() {
             if roots.contains(&pid) {
                 return true;
@@ -138,7 +139,7 @@ mod tests {
         let before = of_trees(&[pid]).unwrap();
         let start = own().unwrap();
         while own().unwrap() - start < Duration::from_millis(2) {}
-        assert!(of_trees(&[pid]).unwrap() - before >= Duration::from_millis(2), "less than a tick is seen");
+        assert!(of_trees(&[pid]).unwrap() - before >= Duration::from_millis(2), "the clock resolves less than a tick");
         assert!(matches!(of_trees(&[i32::MAX]), Err(Error::NoProcess(i32::MAX))));
     }
 }

@@ -1,4 +1,4 @@
-//! Defines the errors that prevent a run. Failures of single requests during a run are counted in `tally`.
+//! Defines the errors that prevent a run. Failures of individual requests during a run are counted in `tally`.
 
 use std::{fmt, io};
 
@@ -9,19 +9,19 @@ use crate::tally::Fault;
 /// The reason why there was no run.
 #[derive(Debug)]
 pub(crate) enum Error {
-    /// The host name of `--connect` has no address.
+    /// The host name in `--connect` has no address.
     Resolve { host: String, source: Option<io::Error> },
-    /// The first request, sent alone before the run, did not get a correct response.
+    /// The first request, which is sent alone before the run, did not get a correct response.
     Probe(Fault),
     /// Some subscribers could not subscribe.
     Subscribe { ready: u32, of: u32, fault: Fault },
     /// Nothing could be published.
     Publish(Fault),
-    /// The CPU time or memory of a process of `--pids` cannot be read.
+    /// The CPU time or memory of a process in `--pids` cannot be read.
     Memory { pid: i32, source: io::Error },
-    /// The first response's body is longer than the limit for the body that is stored for comparison.
+    /// The body of the first response is longer than the limit for the body that is stored for comparison.
     LargeBody { limit: usize },
-    /// A process of `--pids` does not exist.
+    /// A process in `--pids` does not exist.
     NoProcess(i32),
     /// A system call failed unexpectedly.
     System { call: &'static str, source: Errno },
@@ -30,7 +30,7 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// An argument for `map_err` after a system call.
+    /// Returns an argument for `map_err` after a system call.
     pub(crate) fn system(call: &'static str) -> impl Fn(Errno) -> Self {
         move |source| Self::System { call, source }
     }

@@ -1,14 +1,14 @@
-//! Measures event streams: many subscribers to one topic, and one publisher of numbered events with a timestamp.
+//! Measures event streams: many subscribers to one topic, and one publisher of numbered events with timestamps.
 //!
 //! ```text
 //! all subscribe -> events of number 0 until each has got one -> events 1, 2, 3 … at a rate -> until each has got the last
 //! ```
-//! There are two threads, so that the publisher keeps its schedule while the subscribers read. This thread has one `epoll_wait`
-//! for all subscribers; the publisher's thread waits for each response on a kept connection. `stream`, which classifies the
-//! events, does no I/O.
+//! There are two threads, so that the publisher keeps its schedule while the subscribers read. The main thread has one
+//! `epoll_wait` for all subscribers. The publisher's thread waits for each response on a keep-alive connection. `stream`, which
+//! classifies the events, does no I/O.
 //!
-//! An event carries the time just before its request was sent. If a response arrives after the next event is due, the next
-//! event follows at once, and `late_max_us` reports the delay.
+//! An event contains the time just before its request was sent. If a response arrives after the next event is due, the next
+//! event follows immediately, and `late_max_us` reports the delay.
 
 mod options;
 mod publisher;
@@ -33,11 +33,11 @@ use crate::target::Peer;
 /// Signals between the two threads.
 #[derive(Debug, Default)]
 struct Signals {
-    /// Each subscriber has received an event.
+    /// Whether each subscriber has received an event.
     all_subscribed: AtomicBool,
-    /// No further event will be published.
+    /// Whether the last event has been published.
     is_published: AtomicBool,
-    /// Publishing ended before the first measured event.
+    /// Whether publishing ended before the first measured event.
     has_failed: AtomicBool,
 }
 
@@ -63,7 +63,7 @@ pub(crate) fn measure(peer: &Peer, options: &EventsOptions) -> Result<Report, Er
             published
         });
         let read = subscribers.read(&signals);
-        signals.all_subscribed.store(true, Ordering::Release); // also on failure, so that the publisher stops
+        signals.all_subscribed.store(true, Ordering::Release); // even on failure, so that the publisher stops
         let published = publisher.join().expect("the publisher does not panic")?;
         Ok::<_, Error>((published, cpu::own()?.saturating_sub(read?)))
     })?;

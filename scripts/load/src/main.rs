@@ -1,16 +1,16 @@
-//! `forkyard-load` sends requests to a FastCGI or HTTP/1.1 server in a closed loop and checks every response: it must end as
-//! its protocol requires, have status 200, and have the same body as the first response.
+//! `forkyard-load` sends requests to a FastCGI or HTTP/1.1 server in a closed loop and checks every response. A response must
+//! end as its protocol requires, have status 200, and have the same body as the first response.
 //!
 //! ```text
 //! options -> probe (one request, whose body is the expected one) -> run (the loop) -> report
 //! ```
-//! `forkyard-load events` measures event streams instead: see `events`.
+//! `forkyard-load events` measures event streams instead (see `events`).
 //!
 //! The program has one thread and one `epoll_wait`. `response`, `request`, `tally`, and the parsers in `options` and `target`
-//! do no I/O; `socket`, `probe`, `run` and `cpu` make the system calls.
+//! perform no I/O. `socket`, `probe`, `run` and `cpu` make the system calls.
 //!
-//! Each client has one request in flight and sends the next one when the response is complete. Such a closed loop slows down
-//! with the server, so its latencies flatter a server that stalls: look at `max`, `starved` and `timeout` too.
+//! Each client has one request in flight and sends the next request when the response is complete. Such a closed loop slows
+//! down with the server, so its latencies understate the stalls of a server. `max`, `starved` and `timeout` show these stalls.
 
 mod check;
 mod cpu;
@@ -38,7 +38,7 @@ use crate::events::EventsOptions;
 use crate::options::{Arguments, Command, Options};
 use crate::report::Report;
 
-/// Some responses were wrong or missing. (1: there was no run, 2: wrong usage.)
+/// Exit status if some responses were wrong or missing. Status 1 means that no run took place, and status 2 means wrong usage.
 const EXIT_FAULTS: u8 = 3;
 
 fn main() -> ExitCode {

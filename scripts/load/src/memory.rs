@@ -7,7 +7,7 @@ use std::fs;
 use crate::cpu::pids_of_trees;
 use crate::error::Error;
 
-/// In bytes. A process that exits during the measurement counts as zero.
+/// Returns the memory of these trees in bytes. A process that exits during the measurement counts as zero.
 pub(crate) fn of_trees(roots: &[i32]) -> Result<u64, Error> {
     let mut bytes = 0;
     for pid in pids_of_trees(roots)? {

@@ -9,7 +9,7 @@ use crate::target::Target;
 
 /// Load generator and response checker for FastCGI and HTTP/1.1 servers.
 ///
-/// Exit status: 0 all responses were correct, 1 there was no run, 2 wrong usage, 3 there were errors or starved requests.
+/// Exit status: 0 all responses were correct, 1 no run took place, 2 wrong usage, 3 there were errors or starved requests.
 #[derive(Debug, Parser)]
 #[command(name = "forkyard-load", version, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -33,11 +33,11 @@ pub(crate) struct Options {
     #[arg(long, value_name = "PROTO:ADDR")]
     pub(crate) connect: Target,
 
-    /// Clients; each has one request in flight
+    /// Number of clients, each with one request in flight
     #[arg(long, short = 'c', value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) clients: u32,
 
-    /// How long to measure; 5s unless --requests is given
+    /// Time to measure; 5s unless --requests is given
     #[arg(long, short = 'd', value_name = "TIME", value_parser = positive_duration)]
     pub(crate) duration: Option<Duration>,
 
@@ -45,11 +45,11 @@ pub(crate) struct Options {
     #[arg(long, value_name = "TIME", default_value = "0s", conflicts_with = "requests", value_parser = humantime::parse_duration)]
     pub(crate) warmup: Duration,
 
-    /// Stop after this number of requests (one more is sent alone before them, to get the body)
+    /// Stop after this number of requests; one more request is sent alone before them, to get the body
     #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) requests: Option<u64>,
 
-    /// A new connection for each request, instead of kept ones
+    /// Open a new connection for each request, instead of keep-alive connections
     #[arg(long)]
     pub(crate) fresh: bool,
 
@@ -57,11 +57,11 @@ pub(crate) struct Options {
     #[arg(long, value_name = "URI", default_value = "/", value_parser = uri)]
     pub(crate) uri: String,
 
-    /// Set a FastCGI parameter, or replace one of the usual ones; can be repeated
+    /// Set a FastCGI parameter, or replace a default parameter; can be repeated
     #[arg(long = "param", value_name = "NAME=VALUE", value_parser = param)]
     pub(crate) params: Vec<(String, String)>,
 
-    /// The body must have this many bytes
+    /// Number of bytes that the body must have
     #[arg(long, value_name = "N")]
     pub(crate) expect_body_len: Option<u64>,
 
@@ -69,7 +69,7 @@ pub(crate) struct Options {
     #[arg(long)]
     pub(crate) any_body: bool,
 
-    /// Give up on a request after this time
+    /// Abort a request after this time
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive_duration)]
     pub(crate) timeout: Duration,
 
@@ -87,7 +87,7 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// How long to measure, if the time ends the run.
+    /// Returns the time to measure, if a time limit ends the run.
     pub(crate) fn measured_time(&self) -> Option<Duration> {
         const DEFAULT: Duration = Duration::from_secs(5);
         match (self.duration, self.requests) {

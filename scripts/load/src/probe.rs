@@ -1,4 +1,4 @@
-//! Sends one request before the run, to check that the server is up, and to obtain the body for comparison.
+//! Sends one request before the run, to check that the server is running, and to obtain the body for comparison.
 
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ use crate::socket::Socket;
 use crate::tally::{Fault, Kind};
 use crate::target::{Peer, Protocol};
 
-/// The largest body that is stored for comparison.
+/// Maximum length of the body that is stored for comparison.
 const LIMIT: usize = 64 << 20;
 
-/// Sends one request on a new connection, and returns the body. A wrong response is an error here.
+/// Sends one request on a new connection, and returns the body. A wrong response is an error.
 pub(crate) fn probe(peer: &Peer, options: &Options) -> Result<Vec<u8>, Error> {
     let socket = connect(peer, options.timeout).map_err(Error::Probe)?;
     let expectation = Expectation { body: None, length: options.expect_body_len };

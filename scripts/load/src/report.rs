@@ -11,7 +11,7 @@ use crate::options::Options;
 use crate::run::Outcome;
 use crate::tally::{Kind, Tally};
 
-/// The figures of one run. The field names are those of the JSON.
+/// The figures of one run. The field names are the names in the JSON.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     target: String,
@@ -19,7 +19,7 @@ pub(crate) struct Report {
     clients: u32,
     kept: bool,
     seconds: f64,
-    /// All completed requests, successful or not.
+    /// Number of completed requests, successful or not.
     requests: u64,
     ok: u64,
     /// Successful requests per second.
@@ -27,7 +27,7 @@ pub(crate) struct Report {
     latency_us: Latency,
     errors: u64,
     errors_by_kind: BTreeMap<&'static str, u64>,
-    /// The first message of each kind that occurred.
+    /// The first message for each kind of error that occurred.
     first_errors: BTreeMap<&'static str, String>,
     warmup_errors: u64,
     in_flight: u64,
@@ -75,7 +75,7 @@ impl Report {
         }
     }
 
-    /// Whether every response was correct, and every request was served.
+    /// Returns whether every response was correct and every request was served.
     pub(crate) fn clean(&self) -> bool {
         self.errors == 0 && self.warmup_errors == 0 && self.starved == 0
     }

@@ -1,4 +1,4 @@
-//! Builds the bytes of the request once per run. Pure.
+//! Builds the bytes of the request once per run. Performs no I/O.
 
 use crate::options::Options;
 use crate::target::{Protocol, Target};
@@ -13,11 +13,11 @@ mod wire {
     pub(super) const KEEP_CONN: u8 = 1;
 }
 
-/// The id of every request: a connection has only one request at a time.
+/// The id of every request. A connection has only one request at a time.
 pub(crate) const REQUEST_ID: u16 = 1;
 
-/// A browser's request headers, except the host. No `Accept-Encoding`, because only some servers would then compress the
-/// response. No cookie, because a cookie can keep a page out of a cache.
+/// A browser's request headers, except the host. There is no `Accept-Encoding`, because only some servers would then compress
+/// the response. There is no cookie, because a cookie can prevent a page from being cached.
 const BROWSER: [(&str, &str); 4] = [
     ("User-Agent", "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0"),
     ("Accept", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"),
@@ -25,7 +25,7 @@ const BROWSER: [(&str, &str); 4] = [
     ("Upgrade-Insecure-Requests", "1"),
 ];
 
-/// The request that `options` describe; with `keep`, it asks the server to leave the connection open.
+/// Returns the request that `options` describe. With `keep`, it asks the server to keep the connection open.
 pub(crate) fn request(options: &Options, keep: bool) -> Vec<u8> {
     match options.connect.protocol {
         Protocol::Fastcgi => fastcgi(&params(&options.uri, &options.params), keep),
@@ -42,7 +42,7 @@ fn http(target: &Target, uri: &str, keep: bool) -> Vec<u8> {
     text.into_bytes()
 }
 
-/// The parameters that nginx sends with its stock `fastcgi_params`, with `overrides` applied.
+/// Returns the parameters that nginx sends with its stock `fastcgi_params`, with `overrides` applied.
 fn params(uri: &str, overrides: &[(String, String)]) -> Vec<(String, String)> {
     let (path, query) = uri.split_once('?').unwrap_or((uri, ""));
     let script = format!("/srv/www{path}");
@@ -101,7 +101,7 @@ fn fastcgi(params: &[(String, String)], keep: bool) -> Vec<u8> {
     out
 }
 
-/// One byte for lengths up to 127, otherwise four bytes with the top bit set.
+/// Appends a length: one byte for lengths up to 127, otherwise four bytes with the top bit set.
 fn push_length(out: &mut Vec<u8>, length: usize) {
     match u8::try_from(length) {
         Ok(short @ 0..=127) => out.push(short),
@@ -114,7 +114,7 @@ fn push_length(out: &mut Vec<u8>, length: usize) {
 
 /// Appends a record, padded to a multiple of eight bytes as nginx pads it.
 fn push_record(out: &mut Vec<u8>, kind: u8, content: &[u8]) {
-    let length = u16::try_from(content.len()).expect("callers cut what is longer than a record");
+    let length = u16::try_from(content.len()).expect("callers split content that is longer than a record");
     let padding = content.len().wrapping_neg() & 7;
     out.extend_from_slice(&[wire::VERSION, kind]);
     out.extend_from_slice(&REQUEST_ID.to_be_bytes());
@@ -128,7 +128,7 @@ fn push_record(out: &mut Vec<u8>, kind: u8, content: &[u8]) {
 mod tests {
     use super::*;
 
-    /// Type and content of each record.
+    /// Returns the type and content of each record.
     fn records(mut bytes: &[u8]) -> Vec<(u8, Vec<u8>)> {
         let mut found = Vec::new();
         while !bytes.is_empty() {

@@ -1,7 +1,7 @@
-//! Parses a response: takes bytes, passes the body to a callback, and returns the properties of the response at its end.
+//! Parses a response. Reads bytes, passes the body to a callback, and returns the properties of the response at its end.
 //!
-//! Pure, with bounded memory: only the head is stored. The result does not depend on how the bytes are split. The caller checks
-//! the status and the body.
+//! The parser performs no I/O, and its memory is bounded: only the head is stored. The result does not depend on how the bytes
+//! are split. The caller checks the status and the body.
 
 mod fastcgi;
 mod head;
@@ -15,11 +15,11 @@ pub(crate) struct End {
     /// FastCGI's `protocolStatus` if it is not zero, which means that the request was not served.
     pub(crate) refused: Option<u8>,
     pub(crate) status: u16,
-    /// Whether the server leaves the connection open.
+    /// Whether the server keeps the connection open.
     pub(crate) keep: bool,
 }
 
-/// A violation of the protocol. The connection cannot be used afterwards.
+/// A violation of the protocol, after which the connection cannot be used.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Malformed(pub(crate) String);
 
@@ -46,8 +46,8 @@ impl Response {
         }
     }
 
-    /// Takes the next bytes of the connection. Bytes after the end of the response are malformed, because no request asked for
-    /// them.
+    /// Parses the next bytes of the connection. Bytes after the end of the response are malformed, because no further request
+    /// was sent.
     pub(crate) fn feed(&mut self, bytes: &[u8], body: &mut impl FnMut(&[u8])) -> Result<Option<End>, Malformed> {
         match self {
             Self::Fastcgi(reader) => reader.feed(bytes, body),
@@ -55,7 +55,7 @@ impl Response {
         }
     }
 
-    /// To be called when the server has closed the connection. Returns `None` if the response was incomplete.
+    /// Must be called when the server has closed the connection. Returns `None` if the response was incomplete.
     pub(crate) fn closed(&mut self) -> Option<End> {
         match self {
             Self::Fastcgi(_) => None,
@@ -70,14 +70,14 @@ impl Malformed {
     }
 }
 
-/// Takes up to `wanted` bytes from the front of `bytes`.
+/// Removes up to `wanted` bytes from the front of `bytes`.
 fn take<'a>(bytes: &mut &'a [u8], wanted: usize) -> &'a [u8] {
     let (taken, rest) = bytes.split_at(wanted.min(bytes.len()));
     *bytes = rest;
     taken
 }
 
-/// Like `take`, but decrements a 64-bit remaining length.
+/// Like `take`, but decrements the remaining length, which is a 64-bit number.
 fn take_counted<'a>(bytes: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
     let taken = take(bytes, usize::try_from(*left).unwrap_or(usize::MAX));
     *left -= taken.len() as u64;
@@ -95,7 +95,7 @@ mod tests {
         pub(super) end: Result<Option<End>, Malformed>,
     }
 
-    /// Feeds the parts one by one, then closes the connection.
+    /// Parses the parts one by one, then closes the connection.
     fn read<'a>(protocol: Protocol, pieces: impl IntoIterator<Item = &'a [u8]>) -> Read {
         let mut response = Response::new(protocol);
         let mut body = Vec::new();
@@ -115,13 +115,13 @@ mod tests {
         Read { body, end }
     }
 
-    /// Reads the bytes whole, byte by byte, cut in two at every position, and cut at random; all results must agree.
+    /// Parses the bytes whole, byte by byte, split in two at every position, and split at random. All results must agree.
     pub(super) fn read_split(protocol: Protocol, bytes: &[u8]) -> Read {
         let whole = read(protocol, [bytes]);
         assert_eq!(read(protocol, bytes.chunks(1)), whole, "byte by byte");
         for at in 0..=bytes.len() {
             let (first, second) = bytes.split_at(at);
-            assert_eq!(read(protocol, [first, second]), whole, "cut at {at}");
+            assert_eq!(read(protocol, [first, second]), whole, "split at {at}");
         }
         let seed = fastrand::u64(..);
         let mut random = fastrand::Rng::with_seed(seed);

@@ -1,8 +1,8 @@
-//! Runs the closed loop: each client sends a request, waits for the response, and sends the next request, until the time is up
-//! or the requests are used up.
+//! Runs the closed loop. Each client sends a request, waits for the response, and sends the next request, until the time has
+//! passed or all requests have been sent.
 //!
-//! One level-triggered epoll instance has all connections. A client's events carry its index. A stale event from a connection
-//! that was closed meanwhile is harmless, because reading from the new connection returns `EAGAIN`.
+//! One level-triggered epoll instance contains all connections. A client's events contain its index. A stale event from a
+//! connection that has been closed is harmless, because reading from the new connection returns `EAGAIN`.
 
 use std::time::{Duration, Instant};
 
@@ -19,13 +19,13 @@ use crate::socket::Socket;
 use crate::tally::{Fault, Kind, Tally};
 use crate::target::Peer;
 
-/// A client that could not connect retries after this delay.
+/// Delay after which a client that could not connect retries.
 const BACK_OFF: Duration = Duration::from_millis(2);
 
-/// How often to check the clients for timeouts.
+/// Interval between checks of the clients for timeouts.
 const SCAN: Duration = Duration::from_millis(20);
 
-/// A request that has waited longer than this at the end of the run counts as starved.
+/// Time after which a request that is incomplete at the end of the run counts as starved.
 const STARVED: Duration = Duration::from_secs(1);
 
 const EVENTS_AT_ONCE: usize = 256;
@@ -36,14 +36,15 @@ const BUFFER_LEN: usize = 256 * 1024;
 pub(crate) struct Outcome {
     pub(crate) tally: Tally,
     pub(crate) elapsed: Duration,
-    /// Requests that were incomplete at the end of the run.
+    /// Number of requests that were incomplete at the end of the run.
     pub(crate) in_flight: u64,
-    /// Requests in flight that had waited for over a second.
+    /// Number of requests in flight that had waited for over a second.
     pub(crate) starved: u64,
-    /// Clients that were waiting at the end, and for which no request had completed in the measured time.
+    /// Number of clients that were waiting at the end, and for which no request had completed in the measured time.
     pub(crate) unserved: u64,
     pub(crate) warmup_errors: u64,
-    /// `None` if no processes were named, if one of them has exited, or if the time is too short to be significant.
+    /// CPU time of the server. `None` if no processes were given, if one of them has exited, or if the time is too short to be
+    /// significant.
     pub(crate) server_cpu: Option<Duration>,
     pub(crate) own_cpu: Duration,
 }
@@ -56,7 +57,7 @@ struct Client {
     connected: bool,
     /// Whether `socket` is registered for writability.
     blocked: bool,
-    /// When the request in flight began.
+    /// Time at which the request in flight began.
     began: Option<Instant>,
     sent: usize,
     answered: bool,
@@ -73,11 +74,11 @@ struct Run<'a> {
     request: Vec<u8>,
     keep: bool,
     timeout: Duration,
-    /// The number of requests that may still be started.
+    /// Number of requests that may still be started.
     budget: u64,
     epoll: Epoll,
     clients: Vec<Client>,
-    /// The number of clients with `retry_at`.
+    /// Number of clients with `retry_at`.
     backing_off: usize,
     tally: Tally,
     buffer: Vec<u8>,
@@ -214,7 +215,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Fails requests that have taken too long, and lets waiting clients reconnect.
+    /// Fails requests that have taken too long, and reconnects clients whose delay has passed.
     fn scan(&mut self, now: Instant) -> Result<(), Error> {
         for index in 0..self.clients.len() {
             let client = &mut self.clients[index];
@@ -288,7 +289,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Writes as much of the request as possible. Returns true if all of it is written. The only error is that there is no
+    /// Writes as much of the request as possible. Returns true if the whole request is written. Fails only if there is no
     /// connection.
     fn write(&mut self, index: usize) -> Result<bool, Fault> {
         let client = &mut self.clients[index];
@@ -305,7 +306,7 @@ impl<'a> Run<'a> {
                 Err(error) if !client.connected && !matches!(error, Errno::EPIPE | Errno::ECONNRESET) => {
                     return Err(Fault::new(Kind::Connect, error.desc()));
                 }
-                // The server has closed the connection. Data that it sent before can still be read.
+                // The server has closed the connection. Data that it sent earlier can still be read.
                 Err(_) => {
                     client.sent = self.request.len();
                     client.connected = true;
@@ -358,7 +359,7 @@ impl<'a> Run<'a> {
         self.begin(index, now)
     }
 
-    /// Handles a failed request; its connection is closed or cannot be reused.
+    /// Handles a failed request, whose connection is closed or cannot be reused.
     fn fail(&mut self, index: usize, fault: Fault) -> Result<(), Error> {
         let now = Instant::now();
         let client = &mut self.clients[index];

@@ -11,13 +11,13 @@ use nix::sys::time::{TimeVal, TimeValLike as _};
 
 use crate::target::Peer;
 
-/// A stream socket. It is closed when dropped.
+/// A stream socket, which is closed when dropped.
 #[derive(Debug)]
 pub(crate) struct Socket(OwnedFd);
 
 impl Socket {
-    /// Starts to connect without waiting. Returns whether the connection is already established. If not, `send` returns
-    /// `EAGAIN` until it is, or the error of the connect.
+    /// Starts to connect without waiting. Returns whether the connection is already established. If it is not, `send` returns
+    /// `EAGAIN` until the connection is established, or the error from the connect.
     pub(crate) fn open(peer: &Peer) -> Result<(Self, bool), Errno> {
         let socket = Self::unconnected(peer, SockFlag::SOCK_NONBLOCK)?;
         match connect(socket.0.as_raw_fd(), peer.address()) {
@@ -27,8 +27,8 @@ impl Socket {
         }
     }
 
-    /// Connects, and waits until the connection is established. Each call on the socket returns `EAGAIN` after waiting for
-    /// `timeout`.
+    /// Connects, and waits until the connection is established. Each call on the socket blocks for up to `timeout`, and then
+    /// returns `EAGAIN`.
     pub(crate) fn open_blocking(peer: &Peer, timeout: Duration) -> Result<Self, Errno> {
         let socket = Self::unconnected(peer, SockFlag::empty())?;
         let timeout = TimeVal::microseconds(i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX));
@@ -50,7 +50,7 @@ impl Socket {
         retry_interrupted(|| send(self.0.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL))
     }
 
-    /// Returns zero if the server has closed the connection.
+    /// Receives data. Returns zero if the server has closed the connection.
     pub(crate) fn receive(&self, into: &mut [u8]) -> Result<usize, Errno> {
         retry_interrupted(|| recv(self.0.as_raw_fd(), into, MsgFlags::empty()))
     }
@@ -71,7 +71,7 @@ fn retry_interrupted(mut call: impl FnMut() -> Result<usize, Errno>) -> Result<u
     }
 }
 
-/// Raises the descriptor limit as far as possible. If that is still too low, connecting fails and the failure is counted.
+/// Raises the descriptor limit as far as possible. If the limit is still too low, connecting fails and the failure is counted.
 pub(crate) fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);

@@ -1,4 +1,4 @@
-//! Counts the outcomes and latencies of a run. Pure.
+//! Counts the outcomes and latencies of a run. Performs no I/O.
 
 use std::time::Duration;
 
@@ -7,7 +7,8 @@ use hdrhistogram::Histogram;
 /// The ways in which a request can fail. Each failed request is counted under exactly one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// No connection: refused, accept queue full, or no free descriptors or ports.
+    /// The client could not connect: the connection was refused, the accept queue was full, or there were no free descriptors
+    /// or ports.
     Connect,
     /// The server closed the connection before the first byte of a response. (A web server may send such a request again.)
     Dropped,
@@ -17,13 +18,13 @@ pub(crate) enum Kind {
     Malformed,
     /// FastCGI's END_REQUEST reports that the request was not served.
     Refused,
-    /// Complete, but the status is not 200.
+    /// The response is complete, but the status is not 200.
     Status,
-    /// Complete, but the body has the wrong length.
+    /// The response is complete, but the body has the wrong length.
     Length,
-    /// Complete and of the correct length, but the body differs from that of the first response.
+    /// The response is complete and has the right length, but the body differs from that of the first response.
     Content,
-    /// Not complete in time.
+    /// The response was not complete in time.
     Timeout,
 }
 
@@ -84,7 +85,7 @@ impl Fault {
 }
 
 impl Tally {
-    /// Latencies above this value are counted as this value.
+    /// Maximum latency. Longer latencies are counted as this value.
     const LONGEST: Duration = Duration::from_secs(3600);
 
     pub(crate) fn new() -> Self {
@@ -104,7 +105,7 @@ impl Tally {
         count.first.get_or_insert(fault.what);
     }
 
-    /// Completed requests, successful or not.
+    /// Returns the number of completed requests, successful or not.
     pub(crate) fn finished(&self) -> u64 {
         self.ok + self.errors()
     }
@@ -113,19 +114,19 @@ impl Tally {
         self.faults.iter().map(|count| count.times).sum()
     }
 
-    /// The number of failures of this kind, and the first message.
+    /// Returns the number of failures of this kind, and the first message.
     pub(crate) fn faults(&self, kind: Kind) -> (u64, Option<&str>) {
         let count = &self.faults[kind as usize];
         (count.times, count.first.as_deref())
     }
 
-    /// One of the failures, if there were any.
+    /// Returns one of the failures, if there were any.
     pub(crate) fn first_fault(&self) -> Option<Fault> {
         let mut faults = Kind::ALL.into_iter().map(|kind| (kind, self.faults(kind).1));
         faults.find_map(|(kind, first)| Some(Fault::new(kind, first?)))
     }
 
-    /// The latency of successful requests at `quantile`, accurate to 1 %.
+    /// Returns the latency of successful requests at `quantile`, accurate to 1 %.
     pub(crate) fn latency(&self, quantile: f64) -> Duration {
         Duration::from_nanos(self.latency_ns.value_at_quantile(quantile))
     }

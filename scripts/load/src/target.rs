@@ -15,7 +15,7 @@ pub(crate) enum Protocol {
     Http,
 }
 
-/// A server as named on the command line.
+/// A server, as given on the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Target {
     pub(crate) protocol: Protocol,
@@ -49,7 +49,7 @@ impl Target {
         Ok(Peer::Inet { address: address.into(), family })
     }
 
-    /// The value of `Host` for an HTTP request.
+    /// Returns the value of `Host` for an HTTP request.
     pub(crate) fn host(&self) -> &str {
         match &self.place {
             Place::Unix { .. } => "localhost",

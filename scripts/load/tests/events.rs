@@ -1,5 +1,5 @@
-//! Runs `forkyard-load events` against an event server with one fault, and checks that the fault is counted as that kind of
-//! fault.
+//! Runs `forkyard-load events` against an event server with one fault, and checks that the fault is counted as the right kind
+//! of fault.
 
 #[path = "../../../tests/common/limit.rs"]
 mod limit;
@@ -43,7 +43,7 @@ impl Server {
     fn start(name: &str, does: Does) -> String {
         let name = format!("forkyard-load-test-{}-events-{name}", std::process::id());
         let address = SocketAddr::from_abstract_name(&name).expect("a short name");
-        let listener = UnixListener::bind_addr(&address).expect("a name of our own");
+        let listener = UnixListener::bind_addr(&address).expect("the name is unique");
         let server = Arc::new(Self { does, streams: Mutex::default(), delayed: Mutex::default() });
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -56,7 +56,7 @@ impl Server {
 
     /// Serves requests until the client closes the connection or subscribes.
     fn serve(&self, mut stream: UnixStream) {
-        let mut reader = BufReader::new(stream.try_clone().expect("a descriptor more"));
+        let mut reader = BufReader::new(stream.try_clone().expect("a free descriptor"));
         loop {
             let (mut first, mut length) = (String::new(), 0);
             if reader.read_line(&mut first).is_ok_and(|count| count == 0) {
@@ -66,7 +66,7 @@ impl Server {
                 let mut line = String::new();
                 reader.read_line(&mut line).expect("a head");
                 match line.trim_end().split_once(": ") {
-                    Some(("Content-Length", text)) => length = text.parse().expect("a number"),
+                    Some(("Content-Length", text)) => length = text.parse().expect("the length is a number"),
                     Some(_) => {}
                     None => break,
                 }
@@ -77,7 +77,9 @@ impl Server {
                 return self.subscribe(stream);
             }
             if first.starts_with("GET /page ") {
-                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\npage\n").expect("a subscriber to be");
+                stream
+                    .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\npage\n")
+                    .expect("the future subscriber is connected");
                 continue;
             }
             assert!(first.starts_with("POST /publish "), "{first}");
@@ -99,13 +101,13 @@ impl Server {
             Does::RefusesSubscribers => "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
             _ => "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n: a\n\r\n",
         };
-        stream.write_all(head.as_bytes()).expect("a subscriber");
+        stream.write_all(head.as_bytes()).expect("the subscriber is connected");
         self.streams.lock().expect("no panic").push(stream);
     }
 
     fn publish(&self, data: &str) {
         let event = format!("id: x\ndata: {data}\n\n");
-        let number: u64 = data.split_once(' ').expect("two numbers").0.parse().expect("a number");
+        let number: u64 = data.split_once(' ').expect("the data has two numbers").0.parse().expect("a number");
         let text = match (number, self.does) {
             (3, Does::Loses) => return,
             (3, Does::Doubles) => event.clone() + &event,
@@ -113,7 +115,9 @@ impl Server {
             (3, Does::Delays) => return self.delayed.lock().expect("no panic").push_str(&event),
             (3, Does::CutsStreams) => {
                 let streams = std::mem::take(&mut *self.streams.lock().expect("no panic"));
-                return streams.iter().for_each(|stream| stream.shutdown(Shutdown::Both).expect("a connection"));
+                return streams
+                    .iter()
+                    .for_each(|stream| stream.shutdown(Shutdown::Both).expect("the stream is connected"));
             }
             _ => event + &std::mem::take(&mut *self.delayed.lock().expect("no panic")),
         };
@@ -123,7 +127,7 @@ impl Server {
     }
 }
 
-/// The report, or the error message, and the exit status.
+/// Returns the report or the error message, and the exit status.
 fn against(name: &str, does: Does, more: &str) -> (serde_json::Value, Option<i32>) {
     let output = Command::new(env!("CARGO_BIN_EXE_forkyard-load"))
         .args(["events", "--connect", &Server::start(name, does), "--subscribe", "/events", "--publish", "/publish"])
@@ -137,7 +141,7 @@ fn against(name: &str, does: Does, more: &str) -> (serde_json::Value, Option<i32
     (serde_json::from_str(&text).unwrap_or_else(|_| otherwise()), output.status.code())
 }
 
-/// Deliveries, missing, doubled and errors.
+/// Returns the numbers of deliveries, missing events, duplicates and errors.
 fn counts(json: &serde_json::Value) -> [Option<u64>; 4] {
     ["deliveries", "missing", "doubled", "errors"].map(|field| json[field].as_u64())
 }

@@ -17,7 +17,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 const HTTP_OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello";
 const REQUESTS: u64 = 5;
 
-/// The server's behavior after it has answered the first connection correctly.
+/// How the server behaves after it has answered the first connection correctly.
 #[derive(Clone, Copy)]
 enum Does {
     /// Sends these bytes and waits for the next request.
@@ -26,7 +26,7 @@ enum Does {
     Closes(&'static [u8]),
     /// Sends nothing.
     Waits,
-    /// Closes before the request arrives.
+    /// Closes the connection before the request arrives.
     Leaves,
 }
 
@@ -56,7 +56,7 @@ fn listener(name: &str) -> (String, UnixListener) {
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     let name = format!("forkyard-load-test-{}-{number}-{name}", std::process::id());
     let address = SocketAddr::from_abstract_name(&name).expect("a short name");
-    (format!("unix:@{name}"), UnixListener::bind_addr(&address).expect("a name of our own"))
+    (format!("unix:@{name}"), UnixListener::bind_addr(&address).expect("the name is unique"))
 }
 
 /// Reads one request. Returns false if the client has closed the connection.
@@ -154,8 +154,8 @@ fn each_fault_is_counted_as_what_it_is() {
         ("content", Does::Answers(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhullo")),
         ("timeout", Does::Waits),
     ] {
-        // For a timeout, all requests run at once with a short limit. Otherwise the limit is so long that a busy machine does
-        // not reach it.
+        // For a timeout, all requests run at the same time with a short limit. For other faults, the limit is so long that it
+        // does not expire even on a busy machine.
         let (clients, timeout) = if kind == "timeout" { (REQUESTS, "3s") } else { (2, "60s") };
         let args = format!("-n {REQUESTS} -c {clients} --timeout {timeout}");
         against(kind, does, &args).all_failed(kind);
@@ -175,14 +175,14 @@ fn a_server_that_has_gone() {
     let (address, listener) = listener("gone");
     let server = thread::spawn(move || {
         let (mut stream, _) = listener.accept().expect("the first connection");
-        // Closing alone is not enough, because a child forked by another test may hold a copy of the descriptor until it calls
-        // exec.
+        // Closing the listener is not sufficient, because a child forked by another test may hold a copy of the descriptor
+        // until it calls exec.
         shutdown(listener.as_raw_fd(), Shutdown::Both).expect("a listening socket");
         assert!(request_came(&mut stream));
-        stream.write_all(HTTP_OK).expect("the client waits");
+        stream.write_all(HTTP_OK).expect("the client is waiting");
     });
     load(&format!("http:{address}"), "-n 5 -c 2").all_failed("connect");
-    server.join().expect("the server did what it should");
+    server.join().expect("the server thread does not panic");
 }
 
 #[test]
@@ -253,5 +253,9 @@ fn large_requests_and_responses() {
 #[test]
 fn the_time_limit_ends_a_run_of_requests() {
     let told = against("both", Does::Waits, "-n 5 -d 3s");
-    assert_eq!((told.number("requests"), told.number("in_flight")), (0, 1), "ended by its time, not by a timeout");
+    assert_eq!(
+        (told.number("requests"), told.number("in_flight")),
+        (0, 1),
+        "the run ended at its time limit, not by a timeout"
+    );
 }

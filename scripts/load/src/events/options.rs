@@ -11,7 +11,8 @@ use crate::target::{Protocol, Target};
 ///
 /// The server sends each event posted to one path to all subscribers of another path, as Server-Sent Events.
 ///
-/// Exit status: 0 each event arrived once and in order, 1 there was no run, 2 wrong usage, 3 some events did not.
+/// Exit status: 0 each event arrived once and in order, 1 no run took place, 2 wrong usage, 3 some events did not arrive once
+/// and in order.
 #[derive(Debug, Args)]
 pub(crate) struct EventsOptions {
     /// The server: http:HOST:PORT, http:unix:PATH or http:unix:@NAME
@@ -30,19 +31,19 @@ pub(crate) struct EventsOptions {
     #[arg(long, value_name = "URI", value_parser = uri)]
     pub(crate) publish: String,
 
-    /// Subscribers, each with a connection
+    /// Number of subscribers, each with its own connection
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) subscribers: u32,
 
-    /// Events a second
+    /// Events per second
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub(crate) rate: u32,
 
-    /// How long to publish
+    /// Time for which events are published
     #[arg(long, short = 'd', value_name = "TIME", default_value = "5s", value_parser = positive_duration)]
     pub(crate) duration: Duration,
 
-    /// Give up when nothing has arrived for this time
+    /// Stop when no data has arrived for this time
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive_duration)]
     pub(crate) timeout: Duration,
 
@@ -56,7 +57,7 @@ pub(crate) struct EventsOptions {
 }
 
 impl EventsOptions {
-    /// The number of events to publish, at least one.
+    /// Returns the number of events to publish, which is at least one.
     pub(crate) fn events(&self) -> u64 {
         let events = self.duration.as_millis() * u128::from(self.rate) / 1000;
         u64::try_from(events).unwrap_or(u64::MAX).max(1)

@@ -1,4 +1,4 @@
-//! Publishes the events: one request after another on a kept connection, each at its scheduled time.
+//! Publishes the events: one request after another on a keep-alive connection, each at its scheduled time.
 
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -12,10 +12,10 @@ use crate::socket::Socket;
 use crate::tally::{Fault, Kind, Tally};
 use crate::target::{Peer, Protocol};
 
-/// The time between two of the events published before the measurement.
+/// Time between two of the events published before the measurement.
 const EARLY: Duration = Duration::from_millis(100);
 
-/// The time to wait after the last of these events, so that all of them can arrive.
+/// Time to wait after the last of these events, so that all of them can arrive.
 const SETTLE: Duration = Duration::from_millis(500);
 
 pub(super) struct Publisher<'a> {
@@ -28,13 +28,13 @@ pub(super) struct Publisher<'a> {
 /// The result of publishing.
 #[derive(Debug)]
 pub(super) struct Published {
-    /// The time from request to response.
+    /// Times from request to response.
     pub(super) tally: Tally,
-    /// The server's usage when the first event was due.
+    /// Usage of the server when the first event was due.
     pub(super) before: Usage,
-    /// From the first event's due time to the last response.
+    /// Time from the first event's due time to the last response.
     pub(super) elapsed: Duration,
-    /// The largest delay of an event after its due time.
+    /// Largest delay of an event after its due time.
     pub(super) late: Duration,
 }
 

@@ -23,27 +23,27 @@ pub(super) struct Outcome {
     pub(super) published: Published,
 }
 
-/// The figures of one run. The field names are those of the JSON.
+/// The figures of one run. The field names are the names in the JSON.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     target: String,
     subscribers: u32,
     rate: u32,
     events: u64,
-    /// From the first event to the response to the last one.
+    /// Time from the first event to the response to the last event.
     publish_seconds: f64,
-    /// The largest delay of an event because the previous one was not answered yet.
+    /// Largest delay of an event because the previous event had not been answered.
     late_max_us: f64,
-    /// From an event's request to its response.
+    /// Time from an event's request to its response.
     publish_p50_us: f64,
     publish_p99_us: f64,
     deliveries: u64,
-    /// Events that a subscriber did not receive.
+    /// Number of events that a subscriber did not receive.
     missing: u64,
-    /// Events that a subscriber received twice or out of order.
+    /// Number of events that a subscriber received twice or out of order.
     doubled: u64,
     deliveries_per_second: f64,
-    /// From before the event's request to a subscriber's read.
+    /// Time from just before the event's request to a subscriber's read.
     latency_p50_us: f64,
     latency_p99_us: f64,
     latency_max_us: f64,
@@ -52,11 +52,13 @@ pub(crate) struct Report {
     /// CPU time per delivery.
     server_cpu_us: Option<f64>,
     client_cpu_us: Option<f64>,
-    /// The server's memory, before the first subscription and at the end.
+    /// Memory of the server before the first subscription.
     memory_bytes_before: Option<u64>,
+    /// Memory of the server at the end.
     memory_bytes: Option<u64>,
-    /// The growth of this memory per subscriber, until all had subscribed and until the end.
+    /// Growth of this memory per subscriber until all had subscribed.
     memory_each_subscribed: Option<u64>,
+    /// Growth of this memory per subscriber until the end.
     memory_each: Option<u64>,
 }
 
@@ -98,7 +100,7 @@ impl Report {
         }
     }
 
-    /// Whether every subscriber received every event, once and in order.
+    /// Returns whether every subscriber received every event, once and in order.
     pub(crate) fn clean(&self) -> bool {
         self.missing == 0 && self.doubled == 0 && self.errors == 0
     }

@@ -1,36 +1,36 @@
-//! Parses the stream of one subscriber, and checks whether each event is the next one. Pure.
+//! Parses the stream of one subscriber, and checks whether each event is the next one. Performs no I/O.
 
 use crate::response::Malformed;
 
-/// The longest line that is accepted.
+/// Maximum length of a line.
 const LIMIT: usize = 4096;
 
 /// The state of one subscriber's stream, which may arrive split at any point.
 #[derive(Debug, Default)]
 pub(super) struct Stream {
-    /// The part of a line received so far.
+    /// The part of a line that has been received so far.
     rest: Vec<u8>,
-    /// Whether the current event has a name. Named events are the server's own.
+    /// Whether the current event has a name. The server itself sends named events.
     is_named: bool,
     /// Whether an event has arrived.
     pub(super) is_subscribed: bool,
-    /// The highest number seen.
+    /// The highest number received.
     pub(super) last: u64,
 }
 
 /// The classification of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Came {
-    /// Published before the measurement began.
+    /// An event that was published before the measurement began.
     Early,
-    /// In order, with this number of events missing before it.
+    /// An event that is in order, with this number of events missing before it.
     Next { missing: u64, published_ns: u64 },
-    /// Received twice, or out of order.
+    /// An event that was received twice, or out of order.
     Again,
 }
 
 impl Stream {
-    /// Takes the next part of the response's body.
+    /// Parses the next part of the response's body.
     pub(super) fn feed(&mut self, mut part: &[u8], came: &mut impl FnMut(Came)) -> Result<(), Malformed> {
         while let Some(end) = part.iter().position(|byte| *byte == b'\n') {
             let (line, behind) = (&part[..end], &part[end + 1..]);
@@ -80,7 +80,7 @@ impl Stream {
     }
 }
 
-/// The data of an event: its number, and when it was published.
+/// Returns the data of an event: its number, and the time of its publication.
 pub(super) fn data(number: u64, published_ns: u64) -> String {
     format!("{number} {published_ns}")
 }
@@ -94,7 +94,7 @@ fn parse(data: &[u8]) -> Option<(u64, u64)> {
 mod tests {
     use super::*;
 
-    /// The result for a body, which must not depend on how the body is split.
+    /// Returns the result for a body, which must not depend on how the body is split.
     fn read(body: &str) -> (Vec<Came>, Result<(), Malformed>) {
         let in_pieces = |size: usize| {
             let (mut stream, mut came) = (Stream::default(), Vec::new());

@@ -1,6 +1,6 @@
 //! Opens the subscribers' connections, and reads them when data arrives (level-triggered).
 //!
-//! Connecting and requesting block; after that, only `epoll_wait` blocks.
+//! Connecting and sending the requests block. From then on, only `epoll_wait` blocks.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -18,9 +18,9 @@ use crate::socket::Socket;
 use crate::tally::{Fault, Kind, Tally};
 use crate::target::{Peer, Protocol};
 
-/// The largest number of subscribers that wait for a response while others connect.
+/// Maximum number of subscribers that wait for a response while others connect.
 const UNANSWERED: u32 = 128;
-/// How often to check whether the run is over.
+/// Interval between checks whether the run is over.
 const LOOK: Duration = Duration::from_millis(20);
 
 const EVENTS_AT_ONCE: usize = 256;
@@ -32,13 +32,13 @@ pub(super) struct Subscribers<'a> {
     clock: Instant,
     epoll: Epoll,
     each: Vec<Subscriber>,
-    /// Subscribers whose response has begun.
+    /// Number of subscribers whose response has begun.
     answered: u32,
-    /// Subscribers that have received an event.
+    /// Number of subscribers that have received an event.
     subscribed: u32,
-    /// Subscribers that have received the last event, or whose connection is closed.
+    /// Number of subscribers that have received the last event, or whose connection is closed.
     done: u32,
-    /// When data last arrived.
+    /// Time at which data last arrived.
     progress: Instant,
     seen: Seen,
     buffer: Vec<u8>,
@@ -51,7 +51,7 @@ pub(super) struct Seen {
     pub(super) tally: Tally,
     pub(super) missing: u64,
     pub(super) doubled: u64,
-    /// From the first delivery to the last.
+    /// Time from the first delivery to the last.
     pub(super) elapsed: Duration,
     first: Option<Instant>,
 }
@@ -116,8 +116,8 @@ impl<'a> Subscribers<'a> {
         Ok(())
     }
 
-    /// Reads until all subscribers have all events, or no more data arrives. Returns the CPU time that this process had used
-    /// when all had subscribed.
+    /// Reads until all subscribers have received all events, or no more data arrives. Returns the CPU time that this process
+    /// had used when all had subscribed.
     pub(super) fn read(&mut self, signals: &Signals) -> Result<Duration, Error> {
         self.progress = Instant::now();
         while self.subscribed < self.options.subscribers && !signals.is_published.load(Ordering::Acquire) {
@@ -135,7 +135,7 @@ impl<'a> Subscribers<'a> {
         Ok(own_cpu)
     }
 
-    /// The totals; events that have not arrived count as missing.
+    /// Returns the totals. Events that have not arrived count as missing.
     pub(super) fn finish(mut self) -> Seen {
         let last = self.options.events();
         self.seen.missing +=
@@ -151,7 +151,7 @@ impl<'a> Subscribers<'a> {
         Error::Subscribe { ready: self.subscribed, of: self.options.subscribers, fault }
     }
 
-    /// One iteration in which any failure is an error, because fewer subscribers than requested would remain.
+    /// Runs one iteration in which any failure is an error, because fewer subscribers than requested would remain.
     fn turn_before_all(&mut self) -> Result<(), Error> {
         self.turn()?;
         if let Some(fault) = self.seen.tally.first_fault() {

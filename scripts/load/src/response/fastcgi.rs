@@ -10,11 +10,11 @@ const STDOUT: u8 = 6;
 const STDERR: u8 = 7;
 
 const HEADER_LEN: usize = 8;
-/// END_REQUEST: four bytes of application status, one of protocol status, three of padding.
+/// Length of END_REQUEST: four bytes of application status, one byte of protocol status, and three reserved bytes.
 const END_LEN: usize = 8;
 const REQUEST_COMPLETE: u8 = 0;
 
-/// Parses the records; `stdout` parses the content of STDOUT records.
+/// Parses the records. `stdout` parses the content of STDOUT records.
 #[derive(Debug, Default)]
 pub(crate) struct Reader {
     at: At,
@@ -105,7 +105,7 @@ impl Reader {
         }
     }
 
-    /// The state after a record header.
+    /// Returns the state after a record header.
     fn record(&mut self, header: [u8; HEADER_LEN]) -> Result<At, Malformed> {
         let [version, kind, id_high, id_low, length_high, length_low, padding, _reserved] = header;
         let id = u16::from_be_bytes([id_high, id_low]);
@@ -173,7 +173,7 @@ impl Stdout {
 }
 
 impl<const N: usize> Fixed<N> {
-    /// Returns the block once it is full, and starts a new one.
+    /// Returns the block when it is full, and starts a new block.
     fn fill(&mut self, bytes: &mut &[u8]) -> Option<[u8; N]> {
         let part = take(bytes, N - self.filled);
         let free = self.bytes.iter_mut().skip(self.filled);
@@ -211,12 +211,12 @@ pub(super) mod tests {
         record(END_REQUEST, &[0, 0, 0, 0, protocol_status, 0, 0, 0], 0)
     }
 
-    /// A whole response with this stdout.
+    /// Returns a whole response with this stdout.
     pub(in super::super) fn response(stdout: &[u8]) -> Vec<u8> {
         [record(STDOUT, stdout, 3), record(STDOUT, &[], 0), end(0)].concat()
     }
 
-    /// Status and body of a complete response.
+    /// Returns the status and the body of a complete response.
     fn good(bytes: &[u8]) -> (u16, Vec<u8>) {
         let result = read_split(Protocol::Fastcgi, bytes);
         let end = result.end.expect("not malformed").expect("complete");

@@ -4,10 +4,10 @@ use httparse::{EMPTY_HEADER, Header, Status};
 
 use super::{Malformed, take};
 
-/// The longest head, chunk line or trailer that is accepted.
+/// Maximum length of a head, chunk line or trailer.
 const LIMIT: usize = 32 * 1024;
 
-/// The maximum number of header lines in one head.
+/// Maximum number of header lines in one head.
 pub(super) const MAX_HEADERS: usize = 100;
 
 /// Collects bytes that can be parsed only when they are complete.
@@ -15,8 +15,8 @@ pub(super) const MAX_HEADERS: usize = 100;
 pub(super) struct Collector(Vec<u8>);
 
 impl Collector {
-    /// Takes bytes from the front of `bytes` until `parse` succeeds. `parse` returns the number of bytes that it used. Nothing
-    /// is copied if all of them arrive at once.
+    /// Takes bytes from the front of `bytes` until `parse` succeeds. `parse` returns the number of bytes that it has used. If
+    /// all of these bytes arrive together, they are not copied.
     pub(super) fn collect<T>(
         &mut self,
         bytes: &mut &[u8],
@@ -77,12 +77,12 @@ pub(super) fn parse_cgi(bytes: &[u8]) -> Result<Status<(usize, CgiHead)>, Malfor
     Ok(Status::Complete((used, CgiHead { status, length })))
 }
 
-/// The value of the first header with this name.
+/// Returns the value of the first header with this name.
 pub(super) fn value<'a>(lines: &[Header<'a>], name: &str) -> Option<&'a [u8]> {
     lines.iter().find(|line| line.name.eq_ignore_ascii_case(name)).map(|line| line.value)
 }
 
-/// Whether `token` occurs in the comma-separated list that all headers with this name form.
+/// Returns whether `token` occurs in the comma-separated list that all headers with this name form.
 pub(super) fn has_token(lines: &[Header<'_>], name: &str, token: &str) -> bool {
     lines
         .iter()
@@ -91,7 +91,7 @@ pub(super) fn has_token(lines: &[Header<'_>], name: &str, token: &str) -> bool {
         .any(|item| item.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
 }
 
-/// `Content-Length`, which may be repeated only with the same value.
+/// Returns `Content-Length`, which may be repeated only with the same value.
 pub(super) fn content_length(lines: &[Header<'_>]) -> Result<Option<u64>, Malformed> {
     let mut found = None;
     for line in lines.iter().filter(|line| line.name.eq_ignore_ascii_case("Content-Length")) {
@@ -104,7 +104,7 @@ pub(super) fn content_length(lines: &[Header<'_>]) -> Result<Option<u64>, Malfor
     Ok(found)
 }
 
-/// `200 OK` or `200`.
+/// Parses a status such as `200 OK` or `200`.
 fn parse_status(text: &[u8]) -> Result<u16, Malformed> {
     let code = text.split(|&byte| byte == b' ').next().unwrap_or_default();
     digits(code)
@@ -113,7 +113,7 @@ fn parse_status(text: &[u8]) -> Result<u16, Malformed> {
         .ok_or_else(|| Malformed::new("Status is not a number of three digits"))
 }
 
-/// A number of digits only: no sign, no space.
+/// Parses a number that consists of only digits, without a sign or a space.
 fn digits(text: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(text).ok()?;
     if !text.bytes().all(|byte| byte.is_ascii_digit()) {

@@ -5,7 +5,7 @@ use httparse::{EMPTY_HEADER, Status};
 use super::head::{Collector, MAX_HEADERS, content_length, has_token};
 use super::{End, Malformed, take_counted};
 
-/// Parses one response; interim responses (1xx) before it are skipped.
+/// Parses one response. Interim responses (1xx) before it are skipped.
 #[derive(Debug, Default)]
 pub(crate) struct Reader {
     at: At,
