@@ -1,8 +1,8 @@
 //! An application that logs a line in each hook.
 //!
 //! `cargo run --example hooks -- --bind http:127.0.0.1:8080 --workers 1`, then `/crash` kills a worker, and `/hang`
-//! blocks a thread. While the file in `HOOKS_REFUSE` exists, no worker is forked. While the file in `HOOKS_SPOIL`
-//! exists, no worker becomes ready.
+//! blocks a thread. While the file named by the variable `HOOKS_REFUSE` exists, no worker is forked. While the file
+//! named by `HOOKS_SPOIL` exists, no worker becomes ready.
 
 use std::path::Path;
 use std::process::ExitCode;

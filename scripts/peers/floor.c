@@ -3,10 +3,10 @@
  *   floor fastcgi WORKERS SIZE PATH     on a Unix socket
  *   floor http WORKERS SIZE             on a free port of loopback
  *
- * It prints its address when it listens. It checks only where a request ends and whether its connection is kept. The
- * response is always the same SIZE bytes, prepared before the first fork: one recv and one send per request. It supports
- * only the benchmark's client, which sends each request in one write and reads each response: a connection with a partial
- * request is closed.
+ * It prints its address when it is listening. It checks only where a request ends and whether its connection stays open.
+ * The response is always the same SIZE bytes, which are prepared before the first fork, so a request takes one recv and one
+ * send. The program supports only the benchmark's client, which sends each request in one write and reads each response. A
+ * connection with a partial request is closed.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -105,7 +105,7 @@ static struct request fastcgi_request(const unsigned char *bytes, size_t n) {
     return request;
 }
 
-/* ---- a connection; false: it is closed ---- */
+/* ---- a connection; the functions return false if it is closed ---- */
 
 static bool answer(int fd, const struct request *request) {
     const size_t records[] = {0, end_at, end_at + HEADER};
@@ -140,7 +140,7 @@ static bool serve(int fd) {
 
 /* ---- a worker ---- */
 
-/* Balances kept connections: a worker with over an eighth more than another worker leaves new connections to the latter. */
+/* Balances keep-alive connections: a worker with over an eighth more than another worker leaves new connections to that worker. */
 static bool has_enough(int me) {
     int mine = connections[me], fewest = mine;
 
@@ -166,7 +166,7 @@ static void advance(struct connection *c, int me) {
     }
 }
 
-/* The request of a new connection has usually arrived already, so it is read at once. */
+/* The request on a new connection has usually arrived already, so it is read immediately. */
 static void welcome(int me) {
     for (int i = 0; i < ACCEPTS && !has_enough(me); i++) {
         int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);

@@ -1,5 +1,5 @@
 <?php
-// A page of 16 KiB from APCu, the cache that the children of one php-fpm pool share.
+// A page of 16 KiB from APCu, the cache that the children of a php-fpm pool share.
 $page = apcu_fetch('page');
 if ($page === false) {
     $page = '';

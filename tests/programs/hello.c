@@ -1,6 +1,6 @@
 /* A FastCGI program on libfcgi, for the tests: one connection at a time, one request on each.
  *
- *   /hello  prints hello          /env     its environment, one variable per line
+ *   /hello  prints hello          /env     prints its environment, one variable per line
  *   /echo   returns the body      /params  the parameters of the request, one per line
  *   /pid    prints its pid        /abort   kills it by SIGABRT
  *
