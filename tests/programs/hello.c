@@ -2,10 +2,10 @@
  *
  *   /hello  prints hello          /env     prints its environment, one variable per line
  *   /echo   returns the body      /params  the parameters of the request, one per line
- *   /pid    prints its pid        /abort   kills it by SIGABRT
+ *   /pid    prints its pid        /abort   kills itself with SIGABRT
  *
- * On SIGTERM it finishes the current request and exits. Therefore it calls accept itself, and unblocks the signal
- * only there, because FCGX_Accept_r drops a connection if a signal arrives before the connection's first byte does.
+ * On SIGTERM it finishes the current request and exits. It calls accept itself and unblocks the signal only there,
+ * because FCGX_Accept_r drops a connection if a signal arrives before the connection's first byte.
  *
  * cc -o hello hello.c -lfcgi
  */
@@ -88,7 +88,7 @@ int main(void) {
 
     sigemptyset(&term);
     sigaddset(&term, SIGTERM);
-    /* No listening socket: if a connection is invalid, FCGX_Accept_r returns here for the next one. */
+    /* There is no listening socket. If a connection is invalid, FCGX_Accept_r returns, and the loop accepts the next one. */
     if (sigaction(SIGTERM, &on_term, NULL) != 0 || FCGX_Init() != 0 || FCGX_InitRequest(&request, -1, 0) != 0)
         return 1;
     for (;;) {
