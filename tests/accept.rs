@@ -23,7 +23,7 @@ const SOON: Duration = Duration::from_secs(5);
 
 /// One of four workers is blocked by a request for `hold`; requests for `next` on new connections must still be answered. `kept` is the
 /// number of connections that are opened beforehand.
-fn nobody_waits_for_the_one_that_is_held_up(protocol: Protocol, hold: &str, next: &str, kept: usize) {
+fn check_that_new_connections_do_not_wait(protocol: Protocol, hold: &str, next: &str, kept: usize) {
     let mut server = protocol.start("holds", &["--workers", "4", "--threads", "1"]);
     let bind = server.binds[0].clone();
     let ask = |stream: &mut UnixStream| assert_eq!(raw::ask(stream, &protocol.head("GET", next, 0)).0, 200);
@@ -73,17 +73,17 @@ fn nobody_waits_for_the_one_that_is_held_up(protocol: Protocol, hold: &str, next
 }
 
 #[test]
-fn nobody_waits_for_a_blocking_function_of_another() {
+fn new_connections_do_not_wait_for_a_worker_with_a_blocked_thread() {
     for (protocol, kept) in KEPT.into_iter().flat_map(|protocol| [(protocol, 0), (protocol, 32)]) {
-        nobody_waits_for_the_one_that_is_held_up(protocol, "/hold", "/", kept);
+        check_that_new_connections_do_not_wait(protocol, "/hold", "/", kept);
     }
 }
 
 #[test]
-fn nobody_waits_for_an_event_loop_that_hangs() {
+fn new_connections_do_not_wait_for_a_worker_whose_event_loop_hangs() {
     for (protocol, kept) in KEPT.into_iter().flat_map(|protocol| [(protocol, 0), (protocol, 32)]) {
         for next in ["/", "/loop/"] {
-            nobody_waits_for_the_one_that_is_held_up(protocol, "/loop/hold", next, kept);
+            check_that_new_connections_do_not_wait(protocol, "/loop/hold", next, kept);
         }
     }
 }
@@ -120,7 +120,7 @@ fn wait_until_quiet(server: &Server) {
 }
 
 #[test]
-fn workers_without_connections_sleep_and_a_connection_wakes_one_of_them() {
+fn idle_workers_sleep_and_a_connection_wakes_one_of_them() {
     let mut server = Protocol::FastCgi.start("crashy", &["--workers", "8"]);
     wait_until_quiet(&server);
     let kept: Vec<UnixStream> = (0..16).map(|_| raw::connect(&server.binds[0])).collect();

@@ -38,7 +38,7 @@ fn where_localhost_is(addresses: &[&str], name: &str) -> Command {
 }
 
 #[test]
-fn both_wildcards_can_be_bound_in_any_order_and_each_has_the_clients_of_its_family() {
+fn both_wildcards_can_be_bound_in_any_order_and_each_serves_its_address_family() {
     assert!(has_ipv6(), "this test needs IPv6 on loopback");
     let port = free_port();
     let (v4, v6) = (format!("http:0.0.0.0:{port}"), format!("http:[::]:{port}"));
@@ -51,7 +51,7 @@ fn both_wildcards_can_be_bound_in_any_order_and_each_has_the_clients_of_its_fami
 }
 
 #[test]
-fn all_ipv6_addresses_alone_serve_ipv4_too_and_its_clients_have_ipv4_addresses() {
+fn the_ipv6_wildcard_alone_serves_ipv4_clients_under_their_ipv4_addresses() {
     assert!(has_ipv6(), "this test needs IPv6 on loopback");
     let port = free_port();
     let mut server = mirror(&[&format!("http:[::]:{port}")]);
@@ -61,7 +61,7 @@ fn all_ipv6_addresses_alone_serve_ipv4_too_and_its_clients_have_ipv4_addresses()
 }
 
 #[test]
-fn a_name_stands_for_all_its_addresses_on_one_port_also_after_an_upgrade() {
+fn a_host_name_binds_all_its_addresses_on_one_port_even_after_an_upgrade() {
     assert!(has_ipv6(), "this test needs IPv6 on loopback");
     let mut command = where_localhost_is(&["::1", "127.0.0.1", "192.0.2.1"], "mirror");
     let mut server = Server::start_command(command.args(["--workers", "1", "--bind", "http:localhost:0"]));
@@ -94,7 +94,7 @@ fn a_name_stands_for_all_its_addresses_on_one_port_also_after_an_upgrade() {
 }
 
 #[test]
-fn a_program_that_accepts_for_itself_gets_the_first_address_of_a_name_and_the_log_tells_of_the_others() {
+fn a_program_that_accepts_connections_itself_gets_only_the_first_address_of_a_name() {
     assert!(has_ipv6(), "this test needs IPv6 on loopback");
     let mut command = where_localhost_is(&["127.0.0.1", "::1"], "forkyard");
     command.args(["run", "--bind", "fastcgi:localhost:0", "--workers", "1", "--settle", "0", "--", "sleep", "1000"]);
@@ -105,7 +105,7 @@ fn a_program_that_accepts_for_itself_gets_the_first_address_of_a_name_and_the_lo
 }
 
 #[test]
-fn a_host_without_ipv4_is_served_over_ipv6() {
+fn a_host_without_ipv4_serves_over_ipv6() {
     assert!(nix::unistd::geteuid().is_root(), "this test creates a network namespace: run it as root");
     let script = "ip link set lo up && ip -4 addr flush dev lo && exec \"$0\" \"$@\"";
     let command = |binds: &[&str]| {

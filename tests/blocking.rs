@@ -40,7 +40,7 @@ fn hold(protocol: Protocol, bind: &str, path: &str) -> (UnixStream, TcpStream) {
 }
 
 #[test]
-fn a_run_that_blocks_after_many_quick_ones_holds_up_nobody() {
+fn a_call_that_blocks_after_many_quick_calls_delays_no_other_request() {
     for protocol in [Protocol::Http, Protocol::FastCgi] {
         let mut server = protocol.start("holds", &["--workers", "1", "--threads", "2"]);
         let mut kept = raw::connect(&server.binds[0]);
@@ -61,7 +61,7 @@ fn a_run_that_blocks_after_many_quick_ones_holds_up_nobody() {
 }
 
 #[test]
-fn a_run_that_blocks_gets_its_504_in_time_although_all_threads_are_occupied() {
+fn a_blocked_call_gets_504_in_time_even_if_all_threads_are_occupied() {
     for protocol in raw::ALL {
         let mut server = protocol.start("holds", &["--workers", "1", "--threads", "1", "--request-timeout", "2s"]);
         for _ in 0..MANY {
@@ -77,7 +77,7 @@ fn a_run_that_blocks_gets_its_504_in_time_although_all_threads_are_occupied() {
 }
 
 #[test]
-fn a_page_that_another_worker_renders_holds_up_nobody() {
+fn waiting_for_a_page_from_another_worker_delays_no_other_request() {
     for protocol in [Protocol::Http, Protocol::FastCgi] {
         let mut server = protocol.start("holds", &["--workers", "2", "--threads", "1"]);
         let bind = server.binds[0].clone();
@@ -141,7 +141,7 @@ fn wait_for_occupation(server: &Server, pid: i32) {
 }
 
 #[test]
-fn a_function_that_is_declared_quick_is_answered_like_any_other() {
+fn a_function_declared_quick_is_answered_like_any_other() {
     for protocol in raw::ALL {
         let mut server = protocol.start("quick", &["--workers", "1"]);
         for _ in 0..MANY {
@@ -154,7 +154,7 @@ fn a_function_that_is_declared_quick_is_answered_like_any_other() {
 }
 
 #[test]
-fn more_requests_than_may_wait_get_503_and_as_many_as_may_are_all_answered() {
+fn requests_beyond_the_queue_limit_get_503_and_the_queued_ones_are_answered() {
     let mut server = Protocol::Http.start("holds", &["--workers", "1", "--threads", "1", "--queue", "3"]);
     let bind = server.binds[0].clone();
     let (mut held, gate) = hold(Protocol::Http, &bind, "/hold");

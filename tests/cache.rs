@@ -37,7 +37,7 @@ fn herd(address: &str, target: &str, clients: usize) -> Vec<String> {
 }
 
 #[test]
-fn a_herd_renders_once() {
+fn concurrent_requests_for_a_page_render_it_once() {
     let mut server = Server::start("pages", &[&HTTP[..], &["--workers", "4"]].concat());
     let address = server.http();
     for round in 1..=3 {
@@ -52,7 +52,7 @@ fn a_herd_renders_once() {
 }
 
 #[test]
-fn when_the_renderer_is_killed_another_takes_over() {
+fn when_the_rendering_worker_is_killed_another_worker_takes_over() {
     let mut server = Server::start("pages", &[&HTTP[..], &["--workers", "4"]].concat());
     let address = server.http();
     std::thread::scope(|scope| {
@@ -75,7 +75,7 @@ fn when_the_renderer_is_killed_another_takes_over() {
 }
 
 #[test]
-fn a_cache_in_a_file_is_warm_after_a_stop_and_after_a_crash() {
+fn a_cache_file_is_warm_after_a_stop_and_after_a_crash() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("pages");
     let start = || {

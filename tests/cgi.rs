@@ -75,7 +75,7 @@ fn call(name: &str, method: &str, target: &str) -> Called {
 }
 
 #[test]
-fn a_call_that_may_have_no_threads_is_answered_without_a_panic() {
+fn a_call_that_cannot_create_threads_is_answered_without_a_panic() {
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
     let call = |name: &str, method: &str, target: &str, body: &[u8]| {
         let call = command(name, method, target);
@@ -103,7 +103,7 @@ fn a_call_that_may_have_no_threads_is_answered_without_a_panic() {
 }
 
 #[test]
-fn a_call_is_answered_and_over() {
+fn a_call_is_answered_and_the_process_exits() {
     let large = vec![b'y'; 40 << 10];
     for (name, method, target, body, status, answer) in [
         ("hello", "GET", "/", &b""[..], 200, &b"Hello, world\n"[..]),
@@ -134,7 +134,7 @@ fn a_call_is_answered_and_over() {
 }
 
 #[test]
-fn what_the_application_prints_is_not_in_the_response() {
+fn the_output_of_the_application_is_not_part_of_the_response() {
     for (target, printed) in [("/flood/3", "number 0\nnumber 1\nnumber 2\n"), ("/child", "from a child\n")] {
         let called = call("chatty", "GET", target);
         assert!(called.response.head.starts_with("Status: 200 "), "{target}: {}", called.response.head);
@@ -169,7 +169,7 @@ fn a_body_streams_through() {
 }
 
 #[test]
-fn limits_and_broken_bodies() {
+fn limits_apply_and_incomplete_bodies_are_errors() {
     let mut limited = command("crashy", "POST", "/count");
     let called = run(limited.env("FORKYARD_MAX_BODY", "10"), &[0; 11]);
     assert_eq!((called.response.status(), called.status), (413, Some(0)));
@@ -194,7 +194,7 @@ fn limits_and_broken_bodies() {
 }
 
 #[test]
-fn a_call_has_the_size_and_the_time_that_a_request_has_elsewhere() {
+fn the_limits_of_size_and_time_apply_to_a_call_as_to_any_request() {
     let long = "x".repeat(9000);
     let called = run(command("crashy", "GET", "/ok").envs([("FORKYARD_MAX_PARAMS", "8K"), ("HTTP_X", &long)]), b"");
     assert_eq!((called.response.status(), called.status), (431, Some(0)), "{}", called.errors);
@@ -212,7 +212,7 @@ fn a_call_has_the_size_and_the_time_that_a_request_has_elsewhere() {
 }
 
 #[test]
-fn a_client_gives_no_flags_and_the_operator_may() {
+fn the_operator_can_give_flags_and_a_client_cannot() {
     // The arguments that Apache derives from the URI /count?--max-body+10, and from a URI that contains %3D.
     for (query, arguments) in [("--max-body+10", &["--max-body", "10"][..]), ("--bind%3Dx", &["--bind=x"])] {
         let mut injected = command("crashy", "POST", &format!("/count?{query}"));
@@ -231,7 +231,7 @@ fn a_client_gives_no_flags_and_the_operator_may() {
 }
 
 #[test]
-fn a_term_or_a_web_server_that_has_left_ends_it() {
+fn a_call_ends_on_sigterm_or_when_the_web_server_disconnects() {
     let begin = || {
         let mut child = start(&mut command("pages", "GET", "/page/1?ms=600000"), b"");
         let line = line_of(child.stderr.as_mut().unwrap(), "a line of its log");
@@ -290,7 +290,7 @@ fn calls_share_a_cache_with_each_other_and_with_a_server() {
 }
 
 #[test]
-fn many_calls_at_a_time_render_once_and_leave_the_cache_whole() {
+fn concurrent_calls_render_once_and_leave_the_cache_intact() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("pages");
     for round in 1..=3 {
@@ -306,7 +306,7 @@ fn many_calls_at_a_time_render_once_and_leave_the_cache_whole() {
 }
 
 #[test]
-fn of_those_that_come_at_once_one_makes_the_file_and_all_share_it() {
+fn one_of_several_concurrent_calls_creates_the_cache_file_and_all_share_it() {
     let plan = Plan { cache_bytes: 4 << 20, rows: 20, events_bytes: 1 << 20, ..Plan::default() };
     let directory = tempfile::tempdir().unwrap();
     for round in 0..20 {
@@ -332,7 +332,7 @@ fn of_those_that_come_at_once_one_makes_the_file_and_all_share_it() {
 }
 
 #[test]
-fn calls_that_are_killed_anywhere_leave_the_cache_whole() {
+fn calls_killed_at_any_moment_leave_the_cache_intact() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("pages");
     let mut random = fastrand::Rng::with_seed(11);
@@ -357,7 +357,7 @@ fn calls_that_are_killed_anywhere_leave_the_cache_whole() {
 }
 
 #[test]
-fn a_server_starts_while_a_call_uses_the_file() {
+fn a_server_starts_while_a_call_uses_the_cache_file() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("pages");
     let first = page(&file, "/page/1");
@@ -373,7 +373,7 @@ fn a_server_starts_while_a_call_uses_the_file() {
 }
 
 #[test]
-fn a_file_of_another_plan_or_of_something_else_is_left_alone() {
+fn a_cache_file_of_another_size_is_used_as_it_is_and_other_files_are_left_unchanged() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("pages");
     let plan = Plan { cache_bytes: 1 << 20, rows: 3, ..Plan::default() };
@@ -398,7 +398,7 @@ fn a_file_of_another_plan_or_of_something_else_is_left_alone() {
 /// Apache's mod_cgid uses one socket for both directions. If the program exited with unread data, the socket would be reset and the
 /// response would be lost.
 #[test]
-fn on_one_socket_a_body_that_nobody_reads_costs_no_response() {
+fn an_unread_body_on_a_shared_socket_does_not_lose_the_response() {
     for (name, value, status) in [("CONTENT_LENGTH", "4194304", 200), ("HTTP_TRANSFER_ENCODING", "chunked", 411)] {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(common::PATIENCE)).unwrap();

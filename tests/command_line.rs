@@ -31,7 +31,7 @@ fn complained(output: &Output, status: i32, words: &[&str]) {
 }
 
 #[test]
-fn a_wrong_flag_is_a_usage_error() {
+fn an_invalid_flag_is_a_usage_error() {
     refused(&["--no-such-flag"], 2, &["--no-such-flag", "--help"]);
     refused(&["--workers", "0"], 2, &["'0' is not a number of workers", "1 to 1024"]);
     refused(&["--workers", "many"], 2, &["'many' is not a number of workers", "auto"]);
@@ -48,7 +48,7 @@ fn a_wrong_flag_is_a_usage_error() {
 }
 
 #[test]
-fn an_address_that_cannot_be_had_is_a_failure() {
+fn an_address_that_cannot_be_bound_is_a_failure() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let bind = format!("http:127.0.0.1:{port}");
@@ -82,7 +82,7 @@ fn a_unix_socket_is_not_taken_from_another_program() {
 }
 
 #[test]
-fn a_cache_of_an_impossible_size_is_refused() {
+fn an_impossible_cache_size_is_rejected() {
     let bind = ["--bind", "http:127.0.0.1:0"];
     refused(&[&bind[..], &["--cache", "1000T"]].concat(), 1, &["cannot create a shared cache of 1000 TiB", "--cache"]);
     // More memory than the machine has: the error names the requested amount, the available amount, and the flag.
@@ -121,7 +121,7 @@ fn a_cache_of_an_impossible_size_is_refused() {
 }
 
 #[test]
-fn run_says_what_it_cannot_do() {
+fn run_rejects_unsupported_flags_with_a_reason() {
     let bind = "fastcgi:unix:/tmp/never-made.sock";
     complained(
         &run("forkyard", &["run", "--bind", bind, "--", "no-such-program"]),
@@ -137,7 +137,7 @@ fn run_says_what_it_cannot_do() {
 }
 
 #[test]
-fn help_names_every_flag_with_its_default_and_variable() {
+fn help_lists_every_flag_with_its_default_and_variable() {
     for (name, arguments, flags) in [
         (
             "hello",
@@ -184,7 +184,7 @@ fn help_names_every_flag_with_its_default_and_variable() {
 }
 
 #[test]
-fn the_version_and_the_description_of_an_application_are_its_own() {
+fn an_application_reports_its_own_version_and_description() {
     let said = |name: &str, flag: &str| String::from_utf8(run(name, &[flag]).stdout).unwrap();
     assert_eq!(said("hello", "--version"), "hello\n", "not the version of another program");
     assert_eq!(said("hooks", "--version"), "hooks 7.8.9\n");
@@ -193,7 +193,7 @@ fn the_version_and_the_description_of_an_application_are_its_own() {
 }
 
 #[test]
-fn the_banner_tells_what_runs_and_variables_count() {
+fn the_banner_shows_the_settings_and_variables_take_effect() {
     let mut server = Server::start_command(
         Command::new(program("hello"))
             .env("FORKYARD_WORKERS", "3")
@@ -210,7 +210,7 @@ fn the_banner_tells_what_runs_and_variables_count() {
 }
 
 #[test]
-fn a_listening_standard_input_is_a_web_servers_call() {
+fn a_listening_standard_input_is_served_over_fastcgi() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let mut server = Server::start_command(

@@ -47,7 +47,7 @@ fn complained(output: &Output, status: i32, words: &[&str]) {
 }
 
 #[test]
-fn a_flag_wins_over_a_variable_and_that_over_the_file() {
+fn a_flag_overrides_a_variable_and_a_variable_overrides_the_file() {
     let directory = Directory::new();
     let file = directory.file(
         "# all kinds of values\nbind = ['http:127.0.0.1:0', \"fastcgi:127.0.0.1:0\"]\nworkers = 3\nthreads = 2\n\
@@ -78,7 +78,7 @@ fn a_flag_wins_over_a_variable_and_that_over_the_file() {
 }
 
 #[test]
-fn run_takes_its_command_from_the_file() {
+fn run_reads_its_command_from_the_file() {
     let directory = Directory::new();
     let socket = directory.path("a.sock");
     let file = directory.file(&format!(
@@ -101,7 +101,7 @@ fn run_takes_its_command_from_the_file() {
 }
 
 #[test]
-fn every_mistake_is_told_at_once_with_its_place() {
+fn all_errors_are_reported_together_with_their_positions() {
     let directory = Directory::new();
     let file = directory.file(
         "workers = 'many'\nbnd = 'http:127.0.0.1:0'\nbind = ['http:127.0.0.1:0', 'gopher:1']\nqueue = [1]\n\
@@ -143,7 +143,7 @@ fn every_mistake_is_told_at_once_with_its_place() {
 }
 
 #[test]
-fn check_tries_what_can_be_tried_without_serving() {
+fn check_tests_everything_that_can_be_tested_without_serving() {
     let directory = Directory::new();
     let file = directory.file("workers = 2\nbind = 'http:127.0.0.1:0'\n");
     let output = with_config("hello", &["check"], &file, &[]).output_in_time().unwrap();
@@ -181,7 +181,7 @@ fn check_tries_what_can_be_tried_without_serving() {
 }
 
 #[test]
-fn a_reload_reads_the_file_anew_and_a_broken_one_changes_nothing() {
+fn a_reload_reads_the_file_again_and_an_invalid_file_changes_nothing() {
     let directory = Directory::new();
     let control = directory.path("control.sock");
     let good = format!("bind = 'http:127.0.0.1:0'\nworkers = 2\ncontrol = '{}'\n", control.display());

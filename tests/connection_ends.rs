@@ -41,7 +41,7 @@ fn last_response(address: &str, bytes: &str) -> (Response, Vec<u8>) {
 }
 
 #[test]
-fn a_response_after_which_the_connection_is_closed_says_so() {
+fn a_response_before_a_close_announces_the_close() {
     let mut server = start(&["--max-body", "200K", "--body-timeout", "1s"]);
     let large = "Content-Length: 150000\r\n";
     let beyond = format!("{}40000\r\n{}", head("/count", CHUNKED), "x".repeat(210_000));
@@ -91,7 +91,7 @@ fn connection(response: &Response) -> Vec<&str> {
 }
 
 #[test]
-fn a_response_over_http_1_0_says_whether_the_connection_is_kept() {
+fn an_http_1_0_response_announces_whether_the_connection_stays_open() {
     let mut server = Server::start("scenarios", &["--bind", "http:127.0.0.1:0", "--workers", "1", "--max-uri", "1000"]);
     let long = format!("GET /{} HTTP/1.0", "x".repeat(2000));
     let post = "POST /early HTTP/1.0\r\nContent-Length: 100000";
@@ -153,7 +153,7 @@ fn a_response_over_http_1_0_says_whether_the_connection_is_kept() {
 }
 
 #[test]
-fn an_application_cannot_contradict_the_server_about_the_connection() {
+fn an_application_cannot_override_the_servers_connection_header() {
     let mut server = Server::start("scenarios", &["--bind", "http:127.0.0.1:0", "--workers", "1"]);
     for (target, fields, expected) in [
         ("/raw/200?connection=keep-alive", "", &[][..]),
@@ -178,7 +178,7 @@ fn an_application_cannot_contradict_the_server_about_the_connection() {
 }
 
 #[test]
-fn the_last_response_in_a_drain_says_close() {
+fn the_last_response_in_a_drain_announces_the_close() {
     for request in ["GET /ok HTTP/1.1\r\nHost: x\r\n\r\n", "GET /ok HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"] {
         let last = wait_until("a request arrives before the idle connection is closed", || {
             let mut server = start(&[]);
@@ -204,7 +204,7 @@ fn the_last_response_in_a_drain_says_close() {
 }
 
 #[test]
-fn a_small_body_that_nobody_reads_costs_no_connection() {
+fn an_unread_small_body_does_not_close_the_connection() {
     let mut server = start(&["--max-body", "10"]);
     let mut client = Client::connect(&server.http()).unwrap();
     for (target, body, status) in [("/ok", "12345", 200), ("/nowhere", "12345", 404), ("/ok", "12345678901", 413)] {
@@ -222,7 +222,7 @@ fn a_small_body_that_nobody_reads_costs_no_connection() {
 }
 
 #[test]
-fn a_broken_body_that_the_application_passes_on_is_a_400_and_no_error_of_ours() {
+fn an_incomplete_body_that_the_application_passes_on_gets_400_and_logs_no_error() {
     let mut server = start(&[]);
     // No part of the response had been sent when the error occurred.
     let (response, _) = last_response(&server.http(), &format!("{}x\r\n", head("/echo", CHUNKED)));
@@ -279,7 +279,7 @@ fn a_broken_body_that_the_application_passes_on_is_a_400_and_no_error_of_ours() 
 }
 
 #[test]
-fn a_broken_body_in_a_cgi_call_is_no_error_of_ours() {
+fn an_incomplete_body_in_a_cgi_call_logs_no_error() {
     let mut command = Command::new(program("crashy"));
     command.env_clear().envs([("GATEWAY_INTERFACE", "CGI/1.1"), ("REQUEST_METHOD", "POST"), ("REQUEST_URI", "/echo")]);
     command.env("CONTENT_LENGTH", "10").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -312,7 +312,7 @@ fn no_100_follows_a_final_status() {
 }
 
 #[test]
-fn a_response_beyond_its_length_is_logged_once_over_each_protocol() {
+fn a_response_longer_than_its_length_is_logged_once_over_each_protocol() {
     let mut server = start(&["--log-rate", "0"]);
     // The length ends within a chunk of 5 bytes, between two chunks, and before the first chunk.
     for (target, body) in [("/claim/7/5000", "xxxxxxx"), ("/claim/5/50", "xxxxx"), ("/claim/0/5", "")] {

@@ -147,7 +147,7 @@ fn get(server: &Server, target: &'static str) -> http::Response {
 }
 
 #[test]
-fn the_first_command_of_the_readme_serves_in_a_small_read_only_container() {
+fn the_first_command_in_the_readme_serves_in_a_small_read_only_container() {
     assert!(nix::unistd::geteuid().is_root(), "this test creates a container: run it as root");
     let group = match Group::create(64 << 20) {
         Ok(group) => group,
@@ -172,7 +172,7 @@ fn the_first_command_of_the_readme_serves_in_a_small_read_only_container() {
 }
 
 #[test]
-fn a_cache_that_does_not_fit_a_containers_memory_is_an_error_and_not_a_death_without_a_word() {
+fn a_cache_larger_than_the_containers_memory_is_an_error_and_not_a_silent_death() {
     assert!(nix::unistd::geteuid().is_root(), "this test creates a container: run it as root");
     let group = match Group::create(100 << 20) {
         Ok(group) => group,
@@ -199,7 +199,7 @@ fn a_cache_that_does_not_fit_a_containers_memory_is_an_error_and_not_a_death_wit
 }
 
 #[test]
-fn a_worker_that_the_kernel_kills_for_memory_is_named_as_such_and_its_client_gets_502() {
+fn a_worker_killed_for_memory_is_logged_as_such_and_its_client_gets_502() {
     assert!(nix::unistd::geteuid().is_root(), "this test creates a control group: run it as root");
     let group = match Group::create(160 << 20) {
         Ok(group) => group,
@@ -225,7 +225,7 @@ fn a_worker_that_the_kernel_kills_for_memory_is_named_as_such_and_its_client_get
 }
 
 #[test]
-fn auto_starts_no_more_workers_than_a_container_may_use_processors() {
+fn auto_starts_at_most_one_worker_per_processor_of_the_container() {
     assert!(nix::unistd::geteuid().is_root(), "this test creates a control group: run it as root");
     let group = match Group::of_one_processor() {
         Ok(group) => group,
@@ -239,7 +239,7 @@ fn auto_starts_no_more_workers_than_a_container_may_use_processors() {
 }
 
 #[test]
-fn a_cache_file_for_which_there_is_no_room_is_an_error_that_names_it() {
+fn a_cache_file_that_does_not_fit_on_the_disk_is_an_error_with_its_path() {
     assert!(nix::unistd::geteuid().is_root(), "this test mounts a file system: run it as root");
     let script = "mount -t tmpfs -o size=1m tmpfs /mnt && \"$@\"; status=$?; du -k /mnt/cache 1>&2; exit $status";
     let mut command = Command::new("unshare");
@@ -259,7 +259,7 @@ fn a_cache_file_for_which_there_is_no_room_is_an_error_that_names_it() {
 }
 
 #[test]
-fn a_limit_of_file_sizes_is_an_error_and_not_a_signal() {
+fn reaching_the_file_size_limit_is_an_error_and_not_a_signal() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("cache").to_string_lossy().into_owned();
     for more in [&[][..], &["--cache-file", &file]] {

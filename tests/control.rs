@@ -77,7 +77,7 @@ impl Controlled {
 }
 
 #[test]
-fn status_tells_of_the_master_and_of_each_request_in_flight() {
+fn status_shows_the_master_and_each_request_in_flight() {
     let mut served = Controlled::start("crashy", &["--workers", "2"]);
     let address = served.server.http();
     let mut client = Client::connect(&address).unwrap();
@@ -141,7 +141,7 @@ fn reload_returns_when_the_new_workers_serve() {
 }
 
 #[test]
-fn a_reload_that_fails_says_the_workers_last_words() {
+fn a_failed_reload_reports_the_workers_last_output() {
     let mut served = Controlled::start_with("crashy", &["--workers", "2"], |command, directory| {
         command.env("CRASHY_BROKEN", directory.join("broken"));
     });
@@ -158,7 +158,7 @@ fn a_reload_that_fails_says_the_workers_last_words() {
 }
 
 #[test]
-fn a_client_that_goes_away_does_not_cancel_its_command() {
+fn a_client_that_disconnects_does_not_cancel_its_command() {
     let mut served = Controlled::start("crashy", &["--workers", "2"]);
     for (generation, request) in [(2, &b"{\"command\":\"reload\"}\n"[..]), (3, b"{\"command\":\"reload\"}\nmore")] {
         let mut stream = common::connect_unix(&served.socket).unwrap();
@@ -170,7 +170,7 @@ fn a_client_that_goes_away_does_not_cancel_its_command() {
 }
 
 #[test]
-fn scale_returns_when_there_are_so_many() {
+fn scale_returns_when_the_number_of_workers_is_reached() {
     let mut served = Controlled::start("crashy", &["--workers", "2"]);
     for (asked, expected) in [("4", 4), ("1", 1), ("3", 3)] {
         assert!(served.said(&["scale", asked]).ends_with(&format!("workers={expected}\n")));
@@ -185,7 +185,7 @@ fn scale_returns_when_there_are_so_many() {
 }
 
 #[test]
-fn stop_returns_when_the_master_is_gone_and_what_it_served_is_finished() {
+fn stop_returns_when_the_master_has_exited_and_its_requests_are_finished() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     let mut client = Client::connect(&served.server.http()).unwrap();
     std::thread::scope(|scope| {
@@ -200,7 +200,7 @@ fn stop_returns_when_the_master_is_gone_and_what_it_served_is_finished() {
 }
 
 #[test]
-fn reopen_logs_does_what_the_signal_does() {
+fn reopen_logs_has_the_same_effect_as_the_signal() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     served.server.signal(Signal::SIGUSR1);
     served.server.wait_for("log files reopened");
@@ -210,7 +210,7 @@ fn reopen_logs_does_what_the_signal_does() {
 }
 
 #[test]
-fn an_upgrade_is_waited_for_until_its_reload_is_done() {
+fn upgrade_returns_when_its_reload_is_done() {
     let mut served = Controlled::start("crashy", &["--workers", "2"]);
     let before = served.status()["pid"].clone();
     let said = served.said(&["upgrade"]);
@@ -235,7 +235,7 @@ fn an_upgrade_is_waited_for_until_its_reload_is_done() {
 }
 
 #[test]
-fn the_connection_ends_with_the_outcome() {
+fn the_control_connection_closes_after_the_outcome() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     for request in ["status", "reopen-logs", "segment", "reload"] {
         let mut stream = common::connect_unix(&served.socket).unwrap();
@@ -249,7 +249,7 @@ fn the_connection_ends_with_the_outcome() {
 }
 
 #[test]
-fn garbage_on_the_socket_is_refused_and_costs_nothing() {
+fn malformed_commands_are_rejected_and_leave_nothing_open() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     let before = descriptors_of(served.server.pid().as_raw());
     let long = [&[b' '; 5000][..], b"\n"].concat();
@@ -284,7 +284,7 @@ fn garbage_on_the_socket_is_refused_and_costs_nothing() {
 }
 
 #[test]
-fn the_socket_is_for_its_owner_and_taken_from_no_one() {
+fn only_the_owner_can_use_the_socket_and_a_socket_in_use_is_not_replaced() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     assert_eq!(std::fs::metadata(&served.socket).unwrap().permissions().mode() & 0o777, 0o600);
     let second = |socket: &Path| {
@@ -320,7 +320,7 @@ fn become_nobody() {
 }
 
 #[test]
-fn another_user_is_refused_even_if_the_file_lets_him_in() {
+fn another_user_is_refused_even_if_the_file_mode_allows_access() {
     let mut served = Controlled::start("crashy", &["--workers", "1"]);
     std::fs::set_permissions(served.directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let as_nobody = |socket: &Path| {
@@ -345,7 +345,7 @@ fn another_user_is_refused_even_if_the_file_lets_him_in() {
 }
 
 #[test]
-fn the_cache_is_looked_at_and_purged_while_it_is_used() {
+fn the_cache_can_be_inspected_and_purged_while_it_is_in_use() {
     for file in [false, true] {
         let mut served = Controlled::start_with("pages", &["--workers", "2", "--cache", "2M"], |command, directory| {
             if file {
@@ -393,7 +393,7 @@ fn the_cache_is_looked_at_and_purged_while_it_is_used() {
 }
 
 #[test]
-fn programs_that_tell_nothing_have_a_status_too() {
+fn programs_that_report_nothing_have_a_status_too() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("control.sock");
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
@@ -411,7 +411,7 @@ fn programs_that_tell_nothing_have_a_status_too() {
 }
 
 #[test]
-fn what_is_quarantined_is_listed_and_released() {
+fn quarantined_requests_are_listed_and_can_be_released() {
     let mut served = Controlled::start("crashy", &["--workers", "1", "--quarantine", "1"]);
     let address = served.server.http();
     let status_of = |path: &str| http::get(&address, path).unwrap().status;
@@ -443,7 +443,7 @@ fn what_is_quarantined_is_listed_and_released() {
 }
 
 #[test]
-fn status_tells_how_many_wait_at_each_socket() {
+fn status_shows_how_many_connections_wait_at_each_socket() {
     let mut served = Controlled::start("crashy", &["--workers", "1..3"]);
     let address = served.server.http();
     let status = served.status();
@@ -465,7 +465,7 @@ fn status_tells_how_many_wait_at_each_socket() {
 }
 
 #[test]
-fn completions_and_manual_pages_name_every_flag() {
+fn completions_and_manual_pages_list_every_flag() {
     let said = |name: &str, arguments: &[&str]| {
         let output = Command::new(program(name)).args(arguments).output_in_time().unwrap();
         assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -491,7 +491,7 @@ fn completions_and_manual_pages_name_every_flag() {
 }
 
 #[test]
-fn status_shows_threads_that_hang_and_a_worker_of_which_all_do_as_hung() {
+fn status_shows_hung_threads_and_a_worker_whose_threads_are_all_hung() {
     let limits = [
         ["--workers", "1"],
         ["--threads", "2"],

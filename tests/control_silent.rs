@@ -48,7 +48,7 @@ fn spawn(command: &mut Command) -> Child {
 }
 
 #[test]
-fn no_sub_command_waits_for_ever_for_a_master_that_is_stopped() {
+fn no_sub_command_waits_forever_for_a_stopped_master() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = serve(&directory, &["--events", "1M"]);
     stop(server.pid());
@@ -81,7 +81,7 @@ fn no_sub_command_waits_for_ever_for_a_master_that_is_stopped() {
 }
 
 #[test]
-fn a_master_that_accepts_and_does_not_answer_is_given_up() {
+fn a_sub_command_times_out_if_the_master_accepts_but_does_not_answer() {
     let directory = tempfile::tempdir().unwrap();
     let _master = UnixListener::bind(control(&directory)).unwrap();
     for arguments in [["status"], ["reload"], ["stop"]] {
@@ -93,7 +93,7 @@ fn a_master_that_accepts_and_does_not_answer_is_given_up() {
 }
 
 #[test]
-fn a_master_whose_queue_is_full_is_given_up() {
+fn a_sub_command_times_out_if_the_masters_accept_queue_is_full() {
     let directory = tempfile::tempdir().unwrap();
     let address = UnixAddr::new(&control(&directory)).unwrap();
     let new = |flags| socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
@@ -115,7 +115,7 @@ fn a_master_whose_queue_is_full_is_given_up() {
 }
 
 #[test]
-fn what_takes_long_is_waited_for_as_long_as_the_master_lives() {
+fn a_long_command_is_waited_for_as_long_as_the_master_lives() {
     let directory = tempfile::tempdir().unwrap();
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut command = Command::new(program("forkyard"));
@@ -139,7 +139,7 @@ fn closed_pipe() -> OwnedFd {
 }
 
 #[test]
-fn that_nobody_reads_the_output_is_no_failure() {
+fn unread_output_is_not_a_failure() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = serve(&directory, &["--events", "1M"]);
     for arguments in [
@@ -179,7 +179,7 @@ fn that_nobody_reads_the_output_is_no_failure() {
 }
 
 #[test]
-fn top_ends_when_its_reader_has_seen_enough() {
+fn top_exits_when_its_output_is_closed() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = serve(&directory, &[]);
     let mut command = ask(&control(&directory), &["top", "--json", "--interval", "100ms"]);

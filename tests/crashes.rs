@@ -21,7 +21,7 @@ fn quoted<'a>(line: &'a str, key: &str) -> &'a str {
 }
 
 #[test]
-fn the_obituary_says_where_a_worker_crashed_and_a_line_names_the_functions() {
+fn the_death_record_locates_the_crash_and_a_line_lists_the_functions() {
     let mut server = crashy(&["--workers", "2"]);
     let address = server.http();
     for (path, signal, words, function) in [
@@ -44,7 +44,7 @@ fn the_obituary_says_where_a_worker_crashed_and_a_line_names_the_functions() {
 }
 
 #[test]
-fn a_stack_overflow_is_told_by_us_and_by_the_standard_library() {
+fn a_stack_overflow_is_reported_by_forkyard_and_by_the_standard_library() {
     let mut server = crashy(&["--workers", "1"]);
     assert_eq!(http::get(&server.http(), "/overflow").unwrap().status, 502);
     server.wait_for("thread 'worker'");
@@ -62,7 +62,7 @@ fn a_stack_overflow_is_told_by_us_and_by_the_standard_library() {
 }
 
 #[test]
-fn a_signal_from_outside_is_told_too_and_blames_no_request() {
+fn a_signal_from_another_process_is_reported_and_implicates_no_request() {
     let mut server = crashy(&["--workers", "1"]);
     for signal in [Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGSYS] {
         // Wait until the process that symbolizes backtraces has exited.

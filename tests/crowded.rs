@@ -75,7 +75,7 @@ fn is_at_its_end(stream: &mut UnixStream) -> bool {
 }
 
 #[test]
-fn a_full_worker_closes_the_connection_that_was_idle_for_longest() {
+fn a_full_worker_closes_the_connection_that_was_idle_longest() {
     for protocol in [Protocol::Http, Protocol::FastCgi] {
         let mut server = protocol.start("crashy", &FULL);
         let bind = server.binds[0].clone();
@@ -107,7 +107,7 @@ fn a_full_worker_closes_the_connection_that_was_idle_for_longest() {
 }
 
 #[test]
-fn a_full_worker_closes_connections_on_which_nothing_ever_came() {
+fn a_full_worker_closes_connections_that_never_sent_data() {
     for protocol in raw::ALL {
         let mut server = protocol.start("crashy", &FULL);
         let bind = server.binds[0].clone();
@@ -120,7 +120,7 @@ fn a_full_worker_closes_connections_on_which_nothing_ever_came() {
 }
 
 #[test]
-fn an_http2_connection_that_makes_room_is_told_so() {
+fn an_http2_connection_closed_to_make_room_is_sent_a_goaway() {
     let mut server = Protocol::Http.start("crashy", &["--workers", "1", "--max-connections", "1"]);
     let mut idle = http2::Client::connect(&server.http()).unwrap();
     idle.send(&http2::head(1, http2::END_STREAM, "GET", "/ok", &[])).unwrap();
@@ -143,7 +143,7 @@ fn an_http2_connection_that_makes_room_is_told_so() {
 }
 
 #[test]
-fn connections_on_which_something_is_under_way_are_left_alone() {
+fn busy_connections_are_not_closed_to_make_room() {
     for protocol in raw::ALL {
         let mut server = protocol.start("holds", &["--workers", "1", "--threads", "8", "--max-connections", "8"]);
         let bind = server.binds[0].clone();
@@ -185,7 +185,7 @@ fn event_streams_leave_room_for_requests() {
 }
 
 #[test]
-fn a_client_has_as_many_connections_as_it_may_and_proxies_and_unix_sockets_any_number() {
+fn connections_per_client_are_limited_except_from_proxies_and_on_unix_sockets() {
     let directory = tempfile::tempdir().unwrap();
     let unix = format!("http:unix:{}", directory.path().join("a.sock").display());
     for protocol in raw::ALL {
@@ -223,7 +223,7 @@ fn a_client_has_as_many_connections_as_it_may_and_proxies_and_unix_sockets_any_n
 }
 
 #[test]
-fn a_connection_that_was_admitted_once_is_not_refused_by_the_worker_that_takes_it_over() {
+fn an_admitted_connection_is_not_refused_by_the_worker_that_takes_it_over() {
     for protocol in [Protocol::Http, Protocol::FastCgi] {
         let arguments = ["--workers", "2", "--max-connections-per-address", "8", "--respawn-rate", "1000"];
         let mut server = protocol.start("crashy", &arguments);
@@ -271,7 +271,7 @@ fn a_connection_that_was_admitted_once_is_not_refused_by_the_worker_that_takes_i
 }
 
 #[test]
-fn settings_that_contradict_each_other_are_said_at_the_start_and_by_check() {
+fn contradictory_settings_are_reported_at_startup_and_by_check() {
     let settings = [
         "--bind",
         "http:127.0.0.1:0",
@@ -379,20 +379,20 @@ fn holds_no_more(protocol: &str, start: Protocol, example: &str, send: impl Fn(&
 }
 
 #[test]
-fn heads_of_requests_take_no_more_memory_than_they_may_over_http() {
+fn request_heads_stay_within_the_memory_limit_over_http() {
     let head = format!("GET /ok HTTP/1.1\r\nHost: localhost\r\nA: {}", "a".repeat(100 << 10));
     holds_no_more("HTTP/1", Protocol::Http, "crashy", many(800, head.as_bytes()));
 }
 
 #[test]
-fn heads_of_requests_take_no_more_memory_than_they_may_over_scgi() {
+fn request_heads_stay_within_the_memory_limit_over_scgi() {
     let pairs = format!("CONTENT_LENGTH\x000\x00SCGI\x001\x00HTTP_A\x00{}", "a".repeat(100 << 10));
     let head = format!("{}:{pairs}", pairs.len() + 1000);
     holds_no_more("SCGI", Protocol::Scgi, "crashy", many(800, head.as_bytes()));
 }
 
 #[test]
-fn heads_of_requests_take_no_more_memory_than_they_may_over_fastcgi() {
+fn request_heads_stay_within_the_memory_limit_over_fastcgi() {
     // 64 incomplete requests at a time on one connection.
     let value = fastcgi::pair("HTTP_A", &"a".repeat(50 << 10));
     let request = |id: u16| [fastcgi::begin(id, 1, true), fastcgi::record(fastcgi::PARAMS, id, &value, 0)].concat();
@@ -401,7 +401,7 @@ fn heads_of_requests_take_no_more_memory_than_they_may_over_fastcgi() {
 }
 
 #[test]
-fn bodies_that_nobody_reads_take_no_more_memory_than_they_may_over_http2() {
+fn unread_bodies_stay_within_the_memory_limit_over_http2() {
     // The application is blocked, and the window of each stream is 64 KiB.
     let gate = TcpListener::bind("127.0.0.1:0").unwrap();
     let target = format!("/hold/{}", gate.local_addr().unwrap().port());
@@ -428,7 +428,7 @@ fn bodies_that_nobody_reads_take_no_more_memory_than_they_may_over_http2() {
 }
 
 #[test]
-fn requests_that_fit_are_served_while_others_fill_the_memory() {
+fn requests_that_fit_are_served_while_others_reach_the_memory_limit() {
     for protocol in raw::ALL {
         let mut server = protocol.start("crashy", &["--workers", "1", "--max-buffered", "1M"]);
         let bind = server.binds[0].clone();

@@ -85,7 +85,7 @@ fn a_websocket_over_http_2_whose_window_is_closed_ends_before_the_worker_would_b
 }
 
 #[test]
-fn responses_that_nobody_reads_end_before_the_worker_would_be_killed() {
+fn unread_responses_end_before_the_worker_would_be_killed() {
     let directory = tempfile::tempdir().unwrap();
     let (server, log) = start("scenarios", &directory);
     let target = format!("/bytes/{LENGTH}");
@@ -156,7 +156,7 @@ fn idle_connections_end_within_a_drain_timeout_shorter_than_their_grace() {
 }
 
 #[test]
-fn a_client_that_does_not_answer_the_end_of_its_idle_http_2_connection_holds_up_no_drain() {
+fn an_unresponsive_idle_http_2_client_does_not_delay_a_drain() {
     let times = ["--drain-timeout", "1h", "--idle-timeout", "1h"];
     let mut server = Server::start("scenarios", &[&["--bind", BINDS[0].1, "--workers", "1"], &times[..]].concat());
     let mut deaf = http2::Client::connect(&server.http()).unwrap();
@@ -169,7 +169,7 @@ fn a_client_that_does_not_answer_the_end_of_its_idle_http_2_connection_holds_up_
 }
 
 #[test]
-fn uploads_that_stand_still_are_answered_before_the_worker_would_be_killed() {
+fn stalled_uploads_are_answered_before_the_worker_would_be_killed() {
     let directory = tempfile::tempdir().unwrap();
     let (server, log) = start("scenarios", &directory);
     let mut streams = Vec::new();

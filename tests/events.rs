@@ -82,7 +82,7 @@ fn worker_of(source: &Source) -> Option<i32> {
 }
 
 #[test]
-fn what_any_worker_publishes_reaches_the_subscribers_of_all() {
+fn an_event_from_any_worker_reaches_the_subscribers_of_all_workers() {
     let mut site = Site::start(&["--workers", "3"]);
     let (mut sources, mut workers) = (Vec::new(), BTreeSet::new());
     while workers.len() < 3 || sources.len() < 24 {
@@ -134,7 +134,7 @@ fn what_any_worker_publishes_reaches_the_subscribers_of_all() {
 
 /// The client of a killed worker resumes with another worker, and over a different protocol each time.
 #[test]
-fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
+fn no_event_is_lost_or_duplicated_over_a_hundred_worker_deaths() {
     const DEATHS: usize = 100;
     let mut site = Site::start(&["--workers", "2", "--quarantine", "0", "--respawn-rate", "1000"]);
     let log = site.0.segment().events();
@@ -197,7 +197,7 @@ fn after_a_hundred_deaths_no_event_is_missing_or_doubled() {
 }
 
 #[test]
-fn who_comes_back_too_late_is_told_how_much_he_has_missed() {
+fn a_client_that_reconnects_too_late_receives_the_number_of_missed_events() {
     let mut site = Site::start(&["--workers", "1", "--events", "64K"]);
     for way in WAYS {
         let topic = format!("t{}", site.bind(way).len() + way as usize);
@@ -242,7 +242,7 @@ fn who_comes_back_too_late_is_told_how_much_he_has_missed() {
 }
 
 #[test]
-fn who_polls_gets_what_there_is_or_waits_for_it() {
+fn a_poll_returns_the_available_events_or_waits_for_one() {
     let mut site = Site::start(&["--workers", "1"]);
     let last_id = |response: &Response| {
         let text = response.text();
@@ -291,7 +291,7 @@ fn who_polls_gets_what_there_is_or_waits_for_it() {
 }
 
 #[test]
-fn an_application_chooses_what_a_client_gets() {
+fn an_application_can_filter_the_events_for_a_client() {
     let mut site = Site::start(&["--workers", "1"]);
     for way in WAYS {
         let topic = format!("t{}", way as usize);
@@ -319,7 +319,7 @@ fn an_application_chooses_what_a_client_gets() {
 }
 
 #[test]
-fn a_client_that_leaves_is_missed_at_once() {
+fn a_disconnect_is_detected_immediately() {
     let mut site = Site::start(&["--workers", "1"]);
     for way in WAYS {
         for count in 1..=5 {
@@ -341,7 +341,7 @@ fn a_client_that_leaves_is_missed_at_once() {
 }
 
 #[test]
-fn a_reload_waits_for_no_stream_and_no_event_is_lost_by_it() {
+fn a_reload_does_not_wait_for_streams_and_loses_no_event() {
     let mut site = Site::start(&["--workers", "2", "--drain-timeout", "1h"]);
     let target = "/events?topics=news";
     let mut sources: Vec<_> =
@@ -407,7 +407,7 @@ fn a_stop_ends_all_streams() {
 /// A client that does not read uses only the buffers of the kernel and of the protocol, and is disconnected. Other clients are not
 /// affected.
 #[test]
-fn a_client_that_reads_nothing_is_bounded_and_cut_off() {
+fn a_client_that_does_not_read_uses_bounded_memory_and_is_disconnected() {
     const CLIENTS: usize = 20;
     for way in WAYS {
         let arguments = ["--workers", "1", "--write-timeout", "2s", "--log-level", "debug,hyper=info,h2=info"];
@@ -456,7 +456,7 @@ fn a_client_that_reads_nothing_is_bounded_and_cut_off() {
 }
 
 #[test]
-fn beyond_max_subscribers_there_is_a_503_and_without_a_log_as_well() {
+fn subscribers_beyond_the_limit_or_without_an_event_log_get_503() {
     let mut site = Site::start(&["--workers", "1", "--max-subscribers", "2"]);
     let first = site.open(Way::Http, "/events?topics=a", "");
     let second = site.open(Way::Scgi, "/events?topics=a", "");
@@ -491,7 +491,7 @@ fn beyond_max_subscribers_there_is_a_503_and_without_a_log_as_well() {
 }
 
 #[test]
-fn what_cannot_be_published_is_refused_with_a_reason() {
+fn invalid_events_are_rejected_with_a_reason() {
     let mut site = Site::start(&["--workers", "1", "--events", "64K"]);
     for (target, data, why) in [
         ("/publish/a?name=two%0alines", &b"x"[..], "cannot be the name of an event (it contains control characters)"),

@@ -83,7 +83,7 @@ impl Place {
 }
 
 #[test]
-fn what_comes_while_the_log_is_held_waits_and_after_a_while_is_dropped_until_it_is_free() {
+fn datagrams_wait_while_the_log_is_locked_and_are_dropped_after_a_timeout_until_it_is_free() {
     let mut place = Place::start();
     let worker = place.hold();
     (0..10).for_each(|number| place.send(number));
@@ -112,7 +112,7 @@ fn what_comes_while_the_log_is_held_waits_and_after_a_while_is_dropped_until_it_
 }
 
 #[test]
-fn an_upgrade_while_the_log_is_held_leaves_what_waits_to_the_next_relay() {
+fn an_upgrade_while_the_log_is_locked_leaves_waiting_datagrams_to_the_next_relay() {
     let mut place = Place::start();
     place.send(0);
     wait_until("the relay publishes", || (place.last_id() == 1).then_some(()));

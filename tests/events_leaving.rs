@@ -42,7 +42,7 @@ fn flood(server: &Server) {
 }
 
 #[test]
-fn a_stop_does_not_wait_for_who_reads_nothing() {
+fn a_stop_does_not_wait_for_clients_that_do_not_read() {
     let mut server = start(&["--workers", "1"]);
     let clients = WAYS.map(|way| open(&server, way));
     flood(&server);
@@ -51,7 +51,7 @@ fn a_stop_does_not_wait_for_who_reads_nothing() {
 }
 
 #[test]
-fn a_stop_does_not_wait_for_who_says_nothing() {
+fn a_stop_does_not_wait_for_silent_clients() {
     let mut server = start(&["--workers", "1"]);
     // Over HTTP/2 such a client does not answer the PING with which the server checks that the client has read everything.
     let clients = WAYS.map(|way| open(&server, way));
@@ -61,7 +61,7 @@ fn a_stop_does_not_wait_for_who_says_nothing() {
 
 /// The client reads, and answers PINGs, but opens no window for a response, neither for the stream nor for the connection.
 #[test]
-fn a_stop_does_not_wait_for_a_window_that_stays_closed() {
+fn a_stop_does_not_wait_for_a_closed_http_2_window() {
     let mut server = start(&["--workers", "1"]);
     let mut client = http2::Client::connect(&server.http()).unwrap();
     let accept = [("accept", "text/event-stream")];
@@ -75,7 +75,7 @@ fn a_stop_does_not_wait_for_a_window_that_stays_closed() {
 
 /// An event stream that the application produces itself is an ordinary response, so it is sent to its end.
 #[test]
-fn a_stop_waits_for_a_stream_of_the_applications_own() {
+fn a_stop_waits_for_a_stream_that_the_application_produces_itself() {
     let mut server = start(&["--workers", "1"]);
     let streams = WAYS.map(|way| {
         let source = Source::open(way, &bind(&server, way), "/answer/6", "");
@@ -112,7 +112,7 @@ fn follow(way: Way, bind: &str, connections: &AtomicUsize) {
 }
 
 #[test]
-fn through_upgrades_and_reloads_no_event_is_missing_or_doubled() {
+fn upgrades_and_reloads_neither_lose_nor_duplicate_events() {
     const ROUNDS: usize = 4;
     let mut server = start(&["--workers", "2"]);
     let log = server.segment().events();

@@ -121,7 +121,7 @@ fn example(language: &str) -> &'static str {
 // ---- other languages ----
 
 #[test]
-fn the_documents_examples_publish_from_php_python_and_a_shell() {
+fn the_documented_examples_publish_from_php_python_and_a_shell() {
     let directory = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {
         let path = directory.path().join(name);
@@ -166,7 +166,7 @@ fn the_documents_examples_publish_from_php_python_and_a_shell() {
 }
 
 #[test]
-fn a_datagram_may_be_as_long_as_an_event_and_have_any_bytes() {
+fn a_datagram_can_be_as_long_as_an_event_and_contain_any_bytes() {
     let place = Place::start(&[]);
     let sender = place.sender();
     let log = place.server.segment().events();
@@ -182,7 +182,7 @@ fn a_datagram_may_be_as_long_as_an_event_and_have_any_bytes() {
 }
 
 #[test]
-fn what_is_no_event_is_counted_and_harms_nobody() {
+fn malformed_datagrams_are_counted_and_affect_no_other_event() {
     let mut place = Place::start(&[]);
     let sender = place.sender();
     sender.send(b"news\n\nfirst").unwrap();
@@ -223,7 +223,7 @@ fn what_is_no_event_is_counted_and_harms_nobody() {
 }
 
 #[test]
-fn what_comes_by_datagram_reaches_a_subscriber() {
+fn an_event_published_by_datagram_reaches_a_subscriber() {
     let place = Place::start(&[]);
     let address = place.server.http();
     let mut curl = Command::new("curl");
@@ -264,7 +264,7 @@ fn send_numbers(sender: &UnixDatagram, topic: &str, stop: &AtomicBool, sent: &At
 }
 
 #[test]
-fn of_each_relay_that_is_killed_one_event_is_lost_at_most_and_none_is_doubled() {
+fn a_killed_relay_loses_at_most_one_event_and_duplicates_none() {
     const KILLS: u64 = 50;
     let mut place = Place::start(&["--events", "256M"]);
     let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -296,7 +296,7 @@ fn of_each_relay_that_is_killed_one_event_is_lost_at_most_and_none_is_doubled() 
 }
 
 #[test]
-fn a_relay_that_is_stopped_is_replaced_and_its_publishers_go_on() {
+fn a_stopped_relay_is_replaced_and_its_publishers_continue() {
     let mut place = Place::start(&["--events", "64M"]);
     let sender = place.sender();
     sender.send(b"begin\n\n").unwrap();
@@ -322,7 +322,7 @@ fn a_relay_that_is_stopped_is_replaced_and_its_publishers_go_on() {
 }
 
 #[test]
-fn one_publishers_topics_lock_nobody_out() {
+fn many_topics_from_one_publisher_do_not_exclude_other_topics() {
     let mut place = Place::start(&[]);
     let sender = place.sender();
     let bind = place.server.binds[0].clone();
@@ -350,7 +350,7 @@ fn one_publishers_topics_lock_nobody_out() {
 }
 
 #[test]
-fn a_relay_ends_with_a_master_that_is_killed_and_the_next_one_takes_the_path() {
+fn a_relay_exits_with_its_killed_master_and_the_next_master_takes_over_the_path() {
     let mut place = Place::start(&[]);
     place.sender().send(b"news\n\nx").unwrap();
     place.wait_for_last_id("news", 1);
@@ -376,7 +376,7 @@ fn a_relay_ends_with_a_master_that_is_killed_and_the_next_one_takes_the_path() {
 }
 
 #[test]
-fn an_upgrade_loses_nothing_that_is_sent_meanwhile() {
+fn an_upgrade_loses_no_datagram() {
     let mut place = Place::start(&["--events", "64M"]);
     let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
     let sender = place.sender();
@@ -413,7 +413,7 @@ fn an_upgrade_loses_nothing_that_is_sent_meanwhile() {
 }
 
 #[test]
-fn the_user_of_the_workers_may_publish_and_others_may_not() {
+fn the_user_of_the_workers_can_publish_and_other_users_cannot() {
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
     let place = Place::start(&["--user", "4711", "--group", "4712"]);
     let send = |user: u32, group: u32| {
@@ -478,7 +478,7 @@ fn commands_publish_and_list() {
 }
 
 #[test]
-fn without_an_event_log_there_is_no_socket_and_commands_say_so() {
+fn without_an_event_log_there_is_no_socket_and_commands_report_this() {
     let place = Place::start(&["--events", "0"]);
     assert!(!place.socket().exists());
     for arguments in [&["ls"][..], &["tail"], &["publish", "a", "b"]] {
@@ -517,7 +517,7 @@ impl Drop for Tail {
 }
 
 #[test]
-fn tail_prints_what_comes_and_ends_well() {
+fn tail_prints_new_events_and_exits_successfully() {
     let mut place = Place::start(&[]);
     place.said(&["publish", "news", "one"]);
     place.said(&["publish", "chat", "a"]);
@@ -549,7 +549,7 @@ fn tail_prints_what_comes_and_ends_well() {
 }
 
 #[test]
-fn tail_tells_what_is_gone() {
+fn tail_reports_evicted_events() {
     let place = Place::start(&["--events", "64K"]);
     assert_eq!(http::post(&place.server.http(), "/flood/news/200/1000", b"").unwrap().status, 200);
     let output = place.said(&["tail", "news", "--from", "3", "--count", "2"]);
@@ -563,7 +563,7 @@ fn tail_tells_what_is_gone() {
 }
 
 #[test]
-fn tail_begins_with_an_id_as_a_browser_has_it_and_refuses_one_of_another_log() {
+fn tail_accepts_an_id_from_an_event_stream_and_rejects_one_from_another_log() {
     let place = Place::start(&[]);
     for text in ["one", "two", "three"] {
         place.said(&["publish", "news", text]);

@@ -42,7 +42,7 @@ fn serves(server: &Server) {
 }
 
 #[test]
-fn too_few_descriptors_are_found_before_anything_is_bound_with_how_many_are_needed() {
+fn too_few_descriptors_are_reported_with_the_required_number_before_any_address_is_bound() {
     let directory = tempfile::tempdir().unwrap();
     let [socket, pid_file] = ["sock", "pid"].map(|name| directory.path().join(name).to_string_lossy().into_owned());
     let bind = format!("http:unix:{socket}");
@@ -82,7 +82,7 @@ fn too_few_descriptors_are_found_before_anything_is_bound_with_how_many_are_need
 }
 
 #[test]
-fn a_low_soft_limit_is_raised_for_the_master_and_programs_get_what_was_given() {
+fn a_low_soft_limit_is_raised_for_the_master_and_programs_get_the_original_limit() {
     let limit = "echo limit=$(ulimit -n) $(ulimit -Hn); exec sleep 1000";
     let mut command = after("ulimit -Sn 50 && ulimit -Hn 4000", "forkyard");
     let directory = tempfile::tempdir().unwrap();
@@ -95,7 +95,7 @@ fn a_low_soft_limit_is_raised_for_the_master_and_programs_get_what_was_given() {
 }
 
 #[test]
-fn a_master_without_descriptors_says_so_and_recovers() {
+fn a_master_without_free_descriptors_logs_this_and_recovers() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
     let (control, log) = (path("control"), path("access"));
@@ -139,7 +139,7 @@ fn a_master_without_descriptors_says_so_and_recovers() {
 }
 
 #[test]
-fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
+fn reaching_the_process_limit_is_logged_with_the_limits_and_spawning_is_retried() {
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
     // The processes of a user of its own are counted. The limit is too low for two workers with their heirs and threads.
     let mut command = Command::new("setpriv");
@@ -169,7 +169,7 @@ fn processes_that_run_out_are_named_with_the_limits_and_tried_again() {
 }
 
 #[test]
-fn without_threads_for_blocking_functions_requests_get_503_until_there_are_some() {
+fn requests_get_503_while_no_thread_for_blocking_functions_can_be_created() {
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
     let as_user = |limit: &str| {
         let mut command = Command::new("setpriv");
@@ -200,7 +200,7 @@ fn without_threads_for_blocking_functions_requests_get_503_until_there_are_some(
 }
 
 #[test]
-fn limits_that_processes_cannot_be_given_are_found_before_anything_is_bound() {
+fn limits_that_cannot_be_set_are_reported_before_any_address_is_bound() {
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
     let directory = tempfile::tempdir().unwrap();
     std::os::unix::fs::chown(directory.path(), Some(4799), Some(4799)).unwrap();

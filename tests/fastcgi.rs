@@ -19,7 +19,7 @@ fn start(arguments: &[&str]) -> Fixture {
 }
 
 #[test]
-fn a_kept_connection_serves_many_requests_and_another_is_closed() {
+fn a_keep_alive_connection_serves_many_requests_and_any_other_is_closed() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     for _ in 0..50 {
@@ -36,7 +36,7 @@ fn a_kept_connection_serves_many_requests_and_another_is_closed() {
 }
 
 #[test]
-fn a_request_in_single_bytes_is_a_request() {
+fn a_request_sent_byte_by_byte_is_served() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     let body = b"the body";
@@ -63,7 +63,7 @@ fn several_requests_in_one_write_are_all_answered() {
 }
 
 #[test]
-fn requests_of_one_connection_overlap() {
+fn requests_on_one_connection_overlap() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     // The first request waits for its body, and the second request overtakes it.
@@ -115,7 +115,7 @@ fn management_records_are_answered_at_any_time() {
 }
 
 #[test]
-fn what_cannot_be_served_is_refused_by_name() {
+fn unknown_roles_and_excess_requests_get_their_protocol_status() {
     let fixture = start(&["--max-multiplexed", "2"]);
     let mut client = fixture.client();
     client.send(&[begin(1, 4, true)]).unwrap(); // role 4: only three roles exist
@@ -132,7 +132,7 @@ fn what_cannot_be_served_is_refused_by_name() {
 }
 
 #[test]
-fn an_abort_ends_the_request_and_its_work() {
+fn an_abort_cancels_the_request_and_its_work() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     client.send(&request(1, true, "GET", "/slow/600000", b"")).unwrap();
@@ -144,7 +144,7 @@ fn an_abort_ends_the_request_and_its_work() {
 }
 
 #[test]
-fn a_client_that_leaves_takes_its_work_along() {
+fn a_disconnect_cancels_the_work_for_the_client() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     client.send(&request(1, true, "GET", "/slow/600000", b"")).unwrap();
@@ -155,7 +155,7 @@ fn a_client_that_leaves_takes_its_work_along() {
 }
 
 #[test]
-fn too_much_of_a_head_is_a_431_and_nonsense_a_400() {
+fn a_head_that_is_too_large_gets_431_and_a_malformed_head_400() {
     let fixture = start(&["--max-params", "8K"]);
     let mut client = fixture.client();
     let long = pair("HTTP_X", &"x".repeat(9000));
@@ -176,7 +176,7 @@ fn too_much_of_a_head_is_a_431_and_nonsense_a_400() {
 }
 
 #[test]
-fn what_breaks_the_protocol_is_a_clean_close() {
+fn a_protocol_violation_closes_the_connection_cleanly() {
     let fixture = start(&[]);
     let mut version = begin(1, 1, true);
     version[0] = 2;
@@ -194,7 +194,7 @@ fn what_breaks_the_protocol_is_a_clean_close() {
 }
 
 #[test]
-fn records_for_a_request_that_is_not_are_ignored() {
+fn records_for_an_unknown_request_are_ignored() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     client
@@ -209,7 +209,7 @@ fn records_for_a_request_that_is_not_are_ignored() {
 }
 
 #[test]
-fn an_answer_before_the_body_was_read_arrives_whole() {
+fn a_response_sent_before_the_body_is_read_arrives_complete() {
     for keep in [true, false] {
         let fixture = start(&[]);
         let mut client = fixture.client();
@@ -233,7 +233,7 @@ fn an_answer_before_the_body_was_read_arrives_whole() {
 }
 
 #[test]
-fn a_response_goes_on_while_a_body_that_nobody_reads_comes_in() {
+fn a_response_continues_while_an_unread_body_arrives() {
     // Like Caddy, the client writes the whole request before it reads the first byte of the response.
     let fixture = start(&[]);
     let mut client = fixture.client();
@@ -269,7 +269,7 @@ fn a_short_response_overtakes_a_long_one() {
 }
 
 #[test]
-fn a_body_in_single_bytes_costs_little_memory() {
+fn a_body_sent_byte_by_byte_uses_little_memory() {
     let fixture = start(&[]);
     let worker = *fixture.server.workers().first().unwrap();
     let mut client = fixture.client();
@@ -290,7 +290,7 @@ fn a_body_in_single_bytes_costs_little_memory() {
 }
 
 #[test]
-fn a_body_beyond_the_limit_is_a_413() {
+fn a_body_beyond_the_limit_gets_413() {
     let fixture = start(&["--max-body", "1K"]);
     let mut client = fixture.client();
     assert_eq!(client.request("POST", "/echo", &[b'x'; 1025]).unwrap().status(), 413);
@@ -306,7 +306,7 @@ fn a_body_beyond_the_limit_is_a_413() {
 }
 
 #[test]
-fn head_has_the_length_and_no_body() {
+fn a_response_to_head_has_the_length_and_no_body() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     let response = client.request("HEAD", "/ok", b"").unwrap();

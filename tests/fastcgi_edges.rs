@@ -64,7 +64,7 @@ fn the_longest_records_with_the_longest_padding_are_read() {
 
 /// CVE-2025-23016: memory is not allocated from a declared length. slowcgi: records that belong to no request are not stored.
 #[test]
-fn what_is_announced_and_what_belongs_to_no_request_costs_no_memory() {
+fn declared_lengths_and_records_without_a_request_use_no_memory() {
     let fixture = start(&[]);
     let worker = fixture.worker();
     let mut client = fixture.client();
@@ -104,7 +104,7 @@ fn more_than_1024_connections_are_served() {
 }
 
 #[test]
-fn a_refusal_closes_the_connection_that_was_not_to_be_kept() {
+fn a_refusal_closes_a_connection_without_keep_conn() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     client.send(&[begin(1, 9, false), record(PARAMS, 1, &[0; 60_000], 0)]).unwrap();
@@ -131,7 +131,7 @@ fn an_abort_is_answered_once() {
 }
 
 #[test]
-fn contradictions_in_a_head_are_a_400() {
+fn a_contradictory_head_gets_400() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     let cases: [&[(&str, &str)]; 4] = [
@@ -153,7 +153,7 @@ fn contradictions_in_a_head_are_a_400() {
 }
 
 #[test]
-fn a_response_that_breaks_off_has_no_end() {
+fn an_incomplete_response_has_no_end_record() {
     for (target, part) in [("/break", "a part\n"), ("/claim/10/5", "xxxxx"), ("/claim/1/0", "")] {
         let mut fixture = start(&[]);
         let mut client = fixture.client();
@@ -167,7 +167,7 @@ fn a_response_that_breaks_off_has_no_end() {
 }
 
 #[test]
-fn a_response_that_breaks_off_costs_the_others_of_its_connection_nothing() {
+fn an_incomplete_response_does_not_affect_other_requests_on_its_connection() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     client.send(&head(1, true, "POST", "/count", Some(5))).unwrap();
@@ -188,7 +188,7 @@ fn a_response_that_breaks_off_costs_the_others_of_its_connection_nothing() {
 }
 
 #[test]
-fn a_broken_response_that_the_server_gives_up_leaves_the_connection_as_it_was() {
+fn aborting_an_incomplete_response_leaves_the_connection_usable() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     client.send(&head(1, true, "POST", "/count", Some(5))).unwrap();
@@ -204,7 +204,7 @@ fn a_broken_response_that_the_server_gives_up_leaves_the_connection_as_it_was() 
 }
 
 #[test]
-fn a_response_beyond_its_length_is_cut_there() {
+fn a_response_longer_than_its_length_is_truncated() {
     for (target, whole) in [("/claim/5/10", "xxxxx"), ("/claim/7/100", "xxxxxxx"), ("/claim/0/5", "")] {
         let mut fixture = start(&["--bind", "http:127.0.0.1:0"]);
         let mut client = fixture.client();
@@ -221,7 +221,7 @@ fn a_response_beyond_its_length_is_cut_there() {
 }
 
 #[test]
-fn a_response_short_of_its_length_is_cut_visibly_over_http_too() {
+fn a_response_shorter_than_its_length_is_visibly_incomplete_over_http_too() {
     let mut fixture = start(&["--bind", "http:127.0.0.1:0"]);
     let error = common::http::get(&fixture.server.http(), "/claim/10/5").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
@@ -230,7 +230,7 @@ fn a_response_short_of_its_length_is_cut_visibly_over_http_too() {
 }
 
 #[test]
-fn a_length_that_is_none_is_left_out() {
+fn an_invalid_length_is_removed() {
     let mut fixture = start(&[]);
     for length in ["five", "-5", "18446744073709551616"] {
         let response = fixture.client().request("GET", &format!("/claim/{length}/5"), b"").unwrap();
@@ -242,7 +242,7 @@ fn a_length_that_is_none_is_left_out() {
 }
 
 #[test]
-fn the_answer_to_a_head_may_name_a_length_without_a_body() {
+fn a_response_to_head_may_have_a_length_without_a_body() {
     let fixture = start(&[]);
     let response = fixture.client().request("HEAD", "/claim/10/5", b"").unwrap();
     assert!(response.head().contains("content-length: 10"), "{}", response.head());
@@ -251,7 +251,7 @@ fn the_answer_to_a_head_may_name_a_length_without_a_body() {
 }
 
 #[test]
-fn a_head_longer_than_a_record_is_sent_in_several_and_a_status_header_is_not() {
+fn a_head_longer_than_a_record_is_split_and_a_status_header_is_removed() {
     let fixture = start(&[]);
     let mut client = fixture.client();
     for thousands in [1, 65, 66, 200] {
@@ -266,7 +266,7 @@ fn a_head_longer_than_a_record_is_sent_in_several_and_a_status_header_is_not() {
 }
 
 #[test]
-fn a_status_that_is_no_answer_is_a_500() {
+fn a_status_that_is_not_final_becomes_500() {
     let mut fixture = start(&[]);
     assert_eq!(fixture.client().request("GET", "/status/103", b"").unwrap().status(), 500);
     let line = fixture.server.wait_for("cannot send a response with this status: an application cannot send interim");

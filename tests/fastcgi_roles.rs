@@ -26,7 +26,7 @@ fn wait_until_read(client: &mut Client) {
 }
 
 #[test]
-fn an_authorizer_decides_without_a_body() {
+fn an_authorizer_responds_without_a_body() {
     let fixture = start();
     let mut client = fixture.client();
     for (keep, stdin) in [(true, false), (true, true), (false, false)] {
@@ -76,7 +76,7 @@ fn a_filter_reads_the_file_that_follows_the_body() {
 }
 
 #[test]
-fn a_filter_may_leave_the_file_alone() {
+fn a_filter_may_ignore_the_file() {
     let fixture = start();
     let mut client = fixture.client();
     for _ in 0..2 {
@@ -93,7 +93,7 @@ fn a_filter_may_leave_the_file_alone() {
 
 /// A function classified as quick runs on the event loop's thread, where it must not wait for the file.
 #[test]
-fn a_file_that_is_late_is_waited_for_on_a_thread() {
+fn a_late_file_is_awaited_on_a_thread() {
     let fixture = start();
     let mut client = fixture.client();
     let file = [record(DATA, 1, b"abc", 0), record(DATA, 1, b"", 0)];
@@ -113,7 +113,7 @@ fn a_file_that_is_late_is_waited_for_on_a_thread() {
 }
 
 #[test]
-fn a_file_that_is_too_short_is_an_error_and_has_a_status() {
+fn a_truncated_file_is_an_error_and_sets_the_application_status() {
     let fixture = start();
     let mut client = fixture.client();
     client.send(&ask(FILTER, true, "/", &[("FCGI_DATA_LENGTH", "4")])).unwrap();
@@ -125,7 +125,7 @@ fn a_file_that_is_too_short_is_an_error_and_has_a_status() {
 }
 
 #[test]
-fn an_upload_that_is_shorter_than_announced_is_an_error() {
+fn an_upload_shorter_than_declared_is_an_error() {
     let fixture = start();
     let mut client = fixture.client();
     client.send(&head(1, true, "POST", "/", Some(10))).unwrap();
@@ -143,7 +143,7 @@ fn an_upload_that_is_shorter_than_announced_is_an_error() {
 /// When the client disconnects, Apache, Caddy, and nginx without request buffering close the connection without ending STDIN. The end of
 /// the connection is not the end of the body.
 #[test]
-fn an_upload_that_is_cut_is_an_error_for_who_reads_it() {
+fn a_truncated_upload_is_an_error_for_its_reader() {
     for length in [None, Some(1_000_000)] {
         let mut fixture = start();
         let mut client = fixture.client();
@@ -158,7 +158,7 @@ fn an_upload_that_is_cut_is_an_error_for_who_reads_it() {
 
 /// Overload is reported by an HTTP status, which web servers understand, and never by OVERLOADED or CANT_MPX_CONN (5.5).
 #[test]
-fn too_much_at_once_is_a_503_with_retry_after() {
+fn overload_gets_503_with_retry_after() {
     let fixture = Fixture::start("roles", &["--threads", "1", "--queue", "1"]);
     let mut client = fixture.client();
     // One request has the thread and waits for the rest of its body; the other request waits for the thread.

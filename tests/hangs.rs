@@ -21,7 +21,7 @@ fn crashy(arguments: &[&str]) -> Server {
 }
 
 #[test]
-fn a_request_that_takes_too_long_gets_504_over_each_protocol_and_the_worker_lives() {
+fn a_request_that_takes_too_long_gets_504_over_each_protocol_and_the_worker_survives() {
     for protocol in ALL {
         let mut server = protocol.start("crashy", &["--workers", "1", "--request-timeout", "1s"]);
         let worker = server.workers();
@@ -39,7 +39,7 @@ fn a_request_that_takes_too_long_gets_504_over_each_protocol_and_the_worker_live
 }
 
 #[test]
-fn a_loop_that_hangs_is_named_ended_and_replaced() {
+fn a_worker_whose_event_loop_hangs_is_logged_killed_and_replaced() {
     let mut server = crashy(&["--workers", "1", "--hang-timeout", "400ms"]);
     let (address, worker) = (server.http(), server.workers());
     let asked = std::thread::spawn({
@@ -59,7 +59,7 @@ fn a_loop_that_hangs_is_named_ended_and_replaced() {
 }
 
 #[test]
-fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
+fn a_worker_whose_thread_hangs_after_its_504_requests_its_replacement() {
     // The function must have begun by the time the timeout expires, even on a busy machine.
     let more = ["--workers", "1", "--request-timeout", "3s", "--hang-timeout", "500ms"];
     let mut server = Server::start("hooks", &[&HTTP[..], &FOR_EVER, &more].concat());
@@ -79,7 +79,7 @@ fn a_thread_that_hangs_after_its_504_has_its_worker_ask_for_a_successor() {
 }
 
 #[test]
-fn a_thread_that_hangs_has_its_worker_replaced_though_its_client_left_before_its_504() {
+fn a_worker_with_a_hung_thread_is_replaced_even_if_the_client_left_before_the_504() {
     let more = ["--workers", "1", "--request-timeout", "2s", "--hang-timeout", "500ms"];
     let http2 = |what: &[u8]| [http2::PREFACE, &http2::frame(http2::SETTINGS, 0, 0, b""), what].concat();
     let head_of_http2 = http2(&http2::head(1, http2::END_STREAM, "GET", "/thread/hang", &[]));
@@ -132,7 +132,7 @@ fn await_thread(server: &Server, request: &str) {
 }
 
 #[test]
-fn a_function_whose_client_is_gone_holds_up_no_worker_that_leaves_once_it_hangs() {
+fn a_hung_function_without_a_client_does_not_delay_a_draining_worker() {
     for protocol in ALL {
         for signal in [Signal::SIGHUP, Signal::SIGTERM] {
             let more = [&["--workers", "1", "--hang-timeout", "500ms"], &FOR_EVER[..]].concat();
@@ -149,7 +149,7 @@ fn a_function_whose_client_is_gone_holds_up_no_worker_that_leaves_once_it_hangs(
 }
 
 #[test]
-fn a_function_that_goes_on_for_less_than_the_hang_timeout_is_waited_for() {
+fn a_function_that_ends_within_the_hang_timeout_is_waited_for() {
     let mut server = crashy(&[&["--workers", "1"], &FOR_EVER[..]].concat());
     let mut client = raw::connect(&server.binds[0]);
     client.write_all(&raw::Protocol::Http.head("GET", "/thread/sleep-5000", 0)).unwrap();
@@ -163,7 +163,7 @@ fn a_function_that_goes_on_for_less_than_the_hang_timeout_is_waited_for() {
 }
 
 #[test]
-fn requests_of_a_worker_with_all_threads_hung_get_503_and_not_504_as_long_as_it_is_not_replaced() {
+fn requests_to_a_worker_whose_threads_are_all_hung_get_503_and_not_504_until_it_is_replaced() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("broken");
     let more = ["--workers", "1", "--request-timeout", "3s", "--hang-timeout", "300ms"];
@@ -186,7 +186,7 @@ fn requests_of_a_worker_with_all_threads_hung_get_503_and_not_504_as_long_as_it_
 }
 
 #[test]
-fn a_start_that_fails_does_not_wait_for_a_thread_of_the_application() {
+fn a_failed_startup_does_not_wait_for_threads_of_the_application() {
     let more = ["--workers", "1", "--health-path", "/outside/hang", "--start-timeout", "1h"];
     let mut server = Server::launch(std::process::Command::new(program("crashy")).args([&HTTP[..], &more].concat()));
     let line = server.wait_for("worker died");
@@ -196,7 +196,7 @@ fn a_start_that_fails_does_not_wait_for_a_thread_of_the_application() {
 }
 
 #[test]
-fn work_that_takes_long_but_not_on_the_loop_is_no_hang() {
+fn long_work_outside_the_event_loop_is_not_a_hang() {
     let mut server = crashy(&["--workers", "1", "--hang-timeout", "1s"]);
     for path in ["/slow/3000", "/thread/sleep-3000"] {
         assert_eq!(http::get(&server.http(), path).unwrap().status, 200, "{path}");
@@ -206,7 +206,7 @@ fn work_that_takes_long_but_not_on_the_loop_is_no_hang() {
 }
 
 #[test]
-fn a_slow_request_is_named_once_with_what_its_thread_is_at() {
+fn a_slow_request_is_logged_once_with_the_functions_of_its_thread() {
     let mut server = crashy(&["--workers", "1", "--slow-request", "1s"]);
     let mut client = Client::connect(&server.http()).unwrap();
     for (path, at) in [("/thread/sleep-3000", "sleep_in_a_thread"), ("/slow/3000", "thread=none")] {
@@ -221,7 +221,7 @@ fn a_slow_request_is_named_once_with_what_its_thread_is_at() {
 }
 
 #[test]
-fn an_idle_worker_sleeps_however_often_the_master_looks() {
+fn an_idle_worker_sleeps_however_often_the_master_checks_it() {
     let mut server = crashy(&["--workers", "1", "--hang-timeout", "100ms"]);
     assert_eq!(http::get(&server.http(), "/ok").unwrap().status, 200);
     let worker = *server.workers().first().unwrap();

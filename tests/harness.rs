@@ -23,7 +23,7 @@ fn this_one_hangs() {
 }
 
 #[test]
-fn a_binary_at_its_limit_fails_shows_its_servers_and_ends_them() {
+fn a_binary_at_its_limit_fails_prints_its_servers_and_kills_them() {
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "this_one_hangs"])
         .env("FORKYARD_TEST_LIMIT", "5")
@@ -45,7 +45,7 @@ fn a_binary_at_its_limit_fails_shows_its_servers_and_ends_them() {
 }
 
 #[test]
-fn a_panic_ends_the_threads_of_its_scope() {
+fn a_panic_stops_the_threads_of_its_scope() {
     let stop = AtomicBool::new(false);
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         std::thread::scope(|scope| {

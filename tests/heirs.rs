@@ -59,7 +59,7 @@ fn heir_of(worker: Pid) -> Pid {
 }
 
 #[test]
-fn a_killed_worker_s_requests_get_502_and_its_idle_connections_go_on() {
+fn requests_of_a_killed_worker_get_502_and_its_idle_connections_continue() {
     let mut at = start(&["--workers", "1"]);
     let mut idle_http = http::Client::connect(&at.http).unwrap();
     assert_eq!(idle_http.request("GET", "/ok", b"").unwrap().status, 200);
@@ -155,7 +155,7 @@ fn a_connection_whose_requests_were_aborted_is_idle() {
 }
 
 #[test]
-fn half_a_request_gets_502_and_half_a_response_breaks_off() {
+fn an_incomplete_request_gets_502_and_an_incomplete_response_ends_early() {
     let mut at = start(&["--workers", "1"]);
     let mut half = http::Client::connect(&at.http).unwrap();
     half.stream.get_mut().write_all(b"GET /ok HTTP/1.1\r\nHost").unwrap();
@@ -182,7 +182,7 @@ fn half_a_request_gets_502_and_half_a_response_breaks_off() {
 }
 
 #[test]
-fn an_http2_connection_is_told_that_it_ends() {
+fn an_http2_connection_is_sent_a_goaway() {
     let mut at = start(&["--workers", "1"]);
     let mut client = http2::Client::connect(&at.http).unwrap();
     while client.next(http2::SETTINGS).unwrap().flags & http2::ACK == 0 {}
@@ -193,7 +193,7 @@ fn an_http2_connection_is_told_that_it_ends() {
 }
 
 #[test]
-fn a_worker_without_an_heir_is_replaced_and_takes_nothing_along() {
+fn a_worker_whose_heir_died_is_replaced_and_its_connections_continue() {
     let mut at = start(&["--workers", "1"]);
     let worker = at.worker();
     let mut kept = fastcgi::Client::connect(&at.fastcgi).unwrap();
@@ -209,7 +209,7 @@ fn a_worker_without_an_heir_is_replaced_and_takes_nothing_along() {
 }
 
 #[test]
-fn heirs_leave_with_their_workers() {
+fn heirs_exit_with_their_workers() {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGKILL] {
         let mut at = start(&["--workers", "1"]);
         let heir = heir_of(at.worker());
@@ -269,7 +269,7 @@ fn stops_at_once(hold: impl Fn(&Fixture) -> Vec<TcpStream>, after: impl Fn(Vec<T
 }
 
 #[test]
-fn a_stop_at_once_waits_for_no_client_that_keeps_its_connection() {
+fn an_immediate_stop_does_not_wait_for_clients_that_keep_connections_open() {
     let idle_http2 = |at: &Fixture| {
         let mut client = http2::Client::connect(&at.http).unwrap();
         while client.next(http2::SETTINGS).unwrap().flags & http2::ACK == 0 {}
@@ -334,7 +334,7 @@ fn a_reload_closes_no_connection() {
 const SMUGGLED: &str = "GET /status/418 HTTP/1.1\r\nHost: a\r\n\r\n";
 
 #[test]
-fn the_rest_of_a_body_is_never_taken_for_a_request() {
+fn the_rest_of_a_body_is_never_mistaken_for_a_request() {
     let mut at = start(&["--workers", "1"]);
     // The response is sent before the whole body has arrived. Then the worker is reloaded, killed, or killed with a body length above 32
     // bits.
@@ -383,7 +383,7 @@ fn replace(at: &mut Fixture, kills: bool) {
 }
 
 #[test]
-fn a_head_that_fits_no_message_is_served_where_it_is() {
+fn a_head_too_large_to_pass_on_is_served_by_its_worker() {
     let mut at = start(&["--workers", "1"]);
     let mut client = http::Client::connect(&at.http).unwrap();
     let long = format!("GET /ok HTTP/1.1\r\nHost: a\r\nX-Long: {}", "x".repeat(90_000));

@@ -37,7 +37,7 @@ fn place(server: &Server, what: &str) -> usize {
 }
 
 #[test]
-fn a_daemon_runs_beside_the_workers_is_restarted_and_is_stopped_after_them() {
+fn a_daemon_runs_alongside_the_workers_is_restarted_and_is_stopped_after_them() {
     let directory = tempfile::tempdir().unwrap();
     let text = "trap 'echo told to stop; exit 0' TERM\n\
         echo \"name=$FORKYARD_NAME slot=${FORKYARD_SLOT-none} shm=$(readlink /proc/self/fd/$FORKYARD_SHM)\"\n\
@@ -89,7 +89,7 @@ fn daemons_wait_for_the_first_worker() {
 }
 
 #[test]
-fn a_daemon_that_cannot_start_is_tried_less_and_less_and_125_is_taken_for_an_answer() {
+fn a_daemon_that_cannot_start_is_retried_with_increasing_delays_and_status_125_ends_the_retries() {
     let mut server =
         crashy(&["--daemon", "broken=sh -c 'echo alas; exit 3'", "--daemon", "done=sh -c 'sleep 1.1; exit 125'"]);
     let failing = "daemon cannot be started, or exits immediately";
@@ -108,7 +108,7 @@ fn a_daemon_that_cannot_start_is_tried_less_and_less_and_125_is_taken_for_an_ans
 }
 
 #[test]
-fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() {
+fn a_program_that_cannot_be_executed_is_logged_with_its_user_directory_and_cause() {
     use std::os::unix::fs::PermissionsExt as _;
     assert!(nix::unistd::geteuid().is_root(), "this test drops privileges: run it as root");
     let directory = tempfile::tempdir().unwrap();
@@ -162,7 +162,7 @@ fn what_cannot_be_executed_is_named_with_its_user_its_directory_and_the_cause() 
 }
 
 #[test]
-fn one_that_does_not_stop_is_killed_with_what_it_started() {
+fn a_daemon_that_does_not_stop_is_killed_with_its_children() {
     let directory = tempfile::tempdir().unwrap();
     let text = "trap '' TERM\nsleep 600 &\necho child=$!\nwhile :; do sleep 0.05; done\n";
     let deaf = format!("deaf={}", script(directory.path(), "deaf", text));
@@ -176,7 +176,7 @@ fn one_that_does_not_stop_is_killed_with_what_it_started() {
 }
 
 #[test]
-fn int_ends_helpers_at_once() {
+fn sigint_ends_sidecars_immediately() {
     let directory = tempfile::tempdir().unwrap();
     let deaf =
         format!("deaf={}", script(directory.path(), "deaf", "trap '' TERM\necho up\nwhile :; do sleep 0.05; done\n"));
@@ -190,7 +190,7 @@ fn int_ends_helpers_at_once() {
 }
 
 #[test]
-fn a_job_runs_at_its_times_and_not_twice_at_once() {
+fn a_job_runs_on_schedule_and_never_twice_at_the_same_time() {
     let directory = tempfile::tempdir().unwrap();
     let (gate, quick) = (directory.path().join("gate"), "quick=* * * * * *=echo 'it is time'");
     let text =
@@ -212,7 +212,7 @@ fn a_job_runs_at_its_times_and_not_twice_at_once() {
 }
 
 #[test]
-fn a_job_that_takes_too_long_is_stopped_and_one_that_runs_at_the_end_is_asked_to() {
+fn a_job_that_takes_too_long_is_stopped_and_a_job_running_at_shutdown_is_asked_to_stop() {
     let slow =
         "slow=* * * * * *=sh -c 'trap \"echo interrupted; exit 4\" TERM; echo begun; while :; do sleep 0.05; done'";
     let mut server = crashy(&["--cron", slow, "--cron-timeout", "500ms"]);
@@ -229,7 +229,7 @@ fn a_job_that_takes_too_long_is_stopped_and_one_that_runs_at_the_end_is_asked_to
 }
 
 #[test]
-fn nothing_beside_the_workers_outlives_a_killed_master() {
+fn no_sidecar_outlives_a_killed_master() {
     let mut server = crashy(&["--daemon", "idle=sleep 600"]);
     let pid = pid_in(&server.wait_for("daemon started name=idle"));
     let has_what_it_needs = || (descriptors_of(pid.as_raw()) == 4).then_some(());
@@ -240,7 +240,7 @@ fn nothing_beside_the_workers_outlives_a_killed_master() {
 }
 
 #[test]
-fn helpers_have_the_privileges_of_the_workers() {
+fn sidecars_have_the_privileges_of_the_workers() {
     assert!(nix::unistd::geteuid().is_root(), "this test drops privileges: run it as root");
     let show =
         "show=sh -c 'echo $(id -u) $(id -g) $(umask) $(grep NoNewPrivs /proc/self/status) $GIVEN; exec sleep 600'";
@@ -253,7 +253,7 @@ fn helpers_have_the_privileges_of_the_workers() {
 }
 
 #[test]
-fn variables_have_a_line_for_each_and_programs_have_daemons_too() {
+fn variables_have_one_line_per_sidecar_and_run_supports_daemons() {
     let directory = tempfile::tempdir().unwrap();
     let mut command = Command::new(program("forkyard"));
     command.args(["run", "--bind", &format!("fastcgi:unix:{}", directory.path().join("a.sock").display())]);
@@ -269,7 +269,7 @@ fn variables_have_a_line_for_each_and_programs_have_daemons_too() {
 }
 
 #[test]
-fn what_cannot_be_is_refused_before_anything_is_made() {
+fn invalid_sidecars_are_rejected_before_any_file_is_created() {
     let refused = |arguments: &[&str], status: i32, words: &[&str]| {
         let output = Command::new(program("hello")).args(arguments).output_in_time().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);

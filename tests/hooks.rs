@@ -74,7 +74,7 @@ fn hooks_are_called_in_order_over_a_crash_a_reload_and_a_stop() {
 }
 
 #[test]
-fn a_hook_before_the_fork_that_fails_or_panics_puts_the_worker_off() {
+fn a_hook_that_fails_or_panics_before_the_fork_delays_the_worker() {
     let directory = tempfile::tempdir().unwrap();
     let refuse = directory.path().join("refuse");
     std::fs::write(&refuse, "not yet").unwrap();
@@ -92,7 +92,7 @@ fn a_hook_before_the_fork_that_fails_or_panics_puts_the_worker_off() {
 }
 
 #[test]
-fn a_worker_whose_hook_fails_is_none_and_a_reload_keeps_the_old_ones() {
+fn a_worker_whose_hook_fails_never_becomes_ready_and_a_reload_keeps_the_old_workers() {
     let directory = tempfile::tempdir().unwrap();
     let spoil = directory.path().join("spoil");
     let mut server = Server::start_command(Command::new(program("hooks")).args(FLAGS).env("HOOKS_SPOIL", &spoil));

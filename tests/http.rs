@@ -42,7 +42,7 @@ fn answered(address: &str, bytes: &str, statuses: &[u16], open: bool) {
 }
 
 #[test]
-fn a_message_with_two_readings_is_refused_or_is_the_last() {
+fn an_ambiguous_message_is_rejected_or_is_the_last_on_its_connection() {
     let mut server = start("mirror", &[]);
     let post = "POST / HTTP/1.1\r\nHost: x\r\n";
     for (head, status) in [
@@ -109,7 +109,7 @@ fn chunks_are_read_strictly() {
 }
 
 #[test]
-fn targets_and_hosts() {
+fn targets_and_hosts_are_validated() {
     let mut server = start("mirror", &[]);
     let get = |line: &str, rest: &str| format!("{line}\r\n{rest}\r\n");
     for (line, rest, status, open) in [
@@ -158,7 +158,7 @@ fn targets_and_hosts() {
 }
 
 #[test]
-fn a_head_beyond_the_limits() {
+fn a_head_beyond_the_limits_is_rejected() {
     let mut server = start(
         "mirror",
         &["--max-headers", "20", "--max-uri", "100", "--max-params", "8K", "--max-body", "10", "--log-level", "debug"],
@@ -208,7 +208,7 @@ fn a_hundred_and_one_headers_are_too_many_by_default_and_can_be_allowed() {
 }
 
 #[test]
-fn a_client_that_expects_to_be_asked_is_asked() {
+fn a_client_that_expects_100_continue_gets_it() {
     let mut server = start("mirror", &[]);
     let mut client = Client::connect(&server.http()).unwrap();
     let head = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n";
@@ -221,7 +221,7 @@ fn a_client_that_expects_to_be_asked_is_asked() {
 }
 
 #[test]
-fn a_client_of_http_1_0_gets_no_chunks() {
+fn an_http_1_0_client_gets_no_chunks() {
     let mut server = start("scenarios", &[]);
     for (target, length) in [("/stream/1000", None), ("/bytes/1000", Some("1000"))] {
         for keep in ["", "Connection: keep-alive\r\n"] {
@@ -254,7 +254,7 @@ fn trailers_go_both_ways() {
 }
 
 #[test]
-fn a_connection_ends_after_so_many_requests() {
+fn a_connection_closes_after_the_maximum_number_of_requests() {
     let mut server = start("mirror", &["--max-requests-per-connection", "2"]);
     let mut client = Client::connect(&server.http()).unwrap();
     client.stream.get_mut().write_all(NEXT.repeat(3).as_bytes()).unwrap();
@@ -281,7 +281,7 @@ fn curl(arguments: &[&str]) -> String {
 }
 
 #[test]
-fn http_2_without_tls_on_the_same_port() {
+fn http_2_without_tls_is_served_on_the_same_port() {
     let mut server = start("mirror", &["--max-params", "8K", "--max-uri", "1000", "--max-body", "1000"]);
     let url = format!("http://{}/a?b", server.http());
     let seen = curl(&["-i", "-d", "hello", "-H", "cookie: a=1", "-H", "cookie: b=2", &url]);
@@ -307,7 +307,7 @@ fn http_2_without_tls_on_the_same_port() {
 }
 
 #[test]
-fn a_preface_in_pieces_is_a_preface() {
+fn a_preface_sent_in_parts_is_recognized() {
     let mut server = start("mirror", &[]);
     let mut stream = common::connect_tcp(server.http()).unwrap();
     stream.set_nodelay(true).unwrap();
@@ -326,7 +326,7 @@ fn a_preface_in_pieces_is_a_preface() {
 }
 
 #[test]
-fn a_client_that_resets_as_fast_as_it_asks_is_sent_away() {
+fn a_client_that_resets_streams_rapidly_is_disconnected() {
     let mut server = start("crashy", &["--log-level", "debug,h2=info,hyper=info"]);
     let mut client = http2::Client::connect(&server.http()).unwrap();
     let mut flood = Vec::new();
@@ -387,7 +387,7 @@ fn a_drain_finishes_the_streams_that_have_begun() {
 }
 
 #[test]
-fn a_drain_does_not_wait_for_who_never_says_what_he_speaks() {
+fn a_drain_does_not_wait_for_a_client_whose_protocol_is_still_unknown() {
     let mut server = start("mirror", &["--trust", "127.0.0.1"]);
     let mut half = common::connect_tcp(server.http()).unwrap();
     half.write_all(b"PR").unwrap(); // may become PRI, PROXY or PROPFIND
@@ -397,7 +397,7 @@ fn a_drain_does_not_wait_for_who_never_says_what_he_speaks() {
 }
 
 #[test]
-fn who_takes_too_long_is_cut_off_and_who_is_served_slowly_is_not() {
+fn a_client_that_is_too_slow_is_disconnected_and_one_that_is_served_slowly_is_not() {
     let short = ["--idle-timeout", "1s", "--header-timeout", "1s", "--body-timeout", "1s"];
     let mut server = start("crashy", &[&short[..], &["--log-level", "debug,hyper=info,h2=info"]].concat());
     // No data, part of a preface, and half a head, each on a new connection and, except for the preface, after a first request.

@@ -135,7 +135,7 @@ fn an_idle_connection_survives_its_worker_however_its_requests_arrived() {
 }
 
 #[test]
-fn a_part_of_a_later_request_goes_on_with_its_connection_or_gets_502() {
+fn a_partial_later_request_moves_with_its_connection_or_gets_502() {
     let mut server = start();
     for is_lost in [true, false] {
         let mut client = Client::connect(&server.http()).unwrap();
@@ -157,7 +157,7 @@ fn a_part_of_a_later_request_goes_on_with_its_connection_or_gets_502() {
 }
 
 #[test]
-fn a_connection_that_is_in_use_during_a_reload_goes_on_when_its_requests_are_over() {
+fn a_connection_in_use_during_a_reload_continues_after_its_requests() {
     let mut server = start();
     let slow = HEAD.replace("/ok", "/slow/1000");
     let body = CHUNKED.replace("/count", "/echo");

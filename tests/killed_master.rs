@@ -65,7 +65,7 @@ fn kill_master(server: &mut Server, path: &Path) {
 }
 
 #[test]
-fn what_runs_below_a_wrapper_ends_with_a_killed_master_and_the_address_is_free() {
+fn programs_below_a_wrapper_die_with_a_killed_master_and_the_address_is_free() {
     let place = Place::with_port();
     std::fs::write(place.path("a.php"), "<?php echo 'served';").unwrap();
     for _ in 0..2 {
@@ -79,7 +79,7 @@ fn what_runs_below_a_wrapper_ends_with_a_killed_master_and_the_address_is_free()
 }
 
 #[test]
-fn a_program_whose_wrapper_died_before_the_master_ends_with_it() {
+fn a_program_whose_wrapper_died_earlier_dies_with_the_master() {
     let place = Place::new();
     // Each worker leaves a process behind in its process group, and is replaced.
     let text = "sh -c 'echo left $$; exec sleep 600' & sleep 1";
@@ -103,7 +103,7 @@ fn a_program_whose_wrapper_died_before_the_master_ends_with_it() {
 }
 
 #[test]
-fn daemons_and_jobs_below_wrappers_end_with_a_killed_master_and_workers_finish() {
+fn daemons_and_jobs_below_wrappers_die_with_a_killed_master_and_workers_finish() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().display();
     let sleep = format!("sh -c 'echo begun $$; sleep 600; true {path}'");
@@ -150,7 +150,7 @@ fn daemons_and_jobs_below_wrappers_end_with_a_killed_master_and_workers_finish()
 }
 
 #[test]
-fn a_master_that_is_killed_during_a_reload_leaves_nothing() {
+fn a_master_killed_during_a_reload_leaves_no_process_behind() {
     for moment in ["signal to reload", "worker exited", "reload done"] {
         let place = Place::new();
         let mut server = Server::start_command(&mut run_wrapped(&place, &[]));
@@ -161,7 +161,7 @@ fn a_master_that_is_killed_during_a_reload_leaves_nothing() {
 }
 
 #[test]
-fn an_upgrade_ends_nothing_and_a_master_that_is_killed_after_it_leaves_nothing() {
+fn an_upgrade_kills_no_process_and_a_master_killed_after_it_leaves_none_behind() {
     let place = Place::new();
     let mut server = Server::start_command(&mut run_wrapped(&place, &[]));
     let old = guard_of(&server);
@@ -177,7 +177,7 @@ fn an_upgrade_ends_nothing_and_a_master_that_is_killed_after_it_leaves_nothing()
 }
 
 #[test]
-fn what_an_upgraded_master_took_over_ends_with_it() {
+fn processes_taken_over_by_an_upgraded_master_die_with_it() {
     let place = Place::new();
     // New workers never become ready, so the old workers stay.
     let broken = place.path("broken");
@@ -194,7 +194,7 @@ fn what_an_upgraded_master_took_over_ends_with_it() {
 }
 
 #[test]
-fn a_guard_that_is_killed_is_replaced_and_one_that_is_stopped_goes_on() {
+fn a_killed_guard_is_replaced_and_a_stopped_guard_is_resumed() {
     let place = Place::new();
     let mut server = Server::start_command(&mut run_wrapped(&place, &[]));
     let first = guard_of(&server);
@@ -212,7 +212,7 @@ fn a_guard_that_is_killed_is_replaced_and_one_that_is_stopped_goes_on() {
 }
 
 #[test]
-fn a_guard_lets_go_of_a_log_file_that_was_moved_and_ends_with_a_master_that_stops() {
+fn a_guard_closes_a_log_file_that_was_moved_and_exits_with_a_stopping_master() {
     let place = Place::new();
     let log = place.path("log");
     let mut server = Server::start_command(&mut run_wrapped(&place, &["--log-file", log.to_str().unwrap()]));

@@ -57,7 +57,7 @@ fn unannounced(protocol: Protocol, length: usize) -> (Vec<u8>, Vec<u8>) {
 }
 
 #[test]
-fn what_is_beyond_a_limit_gets_its_status() {
+fn a_request_beyond_a_limit_gets_the_status_for_the_limit() {
     let long = "v".repeat(8 << 10);
     let get = |protocol: Protocol, length: usize| protocol.head("GET", &format!("/{}", "a".repeat(length)), 0);
     for protocol in ALL {
@@ -91,7 +91,7 @@ fn what_is_beyond_a_limit_gets_its_status() {
 }
 
 #[test]
-fn a_body_whose_end_does_not_come_in_time_is_not_a_whole_one() {
+fn a_body_whose_end_does_not_arrive_in_time_is_incomplete() {
     for protocol in ALL {
         let mut server = protocol.start("crashy", &["--workers", "1", "--body-timeout", "1s"]);
         let (begun, _) = unannounced(protocol, 3);

@@ -54,7 +54,7 @@ fn words(log: &str) -> Vec<&str> {
 }
 
 #[test]
-fn what_a_worker_puts_out_is_logged_with_its_slot_and_pid() {
+fn the_output_of_a_worker_is_logged_with_its_slot_and_pid() {
     let mut server = start(&[]);
     let pid = worker(&server);
     assert_eq!(get(&server, "/line/5"), 200);
@@ -65,7 +65,7 @@ fn what_a_worker_puts_out_is_logged_with_its_slot_and_pid() {
 }
 
 #[test]
-fn lines_of_64_kib_are_whole_and_longer_ones_are_marked() {
+fn lines_of_64_kib_are_logged_whole_and_longer_lines_are_marked() {
     let mut server = start(&[]);
     for length in [64 << 10, (64 << 10) + 7] {
         assert_eq!(get(&server, &format!("/line/{length}")), 200);
@@ -116,7 +116,7 @@ fn ask(address: &str, target: &str) -> Option<u16> {
 }
 
 #[test]
-fn a_log_that_nobody_reads_stops_neither_the_master_nor_a_worker() {
+fn an_unread_log_blocks_neither_the_master_nor_a_worker() {
     const LINES: usize = 300_000;
     for is_socket in [false, true] {
         let directory = tempfile::tempdir().unwrap();
@@ -173,7 +173,7 @@ fn a_log_that_nobody_reads_stops_neither_the_master_nor_a_worker() {
 }
 
 #[test]
-fn what_a_worker_puts_out_has_a_rate_and_the_rest_is_counted() {
+fn the_output_of_a_worker_is_limited_to_a_rate_and_dropped_lines_are_counted() {
     const LINES: usize = 100_000;
     let mut server = start(&["--output-rate", "10K"]);
     assert_eq!(get(&server, &format!("/flood/{LINES}")), 200);
@@ -206,7 +206,7 @@ fn no_client_can_flood_the_log() {
 }
 
 #[test]
-fn the_names_of_the_standard_streams_are_these_whatever_they_are() {
+fn the_names_of_the_standard_streams_work_whatever_the_streams_are() {
     let directory = tempfile::tempdir().unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(common::PATIENCE)).unwrap();
@@ -219,7 +219,7 @@ fn the_names_of_the_standard_streams_are_these_whatever_they_are() {
 }
 
 #[test]
-fn a_device_that_is_always_full_is_refused_by_a_start_and_by_check_alike() {
+fn a_device_that_is_always_full_is_rejected_at_startup_and_by_check() {
     for flag in ["--log-file", "--access-log"] {
         for mode in [&[][..], &["check"]] {
             let mut command = Command::new(common::program("chatty"));
@@ -240,7 +240,7 @@ fn limit_file_size(pids: impl IntoIterator<Item = i32>, bytes: u64) {
 }
 
 #[test]
-fn logs_that_reach_the_limit_of_file_sizes_are_as_on_a_full_disk() {
+fn logs_that_reach_the_file_size_limit_behave_as_on_a_full_disk() {
     let directory = tempfile::tempdir().unwrap();
     let [log, access] = ["log", "access"].map(|name| directory.path().join(name));
     let [log, access] = [&log, &access].map(|path| path.to_str().unwrap());
@@ -273,7 +273,7 @@ fn logs_that_reach_the_limit_of_file_sizes_are_as_on_a_full_disk() {
 }
 
 #[test]
-fn a_worker_whose_files_may_not_grow_is_no_dead_worker() {
+fn a_worker_whose_files_cannot_grow_does_not_die() {
     let directory = tempfile::tempdir().unwrap();
     let [log, access] = ["log", "access"].map(|name| directory.path().join(name));
     let [log, access] = [&log, &access].map(|path| path.to_str().unwrap());
@@ -288,7 +288,7 @@ fn a_worker_whose_files_may_not_grow_is_no_dead_worker() {
 }
 
 #[test]
-fn an_access_log_that_nobody_reads_stops_no_worker() {
+fn an_unread_access_log_blocks_no_worker() {
     let directory = tempfile::tempdir().unwrap();
     let fifo = directory.path().join("access");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -319,7 +319,7 @@ fn an_access_log_that_nobody_reads_stops_no_worker() {
 }
 
 #[test]
-fn a_worker_that_has_no_descriptors_for_the_new_files_takes_them_later() {
+fn a_worker_without_free_descriptors_opens_the_new_files_later() {
     let directory = tempfile::tempdir().unwrap();
     let access = directory.path().join("access");
     let mut server = start(&["--access-log", access.to_str().unwrap()]);
@@ -347,7 +347,7 @@ fn a_worker_that_has_no_descriptors_for_the_new_files_takes_them_later() {
 }
 
 #[test]
-fn the_same_line_again_and_again_is_counted() {
+fn a_repeated_line_is_counted() {
     let mut server = start(&[]);
     assert_eq!(get(&server, "/again/5000"), 200);
     assert_eq!(get(&server, "/line/3"), 200);
@@ -362,7 +362,7 @@ fn the_same_line_again_and_again_is_counted() {
 }
 
 #[test]
-fn the_output_of_daemons_and_jobs_is_counted_and_marked_as_that_of_workers() {
+fn the_output_of_daemons_and_jobs_is_counted_and_marked_like_that_of_workers() {
     const AGAIN: &str = "sh -c 'yes again | head -n 5000; head -c 70000 /dev/zero | tr \"\\0\" x; echo; echo \"slot=7 end\"; sleep 600'";
     let (daemon, job) = (format!("d={AGAIN}"), format!("j=* * * * * *={AGAIN}"));
     let mut server = start(&["--daemon", &daemon, "--cron", &job, "--log-format", "json"]);
@@ -384,7 +384,7 @@ fn the_output_of_daemons_and_jobs_is_counted_and_marked_as_that_of_workers() {
 }
 
 #[test]
-fn the_last_words_of_a_worker_stand_before_its_death_record() {
+fn the_last_output_of_a_worker_precedes_its_death_record() {
     let mut server = start(&[]);
     assert_eq!(get(&server, "/half"), 502);
     server.wait_for("| these are my last");
@@ -411,7 +411,7 @@ fn output_outlives_the_master() {
 }
 
 #[test]
-fn a_log_of_objects_has_nothing_else_in_it() {
+fn a_json_log_contains_only_objects() {
     let mut server = start(&["--log-format", "json"]);
     let (master, pid) = (server.pid().as_raw(), worker(&server));
     wait_until("it listens", || server.log().contains("bind").then_some(()));
@@ -499,7 +499,7 @@ fn no_line_is_lost_when_the_files_are_rotated_under_load() {
 }
 
 #[test]
-fn each_request_has_a_line_over_each_protocol() {
+fn each_request_is_logged_over_each_protocol() {
     let directory = tempfile::tempdir().unwrap();
     let (access, socket) = (directory.path().join("access"), directory.path().join("app.sock"));
     let address = format!("fastcgi:unix:{}", socket.display());
@@ -551,7 +551,7 @@ fn the_lines_of_a_killed_worker_are_written_by_its_heir() {
 }
 
 #[test]
-fn files_that_cannot_be_opened_are_named_and_a_rotation_that_fails_changes_nothing() {
+fn files_that_cannot_be_opened_are_reported_and_a_failed_rotation_changes_nothing() {
     for flag in ["--log-file", "--access-log"] {
         let output =
             Command::new(program("chatty")).args(HTTP).args([flag, "/nowhere/at/all"]).output_in_time().unwrap();
@@ -576,7 +576,7 @@ fn files_that_cannot_be_opened_are_named_and_a_rotation_that_fails_changes_nothi
 }
 
 #[test]
-fn run_has_no_access_log_and_says_why() {
+fn run_has_no_access_log_and_reports_why() {
     let arguments = ["run", "--bind", "fastcgi:unix:/tmp/unused.sock", "--access-log", "-", "--", "true"];
     let output = Command::new(program("forkyard")).args(arguments).output_in_time().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
@@ -584,7 +584,7 @@ fn run_has_no_access_log_and_says_why() {
 }
 
 #[test]
-fn a_program_under_run_is_logged_as_objects_too() {
+fn the_output_of_a_program_under_run_is_logged_as_json_too() {
     let directory = tempfile::tempdir().unwrap();
     let log = directory.path().join("log");
     let bind = format!("fastcgi:unix:{}", directory.path().join("app.sock").display());

@@ -82,7 +82,7 @@ const X_FORWARDED: &str = "X-Forwarded-For: 6.6.6.6, 192.0.2.7, 127.0.0.1\r\nX-F
                            X-Forwarded-Host: site.example\r\nForwarded: for=6.6.6.6;host=evil\r\n";
 
 #[test]
-fn a_trusted_proxy_tells_who_its_client_is() {
+fn a_trusted_proxy_determines_the_client_address() {
     let mut server = mirror(&[HTTP, FASTCGI].concat(), &["--trust", "10.0.0.0/8,127.0.0.1"]);
     let text = seen(&server.http(), b"", X_FORWARDED);
     for words in ["\npeer=192.0.2.7:0 https=true\n", "\nhost: site.example\n", "\nx-forwarded-for: 6.6.6.6, "] {
@@ -109,7 +109,7 @@ fn a_trusted_proxy_tells_who_its_client_is() {
 }
 
 #[test]
-fn nobody_else_does() {
+fn an_untrusted_client_cannot_change_its_address() {
     let mut server = mirror(&HTTP, &["--trust", "192.0.2.0/24"]);
     let text = seen(&server.http(), b"", X_FORWARDED);
     assert!(text.contains("\npeer=127.0.0.1:") && text.contains(" https=false\n"), "{text}");
@@ -139,7 +139,7 @@ fn proxy_v2() -> Vec<u8> {
 }
 
 #[test]
-fn a_load_balancer_says_it_in_front_of_any_protocol() {
+fn a_proxy_header_from_a_load_balancer_works_with_every_protocol() {
     let mut server =
         mirror(&[HTTP, FASTCGI, SCGI].concat(), &["--proxy-protocol", "127.0.0.1", "--trust", "127.0.0.1"]);
     let v1 = b"PROXY TCP6 2001:db8::7 ::1 4711 80\r\n";
@@ -194,7 +194,7 @@ fn a_load_balancer_says_it_in_front_of_any_protocol() {
 /// The specification: "the receiver MUST be configured to only receive the protocol described in this specification and MUST not try to
 /// guess whether the protocol header is present or not".
 #[test]
-fn whether_there_is_a_proxy_header_is_never_guessed() {
+fn a_proxy_header_is_never_detected_automatically() {
     let header = b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 80\r\n";
     // A trusted proxy that forwards bytes unchanged lets its client send anything.
     let mut server = mirror(&HTTP, &["--trust", "127.0.0.1"]);
@@ -227,7 +227,7 @@ fn whether_there_is_a_proxy_header_is_never_guessed() {
 /// Waiting for the rest of a header uses no processor time, however long the wait, and a client that disconnects during the wait is
 /// detected.
 #[test]
-fn a_proxy_header_that_comes_in_part_keeps_nobody_busy() {
+fn waiting_for_the_rest_of_a_proxy_header_uses_no_processor_time() {
     let directory = tempfile::tempdir().unwrap();
     let unix = format!("http:unix:{}", directory.path().join("a.sock").display());
     let binds = [&HTTP[..], &["--bind", &unix]].concat();
@@ -273,7 +273,7 @@ fn a_proxy_header_that_comes_in_part_keeps_nobody_busy() {
 }
 
 #[test]
-fn a_unix_socket_is_trusted_by_name() {
+fn unix_socket_peers_are_trusted_only_by_name() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.sock");
     let bind = format!("http:unix:{}", path.display());
@@ -291,7 +291,7 @@ fn a_unix_socket_is_trusted_by_name() {
 }
 
 #[test]
-fn who_is_not_allowed_is_closed_on() {
+fn a_peer_that_is_not_allowed_is_disconnected() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.sock");
     let unix = format!("http:unix:{}", path.display());
@@ -329,7 +329,7 @@ fn who_is_not_allowed_is_closed_on() {
 }
 
 #[test]
-fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
+fn the_web_server_addresses_variable_applies_to_fastcgi_only_and_the_flag_overrides_it() {
     let start = |addresses: &str, more: &[&str]| {
         let mut command = Command::new(program("mirror"));
         command.args([&HTTP[..], &FASTCGI, &["--workers", "1"], more].concat());
@@ -369,7 +369,7 @@ fn the_web_servers_variable_counts_for_fastcgi_alone_and_yields_to_the_flag() {
 
 /// nginx with the configuration of `docs/web-servers.md`, on a Unix socket.
 #[test]
-fn nginx_tells_who_its_client_is() {
+fn nginx_reports_the_client_address() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().display();
     let mut server = mirror(&["--bind", &format!("http:unix:{path}/a.sock")], &["--trust", "unix"]);

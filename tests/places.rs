@@ -29,7 +29,7 @@ fn count(server: &Server, what: &str) -> usize {
 // ---- locks held by other users ----
 
 #[test]
-fn nobody_who_can_only_read_a_directory_keeps_a_server_from_starting_in_it() {
+fn a_user_with_only_read_access_cannot_prevent_a_server_from_starting() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
     let locked = File::open(directory.path()).unwrap();
@@ -62,7 +62,7 @@ fn has_open(pid: i32, what: &str) -> bool {
 }
 
 #[test]
-fn without_newer_system_calls_all_is_served_and_one_line_says_what_is_missing() {
+fn without_newer_system_calls_all_requests_are_served_and_one_line_lists_what_is_missing() {
     let refuse = Refuse::compile();
     let few = [libc::SYS_pidfd_open, libc::SYS_close_range];
     for (errno, calls) in [(libc::ENOSYS, NEWER), (libc::EPERM, &few[..])] {
@@ -129,7 +129,7 @@ fn with_read_only(read_only: &[&str], name: &str) -> Command {
 }
 
 #[test]
-fn a_server_starts_without_a_place_for_a_socket_that_nobody_asked_for_and_says_so_once() {
+fn a_server_starts_without_the_default_publish_socket_and_logs_this_once() {
     assert!(nix::unistd::geteuid().is_root(), "this test mounts file systems: run it as root");
     let all = ["/tmp", "/run", "/var/tmp"];
     let long = format!("/tmp/{}", "x".repeat(110));
@@ -161,7 +161,7 @@ fn a_server_starts_without_a_place_for_a_socket_that_nobody_asked_for_and_says_s
 }
 
 #[test]
-fn where_the_temporary_directory_will_not_do_the_socket_is_somewhere_else() {
+fn the_publish_socket_is_elsewhere_if_the_temporary_directory_is_unsuitable() {
     let directory = tempfile::tempdir().unwrap();
     let long = directory.path().join("x".repeat(90));
     std::fs::create_dir(&long).unwrap();
@@ -186,7 +186,7 @@ fn where_the_temporary_directory_will_not_do_the_socket_is_somewhere_else() {
 }
 
 #[test]
-fn another_user_publishes_although_the_temporary_directory_is_roots_alone() {
+fn another_user_can_publish_even_if_only_root_can_use_the_temporary_directory() {
     use std::os::unix::fs::PermissionsExt as _;
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
     let private = tempfile::tempdir().unwrap();

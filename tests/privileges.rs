@@ -105,7 +105,7 @@ fn expect_all(pid: i32, directory: &TempDir) {
 }
 
 #[test]
-fn a_worker_is_what_it_was_told_to_be() {
+fn a_worker_has_the_configured_privileges_and_limits() {
     let directory = directory();
     let at = directory.path().to_string_lossy().into_owned();
     let mut server = server(&[&ALL[..], &[&at]].concat());
@@ -138,7 +138,7 @@ fn a_worker_is_what_it_was_told_to_be() {
 }
 
 #[test]
-fn a_program_is_what_it_was_told_to_be() {
+fn a_program_has_the_configured_privileges_and_limits() {
     let (directory, sockets) = (directory(), tempfile::tempdir().unwrap());
     let at = directory.path().to_string_lossy().into_owned();
     let mut command = program_under_run(&sockets, &[&ALL[..], &[&at]].concat(), &["sleep", "1000"]);
@@ -156,7 +156,7 @@ fn a_program_is_what_it_was_told_to_be() {
 }
 
 #[test]
-fn nothing_changes_that_was_not_asked_for() {
+fn privileges_that_are_not_configured_do_not_change() {
     let mut server = server(&[]);
     let (pid, master) = (child(&server), server.pid().as_raw());
     for name in ["Uid", "Gid", "Groups", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp", "Umask", "Cpus_allowed_list"] {
@@ -182,7 +182,7 @@ fn a_user_with_an_account_gets_its_groups_and_home() {
 }
 
 #[test]
-fn capabilities_that_are_kept_survive_the_change_of_user_and_exec() {
+fn kept_capabilities_survive_the_change_of_user_and_exec() {
     let keep = ["--capabilities", "net_bind_service,cap_sys_nice"];
     let expected = "0000000000800400";
     let mut workers = server(&[&USER[..], &keep].concat());
@@ -205,14 +205,14 @@ fn capabilities_that_are_kept_survive_the_change_of_user_and_exec() {
 }
 
 #[test]
-fn setuid_programs_work_again_if_the_operator_says_so() {
+fn setuid_programs_work_if_the_operator_allows_them() {
     let mut server = server(&[&USER[..], &["--no-new-privileges=false"]].concat());
     assert_eq!(status(child(&server), "NoNewPrivs"), "0");
     server.stop();
 }
 
 #[test]
-fn a_worker_in_another_root_serves_and_has_its_cache() {
+fn a_worker_in_another_root_serves_and_uses_the_cache() {
     let root = directory();
     std::fs::create_dir(root.path().join("inner")).unwrap();
     std::fs::set_permissions(root.path().join("inner"), std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -262,7 +262,7 @@ fn no_process_of_another_user_outlives_a_killed_master() {
 }
 
 #[test]
-fn a_sandboxed_application_does_its_work_and_nothing_else() {
+fn a_sandboxed_application_can_do_its_work_and_nothing_else() {
     let (mine, other) = (directory(), directory());
     let (at, elsewhere) = (mine.path().to_string_lossy().into_owned(), other.path().join("a"));
     std::fs::write(&elsewhere, "secret").unwrap();
@@ -332,7 +332,7 @@ fn the_service_example_serves_in_a_sandbox_over_every_protocol() {
 }
 
 #[test]
-fn what_cannot_be_had_names_its_flag() {
+fn a_privilege_that_cannot_be_set_is_reported_with_its_flag() {
     let complaint = |command: &mut Command, code: i32, words: &[&str]| {
         let output = command.output_in_time().unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -378,7 +378,7 @@ fn what_cannot_be_had_names_its_flag() {
 }
 
 #[test]
-fn what_fails_in_the_process_itself_is_told_with_its_flag() {
+fn a_failure_in_the_process_itself_is_reported_with_its_flag() {
     assert!(Uid::effective().is_root(), "these tests change users: run them as root");
     // This user cannot enter the directory, but root, which runs the check, can.
     let closed = tempfile::tempdir().unwrap();
@@ -398,7 +398,7 @@ fn what_fails_in_the_process_itself_is_told_with_its_flag() {
 }
 
 #[test]
-fn a_limit_with_which_no_worker_can_start_is_refused_or_named_in_the_line_of_its_end() {
+fn a_limit_with_which_no_worker_can_start_is_rejected_or_logged_with_the_death() {
     assert!(Uid::effective().is_root(), "these tests change users: run them as root");
     let start = |mode: &[&str], limit: &str| {
         let mut command = Command::new(program("hello"));
@@ -441,7 +441,7 @@ fn a_limit_with_which_no_worker_can_start_is_refused_or_named_in_the_line_of_its
 }
 
 #[test]
-fn a_pid_file_keeps_a_second_master_out_and_goes_with_the_first() {
+fn a_pid_file_prevents_a_second_master_and_is_removed_with_the_first() {
     let directory = tempfile::tempdir().unwrap();
     let path: PathBuf = directory.path().join("a.pid");
     let at = path.to_string_lossy().into_owned();
@@ -463,7 +463,7 @@ fn a_pid_file_keeps_a_second_master_out_and_goes_with_the_first() {
 }
 
 #[test]
-fn socket_files_are_given_to_whom_the_operator_names() {
+fn socket_files_belong_to_the_configured_owner() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.sock");
     let bind = format!("http:unix:{}", path.display());

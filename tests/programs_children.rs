@@ -120,7 +120,7 @@ fn is_finished(place: &Place, name: &str, server: &mut Server, done: impl FnOnce
 // ---- processes that a page waits for ----
 
 #[test]
-fn a_reload_leaves_alone_what_a_request_waits_for() {
+fn a_reload_does_not_signal_processes_that_a_request_waits_for() {
     let place = place();
     let mut server = start(&place, &ALL, &[]);
     is_finished(&place, "a", &mut server, |server| {
@@ -132,7 +132,7 @@ fn a_reload_leaves_alone_what_a_request_waits_for() {
 }
 
 #[test]
-fn a_stop_leaves_alone_what_a_request_waits_for() {
+fn a_stop_does_not_signal_processes_that_a_request_waits_for() {
     let place = place();
     let mut server = start(&place, &[], &[]);
     is_finished(&place, "a", &mut server, |server| {
@@ -144,7 +144,7 @@ fn a_stop_leaves_alone_what_a_request_waits_for() {
 }
 
 #[test]
-fn recycling_leaves_alone_what_a_request_waits_for() {
+fn recycling_does_not_signal_processes_that_a_request_waits_for() {
     let place = place();
     let mut server = start(&place, &[&ALL[..], &["--max-age", "1s"]].concat(), &[]);
     is_finished(&place, "a", &mut server, |server| {
@@ -157,7 +157,7 @@ fn recycling_leaves_alone_what_a_request_waits_for() {
 }
 
 #[test]
-fn what_a_request_waits_for_ends_with_a_program_that_does_not_finish_in_time() {
+fn children_of_a_program_that_does_not_finish_in_time_are_killed_with_it() {
     let place = place();
     let mut server = start(&place, &["--drain-timeout", "300ms"], &[]);
     let waiting = Waiting::new(&place, "a");
@@ -176,7 +176,7 @@ fn what_a_request_waits_for_ends_with_a_program_that_does_not_finish_in_time() {
 // ---- background jobs ----
 
 #[test]
-fn background_jobs_survive_recycling_and_a_reload_and_end_with_the_server() {
+fn background_jobs_survive_recycling_and_a_reload_and_are_killed_at_shutdown() {
     let place = place();
     let mut server = start(&place, &[], &[("PHP_FCGI_MAX_REQUESTS", "1")]);
     let job: i32 = place.text("/children.php?do=background").trim().parse().unwrap();
@@ -200,7 +200,7 @@ fn background_jobs_survive_recycling_and_a_reload_and_end_with_the_server() {
 }
 
 #[test]
-fn a_job_ends_with_a_program_that_has_crashed() {
+fn a_job_is_killed_with_a_program_that_crashes() {
     let place = place();
     let mut server = start(&place, &[], &[]);
     let job: i32 = place.text("/children.php?do=background").trim().parse().unwrap();
@@ -231,7 +231,7 @@ fn a_job_that_ignores_term_is_killed_and_the_stop_does_not_wait_for_it() {
 
 /// The process has the listening socket as its standard input, and outlives the server.
 #[test]
-fn what_still_has_the_socket_is_named_and_its_address_is_free() {
+fn a_process_that_still_holds_the_socket_is_logged_and_the_address_is_free() {
     let place = with_page(Place::with_port());
     let session = place.path("session");
     let mut server = start(&place, &[], &[]);
@@ -265,7 +265,7 @@ fn named(server: &Server, name: &str) -> Vec<i32> {
 
 /// The wrapper either exits on SIGTERM, or ignores SIGTERM and waits for its child.
 #[test]
-fn a_wrapper_and_what_it_has_started_leave_together_when_the_request_is_finished() {
+fn a_wrapper_and_its_children_exit_together_when_the_request_is_finished() {
     for script in ["\"$@\"; true", "trap : TERM; \"$@\"; true", "trap '' TERM; (trap - TERM; exec \"$@\"); true"] {
         let place = place();
         let command = [&["sh", "-c", script, "sh"][..], &PHP].concat();
@@ -307,7 +307,7 @@ const TWO_CHILDREN: &str =
 
 /// The server first sends SIGTERM only to the program, which is killed by it. The children are not asked to exit yet.
 #[test]
-fn those_below_a_program_that_term_ends_finish_what_they_serve() {
+fn children_of_a_program_killed_by_sigterm_finish_their_requests() {
     let place = Place::new();
     let script = place.script("app", &format!("{SERVE}{TWO_CHILDREN}"));
     let nested = ["sh", "-c", "\"$@\"; true", "sh", &script];
@@ -338,7 +338,7 @@ fn those_below_a_program_that_term_ends_finish_what_they_serve() {
 }
 
 #[test]
-fn those_that_finish_what_they_serve_have_the_time_that_they_had_before_an_upgrade() {
+fn an_upgrade_does_not_change_the_drain_deadline_of_serving_children() {
     let place = Place::new();
     let script = place.script("app", &format!("{SERVE}{TWO_CHILDREN}"));
     // The drain timeout is long enough for the reload and the upgrade, even on a busy machine.
@@ -363,7 +363,7 @@ fn those_that_finish_what_they_serve_have_the_time_that_they_had_before_an_upgra
 /// The master may never observe a process without a connection. An event loop is sent SIGTERM immediately; other programs are sent SIGTERM
 /// after half of their drain timeout.
 #[test]
-fn those_that_handle_term_are_asked_while_they_serve() {
+fn children_that_handle_sigterm_are_asked_to_exit_while_they_serve() {
     let place = Place::new();
     let text = "busy, leaving = [], []\ndef leave(*_):\n  print('leaves', flush=True)\n  leaving.append(1)\n  if not busy: os._exit(0)\n\
         signal.signal(signal.SIGTERM, leave)\n\
@@ -385,7 +385,7 @@ fn those_that_handle_term_are_asked_while_they_serve() {
 }
 
 #[test]
-fn children_of_php_cgi_itself_finish_what_they_serve() {
+fn children_of_php_cgi_finish_their_requests() {
     let place = place();
     let mut server = start(&place, &[&ALL[..], &["--env", "PHP_FCGI_CHILDREN=3"]].concat(), &[]);
     wait_until("php-cgi has two parents with three children each", || {
@@ -410,7 +410,7 @@ fn children_of_php_cgi_itself_finish_what_they_serve() {
 }
 
 #[test]
-fn the_workers_of_a_perl_manager_finish_and_so_does_what_they_wait_for() {
+fn the_workers_of_a_perl_manager_and_their_children_finish() {
     let place = Place::new();
     let text = "#!/usr/bin/perl\nuse FCGI; use FCGI::ProcManager;\n\
         my $manager = FCGI::ProcManager->new({ n_processes => 2 });\n\
@@ -433,7 +433,7 @@ fn the_workers_of_a_perl_manager_finish_and_so_does_what_they_wait_for() {
 
 /// A process that its parent program has left behind still accepts connections, so it would compete with the replacement.
 #[test]
-fn who_is_left_behind_and_takes_connections_is_asked_to_leave() {
+fn a_left_behind_process_that_accepts_connections_is_asked_to_exit() {
     let place = place();
     let command = [&["setsid"][..], &PHP].concat();
     // setsid forks, and the parent exits with status 0.
@@ -487,7 +487,7 @@ fn a_child_that_shuts_the_socket_down_does_no_lasting_harm() {
 
 /// The same check, with a socket that another program has passed to the server.
 #[test]
-fn a_socket_that_was_passed_on_and_shut_down_listens_again() {
+fn an_inherited_socket_that_was_shut_down_listens_again() {
     let place = with_page(Place::with_port());
     let listener = std::net::TcpListener::bind(place.address.strip_prefix("fastcgi:").unwrap()).unwrap();
     let mut command = Command::new(common::program("forkyard"));

@@ -32,7 +32,7 @@ fn after(line: &str, what: &str) -> u128 {
 // ---- status 0 ----
 
 #[test]
-fn a_reload_with_a_program_that_ends_well_at_once_fails_and_says_what_it_said() {
+fn a_reload_with_a_program_that_exits_with_0_immediately_fails_and_reports_its_output() {
     let place = Place::new();
     let control = place.path("control");
     let (mut server, _) = start(&place, &["--control", &control.to_string_lossy()]);
@@ -64,7 +64,7 @@ fn a_reload_with_a_program_that_ends_well_at_once_fails_and_says_what_it_said() 
 }
 
 #[test]
-fn a_program_that_ends_well_at_once_is_tried_ever_more_rarely() {
+fn a_program_that_exits_with_0_immediately_is_retried_with_increasing_delays() {
     let place = Place::new();
     let mut server = Server::launch(&mut place.run(&[], &["true"]));
     for (failures, delay_ms) in [(1, 100), (2, 200), (3, 400), (4, 800), (5, 1600)] {
@@ -78,7 +78,7 @@ fn a_program_that_ends_well_at_once_is_tried_ever_more_rarely() {
 }
 
 #[test]
-fn in_a_pool_that_serves_one_that_ends_well_at_once_is_tried_ever_more_rarely_too() {
+fn a_program_that_exits_with_0_immediately_is_retried_with_increasing_delays_even_if_others_serve() {
     let place = Place::new();
     let (mut server, _) = start(&place, &[]);
     place.script("app", "#!/bin/sh\nexit 0\n");
@@ -96,7 +96,7 @@ fn in_a_pool_that_serves_one_that_ends_well_at_once_is_tried_ever_more_rarely_to
 
 /// The program connects to its database, takes longer than the settle time to load, and dies.
 #[test]
-fn a_connection_to_a_database_and_a_long_start_are_no_readiness() {
+fn a_database_connection_and_a_long_startup_do_not_count_as_readiness() {
     let place = Place::new();
     let (mut server, app) = start(&place, &[]);
     let old = server.workers();
@@ -144,7 +144,7 @@ fn a_program_with_an_event_loop_is_ready_when_it_watches_the_socket() {
 }
 
 #[test]
-fn what_takes_connections_below_a_wrapper_makes_it_ready() {
+fn a_wrapper_is_ready_when_its_child_accepts_connections() {
     let place = Place::new();
     let hello = place.compile_hello();
     let text = format!("{}; true", hello.display());
@@ -156,7 +156,7 @@ fn what_takes_connections_below_a_wrapper_makes_it_ready() {
 // ---- programs that never take the socket ----
 
 #[test]
-fn php_without_cgi_is_told_from_php_cgi() {
+fn php_without_cgi_is_reported_with_a_hint_at_php_cgi() {
     let place = Place::new();
     let mut server = Server::launch(&mut place.run(&[], &["php"]));
     let line = server.wait_for("workers die before they are ready");
@@ -170,7 +170,7 @@ fn php_without_cgi_is_told_from_php_cgi() {
 }
 
 #[test]
-fn php_fpm_which_binds_a_socket_of_its_own_is_named_and_not_ready() {
+fn php_fpm_binds_its_own_socket_and_is_reported_and_never_ready() {
     let place = Place::new();
     let fpm = std::fs::read_dir("/usr/sbin").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let fpm =
@@ -195,7 +195,7 @@ fn php_fpm_which_binds_a_socket_of_its_own_is_named_and_not_ready() {
 }
 
 #[test]
-fn a_program_that_closes_the_socket_after_it_was_ready_is_named() {
+fn a_program_that_closes_the_socket_after_it_was_ready_is_logged() {
     let place = Place::new();
     let go = place.path("go");
     let script = format!("until [ -e {} ]; do sleep 0.05; done; exec sleep 600 </dev/null", go.display());
@@ -207,7 +207,7 @@ fn a_program_that_closes_the_socket_after_it_was_ready_is_named() {
 }
 
 #[test]
-fn an_upgrade_and_a_late_start_do_not_forget_that_programs_are_seen_to_accept() {
+fn an_upgrade_remembers_whether_programs_were_seen_to_accept() {
     let place = Place::new();
     let control = place.path("control");
     let (config, ours) = (place.path("forkyard.toml"), "['sh', '-c', 'sleep 1.5; exec php-cgi']");
@@ -242,7 +242,7 @@ fn an_upgrade_and_a_late_start_do_not_forget_that_programs_are_seen_to_accept() 
 }
 
 #[test]
-fn connections_that_no_process_accepts_are_named() {
+fn connections_that_no_program_accepts_are_logged() {
     let place = Place::new();
     let mut server = Server::start_command(&mut place.run(&["--settle", "10ms"], &["sleep", "600"]));
     let _waiting = std::os::unix::net::UnixStream::connect(place.socket()).unwrap();
@@ -254,7 +254,7 @@ fn connections_that_no_process_accepts_are_named() {
 // ---- wrappers that fail ----
 
 #[test]
-fn what_a_wrapper_returns_when_it_fails_itself_is_a_failure_and_is_explained() {
+fn the_exit_status_of_a_failing_wrapper_is_a_failure_and_is_explained() {
     for (command, status, said) in [
         (&["env", "--no-such-option", "php-cgi"][..], 125, "env, timeout, nice, docker run and the like return 125"),
         (&["timeout", "10", "/etc/passwd"], 126, "could not execute it"),
@@ -292,7 +292,7 @@ fn crashy(arguments: &[&str]) -> Server {
 }
 
 #[test]
-fn a_daemon_that_puts_itself_into_the_background_is_named_started_once_and_ends_with_the_server() {
+fn a_daemon_that_moves_to_the_background_is_logged_started_once_and_killed_at_shutdown() {
     let mut server = crashy(&["--daemon", "d=setsid -f sleep 600"]);
     let line = server.wait_for("daemon has put itself into the background");
     assert!(line.contains("run it in the foreground") && line.contains("name=d"), "{line}");
@@ -313,7 +313,7 @@ fn a_daemon_that_puts_itself_into_the_background_is_named_started_once_and_ends_
 }
 
 #[test]
-fn a_daemon_that_ends_well_at_once_is_given_up_after_some_tries() {
+fn a_daemon_that_exits_with_0_immediately_is_abandoned_after_several_tries() {
     let mut server = crashy(&["--daemon", "d=true", "--daemon-tries", "3"]);
     for delay_ms in [100, 200] {
         let line = server.wait_for("daemon cannot be started, or exits immediately");
@@ -327,7 +327,7 @@ fn a_daemon_that_ends_well_at_once_is_given_up_after_some_tries() {
 }
 
 #[test]
-fn what_a_job_leaves_ends_with_the_server_though_it_has_a_session_of_its_own() {
+fn processes_left_by_a_job_are_killed_at_shutdown_even_in_their_own_session() {
     let directory = tempfile::tempdir().unwrap();
     let up = directory.path().join("up").display().to_string();
     let job = format!(

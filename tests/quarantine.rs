@@ -32,7 +32,7 @@ fn poison(address: &str, mut path: impl FnMut(usize) -> String) -> usize {
 }
 
 #[test]
-fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
+fn a_deadly_request_is_refused_after_three_deaths_and_no_other_request_is() {
     let mut server = crashy(&[]);
     let address = server.http();
     let (stop, good) = (AtomicBool::new(false), AtomicUsize::new(0));
@@ -77,7 +77,7 @@ fn poison_is_refused_after_three_deaths_and_nothing_else_is() {
 }
 
 #[test]
-fn what_kills_by_many_ids_is_refused_by_its_pattern() {
+fn a_deadly_route_with_many_ids_is_refused_by_its_pattern() {
     let mut server = crashy(&[]);
     assert!(poison(&server.http(), |number| format!("/poison/{number}")) >= 3);
     assert!(server.wait_for("quarantined").contains("request=\"GET /poison/*\""));
@@ -95,7 +95,7 @@ fn what_kills_by_many_ids_is_refused_by_its_pattern() {
 }
 
 #[test]
-fn a_relapse_takes_one_death() {
+fn one_further_death_quarantines_a_request_again() {
     let mut server = crashy(&["--quarantine-time", "300ms"]);
     poison(&server.http(), |_| "/exit/3".to_owned());
     assert!(server.wait_for("quarantined").contains("times=1"));
@@ -121,7 +121,7 @@ fn the_refusal_is_a_503_over_each_protocol() {
 }
 
 #[test]
-fn a_request_whose_functions_hang_is_refused_after_three_workers_left_for_that() {
+fn a_request_whose_functions_hang_is_refused_after_three_replaced_workers() {
     // The function must have begun by the time the timeout expires, even on a busy machine.
     let hangs = ["--threads", "2", "--request-timeout", "3s", "--hang-timeout", "300ms", "--drain-timeout", "1h"];
     let mut server = crashy(&hangs);
@@ -140,7 +140,7 @@ fn a_request_whose_functions_hang_is_refused_after_three_workers_left_for_that()
 }
 
 #[test]
-fn functions_that_hang_in_one_worker_count_once() {
+fn hung_functions_in_one_worker_count_once() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("broken");
     let mut command = std::process::Command::new(common::program("crashy"));
@@ -158,7 +158,7 @@ fn functions_that_hang_in_one_worker_count_once() {
 }
 
 #[test]
-fn a_signal_that_another_process_has_sent_accuses_no_request_and_the_log_says_who() {
+fn a_signal_from_another_process_implicates_no_request_and_its_sender_is_logged() {
     let mut server = Protocol::Http.start("crashy", &["--workers", "1", "--quarantine", "1"]);
     let own = std::process::id();
     for signal in [
@@ -189,7 +189,7 @@ fn a_signal_that_another_process_has_sent_accuses_no_request_and_the_log_says_wh
 }
 
 #[test]
-fn it_can_be_switched_off() {
+fn quarantine_can_be_disabled() {
     let mut server = crashy(&["--quarantine", "0"]);
     for _ in 0..6 {
         assert_eq!(http::get(&server.http(), "/segv").unwrap().status, 502);
@@ -293,7 +293,7 @@ fn in_quotes<'a>(line: &'a str, key: &str) -> &'a str {
 }
 
 #[test]
-fn poison_among_a_hundred_others_is_named_and_refused_after_as_many_deaths_as_on_an_idle_worker() {
+fn a_deadly_request_among_a_hundred_others_is_refused_after_as_many_deaths_as_on_an_idle_worker() {
     let hundred = ["/slow/600000"; 100];
     // More threads are busy than the scoreboard has slots for.
     let busy = [&hundred[..], &["/thread/sleep-600000"; 18]].concat();
@@ -329,7 +329,7 @@ fn poison_among_a_hundred_others_is_named_and_refused_after_as_many_deaths_as_on
 }
 
 #[test]
-fn of_a_worker_that_is_killed_the_log_says_what_it_was_at_and_nothing_is_refused_for_it() {
+fn the_requests_of_a_killed_worker_are_logged_and_none_of_them_is_refused() {
     let mut server = Way::Apart(Protocol::Http).start(&[]);
     for _ in 0..4 {
         let others = ["/slow/600000"; 40];

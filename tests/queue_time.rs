@@ -32,7 +32,7 @@ fn too_late() {
 }
 
 #[test]
-fn who_waits_too_long_for_a_thread_is_shed_while_the_thread_is_still_at_work() {
+fn a_request_that_waits_too_long_for_a_thread_is_shed_while_the_thread_is_busy() {
     let mut server = crashy(&[]);
     let address = server.http();
     let mut first = Client::connect(&address).unwrap();
@@ -76,7 +76,7 @@ fn the_wait_in_the_kernel_counts_for_the_first_request_of_a_connection() {
 }
 
 #[test]
-fn a_trusted_proxy_is_believed_when_it_says_since_when() {
+fn the_start_time_from_a_trusted_proxy_is_used() {
     let ask = |server: &Server, start: &str| {
         let mut client = Client::connect(&server.http()).unwrap();
         let head = format!("GET /ok HTTP/1.1\r\nHost: a\r\nX-Request-Start: {start}\r\n\r\n");

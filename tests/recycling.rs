@@ -49,7 +49,7 @@ fn a_worker_that_grows_is_replaced() {
 }
 
 #[test]
-fn a_worker_is_replaced_at_its_age_and_so_is_a_program() {
+fn a_worker_and_a_program_are_replaced_at_the_maximum_age() {
     let mut server = crashy(&["--workers", "2", "--max-age", "500ms~200ms"]);
     let old = server.workers();
     assert!(server.wait_for("worker will be replaced").contains("reason=max-age"));
@@ -79,7 +79,7 @@ fn a_worker_is_replaced_at_its_age_and_so_is_a_program() {
 }
 
 #[test]
-fn what_cannot_be_known_of_a_program_is_refused_with_the_reason() {
+fn settings_that_cannot_work_for_a_program_are_rejected_with_the_reason() {
     for (flag, value, reason) in [
         ("--max-requests", "100", "only the program itself can count"),
         ("--health-path", "/health", "a request cannot be sent to a particular program"),

@@ -47,7 +47,7 @@ fn unread(directory: &Path) -> Vec<u16> {
 }
 
 #[test]
-fn what_http_cannot_read_is_in_both_logs() {
+fn malformed_http_requests_are_in_both_logs() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = start(&directory, "http:127.0.0.1:0", &[]);
     let get = |target: &str, headers: &str| format!("GET {target} HTTP/1.1\r\nHost: x\r\n{headers}\r\n").into_bytes();
@@ -89,7 +89,7 @@ fn what_http_cannot_read_is_in_both_logs() {
 }
 
 #[test]
-fn what_http_2_cannot_read_is_in_both_logs() {
+fn malformed_http_2_requests_are_in_both_logs() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = start(&directory, "http:127.0.0.1:0", &["--max-params", "8K"]);
     // A head that exceeds the limit and whose request line has been parsed, followed by a frame that is invalid in this state.
@@ -109,7 +109,7 @@ fn what_http_2_cannot_read_is_in_both_logs() {
 }
 
 #[test]
-fn what_fastcgi_and_scgi_cannot_read_is_in_both_logs() {
+fn malformed_fastcgi_and_scgi_requests_are_in_both_logs() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = start(&directory, "fastcgi:127.0.0.1:0,scgi:127.0.0.1:0", &["--max-params", "8K"]);
     let with_params = |params: &[u8]| {
@@ -148,7 +148,7 @@ fn what_fastcgi_and_scgi_cannot_read_is_in_both_logs() {
 }
 
 #[test]
-fn a_head_that_does_not_come_in_time_is_answered_where_that_is_possible_and_logged() {
+fn a_head_that_does_not_arrive_in_time_is_answered_if_possible_and_logged() {
     let directory = tempfile::tempdir().unwrap();
     let bind = "http:127.0.0.1:0,fastcgi:127.0.0.1:0,scgi:127.0.0.1:0";
     let mut server = start(&directory, bind, &["--header-timeout", "1s"]);
@@ -168,7 +168,7 @@ fn a_head_that_does_not_come_in_time_is_answered_where_that_is_possible_and_logg
 }
 
 #[test]
-fn a_proxy_header_that_cannot_be_read_is_in_both_logs() {
+fn a_malformed_proxy_header_is_in_both_logs() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = start(&directory, "http:127.0.0.1:0", &["--proxy-protocol", "127.0.0.1"]);
     assert_eq!(exchange(&server.binds[0], b"PROXY TCP4 nonsense\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n"), "");

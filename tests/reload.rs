@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 const HTTP: [&str; 2] = ["--bind", "http:127.0.0.1:0"];
 
 #[test]
-fn a_failed_reload_says_why_and_the_old_generation_stays_in_strength() {
+fn a_failed_reload_reports_the_reason_and_the_old_generation_stays_complete() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("broken");
     let mut server = Server::start_command(
@@ -51,7 +51,7 @@ fn a_failed_reload_says_why_and_the_old_generation_stays_in_strength() {
 }
 
 #[test]
-fn a_worker_whose_application_is_not_well_never_gets_ready() {
+fn a_worker_whose_application_is_unhealthy_never_becomes_ready() {
     let directory = tempfile::tempdir().unwrap();
     for (path, limit, said) in [
         ("/status/503", "30s", "status 503"),
@@ -81,7 +81,7 @@ fn a_worker_whose_application_is_not_well_never_gets_ready() {
 }
 
 #[test]
-fn no_more_are_replaced_at_a_time_than_may_be_and_the_new_ones_come_first() {
+fn a_limited_number_of_workers_is_replaced_at_a_time_and_the_new_workers_start_first() {
     let mut server = Server::start("crashy", &[&HTTP[..], &["--workers", "4", "--max-unavailable", "50%"]].concat());
     let mut old = server.workers();
     for generation in 2..5 {

@@ -384,17 +384,17 @@ fn each_setting_is_taken_over_or_named(name: &'static str, run: &[&str]) {
 }
 
 #[test]
-fn a_reload_takes_over_each_setting_of_an_application_linked_in_or_names_it() {
+fn a_reload_applies_or_reports_each_setting_of_a_linked_application() {
     each_setting_is_taken_over_or_named("crashy", &[]);
 }
 
 #[test]
-fn a_reload_takes_over_each_setting_of_run_or_names_it() {
+fn a_reload_applies_or_reports_each_setting_of_run() {
     each_setting_is_taken_over_or_named("forkyard", &["run"]);
 }
 
 #[test]
-fn no_row_is_about_a_flag_that_there_is_not() {
+fn every_row_describes_an_existing_flag() {
     let mut flags = flags_of("crashy", &[]);
     flags.extend(flags_of("forkyard", &["run"]));
     flags.insert("command".to_owned());

@@ -130,7 +130,7 @@ fn a_reload_with_another_user_reaches_workers_daemons_jobs_and_the_files_of_sock
 }
 
 #[test]
-fn a_reload_starts_daemons_and_jobs_that_are_new_and_stops_those_that_are_not_wanted() {
+fn a_reload_starts_new_daemons_and_jobs_and_stops_removed_ones() {
     let mut served = Served::start("crashy", &[], &format!("{HTTP}daemon = ['kept=sleep 1001', 'gone=sleep 1002']\n"));
     let (kept, gone) = (served.daemon("kept"), served.daemon("gone"));
     let job = "cron = ['tick=* * * * * *=echo ticks']\n";
@@ -151,7 +151,7 @@ fn a_reload_starts_daemons_and_jobs_that_are_new_and_stops_those_that_are_not_wa
 }
 
 #[test]
-fn a_reload_moves_the_logs_and_changes_their_form() {
+fn a_reload_changes_the_paths_and_the_format_of_the_logs() {
     let access = "access-log = 'DIR/access'\n";
     let mut served = Served::start("crashy", &[], &format!("{HTTP}{access}"));
     let address = served.server.http();
@@ -202,7 +202,7 @@ fn a_reload_moves_the_logs_and_changes_their_form() {
 const FASTCGI: &str = "bind = 'fastcgi:unix:DIR/a.sock'\nworkers = 2\nsettle = '20ms'\n";
 
 #[test]
-fn a_reload_runs_another_command_and_refuses_one_that_is_not_there() {
+fn a_reload_runs_another_command_and_rejects_one_that_does_not_exist() {
     let mut served = Served::start("forkyard", &["run"], &format!("{FASTCGI}command = ['sleep', '1001']\n"));
     let old = served.server.children();
     served.refused(
@@ -223,7 +223,7 @@ fn a_reload_runs_another_command_and_refuses_one_that_is_not_there() {
 }
 
 #[test]
-fn after_a_failed_reload_those_that_die_are_replaced_by_what_they_were() {
+fn after_a_failed_reload_dead_processes_are_replaced_by_the_old_configuration() {
     let mut served = Served::start("forkyard", &["run"], &format!("{FASTCGI}command = ['sleep', '1001']\n"));
     let old = served.server.children();
     let broken =

@@ -20,7 +20,7 @@ use nix::unistd::{Pid, getsid};
 // ---- php-cgi ----
 
 #[test]
-fn php_answers() {
+fn php_cgi_answers() {
     let place = Place::new();
     let mut server = place.start_php(&[], &[]);
     let response = place.ask("/pages.php?do=add&a=19&b=23", b"").unwrap();
@@ -60,7 +60,7 @@ fn php_knows_its_slot_and_forks_no_children() {
 }
 
 #[test]
-fn php_may_leave_after_some_requests() {
+fn php_cgi_may_exit_after_some_requests() {
     let place = Place::new();
     let mut server = place.start_php(&[], &[("PHP_FCGI_MAX_REQUESTS", "20")]);
     let before = server.workers();
@@ -88,7 +88,7 @@ fn php_may_leave_after_some_requests() {
 
 /// Requests are always in flight, so the master never observes an idle process.
 #[test]
-fn php_may_leave_however_busy_it_is() {
+fn php_cgi_may_exit_even_under_load() {
     let place = Place::new();
     let mut server = place.start_php(&[], &[("PHP_FCGI_MAX_REQUESTS", "20")]);
     let (failing, over) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -124,7 +124,7 @@ fn children_are_none(pid: i32) -> bool {
 }
 
 #[test]
-fn php_errors_are_in_our_log() {
+fn php_errors_are_in_the_log() {
     let place = Place::new();
     let mut server = place.start_php(&[], &[]);
     let pids = server.workers();
@@ -156,7 +156,7 @@ fn a_c_program_answers() {
 
 /// A program inherits the operator's environment, Forkyard's three variables, and exactly four descriptors.
 #[test]
-fn a_program_inherits_what_it_should() {
+fn a_program_inherits_only_the_documented_environment_and_descriptors() {
     let place = Place::new();
     let hello = place.compile_hello();
     let mut command = place.run(&[], &[&hello.to_string_lossy()]);
@@ -181,7 +181,7 @@ fn a_program_inherits_what_it_should() {
 
 /// A process that has left its program's process group survives, with its inherited descriptors.
 #[test]
-fn what_outlives_its_program_does_not_keep_the_cache_file() {
+fn a_process_that_outlives_its_program_does_not_keep_the_cache_file_in_use() {
     let place = Place::new();
     let (file, left) = (place.path("pages.cache"), place.path("left"));
     let script = format!("#!/bin/sh\nsetsid sleep 1000 &\necho $! >>'{}'\nexec \"$@\"\n", left.display());
@@ -228,7 +228,7 @@ fn what_outlives_its_program_does_not_keep_the_cache_file() {
 
 /// The client is stopped, like a client whose output is piped to a pager.
 #[test]
-fn a_client_that_hangs_does_not_keep_the_cache_file() {
+fn a_hung_client_does_not_keep_the_cache_file_in_use() {
     let place = Place::new();
     let (file, control) = (place.path("pages.cache"), place.path("control"));
     let (file, control) = (file.to_string_lossy(), control.to_string_lossy());
@@ -293,7 +293,7 @@ fn a_killed_program_is_replaced() {
 }
 
 #[test]
-fn the_log_says_how_a_program_died() {
+fn the_log_reports_how_a_program_died() {
     let place = Place::new();
     let mut server = place.start_hello(&[]);
     for _ in 0..3 {
@@ -341,7 +341,7 @@ fn reload_under_load(place: &Place, server: &mut Server, target: &str) -> usize 
 }
 
 #[test]
-fn a_reload_replaces_all_and_loses_no_request() {
+fn a_reload_replaces_all_programs_and_loses_no_request() {
     let place = Place::new();
     let mut server = place.start_hello(&[]);
     assert!(reload_under_load(&place, &mut server, "/hello") >= 40);
@@ -351,7 +351,7 @@ fn a_reload_replaces_all_and_loses_no_request() {
 }
 
 #[test]
-fn a_reload_of_php_loses_no_request() {
+fn a_reload_of_php_cgi_loses_no_request() {
     let place = Place::new();
     // Without this variable php-cgi exits after 500 requests, even without a reload.
     let mut server = place.start_php(&[], &[("PHP_FCGI_MAX_REQUESTS", "0")]);
@@ -362,7 +362,7 @@ fn a_reload_of_php_loses_no_request() {
 }
 
 #[test]
-fn at_the_end_nothing_is_left() {
+fn a_stop_leaves_no_process_or_socket_behind() {
     let place = Place::new();
     let mut server = place.start_hello(&[]);
     let pids = server.workers();
@@ -401,7 +401,7 @@ fn failure(command: &mut Command) -> (Option<i32>, String) {
 }
 
 #[test]
-fn a_program_that_cannot_run_is_named() {
+fn a_program_that_cannot_be_executed_is_reported() {
     let place = Place::new();
     let file = place.path("not-executable");
     std::fs::write(&file, "#!/bin/sh\n").unwrap();
@@ -419,7 +419,7 @@ fn a_program_that_cannot_run_is_named() {
 }
 
 #[test]
-fn a_wrong_bind_is_wrong_usage() {
+fn an_invalid_bind_is_a_usage_error() {
     let forkyard = |arguments: &[&str]| failure(Command::new(program("forkyard")).arg("run").args(arguments));
     let (status, error) = forkyard(&["--bind", "http:127.0.0.1:0", "--", "true"]);
     assert_eq!(status, Some(2), "{error}");
@@ -433,7 +433,7 @@ fn a_wrong_bind_is_wrong_usage() {
 }
 
 #[test]
-fn a_program_that_dies_at_once_is_tried_ever_more_rarely() {
+fn a_program_that_dies_immediately_is_retried_with_increasing_delays() {
     let place = Place::new();
     let mut server = Server::launch(&mut place.run(&[], &["false"]));
     for (failures, delay_ms) in [(1, 100), (2, 200), (3, 400), (4, 800)] {
@@ -481,7 +481,7 @@ fn an_orphan_of_a_program_is_reaped() {
 }
 
 #[test]
-fn a_program_that_does_not_want_to_leave_is_killed() {
+fn a_program_that_does_not_exit_is_killed() {
     let place = Place::new();
     let options = ["--drain-timeout", "1s", "--settle", "50ms"];
     let script = "trap '' TERM; echo deaf; exec sleep 1000";
@@ -505,7 +505,7 @@ fn a_program_that_does_not_want_to_leave_is_killed() {
 
 /// The children of a wrapper script also hold the listening socket, so they would keep accepting connections alongside the replacement.
 #[test]
-fn what_a_wrapper_started_goes_with_it() {
+fn children_of_a_wrapper_are_killed_with_it() {
     let place = Place::new();
     let bind = format!("fastcgi:unix:{}", place.path("wrapper.sock").display());
     let run = ["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--", "sh", "-c", "sleep 600 & wait"];

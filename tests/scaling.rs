@@ -24,7 +24,7 @@ fn has(server: &Server, count: usize) -> BTreeSet<i32> {
 }
 
 #[test]
-fn requests_that_take_long_bring_workers_and_quiet_sends_them_away() {
+fn slow_requests_start_workers_and_idle_time_stops_them() {
     let mut server = crashy(&["--workers", "1..4", "--scale-down-after", "1s"]);
     has(&server, 1);
     let (address, stop) = (server.http(), AtomicBool::new(false));
@@ -51,7 +51,7 @@ fn requests_that_take_long_bring_workers_and_quiet_sends_them_away() {
 }
 
 #[test]
-fn nobody_is_there_until_somebody_asks() {
+fn no_worker_runs_until_the_first_request() {
     let mut server = crashy(&["--workers", "0..2", "--scale-down-after", "500ms"]);
     server.has_only(&BTreeSet::new());
     for _ in 0..3 {
@@ -92,7 +92,7 @@ fn the_last_worker_stays_while_it_has_connections() {
 }
 
 #[test]
-fn programs_are_scaled_by_whether_they_wait_for_connections() {
+fn programs_are_scaled_by_the_demand_for_connections() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("a.sock");
     let bind = format!("fastcgi:unix:{}", socket.display());

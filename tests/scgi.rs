@@ -80,7 +80,7 @@ fn requests_are_answered() {
 }
 
 #[test]
-fn a_request_in_single_bytes_is_a_request() {
+fn a_request_sent_byte_by_byte_is_served() {
     let fixture = start(&[]);
     for mut client in fixture.clients() {
         for byte in request("POST", "/echo", b"the body") {
@@ -92,7 +92,7 @@ fn a_request_in_single_bytes_is_a_request() {
 }
 
 #[test]
-fn a_body_streams_both_ways_at_once() {
+fn a_body_streams_in_both_directions_at_the_same_time() {
     let fixture = start(&[]);
     for mut client in fixture.clients() {
         client.stream.write_all(&head("POST", "/echo", "8")).unwrap();
@@ -123,7 +123,7 @@ fn a_body_of_unknown_length_ends_with_the_stream() {
 }
 
 #[test]
-fn the_response_arrives_whole_though_the_body_was_not_read() {
+fn the_response_arrives_complete_even_if_the_body_is_not_read() {
     let fixture = start(&[]);
     let body = vec![0; 8 * MIB];
     for client in fixture.clients() {
@@ -134,7 +134,7 @@ fn the_response_arrives_whole_though_the_body_was_not_read() {
 }
 
 #[test]
-fn limits_and_nonsense_have_answers() {
+fn requests_beyond_limits_and_malformed_requests_are_answered() {
     let fixture = start(&["--max-params", "8K", "--max-body", "100"]);
     let long = "v".repeat(9000);
     for (bytes, status) in [
@@ -171,7 +171,7 @@ fn expect_reset(client: &mut Client, what: &str) {
 }
 
 #[test]
-fn a_response_that_breaks_off_resets_the_connection() {
+fn an_incomplete_response_resets_the_connection() {
     let fixture = start(&[]);
     for mut client in fixture.clients() {
         client.stream.write_all(&request("GET", "/break", b"")).unwrap();
@@ -201,7 +201,7 @@ fn a_worker_that_dies_resets_its_connections() {
 }
 
 #[test]
-fn when_the_client_leaves_its_request_is_dropped() {
+fn a_disconnect_cancels_the_request() {
     let mut fixture = start(&[]);
     for mut client in fixture.clients() {
         client.stream.write_all(&request("GET", "/slow/600000", b"")).unwrap();
@@ -217,7 +217,7 @@ fn when_the_client_leaves_its_request_is_dropped() {
 }
 
 #[test]
-fn a_body_that_is_cut_is_an_error_to_the_application() {
+fn a_truncated_body_is_an_error_for_the_application() {
     let mut fixture = start(&[]);
     for mut client in fixture.clients() {
         client.stream.write_all(&[&head("POST", "/count", "10")[..], b"12345"].concat()).unwrap();
@@ -236,7 +236,7 @@ fn a_body_that_is_cut_is_an_error_to_the_application() {
 }
 
 #[test]
-fn a_drain_finishes_what_has_begun() {
+fn a_drain_finishes_the_requests_that_have_begun() {
     let mut fixture = start(&[]);
     let idle = fixture.clients();
     let mut clients = fixture.clients();

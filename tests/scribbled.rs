@@ -83,7 +83,7 @@ impl Scribbled {
 }
 
 #[test]
-fn memory_that_is_written_over_is_told_once_and_a_reload_replaces_it() {
+fn overwritten_memory_is_logged_once_and_a_reload_replaces_it() {
     for with in ["zeroes", "ones", "random bytes"] {
         let mut site = Scribbled::start("pages", &["--cache", "4M"]);
         let address = site.server.http();
@@ -113,7 +113,7 @@ fn memory_that_is_written_over_is_told_once_and_a_reload_replaces_it() {
 }
 
 #[test]
-fn who_subscribed_before_the_memory_was_replaced_sees_a_gap_and_then_all_events() {
+fn a_subscriber_from_before_the_replacement_of_the_memory_sees_a_gap_and_then_all_events() {
     let mut site = Scribbled::start("stream", &["--events", "1M"]);
     let (address, bind) = (site.server.http(), site.server.binds[0].clone());
     let publish = |text: &str| http::post(&address, "/publish/news", text.as_bytes()).unwrap().status;
@@ -133,7 +133,7 @@ fn who_subscribed_before_the_memory_was_replaced_sees_a_gap_and_then_all_events(
 }
 
 #[test]
-fn a_damaged_cache_file_makes_room_for_a_new_one() {
+fn a_damaged_cache_file_is_replaced_by_a_new_one() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("pages");
     let mut site = Scribbled::start("pages", &["--cache", "4M", "--cache-file", path.to_str().unwrap()]);
@@ -167,7 +167,7 @@ fn damage_file(file: &File, how: &str) {
 }
 
 #[test]
-fn a_truncated_cache_file_ends_neither_worker_nor_master_nor_a_request() {
+fn a_truncated_cache_file_kills_no_process_and_fails_no_request() {
     for how in ["emptied", "cut in the middle", "cut at the end", "emptied and extended again"] {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("pages");
@@ -213,7 +213,7 @@ fn a_truncated_cache_file_ends_neither_worker_nor_master_nor_a_request() {
 }
 
 #[test]
-fn a_truncated_file_with_an_event_log_ends_neither_relay_nor_those_who_follow_the_log() {
+fn a_truncated_file_with_an_event_log_ends_neither_the_relay_nor_its_followers() {
     let directory = tempfile::tempdir().unwrap();
     let (path, socket) = (directory.path().join("pages"), directory.path().join("publish"));
     let arguments = ["--cache", "4M", "--events", "1M", "--cache-file", path.to_str().unwrap(), "--events-socket"];

@@ -45,7 +45,7 @@ fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
 }
 
 #[test]
-fn a_log_level_that_there_is_not_is_refused_with_those_that_there_are() {
+fn an_unknown_log_level_is_rejected_with_a_list_of_the_valid_levels() {
     let levels = "expected off, error, warn, info, debug, trace";
     for (level, hint) in
         [("loud", ""), ("warning", "did you mean 'warn'?"), ("notice", "did you mean 'info'?"), ("info,x=nix", "'nix'")]
@@ -62,7 +62,7 @@ fn a_log_level_that_there_is_not_is_refused_with_those_that_there_are() {
 }
 
 #[test]
-fn booleans_are_booleans_in_the_file_for_each_flag_that_is_a_switch() {
+fn a_switch_is_a_boolean_in_the_configuration_file() {
     let directory = tempfile::tempdir().unwrap();
     let bind = "bind = 'http:127.0.0.1:0'\nuser = 'root'\n";
     for (name, setting) in [
@@ -88,7 +88,7 @@ fn booleans_are_booleans_in_the_file_for_each_flag_that_is_a_switch() {
 }
 
 #[test]
-fn check_finds_all_that_a_start_would_find_one_after_the_other() {
+fn check_reports_all_errors_that_startup_would_report_one_by_one() {
     let directory = tempfile::tempdir().unwrap();
     let text = "workers = 'many'\n\
         idle-timeout = 'x'\n\
@@ -172,7 +172,7 @@ fn settings_of_files(path: &str) -> [(&'static str, Vec<String>); 7] {
 }
 
 #[test]
-fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
+fn check_and_startup_reject_the_same_paths_with_the_same_messages() {
     const LINKS: &[&str] = &["--cache-file", "--log-file", "--access-log"];
     const SOCKETS: &[&str] = &["--bind", "--control", "--events-socket"];
     let directory = tempfile::tempdir().unwrap();
@@ -237,7 +237,7 @@ fn check_and_a_start_refuse_the_same_paths_with_the_same_words() {
 }
 
 #[test]
-fn check_tells_errors_from_warnings() {
+fn check_distinguishes_errors_from_warnings() {
     let bind = ["check", "--bind", "http:127.0.0.1:0"];
     let said = complained(&run("hello", &bind), 0, &["forkyard: warning: the application runs as root"]);
     assert!(!said.contains("error"), "{said}");
@@ -253,7 +253,7 @@ fn check_tells_errors_from_warnings() {
 }
 
 #[test]
-fn times_between_two_looks_leave_time_for_something_else() {
+fn intervals_between_checks_cannot_be_too_short() {
     let top = |interval| run("hello", &["top", "--control", "/x", "--interval", interval]);
     for (flag, least) in
         [("--memory-interval", "expected at least 100ms"), ("--hang-timeout", "0 for never, or at least 100ms")]
@@ -271,7 +271,7 @@ fn times_between_two_looks_leave_time_for_something_else() {
 }
 
 #[test]
-fn a_list_that_is_not_closed_is_one_mistake_with_its_place() {
+fn an_unclosed_list_is_one_error_with_its_position() {
     let directory = tempfile::tempdir().unwrap();
     let text = "workers = 'many'\nbind = ['http:127.0.0.1:0', 'fastcgi:127.0.0.1:0'\nthreads = 2\ncache = '64M'\nuser = 'root'\n";
     let said = complained(&check("hello", &directory, text), 1, &[]);
@@ -297,7 +297,7 @@ fn a_list_that_is_not_closed_is_one_mistake_with_its_place() {
 }
 
 #[test]
-fn flags_that_run_has_not_are_refused_with_the_reason_and_named_in_the_documentation() {
+fn flags_that_run_lacks_are_rejected_with_the_reason_and_documented() {
     let missing: Vec<String> = flags_of("hello", &[]).difference(&flags_of("forkyard", &["run"])).cloned().collect();
     assert!(missing.contains(&"threads".to_owned()) && missing.contains(&"max-requests".to_owned()), "{missing:?}");
     let flags: Vec<String> = missing.iter().map(|flag| format!("--{flag}=1")).collect();
@@ -336,7 +336,7 @@ fn flags_that_run_has_not_are_refused_with_the_reason_and_named_in_the_documenta
 }
 
 #[test]
-fn what_was_probably_meant_is_said() {
+fn errors_suggest_what_was_probably_meant() {
     let bind = ["run", "--bind", "fastcgi:unix:/tmp/never-made.sock"];
     let said = run("forkyard", &[&bind[..], &["php-cgi", "-d", "memory_limit=64M"]].concat());
     let line = "forkyard run --bind fastcgi:unix:/tmp/never-made.sock -- php-cgi -d 'memory_limit=64M'";
@@ -383,7 +383,7 @@ fn what_was_probably_meant_is_said() {
 }
 
 #[test]
-fn an_application_that_runs_as_root_unasked_is_warned_of() {
+fn an_application_that_runs_as_root_without_user_logs_a_warning() {
     const WARNING: &str = "the application runs as root (choose a user, as in --user";
     let directory = tempfile::tempdir().unwrap();
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
@@ -412,7 +412,7 @@ fn entries(directory: &Path) -> BTreeSet<String> {
 }
 
 #[test]
-fn settings_that_name_one_place_are_all_named_by_check_and_by_a_start_that_makes_nothing() {
+fn settings_with_the_same_path_are_all_reported_before_any_file_is_created() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::create_dir(directory.path().join("real")).unwrap();
     std::os::unix::fs::symlink("real", directory.path().join("link")).unwrap();
@@ -481,7 +481,7 @@ fn a_cgi_call_does_not_log_into_the_file_of_its_cache() {
 }
 
 #[test]
-fn a_reload_does_not_open_a_log_at_the_place_of_another_setting() {
+fn a_reload_does_not_open_a_log_at_the_path_of_another_setting() {
     let directory = tempfile::tempdir().unwrap();
     let at = |path: &str| directory.path().join(path).display().to_string();
     let settings =
@@ -502,7 +502,7 @@ fn a_reload_does_not_open_a_log_at_the_place_of_another_setting() {
 }
 
 #[test]
-fn check_finds_that_a_file_system_is_full_and_leaves_nothing_on_it() {
+fn check_detects_a_full_file_system_and_leaves_no_file_on_it() {
     assert!(nix::unistd::geteuid().is_root(), "this test mounts file systems: run it as root");
     let check = |options: &str, full: bool, arguments: &[&str]| {
         let fill = if full { "head -c 1M /dev/zero > /mnt/fill 2>/dev/null;" } else { "" };
@@ -527,7 +527,7 @@ fn check_finds_that_a_file_system_is_full_and_leaves_nothing_on_it() {
 }
 
 #[test]
-fn check_tells_of_what_a_start_would_have_to_be_given_and_of_files_of_something_else() {
+fn check_reports_missing_inherited_sockets_and_files_with_other_content() {
     let directory = tempfile::tempdir().unwrap();
     let text = "bind = ['http:fd:77', 'http:systemd']\nuser = 'root'\n";
     let words = [
@@ -544,7 +544,7 @@ fn check_tells_of_what_a_start_would_have_to_be_given_and_of_files_of_something_
 }
 
 #[test]
-fn a_limit_of_addresses_below_what_a_worker_has_is_refused() {
+fn an_address_space_limit_below_the_use_of_a_worker_is_rejected() {
     let directory = tempfile::tempdir().unwrap();
     let text = |limit| format!("bind = 'http:127.0.0.1:0'\ncache = '64M'\nrlimit = ['as={limit}']\n");
     for limit in ["1M", "64M"] {
@@ -556,7 +556,7 @@ fn a_limit_of_addresses_below_what_a_worker_has_is_refused() {
 }
 
 #[test]
-fn what_is_wrong_with_the_privileges_is_said_in_full_and_nothing_that_only_follows_from_it() {
+fn all_errors_in_the_privileges_are_reported_without_consequential_errors() {
     let directory = tempfile::tempdir().unwrap();
     let text = "bind = 'http:127.0.0.1:0'\nuser = 4711\nchroot = '/no-such-root'\nchdir = '/no-such-directory'\n\
         cpu-affinity = '1000'\nrlimit = ['nofile=unlimited', 'as=1G']\nsandbox = true\nsandbox-read = ['/no-such-a', '/no-such-b']\n";
@@ -572,7 +572,7 @@ fn what_is_wrong_with_the_privileges_is_said_in_full_and_nothing_that_only_follo
 }
 
 #[test]
-fn each_flag_that_takes_zero_says_in_its_help_what_that_does() {
+fn the_help_of_each_flag_that_accepts_zero_explains_zero() {
     for (name, command) in [("hello", &[][..]), ("forkyard", &["run"])] {
         let help = String::from_utf8(run(name, &[command, &["--help"]].concat()).stdout).unwrap();
         let numbers = ["<N>", "<SIZE>", "<TIME>", "<N[~JITTER]>", "<TIME[~JITTER]>"];

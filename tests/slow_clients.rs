@@ -92,7 +92,7 @@ fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
 }
 
 #[test]
-fn ten_thousand_slow_clients_cost_little_and_keep_nobody_waiting() {
+fn ten_thousand_slow_clients_use_little_memory_and_delay_no_other_client() {
     let directory = tempfile::tempdir().unwrap();
     let unix = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     for (protocol, bind) in [(Protocol::Http, "http:127.0.0.1:0"), (Protocol::FastCgi, &unix)] {
@@ -142,7 +142,7 @@ fn wait_for_cut(server: &Server, why: &str) {
 }
 
 #[test]
-fn a_head_that_trickles_is_cut_off() {
+fn a_client_that_sends_its_head_too_slowly_is_disconnected() {
     for protocol in ALL {
         let mut server = protocol.start("crashy", &[&["--workers", "1"], &SHORT[..]].concat());
         let mut stream = raw::connect(&server.binds[0]);
@@ -160,7 +160,7 @@ fn a_head_that_trickles_is_cut_off() {
 }
 
 #[test]
-fn a_body_that_trickles_is_answered_with_408() {
+fn a_body_that_arrives_too_slowly_gets_408() {
     for protocol in ALL {
         let mut server = protocol.start("crashy", &[&["--workers", "1"], &SHORT[..]].concat());
         let mut stream = raw::connect(&server.binds[0]);
@@ -172,7 +172,7 @@ fn a_body_that_trickles_is_answered_with_408() {
 }
 
 #[test]
-fn a_body_that_trickles_into_a_blocking_function_gives_its_thread_back() {
+fn a_body_that_arrives_too_slowly_releases_the_thread_of_its_function() {
     for protocol in ALL {
         let mut server = protocol.start("holds", &[&["--workers", "1", "--threads", "1"], &SHORT[..]].concat());
         let mut stream = raw::connect(&server.binds[0]);
@@ -187,7 +187,7 @@ fn a_body_that_trickles_into_a_blocking_function_gives_its_thread_back() {
 }
 
 #[test]
-fn who_reads_nothing_is_cut_off() {
+fn a_client_that_does_not_read_is_disconnected() {
     for protocol in ALL {
         let mut server = protocol.start("crashy", &[&["--workers", "1"], &SHORT[..]].concat());
         let mut stream = raw::connect(&server.binds[0]);
@@ -201,7 +201,7 @@ fn who_reads_nothing_is_cut_off() {
 
 /// The application has finished, and the rest of the response waits in the connection, which is therefore not idle.
 #[test]
-fn who_reads_slowly_but_steadily_gets_all() {
+fn a_client_that_reads_slowly_but_steadily_gets_the_whole_response() {
     const LENGTH: usize = 16 << 20;
     for protocol in ALL {
         let mut server = protocol.start("crashy", &[&["--workers", "1"], &SHORT[..]].concat());
@@ -220,7 +220,7 @@ fn who_reads_slowly_but_steadily_gets_all() {
 }
 
 #[test]
-fn who_asks_for_nothing_is_cut_off() {
+fn an_idle_client_is_disconnected() {
     for protocol in ALL {
         let mut server = protocol.start("crashy", &[&["--workers", "1"], &SHORT[..]].concat());
         let mut clients = vec![raw::connect(&server.binds[0])];

@@ -40,7 +40,7 @@ fn gate() -> (String, impl FnOnce() -> TcpStream) {
 }
 
 #[test]
-fn a_stalled_upload_over_http2_ends_alone_and_is_logged_alone() {
+fn a_stalled_upload_over_http2_fails_alone_and_is_logged_alone() {
     let (mut server, directory) = start(Protocol::Http);
     let mut client = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
     let (held, held_begins) = gate();
@@ -84,7 +84,7 @@ fn a_stalled_upload_over_http2_ends_alone_and_is_logged_alone() {
 }
 
 #[test]
-fn uploads_that_wait_for_a_thread_leave_room_for_the_one_that_is_read() {
+fn uploads_that_wait_for_a_thread_leave_window_for_the_one_that_is_read() {
     let mut server = Protocol::Http.start("holds", &["--workers", "1", "--threads", "1"]);
     let mut client = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
     let update = client.next(http2::WINDOW_UPDATE).unwrap();
@@ -115,7 +115,7 @@ fn uploads_that_wait_for_a_thread_leave_room_for_the_one_that_is_read() {
 }
 
 #[test]
-fn a_stalled_upload_over_multiplexed_fastcgi_ends_alone() {
+fn a_stalled_upload_over_multiplexed_fastcgi_fails_alone() {
     let (mut server, directory) = start(Protocol::FastCgi);
     let mut client = fastcgi::Client::connect(&server.binds[0]).unwrap();
     let (held, held_begins) = gate();
@@ -149,7 +149,7 @@ fn a_stalled_upload_over_multiplexed_fastcgi_ends_alone() {
 }
 
 #[test]
-fn a_body_that_stalls_within_a_fastcgi_record_is_one_request_in_the_log() {
+fn a_body_that_stalls_within_a_fastcgi_record_is_logged_as_one_request() {
     let (mut server, directory) = start(Protocol::FastCgi);
     let mut stream = raw::connect(&server.binds[0]);
     let (status, _) = raw::ask(&mut stream, &Protocol::FastCgi.head("POST", "/whole", 9000));
@@ -161,7 +161,7 @@ fn a_body_that_stalls_within_a_fastcgi_record_is_one_request_in_the_log() {
 }
 
 #[test]
-fn an_idle_http2_connection_is_told_that_it_ends() {
+fn an_idle_http2_connection_is_sent_a_goaway_before_it_closes() {
     let mut server = Protocol::Http.start("scenarios", &["--workers", "1", "--idle-timeout", "1s"]);
     let mut idle = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
     idle.send(&http2::head(1, http2::END_STREAM, "GET", "/empty", &[])).unwrap();

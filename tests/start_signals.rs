@@ -157,7 +157,7 @@ fn named(moment: &str, signal: Signal, as_pid_1: bool) -> String {
 }
 
 #[test]
-fn a_signal_that_asks_for_the_end_ends_the_start_at_every_stage() {
+fn a_stop_signal_ends_startup_at_every_stage() {
     for as_pid_1 in [false, true] {
         for stage in ["preload", "factory", "ready"] {
             for signal in ENDS {
@@ -178,7 +178,7 @@ fn a_signal_that_asks_for_the_end_ends_the_start_at_every_stage() {
 }
 
 #[test]
-fn every_other_signal_is_remembered_until_the_server_can_do_what_it_means() {
+fn every_other_signal_is_deferred_until_the_server_can_handle_it() {
     for as_pid_1 in [false, true] {
         for stage in ["preload", "factory", "ready"] {
             for (signal, meaning) in MEANINGS {
@@ -202,7 +202,7 @@ fn every_other_signal_is_remembered_until_the_server_can_do_what_it_means() {
 }
 
 #[test]
-fn signals_that_come_as_soon_as_the_pid_file_is_there_are_not_lost() {
+fn signals_sent_as_soon_as_the_pid_file_exists_are_not_lost() {
     for as_pid_1 in [false, true] {
         for (signal, meaning) in MEANINGS.into_iter().chain(ENDS.map(|signal| (signal, "a signal to"))) {
             for _ in 0..3 {
@@ -227,7 +227,7 @@ fn signals_that_come_as_soon_as_the_pid_file_is_there_are_not_lost() {
 
 /// Before the program's own code runs, SIGTERM has its default action. It kills the process, which has not created any file yet.
 #[test]
-fn a_signal_at_any_millisecond_of_the_start_ends_it_and_leaves_nothing() {
+fn a_stop_signal_at_any_millisecond_of_startup_ends_it_and_leaves_no_file_behind() {
     for signal in ENDS {
         for millisecond in 0..25 {
             let place = Place::new(false);
@@ -243,7 +243,7 @@ fn a_signal_at_any_millisecond_of_the_start_ends_it_and_leaves_nothing() {
 }
 
 #[test]
-fn signals_in_a_reload_and_an_upgrade_mean_what_they_say() {
+fn signals_during_a_reload_or_an_upgrade_have_their_documented_effect() {
     for as_pid_1 in [false, true] {
         for signal in ENDS.into_iter().chain(MEANINGS.map(|(signal, _)| signal)) {
             let ends = ENDS.contains(&signal);
@@ -311,7 +311,7 @@ fn signals_in_a_reload_and_an_upgrade_mean_what_they_say() {
 }
 
 #[test]
-fn signals_in_a_drain_mean_what_they_say() {
+fn signals_during_a_drain_have_their_documented_effect() {
     for as_pid_1 in [false, true] {
         for signal in ENDS.into_iter().chain(MEANINGS.map(|(signal, _)| signal)) {
             let of = named("in a drain", signal, as_pid_1);
@@ -338,7 +338,7 @@ fn signals_in_a_drain_mean_what_they_say() {
 }
 
 #[test]
-fn a_check_that_is_ended_leaves_nothing_of_its_own() {
+fn a_terminated_check_leaves_no_file_behind() {
     let place = Place::new(false);
     let settings = place.path("settings.toml");
     std::fs::write(&settings, "").unwrap();

@@ -120,7 +120,7 @@ fn went(stream: &mut UnixStream) {
 }
 
 #[test]
-fn a_server_that_stops_refuses_new_connections_at_once_and_finishes_what_it_serves() {
+fn a_stopping_server_refuses_new_connections_immediately_and_finishes_its_requests() {
     for protocol in ALL {
         for family in FAMILIES {
             let place = Place::new(family);
@@ -145,7 +145,7 @@ fn a_server_that_stops_refuses_new_connections_at_once_and_finishes_what_it_serv
 }
 
 #[test]
-fn what_is_queued_at_the_stop_is_served_and_then_all_are_refused() {
+fn connections_queued_at_a_stop_are_served_and_later_ones_are_refused() {
     for protocol in ALL {
         for family in FAMILIES {
             let place = Place::new(family);
@@ -188,7 +188,7 @@ fn a_worker_whose_event_loop_is_busy_does_not_keep_the_socket_open() {
 }
 
 #[test]
-fn a_signal_that_does_nothing_in_a_drain_is_said_to_be_ignored() {
+fn a_signal_without_effect_in_a_drain_is_logged_as_ignored() {
     let place = Place::new(Family::Path);
     let control = place.path("control");
     let arguments = [&FOR_EVER[..], &["--control", control.to_str().unwrap()]].concat();
@@ -232,7 +232,7 @@ fn a_signal_that_does_nothing_in_a_drain_is_said_to_be_ignored() {
 }
 
 #[test]
-fn a_reload_refuses_nobody() {
+fn a_reload_refuses_no_connection() {
     for family in FAMILIES {
         let place = Place::new(family);
         let mut server = Server::start_command(&mut place.staged(Protocol::Http, &FOR_EVER));
@@ -268,7 +268,7 @@ fn listening(pid: i32) -> usize {
 }
 
 #[test]
-fn a_socket_that_was_passed_to_the_server_goes_on_to_listen() {
+fn a_socket_passed_to_the_server_continues_to_listen() {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGKILL] {
         let place = Place::new(Family::Tcp);
         let listener = std::net::TcpListener::bind(&place.address).unwrap();
@@ -299,7 +299,7 @@ fn a_socket_that_was_passed_to_the_server_goes_on_to_listen() {
 }
 
 #[test]
-fn the_address_of_a_killed_master_is_free_at_once_whatever_its_workers_serve() {
+fn the_address_of_a_killed_master_is_free_immediately_whatever_its_workers_serve() {
     for protocol in ALL {
         for family in FAMILIES {
             for target in ["/until", "/block"] {
@@ -366,7 +366,7 @@ fn read_until(stream: &mut UnixStream, what: &str) {
 }
 
 #[test]
-fn programs_that_stop_serve_what_is_queued_and_all_others_are_refused() {
+fn stopping_programs_serve_queued_connections_and_others_are_refused() {
     for family in FAMILIES {
         let place = Place::new(family);
         let mut server = Server::start_command(&mut run_php(&place, &FOR_EVER[..2]));
@@ -411,7 +411,7 @@ fn programs_that_end_during_the_drain_are_replaced_while_connections_are_queued(
 }
 
 #[test]
-fn what_is_starting_at_the_stop_serves_what_is_queued() {
+fn processes_starting_at_a_stop_serve_queued_connections() {
     for (family, is_program) in FAMILIES.into_iter().flat_map(|family| [(family, false), (family, true)]) {
         let place = Place::new(family);
         nix::unistd::mkfifo(&place.path("factory"), nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -442,7 +442,7 @@ fn what_is_starting_at_the_stop_serves_what_is_queued() {
 }
 
 #[test]
-fn programs_that_stop_with_nothing_queued_refuse_at_once() {
+fn stopping_programs_without_queued_connections_refuse_immediately() {
     for family in FAMILIES {
         let place = Place::new(family);
         let mut server = Server::start_command(&mut run_php(&place, &FOR_EVER[..2]));
@@ -458,7 +458,7 @@ fn programs_that_stop_with_nothing_queued_refuse_at_once() {
 }
 
 #[test]
-fn what_programs_cannot_accept_within_half_the_drain_is_reset_and_said() {
+fn connections_that_programs_cannot_accept_within_half_the_drain_timeout_are_reset_and_logged() {
     let place = Place::new(Family::Tcp);
     let mut server = Server::start_command(&mut run_php(&place, &["--drain-timeout", "20s"]));
     let mut served = [(); 2].map(|()| send_to_php(&place));
@@ -473,7 +473,7 @@ fn what_programs_cannot_accept_within_half_the_drain_is_reset_and_said() {
 }
 
 #[test]
-fn connections_that_nobody_accepts_are_counted_once_and_not_called_late_if_nothing_was_waited_for() {
+fn unaccepted_connections_are_counted_once_and_called_late_only_after_a_wait() {
     for (script, is_late) in [("exec sleep 600", true), ("read go < go; exit 125", false)] {
         let place = Place::new(Family::Tcp);
         nix::unistd::mkfifo(&place.path("go"), nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -531,7 +531,7 @@ fn a_stop_does_not_wait_for_a_program_that_has_not_started_and_ignores_it() {
 }
 
 #[test]
-fn a_pool_of_which_no_process_ever_became_ready_is_given_up() {
+fn a_pool_in_which_no_process_ever_became_ready_is_abandoned() {
     let place = Place::new(Family::Tcp);
     let mut program_that_fails = Command::new(program("forkyard"));
     program_that_fails.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--give-up-after", "1s"]);
@@ -553,7 +553,7 @@ fn a_pool_of_which_no_process_ever_became_ready_is_given_up() {
 }
 
 #[test]
-fn a_socket_that_somebody_has_shut_down_is_named_and_does_not_hold_up_the_stop() {
+fn a_socket_that_was_shut_down_is_logged_and_does_not_delay_the_stop() {
     for family in [Family::Tcp, Family::Path] {
         let place = Place::new(family);
         let arguments = ["--drain-timeout", "10m", "--workers", "2"];
@@ -569,7 +569,7 @@ fn a_socket_that_somebody_has_shut_down_is_named_and_does_not_hold_up_the_stop()
 }
 
 #[test]
-fn programs_that_lose_their_socket_to_shutdown_have_it_named() {
+fn programs_whose_socket_was_shut_down_are_logged() {
     let place = Place::new(Family::Path);
     let mut command = Command::new(program("forkyard"));
     command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--workers", "1", "--", "python3", "-c"]);
@@ -582,7 +582,7 @@ fn programs_that_lose_their_socket_to_shutdown_have_it_named() {
 }
 
 #[test]
-fn the_log_file_tells_of_the_start() {
+fn the_log_file_contains_the_startup() {
     for format in ["text", "json"] {
         let place = Place::new(Family::Tcp);
         let log = place.path("log");
@@ -628,7 +628,7 @@ fn pid_in(path: &Path) -> i32 {
 }
 
 #[test]
-fn children_that_were_there_before_the_server_are_left_alone_also_after_an_upgrade() {
+fn children_that_existed_before_the_server_are_left_alone_even_after_an_upgrade() {
     let directory = tempfile::tempdir().unwrap();
     let script = entry_script(directory.path(), program("hello").to_str().unwrap());
     let mut command = Command::new("sh");
@@ -649,7 +649,7 @@ fn children_that_were_there_before_the_server_are_left_alone_also_after_an_upgra
 }
 
 #[test]
-fn as_pid_1_too_the_children_of_an_entry_script_are_left_alone() {
+fn the_children_of_an_entry_script_are_left_alone_by_process_1_too() {
     let directory = tempfile::tempdir().unwrap();
     let script = entry_script(directory.path(), program("hello").to_str().unwrap());
     let mut command = Command::new("unshare");

@@ -96,7 +96,7 @@ fn is_served_over_http2(server: &Server, head: &[u8]) -> bool {
 }
 
 #[test]
-fn a_host_that_is_none_is_a_400_over_every_protocol() {
+fn an_invalid_host_gets_400_over_every_protocol() {
     let mut server = start();
     for (hosts, status) in [(&VALID_HOSTS[..], 200), (&INVALID_HOSTS, 400)] {
         for host in hosts {
@@ -138,7 +138,7 @@ fn a_host_that_is_none_is_a_400_over_every_protocol() {
 }
 
 #[test]
-fn connect_is_for_proxies_over_every_protocol() {
+fn connect_is_rejected_over_every_protocol() {
     let mut server = start();
     for uri in ["/", "a:80"] {
         assert_eq!(statuses(&server, &[("REQUEST_METHOD", "CONNECT"), ("REQUEST_URI", uri)]), [501; 3], "{uri}");
@@ -148,7 +148,7 @@ fn connect_is_for_proxies_over_every_protocol() {
 }
 
 #[test]
-fn a_variable_with_cr_lf_or_nul_is_a_400_unless_it_is_a_decoded_path() {
+fn a_variable_with_cr_lf_or_nul_gets_400_unless_it_is_a_decoded_path() {
     let mut server = start();
     for byte in ["\r", "\n", "\0"] {
         let value = format!("/a{byte}b");
@@ -169,7 +169,7 @@ fn a_variable_with_cr_lf_or_nul_is_a_400_unless_it_is_a_decoded_path() {
 }
 
 #[test]
-fn a_content_length_that_is_none_is_a_400_over_every_protocol() {
+fn an_invalid_content_length_gets_400_over_every_protocol() {
     let mut server = start();
     for length in ["+5", " 5", "5 ", "5, 5", "-5", "0x5", "five", "18446744073709551616"] {
         let variables = [("REQUEST_METHOD", "POST"), ("REQUEST_URI", "/"), ("CONTENT_LENGTH", length)];

@@ -42,7 +42,7 @@ fn drains_with(server: &mut Server, worker: Pid, clients: Vec<Client>) {
 }
 
 #[test]
-fn two_hundred_kills_under_load_and_the_cache_still_stands() {
+fn the_cache_survives_two_hundred_kills_under_load() {
     let mut server =
         Server::start("pages", &[&HTTP[..], &["--workers", "2", "--respawn-rate", "1000", "--cache", "2M"]].concat());
     let address = server.http();
@@ -117,7 +117,7 @@ fn two_hundred_kills_under_load_and_the_cache_still_stands() {
 }
 
 #[test]
-fn a_death_is_one_line_that_names_what_was_served() {
+fn a_death_is_logged_in_one_line_with_the_request() {
     let mut server = crashy(&["--workers", "2"]);
     let address = server.http();
     for (path, ending) in [("/segv", "signal=SEGV"), ("/abort", "signal=ABRT"), ("/exit/3", "status=3")] {
@@ -132,7 +132,7 @@ fn a_death_is_one_line_that_names_what_was_served() {
 }
 
 #[test]
-fn a_panic_costs_one_request_a_500() {
+fn a_panic_fails_one_request_with_500() {
     let mut server = crashy(&["--workers", "1"]);
     let children = server.workers();
     let mut client = Client::connect(&server.http()).unwrap();
@@ -146,7 +146,7 @@ fn a_panic_costs_one_request_a_500() {
 }
 
 #[test]
-fn term_drains_and_int_does_not() {
+fn sigterm_drains_and_sigint_does_not() {
     for (signal, answered) in [(Signal::SIGTERM, true), (Signal::SIGINT, false), (Signal::SIGQUIT, false)] {
         let mut server = crashy(&["--workers", "2"]);
         let mut client = Client::connect(&server.http()).unwrap();
@@ -170,7 +170,7 @@ fn term_drains_and_int_does_not() {
 }
 
 #[test]
-fn connections_that_wait_to_be_accepted_are_served_before_a_worker_leaves() {
+fn connections_waiting_to_be_accepted_are_served_before_a_worker_exits() {
     let mut server = crashy(&["--workers", "1"]);
     let worker = stop_worker(&server);
     let clients = (0..20).map(|_| Client::connect(&server.http()).unwrap()).collect();
@@ -178,7 +178,7 @@ fn connections_that_wait_to_be_accepted_are_served_before_a_worker_leaves() {
 }
 
 #[test]
-fn a_client_that_gave_up_in_the_queue_costs_the_others_nothing() {
+fn a_client_that_disconnected_in_the_queue_does_not_affect_others() {
     use nix::sys::socket::{setsockopt, sockopt};
     let mut server = crashy(&["--workers", "1"]);
     let worker = stop_worker(&server);
@@ -208,7 +208,7 @@ fn a_drain_that_takes_too_long_ends_in_a_kill() {
 }
 
 #[test]
-fn hup_replaces_every_worker_and_no_request_fails() {
+fn sighup_replaces_every_worker_and_no_request_fails() {
     let directory = tempfile::tempdir().unwrap();
     let socket = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut server = crashy(&["--workers", "3", "--bind", &socket]);
@@ -251,7 +251,7 @@ fn hup_replaces_every_worker_and_no_request_fails() {
 }
 
 #[test]
-fn a_reload_that_cannot_start_keeps_the_old_workers_and_a_good_one_heals() {
+fn a_reload_that_cannot_start_keeps_the_old_workers_and_a_later_reload_recovers() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("broken");
     let mut server = Server::start_command(
@@ -274,7 +274,7 @@ fn a_reload_that_cannot_start_keeps_the_old_workers_and_a_good_one_heals() {
 }
 
 #[test]
-fn workers_that_cannot_start_are_tried_with_growing_delays_and_the_master_lives() {
+fn workers_that_cannot_start_are_retried_with_increasing_delays_and_the_master_survives() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("broken");
     std::fs::write(&broken, "").unwrap();
@@ -295,7 +295,7 @@ fn workers_that_cannot_start_are_tried_with_growing_delays_and_the_master_lives(
 }
 
 #[test]
-fn a_worker_that_never_gets_ready_is_killed_and_the_others_serve() {
+fn a_worker_that_never_becomes_ready_is_killed_and_the_others_serve() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("broken");
     let mut server = Server::start_command(
@@ -315,7 +315,7 @@ fn a_worker_that_never_gets_ready_is_killed_and_the_others_serve() {
 }
 
 #[test]
-fn ttin_and_ttou_change_the_number_of_workers() {
+fn sigttin_and_sigttou_change_the_number_of_workers() {
     let mut server = crashy(&["--workers", "2"]);
     server.signal(Signal::SIGTTIN);
     server.wait_for("workers=3");
@@ -357,7 +357,7 @@ fn a_worker_that_exits_with_125_before_it_is_ready_has_failed_to_start() {
 }
 
 #[test]
-fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
+fn no_process_outlives_a_killed_master_and_its_requests_are_finished() {
     let mut server = crashy(&["--workers", "3", "--drain-timeout", "5s"]);
     let address = server.http();
     let workers = server.workers();
@@ -391,7 +391,7 @@ fn nothing_outlives_a_killed_master_and_what_is_served_is_finished() {
 }
 
 #[test]
-fn a_worker_gets_its_share_of_signals_and_keeps_them_from_the_master() {
+fn signals_to_a_worker_do_not_affect_the_master() {
     let mut server = crashy(&["--workers", "2"]);
     let worker = Pid::from_raw(*server.workers().first().unwrap());
     for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGTTIN] {
@@ -407,7 +407,7 @@ fn a_worker_gets_its_share_of_signals_and_keeps_them_from_the_master() {
 }
 
 #[test]
-fn as_pid_1_it_reaps_orphans_and_stops_on_term() {
+fn process_1_reaps_orphans_and_stops_on_sigterm() {
     let directory = tempfile::tempdir().unwrap();
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut command = Command::new("unshare");

@@ -87,7 +87,7 @@ fn listener() -> (OwnedFd, String) {
 }
 
 #[test]
-fn sockets_come_from_systemd_and_names_tell_their_protocols() {
+fn sockets_from_systemd_are_used_and_their_names_select_the_protocols() {
     let manager = Manager::new();
     let ((web, web_at), (fast, fast_at)) = (listener(), listener());
     let mut server = start("crashy", &["--workers", "1"], vec![("app.socket", web), ("fastcgi", fast)], &manager);
@@ -107,7 +107,7 @@ fn sockets_come_from_systemd_and_names_tell_their_protocols() {
 }
 
 #[test]
-fn a_name_that_was_not_passed_is_an_error_that_says_which_were() {
+fn a_name_that_was_not_passed_is_an_error_that_lists_the_passed_names() {
     let run = |arguments: &str| {
         let (socket, _) = listener();
         let script =
@@ -130,7 +130,7 @@ fn a_name_that_was_not_passed_is_an_error_that_says_which_were() {
 }
 
 #[test]
-fn the_manager_hears_of_every_turn() {
+fn the_service_manager_is_notified_of_every_state() {
     let mut manager = Manager::new();
     let mut server = Server::start_command(
         Command::new(program("crashy"))
@@ -166,7 +166,7 @@ fn the_manager_hears_of_every_turn() {
 }
 
 #[test]
-fn a_manager_that_is_busy_hears_it_later() {
+fn a_busy_service_manager_is_notified_later() {
     let mut manager = Manager::new();
     // The socket's queue is full of messages from another process.
     let other = UnixDatagram::unbound().unwrap();
@@ -182,7 +182,7 @@ fn a_manager_that_is_busy_hears_it_later() {
 }
 
 #[test]
-fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
+fn a_cache_stored_by_systemd_is_warm_after_a_restart() {
     let mut manager = Manager::new();
     let arguments = ["--bind", "http:127.0.0.1:0", "--workers", "1", "--cache", "2M"];
     let mut server = start("pages", &arguments, Vec::new(), &manager);
@@ -218,7 +218,7 @@ fn a_cache_that_systemd_keeps_is_warm_after_a_restart() {
 }
 
 #[test]
-fn what_is_the_masters_is_not_in_a_programs_environment() {
+fn variables_for_the_master_are_not_in_the_environment_of_a_program() {
     let manager = Manager::new();
     let directory = tempfile::tempdir().unwrap();
     let (out, socket) = (directory.path().join("variables"), directory.path().join("a.sock"));

@@ -58,7 +58,7 @@ fn remove(group: &Path) -> bool {
 }
 
 #[test]
-fn the_unit_files_do_what_they_promise() {
+fn the_unit_files_work_under_systemd() {
     if !nix::unistd::geteuid().is_root() {
         return say("NOT RUN: a systemd of its own needs root");
     }

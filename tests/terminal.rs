@@ -45,7 +45,7 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 ";
 
 #[test]
-fn a_background_job_of_a_terminal_logs_there_and_stops_when_asked_to() {
+fn a_background_job_of_a_terminal_logs_to_it_and_stops_on_request() {
     let mut command = Command::new("python3");
     command.args(["-c", TERMINAL]).arg(program("chatty"));
     command.args(["--bind", "http:127.0.0.1:0", "--workers", "2", "--access-log", "-"]);

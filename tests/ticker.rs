@@ -79,18 +79,18 @@ fn prices_go_on(front: Front, script: &str, by: &str) {
 }
 
 #[test]
-fn behind_nginx_the_page_goes_on_when_its_worker_is_killed() {
+fn behind_nginx_the_page_continues_when_its_worker_is_killed() {
     prices_go_on(NGINX, "", "EventSource");
 }
 
 #[test]
-fn behind_lighttpd_the_page_goes_on_when_its_worker_is_killed() {
+fn behind_lighttpd_the_page_continues_when_its_worker_is_killed() {
     prices_go_on(LIGHTTPD_EVENTS, "", "EventSource");
 }
 
 /// A page can subscribe in two ways, which are shown in docs/events.md.
 #[test]
-fn the_documents_scripts_get_what_is_published_whatever_is_in_it() {
+fn the_documented_scripts_receive_events_with_any_data() {
     const DOCUMENT: &str = include_str!("../docs/events.md");
     let scripts: Vec<&str> =
         DOCUMENT.split("\n```js\n").skip(1).map(|rest| rest.split_once("\n```").unwrap().0).collect();
@@ -139,7 +139,7 @@ fn without_event_source_the_page_polls_behind_lighttpd() {
 }
 
 #[test]
-fn one_at_a_time_makes_the_prices() {
+fn one_worker_at_a_time_generates_the_prices() {
     let mut server = Server::start("ticker", &["--bind", "http:127.0.0.1:0", "--workers", "3"]);
     for round in 0..5 {
         let makers = wait_until("a worker is elected", || {

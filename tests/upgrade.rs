@@ -65,7 +65,7 @@ fn upgrade(server: &mut Server) {
 }
 
 #[test]
-fn the_new_build_answers_in_the_old_ones_place() {
+fn the_new_build_replaces_the_old_build() {
     let place = Place::with("hello");
     let socket = place.directory.path().join("a.sock");
     let bind = format!("fastcgi:unix:{}", socket.display());
@@ -90,7 +90,7 @@ fn the_new_build_answers_in_the_old_ones_place() {
 }
 
 #[test]
-fn of_what_the_configuration_no_longer_names_no_file_is_left_and_who_asked_for_the_upgrade_gets_the_outcome() {
+fn files_of_removed_settings_are_deleted_and_the_client_gets_the_outcome_of_the_upgrade() {
     let place = Place::with("hello");
     let at = |name: &str| place.directory.path().join(name);
     let (config, text) = (at("config"), |name: &str| format!("{:?}", at(name)));
@@ -124,7 +124,7 @@ fn of_what_the_configuration_no_longer_names_no_file_is_left_and_who_asked_for_t
 }
 
 #[test]
-fn the_same_bind_twice_is_two_sockets_before_and_after() {
+fn a_repeated_bind_is_two_sockets_before_and_after_an_upgrade() {
     let place = Place::with("hello");
     let mut server = place.start(&[&ARGUMENTS[..], &["--bind", "http:127.0.0.1:0"]].concat());
     let addresses: Vec<String> =
@@ -140,7 +140,7 @@ fn the_same_bind_twice_is_two_sockets_before_and_after() {
 }
 
 #[test]
-fn a_page_cached_before_is_a_hit_after() {
+fn a_page_cached_before_an_upgrade_is_a_hit_after_it() {
     let place = Place::with("pages");
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("cache").display().to_string();
@@ -163,7 +163,7 @@ fn a_page_cached_before_is_a_hit_after() {
 }
 
 #[test]
-fn the_cache_stays_warm_when_the_configuration_asks_for_another_number_of_workers() {
+fn the_cache_stays_warm_when_the_number_of_workers_changes() {
     let place = Place::with("pages");
     let (file, config) = (place.directory.path().join("cache"), place.directory.path().join("config"));
     for keep in [String::new(), format!("cache-file = \"{}\"\n", file.display())] {
@@ -186,7 +186,7 @@ fn the_cache_stays_warm_when_the_configuration_asks_for_another_number_of_worker
 }
 
 #[test]
-fn a_cache_of_another_size_begins_empty_and_says_so() {
+fn a_cache_of_another_size_starts_empty_and_this_is_logged() {
     let place = Place::with("pages");
     let mut server = Server::start_command(Command::new(place.path()).args(ARGUMENTS).env("FORKYARD_CACHE", "2M"));
     let (address, old) = (server.http(), server.workers());
@@ -209,7 +209,7 @@ fn a_cache_of_another_size_begins_empty_and_says_so() {
 }
 
 #[test]
-fn a_cache_file_does_not_change_its_size_under_the_workers() {
+fn the_size_of_a_cache_file_in_use_cannot_be_changed() {
     let place = Place::with("pages");
     let file = place.directory.path().join("cache").display().to_string();
     let mut command = Command::new(place.path());
@@ -226,7 +226,7 @@ fn a_cache_file_does_not_change_its_size_under_the_workers() {
 }
 
 #[test]
-fn a_cache_file_without_room_for_so_many_workers_says_how_many_it_has_room_for() {
+fn a_cache_file_without_room_for_all_workers_is_an_error_with_the_possible_number() {
     let place = Place::with("pages");
     let (file, config) = (place.directory.path().join("cache"), place.directory.path().join("config"));
     let configure = |workers: &str| {
@@ -253,7 +253,7 @@ fn a_cache_file_without_room_for_so_many_workers_says_how_many_it_has_room_for()
 }
 
 #[test]
-fn a_script_in_the_programs_place_gets_the_first_arguments_each_time() {
+fn a_script_in_place_of_the_program_gets_the_original_arguments_each_time() {
     let place = Place::with("hello");
     let mut server = place.start(&ARGUMENTS);
     let mut old = server.workers();
@@ -309,7 +309,7 @@ fn a_build_that_fails_its_check_changes_nothing() {
 }
 
 #[test]
-fn a_state_that_cannot_be_written_prevents_an_upgrade_and_is_named() {
+fn a_state_that_cannot_be_written_prevents_an_upgrade_and_is_reported() {
     let place = Place::with("hello");
     let mut server = place.start(&ARGUMENTS);
     let (address, old) = (server.http(), server.workers());
@@ -342,7 +342,7 @@ fn a_state_that_cannot_be_written_prevents_an_upgrade_and_is_named() {
 }
 
 #[test]
-fn a_missing_directory_prevents_an_upgrade_but_not_a_start() {
+fn a_removed_working_directory_prevents_an_upgrade_but_not_startup() {
     let place = Place::with("hello");
     let directory = place.directory.path().join("directory");
     for when in ["before", "after"] {
@@ -361,7 +361,7 @@ fn a_missing_directory_prevents_an_upgrade_but_not_a_start() {
 }
 
 #[test]
-fn twenty_upgrades_under_load_leave_nothing_behind() {
+fn twenty_upgrades_under_load_leak_nothing() {
     let place = Place::with("crashy");
     let mut server = place.start(&ARGUMENTS);
     let address = server.http();
@@ -397,7 +397,7 @@ fn twenty_upgrades_under_load_leave_nothing_behind() {
 }
 
 #[test]
-fn signals_that_come_during_an_upgrade_are_not_lost() {
+fn signals_during_an_upgrade_are_not_lost() {
     for delay in 0..6 {
         let place = Place::with("hello");
         let mut server = place.start(&ARGUMENTS);
@@ -414,7 +414,7 @@ fn signals_that_come_during_an_upgrade_are_not_lost() {
 }
 
 #[test]
-fn what_died_during_an_upgrade_is_reaped_and_replaced() {
+fn processes_that_die_during_an_upgrade_are_reaped_and_replaced() {
     let place = Place::with("crashy");
     let mut server = place.start(&ARGUMENTS);
     let old = server.workers();
@@ -430,7 +430,7 @@ fn what_died_during_an_upgrade_is_reaped_and_replaced() {
 }
 
 #[test]
-fn a_program_and_its_output_outlive_the_upgrade_of_what_runs_it() {
+fn a_program_and_its_output_survive_an_upgrade_of_the_master() {
     let place = Place::with("forkyard");
     let bind = format!("fastcgi:unix:{}", place.directory.path().join("a.sock").display());
     // The worker's last output arrives after the upgrade, through a pipe that was created before the upgrade.
@@ -447,7 +447,7 @@ fn a_program_and_its_output_outlive_the_upgrade_of_what_runs_it() {
 }
 
 #[test]
-fn as_pid_1_it_is_upgraded_like_anywhere() {
+fn process_1_can_be_upgraded() {
     let place = Place::with("hello");
     let mut command = Command::new("unshare");
     if !nix::unistd::geteuid().is_root() {

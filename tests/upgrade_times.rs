@@ -83,7 +83,7 @@ fn wait_for(time: Duration, since: Instant) {
 }
 
 #[test]
-fn the_time_of_a_job_and_the_age_of_a_worker_go_on() {
+fn an_upgrade_preserves_the_schedule_of_a_job_and_the_age_of_a_worker() {
     let mut staged = Staged::start(&["--cron", "j=* * * * * *=sleep 600", "--cron-timeout", "2s"]);
     let check = staged.begin_upgrade();
     let worker = staged.server.workers().first().unwrap().to_string();
@@ -107,7 +107,7 @@ fn the_time_of_a_job_and_the_age_of_a_worker_go_on() {
 }
 
 #[test]
-fn a_worker_whose_drain_ends_by_its_own_alarm_has_not_died() {
+fn a_worker_that_ends_its_own_drain_by_alarm_is_not_counted_as_dead() {
     let mut staged = Staged::start(&["--drain-timeout", "2s", "--quarantine", "1"]);
     let address = staged.server.http();
     let worker = staged.server.workers().first().unwrap().to_string();
@@ -130,7 +130,7 @@ fn a_worker_whose_drain_ends_by_its_own_alarm_has_not_died() {
 }
 
 #[test]
-fn a_worker_that_was_ready_in_time_is_not_killed_for_the_time_that_preload_takes() {
+fn a_worker_that_was_ready_in_time_is_not_killed_for_the_duration_of_preload() {
     let start_timeout = Duration::from_secs(3);
     let mut staged = Staged::start(&["--start-timeout", "3s"]);
     let check = staged.begin_upgrade();

@@ -92,7 +92,7 @@ fn an_axum_websocket_handler_works_unchanged() {
 }
 
 #[test]
-fn a_browser_and_its_websocket() {
+fn a_browser_reconnects_its_websocket_after_a_reload() {
     let mut server = start("websocket", &[]);
     let mut browser = browser::Browser::start("");
     browser.open(&format!("http://{}/", server.http()));
@@ -108,7 +108,7 @@ fn a_browser_and_its_websocket() {
 }
 
 #[test]
-fn any_protocol_can_be_switched_to_and_each_direction_ends_by_itself() {
+fn any_protocol_can_be_switched_to_and_each_direction_ends_separately() {
     let mut server = start("scenarios", &[]);
     let (status, mut stream) = upgrade(&server, "/upgrade", "what came with the request");
     assert_eq!(status, 101);
@@ -130,7 +130,7 @@ fn any_protocol_can_be_switched_to_and_each_direction_ends_by_itself() {
 }
 
 #[test]
-fn without_a_request_for_an_upgrade_101_is_an_error_that_says_so() {
+fn a_101_without_an_upgrade_request_is_an_error_with_a_reason() {
     let mut server = start("scenarios", &[]);
     for headers in ["", "Upgrade: echo\r\n", "Connection: Upgrade\r\n"] {
         let mut client = http::Client::connect(&server.http()).unwrap();
@@ -177,7 +177,7 @@ fn a_response_that_switches_protocols_has_no_length() {
 }
 
 #[test]
-fn an_upgrade_begins_behind_the_body_of_its_request() {
+fn an_upgrade_begins_after_the_body_of_its_request() {
     let mut server = start("scenarios", &[]);
     let (length, chunked) = ("Content-Length: 5\r\n", "Transfer-Encoding: chunked\r\n");
     let expect = "Expect: 100-continue\r\n";
@@ -212,7 +212,7 @@ fn an_upgrade_begins_behind_the_body_of_its_request() {
 }
 
 #[test]
-fn over_fastcgi_scgi_and_cgi_there_is_no_upgrade_and_the_application_is_told() {
+fn over_fastcgi_scgi_and_cgi_no_upgrade_is_offered_to_the_application() {
     let wishes = [("HTTP_CONNECTION", "Upgrade"), ("HTTP_UPGRADE", "echo")];
     let mut server = Server::start("scenarios", &["--bind", "fastcgi:127.0.0.1:0,scgi:127.0.0.1:0", "--workers", "1"]);
     for (target, status) in [("/upgrade", 426), ("/switch", 500)] {
@@ -242,7 +242,7 @@ fn over_fastcgi_scgi_and_cgi_there_is_no_upgrade_and_the_application_is_told() {
 }
 
 #[test]
-fn a_drain_lets_upgraded_connections_go_on_and_ends_them_without_a_reset() {
+fn a_drain_lets_upgraded_connections_continue_and_ends_them_without_a_reset() {
     for stops in [false, true] {
         let mut server = start("scenarios", &["--drain-timeout", "4s"]);
         let old = server.workers();
@@ -272,7 +272,7 @@ fn a_drain_lets_upgraded_connections_go_on_and_ends_them_without_a_reset() {
 }
 
 #[test]
-fn a_websocket_handler_can_say_goodbye_when_its_worker_leaves() {
+fn a_websocket_handler_can_send_a_close_frame_when_its_worker_drains() {
     let mut server = start("websocket", &[]);
     let mut socket = websocket(&server);
     server.signal(Signal::SIGTERM);
@@ -283,7 +283,7 @@ fn a_websocket_handler_can_say_goodbye_when_its_worker_leaves() {
 }
 
 #[test]
-fn when_the_worker_dies_the_client_of_an_upgraded_connection_sees_its_end() {
+fn an_upgraded_connection_ends_when_its_worker_dies() {
     let mut server = start("scenarios", &[]);
     let old = server.workers();
     let (_, mut stream) = upgrade(&server, "/upgrade", "");
@@ -301,7 +301,7 @@ fn when_the_worker_dies_the_client_of_an_upgraded_connection_sees_its_end() {
 }
 
 #[test]
-fn the_timeouts_of_requests_are_not_those_of_an_upgraded_connection() {
+fn request_timeouts_do_not_apply_to_upgraded_connections() {
     let short = ["--idle-timeout", "1s", "--header-timeout", "1s", "--body-timeout", "1s", "--request-timeout", "1s"];
     let mut server = start("scenarios", &short);
     let (_, mut upgraded) = upgrade(&server, "/upgrade", "");
@@ -323,7 +323,7 @@ fn the_timeouts_of_requests_are_not_those_of_an_upgraded_connection() {
 }
 
 #[test]
-fn an_upgrade_is_the_last_request_that_a_connection_may_have() {
+fn an_upgrade_may_be_the_last_allowed_request_on_a_connection() {
     let mut server = start("scenarios", &["--max-requests-per-connection", "1"]);
     let (status, mut stream) = upgrade(&server, "/upgrade", "");
     assert_eq!(status, 101);
@@ -338,7 +338,7 @@ fn masked(text: &str) -> Vec<u8> {
 }
 
 #[test]
-fn a_websocket_over_http_2() {
+fn a_websocket_works_over_http_2() {
     let directory = tempfile::tempdir().unwrap();
     let log = directory.path().join("access");
     let mut server = start("websocket", &["--access-log", log.to_str().unwrap(), "--drain-timeout", "60s"]);

@@ -76,7 +76,7 @@ fn some_bytes(length: usize) -> Vec<u8> {
 }
 
 /// The log contains the request as the client sent it, with its query.
-fn a_panic_costs_one_response(site: &mut Site) {
+fn a_panic_fails_one_request(site: &mut Site) {
     let workers = site.crashy.workers();
     for round in 0..4 {
         let target = format!("/panic?round={round}&text=two%20words");
@@ -90,7 +90,7 @@ fn a_panic_costs_one_response(site: &mut Site) {
 }
 
 /// Only the client whose request killed the worker gets an error from the web server.
-fn a_crash_costs_one_response(site: &mut Site) {
+fn a_crash_fails_one_request(site: &mut Site) {
     let workers = site.crashy.workers();
     let response = site.clients.ask(App::Crashy, "GET", "/segv");
     assert!(matches!(response.status, 500 | 502 | 503), "{response:?}");
@@ -237,7 +237,7 @@ fn many_requests_at_once(site: &mut Site) {
 }
 
 /// A response that is shorter than declared is not accepted as complete.
-fn a_response_that_is_too_short_is_seen(site: &mut Site) {
+fn a_truncated_response_is_detected(site: &mut Site) {
     for _ in 0..3 {
         let answer = site.clients.connect(App::Crashy).request("GET", "/claim/10/5", b"");
         assert!(answer.is_err(), "{answer:?}");
@@ -247,7 +247,7 @@ fn a_response_that_is_too_short_is_seen(site: &mut Site) {
 
 /// Behind nginx, an incomplete response without a length is not accepted as complete either.
 #[test]
-fn nginx_passes_the_news_of_a_response_that_breaks_off() {
+fn nginx_passes_on_that_a_response_is_incomplete() {
     for front in [fronts::NGINX, fronts::NGINX_KEPT] {
         let site = Site::start(front);
         let answer = site.clients.connect(App::Crashy).request("GET", "/break", b"");
@@ -258,7 +258,7 @@ fn nginx_passes_the_news_of_a_response_that_breaks_off() {
 
 /// lighttpd queries the application as an authorizer before it serves a file.
 #[test]
-fn lighttpd_has_an_authorizer() {
+fn lighttpd_uses_an_authorizer() {
     let site = fronts::Site::start(fronts::LIGHTTPD_AUTHORIZER, "roles");
     std::fs::write(site.directory().join("file"), "for friends\n").unwrap();
     let ask = |target| {
@@ -270,7 +270,7 @@ fn lighttpd_has_an_authorizer() {
 }
 
 /// Connections that the web server wants to keep open stay open, and all others are closed. The number of the workers' sockets shows this.
-fn connections_are_kept_if_that_was_asked(site: &mut Site, front: Front) {
+fn connections_are_kept_open_only_if_requested(site: &mut Site, front: Front) {
     let sockets = || site.pages.workers().into_iter().map(common::sockets_of).sum::<usize>();
     let before = sockets();
     for _ in 0..30 {
@@ -303,21 +303,21 @@ macro_rules! behind_each_web_server {
         })*
 
         #[test]
-        fn connections_are_kept_if_that_was_asked() {
+        fn connections_are_kept_open_only_if_requested() {
             let front = super::fronts::$front;
-            super::connections_are_kept_if_that_was_asked(&mut super::Site::start(front), front);
+            super::connections_are_kept_open_only_if_requested(&mut super::Site::start(front), front);
         }
     };
 }
 
 behind_each_web_server! {
-    a_panic_costs_one_response
-    a_crash_costs_one_response
+    a_panic_fails_one_request
+    a_crash_fails_one_request
     both_workers_answer
     a_page_is_shared_and_purged
     a_page_outlives_its_worker
     many_requests_at_once
-    a_response_that_is_too_short_is_seen
+    a_truncated_response_is_detected
 }
 
 // ---- real clients ----

@@ -131,7 +131,7 @@ fn a_worker_hangs() {
 }
 
 #[test]
-fn all_workers_crash_at_start() {
+fn all_workers_crash_at_startup() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("broken");
     std::fs::write(&broken, "").unwrap();

@@ -19,12 +19,18 @@ const PINS: u32 = 32;
 fn main() {
     common::run(&[
         ("a_child_attaches_by_descriptor", a_child_attaches_by_descriptor),
-        ("killed_while_holding_loses_nothing", killed_while_holding_loses_nothing),
-        ("stopped_while_holding_stalls_no_reader", stopped_while_holding_stalls_no_reader),
-        ("a_stop_costs_one_wait", a_stop_costs_one_wait),
+        (
+            "a_process_killed_while_it_holds_the_lock_loses_nothing",
+            a_process_killed_while_it_holds_the_lock_loses_nothing,
+        ),
+        (
+            "a_process_stopped_while_it_holds_the_lock_stalls_no_reader",
+            a_process_stopped_while_it_holds_the_lock_stalls_no_reader,
+        ),
+        ("a_stopped_holder_causes_one_wait", a_stopped_holder_causes_one_wait),
         ("the_pins_of_a_dead_reader_are_freed", the_pins_of_a_dead_reader_are_freed),
-        ("what_is_pinned_never_changes", what_is_pinned_never_changes),
-        ("a_child_that_lives_on_does_not_keep_its_parents_lock", a_child_that_lives_on_does_not_keep_its_parents_lock),
+        ("a_pinned_page_never_changes", a_pinned_page_never_changes),
+        ("a_surviving_child_does_not_keep_its_parents_lock", a_surviving_child_does_not_keep_its_parents_lock),
     ]);
 }
 
@@ -49,7 +55,7 @@ fn a_child_attaches_by_descriptor(_seed: u64) {
     assert_eq!(row.serving[0].what, "GET /not done", "the request of a dead process can be read");
 }
 
-fn killed_while_holding_loses_nothing(_seed: u64) {
+fn a_process_killed_while_it_holds_the_lock_loses_nothing(_seed: u64) {
     let cache = segment(16 << 20).cache();
     fill(&cache, KEYS, 500);
     // The next child that needs the lock of a dead process detects the death. For the last child, this process detects it.
@@ -80,7 +86,7 @@ fn stopped_holder(cache: &Cache) -> Child {
     child
 }
 
-fn stopped_while_holding_stalls_no_reader(_seed: u64) {
+fn a_process_stopped_while_it_holds_the_lock_stalls_no_reader(_seed: u64) {
     let cache = segment(16 << 20).cache();
     fill(&cache, KEYS, 500);
     let child = stopped_holder(&cache);
@@ -110,7 +116,7 @@ fn stopped_while_holding_stalls_no_reader(_seed: u64) {
     assert_eq!((stats.lost, stats.lock_recoveries), (0, 0));
 }
 
-fn a_stop_costs_one_wait(_seed: u64) {
+fn a_stopped_holder_causes_one_wait(_seed: u64) {
     let cache = segment(16 << 20).cache();
     let child = stopped_holder(&cache);
     assert_eq!(cache.set(name(0), "x", &StoreOptions::new()), Err(StoreError::Busy));
@@ -171,7 +177,7 @@ fn the_pins_of_a_dead_reader_are_freed(_seed: u64) {
     assert_eq!(cache.pins_set(), 0);
 }
 
-fn what_is_pinned_never_changes(_seed: u64) {
+fn a_pinned_page_never_changes(_seed: u64) {
     let cache = segment(SMALL).cache();
     fill(&cache, 8, 3000);
     let mut child = spawn(|mut pipe| {
@@ -203,7 +209,7 @@ fn what_is_pinned_never_changes(_seed: u64) {
     assert_well(&cache, KEYS);
 }
 
-fn a_child_that_lives_on_does_not_keep_its_parents_lock(_seed: u64) {
+fn a_surviving_child_does_not_keep_its_parents_lock(_seed: u64) {
     let cache = segment(SMALL).cache();
     fill(&cache, 8, 100);
     let mut parent = spawn(|mut pipe| {

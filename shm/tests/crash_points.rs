@@ -25,7 +25,7 @@ const MOST_MARKS: u64 = 5000;
 
 fn main() {
     common::run(&[
-        ("every_mark_of_the_sources_is_passed", every_mark_of_the_sources_is_passed),
+        ("every_mark_in_the_sources_is_passed", every_mark_in_the_sources_is_passed),
         ("death_at_each_mark", death_at_each_mark),
         ("each_repair_is_needed", each_repair_is_needed),
     ]);
@@ -131,7 +131,7 @@ fn each_repair_is_needed(_seed: u64) {
     }
 }
 
-fn every_mark_of_the_sources_is_passed(_seed: u64) {
+fn every_mark_in_the_sources_is_passed(_seed: u64) {
     let mut passed = BTreeSet::new();
     for scene in &SCENES {
         let play = Play::of(scene);

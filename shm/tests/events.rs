@@ -27,9 +27,9 @@ fn main() {
     common::run(&[
         ("killed_at_each_mark", killed_at_each_mark),
         ("killed_at_every_instruction", killed_at_every_instruction),
-        ("who_sleeps_is_woken_by_the_next_publisher", who_sleeps_is_woken_by_the_next_publisher),
+        ("sleeping_readers_are_woken_by_the_next_publisher", sleeping_readers_are_woken_by_the_next_publisher),
         ("killed_at_random", killed_at_random),
-        ("a_publisher_that_stands_still_stops_no_reader", a_publisher_that_stands_still_stops_no_reader),
+        ("a_stopped_publisher_blocks_no_reader", a_stopped_publisher_blocks_no_reader),
     ]);
 }
 
@@ -214,7 +214,7 @@ fn killed_at_every_instruction(_seed: u64) {
 // ---- sleeping readers ----
 
 /// After a publisher has died at any step, the next publisher wakes all sleeping readers.
-fn who_sleeps_is_woken_by_the_next_publisher(_seed: u64) {
+fn sleeping_readers_are_woken_by_the_next_publisher(_seed: u64) {
     let mut deaths = 0;
     loop {
         not_longer_than(HANGS);
@@ -394,7 +394,7 @@ fn kill_at_random(events: &Events, kills: u64, seed: u64) -> (u64, u64) {
     (witness.gaps, confirmed)
 }
 
-fn a_publisher_that_stands_still_stops_no_reader(_seed: u64) {
+fn a_stopped_publisher_blocks_no_reader(_seed: u64) {
     let segment = segment(64 * 1024);
     let (events, mut tail) = (segment.events(), segment.events().tail());
     publish(&events, TOPIC, 1);

@@ -30,18 +30,18 @@ const KEY: &str = "/page";
 
 fn main() {
     common::run(&[
-        ("a_herd_of_threads_renders_once", |_| a_herd_of_threads_renders_once()),
-        ("a_herd_of_tasks_renders_once", |_| a_herd_of_tasks_renders_once()),
+        ("many_threads_render_a_page_once", |_| many_threads_render_a_page_once()),
+        ("many_tasks_render_a_page_once", |_| many_tasks_render_a_page_once()),
         ("a_killed_renderer_is_succeeded", |_| a_killed_renderer_is_succeeded()),
         ("a_failed_renderer_is_succeeded", |_| a_failed_renderer_is_succeeded()),
         ("a_cancelled_renderer_is_succeeded", |_| a_cancelled_renderer_is_succeeded()),
-        ("a_stopped_renderer_is_passed_over", |_| a_stopped_renderer_is_passed_over()),
+        ("a_stopped_renderer_is_bypassed", |_| a_stopped_renderer_is_bypassed()),
         ("killed_at_each_step", |_| killed_at_each_step()),
-        ("what_is_purged_meanwhile_is_not_stored", |_| what_is_purged_meanwhile_is_not_stored()),
+        ("a_page_purged_during_rendering_is_not_stored", |_| a_page_purged_during_rendering_is_not_stored()),
         ("stale_while_one_renders", |_| stale_while_one_renders()),
         ("stale_if_rendering_fails", |_| stale_if_rendering_fails()),
-        ("a_fork_has_a_watch_of_its_own", |_| a_fork_has_a_watch_of_its_own()),
-        ("a_fork_leaves_the_leases_of_its_parent_alone", |_| a_fork_leaves_the_leases_of_its_parent_alone()),
+        ("a_fork_has_its_own_watching_thread", |_| a_fork_has_its_own_watching_thread()),
+        ("a_fork_does_not_release_the_leases_of_its_parent", |_| a_fork_does_not_release_the_leases_of_its_parent()),
     ]);
 }
 
@@ -96,7 +96,7 @@ fn all_others_wait(cache: &Cache, counts: &Counts) -> bool {
     load(counts.rendering) + cache.stats().lease_waits >= PROCESSES * REQUESTS
 }
 
-fn a_herd_of_threads_renders_once() {
+fn many_threads_render_a_page_once() {
     herd(|cache, counts, pipe| {
         let barrier = Barrier::new(usize::try_from(REQUESTS).expect("small") + 1);
         std::thread::scope(|scope| {
@@ -118,7 +118,7 @@ fn a_herd_of_threads_renders_once() {
     });
 }
 
-fn a_herd_of_tasks_renders_once() {
+fn many_tasks_render_a_page_once() {
     herd(|cache, counts, pipe| {
         run(async {
             let tasks: Vec<_> = (0..REQUESTS)
@@ -262,7 +262,7 @@ fn a_cancelled_renderer_is_succeeded() {
     });
 }
 
-fn a_stopped_renderer_is_passed_over() {
+fn a_stopped_renderer_is_bypassed() {
     let stop_while_rendering = |cache: &Cache, options: &StoreOptions| {
         let child = spawn(|_| {
             let answer = ask(cache, options, |_| {
@@ -338,7 +338,7 @@ fn killed_at_each_step() {
 
 type Purge = fn(&Cache);
 
-fn what_is_purged_meanwhile_is_not_stored() {
+fn a_page_purged_during_rendering_is_not_stored() {
     let purges: [(&str, Purge); 5] = [
         ("its key", |cache| assert!(!cache.purge(KEY))),
         ("its tag", |cache| cache.purge_tag("tag")),
@@ -411,7 +411,7 @@ fn stale_if_rendering_fails() {
 
 // ---- forks ----
 
-fn a_fork_has_a_watch_of_its_own() {
+fn a_fork_has_its_own_watching_thread() {
     let (cache, counts) = (cache(), Counts::new());
     let mut renderer = spawn(|mut pipe| {
         ask(&cache, &StoreOptions::new(), |_| {
@@ -448,7 +448,7 @@ fn wait_in_five_with_a_patience_of_a_millisecond(cache: &Cache) {
     });
 }
 
-fn a_fork_leaves_the_leases_of_its_parent_alone() {
+fn a_fork_does_not_release_the_leases_of_its_parent() {
     let cache = cache();
     let options = StoreOptions::new().patience(Duration::from_millis(1));
     let never = cache.get_or_render_async(KEY, &options, |_| std::future::pending::<Result<Vec<u8>, Failure>>());

@@ -177,13 +177,13 @@ fn late_release(release: Release) {
 }
 
 #[test]
-fn a_lease_has_one_holder_and_a_late_one_does_not_free_it() {
+fn a_lease_has_one_holder_and_a_late_holder_does_not_release_it() {
     late_release(lease::release);
 }
 
 #[test]
 #[should_panic]
-fn a_release_that_does_not_look_frees_what_is_not_its_own() {
+fn a_release_without_a_check_frees_the_lease_of_another_holder() {
     late_release(|word, _| {
         word.store(0, Ordering::Release);
         true
@@ -192,7 +192,7 @@ fn a_release_that_does_not_look_frees_what_is_not_its_own() {
 
 #[test]
 #[should_panic(expected = "Causality violation")]
-fn a_relaxed_release_does_not_hand_the_page_over() {
+fn a_relaxed_release_does_not_publish_the_page() {
     late_release(|word, mine| word.compare_exchange(mine, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok());
 }
 
@@ -212,13 +212,13 @@ fn burial(take_from: fn(&AtomicU64, u32) -> bool) {
 }
 
 #[test]
-fn the_lease_of_the_dead_is_passed_on_once() {
+fn the_lease_of_a_dead_holder_is_passed_on_once() {
     burial(lease::take_from);
 }
 
 #[test]
 #[should_panic]
-fn burying_without_a_second_look_frees_what_is_not_the_dead_ones() {
+fn marking_dead_without_a_second_check_frees_the_lease_of_a_live_holder() {
     burial(|word, member| {
         let seen = word.load(Ordering::Acquire);
         let theirs = seen >> 32 & 0x7fff == u64::from(member) + 1;
@@ -281,7 +281,7 @@ fn a_late_page_never_replaces_a_newer_one() {
 
 #[test]
 #[should_panic(expected = "replaced the newer one")]
-fn looking_at_the_lease_before_the_lock_is_too_early() {
+fn checking_the_lease_before_taking_the_lock_is_too_early() {
     late_store(true);
 }
 
@@ -311,13 +311,13 @@ fn wait_for_the_end(enter: Enter, end_turn: EndTurn) {
 }
 
 #[test]
-fn nobody_sleeps_through_the_end_of_a_lease() {
+fn no_thread_sleeps_through_the_end_of_a_lease() {
     wait_for_the_end(lease::enter, lease::end_turn);
 }
 
 #[test]
 #[should_panic(expected = "slept through")]
-fn without_its_fence_who_ends_a_lease_does_not_see_who_waits() {
+fn without_its_fence_the_end_of_a_lease_misses_a_waiting_thread() {
     wait_for_the_end(lease::enter, |turn, waiters| {
         turn.fetch_add(1, Ordering::AcqRel);
         waiters.load(Ordering::Acquire) > 0
@@ -326,7 +326,7 @@ fn without_its_fence_who_ends_a_lease_does_not_see_who_waits() {
 
 #[test]
 #[should_panic(expected = "slept through")]
-fn without_its_fence_who_waits_sees_an_old_turn() {
+fn without_its_fence_a_waiting_thread_reads_an_old_turn() {
     let enter = |waiters: &AtomicU32, turn: &AtomicU32| {
         waiters.fetch_add(1, Ordering::AcqRel);
         turn.load(Ordering::Acquire)
@@ -336,7 +336,7 @@ fn without_its_fence_who_waits_sees_an_old_turn() {
 
 #[test]
 #[should_panic(expected = "slept through")]
-fn who_is_counted_after_its_look_at_the_turn_is_not_woken() {
+fn a_thread_counted_after_it_reads_the_turn_is_not_woken() {
     let enter = |waiters: &AtomicU32, turn: &AtomicU32| {
         fence(Ordering::SeqCst);
         let seen = turn.load(Ordering::Acquire);
@@ -407,13 +407,13 @@ fn visitors(unlock: Unlock) {
 }
 
 #[test]
-fn a_lock_has_one_owner_and_who_waits_for_it_is_woken() {
+fn a_lock_has_one_owner_and_a_waiting_thread_is_woken() {
     visitors(lock::release);
 }
 
 #[test]
 #[should_panic(expected = "slept through")]
-fn an_unlock_that_stores_what_it_saw_before_forgets_who_waits() {
+fn an_unlock_that_stores_a_value_read_earlier_misses_a_waiting_thread() {
     visitors(|word| {
         let waited_for = word.load(Ordering::Relaxed) & 1 << 31 != 0;
         word.store(0, Ordering::Release);
@@ -423,7 +423,7 @@ fn an_unlock_that_stores_what_it_saw_before_forgets_who_waits() {
 
 #[test]
 #[should_panic(expected = "Causality violation")]
-fn a_relaxed_unlock_lets_two_in() {
+fn a_relaxed_unlock_admits_two_owners() {
     visitors(|word| word.swap(0, Ordering::Relaxed) & 1 << 31 != 0);
 }
 
@@ -446,19 +446,19 @@ fn dead_owner(mark_dead: fn(&AtomicU32, u32) -> bool) {
 }
 
 #[test]
-fn exactly_one_learns_of_a_dead_owner() {
+fn exactly_one_thread_is_notified_of_a_dead_owner() {
     dead_owner(lock::mark_dead);
 }
 
 #[test]
 #[should_panic]
-fn marking_a_lock_without_a_look_at_its_owner_is_wrong() {
+fn marking_a_lock_without_checking_its_owner_is_wrong() {
     dead_owner(|word, _| word.swap(1 << 30, Ordering::AcqRel) & 1 << 31 != 0);
 }
 
 #[test]
 #[should_panic(expected = "slept through")]
-fn a_burier_that_wakes_nobody_leaves_them_asleep() {
+fn marking_dead_without_waking_leaves_threads_asleep() {
     dead_owner(|word, member| {
         lock::mark_dead(word, member);
         false

@@ -34,8 +34,8 @@ const HEADER: usize = 4096;
 
 fn main() {
     common::run(&[
-        ("nonsense_in_one_shard", |seed| scribbled(seed, SMALL)),
-        ("nonsense_in_two_shards", |seed| scribbled(seed, 16 << 20)),
+        ("invalid_data_in_one_shard", |seed| scribbled(seed, SMALL)),
+        ("invalid_data_in_two_shards", |seed| scribbled(seed, 16 << 20)),
     ]);
 }
 

@@ -168,7 +168,7 @@ fn capture(front: Front) {
 }
 
 #[test]
-fn what_each_web_server_sends_can_be_read() {
+fn the_requests_of_each_web_server_can_be_parsed() {
     for front in [
         fronts::NGINX,
         fronts::NGINX_KEPT,

@@ -128,13 +128,13 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_that_bites_its_tail_ends() {
+    fn a_cyclic_chain_ends() {
         let processes = HashMap::from([(5, Stat { parent: 6, dead: 1 }), (6, Stat { parent: 5, dead: 1 })]);
         assert!(members(&processes, &[1]).is_empty());
     }
 
     #[test]
-    fn this_process_is_there() {
+    fn this_process_has_used_time() {
         let pid = i32::try_from(std::process::id()).unwrap();
         let before = of_trees(&[pid]).unwrap();
         let start = own().unwrap();

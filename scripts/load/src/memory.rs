@@ -36,7 +36,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_has_some() {
+    fn this_process_uses_memory() {
         let pid = i32::try_from(std::process::id()).unwrap();
         assert!(of_trees(&[pid]).unwrap() > 0);
     }

@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn params_keep_what_follows_the_first_equals_sign() {
+    fn params_keep_everything_after_the_first_equals_sign() {
         let options = parse("--connect fastcgi:unix:/a --param QUERY_STRING=a=b --param X=").unwrap();
         assert_eq!(options.params, [("QUERY_STRING".into(), "a=b".into()), ("X".into(), String::new())]);
     }

@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fastcgi_request_reads_back() {
+    fn a_fastcgi_request_can_be_parsed_back() {
         let long = "v".repeat(200);
         let sent = params("/a/b?c=d", &[("LONG".into(), long), ("SCRIPT_FILENAME".into(), "/x.php".into())]);
         let found = records(&fastcgi(&sent, true));
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn params_longer_than_a_record_are_cut() {
+    fn params_longer_than_a_record_are_split() {
         let sent = params("/", &[("LONG".into(), "v".repeat(100_000))]);
         let found = records(&fastcgi(&sent, false));
         assert_eq!(found[0].1[2], 0);
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn an_http_request_reads_back() {
+    fn an_http_request_can_be_parsed_back() {
         let target: Target = "http:127.0.0.1:8080".parse().unwrap();
         for keep in [true, false] {
             let bytes = http(&target, "/a?b", keep);

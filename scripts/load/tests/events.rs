@@ -147,7 +147,7 @@ fn counts(json: &serde_json::Value) -> [Option<u64>; 4] {
 }
 
 #[test]
-fn each_event_once_and_in_order() {
+fn each_event_arrives_once_and_in_order() {
     for (name, does, more) in
         [("well", Does::Well, ""), ("kept", Does::Well, "--first /page"), ("closes", Does::ClosesPublisher, "")]
     {
@@ -160,7 +160,7 @@ fn each_event_once_and_in_order() {
 }
 
 #[test]
-fn what_is_missing_or_doubled_is_counted_for_each_subscriber() {
+fn missing_and_duplicate_events_are_counted_for_each_subscriber() {
     let all = SUBSCRIBERS * EVENTS;
     for (name, does, counted) in [
         ("loses", Does::Loses, [all - SUBSCRIBERS, SUBSCRIBERS, 0, 0]),
@@ -175,7 +175,7 @@ fn what_is_missing_or_doubled_is_counted_for_each_subscriber() {
 }
 
 #[test]
-fn no_run_without_subscribers_or_events() {
+fn a_run_needs_subscribers_and_events() {
     for (name, does, told) in [
         (
             "no-subscribers",

@@ -114,20 +114,20 @@ fn against(name: &str, does: Does, args: &str) -> Told {
 }
 
 #[test]
-fn good_responses_on_kept_connections() {
+fn good_responses_on_keep_alive_connections() {
     let told = against("kept", Does::Answers(HTTP_OK), "-n 50 -c 4 --expect-body-len 5");
     assert_eq!((told.number("ok"), told.number("requests"), told.number("errors")), (50, 50, 0));
     assert_eq!((told.number("connections"), told.number("in_flight"), told.exit), (4, 0, Some(0)));
 }
 
 #[test]
-fn good_responses_on_fresh_connections() {
+fn good_responses_on_new_connections() {
     let told = against("fresh", Does::Answers(HTTP_OK), "-n 50 -c 4 --fresh");
     assert_eq!((told.number("ok"), told.number("connections"), told.exit), (50, 50, Some(0)));
 }
 
 #[test]
-fn a_server_may_close_after_saying_so() {
+fn a_server_may_close_after_announcing_it() {
     let closing = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello";
     let told = against("closing", Does::Closes(closing), "-n 50 -c 4");
     assert_eq!((told.number("ok"), told.number("connections"), told.exit), (50, 50, Some(0)));
@@ -141,7 +141,7 @@ fn a_server_may_end_the_body_by_closing() {
 }
 
 #[test]
-fn each_fault_is_counted_as_what_it_is() {
+fn each_fault_is_counted_as_its_kind() {
     for (kind, does) in [
         ("dropped", Does::Closes(b"")),
         ("dropped", Does::Leaves),
@@ -164,14 +164,14 @@ fn each_fault_is_counted_as_what_it_is() {
 }
 
 #[test]
-fn bodies_may_differ_if_asked() {
+fn bodies_may_differ_if_allowed() {
     let other = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\ngoodbye";
     let told = against("any", Does::Answers(other), "-n 5 --any-body");
     assert_eq!((told.number("ok"), told.exit), (5, Some(0)));
 }
 
 #[test]
-fn a_server_that_has_gone() {
+fn requests_to_a_server_that_has_exited_fail() {
     let (address, listener) = listener("gone");
     let server = thread::spawn(move || {
         let (mut stream, _) = listener.accept().expect("the first connection");
@@ -186,7 +186,7 @@ fn a_server_that_has_gone() {
 }
 
 #[test]
-fn waiting_requests_are_starved_when_time_is_up() {
+fn requests_still_waiting_at_the_end_are_starved() {
     let told = against("starved", Does::Waits, "-d 3s -c 3");
     assert_eq!((told.number("starved"), told.number("in_flight"), told.number("errors")), (3, 3, 0));
     assert_eq!(told.number("unserved_clients"), 3);
@@ -194,7 +194,7 @@ fn waiting_requests_are_starved_when_time_is_up() {
 }
 
 #[test]
-fn errors_in_the_warm_up_are_told_apart() {
+fn errors_in_the_warm_up_are_reported_separately() {
     let told = against("warm-up", Does::Closes(b""), "-d 2s --warmup 2s");
     assert!(told.number("warmup_errors") > 0 && told.number("errors") > 0);
 }
@@ -220,7 +220,7 @@ fn fastcgi_faults() {
 }
 
 #[test]
-fn no_run_without_a_good_first_response() {
+fn a_run_needs_a_correct_first_response() {
     for (name, first) in [
         ("first-status", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n".as_slice()),
         ("first-length", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nhell"),

@@ -238,14 +238,14 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_is_always_there() {
+    fn the_baseline_is_always_included() {
         let (cells, rows) = wanted(&options(&["moka", "16K/10k"], false)).unwrap();
         assert_eq!((cells.len(), rows.len()), (4, 3));
         assert_eq!(COMPETITORS[rows[0]].name, LIMIT);
     }
 
     #[test]
-    fn without_servers_there_are_three_rows_less() {
+    fn without_servers_there_are_three_rows_fewer() {
         assert_eq!(wanted(&options(&[], false)).unwrap().1.len(), COMPETITORS.len());
         assert_eq!(wanted(&options(&[], true)).unwrap().1.len(), COMPETITORS.len() - 3);
     }

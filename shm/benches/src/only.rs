@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kind_that_is_not_named_takes_part_as_a_whole() {
+    fn without_a_matching_pattern_all_rows_are_included() {
         const ROWS: [&str; 3] = ["LRU", "FIFO", "S3-FIFO"];
         let chosen = |patterns: &[&str]| Only::of(patterns).choose(&ROWS, ToString::to_string).len();
         assert_eq!((chosen(&[]), chosen(&["FIFO"]), chosen(&["LRU"]), chosen(&["a column"])), (3, 2, 1, 3));

@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_have_the_wanted_sum_and_range() {
+    fn sizes_have_the_requested_sum_and_range() {
         let mut rng = Rng::with_seed(7);
         let (sizes, law) = Sizes::new(50_000, 787 << 20, &mut rng);
         let sum: u64 = sizes.iter().map(|&size| u64::from(size)).sum();

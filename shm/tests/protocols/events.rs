@@ -57,19 +57,19 @@ fn lie_down(may_sleep: fn(&Sleep, u32) -> bool, announce: Announce) {
 }
 
 #[test]
-fn nobody_sleeps_through_a_publication() {
+fn no_reader_sleeps_through_a_publication() {
     lie_down(may_sleep, Sleep::announce);
 }
 
 #[test]
 #[should_panic(expected = "slept through")]
-fn who_lies_down_without_saying_so_is_not_woken() {
+fn a_reader_that_sleeps_without_announcing_it_is_not_woken() {
     lie_down(|all, seen| all.sequence.load(Ordering::SeqCst) == seen, Sleep::announce);
 }
 
 #[test]
 #[should_panic(expected = "slept through")]
-fn a_publisher_that_looks_for_sleepers_first_overlooks_one() {
+fn a_publisher_that_checks_for_sleepers_before_it_publishes_misses_one() {
     lie_down(may_sleep, |all| {
         let sleepers = all.sleepers.load(Ordering::SeqCst);
         all.sequence.fetch_add(1, Ordering::SeqCst);
@@ -100,13 +100,13 @@ fn rings_and_dies(all: &Sleep) {
 }
 
 #[test]
-fn the_next_publisher_wakes_all_who_sleep() {
+fn the_next_publisher_wakes_all_sleeping_readers() {
     next_publisher(Sleep::announce, rings_and_dies);
 }
 
 #[test]
 #[should_panic(expected = "slept through")]
-fn who_lay_down_after_the_publication_must_not_count_as_woken() {
+fn a_reader_that_fell_asleep_after_the_publication_must_not_count_as_woken() {
     let announce = |all: &Sleep| {
         if all.bell().ring().is_some() {
             let now = all.sleepers.load(Ordering::SeqCst);
@@ -119,7 +119,7 @@ fn who_lay_down_after_the_publication_must_not_count_as_woken() {
 
 #[test]
 #[should_panic(expected = "slept through")]
-fn who_dies_after_it_has_said_that_all_are_woken_leaves_them_asleep() {
+fn a_publisher_that_dies_after_it_announces_the_wake_up_leaves_readers_asleep() {
     next_publisher(Sleep::announce, |all| {
         if let Some(before) = all.bell().ring() {
             all.bell().all_woken(before);
@@ -181,13 +181,13 @@ fn tell(log: &Latest) {
 }
 
 #[test]
-fn what_is_there_is_found() {
+fn an_existing_event_is_found() {
     since_against_publisher(tell, read, true);
 }
 
 #[test]
 #[should_panic(expected = "reported missing")]
-fn told_the_id_first_a_reader_takes_the_event_for_gone() {
+fn a_publisher_that_stores_the_id_first_makes_the_event_seem_evicted() {
     let tell = |log: &Latest| {
         log.last_id.store(6, Ordering::Release);
         log.last_at.store(6, Ordering::Release);
@@ -197,7 +197,7 @@ fn told_the_id_first_a_reader_takes_the_event_for_gone() {
 
 #[test]
 #[should_panic(expected = "reported missing")]
-fn who_reads_the_position_first_takes_the_event_for_gone() {
+fn a_reader_that_reads_the_position_first_mistakes_the_event_for_evicted() {
     let read = |log: &Latest| {
         let at = log.last_at.load(Ordering::Acquire);
         (log.last_id.load(Ordering::Acquire), at)
@@ -207,7 +207,7 @@ fn who_reads_the_position_first_takes_the_event_for_gone() {
 
 #[test]
 #[should_panic(expected = "reported missing")]
-fn who_asks_the_topic_first_overlooks_what_it_is_told_meanwhile() {
+fn a_reader_that_checks_for_unlinked_events_first_misses_a_new_event() {
     since_against_publisher(tell, read, false);
 }
 
@@ -253,26 +253,26 @@ fn read_against_publisher(position: u64, readers_fence: bool, publishers_fence: 
 }
 
 #[test]
-fn no_reader_accepts_half_an_event() {
+fn no_reader_accepts_a_torn_event() {
     read_against_publisher(0, true, true, Ordering::Release);
     read_against_publisher(1, true, true, Ordering::Release);
 }
 
 #[test]
 #[should_panic(expected = "torn")]
-fn without_the_readers_fence_half_an_event_is_accepted() {
+fn without_the_readers_fence_a_torn_event_is_accepted() {
     read_against_publisher(0, false, true, Ordering::Release);
 }
 
 #[test]
 #[should_panic(expected = "torn")]
-fn without_the_publishers_fence_half_an_event_is_accepted() {
+fn without_the_publishers_fence_a_torn_event_is_accepted() {
     read_against_publisher(0, true, false, Ordering::Release);
 }
 
 #[test]
 #[should_panic(expected = "torn")]
-fn a_head_that_is_raised_relaxed_publishes_half_an_event() {
+fn raising_the_head_with_a_relaxed_store_publishes_a_torn_event() {
     read_against_publisher(1, true, true, Ordering::Relaxed);
 }
 
@@ -320,18 +320,18 @@ fn ask_against_giving_up(publishers_fence: bool, look_again: bool) {
 }
 
 #[test]
-fn nobody_is_told_of_another_topics_events() {
+fn no_reader_gets_the_id_of_another_topic() {
     ask_against_giving_up(true, true);
 }
 
 #[test]
 #[should_panic(expected = "another topic's")]
-fn who_does_not_look_at_the_name_again_is_told_of_another_topics_events() {
+fn a_reader_that_does_not_check_the_name_again_gets_the_id_of_another_topic() {
     ask_against_giving_up(true, false);
 }
 
 #[test]
 #[should_panic(expected = "another topic's")]
-fn without_the_publishers_fence_another_topics_events_are_told() {
+fn without_the_publishers_fence_a_reader_gets_the_id_of_another_topic() {
     ask_against_giving_up(false, true);
 }

@@ -84,7 +84,7 @@ fn a_purge_that_raises_the_clock_first_lets_a_page_escape() {
 
 #[test]
 #[should_panic(expected = "outlived its fragment")]
-fn a_purge_that_does_not_look_who_else_raised_the_clock_lets_a_page_escape() {
+fn a_purge_that_ignores_other_raises_of_the_clock_lets_a_page_escape() {
     purge_of_a_fragment(|clock, slots| {
         let time = clock.load(Ordering::SeqCst) + 1;
         for slot in slots {
@@ -96,7 +96,7 @@ fn a_purge_that_does_not_look_who_else_raised_the_clock_lets_a_page_escape() {
 
 /// A purger pauses between its steps, and is mistaken for dead.
 #[test]
-fn a_purge_that_another_finishes_holds() {
+fn a_purge_finished_by_another_process_is_effective() {
     check(3, || {
         let tags = Tags::new();
         let threads = vec![
@@ -109,7 +109,7 @@ fn a_purge_that_another_finishes_holds() {
 }
 
 #[test]
-fn a_purge_that_was_never_finished_is_finished_by_the_next_store() {
+fn an_unfinished_purge_is_finished_by_the_next_store() {
     check(3, || {
         let tags = Tags::new();
         // The state that the dead purger has left.

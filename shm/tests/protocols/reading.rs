@@ -50,19 +50,19 @@ fn set_pin(all: &Pinnable) -> bool {
 }
 
 #[test]
-fn nobody_writes_what_is_pinned() {
+fn a_pinned_entry_is_not_overwritten() {
     pin_against_reclaim(set_pin, true);
 }
 
 #[test]
 #[should_panic(expected = "Causality violation")]
-fn without_the_reclaimers_fence_a_pin_is_overlooked() {
+fn without_the_reclaimers_fence_a_pin_is_missed() {
     pin_against_reclaim(set_pin, false);
 }
 
 #[test]
 #[should_panic(expected = "Causality violation")]
-fn without_the_readers_fence_a_pin_is_overlooked() {
+fn without_the_readers_fence_a_pin_is_missed() {
     let set = |all: &Pinnable| {
         all.cell.store(1 << 60, Ordering::Release);
         pin::holds(&all.cell, 0, &all.floor)
@@ -112,7 +112,7 @@ fn floor_against_overwriting(readers_fence: bool, writers_fence: bool) {
 }
 
 #[test]
-fn no_reader_accepts_what_was_written_over() {
+fn no_reader_accepts_an_overwritten_entry() {
     floor_against_overwriting(true, true);
 }
 

@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_events_as_come_in_the_time() {
+    fn the_number_of_events_follows_from_rate_and_duration() {
         let wanted = "--connect http:localhost:80 --subscribe /s --publish /p";
         assert_eq!(parse(wanted).unwrap().events(), 50);
         assert_eq!(parse(&format!("{wanted} --rate 100 -d 1500ms")).unwrap().events(), 150);

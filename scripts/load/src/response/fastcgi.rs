@@ -262,7 +262,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn cut_anywhere_is_not_complete() {
+    fn a_truncated_response_is_not_complete() {
         let bytes = response(b"Content-Type: text/plain\r\n\r\nhello");
         for length in 0..bytes.len() {
             assert_eq!(read_split(Protocol::Fastcgi, &bytes[..length]).end, Ok(None), "{length} bytes");
@@ -270,7 +270,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_refused_request_is_complete_but_no_answer() {
+    fn a_refused_request_is_complete_but_not_successful() {
         let end = read_split(Protocol::Fastcgi, &end(2)).end.unwrap().unwrap();
         assert_eq!(end.refused, Some(2));
     }

@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn cut_anywhere_is_not_complete() {
+    fn a_truncated_response_is_not_complete() {
         for bytes in [
             b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello".as_slice(),
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",

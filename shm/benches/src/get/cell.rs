@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_tell_cells_apart() {
+    fn cell_names_are_distinct() {
         let mut names: Vec<String> = CELLS.iter().map(Cell::name).collect();
         assert_eq!(names[3], "1K/10k 90/10 ×2");
         names.sort();

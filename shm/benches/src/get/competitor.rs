@@ -140,7 +140,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn what_needs_no_program_keeps_and_finds_all_values() {
+    fn stores_in_process_keep_and_find_all_values() {
         let shape = Shape { size: 1024, keys: 2000 };
         let data = Data::new(shape, 1);
         let dir = tempfile::tempdir().unwrap();

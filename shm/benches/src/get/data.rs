@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_tells_its_key_everywhere() {
+    fn any_part_of_a_value_identifies_its_key() {
         let shape = Shape { size: 1024, keys: 10_000 };
         assert_eq!(shape.name(), "1K/10k");
         assert_eq!(shape.value(9999).len(), 1024);
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sequence_asks_for_keys_that_there_are() {
+    fn the_sequence_requests_only_existing_keys() {
         let data = Data::new(Shape { size: 1024, keys: 1000 }, 1);
         assert!(data.sequence.len().is_power_of_two());
         assert!(data.sequence.iter().all(|&index| (index as usize) < data.keys.len()));

@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_value_is_found_and_a_lost_one_counted() {
+    fn a_wrong_value_is_detected_and_a_lost_value_is_counted() {
         let data = data();
         assert_eq!(Fake::default().fill(&data).unwrap(), 0);
         assert_eq!(Fake { refuses: 3, ..Fake::default() }.fill(&data).unwrap(), 3);
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_counts_if_the_process_ran_or_slept_by_itself() {
+    fn a_window_counts_if_the_process_ran_or_slept() {
         let clocks =
             |wall, cpu, sleeps| Clocks { wall: Duration::from_micros(wall), cpu: Duration::from_micros(cpu), sleeps };
         assert!(clocks(2000, 1900, 0).ran() && clocks(2000, 100, 3).ran());

@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn large_ratios_have_no_digits_to_spare() {
+    fn large_ratios_have_no_decimals() {
         assert_eq!((ratio(1.0), ratio(9.949), ratio(85.6)), ("1.00".into(), "9.95".into(), "86".into()));
     }
 }

@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_holds_what_fits_and_not_more() {
+    fn each_policy_holds_exactly_what_fits() {
         const SIZE: u32 = 1000;
         let capacity: u64 = 4 << 20;
         let most = u32::try_from(capacity / u64::from(SIZE)).unwrap();

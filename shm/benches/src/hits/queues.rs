@@ -112,19 +112,19 @@ mod tests {
     }
 
     #[test]
-    fn lru_keeps_what_was_asked_for_last() {
+    fn lru_keeps_the_most_recently_requested_objects() {
         let found = hits(Lru::new(3 * charge(0)), &[1, 2, 3, 1, 4, 1, 2]);
         assert_eq!(found, [false, false, false, true, false, true, false]);
     }
 
     #[test]
-    fn fifo_keeps_what_was_stored_last() {
+    fn fifo_keeps_the_most_recently_stored_objects() {
         let found = hits(Fifo::new(3 * charge(0)), &[1, 2, 3, 1, 4, 1, 3]);
         assert_eq!(found, [false, false, false, true, false, false, true]);
     }
 
     #[test]
-    fn sieve_goes_on_where_it_was() {
+    fn the_hand_of_sieve_keeps_its_position() {
         // Object 4 clears the mark of 1 and evicts 2; object 5 evicts 3, not 1; object 6 evicts 4.
         let found = hits(Sieve::new(3 * charge(0)), &[1, 2, 3, 1, 4, 5, 6, 1, 4]);
         assert_eq!(found, [false, false, false, true, false, false, false, true, false]);

@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn the_threshold_decides_what_is_kept() {
+    fn the_threshold_determines_which_objects_are_kept() {
         assert!(!ask(&mut full::<1>(0), 1));
         assert!(ask(&mut full::<1>(1), 1));
         assert!(!ask(&mut full::<2>(1), 1));
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_back_soon_goes_to_the_main_queue() {
+    fn an_object_requested_again_soon_enters_the_main_queue() {
         let mut cache = full::<1>(1);
         let ghost = *cache.ghosts.order.back().unwrap();
         assert!(!ask(&mut cache, ghost));

@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn the_share_asked_for_once_is_as_said() {
+    fn the_share_of_objects_requested_once_is_as_configured() {
         for (recipe, share) in [(&RECIPES[0], 0.0), (&RECIPES[2], 0.2), (&RECIPES[6], 1.0 / 3.0)] {
             let trace = World::new(3).trace(recipe, 90_000);
             let mut times: HashMap<u32, u32> = HashMap::new();
