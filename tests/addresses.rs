@@ -1,6 +1,6 @@
 //! Listening addresses: both address families, wildcards, and names that have several addresses.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

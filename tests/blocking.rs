@@ -1,6 +1,6 @@
 //! A blocking function delays only its own request.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

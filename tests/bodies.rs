@@ -1,6 +1,6 @@
 //! Bodies of 100 MiB, exchanged with slow peers in bounded memory.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -21,7 +21,7 @@ fn stat(address: &str, name: &str) -> u64 {
     line.trim_end_matches(',').parse().expect("the value is a number")
 }
 
-/// Requests the same page on many connections at once. Returns the bodies.
+/// Requests the same page on many connections at the same time. Returns the bodies.
 fn herd(address: &str, target: &str, clients: usize) -> Vec<String> {
     let start = Barrier::new(clients);
     std::thread::scope(|scope| {
@@ -91,7 +91,7 @@ fn a_cache_file_is_warm_after_a_stop_and_after_a_crash() {
     let mut server = start();
     assert!(server.log().contains("cache is warm"));
     assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page, "the page rendered by the former processes");
-    // Kill the master and all workers at once, as the kernel may do when memory runs out.
+    // Kill the master and all workers together, as the kernel may do when memory runs out.
     let children = server.workers();
     server.signal(Signal::SIGSTOP);
     children.iter().for_each(|&pid| kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap());

@@ -1,6 +1,6 @@
 //! The examples as CGI programs, run by lighttpd or in the way a web server runs them.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 #[path = "common/fronts/mod.rs"]
@@ -244,7 +244,7 @@ fn a_call_ends_on_sigterm_or_when_the_web_server_disconnects() {
 
     let mut child = begin();
     drop(child.stdout.take());
-    assert_eq!(wait_until("the call exits when nobody reads its output", || child.try_wait().unwrap()).code(), Some(0));
+    assert_eq!(wait_until("the call exits when its output is not read", || child.try_wait().unwrap()).code(), Some(0));
 }
 
 fn with_cache(file: &Path, target: &str) -> Command {

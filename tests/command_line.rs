@@ -1,6 +1,6 @@
 //! The command line: for incorrect usage, the program prints one line that names the fix, and exits with the right status.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

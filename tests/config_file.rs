@@ -1,6 +1,6 @@
-//! The configuration file: its settings take effect, all its errors are reported at once, and a reload reads the file again.
+//! The configuration file: its settings take effect, all its errors are reported together, and a reload reads the file again.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

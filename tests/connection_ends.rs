@@ -1,7 +1,7 @@
 //! How connections end: the last response on a connection announces the close, and a request body that the client does not complete is not
 //! logged as an error of the server.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

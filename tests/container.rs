@@ -4,7 +4,7 @@
 //! The test needs root, and writable control groups for memory and processors. Without control groups it prints a message and passes.
 //! `shm/src/memory/memory_limit.rs` tests the parsing of control group files without control groups.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

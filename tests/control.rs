@@ -1,6 +1,6 @@
 //! The control socket and the sub-commands: the real command line with real masters.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! Sub-commands whose master does not reply, and sub-commands whose output is not read. In both cases the sub-command exits; if this is a
 //! failure, it reports an error.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

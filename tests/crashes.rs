@@ -1,6 +1,6 @@
 //! A crash report names the place of the crash, and the process still terminates as it would without the report.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 
@@ -31,7 +31,7 @@ fn the_death_record_locates_the_crash_and_a_line_lists_the_functions() {
     ] {
         assert_eq!(http::get(&address, path).unwrap().status, 502, "{path} kills its worker");
         let line = server.wait_for("worker died");
-        assert!(line.contains(&format!(" signal={signal} ")), "it dies of the same signal: {line}");
+        assert!(line.contains(&format!(" signal={signal} ")), "the worker dies of the original signal: {line}");
         assert_eq!(quoted(&line, "crashed_in"), format!("GET {path}"));
         assert!(quoted(&line, "said").contains(words), "{line}");
         let trace = quoted(&line, "trace");

@@ -3,7 +3,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
-    reason = "a test that fails says where, and measurements are shown"
+    reason = "a failing test reports its location, and measurements are printed"
 )]
 
 mod common;

@@ -1,6 +1,6 @@
 //! The end of a drain: clients that neither read nor send do not keep a worker running until it is killed.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

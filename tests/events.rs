@@ -1,7 +1,7 @@
 //! Events across all workers, with real processes: over every protocol, through crashes and reloads, and to clients that poll, read slowly,
 //! or disconnect.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
 
 mod common;
 
@@ -225,7 +225,7 @@ fn a_client_that_reconnects_too_late_receives_the_number_of_missed_events() {
                 break;
             }
         }
-        // The id of another epoch (another event log), an id that the server never issued, an id after the last event, and an id with the
+        // The id of a different epoch (a different event log), an id that the server never issued, an id after the last event, and an id with the
         // wrong number of topics.
         let epoch = id.split_once('-').unwrap().0;
         for id in ["00000000-1", "what%20is%20this", &format!("{epoch}-999999999"), &format!("{epoch}-1.1")] {
@@ -282,11 +282,11 @@ fn a_poll_returns_the_available_events_or_waits_for_one() {
     std::thread::scope(|scope| {
         let waiting = scope
             .spawn(|| poll(&address, "/events?topics=news", &format!("Accept: */*\r\nLast-Event-ID: {epoch}-2\r\n")));
-        site.wait_for_subscribers(1, "it waits");
+        site.wait_for_subscribers(1, "the poll is waiting");
         site.publish("news", "three");
         assert_eq!(waiting.join().unwrap().text(), format!("id: {epoch}-3\ndata: three\n\n"));
     });
-    site.wait_for_subscribers(0, "nobody waits");
+    site.wait_for_subscribers(0, "no poll is waiting");
     site.0.stop();
 }
 

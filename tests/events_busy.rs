@@ -1,7 +1,7 @@
 //! A stopped process holds the lock of the event log. Datagrams that arrive during that time wait, or are dropped and counted, as
 //! docs/events-from-other-languages.md describes.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! Event streams through real web servers, with the configurations of docs/web-servers.md. A published event arrives while the stream stays
 //! open, a client that reconnects resumes where it left off, and the application detects a client's disconnect.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
 
 mod common;
 #[path = "common/fronts/mod.rs"]
@@ -41,7 +41,7 @@ fn leave(site: &mut Site, source: Source) {
     let server = site.application();
     wait_until("the stream is counted", || (open_streams(server) > 0).then_some(()));
     drop(source);
-    wait_until("the application has noticed that the client left", || (open_streams(server) == 0).then_some(()));
+    wait_until("the application has detected the disconnect", || (open_streams(server) == 0).then_some(()));
 }
 
 fn streams(front: Front) {

@@ -1,7 +1,7 @@
 //! Workers that exit while event streams are open. The streams end immediately, whatever their clients do. A client that reconnects misses
 //! no event, through reloads and upgrades.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -3,7 +3,7 @@
 //!
 //! The default is 400 subscribers for 5 s; `scripts/soak events` uses 10,000 for a minute (FORKYARD_SUBSCRIBERS, FORKYARD_SECONDS).
 
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a failing test reports its location")]
 
 mod common;
 

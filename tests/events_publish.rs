@@ -1,6 +1,6 @@
 //! Publishing by datagram and by command: with real programs in other languages, with real relays, and when a relay dies.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! Running out of descriptors and processes: the errors that are logged, and the recovery once descriptors or processes are available
 //! again. Also `--nice` and `--rlimit` values that cannot be set on processes.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 
@@ -141,7 +141,7 @@ fn a_master_without_free_descriptors_logs_this_and_recovers() {
 #[test]
 fn reaching_the_process_limit_is_logged_with_the_limits_and_spawning_is_retried() {
     assert!(nix::unistd::geteuid().is_root(), "this test changes users: run it as root");
-    // The processes of a user of its own are counted. The limit is too low for two workers with their heirs and threads.
+    // The limit counts the processes of a separate user. It is too low for two workers with their heirs and threads.
     let mut command = Command::new("setpriv");
     command
         .args(["--reuid", "4799", "--regid", "4799", "--clear-groups", "prlimit", "--nproc=1:1000"])

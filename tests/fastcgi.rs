@@ -1,7 +1,7 @@
 //! FastCGI on the wire: unusual input, taken from the specification and from real servers, and sent by the tests' own client. Section
 //! numbers refer to the FastCGI specification 1.0.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

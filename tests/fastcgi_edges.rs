@@ -1,6 +1,6 @@
 //! Edge cases of FastCGI: input that is known to have broken other servers, and responses that contradict their own headers.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 
@@ -182,7 +182,7 @@ fn an_incomplete_response_does_not_affect_other_requests_on_its_connection() {
     let first = client.response(1).unwrap();
     assert_eq!((first.status(), first.body()), (200, &b"5\n"[..]));
     let (said, ended) = rest_of(&mut client, 3);
-    assert!(said.is_empty() && !ended, "then the close says that 3 is not whole");
+    assert!(said.is_empty() && !ended, "the close shows that response 3 is incomplete");
     drop(client);
     fixture.end();
 }
@@ -211,7 +211,7 @@ fn a_response_longer_than_its_length_is_truncated() {
         let response = client.request("GET", target, b"").unwrap();
         assert_eq!(response.body(), whole.as_bytes(), "{target}");
         fixture.server.wait_for("longer than its Content-Length");
-        assert_eq!(client.request("GET", "/ok", b"").unwrap().body(), b"ok\n", "the connection is kept");
+        assert_eq!(client.request("GET", "/ok", b"").unwrap().body(), b"ok\n", "the connection stays open");
         let mut client = common::http::Client::connect(&fixture.server.http()).unwrap();
         assert_eq!(client.request("GET", target, b"").unwrap().text(), whole, "{target} over HTTP");
         assert_eq!(client.request("GET", "/ok", b"").unwrap().text(), "ok\n");

@@ -1,6 +1,6 @@
 //! The three roles of FastCGI (specification 1.0, section 6), the application status, and truncated uploads, with the example `roles`.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -4,7 +4,7 @@
 //! The tests cover known classes of failures. A random number generator that is used before the fork gives every worker the same numbers.
 //! Descriptors of the master leak into workers. A child that keeps the master's signal handlers wakes the master.
 
-#![expect(clippy::print_stdout, reason = "it reports as a test runner does")]
+#![expect(clippy::print_stdout, reason = "the test reports like a test runner")]
 
 mod common;
 
@@ -109,7 +109,8 @@ fn workers_differ_where_they_must_and_share_where_they_may() {
     assert!(distinct("segment").iter().all(|path| path.contains("memfd")), "{workers:?}");
     for (pid, facts) in &workers {
         let path = format!("/proc/{pid}/fd/{}", facts["segment_fd"]);
-        let file = std::fs::File::options().read(true).write(true).open(path).expect("the worker is our child");
+        let file =
+            std::fs::File::options().read(true).write(true).open(path).expect("the worker is a descendant of the test");
         Segment::attach(OwnedFd::from(file)).expect("FORKYARD_SHM names the segment");
         assert!(descriptor_targets(pid).iter().all(|target| target != "/dev/null"), "a stray descriptor leaked");
     }

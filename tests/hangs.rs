@@ -1,6 +1,6 @@
 //! Hung requests are logged and terminated, slow requests are logged, and an idle server uses no processor time.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 
@@ -173,7 +173,7 @@ fn requests_to_a_worker_whose_threads_are_all_hung_get_503_and_not_504_until_it_
     let address = server.http();
     std::fs::write(&broken, "").unwrap();
     assert_eq!(http::get(&address, "/thread/hang").unwrap().status, 504);
-    for _ in ["one that waits already", "one that comes now"] {
+    for _ in ["a waiting request", "a new request"] {
         let response = http::get(&address, "/thread/ok").unwrap();
         assert_eq!((response.status, response.header("retry-after")), (503, Some("1")));
     }

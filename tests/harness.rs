@@ -1,6 +1,6 @@
 //! Tests the test harness: a test that hangs is killed, and its state is printed.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! The effect of a worker's death on its clients: each request in flight gets a 502, and all other clients are not affected. docs/heirs.md
 //! describes heirs.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

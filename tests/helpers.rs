@@ -1,6 +1,6 @@
 //! Daemons and jobs: real programs that run alongside real workers, their environment, and how they terminate.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! The application's hooks run in the documented order and in the documented process, however a worker terminates.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

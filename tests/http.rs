@@ -1,7 +1,7 @@
 //! HTTP as bytes on a connection: requests that are served, requests that are rejected, and how hyper handles input on which other parsers
 //! disagree.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! An idle connection survives the replacement of its worker, however the earlier requests on it arrived.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

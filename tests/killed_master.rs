@@ -1,7 +1,7 @@
 //! When the master is killed, its programs, daemons and jobs are killed too, including the processes that they have started. A guard
 //! process outlives the master and kills them.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! A request that exceeds a limit gets the status for that limit, over each protocol.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! The log and the access log of real processes: output of the application, floods, rotation, JSON, and a line for each request.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

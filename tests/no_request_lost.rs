@@ -3,7 +3,7 @@
 //! Each test sends about 100,000 requests. `scripts/soak` sets the number (`FORKYARD_SOAK`), and `scripts/repeat` a percentage of it
 //! (`FORKYARD_SCALE`).
 
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a failing test reports its location")]
 
 mod common;
 

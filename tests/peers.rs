@@ -1,6 +1,6 @@
 //! Access control (`--allow`), and trust in forwarded client addresses (`--trust`), over each protocol.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

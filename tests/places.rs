@@ -1,7 +1,7 @@
 //! Restricted environments: the server starts and serves even if directories are read-only, memory and descriptors are scarce, system calls
 //! are missing, or other users interfere.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! Privileges and restrictions of the application's processes, as reported by the kernel. The tests start processes of other users, so they
 //! need root, and fail without it.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 
@@ -236,7 +236,7 @@ fn a_program_in_another_root_is_found_there() {
     let source = root.path().join("wait.c");
     std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
     let built = Command::new("gcc").args(["-static", "-o"]).arg(root.path().join("wait")).arg(&source).status_in_time();
-    assert!(built.expect("gcc is there: scripts/test installs it").success());
+    assert!(built.expect("gcc is installed (scripts/test installs it)").success());
     let at = root.path().to_string_lossy().into_owned();
     let arguments = [&USER[..], &["--chroot", &at]].concat();
     let mut server = Server::start_command(&mut program_under_run(&directory, &arguments, &["/wait"]));

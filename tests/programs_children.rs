@@ -1,7 +1,7 @@
 //! Processes that requests to external programs start, and their effects on the server: children that a page waits for, background jobs,
 //! wrappers around the programs that serve, and processes left behind when the server stops.
 
-#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+#![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
 mod common;
 
@@ -485,7 +485,7 @@ fn a_child_that_shuts_the_socket_down_does_no_lasting_harm() {
     }
 }
 
-/// The same check, with a socket that another program has passed to the server.
+/// This test uses a socket that another program has passed to the server.
 #[test]
 fn an_inherited_socket_that_was_shut_down_listens_again() {
     let place = with_page(Place::with_port());

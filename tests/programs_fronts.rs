@@ -1,6 +1,6 @@
 //! php-cgi under `forkyard run` behind each web server, with the configurations of docs/web-servers.md.
 
-#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+#![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
 mod common;
 #[path = "common/fronts/mod.rs"]

@@ -1,7 +1,7 @@
 //! When an external program is considered started, and how failed starts are handled: programs that exit with status 0 immediately, that
 //! only appear ready, or that never use the listening socket; wrappers that fail; daemons that move to the background.
 
-#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+#![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
 mod common;
 
@@ -173,8 +173,10 @@ fn php_without_cgi_is_reported_with_a_hint_at_php_cgi() {
 fn php_fpm_binds_its_own_socket_and_is_reported_and_never_ready() {
     let place = Place::new();
     let fpm = std::fs::read_dir("/usr/sbin").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let fpm =
-        fpm.into_iter().find(|name| name.starts_with("php-fpm")).expect("php-fpm is there (scripts/test installs it)");
+    let fpm = fpm
+        .into_iter()
+        .find(|name| name.starts_with("php-fpm"))
+        .expect("php-fpm is installed (scripts/test installs it)");
     let text = format!(
         "[global]\ndaemonize = no\nerror_log = {0}/fpm.log\n[www]\nuser = nobody\nlisten = {0}/fpm-${{FORKYARD_SLOT}}.sock\npm = static\npm.max_children = 1\n",
         place.path("").display()

@@ -1,6 +1,6 @@
 //! A request that kills workers is refused for some time, and all other requests are still answered.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! Requests that have waited too long before the application could begin are shed with 503. No other requests are shed.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! Workers that reach a recycling limit are replaced with no effect on clients.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

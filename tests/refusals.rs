@@ -1,7 +1,7 @@
 //! Requests that cannot be parsed, over each protocol: the access log contains the client's address, and the log gives the reason for the
 //! rejection.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! Reloads wait until workers are ready and healthy, replace a limited number of workers at a time, and report the reason for a failure.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

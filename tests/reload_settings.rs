@@ -3,7 +3,7 @@
 //! A new flag needs a row here. `Seen` defines how a change is observed: in the new processes, or in the settings that the responsible part
 //! of the master or of a worker logs at debug level.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 
@@ -226,7 +226,7 @@ impl Served {
         let source = at.join("wait.c");
         std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
         let built = Command::new("gcc").args(["-static", "-o"]).arg(at.join("wait")).arg(&source).status_in_time();
-        assert!(built.expect("gcc is there: scripts/test installs it").success());
+        assert!(built.expect("gcc is installed (scripts/test installs it)").success());
         let inside = at.join("root").join(at.strip_prefix("/").unwrap());
         std::fs::create_dir_all(&inside).unwrap();
         std::fs::copy(at.join("wait"), inside.join("wait")).unwrap();

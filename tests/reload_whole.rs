@@ -1,7 +1,7 @@
 //! A reload with changed settings: the changes reach all affected processes, in the right order. If the settings are invalid or the reload
 //! fails, nothing changes.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

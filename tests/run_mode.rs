@@ -1,7 +1,7 @@
 //! `forkyard run`: external FastCGI programs that accept from the public socket themselves. The programs are php-cgi with a script, a C
 //! program that uses libfcgi, and several that misbehave.
 
-#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+#![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
 mod common;
 
@@ -36,7 +36,7 @@ fn php_cgi_answers() {
     assert!(!place.socket().exists());
 }
 
-/// php-cgi must not fork children of its own, whatever its environment requests.
+/// php-cgi must not fork its own children, whatever its environment requests.
 #[test]
 fn php_knows_its_slot_and_forks_no_children() {
     let place = Place::new();
@@ -146,7 +146,7 @@ fn a_c_program_answers() {
     for length in [0, 1, 1 << 20] {
         let body: Vec<u8> = (0..length).map(|index: u32| u8::try_from(index % 251).unwrap()).collect();
         let echo = place.ask("/echo", &body).unwrap();
-        assert!(echo.body() == body, "{} bytes came back of {length}", echo.body().len());
+        assert!(echo.body() == body, "{} of {length} bytes were returned", echo.body().len());
     }
     assert_eq!(value(&place.text("/params?a=1"), "QUERY_STRING"), Some("a=1"));
     server.stop();

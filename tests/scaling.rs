@@ -1,6 +1,6 @@
 //! The number of workers follows demand between two limits, and drops to zero while there are no requests.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

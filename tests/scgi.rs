@@ -1,6 +1,6 @@
 //! SCGI on the wire, on Unix sockets and over TCP, with the tests' own client, and behind nginx and lighttpd.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 #[path = "common/fronts/mod.rs"]

@@ -1,7 +1,7 @@
 //! Shared memory that another process has overwritten, or whose file it has truncated. The server keeps running and logs the damage once,
 //! and a reload creates new memory.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! Settings: all errors are reported together, each with a remedy, before any process is started.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

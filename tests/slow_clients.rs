@@ -3,7 +3,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
-    reason = "a test that fails says where, and measurements are shown"
+    reason = "a failing test reports its location, and measurements are printed"
 )]
 
 mod common;
@@ -84,7 +84,7 @@ fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
     let most_each = if protocol == Protocol::Http { 24 } else { 8 };
     assert!(grown < most_each * most as u64, "{protocol:?}, {what}: {grown} KiB for {most} connections");
     for stream in &mut slow {
-        let error = stream.read(&mut [0]).expect_err("nothing was answered, and nobody cut off");
+        let error = stream.read(&mut [0]).expect_err("no response was sent, and the client was not disconnected");
         assert_eq!(error.kind(), ErrorKind::WouldBlock, "{protocol:?}, {what}");
     }
     drop(slow);

@@ -1,6 +1,6 @@
 //! A stalled upload fails, and affects no other request.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! Each documented signal at many moments between the start of the program and its exit, with and without the server as process 1. The
 //! signal has its documented effect, and no file is left behind.
 
-#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+#![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! Listening sockets when a server stops or is killed: new connections are refused immediately, earlier connections are served, and the
 //! address is free for the next server.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

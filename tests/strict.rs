@@ -1,6 +1,6 @@
 //! Invalid requests, over each protocol, get a 400 and do not reach the application.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

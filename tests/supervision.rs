@@ -1,6 +1,6 @@
 //! How the master and the other workers react when a process dies or is asked to exit.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 
@@ -402,7 +402,7 @@ fn signals_to_a_worker_do_not_affect_the_master() {
     let line = server.wait_for("worker exited on its own");
     assert!(line.contains(&format!("pid={worker}")), "{line}");
     server.renewed(2, &BTreeSet::from([worker.as_raw()]));
-    assert!(!server.log().contains("a signal to"), "the master received no signal");
+    assert!(!server.log().contains("a signal to"), "the master is not affected by the signals");
     server.stop();
 }
 

@@ -1,6 +1,6 @@
 //! The interface to systemd: sockets and messages, with sockets of the test in place of systemd's, and the files in `scripts/systemd`.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 
@@ -191,7 +191,7 @@ fn a_cache_stored_by_systemd_is_warm_after_a_restart() {
     let page = http::get(&server.http(), "/page/7").unwrap().text();
     server.stop();
 
-    let stored = manager.stored.take().expect("the descriptor came with the message");
+    let stored = manager.stored.take().expect("the message contains a descriptor");
     let again = stored.try_clone().unwrap();
     let mut server = start("pages", &arguments, vec![("forkyard-segment", stored)], &manager);
     assert!(server.log().contains("cache is warm kept_by=systemd pages=1"), "{}", server.log());
@@ -249,7 +249,7 @@ fn systemd_finds_no_fault_with_the_unit_files() {
         .args(["verify", "--man=no"])
         .args(["forkyard.service", "forkyard.socket"].map(|name| directory.path().join(name)))
         .output_in_time()
-        .expect("systemd-analyze is there (scripts/test installs systemd)");
+        .expect("systemd-analyze is installed (scripts/test installs systemd)");
     let said = String::from_utf8_lossy(&output.stderr);
     let about_ours: Vec<&str> = said.lines().filter(|line| line.contains("forkyard")).collect();
     assert!(output.status.success() && about_ours.is_empty(), "{said}");

@@ -4,7 +4,7 @@
 //! The test needs root, and a writable control group hierarchy of version 2, which some containers lack. Without the hierarchy, the test
 //! reports what it has tried, and passes. Any other problem is a failure.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

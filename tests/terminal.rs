@@ -1,6 +1,6 @@
 //! A server in the background of a terminal that stops background jobs when they write to it (`stty tostop`).
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! The example `ticker` in a real browser, behind real web servers. Prices arrive immediately, by EventSource or by long polling. When the
 //! worker that serves them is killed, the page continues to receive prices, and no event is lost or delivered twice.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a failing test reports its location")]
 
 #[path = "common/browser.rs"]
 mod browser;

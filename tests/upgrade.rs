@@ -1,6 +1,6 @@
 //! SIGUSR2: the master executes a new build of its program, without affecting clients.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! Timers of processes keep running while an upgraded master runs its `preload`, before the master takes over the processes.
 
-#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+#![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
 mod common;
 

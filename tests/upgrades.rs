@@ -1,6 +1,6 @@
 //! Connections that switch to a different protocol: WebSockets with axum's handler, and other 101 responses.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 #[path = "common/browser.rs"]
 mod browser;

@@ -4,7 +4,7 @@
 //!
 //! The checks are the same for each web server. The list of checks is at the end of the first part of this file.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
 
 mod common;
 #[path = "common/fronts/mod.rs"]

@@ -2,7 +2,7 @@
 //! test the details: `no_request_lost.rs` for reloads, upgrades, scaling and recycling under load; `slow_clients.rs` for slow clients;
 //! `events_publish.rs` for the relay; `killed_master.rs` for the programs of a killed master and for the guard.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here says where")]
+#![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
 

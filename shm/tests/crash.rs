@@ -1,5 +1,5 @@
 //! Tests in which processes are killed and stopped while they use a segment.
-#![expect(unsafe_code, reason = "forks")]
+#![expect(unsafe_code, reason = "the tests fork")]
 
 mod common;
 

@@ -106,7 +106,7 @@ fn death_at_each_mark(seed: u64) {
                 }
                 deaths_in_repair += 1;
                 if let Err(why) = play.known.verify(&segment.cache()) {
-                    panic!("{}, killed at mark {at}, and at mark {again} of the repair: {why}", scene.name);
+                    panic!("{}, killed at mark {at} and at mark {again} of the repair: {why}", scene.name);
                 }
             }
         }

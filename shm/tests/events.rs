@@ -75,8 +75,8 @@ type Scene = (&'static str, fn(&Events));
 
 const SCENES: [Scene; 5] = [
     ("a new topic", |_| ()),
-    ("one that is known", |events| publish_all(events, TOPIC, 7..8)),
-    ("somebody may sleep", |events| {
+    ("a known topic", |events| publish_all(events, TOPIC, 7..8)),
+    ("a reader may be sleeping", |events| {
         events.wait(events.sequence(), Duration::from_millis(1));
     }),
     ("a log that is full", |events| publish_all(events, TOPIC, 200..500)),
@@ -327,7 +327,7 @@ impl Witness {
                     assert_whole(&event);
                     let last = self.last.entry(event.topic.clone()).or_default();
                     let is_next = event.id == *last + 1 || self.unsure.remove(&event.topic) && event.id > *last;
-                    assert!(is_next, "{} of topic {} came after {last}", event.id, event.topic);
+                    assert!(is_next, "{} of topic {} arrived after {last}", event.id, event.topic);
                     *last = event.id;
                 }
                 Tailed::Gap => {

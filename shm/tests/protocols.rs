@@ -110,7 +110,7 @@ impl Futex {
     /// Returns whether the thread `who` goes to sleep.
     fn wait(&self, word: &AtomicU32, seen: u32, who: u32) -> bool {
         // The kernel also executes a full fence first, but the protocol must not depend on it.
-        let mut asleep = self.asleep.lock().expect("no panic");
+        let mut asleep = self.asleep.lock().expect("no thread has panicked");
         let sleeps = word.load(Ordering::Relaxed) == seen;
         if sleeps {
             asleep.push(who);
@@ -120,11 +120,11 @@ impl Futex {
 
     /// Returns the thread that is woken.
     fn wake(&self) -> Option<u32> {
-        self.asleep.lock().expect("no panic").pop()
+        self.asleep.lock().expect("no thread has panicked").pop()
     }
 
     fn assert_all_awake(&self) {
-        assert_eq!(*self.asleep.lock().expect("no panic"), [], "slept through its wake-up");
+        assert_eq!(*self.asleep.lock().expect("no thread has panicked"), [], "slept through its wake-up");
     }
 }
 

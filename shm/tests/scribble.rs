@@ -41,7 +41,7 @@ fn main() {
 
 /// Returns all words of a segment.
 fn words(segment: &Segment) -> &'static [AtomicU64] {
-    let len = NonZeroUsize::new(usize::try_from(segment.len()).expect("it is mapped")).expect("not empty");
+    let len = NonZeroUsize::new(usize::try_from(segment.len()).expect("the segment is mapped")).expect("not empty");
     let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: a new mapping, of a file whose size is sealed.
     let memory = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, segment.fd(), 0) }.expect("mmap");

@@ -1,7 +1,7 @@
 //! Drives a real browser, headless Chromium, over a pair of pipes with the DevTools protocol. Each message is JSON followed by a zero byte.
 
-#![allow(dead_code, reason = "each test binary uses a part of this")]
-#![allow(clippy::unwrap_used, reason = "it is all test code, though not in a test function")]
+#![allow(dead_code, reason = "each test binary uses only a part of this module")]
+#![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
 use std::io::Write as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -36,7 +36,7 @@ impl Browser {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .expect("a shell starts");
+            .expect("the shell starts");
         let (to, from) = (process.stdin.take().unwrap(), Pipe::of(process.stdout.take().unwrap()));
         let mut browser = Self { process, to, from, last_id: 0, session: None, _profile: profile };
         let page = browser.call("Target.createTarget", json!({"url": "about:blank"}))["targetId"].clone();

@@ -8,7 +8,7 @@
 //!
 //! This module uses only the standard library, because crates that do not use `tests/common` include this file by its path.
 
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses only a part of this module")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};

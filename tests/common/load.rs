@@ -181,7 +181,7 @@ fn ask(
             if kept.is_none() {
                 *kept = Some(Kept::FastCgi(fastcgi::Client::connect(address)?));
             }
-            let Some(Kept::FastCgi(client)) = kept else { unreachable!("it was put there") };
+            let Some(Kept::FastCgi(client)) = kept else { unreachable!("the connection was stored above") };
             let response = client.request(method, target, body)?;
             Ok((response.status(), response.body().to_vec()))
         }
@@ -189,7 +189,7 @@ fn ask(
             if kept.is_none() {
                 *kept = Some(Kept::Http(http::Client::connect(address)?));
             }
-            let Some(Kept::Http(client)) = kept else { unreachable!("it was put there") };
+            let Some(Kept::Http(client)) = kept else { unreachable!("the connection was stored above") };
             let response = match in_pieces {
                 true => client.request_in_pieces(method, target, body)?,
                 false => client.request(method, target, body)?,

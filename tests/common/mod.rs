@@ -6,7 +6,7 @@
 //! children, [`limit::Pipe`] for their output, and [`received`] for channels. A thread that runs until a flag is set uses a [`StopOnDrop`],
 //! so that a panic stops it too. The whole binary also has a limit (see [`limit`]).
 
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses only a part of this module")]
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
 
 pub mod fastcgi;
@@ -106,7 +106,7 @@ fn report_servers(out: &mut dyn Write) {
                 }
             }
         }
-        let _ = writeln!(out, "its log:\n{}", server.text());
+        let _ = writeln!(out, "the log of the server:\n{}", server.text());
     }
 }
 
@@ -249,7 +249,7 @@ impl Server {
     pub fn wait_end(&mut self) -> Option<i32> {
         let status =
             wait_until("the master has exited", || self.child.try_wait().expect("the master is a child of the test"));
-        wait_until("its log has ended", || self.log_ended.load(Ordering::SeqCst).then_some(()));
+        wait_until("the log of the master has ended", || self.log_ended.load(Ordering::SeqCst).then_some(()));
         status.code()
     }
 
@@ -291,7 +291,7 @@ impl Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        // SIGTERM first, because a program may have children of its own.
+        // SIGTERM first, because a program may have its own children.
         let _ = kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGTERM);
         let deadline = Instant::now() + Duration::from_secs(5);
         while matches!(self.0.try_wait(), Ok(None)) && Instant::now() < deadline {

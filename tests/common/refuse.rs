@@ -21,7 +21,7 @@ impl Refuse {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/refuse.c");
         let mut compiler = Command::new("gcc");
         let output = compiler.args(["-Wall", "-O1", "-o"]).arg(&path).arg(source).output_in_time();
-        let output = output.expect("gcc is there (scripts/test installs it)");
+        let output = output.expect("gcc is installed (scripts/test installs it)");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         Self { _folder: directory, path }
     }

@@ -106,7 +106,7 @@ impl Place {
         std::fs::write(&source, HELLO_C).unwrap();
         let mut compiler = Command::new("gcc");
         compiler.args(["-std=c11", "-Wall", "-O1", "-o"]).arg(&hello).arg(&source).arg("-lfcgi");
-        let output = compiler.output_in_time().expect("gcc is there (scripts/test installs it)");
+        let output = compiler.output_in_time().expect("gcc is installed (scripts/test installs it)");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         hello
     }

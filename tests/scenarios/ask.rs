@@ -167,7 +167,7 @@ impl Gate {
     /// Waits for the application's connection, and lets the application continue.
     pub(crate) fn open(&mut self) {
         if let Some(listener) = self.0.take() {
-            drop(accepted(&listener, "the application comes to the gate"));
+            drop(accepted(&listener, "the application connects to the gate"));
         }
     }
 }

@@ -86,7 +86,7 @@ pub(crate) fn reply(from: impl Read, ask: &Ask, gate: &mut Gate) -> io::Result<R
     if let Some(length) = reply.header("content-length").filter(|_| ask.method != "HEAD") {
         let length: u64 = length.parse().map_err(io::Error::other)?;
         if length != reply.body.length {
-            return Err(io::Error::other(format!("{} bytes came of {length}", reply.body.length)));
+            return Err(io::Error::other(format!("{} of {length} bytes arrived", reply.body.length)));
         }
     }
     Ok(reply)
@@ -125,7 +125,7 @@ impl FastCgi {
             reply.map(|reply| (reply, sent_all))
         })?;
         if !keep && sent_all && self.stream.read(&mut [0])? != 0 {
-            return Err(io::Error::other("something came after the end of the request"));
+            return Err(io::Error::other("data arrived after the end of the request"));
         }
         Ok((reply, (keep && sent_all).then_some(self)))
     }

@@ -64,7 +64,7 @@ impl Connection {
             let length: u64 = length.parse().map_err(io::Error::other)?;
             let taken = take(&mut stream.take(length), ask.pace, gate)?;
             if taken.length < length {
-                return Err(io::Error::other(format!("{} bytes came of {length}", taken.length)));
+                return Err(io::Error::other(format!("{} of {length} bytes arrived", taken.length)));
             }
             taken
         } else if reply.header("transfer-encoding") == Some("chunked") {

@@ -59,7 +59,7 @@ async fn exchange(client: SendRequest<Bytes>, ask: &Ask, gate: &mut Gate) -> io:
             () = &mut sending, if !is_sent => is_sent = true,
             () = sleep_until(moved.get() + PATIENCE) => {
                 if moved.get().elapsed() >= PATIENCE {
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, "nothing more came"));
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, "no further data arrived"));
                 }
             }
         }

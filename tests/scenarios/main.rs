@@ -1,6 +1,6 @@
 //! Sends one table of requests over each protocol, directly and behind each web server in each configuration of docs/web-servers.md.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
 
 mod ask;
 mod capture;
@@ -211,16 +211,22 @@ fn broken_rule(way: Way, ask: &Ask, reply: &Reply) -> Option<String> {
     let has = |name: &str| !reply.all(name).is_empty();
     let is_http1 = protocol == Protocol::Http;
     let broken = [
-        ("it has a body", reply.body.length > 0 && (ask.method == "HEAD" || matches!(reply.status, 204 | 205 | 304))),
-        ("it has a length, and may have no body", matches!(reply.status, 204 | 304) && has("content-length")),
+        (
+            "the response has a body",
+            reply.body.length > 0 && (ask.method == "HEAD" || matches!(reply.status, 204 | 205 | 304)),
+        ),
+        (
+            "the response has a length, although it may not have a body",
+            matches!(reply.status, 204 | 304) && has("content-length"),
+        ),
         ("204 has a coding", reply.status == 204 && has("transfer-encoding")),
         ("there are several lengths", reply.all("content-length").len() > 1),
-        ("it has a length and chunks", has("content-length") && has("transfer-encoding")),
+        ("the response has both a length and chunks", has("content-length") && has("transfer-encoding")),
         (
             "there is a transfer coding other than chunked",
             is_http1 && reply.all("transfer-encoding").iter().any(|coding| *coding != b"chunked"),
         ),
-        ("there is not one Date", way.is_http() && reply.all("date").len() != 1),
+        ("the number of Date headers is not one", way.is_http() && reply.all("date").len() != 1),
         (
             "there is a header that belongs to an HTTP/1 connection",
             !is_http1
@@ -228,7 +234,7 @@ fn broken_rule(way: Way, ask: &Ask, reply: &Reply) -> Option<String> {
                     .into_iter()
                     .any(has),
         ),
-        ("it has what the web server decides", !way.is_http() && has("trailer")),
+        ("there is a header that the web server controls", !way.is_http() && has("trailer")),
     ];
     broken.iter().find(|(_, is_so)| *is_so).map(|(what, _)| format!("{what}: {:?}", reply.headers))
 }

@@ -129,7 +129,7 @@ mod tests {
 
     fn parse(args: &str) -> Result<Options, clap::Error> {
         let arguments = Arguments::try_parse_from(std::iter::once("forkyard-load").chain(args.split_whitespace()))?;
-        Ok(arguments.options.expect("a run of requests"))
+        Ok(arguments.options.expect("the command line describes a run of requests"))
     }
 
     #[test]

@@ -138,7 +138,7 @@ mod tests {
 
     fn options() -> Options {
         let arguments = Arguments::parse_from(["forkyard-load", "--connect", "http:localhost:80"]);
-        arguments.options.expect("a run of requests")
+        arguments.options.expect("the command line describes a run of requests")
     }
 
     fn outcome() -> Outcome {

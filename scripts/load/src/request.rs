@@ -119,7 +119,7 @@ fn push_record(out: &mut Vec<u8>, kind: u8, content: &[u8]) {
     out.extend_from_slice(&[wire::VERSION, kind]);
     out.extend_from_slice(&REQUEST_ID.to_be_bytes());
     out.extend_from_slice(&length.to_be_bytes());
-    out.extend_from_slice(&[u8::try_from(padding).expect("at most 7"), 0]);
+    out.extend_from_slice(&[u8::try_from(padding).expect("the padding is at most 7"), 0]);
     out.extend_from_slice(content);
     out.extend_from_slice(&[0; 7][..padding]);
 }

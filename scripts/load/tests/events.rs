@@ -42,7 +42,7 @@ struct Server {
 impl Server {
     fn start(name: &str, does: Does) -> String {
         let name = format!("forkyard-load-test-{}-events-{name}", std::process::id());
-        let address = SocketAddr::from_abstract_name(&name).expect("a short name");
+        let address = SocketAddr::from_abstract_name(&name).expect("the name is short");
         let listener = UnixListener::bind_addr(&address).expect("the name is unique");
         let server = Arc::new(Self { does, streams: Mutex::default(), delayed: Mutex::default() });
         thread::spawn(move || {
@@ -56,7 +56,7 @@ impl Server {
 
     /// Serves requests until the client closes the connection or subscribes.
     fn serve(&self, mut stream: UnixStream) {
-        let mut reader = BufReader::new(stream.try_clone().expect("a free descriptor"));
+        let mut reader = BufReader::new(stream.try_clone().expect("a descriptor is free"));
         loop {
             let (mut first, mut length) = (String::new(), 0);
             if reader.read_line(&mut first).is_ok_and(|count| count == 0) {
@@ -64,7 +64,7 @@ impl Server {
             }
             loop {
                 let mut line = String::new();
-                reader.read_line(&mut line).expect("a head");
+                reader.read_line(&mut line).expect("the head arrives");
                 match line.trim_end().split_once(": ") {
                     Some(("Content-Length", text)) => length = text.parse().expect("the length is a number"),
                     Some(_) => {}
@@ -72,7 +72,7 @@ impl Server {
                 }
             }
             let mut data = vec![0; length];
-            reader.read_exact(&mut data).expect("a body");
+            reader.read_exact(&mut data).expect("the body arrives");
             if first.starts_with("GET /events ") {
                 return self.subscribe(stream);
             }
@@ -102,26 +102,27 @@ impl Server {
             _ => "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n: a\n\r\n",
         };
         stream.write_all(head.as_bytes()).expect("the subscriber is connected");
-        self.streams.lock().expect("no panic").push(stream);
+        self.streams.lock().expect("no thread has panicked").push(stream);
     }
 
     fn publish(&self, data: &str) {
         let event = format!("id: x\ndata: {data}\n\n");
-        let number: u64 = data.split_once(' ').expect("the data has two numbers").0.parse().expect("a number");
+        let number: u64 =
+            data.split_once(' ').expect("the data has two numbers").0.parse().expect("the event has a number");
         let text = match (number, self.does) {
             (3, Does::Loses) => return,
             (3, Does::Doubles) => event.clone() + &event,
             (3, Does::SendsOther) => "data: hello\n\n".into(),
-            (3, Does::Delays) => return self.delayed.lock().expect("no panic").push_str(&event),
+            (3, Does::Delays) => return self.delayed.lock().expect("no thread has panicked").push_str(&event),
             (3, Does::CutsStreams) => {
-                let streams = std::mem::take(&mut *self.streams.lock().expect("no panic"));
+                let streams = std::mem::take(&mut *self.streams.lock().expect("no thread has panicked"));
                 return streams
                     .iter()
                     .for_each(|stream| stream.shutdown(Shutdown::Both).expect("the stream is connected"));
             }
-            _ => event + &std::mem::take(&mut *self.delayed.lock().expect("no panic")),
+            _ => event + &std::mem::take(&mut *self.delayed.lock().expect("no thread has panicked")),
         };
-        for mut stream in &*self.streams.lock().expect("no panic") {
+        for mut stream in &*self.streams.lock().expect("no thread has panicked") {
             let _ = stream.write_all(format!("{:x}\r\n{text}\r\n", text.len()).as_bytes());
         }
     }

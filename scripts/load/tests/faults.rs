@@ -55,7 +55,7 @@ fn listener(name: &str) -> (String, UnixListener) {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     let name = format!("forkyard-load-test-{}-{number}-{name}", std::process::id());
-    let address = SocketAddr::from_abstract_name(&name).expect("a short name");
+    let address = SocketAddr::from_abstract_name(&name).expect("the name is short");
     (format!("unix:@{name}"), UnixListener::bind_addr(&address).expect("the name is unique"))
 }
 
@@ -174,10 +174,10 @@ fn bodies_may_differ_if_allowed() {
 fn requests_to_a_server_that_has_exited_fail() {
     let (address, listener) = listener("gone");
     let server = thread::spawn(move || {
-        let (mut stream, _) = listener.accept().expect("the first connection");
+        let (mut stream, _) = listener.accept().expect("the first connection arrives");
         // Closing the listener is not sufficient, because a child forked by another test may hold a copy of the descriptor
         // until it calls exec.
-        shutdown(listener.as_raw_fd(), Shutdown::Both).expect("a listening socket");
+        shutdown(listener.as_raw_fd(), Shutdown::Both).expect("the socket is listening");
         assert!(request_came(&mut stream));
         stream.write_all(HTTP_OK).expect("the client is waiting");
     });

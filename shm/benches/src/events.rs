@@ -38,8 +38,8 @@ const PACE: Duration = Duration::from_micros(200);
 type Bench = fn(&Events, &[u8]) -> Result<f64, PublishError>;
 
 const BENCHES: [(&str, Bench); 7] = [
-    ("publish, nobody sleeps", publish),
-    ("publish, two at once", publish_beside_another),
+    ("publish, no sleeping reader", publish),
+    ("publish, two publishers", publish_beside_another),
     ("publish, to any of as many topics as there can be", publish_to_any),
     ("publish, a reader sleeps", |events, data| Ok(wake(events, data)?.0)),
     ("until that reader has it", |events, data| Ok(wake(events, data)?.1)),

@@ -141,7 +141,7 @@ struct Stage {
 impl Stage {
     fn set(shape: Shape, groups: &[Group], seed: u64, results: &mut Results) -> Result<Stage, Error> {
         let has = |group| groups.contains(&group);
-        let failed = Error::system("making a temporary folder");
+        let failed = Error::system("creating a temporary directory");
         let dir = TempDir::with_prefix("forkyard-bench.").map_err(&failed)?;
         let memory_dir = TempDir::with_prefix_in("forkyard-bench.", "/dev/shm").map_err(&failed)?;
         let redis = has(Group::Redis).then(|| redis::start(dir.path())).transpose()?;

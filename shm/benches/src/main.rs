@@ -54,7 +54,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Reports progress to standard error. A write error is ignored, because the benchmark need not stop if nobody reads the output.
+/// Reports progress to standard error. A write error is ignored, because unread output is no reason to stop the benchmark.
 fn say(line: &str) {
     let _ = writeln!(io::stderr(), "forkyard-shm-bench: {line}");
 }

@@ -5,8 +5,12 @@
 //! (FORKYARD_TEST_LIMIT seconds, default 900, or an earlier limit that a test has set) it prints the state of the tests and kills them.
 //! FORKYARD_SEED=n repeats a history, except for the timing of the kills. With a word as argument, only the tests whose names contain the
 //! word are run.
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
-#![allow(unsafe_code, clippy::print_stdout, reason = "forks, and reports like the test harness that it replaces")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses only a part of this module")]
+#![allow(
+    unsafe_code,
+    clippy::print_stdout,
+    reason = "the tests fork, and report like the test harness that they replace"
+)]
 
 use std::fs::File;
 use std::io::{Read, Write};

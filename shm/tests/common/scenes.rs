@@ -351,7 +351,7 @@ impl Known {
         let mut stats = cache.stats();
         let given_up = stats.lost - self.lost;
         if given_up > if self.rule == Rule::Lost { 2 } else { 0 } {
-            return Err(format!("the shard was given up {given_up} times"));
+            return Err(format!("the shard was abandoned {given_up} times"));
         }
         stats.lost = 0;
         adds_up(&stats)

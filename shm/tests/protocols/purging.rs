@@ -41,12 +41,12 @@ impl Tags {
         };
         let page = page_of(Some(FRAGMENT));
         let outer = page_of(page);
-        *self.pages.lock().expect("no panic") = [page, outer];
+        *self.pages.lock().expect("no thread has panicked") = [page, outer];
     }
 
     fn assert_purged(&self) {
         assert!(!self.is_good(FRAGMENT), "the purge had no effect");
-        let [page, outer] = *self.pages.lock().expect("no panic");
+        let [page, outer] = *self.pages.lock().expect("no thread has panicked");
         assert!(!page.is_some_and(|page| self.is_good(page)), "a page outlived its fragment");
         assert!(!outer.is_some_and(|outer| self.is_good(outer)), "a page outlived its fragment's fragment");
         assert!(self.is_good(self.clock.load(Ordering::SeqCst)), "a page composed now is valid");

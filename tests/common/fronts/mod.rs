@@ -4,8 +4,8 @@
 //!
 //! Each web server runs in the foreground, listens on a free loopback port, and writes only to its directory.
 
-#![allow(dead_code, reason = "each test binary uses a part of this")]
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "it is all test code, though not in a test function")]
+#![allow(dead_code, reason = "each test binary uses only a part of this module")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
 
 mod apache;
 mod caddy;

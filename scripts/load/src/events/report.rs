@@ -137,7 +137,7 @@ impl fmt::Display for Report {
         let bytes = |bytes: Option<u64>| bytes.map_or("unknown".into(), |bytes| format!("{bytes} bytes"));
         write!(
             f,
-            "memory     {} at first, {} at the end; each subscriber {}, with what came {}",
+            "memory     {} at first, {} at the end; each subscriber {}, with its events {}",
             bytes(self.memory_bytes_before),
             bytes(self.memory_bytes),
             bytes(self.memory_each_subscribed),

@@ -158,7 +158,7 @@ impl<'a> Subscribers<'a> {
             return Err(self.unsubscribed(fault));
         }
         if self.is_stuck() {
-            return Err(self.unsubscribed(Fault::new(Kind::Timeout, "nothing came")));
+            return Err(self.unsubscribed(Fault::new(Kind::Timeout, "no data arrived")));
         }
         Ok(())
     }

@@ -44,7 +44,7 @@ impl Apcu {
         command.arg(script).arg(keys).arg(sequence).arg(data.shape.size.to_string());
         let mut child = PROGRAM.spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
         let (Some(to), Some(from)) = (child.stdin.take(), child.stdout.take()) else {
-            return Err(PROGRAM.error("it has no standard input and output"));
+            return Err(PROGRAM.error("the process has no standard input and output"));
         };
         let mut apcu = Apcu { talk: Talk::new(from, to), child, forks: false, empty_loop_ns: 0.0 };
         apcu.greet()?;

@@ -109,7 +109,7 @@ impl Talk {
 
     pub(crate) fn sample(&mut self) -> Result<Sample, Error> {
         let words = self.reply()?;
-        parse_sample(&words).ok_or_else(|| Error::Worker(format!("it replied {words:?}")))
+        parse_sample(&words).ok_or_else(|| Error::Worker(format!("the process replied {words:?}")))
     }
 
     // ---- the worker's side ----

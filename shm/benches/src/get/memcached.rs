@@ -51,7 +51,7 @@ impl Store for Memcached {
         }
         // The line has the form `VALUE key flags length`.
         let length: Option<usize> = line.strip_prefix("VALUE ").and_then(|rest| rest.rsplit(' ').next()?.parse().ok());
-        let length = length.ok_or_else(|| PROGRAM.error(format!("it answers get with {line}")))?;
+        let length = length.ok_or_else(|| PROGRAM.error(format!("the reply to get is {line}")))?;
         let end = start + length + b"\r\nEND\r\n".len();
         seen(&self.wire.up_to(end)?[start..start + length]);
         Ok(true)
@@ -67,7 +67,7 @@ impl Store for Memcached {
         self.wire.send(&self.request)?;
         match self.wire.first_line()? {
             ("STORED", _) => Ok(()),
-            (line, _) => Err(PROGRAM.error(format!("it answers set with {line}"))),
+            (line, _) => Err(PROGRAM.error(format!("the reply to set is {line}"))),
         }
     }
 }

@@ -46,7 +46,7 @@ impl Store for Redis {
             return Ok(false);
         }
         let length: Option<usize> = line.strip_prefix('$').and_then(|digits| digits.parse().ok());
-        let length = length.ok_or_else(|| PROGRAM.error(format!("it answers GET with {line}")))?;
+        let length = length.ok_or_else(|| PROGRAM.error(format!("the reply to GET is {line}")))?;
         seen(&self.wire.up_to(start + length + 2)?[start..start + length]);
         Ok(true)
     }
@@ -61,7 +61,7 @@ impl Store for Redis {
         self.wire.send(&self.request)?;
         match self.wire.first_line()? {
             ("+OK", _) => Ok(()),
-            (line, _) => Err(PROGRAM.error(format!("it answers SET with {line}"))),
+            (line, _) => Err(PROGRAM.error(format!("the reply to SET is {line}"))),
         }
     }
 }

@@ -56,7 +56,7 @@ impl Server {
             if ended || Instant::now() > deadline {
                 let said = fs::read_to_string(&log).unwrap_or_default();
                 let last: Vec<&str> = said.trim().lines().rev().take(3).collect();
-                return Err(program.error(format!("it does not start: {}", last.join(" / "))));
+                return Err(program.error(format!("the server does not start: {}", last.join(" / "))));
             }
             std::thread::sleep(POLL);
         }
@@ -102,7 +102,8 @@ impl Wire {
                 None => self.receive()?,
             }
         };
-        let line = std::str::from_utf8(&self.received[..end]).map_err(|_| self.program.error("it sends no text"))?;
+        let line =
+            std::str::from_utf8(&self.received[..end]).map_err(|_| self.program.error("the reply is not text"))?;
         Ok((line, end + 2))
     }
 
@@ -117,15 +118,15 @@ impl Wire {
     fn receive(&mut self) -> Result<(), Error> {
         let room = &mut self.received[self.length..];
         if room.is_empty() {
-            return Err(self.program.error("its reply is too long"));
+            return Err(self.program.error("the reply is too long"));
         }
         match self.stream.read(room) {
-            Ok(0) => Err(self.program.error("it closed the connection")),
+            Ok(0) => Err(self.program.error("the server closed the connection")),
             Ok(more) => {
                 self.length += more;
                 Ok(())
             }
-            Err(error) => Err(self.program.error(format!("it sends no reply: {error}"))),
+            Err(error) => Err(self.program.error(format!("the server sends no reply: {error}"))),
         }
     }
 }
