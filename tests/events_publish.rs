@@ -216,8 +216,8 @@ fn malformed_datagrams_are_counted_and_affect_no_other_event() {
     place.wait_for_last_id("news", 2);
     assert_eq!(place.data("news"), ["first", "last"]);
     assert_eq!(place.relay(), Some(relay));
-    // One line immediately, and one line for all later datagrams. More lines are logged if the datagrams take longer to arrive than the log
-    // line is delayed.
+    // The relay logs the first of these datagrams immediately, and later ones together after an interval. If the datagrams arrive over more
+    // than one interval, it logs more lines.
     let lines = place.server.log().lines().filter(|line| line.contains("not published")).count();
     assert!(lines < 5, "{}", place.server.log());
 }

@@ -41,7 +41,7 @@ fn a_binary_at_its_limit_fails_prints_its_servers_and_kills_them() {
     let processes = said.split("--- its processes:").nth(1).unwrap().split("---").next().unwrap();
     let pids: Vec<i32> = processes.lines().filter_map(|line| line.trim().split(' ').next()?.parse().ok()).collect();
     assert!(pids.contains(&master) && pids.len() >= 3, "{said}");
-    wait_until("all processes that it started are gone", || pids.iter().all(|pid| is_gone(*pid)).then_some(()));
+    wait_until("all processes that the binary started are gone", || pids.iter().all(|pid| is_gone(*pid)).then_some(()));
 }
 
 #[test]

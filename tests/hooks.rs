@@ -70,7 +70,7 @@ fn hooks_are_called_in_order_over_a_crash_a_reload_and_a_stop() {
     server.stop();
     expected.extend(of_generation(&["on_drain", "on_exit", "on_worker_exit"], 2));
     assert_eq!(called(&server), expected);
-    assert!(server.log().contains("gen=2 within=20s"), "what --drain-timeout says");
+    assert!(server.log().contains("gen=2 within=20s"), "the value of --drain-timeout");
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn a_hook_that_fails_or_panics_before_the_fork_delays_the_worker() {
     assert!(line.contains("the application's before_fork failed: not yet"), "{line}");
     server.wait_for("next_try=100ms");
     std::fs::write(&refuse, "panic").unwrap();
-    wait_until("it panics", || server.log().contains("before_fork failed: a panic: not now").then_some(()));
+    wait_until("the hook panics", || server.log().contains("before_fork failed: a panic: not now").then_some(()));
     server.has_only(&BTreeSet::new());
     std::fs::remove_file(&refuse).unwrap();
     server.wait_for("ready in ");

@@ -414,7 +414,7 @@ fn output_outlives_the_master() {
 fn a_json_log_contains_only_objects() {
     let mut server = start(&["--log-format", "json"]);
     let (master, pid) = (server.pid().as_raw(), worker(&server));
-    wait_until("it listens", || server.log().contains("bind").then_some(()));
+    wait_until("the server is listening", || server.log().contains("bind").then_some(()));
     let bind = server.log();
     let address = bind.split_once("http://").unwrap().1.split('"').next().unwrap().to_owned();
     assert_eq!(http::get(&address, "/line/4").unwrap().status, 200);
@@ -542,7 +542,7 @@ fn the_lines_of_a_killed_worker_are_written_by_its_heir() {
     }
     assert_eq!(get(&server, "/kill"), 502);
     server.wait_for("worker died");
-    wait_until("five lines", || (read(&access).lines().count() == 5).then_some(()));
+    wait_until("the access log has five lines", || (read(&access).lines().count() == 5).then_some(()));
     let text = read(&access);
     let line = text.lines().next().unwrap();
     assert!(line.starts_with("127.0.0.1 - - [") && line.contains("] \"GET /ok HTTP/1.1\" 200 3 \"-\" "), "{line}");

@@ -400,7 +400,7 @@ fn nginx_reports_the_client_address() {
     let nginx =
         common::Helper::start(command.arg("-p").arg(directory.path()).args(["-e", "error.log", "-c"]).arg(&file));
     let address = format!("127.0.0.1:{port}");
-    common::wait_until("nginx listens", || common::connect_tcp(&address).ok());
+    common::wait_until("nginx is listening", || common::connect_tcp(&address).ok());
     let text = seen(&address, b"", &format!("{X_FORWARDED}X-Forwarded-Host: evil\r\n"));
     assert!(text.contains("\npeer=127.0.0.1:0 https=true\n") && text.contains("\nhost: x\n"), "{text}");
     assert!(text.contains("\nx-forwarded-for: 6.6.6.6, 192.0.2.7, 127.0.0.1, 127.0.0.1\n"), "{text}");

@@ -128,7 +128,7 @@ fn a_reload_does_not_signal_processes_that_a_request_waits_for() {
         server.wait_for("reload done gen=2");
     });
     server.stop();
-    assert!(!server.log().contains("signal="), "nobody was killed: {}", server.log());
+    assert!(!server.log().contains("signal="), "no process was killed: {}", server.log());
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn a_stop_does_not_signal_processes_that_a_request_waits_for() {
         server.wait_for("worker exited"); // the other worker, which was idle
     });
     assert_eq!(server.wait_end(), Some(0));
-    assert!(!server.log().contains("signal="), "nobody was killed: {}", server.log());
+    assert!(!server.log().contains("signal="), "no process was killed: {}", server.log());
 }
 
 #[test]
@@ -270,8 +270,9 @@ fn a_wrapper_and_its_children_exit_together_when_the_request_is_finished() {
         let place = place();
         let command = [&["sh", "-c", script, "sh"][..], &PHP].concat();
         let mut server = Server::start_command(&mut place.run(&ALL, &command));
-        let old =
-            wait_until("both have started php-cgi", || Some(named(&server, "php-cgi")).filter(|all| all.len() == 2));
+        let old = wait_until("both wrappers have started php-cgi", || {
+            Some(named(&server, "php-cgi")).filter(|all| all.len() == 2)
+        });
         is_finished(&place, "a", &mut server, |server| {
             server.signal(Signal::SIGHUP);
             server.wait_for("reload done gen=2");
@@ -354,7 +355,7 @@ fn an_upgrade_does_not_change_the_drain_deadline_of_serving_children() {
         server.signal(Signal::SIGUSR2);
         server.wait_for("upgraded");
         let killed = format!("did not exit in time (--drain-timeout) pid={serving} ");
-        wait_until("it is killed when its time is over", || server.log().contains(&killed).then_some(()));
+        wait_until("the child is killed at its drain deadline", || server.log().contains(&killed).then_some(()));
         assert!(client.join().is_err(), "the request received no response");
     });
     server.stop();

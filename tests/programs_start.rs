@@ -153,7 +153,7 @@ fn a_wrapper_is_ready_when_its_child_accepts_connections() {
     server.stop();
 }
 
-// ---- programs that never take the socket ----
+// ---- programs that never accept from the socket ----
 
 #[test]
 fn php_without_cgi_is_reported_with_a_hint_at_php_cgi() {

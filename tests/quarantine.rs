@@ -73,7 +73,7 @@ fn a_deadly_request_is_refused_after_three_deaths_and_no_other_request_is() {
         wait_until("other requests are answered", || (good.load(Ordering::Relaxed) > before + 50).then_some(()));
     });
     server.stop();
-    assert_eq!(server.log().matches("worker died").count(), deaths, "no worker has died since the request is refused");
+    assert_eq!(server.log().matches("worker died").count(), deaths, "no worker has died since the request was refused");
 }
 
 #[test]

@@ -70,7 +70,7 @@ fn store_expired(cache: &Cache, options: StoreOptions) {
     until(|| cache.get(KEY).is_none());
 }
 
-// ---- herds ----
+// ---- many processes at the same time ----
 
 /// All processes request the page at the same time. The renderer finishes when all other processes are waiting or rendering.
 fn herd(one_process: impl Fn(&Cache, &Counts, &mut File)) {
@@ -149,7 +149,7 @@ fn many_tasks_render_a_page_once() {
     });
 }
 
-// ---- renderers that do not reach their end ----
+// ---- renderers that do not finish ----
 
 /// Waits in five threads or five tasks for a page from another process, and takes over if necessary.
 fn wait_in_five(cache: &Cache, counts: &Counts, threads: bool) {

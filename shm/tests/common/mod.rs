@@ -151,7 +151,7 @@ pub fn segment(cache_bytes: u64) -> Segment {
     Segment::create(&Plan { cache_bytes, rows: 8, ..Plan::default() }).expect("segment")
 }
 
-// ---- pages that show whether they are whole ----
+// ---- pages that show whether they are intact ----
 
 /// Returns the key, then bytes derived from key and version, then a checksum of all these bytes: `len` + 20 bytes.
 pub fn page(key: u32, version: u64, len: usize) -> Vec<u8> {
