@@ -190,7 +190,7 @@ fn stalled_uploads_are_answered_before_the_worker_would_be_killed() {
     }
 }
 
-/// Whether a client that reads slowly receives all of a response that the application has finished before the drain.
+/// Returns whether a client that reads slowly receives all of a response that the application has finished before the drain.
 fn a_slow_reader_gets_it_all() -> bool {
     let directory = tempfile::tempdir().unwrap();
     let bind = format!("http:unix:{}", directory.path().join("a.sock").display());
@@ -202,7 +202,7 @@ fn a_slow_reader_gets_it_all() -> bool {
     });
     server.signal(Signal::SIGTERM);
     let mut part = [0; 64 << 10];
-    // Several seconds in all, so that the worker checks its connections several times.
+    // The reads take several seconds in total, so that the worker checks its connections several times.
     while let Ok(count @ 1..) = stream.read(&mut part) {
         response.extend_from_slice(&part[..count]);
         std::thread::sleep(Duration::from_millis(80));
@@ -214,6 +214,6 @@ fn a_slow_reader_gets_it_all() -> bool {
 
 #[test]
 fn a_response_that_is_still_being_read_is_not_cut_off_by_a_drain() {
-    // On a busy machine a client may read nothing for as long as a client that has stopped, but not every time.
-    assert!((0..5).any(|_| a_slow_reader_gets_it_all()), "always cut off");
+    // On a busy machine the client may read as little as a client that has stopped reading, but not every time.
+    assert!((0..5).any(|_| a_slow_reader_gets_it_all()), "the response was cut off every time");
 }

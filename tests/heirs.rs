@@ -106,7 +106,7 @@ fn requests_of_a_killed_worker_get_502_and_its_idle_connections_continue() {
     at.server.stop();
 }
 
-/// The heir must not send a response to a request that has been aborted: its client would take it for the response to the next request.
+/// The heir must not respond to a request that has been aborted, because the client would mistake the response for that to the next request.
 #[test]
 fn a_connection_whose_requests_were_aborted_is_idle() {
     let mut at = start(&["--workers", "1"]);
@@ -118,9 +118,9 @@ fn a_connection_whose_requests_were_aborted_is_idle() {
     };
     let slow = || fastcgi::request(1, true, "GET", "/slow/60000", b"");
     let mut clients: Vec<_> = (0..4).map(|_| fastcgi::Client::connect(&at.fastcgi).unwrap()).collect();
-    let [unread, waiting, begun, broken] = &mut clients[..] else { unreachable!("there are four") };
+    let [unread, waiting, begun, broken] = &mut clients[..] else { unreachable!("there are four clients") };
 
-    // In the read that begins the request: the head of the response waits for the first part of its body.
+    // The abort arrives in the same read as the request. The head of the response waits for the first part of the body.
     unread.send(&[half_upload(), abort(1)].concat()).unwrap();
     unread.response(1).unwrap();
 

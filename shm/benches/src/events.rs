@@ -38,13 +38,13 @@ const PACE: Duration = Duration::from_micros(200);
 type Bench = fn(&Events, &[u8]) -> Result<f64, PublishError>;
 
 const BENCHES: [(&str, Bench); 7] = [
-    ("publish, no sleeping reader", publish),
-    ("publish, two publishers", publish_beside_another),
-    ("publish, to any of as many topics as there can be", publish_to_any),
-    ("publish, a reader sleeps", |events, data| Ok(wake(events, data)?.0)),
-    ("until that reader has it", |events, data| Ok(wake(events, data)?.1)),
-    ("the next event of a tail", next),
-    ("the last event of a topic", since),
+    ("publish while no reader is sleeping", publish),
+    ("publish while a second publisher is active", publish_beside_another),
+    ("publish to changing topics, of which there are as many as possible", publish_to_any),
+    ("publish while a reader is sleeping", |events, data| Ok(wake(events, data)?.0)),
+    ("time from publication until the sleeping reader has the event", |events, data| Ok(wake(events, data)?.1)),
+    ("read the next event of the log", next),
+    ("read the last event of a topic", since),
 ];
 
 /// Runs all measurements, and returns the table.
