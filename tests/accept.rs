@@ -21,8 +21,8 @@ const QUIET: Duration = Duration::from_secs(3);
 /// Limit for responses that do not depend on the blocked request.
 const SOON: Duration = Duration::from_secs(5);
 
-/// One of four workers is blocked by a request for `hold`; requests for `next` on new connections must still be answered. `kept` is the
-/// number of connections that are opened beforehand.
+/// Checks that requests for `next` on new connections are answered while one of four workers is blocked by a request for `hold`. `kept` is
+/// the number of connections that are opened beforehand.
 fn check_that_new_connections_do_not_wait(protocol: Protocol, hold: &str, next: &str, kept: usize) {
     let mut server = protocol.start("holds", &["--workers", "4", "--threads", "1"]);
     let bind = server.binds[0].clone();

@@ -24,7 +24,7 @@ fn has_ipv6() -> bool {
     TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok()
 }
 
-/// A command in a mount namespace in which `localhost` resolves to these addresses.
+/// Returns a command in a mount namespace in which `localhost` resolves to these addresses.
 fn where_localhost_is(addresses: &[&str], name: &str) -> Command {
     assert!(nix::unistd::geteuid().is_root(), "this test mounts a file: run it as root");
     let hosts: String = addresses.iter().map(|address| format!("{address} localhost\\n")).collect();

@@ -65,7 +65,7 @@ struct Seen {
     done: AtomicUsize,
 }
 
-/// One client. It parses only the lines that begin with `id:` or `data:`.
+/// Runs one client, which parses only the lines that begin with `id:` or `data:`.
 async fn subscriber(address: String, last: u64, seen: &'static Seen, latencies: Rc<RefCell<Histogram>>) {
     let mut stream = TcpStream::connect(&address).await.unwrap();
     let head = "GET /events?topics=load HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n\r\n";

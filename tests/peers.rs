@@ -45,7 +45,7 @@ fn seen_over_fastcgi(address: &str, before: &[u8], params: &[(&str, &str)]) -> S
     String::from_utf8(client.response(1).unwrap().body().to_vec()).unwrap()
 }
 
-/// Like [`seen`], but over SCGI, where the last byte of a request has a special meaning.
+/// Like [`seen`], but over SCGI, where a request without a body ends with the comma of the netstring.
 fn seen_over_scgi(address: &str, before: &[u8]) -> String {
     let mut stream = common::connect_tcp(address.strip_prefix("scgi:").unwrap()).unwrap();
     let pairs = [

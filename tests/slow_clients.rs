@@ -35,7 +35,7 @@ fn memory(server: &Server) -> u64 {
     server.workers().into_iter().map(|worker| status_number(worker, "VmRSS").unwrap()).sum()
 }
 
-/// Each of thousands of slow clients sends `begun`, and then a byte per second. Checks the memory per client, in KiB.
+/// Runs thousands of slow clients, each of which sends `begun`, and then a byte per second. Checks the memory per client, in KiB.
 fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
     let most = clients();
     // It may take longer than the timeout for a head to open this many connections.

@@ -26,7 +26,8 @@ fn stop_worker(server: &Server) -> Pid {
     worker
 }
 
-/// Each client sends a request while the worker is stopped and asked to drain. Then the worker is resumed, and must answer all requests.
+/// Sends a request from each client while the worker is stopped and asked to drain. Then resumes the worker, which must answer all
+/// requests.
 fn drains_with(server: &mut Server, worker: Pid, clients: Vec<Client>) {
     server.signal(Signal::SIGTERM);
     server.wait_for("signal to drain");

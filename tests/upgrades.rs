@@ -61,7 +61,7 @@ fn echoes(stream: &mut TcpStream, text: &str) {
     assert_eq!(echo, text.as_bytes());
 }
 
-/// Returns, from the scoreboard row of the only worker, the number of connections and the number of requests that are streams.
+/// Returns the number of connections of the only worker, and the number of its requests that are streams, from the scoreboard.
 fn counts(server: &Server) -> (u32, u32) {
     let row = server.segment().scoreboard().read(0).expect("the worker has a row");
     (row.connections, row.streams)

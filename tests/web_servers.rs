@@ -75,7 +75,7 @@ fn some_bytes(length: usize) -> Vec<u8> {
     std::iter::repeat_with(|| random.u8(..)).take(length).collect()
 }
 
-/// The log contains the request as the client sent it, with its query.
+/// Checks that a panic fails one request, and that the log contains the request as the client sent it, with its query.
 fn a_panic_fails_one_request(site: &mut Site) {
     let workers = site.crashy.workers();
     for round in 0..4 {
@@ -89,7 +89,7 @@ fn a_panic_fails_one_request(site: &mut Site) {
     site.crashy.has_only(&workers);
 }
 
-/// Only the client whose request killed the worker gets an error from the web server.
+/// Checks that only the client whose request killed the worker gets an error from the web server.
 fn a_crash_fails_one_request(site: &mut Site) {
     let workers = site.crashy.workers();
     let response = site.clients.ask(App::Crashy, "GET", "/segv");
@@ -164,7 +164,7 @@ fn renderer(page: &[u8]) -> i32 {
     pid_in(&String::from_utf8_lossy(page))
 }
 
-/// A page rendered by one worker is served by the other worker, and through the web server, until it is purged.
+/// Checks that a page rendered by one worker is served by the other worker, and through the web server, until the page is purged.
 fn a_page_is_shared_and_purged(site: &mut Site) {
     let mut workers = connections_to_both(site);
     let pids: Vec<i32> = workers.keys().copied().collect();
@@ -190,7 +190,7 @@ fn a_page_is_shared_and_purged(site: &mut Site) {
     }
 }
 
-/// A cached page remains after the worker that rendered it has died.
+/// Checks that a cached page remains after the worker that rendered it has died.
 fn a_page_outlives_its_worker(site: &mut Site) {
     let rendered = site.clients.ask(App::Pages, "GET", "/page/9").body;
     let dead = renderer(&rendered);
@@ -204,7 +204,7 @@ fn a_page_outlives_its_worker(site: &mut Site) {
     assert_ne!(renderer(&anew), dead);
 }
 
-/// 300 consecutive requests on one connection, while eight other clients send requests. Each request gets the right response.
+/// Sends 300 consecutive requests on one connection, while eight other clients send requests. Each request must get the right response.
 fn many_requests_at_once(site: &mut Site) {
     let clients = &site.clients;
     let one_client = |count: usize| {
@@ -236,7 +236,7 @@ fn many_requests_at_once(site: &mut Site) {
     });
 }
 
-/// A response that is shorter than declared is not accepted as complete.
+/// Checks that a response that is shorter than declared is not accepted as complete.
 fn a_truncated_response_is_detected(site: &mut Site) {
     for _ in 0..3 {
         let answer = site.clients.connect(App::Crashy).request("GET", "/claim/10/5", b"");

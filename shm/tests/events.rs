@@ -213,7 +213,7 @@ fn killed_at_every_instruction(_seed: u64) {
 
 // ---- sleeping readers ----
 
-/// After a publisher has died at any step, the next publisher wakes all sleeping readers.
+/// Checks that the next publisher wakes all sleeping readers after a publisher has died at any step.
 fn sleeping_readers_are_woken_by_the_next_publisher(_seed: u64) {
     let mut deaths = 0;
     loop {

@@ -72,7 +72,7 @@ fn store_expired(cache: &Cache, options: StoreOptions) {
 
 // ---- many processes at the same time ----
 
-/// All processes request the page at the same time. The renderer finishes when all other processes are waiting or rendering.
+/// Makes all processes request the page at the same time. The renderer finishes when all other processes are waiting or rendering.
 fn herd(one_process: impl Fn(&Cache, &Counts, &mut File)) {
     let (cache, counts) = (cache(), Counts::new());
     store_expired(&cache, StoreOptions::new());
@@ -176,7 +176,7 @@ fn wait_in_five(cache: &Cache, counts: &Counts, threads: bool) {
     }
 }
 
-/// Twenty times, a renderer starts, and terminates on request without a page, while two processes wait with five requests each. In half of
+/// Starts a renderer twenty times, which terminates on request without a page, while two processes wait with five requests each. In half of
 /// the cases they wait in threads.
 fn succession(what: &str, renderer: impl Fn(&Cache, &Counts, &mut File), end: impl Fn(Child, &Counts)) {
     for threads in [true, false] {

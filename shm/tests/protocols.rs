@@ -163,7 +163,7 @@ impl Lease {
 
 type Release = fn(&AtomicU64, u64) -> bool;
 
-/// One thread holds the lease and is late. Two other threads take the lease over when its deadline has passed.
+/// Models a late holder: one thread holds the lease and is late, and two other threads take the lease over when its deadline has passed.
 fn late_release(release: Release) {
     check(3, move || {
         let (lease, late) = Lease::held();
@@ -196,7 +196,7 @@ fn a_relaxed_release_does_not_publish_the_page() {
     late_release(|word, mine| word.compare_exchange(mine, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok());
 }
 
-/// The holder is dead. Two threads mark the holder dead at the same time and request its lease, and a third thread also requests the lease.
+/// Models a dead holder: two threads mark it dead at the same time and request its lease, and a third thread also requests the lease.
 fn burial(take_from: fn(&AtomicU64, u32) -> bool) {
     check(3, move || {
         let (lease, _) = Lease::held();
@@ -248,8 +248,8 @@ impl Shard {
     }
 }
 
-/// A late thread and its successor store their pages. With `look_first`, the late thread checks that it still has the lease before it takes
-/// the lock.
+/// Models a late store: a late thread and its successor store their pages. With `look_first`, the late thread checks that it still has the
+/// lease before it takes the lock.
 fn late_store(look_first: bool) {
     check(3, move || {
         let (lease, late) = Lease::held();
@@ -288,7 +288,7 @@ fn checking_the_lease_before_taking_the_lock_is_too_early() {
 type Enter = fn(&AtomicU32, &AtomicU32) -> u32;
 type EndTurn = fn(&AtomicU32, &AtomicU32) -> bool;
 
-/// A thread waits for the end of a lease.
+/// Models a thread that waits for the end of a lease.
 fn wait_for_the_end(enter: Enter, end_turn: EndTurn) {
     check(4, move || {
         let (lease, word) = Lease::held();
@@ -397,7 +397,7 @@ impl Lock {
     }
 }
 
-/// Several threads request the lock at the same time.
+/// Models several threads that request the lock at the same time.
 fn visitors(unlock: Unlock) {
     check(2, move || {
         let lock = Rc::new(Lock::default());
@@ -427,7 +427,7 @@ fn a_relaxed_unlock_admits_two_owners() {
     visitors(|word| word.swap(0, Ordering::Relaxed) & 1 << 31 != 0);
 }
 
-/// An owner has died. Its death is detected twice, while two threads request the lock.
+/// Models a dead owner, whose death is detected twice, while two threads request the lock.
 fn dead_owner(mark_dead: fn(&AtomicU32, u32) -> bool) {
     check(2, move || {
         let lock = Rc::new(Lock::default());

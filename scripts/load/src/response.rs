@@ -55,7 +55,7 @@ impl Response {
         }
     }
 
-    /// Must be called when the server has closed the connection. Returns `None` if the response was incomplete.
+    /// Returns the end of a response whose connection the server has closed, or `None` if the response is incomplete.
     pub(crate) fn closed(&mut self) -> Option<End> {
         match self {
             Self::Fastcgi(_) => None,

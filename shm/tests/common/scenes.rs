@@ -92,7 +92,7 @@ fn render(cache: &Cache) {
     assert!(served.is_ok());
 }
 
-/// The first process that finds a shard inconsistent gets an error, which is ignored here.
+/// Stores key 3. The first process that finds a shard inconsistent gets an error, which is ignored.
 fn set_anyhow(cache: &Cache) {
     let _ = store(cache, 3);
 }
@@ -175,7 +175,7 @@ fn reprieving() -> Stage {
     })
 }
 
-/// A state in which the next store encounters four adjacent pins, and skips them.
+/// Returns a state in which the next store encounters four adjacent pins, and skips them.
 fn pinned() -> Stage {
     // A member other than the parent sets the pins, because the parent's membership differs in copies, where it marks its predecessor dead.
     let each = |segment: &Segment, key: u32| {
@@ -211,7 +211,7 @@ fn untidy() -> Stage {
     full(each, Cache::sweep, |Probe { before, after, .. }| (2..30).contains(&(after.reprieved - before.reprieved)))
 }
 
-/// The state after a process has died in the operation, directly after the mark.
+/// Returns the state after a process has died in the operation, directly after the mark.
 fn died_in(act: fn(&Cache), mark: &str) -> Stage {
     let stage = few();
     let image = Image::of(&stage.segment);
@@ -247,7 +247,7 @@ fn half_cleared() -> Stage {
     died_in(Cache::clear, "empty: floor raised")
 }
 
-/// The state after the death of a process that held a lock and was reading in place.
+/// Returns the state after the death of a process that held a lock and was reading in place.
 fn dead_reader() -> Stage {
     let stage = few();
     let cache = stage.segment.cache();
@@ -262,7 +262,7 @@ fn dead_reader() -> Stage {
     stage
 }
 
-/// A state in which the slot of key 3 points to invalid data.
+/// Returns a state in which the slot of key 3 points to invalid data.
 fn spoilt() -> Stage {
     let stage = few();
     let mut image = Image::of(&stage.segment);

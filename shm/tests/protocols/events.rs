@@ -47,7 +47,7 @@ fn may_sleep(all: &Sleep, seen: u32) -> bool {
     all.bell().may_sleep(seen)
 }
 
-/// A reader has read all events and goes to sleep, while another thread publishes.
+/// Models a reader that has read all events and goes to sleep, while another thread publishes.
 fn lie_down(may_sleep: fn(&Sleep, u32) -> bool, announce: Announce) {
     check(4, move || {
         let all = Rc::new(Sleep::default());
@@ -79,8 +79,8 @@ fn a_publisher_that_checks_for_sleepers_before_it_publishes_misses_one() {
     });
 }
 
-/// A reader goes to sleep with the sequence number that it has read, while one thread publishes and another thread publishes and dies. A
-/// third thread publishes afterwards.
+/// Models a reader that goes to sleep with the sequence number that it has read, while one thread publishes and another thread publishes
+/// and dies. A third thread publishes afterwards.
 fn next_publisher(announce: Announce, dies: Announce) {
     check(3, move || {
         let all = Rc::new(Sleep::default());
@@ -155,7 +155,7 @@ fn read(log: &Latest) -> (u64, u64) {
     told::told(&log.last_id, &log.last_at)
 }
 
-/// Event 6 is published, while a reader looks for events after 5, and looks again after it was notified of event 6.
+/// Models the publication of event 6, while a reader looks for events after 5, and looks again after it was notified of event 6.
 fn since_against_publisher(tell: fn(&Latest), read: fn(&Latest) -> (u64, u64), unlinked_first: bool) {
     check(4, move || {
         let new = AtomicU64::new;
@@ -220,7 +220,7 @@ struct Ring {
     words: [AtomicU64; 2],
 }
 
-/// Event 1 replaces event 0, while a reader reads the event at `position`. Each side runs with or without its fence.
+/// Models event 1 replacing event 0, while a reader reads the event at `position`. Each side runs with or without its fence.
 fn read_against_publisher(position: u64, readers_fence: bool, publishers_fence: bool, publish: Ordering) {
     check(4, move || {
         let zero = || AtomicU64::new(0);
@@ -289,7 +289,7 @@ const OLD: u64 = 1;
 const NONE: u64 = 2;
 const NEW: u64 = 3;
 
-/// A topic whose latest event is 5 is evicted for another topic, while a reader queries it. The publisher runs with or without its fence,
+/// Models the eviction of a topic whose latest event is 5, while a reader queries the topic. The publisher runs with or without its fence,
 /// and the reader with or without its second check.
 fn ask_against_giving_up(publishers_fence: bool, look_again: bool) {
     check(4, move || {

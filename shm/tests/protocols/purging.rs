@@ -53,7 +53,7 @@ impl Tags {
     }
 }
 
-/// Pages are composed while the tag and another tag are purged.
+/// Models pages that are composed while the tag and another tag are purged.
 fn purge_of_a_fragment(purge: fn(&AtomicU64, &[&AtomicU64])) {
     check(3, move || {
         let tags = Tags::new();

@@ -18,7 +18,7 @@ struct Pinnable {
 
 const PIN: Pin = Pin { shard: 1, main: false, position: 0, size: 96 };
 
-/// A reader pins the entry, while another thread raises the floor above it and looks for pins.
+/// Models a reader that pins the entry, while another thread raises the floor above the entry and looks for pins.
 fn pin_against_reclaim(set: fn(&Pinnable) -> bool, reclaimers_fence: bool) {
     check(4, move || {
         let all = Rc::new(Pinnable::default());
@@ -78,8 +78,8 @@ struct Ring {
     words: [AtomicU64; 2],
 }
 
-/// A writer replaces the entry at position 0 with the entry at position 1 (`eviction.rs`, `shard.rs`), while a reader follows the slot
-/// (`read.rs`). Each side runs with or without its fence.
+/// Models a writer that replaces the entry at position 0 with the entry at position 1 (`eviction.rs`, `shard.rs`), while a reader follows
+/// the slot (`read.rs`). Each side runs with or without its fence.
 fn floor_against_overwriting(readers_fence: bool, writers_fence: bool) {
     check(4, move || {
         let ring = Rc::new(Ring::default());

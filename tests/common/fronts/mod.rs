@@ -185,7 +185,7 @@ impl Drop for Site {
     }
 }
 
-/// A temporary directory that the web server's user can enter.
+/// Creates a temporary directory that the web server's user can enter.
 pub(crate) fn shared_folder() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
