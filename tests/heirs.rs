@@ -69,7 +69,7 @@ fn requests_of_a_killed_worker_get_502_and_its_idle_connections_continue() {
 
     let mut slow_http = http::Client::connect(&at.http).unwrap();
     slow_http.stream.get_mut().write_all(b"GET /slow/60000 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
-    // Several requests on one connection, one of them without a body.
+    // Several requests on one connection, one of which gets a response without a body.
     let mut slow_fastcgi = fastcgi::Client::connect(&at.fastcgi).unwrap();
     for (id, method) in [(1, "GET"), (7, "HEAD"), (2, "GET")] {
         slow_fastcgi.send(&fastcgi::request(id, true, method, "/slow/60000", b"")).unwrap();

@@ -38,7 +38,7 @@ fn memory(server: &Server) -> u64 {
 /// Runs thousands of slow clients, each of which sends `begun`, and then a byte per second. Checks the memory per client, in KiB.
 fn slow_clients(protocol: Protocol, bind: &str, what: &str, begun: &[u8]) {
     let most = clients();
-    // It may take longer than the timeout for a head to open this many connections.
+    // Opening this many connections can take longer than the timeout for a head.
     let never = ["--idle-timeout", "1h", "--header-timeout", "1h", "--body-timeout", "1h"];
     let most_of_each = most.to_string();
     let arguments = ["--bind", bind, "--workers", "2", "--max-connections", &most_of_each];

@@ -269,7 +269,7 @@ fn lighttpd_uses_an_authorizer() {
     assert_eq!(ask("/file?user=ann"), (200, "for friends\n".to_owned()));
 }
 
-/// Connections that the web server wants to keep open stay open, and all others are closed. The number of the workers' sockets shows this.
+/// Checks, by the number of the workers' sockets, that only connections that the web server wants to keep open stay open.
 fn connections_are_kept_open_only_if_requested(site: &mut Site, front: Front) {
     let sockets = || site.pages.workers().into_iter().map(common::sockets_of).sum::<usize>();
     let before = sockets();

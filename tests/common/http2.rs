@@ -110,7 +110,7 @@ pub fn head(stream: u32, flags: u8, method: &str, path: &str, fields: &[(&str, &
 pub fn head_at(stream: u32, flags: u8, method: &str, path: &str, authority: &str, fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = vec![if method == "POST" { 0x83 } else { 0x82 }, 0x86];
     let text = |text: &str, block: &mut Vec<u8>| {
-        // Lengths of 127 and above take several bytes.
+        // Lengths of 127 and above take several bytes, which this client does not support.
         block.push(u8::try_from(text.len()).ok().filter(|&length| length < 127).unwrap());
         block.extend_from_slice(text.as_bytes());
     };
