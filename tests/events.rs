@@ -225,8 +225,8 @@ fn a_client_that_reconnects_too_late_receives_the_number_of_missed_events() {
                 break;
             }
         }
-        // The id of a different epoch (a different event log), an id that the server never issued, an id after the last event, and an id with
-        // the wrong number of topics.
+        // The id of a different epoch (a different event log), an id that the server never issued, an id after the last event, and an id
+        // with the wrong number of topics.
         let epoch = id.split_once('-').unwrap().0;
         for id in ["00000000-1", "what%20is%20this", &format!("{epoch}-999999999"), &format!("{epoch}-1.1")] {
             let mut source = site.open(way, &target, id);

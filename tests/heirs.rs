@@ -106,7 +106,7 @@ fn requests_of_a_killed_worker_get_502_and_its_idle_connections_continue() {
     at.server.stop();
 }
 
-/// The heir must not respond to a request that has been aborted, because the client would mistake the response for that to the next request.
+/// The heir must not respond to an aborted request, because the client would mistake the response for that to the next request.
 #[test]
 fn a_connection_whose_requests_were_aborted_is_idle() {
     let mut at = start(&["--workers", "1"]);

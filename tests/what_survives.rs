@@ -78,8 +78,8 @@ fn a_worker_is_killed_or_segfaults() {
 
 #[test]
 fn a_worker_dies_holding_a_lock_in_shared_memory() {
-    // Quarantine is off. Where only the machine-wide count of OOM kills is available, an OOM kill in another test would make these deaths count
-    // against the request.
+    // Quarantine is off. Where only the machine-wide count of OOM kills is available, an OOM kill in another test would make these deaths
+    // count against the request.
     let arguments = ["--workers", "2", "--cache", "2M", "--respawn-rate", "1000", "--quarantine", "0"];
     let mut server = Server::start("pages", &[&HTTP[..], &arguments].concat());
     let (address, segment) = (server.http(), server.segment());
