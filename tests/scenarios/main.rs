@@ -276,7 +276,7 @@ fn scenarios(way: Way) {
     let mut asked: Vec<(&Row, &Expect)> = Vec::new();
     for row in &rows {
         if row.takes_long() && fastrand::u32(0..100) >= scale {
-            eprintln!("not sent in this run at {way}: {}", row.name);
+            eprintln!("not sent over {way} in this run: {}", row.name);
             continue;
         }
         match row.expected(way) {

@@ -68,7 +68,7 @@ impl Row {
         self.ask.body.bytes().len() <= MIB && !large && self.ask.pace == Pace::Even
     }
 
-    /// Whether the row takes several seconds. In repeated runs, it is sent in some runs only (`FORKYARD_SCALE`).
+    /// Returns whether the row takes several seconds. Repeated runs send such a row only sometimes (`FORKYARD_SCALE`).
     pub(crate) fn takes_long(&self) -> bool {
         matches!(self.expect.body, Content::Xs(BEYOND_32_BITS))
     }
