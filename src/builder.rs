@@ -2,7 +2,6 @@
 //! command.
 
 use std::cell::RefCell;
-use std::error::Error;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::process::ExitCode;
@@ -38,10 +37,10 @@ use crate::startup::cgi_invocation;
 use crate::startup::conflicts::{self, Conflict};
 use crate::startup::pid_file::PidFile;
 use crate::startup::{banner, descriptor_limit, memory, rlimits, sockets};
+use crate::sys::BoxError;
 use crate::upgrade::{StartCommand, Takeover};
 use crate::{control, logging, sys, worker};
 
-type BoxError = Box<dyn Error + Send + Sync>;
 /// Answers one CGI request and writes the response to the descriptor.
 type CgiMain = Box<dyn Fn(&Config, Segment, OwnedFd) -> Result<(), BoxError>>;
 /// Reads the command line and the configuration file.
@@ -90,10 +89,8 @@ impl Builder {
     pub fn app<F, S, B>(factory: F) -> Self
     where
         F: Fn(Context) -> S + Sync + 'static,
-        S: Service<HttpRequest<Body>, Response = Response<B>> + Clone + 'static,
-        S::Error: Into<BoxError>,
-        B: HttpBody + 'static,
-        B::Error: Into<BoxError>,
+        S: Service<HttpRequest<Body>, Response = Response<B>, Error: Into<BoxError>> + Clone + 'static,
+        B: HttpBody<Error: Into<BoxError>> + 'static,
     {
         let factory = Rc::new(factory);
         let of_cgi = Rc::clone(&factory);

@@ -24,7 +24,7 @@ pub(crate) use self::descriptors::{
 };
 pub(crate) use self::environment::{clear_environment, forget_environment, set_environment};
 pub(crate) use self::epoll_exclusive::Exclusive;
-pub(crate) use self::errors::explain;
+pub(crate) use self::errors::{BoxError, explain};
 pub(crate) use self::guard_link::{announce, announce_by, announce_process};
 pub(crate) use self::other_processes::{descriptor_of, ending_of};
 pub(crate) use self::process::{

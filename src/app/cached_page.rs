@@ -22,7 +22,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use http_body::Body as HttpBody;
 use http_body_util::BodyExt as _;
 
-type BoxError = Box<dyn Error + Send + Sync>;
+use crate::sys::BoxError;
 
 /// Why [`from_response`] could not turn a response into a page. The response has been consumed.
 #[derive(Debug)]
@@ -102,8 +102,7 @@ pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<B
 /// [`CollectError`] if the body is longer than `limit`, or reading it fails.
 pub async fn from_response<B>(response: Response<B>, limit: usize) -> Result<Page, CollectError>
 where
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    B: HttpBody<Error: Into<BoxError>>,
 {
     let (parts, body) = response.into_parts();
     let body = collect(body, limit).await?;
@@ -113,8 +112,7 @@ where
 
 async fn collect<B>(body: B, limit: usize) -> Result<Vec<u8>, CollectError>
 where
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    B: HttpBody<Error: Into<BoxError>>,
 {
     let too_large = CollectError::TooLarge { limit };
     let Some(least) = usize::try_from(body.size_hint().lower()).ok().filter(|&least| least <= limit) else {

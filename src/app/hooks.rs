@@ -4,14 +4,14 @@
 //! panic in a hook does not terminate the process.
 
 use std::cell::RefCell;
-use std::error::Error;
 use std::fmt;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitStatus;
 use std::time::Duration;
 
-type BoxError = Box<dyn Error + Send + Sync>;
+use crate::sys::BoxError;
+
 /// A hook that runs in the master, which has one thread.
 type OfMaster<A, R> = Option<RefCell<Box<dyn FnMut(A) -> R>>>;
 /// A hook that runs in a worker, on a thread that was created after the fork.

@@ -1,7 +1,6 @@
 //! Opens the shared memory for a start: the memory of a former master or the memory that systemd stored, if it fits the
 //! configuration; otherwise new memory, or a file.
 
-use std::error::Error;
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -11,10 +10,9 @@ use nix::unistd::{AccessFlags, access};
 use super::systemd;
 use crate::config::{CacheConfig, Config, SLOTS_PER_WORKER, SPARE_SLOTS, format_size};
 use crate::privileges;
+use crate::sys::BoxError;
 use crate::sys::file_path::{self, Links};
 use crate::upgrade::Takeover;
-
-type BoxError = Box<dyn Error + Send + Sync>;
 
 /// The number of scoreboard rows is rounded up to a multiple of this, so that memory of a former server still fits when
 /// the number of workers changes a little.

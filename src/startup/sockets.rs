@@ -1,6 +1,5 @@
 //! Opens the sockets of a start: the sockets of a former master, the sockets that systemd passed, and new ones for the rest.
 
-use std::error::Error;
 use std::time::Duration;
 
 use super::systemd;
@@ -9,13 +8,12 @@ use crate::config::address::{Address, Bind};
 use crate::net::control_listener::ControlListener;
 use crate::net::listen::{self, ListenError, Listener};
 use crate::net::publish_socket::PublishSocket;
+use crate::sys::BoxError;
 use crate::upgrade::Takeover;
 
 /// How long to wait for an address in use: a supervisor may restart the server as soon as the former master is dead, while
 /// the former workers still hold the address.
 const FORMER: Duration = Duration::from_secs(1);
-
-type BoxError = Box<dyn Error + Send + Sync>;
 
 /// Adds the listeners of each `--bind` to `listeners`. After an error, the caller removes the files of the listeners that were
 /// added.

@@ -1,8 +1,12 @@
 //! Explains errors of system calls to operators.
 
+use std::error::Error;
 use std::io;
 
 use nix::sys::resource::{Resource, getrlimit};
+
+/// Any error that can be sent to another thread.
+pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
 
 /// Formats a system error for the operator. If a limit has caused the error, names the setting to raise.
 pub(crate) fn explain(error: &io::Error) -> String {

@@ -33,7 +33,6 @@ use std::time::{Duration, Instant};
 
 use ::http::{Request, Response, StatusCode};
 use forkyard_shm::{Cache, EventLoopBeat, Row, Scoreboard, Segment, State};
-use http_body::Body as HttpBody;
 use signal_hook::consts::signal::{SIGINT, SIGQUIT, SIGTERM};
 use tokio::io::{AsyncReadExt as _, Interest};
 use tokio::runtime::{LocalOptions, LocalRuntime};
@@ -54,7 +53,7 @@ use self::lifecycle::watchdog::Watchdog;
 use self::logs::OutputPipes;
 use self::service::access_log::AccessLog;
 use self::service::max_requests::Counted;
-use self::service::serve::{Application, BoxError, Protection};
+use self::service::serve::{AppService, Application, Protection, ResponseBody};
 use self::service::{health, serve};
 use crate::app::blocking;
 use crate::app::body::Body;
@@ -82,10 +81,8 @@ const LAST_LOOKS: Duration = Duration::from_millis(50);
 pub(crate) fn run<F, S, B>(factory: &F, heritage: Heritage) -> u8
 where
     F: Fn(Context) -> S + Sync,
-    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody + 'static,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     let heir = match heir::spawn(&heritage) {
         Ok(heir) => heir,
@@ -153,10 +150,8 @@ fn fail(last_words: &mut File, why: &str) -> u8 {
 fn live<F, S, B>(factory: &F, heritage: Heritage, heir: Heir) -> io::Result<()>
 where
     F: Fn(Context) -> S,
-    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody + 'static,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     let config = Arc::clone(&heritage.config);
     let (slot, hooks) = (heritage.slot, Arc::clone(&heritage.hooks));
@@ -410,10 +405,9 @@ impl<S> Server<S> {
 
 impl<S, B> Serve for Server<S>
 where
-    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody + 'static,
-    B::Error: Into<BoxError>,
+    // The bound on `Response` is repeated, because the bound of a supertrait does not constrain `B`.
+    S: AppService<B> + Service<Request<Body>, Response = Response<B>>,
+    B: ResponseBody,
 {
     fn wire_protocol(&self, listener: u16) -> WireProtocol {
         let context = self.entrances.get(usize::from(listener));
@@ -517,6 +511,7 @@ async fn wait_for_leave(term: UnixStream, lifeline: OwnedFd, output: &OutputPipe
 mod tests {
     use std::time::Instant;
 
+    use http_body::Body as HttpBody;
     use http_body_util::BodyExt as _;
 
     use super::*;

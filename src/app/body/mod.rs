@@ -22,8 +22,7 @@ use tokio::sync::oneshot;
 pub use self::filter::FilterData;
 use crate::request::activity::Activity;
 use crate::request::body_wait::BodyWait;
-
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
+use crate::sys::BoxError;
 
 /// The body of a request; also usable as the body of a response.
 ///
@@ -166,8 +165,7 @@ impl Body {
     /// Wraps another body, such as a response that is produced in chunks.
     pub fn new<B>(body: B) -> Self
     where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-        B::Error: Into<BoxError>,
+        B: http_body::Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
         Self::from_kind(Kind::Other(body.map_err(Into::into).boxed_unsync()), u64::MAX)
     }

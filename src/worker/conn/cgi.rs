@@ -20,12 +20,10 @@ use std::task::Poll;
 use bytes::BytesMut;
 use forkyard_shm::{Plan, Row, Segment};
 use http::{Method, Request, Response, StatusCode};
-use http_body::Body as HttpBody;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use tokio::runtime::LocalOptions;
 use tokio::task::JoinHandle;
-use tower_service::Service;
 
 use super::linger::LINGER;
 use super::reply::Reply;
@@ -38,10 +36,10 @@ use crate::config::{Config, Limits};
 use crate::protocol::cgi;
 use crate::protocol::params::Params;
 use crate::request::activity::Activity;
-use crate::sys;
+use crate::sys::{self, BoxError};
 use crate::worker::lifecycle::watchdog::watch_bodies;
 use crate::worker::service::request_guard::RequestGuard;
-use crate::worker::service::serve::{self, Application, BoxError, Protection, Served};
+use crate::worker::service::serve::{self, AppService, Application, Protection, ResponseBody, Served};
 use crate::worker::{on_thread, run_in_turns};
 
 /// Maximum size of a read, and of the small chunks that are collected before a write.
@@ -55,10 +53,8 @@ const PIECE: usize = 64 << 10;
 pub(crate) fn run<F, S, B>(factory: &F, config: &Config, segment: Segment, stdout: OwnedFd) -> Result<(), BoxError>
 where
     F: Fn(Context) -> S,
-    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody + 'static,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     serve::install_panic_hook();
     sys::unblock_signals();
@@ -116,10 +112,8 @@ async fn answer<F, S, B>(
 ) -> (Response<Served<B>>, bool)
 where
     F: Fn(Context) -> S,
-    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody + 'static,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     let request = match request {
         Ok(request) => request,
@@ -236,8 +230,7 @@ async fn feed(mut stdin: File, length: u64, so_far: Rc<Cell<u64>>, body: pipe::W
 /// Writes the response: the available part immediately, the rest as it becomes available.
 async fn send<B>(response: Response<Served<B>>, is_head: bool, stdout: &mut File) -> io::Result<()>
 where
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    B: ResponseBody,
 {
     let mut waiting = BytesMut::new();
     let mut reply = Reply::begin(response, is_head, &mut waiting);

@@ -20,8 +20,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::BytesMut;
-use http::{Method, Request, Response, StatusCode};
-use http_body::Body as HttpBody;
+use http::{Method, Request, StatusCode};
 use tower_service::Service;
 
 use self::exchange::{Exchange, Work};
@@ -38,7 +37,7 @@ use crate::protocol::params::Params;
 use crate::protocol::role::Role;
 use crate::request::activity::Activity;
 use crate::worker::lifecycle::drain::{Asked, Drain};
-use crate::worker::service::serve::{Application, BoxError, ResponseFuture};
+use crate::worker::service::serve::{AppService, Application, ResponseBody, ResponseFuture};
 
 /// Bytes of output that may be queued on a connection before its responses pause.
 pub(crate) const OUTBOX_LIMIT: usize = 64 << 10;
@@ -49,10 +48,8 @@ const REPLIES_LIMIT: usize = 1 << 20;
 /// Serves one connection until it ends.
 pub(crate) async fn serve<S, B>(socket: Socket, from: Option<SocketAddr>, application: Rc<Application<S>>, drain: Drain)
 where
-    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody + 'static,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     let limits = application.limits;
     socket.activity().set_knows_heads();
@@ -140,10 +137,8 @@ struct Connection<S: Service<Request<Body>>, B> {
 
 impl<S, B> Connection<S, B>
 where
-    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody + 'static,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     /// Advances the connection as far as possible. Ready when the connection must be closed; an error if the peer has
     /// disconnected or violated the protocol.

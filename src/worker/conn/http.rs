@@ -49,7 +49,7 @@ use crate::heir::journal::WireProtocol;
 use crate::protocol::cgi::ClientInfo;
 use crate::request::activity::{Stage, Wait};
 use crate::worker::lifecycle::drain::{Asked, Drain};
-use crate::worker::service::serve::{Application, BoxError, Served, Switch, refusal};
+use crate::worker::service::serve::{AppService, Application, ResponseBody, Served, Switch, refusal};
 
 /// Bytes of a request body that may be in transit on one HTTP/2 stream.
 const WINDOW: u32 = 64 << 10;
@@ -71,10 +71,8 @@ const ROOM_FOR_HEADERS: usize = 100;
 /// Serves one connection until it ends.
 pub(crate) async fn serve<S, B>(socket: Socket, origin: ClientInfo, application: Rc<Application<S>>, drain: Drain)
 where
-    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody + 'static,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     let limits = application.limits;
     let from = origin.address;
@@ -152,10 +150,8 @@ async fn with_version<S, B>(
     drain: &Drain,
 ) -> Option<(Socket, bool)>
 where
-    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody + 'static,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     let read = tokio::select! {
         biased;
@@ -358,10 +354,9 @@ struct Connection<S> {
 
 impl<S, B> Connection<S>
 where
-    S: Service<Request<Body>, Response = Response<B>> + Clone,
-    S::Error: Into<BoxError>,
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    // The bound on `Response` is repeated, because the bound of a supertrait does not constrain `B`.
+    S: AppService<B> + Service<Request<Body>, Response = Response<B>>,
+    B: ResponseBody,
 {
     fn answer(
         self: Rc<Self>,
@@ -500,8 +495,7 @@ pin_project! {
     /// The body of a response. Its request counts as open until this is dropped.
     struct Reply<B>
     where
-        B: HttpBody,
-        B::Error: Into<BoxError>,
+        B: ResponseBody,
     {
         #[pin]
         body: Served<B>,
@@ -513,8 +507,7 @@ pin_project! {
 
     impl<B> PinnedDrop for Reply<B>
     where
-        B: HttpBody,
-        B::Error: Into<BoxError>,
+        B: ResponseBody,
     {
         // hyper drops an HTTP/1 body at the end of its Content-Length.
         fn drop(this: Pin<&mut Self>) {
@@ -525,8 +518,7 @@ pin_project! {
 
 impl<B> HttpBody for Reply<B>
 where
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    B: ResponseBody,
 {
     type Data = Bytes;
     type Error = BodyError;

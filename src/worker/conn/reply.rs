@@ -11,7 +11,7 @@ use http_body::Body as HttpBody;
 
 use crate::protocol::cgi;
 use crate::worker::service::request_guard::RequestGuard;
-use crate::worker::service::serve::{BoxError, Served};
+use crate::worker::service::serve::{ResponseBody, Served};
 
 /// The body of a response whose head was written.
 pub(crate) struct Reply<B> {
@@ -21,8 +21,7 @@ pub(crate) struct Reply<B> {
 
 impl<B> Reply<B>
 where
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    B: ResponseBody,
 {
     /// Writes the head of the response to `head`. The reply has no body if the request was a HEAD
     /// request.

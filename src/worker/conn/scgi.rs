@@ -19,8 +19,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use bytes::{BufMut as _, BytesMut};
-use http::{Method, Request, Response, StatusCode};
-use http_body::Body as HttpBody;
+use http::{Method, Request, StatusCode};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{MsgFlags, recv};
 use tokio_util::io::poll_read_buf;
@@ -38,7 +37,7 @@ use crate::protocol::cgi;
 use crate::protocol::params::Params;
 use crate::protocol::scgi::{Decoder, Error, Event};
 use crate::worker::lifecycle::drain::Drain;
-use crate::worker::service::serve::{Application, BoxError, ResponseFuture};
+use crate::worker::service::serve::{AppService, Application, ResponseBody, ResponseFuture};
 
 /// Minimum and maximum number of bytes of one read.
 const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
@@ -46,10 +45,8 @@ const READ_SIZES: (usize, usize) = (4 << 10, 64 << 10);
 /// Serves one connection until it ends.
 pub(crate) async fn serve<S, B>(socket: Socket, from: Option<SocketAddr>, application: Rc<Application<S>>, drain: Drain)
 where
-    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody + 'static,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     let mut connection = Connection {
         socket,
@@ -122,10 +119,8 @@ enum State<S: Service<Request<Body>>, B> {
 
 impl<S, B> Connection<S, B>
 where
-    S: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody + 'static,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     /// Advances the connection as far as possible. Ready when the response is written; an error if
     /// the peer has disconnected, or the response failed.

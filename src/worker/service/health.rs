@@ -4,12 +4,10 @@
 use std::io;
 use std::time::Duration;
 
-use http::{Request, Response, header};
-use http_body::Body as HttpBody;
+use http::{Request, header};
 use http_body_util::BodyExt as _;
-use tower_service::Service;
 
-use super::serve::{Application, BoxError};
+use super::serve::{AppService, Application, ResponseBody};
 use crate::app::body::Body;
 use crate::config::address::Protocol;
 use crate::protocol::cgi::ClientInfo;
@@ -20,10 +18,8 @@ use crate::protocol::cgi::ClientInfo;
 /// Returns a message for the operator if the status is an error, or the response fails or does not arrive in time.
 pub(crate) async fn check<S, B>(application: &Application<S>, path: &str, limit: Duration) -> io::Result<()>
 where
-    S: Service<Request<Body>, Response = Response<B>> + Clone,
-    S::Error: Into<BoxError>,
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     let fail = |what: String| io::Error::other(format!("the health check GET {path} (--health-path) failed: {what}"));
     let mut request = Request::get(path)

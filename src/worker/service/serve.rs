@@ -8,7 +8,6 @@ mod response;
 mod served;
 
 use std::cell::{Cell, RefCell};
-use std::error::Error;
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
@@ -42,12 +41,26 @@ use crate::protocol::forwarded;
 use crate::protocol::host::is_host;
 use crate::request::queue_time::BeginBy;
 use crate::request::{buffered, queue_time};
+use crate::sys::BoxError;
 use crate::worker::conn::refusals::Refusals;
 use crate::worker::conn::throttle::Throttle;
 use crate::worker::conn::under_way::UnderWay;
 
-/// An error of the application.
-pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
+/// The user's service: any tower service from a request to a response.
+pub(crate) trait AppService<B>:
+    Service<Request<Body>, Response = Response<B>, Error: Into<BoxError>> + Clone + 'static
+{
+}
+
+impl<S, B> AppService<B> for S where
+    S: Service<Request<Body>, Response = Response<B>, Error: Into<BoxError>> + Clone + 'static
+{
+}
+
+/// The body of the user's responses.
+pub(crate) trait ResponseBody: HttpBody<Error: Into<BoxError>> + 'static {}
+
+impl<B> ResponseBody for B where B: HttpBody<Error: Into<BoxError>> + 'static {}
 
 /// The user's service, with the settings and records that each request needs.
 #[derive(Debug)]
@@ -323,10 +336,8 @@ enum Failure<E> {
 
 impl<S, B> Future for ResponseFuture<S, B>
 where
-    S: Service<Request<Body>, Response = Response<B>>,
-    S::Error: Into<BoxError>,
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     type Output = Response<Served<B>>;
 

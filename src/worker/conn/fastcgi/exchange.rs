@@ -17,7 +17,7 @@ use crate::protocol::cgi;
 use crate::protocol::fastcgi::{self, MAX_CONTENT, RequestId};
 use crate::protocol::role::AppStatus;
 use crate::worker::service::request_guard::RequestGuard;
-use crate::worker::service::serve::{BoxError, ResponseFuture, Served};
+use crate::worker::service::serve::{AppService, ResponseBody, ResponseFuture, Served};
 
 pub(super) struct Exchange<S: Service<Request<Body>>, B> {
     pub(super) id: RequestId,
@@ -45,10 +45,8 @@ pin_project! {
 
 impl<S, B> Exchange<S, B>
 where
-    S: Service<Request<Body>, Response = Response<B>>,
-    S::Error: Into<BoxError>,
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    S: AppService<B>,
+    B: ResponseBody,
 {
     /// Advances until the exchange waits, has ended, or has filled the output.
     ///

@@ -13,7 +13,7 @@ use http::{Response, StatusCode};
 use http_body::Body as HttpBody;
 
 use super::served::{Content, Served};
-use super::{BoxError, refusal};
+use super::{ResponseBody, refusal};
 use crate::app::body::Trouble;
 use crate::config::address::Protocol;
 use crate::worker::conn::refusals::Refusals;
@@ -54,8 +54,7 @@ pub(super) struct Begun<B> {
 
 impl<B> Begun<B>
 where
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    B: ResponseBody,
 {
     /// Whether the client can make this response fail: the request's body has not been read to its end, and the
     /// response has a body.

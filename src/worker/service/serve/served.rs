@@ -8,8 +8,9 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 use super::client::Client;
-use super::{BoxError, catch_panic};
+use super::{ResponseBody, catch_panic};
 use crate::app::body::BodyError;
+use crate::sys::BoxError;
 use crate::worker::service::request_guard::RequestGuard;
 
 pin_project! {
@@ -90,8 +91,7 @@ impl<B> Served<B> {
 
 impl<B> Served<B>
 where
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    B: ResponseBody,
 {
     /// Logs a body that is longer than its `Content-Length`, for a connection that does not poll the body beyond that.
     pub(crate) fn check_end(self: Pin<&mut Self>) {
@@ -103,8 +103,7 @@ where
 
 impl<B> Content<B>
 where
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    B: ResponseBody,
 {
     /// The whole `Content-Length` was sent, but the body has not ended.
     fn may_be_too_long(&self) -> bool {
@@ -192,8 +191,7 @@ where
 
 impl<B> HttpBody for Served<B>
 where
-    B: HttpBody,
-    B::Error: Into<BoxError>,
+    B: ResponseBody,
 {
     type Data = Bytes;
     type Error = BodyError;
