@@ -21,7 +21,7 @@ use crate::app::body::Body;
 use crate::app::context::Context;
 use crate::app::hooks::{Hooks, WorkerExit, WorkerId};
 use crate::cli::check::Findings;
-use crate::cli::{self, Identity, Invocation, Request, Task};
+use crate::cli::{self, AppInfo, Invocation, ServeRequest, Task};
 use crate::config::address::Address;
 use crate::config::control::reloaded;
 use crate::config::{CacheConfig, Config, Program};
@@ -69,7 +69,7 @@ pub struct Builder {
     cgi: CgiMain,
     preload: Option<Preload>,
     hooks: Hooks,
-    identity: Identity,
+    app_info: AppInfo,
 }
 
 impl std::fmt::Debug for Builder {
@@ -99,7 +99,7 @@ impl Builder {
             cgi: Box::new(move |config, segment, output| worker::conn::cgi::run(&*of_cgi, config, segment, output)),
             preload: None,
             hooks: Hooks::default(),
-            identity: Identity::default(),
+            app_info: AppInfo::default(),
         }
     }
 
@@ -119,13 +119,13 @@ impl Builder {
     /// # }
     /// ```
     pub fn version(mut self, version: impl Into<String>) -> Self {
-        self.identity.version = Some(version.into());
+        self.app_info.version = Some(version.into());
         self
     }
 
     /// Sets the one-sentence description of the application that `--help` prints.
     pub fn about(mut self, about: impl Into<String>) -> Self {
-        self.identity.about = Some(about.into());
+        self.app_info.about = Some(about.into());
         self
     }
 
@@ -229,9 +229,9 @@ impl Builder {
         // From here on, signals are blocked until their handlers are installed: if this is process
         // 1, the kernel would discard a signal without a handler.
         let mask = sys::block_signals();
-        let Self { worker, cgi, preload, hooks, identity } = self;
+        let Self { worker, cgi, preload, hooks, app_info } = self;
         let arguments = cgi_invocation::trusted(std::env::args_os().collect());
-        let parse: Parse = Box::new(move || cli::parse_linked(&arguments, &identity));
+        let parse: Parse = Box::new(move || cli::parse_linked(&arguments, &app_info));
         finish(parse(), &mask, |request| {
             if request.cgi {
                 sys::restore_signals(&mask);
@@ -258,7 +258,7 @@ pub fn command_line() -> ExitCode {
 fn finish(
     invocation: Result<Invocation, clap::Error>,
     mask: &SigSet,
-    serve: impl FnOnce(Box<Request>) -> Result<End, BoxError>,
+    serve: impl FnOnce(Box<ServeRequest>) -> Result<End, BoxError>,
 ) -> ExitCode {
     if !matches!(invocation, Ok(Invocation::Serve(_))) {
         sys::restore_signals(mask);
@@ -298,7 +298,7 @@ fn finish(
 }
 
 /// Reports the problems that would prevent serving.
-fn check(request: &Request, mistakes: Vec<String>) -> ExitCode {
+fn check(request: &ServeRequest, mistakes: Vec<String>) -> ExitCode {
     let Findings { errors, warnings } = cli::check::examine(request, mistakes);
     errors.iter().for_each(|line| banner::report(Level::Error, line));
     warnings.iter().for_each(|line| banner::report(Level::Warn, line));
@@ -312,7 +312,7 @@ fn check(request: &Request, mistakes: Vec<String>) -> ExitCode {
 fn perform(task: &Task) -> ExitCode {
     use std::io::Write as _;
     let done = match task {
-        Task::Errand(errand) => control::commands::run(errand),
+        Task::Control(task) => control::commands::run(task),
         Task::Print(text) => control::commands::printed(std::io::stdout().write_all(text)),
     };
     match done {
@@ -346,13 +346,13 @@ fn reread(running: &Config, parse: Parse) -> Reread {
 /// Binds, maps, preloads, forks and supervises. If a running master is checking whether this build
 /// can replace it, does only the steps before the first fork.
 fn serve(
-    request: Request,
+    request: ServeRequest,
     launch: Launch,
     preload: Option<Preload>,
     begun: Instant,
     parse: Parse,
 ) -> Result<End, BoxError> {
-    let Request { config, .. } = request;
+    let ServeRequest { config, .. } = request;
     let opened = sys::own_descriptors()?;
     let earlier = EarlierChildren::record();
     let signals = SignalInbox::open()?;

@@ -3,7 +3,7 @@
 
 use forkyard_shm::Segment;
 
-use super::Request;
+use super::ServeRequest;
 use crate::config::address::Address;
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::{Config, Program};
@@ -21,7 +21,7 @@ pub(crate) struct Findings {
 }
 
 /// Checks all settings. `mistakes` are the errors that were found while the settings were read.
-pub(crate) fn examine(request: &Request, mistakes: Vec<String>) -> Findings {
+pub(crate) fn examine(request: &ServeRequest, mistakes: Vec<String>) -> Findings {
     let mut findings = Findings { errors: mistakes, warnings: Vec::new() };
     let config = &request.config;
     if let Some(command) = request.program.as_ref().filter(|command| !command.is_empty())

@@ -13,9 +13,9 @@ use super::publish::Events;
 use crate::config::control::ControlConfig;
 use crate::config::{parse_duration, parse_interval};
 use crate::control::CacheOperation;
-use crate::control::client::Place;
-use crate::control::commands::{Errand, What};
-use crate::control::wire::Request;
+use crate::control::client::ControlEndpoint;
+use crate::control::commands::{ControlCommand, ControlTask};
+use crate::control::wire::ControlRequest;
 
 /// Flags of both commands that serve.
 #[derive(Args, Debug)]
@@ -189,15 +189,19 @@ fn some_text() -> impl TypedValueParser<Value = OsString> {
 #[derive(Debug)]
 pub(crate) enum Task {
     /// Send a request to a master.
-    Errand(Errand),
+    Control(ControlTask),
     /// Print these bytes.
     Print(Vec<u8>),
 }
 
 impl Socket {
-    pub(super) fn ask(self, what: What) -> Task {
+    pub(super) fn ask(self, command: ControlCommand) -> Task {
         let timeout = Some(self.timeout).filter(|timeout| !timeout.is_zero());
-        Task::Errand(Errand { place: Place { socket: self.control, timeout }, json: self.json, what })
+        Task::Control(ControlTask {
+            endpoint: ControlEndpoint { socket: self.control, timeout },
+            json: self.json,
+            command,
+        })
     }
 }
 
@@ -208,17 +212,17 @@ impl Operation {
     /// Returns an error of clap if the sub-command of a manual page does not exist.
     pub(super) fn task(self, command: &mut Command) -> Result<Task, clap::Error> {
         Ok(match self {
-            Self::Status(socket) => socket.ask(What::Ask(Request::Status)),
-            Self::Top { socket, interval, rounds } => socket.ask(What::Top { interval, rounds }),
-            Self::Reload(socket) => socket.ask(What::Ask(Request::Reload)),
-            Self::Upgrade(socket) => socket.ask(What::Ask(Request::Upgrade)),
-            Self::Stop { socket, now } => socket.ask(What::Ask(Request::Stop { now })),
-            Self::Scale { workers, socket } => socket.ask(What::Ask(Request::Scale { workers })),
-            Self::ReopenLogs(socket) => socket.ask(What::Ask(Request::ReopenLogs)),
-            Self::Quarantine(Quarantine::Ls(socket)) => socket.ask(What::Quarantine),
+            Self::Status(socket) => socket.ask(ControlCommand::Ask(ControlRequest::Status)),
+            Self::Top { socket, interval, rounds } => socket.ask(ControlCommand::Top { interval, rounds }),
+            Self::Reload(socket) => socket.ask(ControlCommand::Ask(ControlRequest::Reload)),
+            Self::Upgrade(socket) => socket.ask(ControlCommand::Ask(ControlRequest::Upgrade)),
+            Self::Stop { socket, now } => socket.ask(ControlCommand::Ask(ControlRequest::Stop { now })),
+            Self::Scale { workers, socket } => socket.ask(ControlCommand::Ask(ControlRequest::Scale { workers })),
+            Self::ReopenLogs(socket) => socket.ask(ControlCommand::Ask(ControlRequest::ReopenLogs)),
+            Self::Quarantine(Quarantine::Ls(socket)) => socket.ask(ControlCommand::Quarantine),
             // clap requires either a request or `--all`.
             Self::Quarantine(Quarantine::Release { request, socket, .. }) => {
-                socket.ask(What::Ask(Request::Release { request }))
+                socket.ask(ControlCommand::Ask(ControlRequest::Release { request }))
             }
             Self::Cache(cache) => cache.task(),
             Self::Events(events) => events.task(),
@@ -244,7 +248,7 @@ impl Cache {
             Self::Purge { key, socket, .. } => (socket, CacheOperation::Purge { key: key.unwrap_or_default() }),
             Self::Clear(socket) => (socket, CacheOperation::Clear),
         };
-        socket.ask(What::Cache(operation))
+        socket.ask(ControlCommand::Cache(operation))
     }
 }
 

@@ -296,7 +296,7 @@ struct RunOptions {
 
 /// What the command line requests from a serving process.
 #[derive(Debug)]
-pub(crate) struct Request {
+pub(crate) struct ServeRequest {
     pub(crate) config: Config,
     /// Whether to serve one CGI request, from the environment and standard input.
     pub(crate) cgi: bool,
@@ -306,10 +306,10 @@ pub(crate) struct Request {
 
 #[derive(Debug)]
 pub(crate) enum Invocation {
-    Serve(Box<Request>),
+    Serve(Box<ServeRequest>),
     /// Report these errors and those that `check` finds, and serve nothing.
     Check {
-        request: Box<Request>,
+        request: Box<ServeRequest>,
         mistakes: Vec<String>,
     },
     /// The configuration file has these errors.
@@ -322,7 +322,7 @@ pub(crate) enum Invocation {
 
 /// The application's own version and description.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Identity {
+pub(crate) struct AppInfo {
     pub(crate) version: Option<String>,
     pub(crate) about: Option<String>,
 }
@@ -331,22 +331,22 @@ pub(crate) struct Identity {
 ///
 /// # Errors
 /// Returns an error of clap, which can also be the text of `--help` or `--version`.
-pub(crate) fn parse_linked(arguments: &[OsString], identity: &Identity) -> Result<Invocation, clap::Error> {
+pub(crate) fn parse_linked(arguments: &[OsString], app_info: &AppInfo) -> Result<Invocation, clap::Error> {
     let name =
         arguments.first().and_then(|path| Path::new(path).file_name()).map(|name| name.to_string_lossy().into_owned());
     let run = RunOptions::augment_args(Command::new("run"));
     let mut command = refused_flags::add(Linked::command(), &run, Way::Linked);
     command = command.mut_subcommand("check", |check| refused_flags::add(check, &run, Way::Linked));
     // The application's version: clap would otherwise print this library's version after the application's name.
-    command = command.version(identity.version.clone().unwrap_or_default());
-    if let Some(about) = &identity.about {
+    command = command.version(app_info.version.clone().unwrap_or_default());
+    if let Some(about) = &app_info.about {
         command = command.about(about.clone());
     }
     if let Some(name) = name {
         command = command.name(name.clone()).bin_name(name);
     }
     let Read { matches, mistakes, checked } = match read(&mut command, arguments, &["check"]) {
-        Err(error) if error.kind() == clap::error::ErrorKind::DisplayVersion && identity.version.is_none() => {
+        Err(error) if error.kind() == clap::error::ErrorKind::DisplayVersion && app_info.version.is_none() => {
             return Ok(Invocation::Task(Task::Print(format!("{}\n", command.get_name()).into_bytes())));
         }
         read => read?,
@@ -365,7 +365,7 @@ pub(crate) fn parse_linked(arguments: &[OsString], identity: &Identity) -> Resul
 }
 
 /// The request, and the contradictions among its settings.
-fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
+fn linked_request(mut linked: LinkedOptions) -> (ServeRequest, Vec<Mismatch>) {
     linked.serve.bind_what_is_passed();
     let cgi = linked.serve.bind.is_empty() && cgi_invocation::is_one();
     let WorkerOptions {
@@ -391,7 +391,7 @@ fn linked_request(mut linked: LinkedOptions) -> (Request, Vec<Mismatch>) {
     let (queue, limits) = (limits.queue, limits.limits(timeouts.timeouts()));
     let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
     let config = config(linked.serve, scaling, memory, None, of_workers, &mut wrong);
-    (Request { config, cgi, program: None }, wrong)
+    (ServeRequest { config, cgi, program: None }, wrong)
 }
 
 /// Reads the command line of `forkyard`.
@@ -423,7 +423,7 @@ pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap:
 }
 
 /// Like [`linked_request`], for `forkyard run`.
-fn run_request(mut run: RunOptions) -> (Request, Vec<Mismatch>) {
+fn run_request(mut run: RunOptions) -> (ServeRequest, Vec<Mismatch>) {
     run.serve.bind_what_is_passed();
     let mut wrong = Vec::new();
     if run.command.is_empty() {
@@ -434,7 +434,7 @@ fn run_request(mut run: RunOptions) -> (Request, Vec<Mismatch>) {
     let scaling = run.serve.scaling.scaling(OfEachWorker::default());
     let memory = (run.cache_options.cache(Some(run.cache)), run.events.config());
     let config = config(run.serve, scaling, memory, run.settle, OfWorkers::default(), &mut wrong);
-    (Request { config, cgi: false, program: Some(run.command) }, wrong)
+    (ServeRequest { config, cgi: false, program: Some(run.command) }, wrong)
 }
 
 /// An external program has one socket, which uses FastCGI.

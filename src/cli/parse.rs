@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{ArgMatches, Command};
 
 use super::file::{self, Mistakes};
-use super::{Invocation, Request, hints, refused_flags};
+use super::{Invocation, ServeRequest, hints, refused_flags};
 
 /// An error in a combination of settings.
 pub(super) struct Mismatch {
@@ -134,7 +134,7 @@ fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsStr
 
 /// The request, or the errors in it.
 pub(super) fn conclude(
-    request: Request,
+    request: ServeRequest,
     mut wrong: Vec<Mismatch>,
     mistakes: Mistakes,
     checked: bool,

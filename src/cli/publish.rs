@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use super::Task;
 use super::control::Socket;
 use crate::config::publish::PublishConfig;
-use crate::control::commands::What;
+use crate::control::commands::ControlCommand;
 use crate::control::{EventsOperation, FirstId};
 
 /// Flags of both commands that serve.
@@ -67,6 +67,6 @@ impl Events {
             Self::Tail { topics, from, count, socket } => (socket, EventsOperation::Tail { topics, from, count }),
             Self::Ls(socket) => (socket, EventsOperation::List),
         };
-        socket.ask(What::Events(operation))
+        socket.ask(ControlCommand::Events(operation))
     }
 }

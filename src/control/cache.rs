@@ -10,13 +10,13 @@ use std::os::unix::ffi::OsStrExt as _;
 use forkyard_shm::{Cache, EntryInfo, Segment, Stats};
 use serde_json::{Map, Value, json};
 
-use super::client::{Connection, Place};
+use super::client::{Connection, ControlEndpoint};
 use super::commands::printed;
 use super::show;
-use super::wire::Request;
+use super::wire::ControlRequest;
 
 #[derive(Clone, Debug)]
-pub(crate) enum Operation {
+pub(crate) enum CacheOperation {
     Stats,
     List { prefix: OsString, most: usize },
     Get { key: OsString, headers: bool },
@@ -30,29 +30,34 @@ pub(crate) enum Operation {
 ///
 /// # Errors
 /// Returns a message for the operator if the master does not pass the memory, the page does not exist, or the output cannot be written.
-pub(crate) fn run(place: &Place, operation: &Operation, json: bool, out: &mut dyn Write) -> Result<(), String> {
-    let fd = Connection::ask(place, &Request::Segment)?.descriptor()?;
+pub(crate) fn run(
+    endpoint: &ControlEndpoint,
+    operation: &CacheOperation,
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<(), String> {
+    let fd = Connection::ask(endpoint, &ControlRequest::Segment)?.descriptor()?;
     let segment = Segment::attach(fd).map_err(|error| format!("cannot use the cache: {error}"))?;
     let cache = segment.cache();
     let written = match operation {
-        Operation::Stats => stats(&cache.stats(), json, out),
-        Operation::List { prefix, most } => list(cache.list(prefix.as_bytes(), *most), json, out),
-        Operation::Get { key, headers } => return get(&cache, key, *headers, json, out),
-        Operation::Purge { key } => {
+        CacheOperation::Stats => stats(&cache.stats(), json, out),
+        CacheOperation::List { prefix, most } => list(cache.list(prefix.as_bytes(), *most), json, out),
+        CacheOperation::Get { key, headers } => return get(&cache, key, *headers, json, out),
+        CacheOperation::Purge { key } => {
             let found = cache.purge(key.as_bytes());
             let text = if found { "purged" } else { "purged: there was no such page" };
             done(text, json!({ "purged": name(key.as_bytes()), "found": found }), json, out)
         }
-        Operation::PurgeTag { tag } => {
+        CacheOperation::PurgeTag { tag } => {
             cache.purge_tag(tag);
             done("purged all pages with this tag", json!({ "purged_tag": tag }), json, out)
         }
-        Operation::PurgePrefix { prefix } => {
+        CacheOperation::PurgePrefix { prefix } => {
             cache.purge_prefix(prefix.as_bytes());
             let value = json!({ "purged_prefix": name(prefix.as_bytes()) });
             done("purged all pages whose keys begin with this prefix", value, json, out)
         }
-        Operation::Clear => {
+        CacheOperation::Clear => {
             cache.clear();
             done("cleared", json!({ "cleared": true }), json, out)
         }

@@ -1,6 +1,6 @@
 //! A connection to a master's control socket: one request and its replies.
 //!
-//! Every wait has a limit ([`Place::timeout`]), because the kernel accepts connections even for a master that is stopped or
+//! Every wait has a limit ([`ControlEndpoint::timeout`]), because the kernel accepts connections even for a master that is stopped or
 //! has hung. Ctrl-C ends only the client; the master completes the command.
 
 use std::io::{self, BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
@@ -14,7 +14,7 @@ use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket};
 use nix::unistd::Pid;
 
-use super::wire::{self, MAX_REPLY, Reply, Request, Status};
+use super::wire::{self, ControlReply, ControlRequest, MAX_REPLY, MasterStatus};
 use crate::sys;
 
 /// Time between attempts to connect to a socket whose queue is full.
@@ -22,7 +22,7 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The control socket of a master, and the time limit for its replies.
 #[derive(Clone, Debug)]
-pub(crate) struct Place {
+pub(crate) struct ControlEndpoint {
     pub(crate) socket: PathBuf,
     /// Time for which the master may be silent; `None` for no limit.
     pub(crate) timeout: Option<Duration>,
@@ -39,12 +39,12 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Connects to the master at `place`, and sends the request.
+    /// Connects to the master at `endpoint`, and sends the request.
     ///
     /// # Errors
     /// Returns a message for the operator if there is no master, or it does not accept the connection.
-    pub(crate) fn ask(place: &Place, request: &Request) -> Result<Self, String> {
-        let Place { socket, timeout } = place;
+    pub(crate) fn ask(endpoint: &ControlEndpoint, request: &ControlRequest) -> Result<Self, String> {
+        let ControlEndpoint { socket, timeout } = endpoint;
         let at = socket.display().to_string();
         let stream = match reach(socket, *timeout) {
             Ok(Some(stream)) => stream,
@@ -74,7 +74,7 @@ impl Connection {
     ///
     /// # Errors
     /// Returns a message for the operator if the connection is lost, the reply is invalid, or the master does not reply in time.
-    pub(crate) fn next(&mut self) -> Result<Reply, String> {
+    pub(crate) fn next(&mut self) -> Result<ControlReply, String> {
         self.next_in_time()?.ok_or_else(|| self.silence())
     }
 
@@ -82,7 +82,7 @@ impl Connection {
     ///
     /// # Errors
     /// Returns a message for the operator if the connection is lost, or the reply is invalid.
-    pub(crate) fn next_in_time(&mut self) -> Result<Option<Reply>, String> {
+    pub(crate) fn next_in_time(&mut self) -> Result<Option<ControlReply>, String> {
         let room = MAX_REPLY.saturating_sub(self.unfinished.len() as u64);
         match self.stream.by_ref().take(room).read_until(b'\n', &mut self.unfinished) {
             Ok(_) => {
@@ -118,7 +118,7 @@ impl Connection {
         matches!(state, Some('T' | 't'))
     }
 
-    fn parse(&self, line: &[u8]) -> Result<Reply, String> {
+    fn parse(&self, line: &[u8]) -> Result<ControlReply, String> {
         let Some(line) = line.strip_suffix(b"\n") else {
             return Err(format!(
                 "the master at {} closed the connection before it reported the outcome (see its log)",
@@ -157,24 +157,26 @@ impl Connection {
             }
         })?;
         match (self.parse(&line[..count])?, fd) {
-            (Reply::Done { .. }, Some(fd)) => Ok(fd),
-            (Reply::Failed { text }, _) => Err(text),
-            (Reply::Progress { .. } | Reply::Status { .. } | Reply::Done { .. }, _) => {
+            (ControlReply::Done { .. }, Some(fd)) => Ok(fd),
+            (ControlReply::Failed { text }, _) => Err(text),
+            (ControlReply::Progress { .. } | ControlReply::Status { .. } | ControlReply::Done { .. }, _) => {
                 Err(format!("the master at {} sent no descriptor", self.at))
             }
         }
     }
 }
 
-/// The status of the master at `place`.
+/// The status of the master at `endpoint`.
 ///
 /// # Errors
 /// Returns a message for the operator if there is no reply, or the master refuses.
-pub(crate) fn status(place: &Place) -> Result<Status, String> {
-    match Connection::ask(place, &Request::Status)?.next()? {
-        Reply::Status { status } => Ok(status),
-        Reply::Failed { text } => Err(text),
-        Reply::Progress { .. } | Reply::Done { .. } => Err("unexpected response from the master".to_owned()),
+pub(crate) fn status(endpoint: &ControlEndpoint) -> Result<MasterStatus, String> {
+    match Connection::ask(endpoint, &ControlRequest::Status)?.next()? {
+        ControlReply::Status { status } => Ok(status),
+        ControlReply::Failed { text } => Err(text),
+        ControlReply::Progress { .. } | ControlReply::Done { .. } => {
+            Err("unexpected response from the master".to_owned())
+        }
     }
 }
 

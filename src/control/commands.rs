@@ -7,57 +7,57 @@ use std::io::{self, IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use super::cache;
-use super::client::{self, Connection, Place};
+use super::client::{self, Connection, ControlEndpoint};
 use super::events;
 use super::show;
-use super::wire::{Reply, Request};
+use super::wire::{ControlReply, ControlRequest};
 
 /// A sub-command, and the master that it contacts.
 #[derive(Clone, Debug)]
-pub(crate) struct Errand {
-    pub(crate) place: Place,
+pub(crate) struct ControlTask {
+    pub(crate) endpoint: ControlEndpoint,
     pub(crate) json: bool,
-    pub(crate) what: What,
+    pub(crate) command: ControlCommand,
 }
 
 #[derive(Clone, Debug)]
-pub(crate) enum What {
-    Ask(Request),
+pub(crate) enum ControlCommand {
+    Ask(ControlRequest),
     /// Show the status repeatedly; `rounds` times, if given.
     Top {
         interval: Duration,
         rounds: Option<u32>,
     },
-    Cache(cache::Operation),
-    Events(events::Operation),
+    Cache(cache::CacheOperation),
+    Events(events::EventsOperation),
     /// List the quarantined requests.
     Quarantine,
 }
 
 /// Number of consecutive timeouts, each of this request and of a status request, after which the client fails. A new build that
 /// takes over replies to no request until it is loaded, so an upgrade may take several timeouts.
-fn max_timeouts(request: &Request) -> u32 {
-    if *request == Request::Upgrade { 6 } else { 1 }
+fn max_timeouts(request: &ControlRequest) -> u32 {
+    if *request == ControlRequest::Upgrade { 6 } else { 1 }
 }
 
 /// Runs the sub-command.
 ///
 /// # Errors
 /// Returns a message for the operator if the sub-command fails, or its outcome is unknown.
-pub(crate) fn run(errand: &Errand) -> Result<(), String> {
-    let Errand { place, json, what } = errand;
-    match what {
-        What::Ask(Request::Status) => write(&shown(place, *json)?).map(drop),
-        What::Quarantine => write(&quarantined(place, *json)?).map(drop),
-        What::Ask(request) => ask(place, request, *json),
-        What::Top { interval, rounds } => top(place, *json, *interval, *rounds),
-        What::Cache(operation) => cache::run(place, operation, *json, &mut io::stdout().lock()),
-        What::Events(operation) => events::run(place, operation, *json),
+pub(crate) fn run(task: &ControlTask) -> Result<(), String> {
+    let ControlTask { endpoint, json, command } = task;
+    match command {
+        ControlCommand::Ask(ControlRequest::Status) => write(&shown(endpoint, *json)?).map(drop),
+        ControlCommand::Quarantine => write(&quarantined(endpoint, *json)?).map(drop),
+        ControlCommand::Ask(request) => ask(endpoint, request, *json),
+        ControlCommand::Top { interval, rounds } => top(endpoint, *json, *interval, *rounds),
+        ControlCommand::Cache(operation) => cache::run(endpoint, operation, *json, &mut io::stdout().lock()),
+        ControlCommand::Events(operation) => events::run(endpoint, operation, *json),
     }
 }
 
-fn shown(place: &Place, json: bool) -> Result<String, String> {
-    let status = client::status(place)?;
+fn shown(endpoint: &ControlEndpoint, json: bool) -> Result<String, String> {
+    let status = client::status(endpoint)?;
     if !json {
         return Ok(show::table(&status));
     }
@@ -65,8 +65,8 @@ fn shown(place: &Place, json: bool) -> Result<String, String> {
     Ok(line + "\n")
 }
 
-fn quarantined(place: &Place, json: bool) -> Result<String, String> {
-    let listed = client::status(place)?.quarantined;
+fn quarantined(endpoint: &ControlEndpoint, json: bool) -> Result<String, String> {
+    let listed = client::status(endpoint)?.quarantined;
     if !json {
         return Ok(show::quarantine(&listed));
     }
@@ -76,12 +76,12 @@ fn quarantined(place: &Place, json: bool) -> Result<String, String> {
 
 /// Prints progress until the outcome is known. If the master is silent for the timeout, this sends it a status request:
 /// if the master replies, it is still working.
-fn ask(place: &Place, request: &Request, json: bool) -> Result<(), String> {
-    let mut connection = Connection::ask(place, request)?;
+fn ask(endpoint: &ControlEndpoint, request: &ControlRequest, json: bool) -> Result<(), String> {
+    let mut connection = Connection::ask(endpoint, request)?;
     let (mut is_read, mut silent) = (true, 0);
     loop {
         let Some(answer) = connection.next_in_time()? else {
-            silent = if client::status(place).is_ok() { 0 } else { silent + 1 };
+            silent = if client::status(endpoint).is_ok() { 0 } else { silent + 1 };
             if silent >= max_timeouts(request) || silent > 0 && connection.is_stopped() {
                 let name = request.name();
                 return Err(format!("{}; the outcome of {name} is unknown (see its status)", connection.silence()));
@@ -94,25 +94,25 @@ fn ask(place: &Place, request: &Request, json: bool) -> Result<(), String> {
             is_read = write(&String::from_utf8_lossy(&super::wire::line(&answer)))?;
         }
         match answer {
-            Reply::Failed { text } => return Err(text),
-            Reply::Progress { text } if !json && is_read => is_read = write(&format!("{text}\n"))?,
-            Reply::Done { text } => {
-                if matches!(request, Request::Stop { .. }) {
+            ControlReply::Failed { text } => return Err(text),
+            ControlReply::Progress { text } if !json && is_read => is_read = write(&format!("{text}\n"))?,
+            ControlReply::Done { text } => {
+                if matches!(request, ControlRequest::Stop { .. }) {
                     connection.wait_for_close()?;
                 }
                 return if json || !is_read { Ok(()) } else { write(&format!("{text}\n")).map(drop) };
             }
-            Reply::Status { .. } => return Ok(()),
-            Reply::Progress { .. } => {}
+            ControlReply::Status { .. } => return Ok(()),
+            ControlReply::Progress { .. } => {}
         }
     }
 }
 
-fn top(place: &Place, json: bool, interval: Duration, rounds: Option<u32>) -> Result<(), String> {
+fn top(endpoint: &ControlEndpoint, json: bool, interval: Duration, rounds: Option<u32>) -> Result<(), String> {
     let redraw = !json && io::stdout().is_terminal();
     let mut round = 0;
     loop {
-        let text = shown(place, json)?;
+        let text = shown(endpoint, json)?;
         // Moves the cursor to the top left and clears the screen.
         let is_read = write(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })?;
         round += 1;

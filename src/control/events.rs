@@ -21,13 +21,13 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGTERM};
 
-use super::client::{Connection, Place};
+use super::client::{Connection, ControlEndpoint};
 use super::commands::printed;
-use super::wire::Request;
+use super::wire::ControlRequest;
 use crate::app::events::name;
 
 #[derive(Clone, Debug)]
-pub(crate) enum Operation {
+pub(crate) enum EventsOperation {
     Publish { topic: String, name: String, data: OsString },
     Tail { topics: Vec<String>, from: Option<FirstId>, count: Option<u64> },
     List,
@@ -79,22 +79,22 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// Returns a message for the operator if the operation fails, or the output cannot be written.
-pub(crate) fn run(place: &Place, operation: &Operation, json: bool) -> Result<(), String> {
-    let connection = Connection::ask(place, &Request::Events)?;
+pub(crate) fn run(endpoint: &ControlEndpoint, operation: &EventsOperation, json: bool) -> Result<(), String> {
+    let connection = Connection::ask(endpoint, &ControlRequest::Events)?;
     let master = connection.master();
     let segment =
         Segment::attach(connection.descriptor()?).map_err(|error| format!("cannot use the event log: {error}"))?;
     let events = segment.events();
     let mut out = io::stdout().lock();
     match operation {
-        Operation::Publish { topic, name, data } => publish(&events, topic, name, data, json, &mut out),
-        Operation::List => printed(list(&events, json, &mut out)),
-        Operation::Tail { topics, from, count } => {
+        EventsOperation::Publish { topic, name, data } => publish(&events, topic, name, data, json, &mut out),
+        EventsOperation::List => printed(list(&events, json, &mut out)),
+        EventsOperation::Tail { topics, from, count } => {
             let from = from.map(|from| from.in_log(events.epoch())).transpose()?;
             let mut printer = Printer { out, json, left: count.unwrap_or(u64::MAX) };
             match tail(&events, topics, from, master, &mut printer) {
                 Ok(End::Done) => Ok(()),
-                Ok(End::NoMaster) => Err(format!("the master at {} is gone", place.socket.display())),
+                Ok(End::NoMaster) => Err(format!("the master at {} is gone", endpoint.socket.display())),
                 Err(error) => printed(Err(error)),
             }
         }

@@ -13,6 +13,6 @@ mod events;
 mod show;
 pub(crate) mod wire;
 
-pub(crate) use self::cache::Operation as CacheOperation;
+pub(crate) use self::cache::CacheOperation;
+pub(crate) use self::events::EventsOperation;
 pub(crate) use self::events::FirstId;
-pub(crate) use self::events::Operation as EventsOperation;

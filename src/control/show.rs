@@ -2,13 +2,13 @@
 
 use std::fmt::Write as _;
 
-use super::wire::{QuarantinedStatus, Status, WorkerStatus};
+use super::wire::{MasterStatus, QuarantinedStatus, WorkerStatus};
 
 const HEAD: [&str; 9] = ["SLOT", "PID", "GEN", "STATE", "AGE", "REQUESTS", "CONNS", "BUSY", "RSS"];
 
 /// A line for the master, its sockets, a row for each worker, the requests in flight and the quarantined requests.
-pub(crate) fn table(status: &Status) -> String {
-    let Status { version, pid, generation, target, min, max, state, .. } = status;
+pub(crate) fn table(status: &MasterStatus) -> String {
+    let MasterStatus { version, pid, generation, target, min, max, state, .. } = status;
     let range = if min == max { String::new() } else { format!(" ({min}..{max})") };
     let uptime = time(status.uptime_ms);
     let mut text =
@@ -113,7 +113,7 @@ mod tests {
             serving,
         };
         let waiting = WorkerStatus { slot: 3, generation: 1, state: "waiting".to_owned(), ..WorkerStatus::default() };
-        let status = Status {
+        let status = MasterStatus {
             version: "1.2.3".to_owned(),
             pid: 7,
             uptime_ms: 90_061_000,

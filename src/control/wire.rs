@@ -15,7 +15,7 @@ pub(crate) const MAX_SERVING: usize = 2048;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
-pub(crate) enum Request {
+pub(crate) enum ControlRequest {
     Status,
     /// Replace all workers, one by one.
     Reload,
@@ -45,11 +45,11 @@ pub(crate) enum Request {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "kebab-case")]
-pub(crate) enum Reply {
+pub(crate) enum ControlReply {
     /// The command has made progress; more replies follow.
     Progress { text: String },
-    /// The outcome of [`Request::Status`].
-    Status { status: Status },
+    /// The outcome of [`ControlRequest::Status`].
+    Status { status: MasterStatus },
     /// The outcome: success.
     Done { text: String },
     /// The outcome: failure or refusal.
@@ -58,7 +58,7 @@ pub(crate) enum Reply {
 
 /// The status of a master.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Status {
+pub(crate) struct MasterStatus {
     pub(crate) version: String,
     /// The master's pid, in its own pid namespace.
     pub(crate) pid: i32,
@@ -129,7 +129,7 @@ pub(crate) struct ServingStatus {
     pub(crate) for_ms: u64,
 }
 
-impl Request {
+impl ControlRequest {
     /// Decodes a request.
     ///
     /// # Errors
@@ -159,7 +159,7 @@ impl Request {
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-impl Reply {
+impl ControlReply {
     pub(crate) fn done(text: impl Into<String>) -> Self {
         Self::Done { text: text.into() }
     }
@@ -192,26 +192,26 @@ mod tests {
     #[test]
     fn requests_are_read_as_they_are_written() {
         for request in [
-            Request::Status,
-            Request::Reload,
-            Request::Upgrade,
-            Request::Stop { now: true },
-            Request::Scale { workers: 4 },
-            Request::ReopenLogs,
-            Request::Release { request: None },
-            Request::Release { request: Some("GET /a\"b".to_owned()) },
-            Request::Segment,
-            Request::Events,
+            ControlRequest::Status,
+            ControlRequest::Reload,
+            ControlRequest::Upgrade,
+            ControlRequest::Stop { now: true },
+            ControlRequest::Scale { workers: 4 },
+            ControlRequest::ReopenLogs,
+            ControlRequest::Release { request: None },
+            ControlRequest::Release { request: Some("GET /a\"b".to_owned()) },
+            ControlRequest::Segment,
+            ControlRequest::Events,
         ] {
             let line = line(&request);
-            assert_eq!(Request::parse(&line), Ok(request));
+            assert_eq!(ControlRequest::parse(&line), Ok(request));
             assert!(line.len() < MAX_REQUEST && line.ends_with(b"}\n"));
         }
         let incomplete = br#"{"command":"release"}"#;
         for garbage in
             [&b""[..], b"GET / HTTP/1.1\r\n", b"{}", br#"{"command":"explode"}"#, incomplete, b"\xff", b"[[[[[["]
         {
-            assert!(Request::parse(garbage).unwrap_err().contains("not a request of the control socket"));
+            assert!(ControlRequest::parse(garbage).unwrap_err().contains("not a request of the control socket"));
         }
     }
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
 
-use crate::control::wire::{self, MAX_REQUEST, Reply, Request};
+use crate::control::wire::{self, ControlReply, ControlRequest, MAX_REQUEST};
 use crate::logging::rate::{Admission, ByteLimit};
 use crate::net::control_listener::ControlListener;
 use crate::sys;
@@ -131,7 +131,7 @@ impl Control {
 
     /// Reads from and writes to all clients, and accepts new ones. `events` are the results of `poll` for [`Control::watched`].
     /// Returns the requests.
-    pub(crate) fn attend(&mut self, events: &[PollFlags], now: Now) -> Vec<(ClientId, Request)> {
+    pub(crate) fn attend(&mut self, events: &[PollFlags], now: Now) -> Vec<(ClientId, ControlRequest)> {
         let mut asked = Vec::new();
         for (client, &events) in self.clients.iter_mut().zip(events) {
             if events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR)
@@ -184,7 +184,7 @@ impl Control {
                             log::warn!(left_out; "control client refused: {why}");
                         }
                         client.asked = true;
-                        client.reply(&Reply::failed(why), now);
+                        client.reply(&ControlReply::failed(why), now);
                     }
                     self.clients.push(client);
                 }
@@ -200,14 +200,14 @@ impl Control {
     }
 
     /// Sends a reply to a client, if it is still connected.
-    pub(crate) fn reply(&mut self, id: ClientId, answer: &Reply, now: Now) {
+    pub(crate) fn reply(&mut self, id: ClientId, answer: &ControlReply, now: Now) {
         if let Some(client) = self.clients.iter_mut().find(|client| client.id == id) {
             client.reply(answer, now);
         }
     }
 
     /// Sends a descriptor to a client together with the outcome.
-    pub(crate) fn hand_over(&mut self, id: ClientId, fd: BorrowedFd<'_>, answer: &Reply, now: Now) {
+    pub(crate) fn hand_over(&mut self, id: ClientId, fd: BorrowedFd<'_>, answer: &ControlReply, now: Now) {
         let Some(client) = self.clients.iter_mut().find(|client| client.id == id) else { return };
         let line = wire::line(answer);
         // Nothing was sent to this client before, so the whole line fits the socket's buffer.
@@ -221,9 +221,8 @@ impl Control {
         match sent {
             Ok(sent) if sent == line.len() => client.ending = true,
             Ok(_) => client.gone = true,
-            Err(errno) => {
-                client.reply(&Reply::failed(format!("cannot send the descriptor of the shared memory: {errno}")), now)
-            }
+            Err(errno) => client
+                .reply(&ControlReply::failed(format!("cannot send the descriptor of the shared memory: {errno}")), now),
         }
     }
 
@@ -240,7 +239,7 @@ impl Control {
     }
 
     /// Sends a reply to all clients that wait for `what`.
-    pub(crate) fn reply_to_waiting(&mut self, what: Waiting, answer: &Reply, now: Now) {
+    pub(crate) fn reply_to_waiting(&mut self, what: Waiting, answer: &ControlReply, now: Now) {
         for client in self.clients.iter_mut().filter(|client| client.waiting == what) {
             client.reply(answer, now);
         }
@@ -283,7 +282,7 @@ impl Client {
     }
 
     /// Reads until there is a line, and parses it as the request. A client may send only one line.
-    fn read_child(&mut self, now: Now) -> Option<Request> {
+    fn read_child(&mut self, now: Now) -> Option<ControlRequest> {
         while !self.asked {
             let mut piece = [0; 512];
             match self.stream.read(&mut piece) {
@@ -304,7 +303,7 @@ impl Client {
                 self.refuse(format!("the request is too long: at most {MAX_REQUEST} bytes are allowed"), now);
             } else if let Some(end) = line {
                 self.asked = true;
-                match Request::parse(&self.unread[..end]) {
+                match ControlRequest::parse(&self.unread[..end]) {
                     Ok(request) => return Some(request),
                     Err(why) => self.refuse(why, now),
                 }
@@ -315,10 +314,10 @@ impl Client {
 
     fn refuse(&mut self, why: String, now: Now) {
         self.asked = true;
-        self.reply(&Reply::failed(why), now);
+        self.reply(&ControlReply::failed(why), now);
     }
 
-    fn reply(&mut self, answer: &Reply, now: Now) {
+    fn reply(&mut self, answer: &ControlReply, now: Now) {
         if self.ending {
             return;
         }

@@ -16,7 +16,7 @@ use super::decision_log::{DRAIN_TIMEOUT, RELOAD_DONE, RELOAD_STARTED, START_TIME
 use super::spawn::to_pass;
 use super::status::line_of;
 use super::supervisor::{Command, Event, Notice, Phase};
-use crate::control::wire::{Reply, Request};
+use crate::control::wire::{ControlReply, ControlRequest};
 
 const STOPPING: &str = "the master is stopping";
 
@@ -26,7 +26,7 @@ impl Master {
         let now = self.now();
         let Some(control) = &mut self.control else { return };
         for (client, request) in control.attend(events, now) {
-            if request != Request::Status {
+            if request != ControlRequest::Status {
                 log::info!(command = request.name(); "received a command on the control socket");
             }
             self.answer(client, request);
@@ -39,74 +39,80 @@ impl Master {
         }
     }
 
-    fn answer(&mut self, client: ClientId, request: Request) {
+    fn answer(&mut self, client: ClientId, request: ControlRequest) {
         let stopping = self.supervisor.view().phase == Phase::Stopping;
         match request {
-            Request::Status => {
+            ControlRequest::Status => {
                 let status = self.status();
-                self.reply(client, &Reply::Status { status });
+                self.reply(client, &ControlReply::Status { status });
             }
-            Request::Segment if self.spawner.config.cache.bytes == 0 => {
-                self.reply(client, &Reply::failed("there is no page cache (start with --cache SIZE to have one)"));
+            ControlRequest::Segment if self.spawner.config.cache.bytes == 0 => {
+                self.reply(
+                    client,
+                    &ControlReply::failed("there is no page cache (start with --cache SIZE to have one)"),
+                );
             }
-            Request::Events if self.spawner.config.events.bytes == 0 => {
-                self.reply(client, &Reply::failed("there is no event log (start with --events SIZE to have one)"));
+            ControlRequest::Events if self.spawner.config.events.bytes == 0 => {
+                self.reply(
+                    client,
+                    &ControlReply::failed("there is no event log (start with --events SIZE to have one)"),
+                );
             }
-            Request::Segment | Request::Events => {
+            ControlRequest::Segment | ControlRequest::Events => {
                 let now = self.now();
                 if let Some(why) = self.why_not_use_memory() {
-                    return self.reply(client, &Reply::failed(why));
+                    return self.reply(client, &ControlReply::failed(why));
                 }
                 let segment = match to_pass(&self.spawner.segment) {
                     Ok(segment) => segment,
                     Err(error) => {
                         let why = format!("cannot duplicate the descriptor of the shared memory: {error}");
-                        return self.reply(client, &Reply::failed(why));
+                        return self.reply(client, &ControlReply::failed(why));
                     }
                 };
-                let done = Reply::done("the descriptor of the shared memory is attached");
+                let done = ControlReply::done("the descriptor of the shared memory is attached");
                 if let Some(control) = &mut self.control {
                     control.hand_over(client, segment.as_fd(), &done, now);
                 }
             }
-            Request::Stop { now } => {
+            ControlRequest::Stop { now } => {
                 self.keep_waiting(client, Waiting::Stop);
                 self.feed(Event::Command(if now { Command::Halt } else { Command::Drain }));
             }
-            Request::Reload | Request::Scale { .. } | Request::Upgrade if stopping => {
+            ControlRequest::Reload | ControlRequest::Scale { .. } | ControlRequest::Upgrade if stopping => {
                 log::info!(command = request.name(); "ignored a command, because the server is stopping");
-                self.reply(client, &Reply::failed(STOPPING));
+                self.reply(client, &ControlReply::failed(STOPPING));
             }
-            Request::Reload => {
+            ControlRequest::Reload => {
                 // Must come before the reload begins, so that this client receives all messages about it.
                 self.keep_waiting(client, Waiting::Reload);
                 if let Err(why) = self.reload() {
-                    self.reply(client, &Reply::failed(why));
+                    self.reply(client, &ControlReply::failed(why));
                 }
             }
-            Request::Scale { workers } => self.scale(client, workers),
-            Request::Release { request: None } => {
+            ControlRequest::Scale { workers } => self.scale(client, workers),
+            ControlRequest::Release { request: None } => {
                 let released = self.release_all();
-                self.reply(client, &Reply::done(line_of("quarantine ended", &("requests", released))));
+                self.reply(client, &ControlReply::done(line_of("quarantine ended", &("requests", released))));
             }
-            Request::Release { request: Some(request) } => {
+            ControlRequest::Release { request: Some(request) } => {
                 let answer = if self.release(&request) {
-                    Reply::done(line_of("quarantine ended", &("request", &request)))
+                    ControlReply::done(line_of("quarantine ended", &("request", &request)))
                 } else {
-                    Reply::failed(format!("{request:?} is not quarantined (see: quarantine ls)"))
+                    ControlReply::failed(format!("{request:?} is not quarantined (see: quarantine ls)"))
                 };
                 self.reply(client, &answer);
             }
-            Request::Upgrade => {
+            ControlRequest::Upgrade => {
                 self.keep_waiting(client, Waiting::Upgrade);
                 self.feed(Event::Command(Command::Upgrade));
             }
-            Request::ReopenLogs => {
+            ControlRequest::ReopenLogs => {
                 let errors = self.reopen_logs();
                 let answer = if errors.is_empty() {
-                    Reply::done("log files reopened")
+                    ControlReply::done("log files reopened")
                 } else {
-                    Reply::failed(errors.join("; "))
+                    ControlReply::failed(errors.join("; "))
                 };
                 self.reply(client, &answer);
             }
@@ -118,7 +124,7 @@ impl Master {
         let most = view.most;
         if !(1..=most).contains(&workers) {
             let why = format!("cannot run {workers} workers: expected 1 to {most} (--workers can raise the limit)");
-            self.reply(client, &Reply::failed(why));
+            self.reply(client, &ControlReply::failed(why));
             return;
         }
         self.keep_waiting(client, Waiting::Scale(workers));
@@ -141,7 +147,7 @@ impl Master {
     /// Handles the end of a process.
     pub(super) fn left(&mut self, death_record: DeathRecord) {
         self.reply_to_movers(&death_record.line);
-        self.reply_to_waiting(Waiting::Stop, &Reply::Progress { text: death_record.line.clone() });
+        self.reply_to_waiting(Waiting::Stop, &ControlReply::Progress { text: death_record.line.clone() });
         self.death_record = death_record;
     }
 
@@ -150,18 +156,18 @@ impl Master {
         match notice {
             Notice::ReloadStarted { generation } => {
                 let text = line_of(RELOAD_STARTED, &("gen", generation));
-                self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
+                self.reply_to_waiting(Waiting::Reload, &ControlReply::Progress { text });
             }
             Notice::ReloadDone { generation } => {
                 let text = line_of(RELOAD_DONE, &("gen", generation));
-                self.reply_to_waiting(Waiting::Reload, &Reply::done(text));
+                self.reply_to_waiting(Waiting::Reload, &ControlReply::done(text));
             }
             Notice::ReloadFailed { .. } => {
                 let why = format!("reload failed; the old workers stay: {}", self.death_record.line);
-                self.reply_to_waiting(Waiting::Reload, &Reply::failed(why));
+                self.reply_to_waiting(Waiting::Reload, &ControlReply::failed(why));
             }
             Notice::Failing { .. } => {
-                let failed = Reply::failed(format!("a worker did not become ready: {}", self.death_record.line));
+                let failed = ControlReply::failed(format!("a worker did not become ready: {}", self.death_record.line));
                 for (client, waiting) in self.waiting() {
                     if matches!(waiting, Waiting::Scale(_)) {
                         self.reply(client, &failed);
@@ -175,7 +181,7 @@ impl Master {
             Notice::DrainTimeout { slot, pid } => {
                 let text = line_of(DRAIN_TIMEOUT, &[("slot", Value::from(slot)), ("pid", pid.as_raw().into())]);
                 self.reply_to_movers(&text);
-                self.reply_to_waiting(Waiting::Stop, &Reply::Progress { text });
+                self.reply_to_waiting(Waiting::Stop, &ControlReply::Progress { text });
             }
             Notice::FullStrength
             | Notice::Throttled { .. }
@@ -190,7 +196,8 @@ impl Master {
     /// Sends the last replies: the last process has ended.
     pub(super) fn farewell(&mut self) {
         for (client, waiting) in self.waiting() {
-            let answer = if waiting == Waiting::Stop { Reply::done("stopped") } else { Reply::failed(STOPPING) };
+            let answer =
+                if waiting == Waiting::Stop { ControlReply::done("stopped") } else { ControlReply::failed(STOPPING) };
             self.reply(client, &answer);
         }
     }
@@ -206,16 +213,16 @@ impl Master {
             let outcome = match waiting {
                 Waiting::No | Waiting::Stop => None,
                 Waiting::Reload | Waiting::Scale(_) | Waiting::Upgrade if view.phase == Phase::Stopping => {
-                    Some(Reply::failed(STOPPING))
+                    Some(ControlReply::failed(STOPPING))
                 }
                 Waiting::Reload | Waiting::Upgrade => None,
                 Waiting::Scale(workers) if view.target != workers => {
-                    Some(Reply::failed(format!("superseded: the target is now {} workers", view.target)))
+                    Some(ControlReply::failed(format!("superseded: the target is now {} workers", view.target)))
                 }
                 // Exactly this many workers are ready, and no other process has yet to exit.
                 Waiting::Scale(workers) => {
-                    let settled = view.ready() == workers as usize && view.places.len() == workers as usize;
-                    settled.then(|| Reply::done(line_of("scaled", &("workers", workers))))
+                    let settled = view.ready() == workers as usize && view.slots.len() == workers as usize;
+                    settled.then(|| ControlReply::done(line_of("scaled", &("workers", workers))))
                 }
             };
             if let Some(outcome) = outcome {
@@ -227,7 +234,7 @@ impl Master {
     fn reply_to_movers(&mut self, text: &str) {
         for (client, waiting) in self.waiting() {
             if matches!(waiting, Waiting::Reload | Waiting::Scale(_)) {
-                self.reply(client, &Reply::Progress { text: text.to_owned() });
+                self.reply(client, &ControlReply::Progress { text: text.to_owned() });
             }
         }
     }
@@ -242,14 +249,14 @@ impl Master {
         }
     }
 
-    fn reply(&mut self, client: ClientId, answer: &Reply) {
+    fn reply(&mut self, client: ClientId, answer: &ControlReply) {
         let now = self.now();
         if let Some(control) = &mut self.control {
             control.reply(client, answer, now);
         }
     }
 
-    pub(super) fn reply_to_waiting(&mut self, what: Waiting, answer: &Reply) {
+    pub(super) fn reply_to_waiting(&mut self, what: Waiting, answer: &ControlReply) {
         let now = self.now();
         if let Some(control) = &mut self.control {
             control.reply_to_waiting(what, answer, now);

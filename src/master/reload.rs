@@ -21,7 +21,7 @@ use super::sidecars::Sidecars;
 use super::supervisor::{Command, Event, Notice};
 use super::{Master, Reloaded, policy};
 use crate::config::privileges::{Owner, PrivilegesConfig};
-use crate::control::wire::Reply;
+use crate::control::wire::ControlReply;
 use crate::logging::files::LogFiles;
 use crate::startup::conflicts::{self, Conflict};
 use crate::{logging, privileges};
@@ -39,7 +39,7 @@ impl Master {
             return Err(format!("the workers stay as they are: {why}"));
         }
         if let Some(text) = self.replace_damaged_memory() {
-            self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
+            self.reply_to_waiting(Waiting::Reload, &ControlReply::Progress { text });
         }
         self.feed(Event::Command(Command::Reload));
         Ok(())
@@ -62,7 +62,7 @@ impl Master {
         if !fixed.is_empty() {
             let text = format!("these settings take effect only after a restart: {}", fixed.join(", "));
             log::warn!("{text}");
-            self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
+            self.reply_to_waiting(Waiting::Reload, &ControlReply::Progress { text });
         }
         self.spawner.adopt(settings);
         self.sidecars.expect(sidecars);

@@ -523,7 +523,7 @@ mod tests {
     fn sidecars(flags: &[&str]) -> Sidecars {
         let arguments: Vec<std::ffi::OsString> = [&["x"], flags].concat().into_iter().map(Into::into).collect();
         let crate::cli::Invocation::Serve(request) =
-            crate::cli::parse_linked(&arguments, &crate::cli::Identity::default()).unwrap()
+            crate::cli::parse_linked(&arguments, &crate::cli::AppInfo::default()).unwrap()
         else {
             panic!("it serves")
         };

@@ -6,14 +6,14 @@ use log::kv::Source;
 use nix::unistd::Pid;
 
 use super::Master;
-use super::supervisor::{Phase, Place};
+use super::supervisor::{Phase, SlotView};
 use crate::config::millis;
-use crate::control::wire::{BindStatus, MAX_SERVING, QuarantinedStatus, ServingStatus, Status, WorkerStatus};
+use crate::control::wire::{BindStatus, MAX_SERVING, MasterStatus, QuarantinedStatus, ServingStatus, WorkerStatus};
 use crate::logging::line::Fields;
 use crate::sys;
 
 impl Master {
-    pub(super) fn status(&self) -> Status {
+    pub(super) fn status(&self) -> MasterStatus {
         let view = self.supervisor.view();
         let state = match view.phase {
             Phase::Running => "running",
@@ -32,13 +32,13 @@ impl Master {
             times: listed.times,
         });
         let mut room = MAX_SERVING;
-        let workers = view.places.iter().map(|place| {
-            let mut worker = self.worker_status(place);
+        let workers = view.slots.iter().map(|slot_view| {
+            let mut worker = self.worker_status(slot_view);
             worker.serving.truncate(room);
             room -= worker.serving.len();
             worker
         });
-        Status {
+        MasterStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: nix::unistd::getpid().as_raw(),
             uptime_ms: millis(self.now()),
@@ -53,8 +53,8 @@ impl Master {
         }
     }
 
-    fn worker_status(&self, place: &Place) -> WorkerStatus {
-        let Place { slot, generation, pid, state } = *place;
+    fn worker_status(&self, slot_view: &SlotView) -> WorkerStatus {
+        let SlotView { slot, generation, pid, state } = *slot_view;
         let state = state.to_owned();
         let mut worker =
             WorkerStatus { slot, generation, state, pid: pid.map(|pid| pid.as_raw()), ..Default::default() };

@@ -46,7 +46,7 @@ use self::breaker::TokenBucket;
 pub(crate) use self::messages::{Action, AfterExit, Budget, Command, Demand, Event, Notice, Policy};
 use self::roll::Roll;
 use self::scale::Scaler;
-pub(crate) use self::view::{Phase, Place};
+pub(crate) use self::view::{Phase, SlotView};
 
 /// Time since the master started.
 pub(crate) type Now = Duration;

@@ -207,7 +207,7 @@ mod tests {
     fn config(arguments: &[String]) -> Config {
         let arguments: Vec<std::ffi::OsString> =
             ["x"].into_iter().chain(arguments.iter().map(String::as_str)).map(Into::into).collect();
-        match crate::cli::parse_linked(&arguments, &crate::cli::Identity::default()).unwrap() {
+        match crate::cli::parse_linked(&arguments, &crate::cli::AppInfo::default()).unwrap() {
             crate::cli::Invocation::Serve(request) => request.config,
             other => panic!("not a request to serve: {other:?}"),
         }

@@ -70,7 +70,7 @@ mod tests {
     fn each_process_needs_descriptors() {
         let config = |workers: &str| {
             let arguments: Vec<std::ffi::OsString> = ["x", "--workers", workers].map(Into::into).to_vec();
-            match crate::cli::parse_linked(&arguments, &crate::cli::Identity::default()).unwrap() {
+            match crate::cli::parse_linked(&arguments, &crate::cli::AppInfo::default()).unwrap() {
                 crate::cli::Invocation::Serve(request) => request.config,
                 other => panic!("not a request to serve: {other:?}"),
             }

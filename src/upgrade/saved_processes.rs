@@ -15,16 +15,17 @@ pub(crate) struct Roster {
     /// The current target, between these limits.
     pub(crate) target: u32,
     pub(crate) reached_full_strength: bool,
-    pub(crate) places: Vec<Place>,
+    #[serde(rename = "places")]
+    pub(crate) slots: Vec<SavedSlot>,
 }
 
 /// A slot that holds a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Place {
+pub(crate) struct SavedSlot {
     pub(crate) slot: u32,
     pub(crate) generation: u64,
     pub(crate) pid: i32,
-    pub(crate) phase: Phase,
+    pub(crate) phase: SavedSlotState,
     /// The process has reached the end of its lifetime.
     #[serde(default)]
     pub(crate) worn: bool,
@@ -35,7 +36,7 @@ pub(crate) struct Place {
 
 /// The state of a running process. Durations are remaining times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Phase {
+pub(crate) enum SavedSlotState {
     Starting { left_ms: u64 },
     Ready,
     Draining { left_ms: u64 },

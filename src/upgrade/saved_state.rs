@@ -15,7 +15,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::saved_processes::{Phase, Roster};
+use super::saved_processes::{Roster, SavedSlotState};
 use super::start_command::StartCommand;
 use crate::config::millis;
 
@@ -254,10 +254,10 @@ impl Saved {
         let passed = self.written_ms.replace(now_ms).map_or(0, |written| now_ms.saturating_sub(written));
         let age = |age_ms: &mut u64| *age_ms = age_ms.saturating_add(passed);
         let shorten = |left_ms: &mut u64| *left_ms = left_ms.saturating_sub(passed);
-        for place in &mut self.roster.places {
-            match &mut place.phase {
-                Phase::Starting { left_ms } | Phase::Draining { left_ms } => shorten(left_ms),
-                Phase::Ready | Phase::Killing => {}
+        for slot in &mut self.roster.slots {
+            match &mut slot.phase {
+                SavedSlotState::Starting { left_ms } | SavedSlotState::Draining { left_ms } => shorten(left_ms),
+                SavedSlotState::Ready | SavedSlotState::Killing => {}
             }
         }
         for child in &mut self.children {
@@ -355,12 +355,12 @@ impl Saved {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::upgrade::saved_processes::{Phase, Place};
+    use crate::upgrade::saved_processes::{SavedSlot, SavedSlotState};
 
     fn state() -> Saved {
         let process = SavedProcess { pid: 82, started: u64::MAX };
-        let phase = Phase::Draining { left_ms: 5 };
-        let place = Place { slot: 3, generation: 2, pid: 77, phase, worn: true, replaced: false };
+        let phase = SavedSlotState::Draining { left_ms: 5 };
+        let slot = SavedSlot { slot: 3, generation: 2, pid: 77, phase, worn: true, replaced: false };
         let output = |fd| SavedOutput { slot: 3, pid: 77, fd, partial: vec![b'x'] };
         let refusal = SavedRefusal { request: "GET /a".to_owned(), refused: true, left_ms: 1, time_ms: 2, times: 3 };
         let client = SavedClient {
@@ -388,7 +388,7 @@ mod tests {
                 limits: (1, 4),
                 target: 1,
                 reached_full_strength: true,
-                places: vec![place],
+                slots: vec![slot],
             },
             children: vec![SavedChild {
                 pid: 77,
@@ -449,22 +449,22 @@ mod tests {
         let mut state = state();
         state.sidecars[0].stop_left_ms = Some(300);
         state.quarantine[0].left_ms = 400;
-        let mut starting = state.roster.places[0];
-        starting.phase = Phase::Starting { left_ms: 500 };
-        state.roster.places.push(starting);
+        let mut starting = state.roster.slots[0];
+        starting.phase = SavedSlotState::Starting { left_ms: 500 };
+        state.roster.slots.push(starting);
         let leave_left_ms = Some(600);
         let (started, seen, hidden, servers, reminded) = (true, true, false, Vec::new(), false);
         let link = SavedLink::Program(SavedProgram { started, seen, leave_left_ms, hidden, servers, reminded });
         state.children.push(SavedChild { link, ..state.children[0].clone() });
         let before = serde_json::to_value(&state).unwrap();
         let read = |state: &Saved| {
-            let phases: Vec<Phase> = state.roster.places.iter().map(|place| place.phase).collect();
+            let phases: Vec<SavedSlotState> = state.roster.slots.iter().map(|slot| slot.phase).collect();
             let Saved { children, sidecars, quarantine, .. } = state;
             let ages = [children[0].age_ms, sidecars[0].age_ms];
             (phases, ages, sidecars[0].stop_left_ms, quarantine[0].left_ms)
         };
         assert_eq!(state.catch_up(1100), Duration::from_millis(100));
-        let phases = vec![Phase::Draining { left_ms: 0 }, Phase::Starting { left_ms: 400 }];
+        let phases = vec![SavedSlotState::Draining { left_ms: 0 }, SavedSlotState::Starting { left_ms: 400 }];
         assert_eq!(read(&state), (phases, [101, 104], Some(200), 300));
         assert_eq!(state.catch_up(1100), Duration::ZERO, "once");
         // Every remaining time and age, recognized by its name, was changed, and nothing else.

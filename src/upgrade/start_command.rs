@@ -24,13 +24,13 @@ pub(crate) struct StartCommand {
 
 /// Identifies a file and its content version.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Identity {
+pub(crate) struct FileIdentity {
     inode: (u64, u64),
     size: u64,
     changed: (i64, i64),
 }
 
-impl Identity {
+impl FileIdentity {
     /// # Errors
     /// Fails if the file does not exist.
     pub(crate) fn of(path: &Path) -> io::Result<Self> {
@@ -76,7 +76,7 @@ fn place_of(executable: PathBuf) -> PathBuf {
 }
 
 fn same_file(one: &Path, other: &Path) -> bool {
-    matches!((Identity::of(one), Identity::of(other)), (Ok(one), Ok(other)) if one.inode == other.inode)
+    matches!((FileIdentity::of(one), FileIdentity::of(other)), (Ok(one), Ok(other)) if one.inode == other.inode)
 }
 
 #[cfg(test)]
@@ -115,11 +115,11 @@ mod tests {
     fn a_file_that_is_written_to_has_a_different_identity() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a");
-        assert!(Identity::of(&path).is_err());
+        assert!(FileIdentity::of(&path).is_err());
         std::fs::write(&path, "one").unwrap();
-        let before = Identity::of(&path).unwrap();
-        assert_eq!(Identity::of(&path).unwrap(), before);
+        let before = FileIdentity::of(&path).unwrap();
+        assert_eq!(FileIdentity::of(&path).unwrap(), before);
         std::fs::write(&path, "three").unwrap();
-        assert_ne!(Identity::of(&path).unwrap(), before);
+        assert_ne!(FileIdentity::of(&path).unwrap(), before);
     }
 }

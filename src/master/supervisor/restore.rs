@@ -6,7 +6,7 @@ use nix::unistd::Pid;
 
 use super::{Mode, Now, Policy, Slot, State, Supervisor, TERMINATE_INTERVAL, number};
 use crate::config::millis;
-use crate::upgrade::saved_processes::{Phase, Place, Roster};
+use crate::upgrade::saved_processes::{Roster, SavedSlot, SavedSlotState};
 
 /// More slots than any policy has.
 const MAX_SLOTS: u32 = 1 << 16;
@@ -18,16 +18,25 @@ impl Supervisor {
             return None;
         }
         let left_ms = |deadline: Now| millis(deadline.saturating_sub(now));
-        let places = self.slots.iter().enumerate().filter_map(|(index, slot)| {
+        let slots = self.slots.iter().enumerate().filter_map(|(index, slot)| {
             let (pid, phase) = match slot.state {
-                State::Starting { pid: Some(pid), deadline } => (pid, Phase::Starting { left_ms: left_ms(deadline) }),
-                State::Ready { pid } => (pid, Phase::Ready),
-                State::Draining { pid, deadline, .. } => (pid, Phase::Draining { left_ms: left_ms(deadline) }),
-                State::Killing { pid, .. } => (pid, Phase::Killing),
+                State::Starting { pid: Some(pid), deadline } => {
+                    (pid, SavedSlotState::Starting { left_ms: left_ms(deadline) })
+                }
+                State::Ready { pid } => (pid, SavedSlotState::Ready),
+                State::Draining { pid, deadline, .. } => (pid, SavedSlotState::Draining { left_ms: left_ms(deadline) }),
+                State::Killing { pid, .. } => (pid, SavedSlotState::Killing),
                 State::Starting { pid: None, .. } | State::Empty | State::Backoff { .. } => return None,
             };
             let (worn, replaced) = (slot.worn.is_some(), slot.replaced);
-            Some(Place { slot: number(index), generation: slot.generation, pid: pid.as_raw(), phase, worn, replaced })
+            Some(SavedSlot {
+                slot: number(index),
+                generation: slot.generation,
+                pid: pid.as_raw(),
+                phase,
+                worn,
+                replaced,
+            })
         });
         Some(Roster {
             generation: self.generation,
@@ -36,7 +45,7 @@ impl Supervisor {
             limits: self.scaler.limits(),
             target: self.target,
             reached_full_strength: self.reached_full_strength,
-            places: places.collect(),
+            slots: slots.collect(),
         })
     }
 
@@ -52,30 +61,30 @@ impl Supervisor {
         let is_possible = (1..policy.slots).contains(&roster.limits.1) && roster.limits.0 <= roster.limits.1;
         let limits = if roster.workers == policy.workers && is_possible { roster.limits } else { policy.workers };
         restored.target = restored.scaler.set_limits(limits, roster.target, now);
-        for place in roster.places.iter().filter(|place| place.slot < MAX_SLOTS && place.pid > 0) {
-            let pid = Pid::from_raw(place.pid);
+        for saved in roster.slots.iter().filter(|saved| saved.slot < MAX_SLOTS && saved.pid > 0) {
+            let pid = Pid::from_raw(saved.pid);
             let at = |left_ms: u64| now.saturating_add(Duration::from_millis(left_ms));
-            let state = match place.phase {
-                Phase::Starting { left_ms } => {
+            let state = match saved.phase {
+                SavedSlotState::Starting { left_ms } => {
                     State::Starting { pid: Some(pid), deadline: at(left_ms).min(now + policy.start_timeout) }
                 }
-                Phase::Ready => State::Ready { pid },
-                Phase::Draining { left_ms } => State::Draining {
+                SavedSlotState::Ready => State::Ready { pid },
+                SavedSlotState::Draining { left_ms } => State::Draining {
                     pid,
                     deadline: at(left_ms).min(now + policy.drain_timeout),
                     ask_again: now + TERMINATE_INTERVAL,
                 },
                 // The cause of the kill is not a failure of the new build.
-                Phase::Killing => State::Killing { pid, unready: false },
+                SavedSlotState::Killing => State::Killing { pid, unready: false },
             };
             restored.proven |= matches!(state, State::Ready { .. });
-            let index = place.slot as usize;
+            let index = saved.slot as usize;
             if restored.slots.len() <= index {
                 restored.slots.resize(index + 1, Slot::new(State::Empty, 0));
             }
-            let mut slot = Slot::new(state, place.generation);
-            slot.worn = place.worn.then_some(now);
-            slot.replaced = place.replaced;
+            let mut slot = Slot::new(state, saved.generation);
+            slot.worn = saved.worn.then_some(now);
+            slot.replaced = saved.replaced;
             restored.slots[index] = slot;
         }
         restored

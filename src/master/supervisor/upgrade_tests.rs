@@ -1,7 +1,7 @@
 //! Tests the saved state of the supervisor, and its restoration by the next master.
 
 use super::*;
-use crate::upgrade::saved_processes::{Phase, Place, Roster};
+use crate::upgrade::saved_processes::{Roster, SavedSlot, SavedSlotState};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -72,9 +72,9 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
         let former = alive.clone();
         let (mut now, mut next) = (Now::ZERO, 10_000);
         let mut events = std::collections::VecDeque::from([Event::Command(Command::Reload), Event::Tick]);
-        for place in roster.places.iter().filter(|place| place.phase == Phase::Killing) {
-            alive.retain(|&pid| pid != place.pid);
-            events.push_back(Event::Exited { pid: Pid::from_raw(place.pid), after_exit: AfterExit::Replace });
+        for saved in roster.slots.iter().filter(|saved| saved.phase == SavedSlotState::Killing) {
+            alive.retain(|&pid| pid != saved.pid);
+            events.push_back(Event::Exited { pid: Pid::from_raw(saved.pid), after_exit: AfterExit::Replace });
         }
         while let Some(event) = events.pop_front() {
             let mut actions = std::collections::VecDeque::from(new.step(event, now));
@@ -122,16 +122,16 @@ fn a_master_that_stops_has_no_successor() {
 
 #[test]
 fn a_deadline_that_has_passed_counts_only_when_all_reports_and_deaths_are_read() {
-    let place = |number: u32, phase| {
+    let saved = |number: u32, phase| {
         let pid = 100 + i32::try_from(number).unwrap();
-        Place { slot: number, generation: 1, pid, phase, worn: false, replaced: false }
+        SavedSlot { slot: number, generation: 1, pid, phase, worn: false, replaced: false }
     };
-    let starting = Phase::Starting { left_ms: 0 };
-    let draining = Phase::Draining { left_ms: 0 };
+    let starting = SavedSlotState::Starting { left_ms: 0 };
+    let draining = SavedSlotState::Draining { left_ms: 0 };
     let phases = [starting, starting, draining, draining];
-    let places = (0..).zip(phases).map(|(number, phase)| place(number, phase)).collect();
+    let slots = (0..).zip(phases).map(|(number, phase)| saved(number, phase)).collect();
     let roster = Supervisor::new(policy(2)).save(Now::ZERO).unwrap();
-    let mut supervisor = Supervisor::restore(policy(2), &Roster { places, ..roster }, 50 * MS);
+    let mut supervisor = Supervisor::restore(policy(2), &Roster { slots, ..roster }, 50 * MS);
     let [one, other, left, stuck] = [100, 101, 102, 103].map(Pid::from_raw);
     let mut actions = supervisor.step(Event::Ready { pid: one }, 51 * MS);
     actions.extend(supervisor.step(Event::Exited { pid: left, after_exit: AfterExit::Replace }, 52 * MS));

@@ -16,7 +16,7 @@ pub(crate) struct View {
     pub(crate) generation: u64,
     pub(crate) phase: Phase,
     /// The slots in use.
-    pub(crate) places: Vec<Place>,
+    pub(crate) slots: Vec<SlotView>,
 }
 
 /// The current phase.
@@ -29,7 +29,7 @@ pub(crate) enum Phase {
 
 /// A slot in use.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
+pub(crate) struct SlotView {
     pub(crate) slot: u32,
     pub(crate) generation: u64,
     pub(crate) pid: Option<Pid>,
@@ -43,19 +43,19 @@ impl Supervisor {
             Mode::Running if self.roll.is_some() => Phase::Reloading,
             Mode::Running => Phase::Running,
         };
-        let place = |(index, slot): (usize, &super::Slot)| {
+        let view = |(index, slot): (usize, &super::Slot)| {
             let state = slot.state.name()?;
-            Some(Place { slot: number(index), generation: slot.generation, pid: slot.state.pid(), state })
+            Some(SlotView { slot: number(index), generation: slot.generation, pid: slot.state.pid(), state })
         };
-        let places = self.slots.iter().enumerate().filter_map(place).collect();
+        let slots = self.slots.iter().enumerate().filter_map(view).collect();
         let (limits, most) = (self.scaler.limits(), self.policy.slots.saturating_sub(1));
-        View { target: self.target, limits, most, generation: self.generation, phase, places }
+        View { target: self.target, limits, most, generation: self.generation, phase, slots }
     }
 }
 
 impl View {
     pub(crate) fn ready(&self) -> usize {
-        self.places.iter().filter(|place| place.state == State::READY).count()
+        self.slots.iter().filter(|slot| slot.state == State::READY).count()
     }
 }
 

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::config::millis;
-use crate::control::wire::Reply;
+use crate::control::wire::ControlReply;
 use crate::master::control::Waiting;
 use crate::master::output::{LineReader, Output};
 use crate::master::programs::ProgramState;
@@ -70,7 +70,7 @@ impl Master {
         self.earlier = EarlierChildren::restore(&left.saved.earlier);
         self.adopt_children(&mut left, passed);
         self.programs.restore_strays(std::mem::take(&mut left.saved.strays), now);
-        left.saved.roster.places.retain(|place| self.children.contains_key(&Pid::from_raw(place.pid)));
+        left.saved.roster.slots.retain(|slot| self.children.contains_key(&Pid::from_raw(slot.pid)));
         self.supervisor = Supervisor::restore(policy(&self.spawner.config), &left.saved.roster, now);
         for saved in std::mem::take(&mut left.saved.orphaned_outputs) {
             let pid = saved.pid;
@@ -111,7 +111,7 @@ impl Master {
         log::info!(version, from, workers = self.children.len(); "upgraded");
         // Clients that waited for the upgrade now wait for its reload.
         let text = format!("upgraded from version {from} to {version}");
-        self.reply_to_waiting(Waiting::Reload, &Reply::Progress { text });
+        self.reply_to_waiting(Waiting::Reload, &ControlReply::Progress { text });
         left.remove_socket_files();
         drop(left);
         self.feed(Event::Command(Command::Reload));

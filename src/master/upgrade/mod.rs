@@ -31,10 +31,10 @@ use super::Master;
 use super::control::Waiting;
 use super::output::{LineReader, MAX_REST};
 use super::spawn::blocking;
-use crate::control::wire::Reply;
+use crate::control::wire::ControlReply;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved_state::Saved;
-use crate::upgrade::start_command::Identity;
+use crate::upgrade::start_command::FileIdentity;
 use crate::upgrade::takeover::{CHECK, STATE};
 use crate::upgrade::{VARIABLES, password};
 
@@ -78,7 +78,7 @@ pub(super) enum Upgrade {
     No,
     Checking(Check),
     /// The check has passed. This build may be executed if its file has not changed since.
-    Passed(Identity),
+    Passed(FileIdentity),
 }
 
 /// The running check: a process of the new build.
@@ -92,7 +92,7 @@ pub(super) struct Check {
     deadline: Option<Instant>,
     /// Why the check was asked to exit. It then exits without leaving anything behind.
     cut_short: Option<&'static str>,
-    build: Identity,
+    build: FileIdentity,
 }
 
 impl Check {
@@ -211,7 +211,7 @@ impl Master {
         if !details.is_empty() {
             text = format!("{text} ({})", details.join(", "));
         }
-        self.reply_to_waiting(Waiting::Upgrade, &Reply::failed(text));
+        self.reply_to_waiting(Waiting::Upgrade, &ControlReply::failed(text));
     }
 
     pub(super) fn upgrade_check_ended(&mut self, ending: Ending) {
@@ -237,7 +237,7 @@ impl Master {
                 let program = self.start_command.program.display();
                 log::info!(program:%, pid = check.pid.as_raw(); "upgrade: checking the new build");
                 let text = format!("upgrade: checking {program}");
-                self.reply_to_waiting(Waiting::Upgrade, &Reply::Progress { text });
+                self.reply_to_waiting(Waiting::Upgrade, &ControlReply::Progress { text });
                 self.upgrade = Upgrade::Checking(check);
             }
             Err(why) => self.refuse_upgrade(why),
@@ -247,7 +247,7 @@ impl Master {
     /// # Errors
     /// Returns a message for the operator if the check cannot be started.
     fn start_check(&self) -> Result<Check, String> {
-        let build = Identity::of(&self.start_command.program).map_err(|error| self.cannot_start(&error))?;
+        let build = FileIdentity::of(&self.start_command.program).map_err(|error| self.cannot_start(&error))?;
         let saved = self.save().ok_or(STOPPING)?;
         let state = saved.write().map_err(|error| cannot_write(&error))?;
         let no_pipe =
@@ -290,7 +290,7 @@ impl Master {
     /// Becomes the new build, if that build has passed the check.
     pub(super) fn finish_upgrade(&mut self) {
         let Upgrade::Passed(build) = &self.upgrade else { return };
-        let same = Identity::of(&self.start_command.program).is_ok_and(|now| now == *build);
+        let same = FileIdentity::of(&self.start_command.program).is_ok_and(|now| now == *build);
         self.upgrade = Upgrade::No;
         if !same {
             return self.refuse_upgrade(
@@ -300,7 +300,7 @@ impl Master {
         let program = self.start_command.program.display();
         log::info!(program:%; "upgrade: executing the new build");
         let text = format!("upgrade: executing {program}");
-        self.reply_to_waiting(Waiting::Upgrade, &Reply::Progress { text });
+        self.reply_to_waiting(Waiting::Upgrade, &ControlReply::Progress { text });
         let before = sys::block_signals();
         self.signals.hand_on();
         let why = match self.save() {

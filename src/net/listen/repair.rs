@@ -117,8 +117,8 @@ mod tests {
 
     fn config(bind: &str) -> Config {
         let arguments = ["x", "--bind", bind].map(std::ffi::OsString::from);
-        let identity = crate::cli::Identity::default();
-        let crate::cli::Invocation::Serve(request) = crate::cli::parse_linked(&arguments, &identity).unwrap() else {
+        let app_info = crate::cli::AppInfo::default();
+        let crate::cli::Invocation::Serve(request) = crate::cli::parse_linked(&arguments, &app_info).unwrap() else {
             panic!("not a request to serve")
         };
         request.config
