@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use super::Master;
 use super::procfs::{self, Observed};
 use super::spawn::{Child, Launch, Link};
-use super::supervisor::{Event, Phase};
+use super::supervisor::{Phase, SupervisorEvent};
 use crate::net::listen::{self, Listener};
 
 /// How often the queues are checked.
@@ -90,7 +90,7 @@ impl Master {
     pub(super) fn check_closing(&mut self) {
         if self.closing.is_under_way() {
             self.advance_closing();
-            self.feed(Event::Queue { waits: !self.closing.is_dry() });
+            self.feed(SupervisorEvent::Queue { waits: !self.closing.is_dry() });
         }
     }
 

@@ -87,7 +87,7 @@ pub(crate) use self::signals::SignalInbox;
 pub(crate) use self::spawn::Launch;
 use self::spawn::{Child, Spawner};
 use self::status::line_of;
-use self::supervisor::{Action, Budget, Command, Event, Phase, Policy, Supervisor};
+use self::supervisor::{Action, Budget, Command, Phase, Policy, Supervisor, SupervisorEvent};
 use self::upgrade::Upgrade;
 use self::worker_faults::Faults;
 use crate::config::{Config, Program, Share};
@@ -275,7 +275,7 @@ pub(crate) fn run(
         let (arrived, events) = master.wait();
         logging::tick();
         if arrived {
-            master.feed(Event::Arrival);
+            master.feed(SupervisorEvent::Arrival);
         }
         master.read_signals();
         master.read_children();
@@ -285,7 +285,7 @@ pub(crate) fn run(
         master.check_hangs_and_quarantine();
         master.check_memory_damage();
         master.read_operators(&events);
-        master.feed(Event::Tick);
+        master.feed(SupervisorEvent::Tick);
         master.check_closing();
         master.run_sidecars();
         master.relay.turn(&master.spawner, &master.signals, begun.elapsed());
@@ -458,7 +458,7 @@ impl Master {
                         | Command::Add
                         | Command::Remove
                         | Command::Scale(_)
-                        | Command::Upgrade => self.feed(Event::Command(command)),
+                        | Command::Upgrade => self.feed(SupervisorEvent::Command(command)),
                     }
                 }
                 Meaning::ReopenLogs => drop(self.reopen_logs()), // the errors are in the log
@@ -513,13 +513,13 @@ impl Master {
             slot, pid = pid.as_raw(), lived:% = format_args!("{lived}ms"), reason, memory, request;
             "worker will be replaced"
         );
-        self.feed(Event::Recycle { pid });
+        self.feed(SupervisorEvent::Recycle { pid });
     }
 
     /// Starts the first processes.
     fn begin(&mut self) {
         self.keep_guard();
-        self.feed(Event::Tick);
+        self.feed(SupervisorEvent::Tick);
     }
 
     /// Runs the guard, daemons and jobs. The master exits when the last worker and all daemons and jobs have ended.
@@ -539,8 +539,8 @@ impl Master {
     }
 
     /// Passes an event to the supervisor and carries out the resulting actions, until none are left.
-    fn feed(&mut self, event: Event) {
-        if let Event::Command(command) = event {
+    fn feed(&mut self, event: SupervisorEvent) {
+        if let SupervisorEvent::Command(command) = event {
             if let Command::Drain | Command::Halt = command {
                 self.upgrade.cancel();
                 self.notify.stopping();
@@ -558,7 +558,7 @@ impl Master {
         }
     }
 
-    fn act(&mut self, action: Action) -> Option<Event> {
+    fn act(&mut self, action: Action) -> Option<SupervisorEvent> {
         match action {
             Action::Spawn { slot, generation } => Some(self.spawn(slot, generation)),
             Action::Terminate { pid } => {
@@ -571,7 +571,7 @@ impl Master {
             }
             Action::Close { at_once } => {
                 self.close_sockets(at_once);
-                Some(Event::Queue { waits: !self.closing.is_dry() })
+                Some(SupervisorEvent::Queue { waits: !self.closing.is_dry() })
             }
             Action::Kill { pid } => {
                 self.signal(pid, Signal::SIGKILL);
@@ -580,7 +580,13 @@ impl Master {
             Action::Sample => {
                 let (children, listeners) = (&self.children, &self.spawner.listeners);
                 let (supervisor, scoreboard) = (&self.supervisor, &self.scoreboard);
-                Some(Event::Demand(demand::sample(children, supervisor, scoreboard, &self.queue_depth, listeners)))
+                Some(SupervisorEvent::Demand(demand::sample(
+                    children,
+                    supervisor,
+                    scoreboard,
+                    &self.queue_depth,
+                    listeners,
+                )))
             }
             Action::Upgrade => {
                 self.begin_upgrade();
@@ -604,21 +610,21 @@ impl Master {
         }
     }
 
-    fn spawn(&mut self, slot: u32, generation: u64) -> Event {
+    fn spawn(&mut self, slot: u32, generation: u64) -> SupervisorEvent {
         let mended = self.mend_socket().map_err(io::Error::other);
         match mended.and_then(|()| self.spawner.spawn(slot, generation, &self.signals)) {
             Ok((pid, child)) => {
                 log::debug!(slot, pid = pid.as_raw(), "gen" = generation; "worker spawned");
                 self.children.insert(pid, child);
                 self.recycling.spawned(pid, Duration::ZERO, self.now());
-                Event::Spawned { slot, pid }
+                SupervisorEvent::Spawned { slot, pid }
             }
             Err(error) => {
                 let event = format!("cannot start a worker: {}", sys::explain(&error));
                 log::error!(slot, "gen" = generation; "{event}");
                 let line = line_of(&event, &[("slot", Value::from(slot)), ("gen", generation.into())]);
                 self.death_record = DeathRecord { line, ..DeathRecord::default() };
-                Event::SpawnFailed { slot }
+                SupervisorEvent::SpawnFailed { slot }
             }
         }
     }

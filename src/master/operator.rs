@@ -15,7 +15,7 @@ use super::death_log::DeathRecord;
 use super::decision_log::{DRAIN_TIMEOUT, RELOAD_DONE, RELOAD_STARTED, START_TIMEOUT};
 use super::spawn::to_pass;
 use super::status::line_of;
-use super::supervisor::{Command, Event, Notice, Phase};
+use super::supervisor::{Command, Notice, Phase, SupervisorEvent};
 use crate::control::wire::{ControlReply, ControlRequest};
 
 const STOPPING: &str = "the master is stopping";
@@ -77,7 +77,7 @@ impl Master {
             }
             ControlRequest::Stop { now } => {
                 self.keep_waiting(client, Waiting::Stop);
-                self.feed(Event::Command(if now { Command::Halt } else { Command::Drain }));
+                self.feed(SupervisorEvent::Command(if now { Command::Halt } else { Command::Drain }));
             }
             ControlRequest::Reload | ControlRequest::Scale { .. } | ControlRequest::Upgrade if stopping => {
                 log::info!(command = request.name(); "ignored a command, because the server is stopping");
@@ -105,7 +105,7 @@ impl Master {
             }
             ControlRequest::Upgrade => {
                 self.keep_waiting(client, Waiting::Upgrade);
-                self.feed(Event::Command(Command::Upgrade));
+                self.feed(SupervisorEvent::Command(Command::Upgrade));
             }
             ControlRequest::ReopenLogs => {
                 let errors = self.reopen_logs();
@@ -129,7 +129,7 @@ impl Master {
         }
         self.keep_waiting(client, Waiting::Scale(workers));
         if view.limits != (workers, workers) {
-            self.feed(Event::Command(Command::Scale(workers)));
+            self.feed(SupervisorEvent::Command(Command::Scale(workers)));
         }
     }
 
@@ -141,7 +141,7 @@ impl Master {
             let line = line_of("worker ready", &fields);
             self.reply_to_movers(&line);
         }
-        self.feed(Event::Ready { pid });
+        self.feed(SupervisorEvent::Ready { pid });
     }
 
     /// Handles the end of a process.

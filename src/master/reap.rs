@@ -4,7 +4,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 use super::spawn::Launch;
-use super::supervisor::{AfterExit, Event};
+use super::supervisor::{AfterExit, SupervisorEvent};
 use super::{Master, death_log};
 use crate::app::hooks::{WorkerExit, WorkerId};
 use crate::sys::{self, Ending};
@@ -102,7 +102,7 @@ impl Master {
         let was_killed = unasked && ending == Ending::Signaled(libc::SIGKILL);
         let no_memory = if was_killed { self.faults.ran_out_of_memory(self.now()) } else { None };
         if !is_starting && program.is_none() && matches!(ending, Ending::Signaled(_)) {
-            self.feed(Event::Ready { pid }); // its row shows that it was ready; it may have been killed before its report
+            self.feed(SupervisorEvent::Ready { pid }); // its row shows that it was ready; it may have been killed before its report
         }
         let limits = is_starting.then_some(self.spawner.config.privileges.limits.as_slice());
         let mut end = death_log::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
@@ -121,7 +121,7 @@ impl Master {
             None => {}
         }
         self.check_closing(); // it may have exited because the queue is empty
-        self.feed(Event::Exited { pid, after_exit });
+        self.feed(SupervisorEvent::Exited { pid, after_exit });
     }
 }
 

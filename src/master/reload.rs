@@ -18,7 +18,7 @@ use nix::unistd::Uid;
 
 use super::control::Waiting;
 use super::sidecars::Sidecars;
-use super::supervisor::{Command, Event, Notice};
+use super::supervisor::{Command, Notice, SupervisorEvent};
 use super::{Master, Reloaded, policy};
 use crate::config::privileges::{Owner, PrivilegesConfig};
 use crate::control::wire::ControlReply;
@@ -41,7 +41,7 @@ impl Master {
         if let Some(text) = self.replace_damaged_memory() {
             self.reply_to_waiting(Waiting::Reload, &ControlReply::Progress { text });
         }
-        self.feed(Event::Command(Command::Reload));
+        self.feed(SupervisorEvent::Command(Command::Reload));
         Ok(())
     }
 
@@ -72,7 +72,7 @@ impl Master {
         }
         self.recycling.set_limits(&config.scaling);
         self.faults.set_limits(&config.failures);
-        self.feed(Event::Policy(policy(&config)));
+        self.feed(SupervisorEvent::Policy(policy(&config)));
         self.describe_settings();
         Ok(())
     }

@@ -17,7 +17,7 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, getpgid, pipe2};
 
-use self::supervisor::{Action, Event, Notice, STEADY_TIME, SidecarSupervisor};
+use self::supervisor::{STEADY_TIME, SidecarAction, SidecarEvent, SidecarNotice, SidecarSupervisor};
 use super::background_daemons::Inherited;
 use super::output::{self, LineFilter, LineReader, MAX_REST, Writer};
 use super::spawn::{OF_THE_MASTER, blocking, explain, to_pass};
@@ -293,14 +293,14 @@ impl Sidecars {
         for (pid, process) in self.processes.iter_mut().filter(|(_, process)| process.open) {
             process.read(*pid, share, now);
         }
-        self.feed(if is_up { Event::Begin } else { Event::Tick });
+        self.feed(if is_up { SidecarEvent::Begin } else { SidecarEvent::Tick });
     }
 
     /// Applies a command from the operator.
     pub(super) fn apply(&mut self, order: Order) {
         match order {
-            Order::Drain => self.feed(Event::Closing),
-            Order::Halt => self.feed(Event::Halt),
+            Order::Drain => self.feed(SidecarEvent::Closing),
+            Order::Halt => self.feed(SidecarEvent::Halt),
             Order::Reload | Order::Add | Order::Remove | Order::Scale(_) | Order::Upgrade => {}
         }
     }
@@ -311,12 +311,12 @@ impl Sidecars {
         if let Some(settings) = self.read.take() {
             self.change(settings);
         }
-        self.feed(Event::Reloaded);
+        self.feed(SidecarEvent::Reloaded);
     }
 
     /// Stops all sidecars, because the last worker has exited.
     pub(super) fn stop(&mut self) {
-        self.feed(Event::Stop);
+        self.feed(SidecarEvent::Stop);
     }
 
     /// Handles the exit of a daemon or job.
@@ -335,7 +335,7 @@ impl Sidecars {
         if ending == Ending::Exited(0) && !asked_to_leave {
             self.inherited.suspect(sidecar, since.elapsed());
         }
-        self.feed(Event::Exited { pid, after_exit: super::reap::after_exit(ending, true) });
+        self.feed(SidecarEvent::Exited { pid, after_exit: super::reap::after_exit(ending, true) });
     }
 
     /// Whether the remaining processes in the group of this process are not killed. A daemon that has exited early with 0 may be putting
@@ -360,7 +360,7 @@ impl Sidecars {
                 sys::announce(group);
             }
             sys::announce_process(pid); // it may still create another group
-            self.feed(Event::Detached { sidecar, pid });
+            self.feed(SidecarEvent::Detached { sidecar, pid });
         }
     }
 
@@ -370,20 +370,20 @@ impl Sidecars {
     }
 
     /// Passes an event to the supervisor and carries out the resulting actions, until none are left.
-    fn feed(&mut self, event: Event) {
+    fn feed(&mut self, event: SidecarEvent) {
         let mut actions = VecDeque::from(self.sidecars.step(event, self.now(), Timestamp::now()));
         while let Some(action) = actions.pop_front() {
             let answer = match action {
-                Action::Spawn { sidecar } => self.spawn(sidecar),
-                Action::Terminate { pid } => {
+                SidecarAction::Spawn { sidecar } => self.spawn(sidecar),
+                SidecarAction::Terminate { pid } => {
                     self.signal(pid, Signal::SIGTERM);
                     continue;
                 }
-                Action::Kill { pid } => {
+                SidecarAction::Kill { pid } => {
                     self.signal(pid, Signal::SIGKILL);
                     continue;
                 }
-                Action::Notice { sidecar, notice } => {
+                SidecarAction::Notice { sidecar, notice } => {
                     self.log(sidecar, notice);
                     continue;
                 }
@@ -392,18 +392,18 @@ impl Sidecars {
         }
     }
 
-    fn spawn(&mut self, sidecar: usize) -> Event {
+    fn spawn(&mut self, sidecar: usize) -> SidecarEvent {
         let Sidecar { label, program } = &self.programs[sidecar];
         match self.start(label, program) {
             Ok((pid, output)) => {
                 log::info!(name = label.name, pid = pid.as_raw(); "{} started", label.noun());
                 self.enter(pid, sidecar, label.clone(), LineReader::new(output));
-                Event::Spawned { sidecar, pid }
+                SidecarEvent::Spawned { sidecar, pid }
             }
             Err(error) => {
                 let (Label { kind, name }, noun, error) = (label, label.noun(), sys::explain(&error));
                 log::error!(name; "cannot start {noun}: {error} (--{kind})");
-                Event::SpawnFailed { sidecar }
+                SidecarEvent::SpawnFailed { sidecar }
             }
         }
     }
@@ -449,7 +449,7 @@ impl Sidecars {
         }
     }
 
-    fn log(&self, sidecar: usize, notice: Notice) {
+    fn log(&self, sidecar: usize, notice: SidecarNotice) {
         let of_process =
             || self.processes.values().find(|process| process.sidecar == sidecar).map(|process| &process.label);
         let Some(label) = self.programs.get(sidecar).map(|sidecar| &sidecar.label).or_else(of_process) else {
@@ -457,33 +457,33 @@ impl Sidecars {
         };
         let (name, noun) = (&label.name, label.noun());
         match notice {
-            Notice::Failing { failures, delay } => log::error!(
+            SidecarNotice::Failing { failures, delay } => log::error!(
                 name, failures, next_try:% = format_args!("{}ms", delay.as_millis());
                 "{noun} cannot be started, or exits immediately (see the lines above for the cause)"
             ),
-            Notice::Retired => log::warn!(
+            SidecarNotice::Retired => log::warn!(
                 name;
                 "{noun} exited with status 125, and is not started again before a reload"
             ),
-            Notice::GivenUp { tries } => log::error!(
+            SidecarNotice::GivenUp { tries } => log::error!(
                 name, tries;
                 "{noun} exits immediately with status 0, and is not started again before a reload (run it in the \
                  foreground if it puts itself into the background, or raise --daemon-tries)"
             ),
-            Notice::Detached { pid } => log::error!(
+            SidecarNotice::Detached { pid } => log::error!(
                 name, pid = pid.as_raw();
                 "{noun} has put itself into the background, and is not started again before a reload (run it in the \
                  foreground: most daemons have an option for this, such as --no-daemonize or --foreground)"
             ),
-            Notice::Skipped { pid } => log::warn!(
+            SidecarNotice::Skipped { pid } => log::warn!(
                 name, pid = pid.as_raw();
                 "{noun} is due but not started, because its previous run continues"
             ),
-            Notice::RunTimeout { pid } => log::warn!(
+            SidecarNotice::RunTimeout { pid } => log::warn!(
                 name, pid = pid.as_raw();
                 "sent SIGTERM to a {noun} that exceeded its time limit (--cron-timeout)"
             ),
-            Notice::StopTimeout { pid } => log::warn!(
+            SidecarNotice::StopTimeout { pid } => log::warn!(
                 name, pid = pid.as_raw();
                 "killed a {noun} that did not stop in time (--drain-timeout)"
             ),

@@ -43,7 +43,7 @@ use nix::unistd::Pid;
 
 pub(super) use self::breaker::Breaker;
 use self::breaker::TokenBucket;
-pub(crate) use self::messages::{Action, AfterExit, Budget, Command, Demand, Event, Notice, Policy};
+pub(crate) use self::messages::{Action, AfterExit, Budget, Command, Demand, Notice, Policy, SupervisorEvent};
 use self::roll::Roll;
 use self::scale::Scaler;
 pub(crate) use self::view::{Phase, SlotView};
@@ -162,24 +162,24 @@ impl Supervisor {
     }
 
     /// Handles an event. Returns the actions, in order.
-    pub(crate) fn step(&mut self, event: Event, now: Now) -> Vec<Action> {
+    pub(crate) fn step(&mut self, event: SupervisorEvent, now: Now) -> Vec<Action> {
         self.now = now;
         match event {
             // The last event of an iteration: a process whose report or death was read in the same iteration is not
             // killed.
-            Event::Tick => self.meet_deadlines(now),
-            Event::Spawned { slot, pid } => self.spawned(slot, pid),
-            Event::SpawnFailed { slot } => self.failed_start(slot, None, now),
-            Event::Ready { pid } => self.ready(pid),
-            Event::Recycle { pid } => self.wear_out(pid, now),
-            Event::Hung { pid } => self.hung(pid),
-            Event::Demand(demand) => self.demanded(&demand, now),
-            Event::Arrival if self.awaits_arrival() => self.target = self.scaler.arrival(now),
-            Event::Arrival => {}
-            Event::Exited { pid, after_exit } => self.exited(pid, after_exit, now),
-            Event::Command(command) => self.command(command, now),
-            Event::Queue { waits } => self.queue(waits, now),
-            Event::Policy(policy) => self.set_policy(policy, now),
+            SupervisorEvent::Tick => self.meet_deadlines(now),
+            SupervisorEvent::Spawned { slot, pid } => self.spawned(slot, pid),
+            SupervisorEvent::SpawnFailed { slot } => self.failed_start(slot, None, now),
+            SupervisorEvent::Ready { pid } => self.ready(pid),
+            SupervisorEvent::Recycle { pid } => self.wear_out(pid, now),
+            SupervisorEvent::Hung { pid } => self.hung(pid),
+            SupervisorEvent::Demand(demand) => self.demanded(&demand, now),
+            SupervisorEvent::Arrival if self.awaits_arrival() => self.target = self.scaler.arrival(now),
+            SupervisorEvent::Arrival => {}
+            SupervisorEvent::Exited { pid, after_exit } => self.exited(pid, after_exit, now),
+            SupervisorEvent::Command(command) => self.command(command, now),
+            SupervisorEvent::Queue { waits } => self.queue(waits, now),
+            SupervisorEvent::Policy(policy) => self.set_policy(policy, now),
         }
         self.end_backoffs(now);
         match self.mode {
@@ -199,17 +199,17 @@ impl Supervisor {
         std::mem::take(&mut self.actions)
     }
 
-    /// Whether there is no worker, so that a connection must be reported with [`Event::Arrival`].
+    /// Whether there is no worker, so that a connection must be reported with [`SupervisorEvent::Arrival`].
     pub(crate) fn awaits_arrival(&self) -> bool {
         self.mode == Mode::Running && self.target == 0
     }
 
-    /// The time at which [`Event::Tick`] is due without another event. After a tick, always later than that tick.
+    /// The time at which [`SupervisorEvent::Tick`] is due without another event. After a tick, always later than that tick.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         let slots = self.slots.iter().filter_map(|slot| match slot.state {
             State::Starting { deadline, .. } => Some(deadline),
             State::Draining { deadline, ask_again, .. } => Some(deadline.min(ask_again)),
-            // During a stop, `Event::Queue` follows soon anyway.
+            // During a stop, `SupervisorEvent::Queue` follows soon anyway.
             State::Backoff { until } => (self.mode == Mode::Running).then_some(until),
             State::Empty | State::Ready { .. } | State::Killing { .. } => None,
         });

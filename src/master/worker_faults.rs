@@ -9,7 +9,7 @@ use super::death_log::End;
 use super::hangs::{Hangs, Work};
 use super::oom::OomKills;
 use super::quarantine::{Death, Listed, Quarantine, Verdict};
-use super::supervisor::{Event, Now};
+use super::supervisor::{Now, SupervisorEvent};
 use super::symbolizer::Symbolizer;
 use super::{EndOfLife, Master};
 use crate::config::failures::{Failures, QuarantineBy};
@@ -125,7 +125,7 @@ impl Master {
         let rows: Vec<(Pid, Work)> =
             self.children.iter().filter_map(|(&pid, child)| Some((pid, self.work_of(pid, child.slot)?))).collect();
         for pid in self.faults.hangs.look(rows, now) {
-            self.feed(Event::Hung { pid });
+            self.feed(SupervisorEvent::Hung { pid });
         }
     }
 

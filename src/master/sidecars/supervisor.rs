@@ -38,14 +38,14 @@ const WALL_CLOCK_INTERVAL: Duration = Duration::from_secs(60);
 const SET_BACK: SignedDuration = SignedDuration::from_secs(60);
 
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Event {
+pub(crate) enum SidecarEvent {
     /// Time has passed, so a deadline may have been reached.
     Tick,
     /// Workers exist. May be repeated.
     Begin,
-    /// The process for [`Action::Spawn`] exists.
+    /// The process for [`SidecarAction::Spawn`] exists.
     Spawned { sidecar: usize, pid: Pid },
-    /// The process for [`Action::Spawn`] could not be created.
+    /// The process for [`SidecarAction::Spawn`] could not be created.
     SpawnFailed { sidecar: usize },
     /// A sidecar's process was reaped.
     Exited { pid: Pid, after_exit: AfterExit },
@@ -62,20 +62,20 @@ pub(crate) enum Event {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Action {
-    /// Start a process, and report [`Event::Spawned`] or [`Event::SpawnFailed`].
+pub(crate) enum SidecarAction {
+    /// Start a process, and report [`SidecarEvent::Spawned`] or [`SidecarEvent::SpawnFailed`].
     Spawn { sidecar: usize },
     /// Ask the process to stop.
     Terminate { pid: Pid },
     /// Kill the process.
     Kill { pid: Pid },
     /// Log a notice for the operator.
-    Notice { sidecar: usize, notice: Notice },
+    Notice { sidecar: usize, notice: SidecarNotice },
 }
 
 /// A notice for the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Notice {
+pub(crate) enum SidecarNotice {
     /// A daemon exited right after its start, this many times in a row.
     Failing { failures: u32, delay: Duration },
     /// A daemon has requested not to be restarted before a reload.
@@ -161,7 +161,7 @@ pub(crate) struct SidecarSupervisor {
     wall: Timestamp,
     /// When a former master last checked for due jobs.
     looked_at: Option<Timestamp>,
-    actions: Vec<Action>,
+    actions: Vec<SidecarAction>,
 }
 
 impl SidecarSupervisor {
@@ -299,29 +299,29 @@ impl SidecarSupervisor {
     }
 
     /// Handles an event. Returns the actions, in order.
-    pub(crate) fn step(&mut self, event: Event, now: Now, wall: Timestamp) -> Vec<Action> {
+    pub(crate) fn step(&mut self, event: SidecarEvent, now: Now, wall: Timestamp) -> Vec<SidecarAction> {
         // The wall clock may be set back a little at any time; that must not run a job twice.
         let was_set_back = self.wall.duration_since(wall) > SET_BACK;
         (self.now, self.wall) = (now, wall);
         // These are the last events of an iteration, so all deaths have been handled.
-        let meets_deadlines = matches!(event, Event::Tick | Event::Begin);
+        let meets_deadlines = matches!(event, SidecarEvent::Tick | SidecarEvent::Begin);
         match event {
-            Event::Tick => {}
-            Event::Begin if self.mode == Mode::Waiting => {
+            SidecarEvent::Tick => {}
+            SidecarEvent::Begin if self.mode == Mode::Waiting => {
                 self.mode = Mode::Running;
                 let from = self.looked_at.take().map_or(wall, |looked_at| looked_at.min(wall));
                 self.find_next_times(from);
             }
-            Event::Begin => {}
-            Event::Spawned { sidecar, pid } => self.spawned(sidecar, pid),
-            Event::SpawnFailed { sidecar } => self.failed(sidecar),
-            Event::Exited { pid, after_exit } => self.exited(pid, after_exit),
-            Event::Detached { sidecar, pid } => self.detached(sidecar, pid),
-            Event::Reloaded => self.reload(),
-            Event::Closing if self.mode == Mode::Stopping => {}
-            Event::Closing => self.mode = Mode::Closing,
-            Event::Stop => self.mode = Mode::Stopping,
-            Event::Halt => {
+            SidecarEvent::Begin => {}
+            SidecarEvent::Spawned { sidecar, pid } => self.spawned(sidecar, pid),
+            SidecarEvent::SpawnFailed { sidecar } => self.failed(sidecar),
+            SidecarEvent::Exited { pid, after_exit } => self.exited(pid, after_exit),
+            SidecarEvent::Detached { sidecar, pid } => self.detached(sidecar, pid),
+            SidecarEvent::Reloaded => self.reload(),
+            SidecarEvent::Closing if self.mode == Mode::Stopping => {}
+            SidecarEvent::Closing => self.mode = Mode::Closing,
+            SidecarEvent::Stop => self.mode = Mode::Stopping,
+            SidecarEvent::Halt => {
                 self.mode = Mode::Stopping;
                 (0..self.sidecars.len()).for_each(|index| self.kill(index));
             }
@@ -343,7 +343,7 @@ impl SidecarSupervisor {
         self.sidecars.iter().all(|sidecar| sidecar.state.pid().is_none())
     }
 
-    /// The time at which [`Event::Tick`] is due without another event.
+    /// The time at which [`SidecarEvent::Tick`] is due without another event.
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         let of_states = self.sidecars.iter().filter_map(|sidecar| match sidecar.state {
             State::Running { deadline, .. } => deadline,
@@ -397,12 +397,12 @@ impl SidecarSupervisor {
         match after_exit {
             AfterExit::StayDown if was_steady => {
                 sidecar.state = State::Retired;
-                self.notice(index, Notice::Retired);
+                self.notice(index, SidecarNotice::Retired);
             }
             AfterExit::Replace | AfterExit::Restart if was_steady => breaker.close(),
             AfterExit::Restart if tries == self.daemon_tries => {
                 sidecar.state = State::Retired;
-                self.notice(index, Notice::GivenUp { tries });
+                self.notice(index, SidecarNotice::GivenUp { tries });
             }
             // A wrapper such as env, timeout or docker run returns 125 when it fails itself.
             AfterExit::Replace | AfterExit::Restart | AfterExit::StayDown => self.failed(index),
@@ -416,7 +416,7 @@ impl SidecarSupervisor {
             && let State::Backoff { .. } | State::Idle = state
         {
             *state = State::Retired;
-            self.notice(index, Notice::Detached { pid });
+            self.notice(index, SidecarNotice::Detached { pid });
         }
     }
 
@@ -428,7 +428,7 @@ impl SidecarSupervisor {
         let failing = breaker.fail(self.now);
         sidecar.state = State::Backoff { until: breaker.open_until() };
         if let Some((failures, delay)) = failing {
-            self.notice(index, Notice::Failing { failures, delay });
+            self.notice(index, SidecarNotice::Failing { failures, delay });
         }
     }
 
@@ -449,11 +449,11 @@ impl SidecarSupervisor {
     fn meet_deadline(&mut self, index: usize) {
         match self.sidecars[index].state {
             State::Running { pid, deadline: Some(deadline), .. } if deadline <= self.now => {
-                self.notice(index, Notice::RunTimeout { pid });
+                self.notice(index, SidecarNotice::RunTimeout { pid });
                 self.terminate(index);
             }
             State::Stopping { pid, deadline } if deadline <= self.now => {
-                self.notice(index, Notice::StopTimeout { pid });
+                self.notice(index, SidecarNotice::StopTimeout { pid });
                 self.kill(index);
             }
             State::Backoff { until } if until <= self.now => self.sidecars[index].state = State::Idle,
@@ -474,7 +474,7 @@ impl SidecarSupervisor {
             (Kind::Unwanted, _) | (_, Mode::Stopping) => self.terminate(index),
             (Kind::Daemon { .. }, Mode::Running | Mode::Closing) => self.spawn(index),
             (Kind::Job { .. }, Mode::Running) if is_due => match self.sidecars[index].state.pid() {
-                Some(pid) => self.notice(index, Notice::Skipped { pid }),
+                Some(pid) => self.notice(index, SidecarNotice::Skipped { pid }),
                 None => self.spawn(index),
             },
             (Kind::Daemon { .. }, Mode::Waiting)
@@ -495,7 +495,7 @@ impl SidecarSupervisor {
     fn spawn(&mut self, index: usize) {
         if self.sidecars[index].state == State::Idle {
             self.sidecars[index].state = State::Starting;
-            self.actions.push(Action::Spawn { sidecar: index });
+            self.actions.push(SidecarAction::Spawn { sidecar: index });
         }
     }
 
@@ -503,7 +503,7 @@ impl SidecarSupervisor {
         match self.sidecars[index].state {
             State::Running { pid, .. } => {
                 self.sidecars[index].state = State::Stopping { pid, deadline: self.now + self.stop_timeout };
-                self.actions.push(Action::Terminate { pid });
+                self.actions.push(SidecarAction::Terminate { pid });
             }
             State::Backoff { .. } => self.sidecars[index].state = State::Idle,
             // A process that is being created has no pid yet: the next step stops it.
@@ -515,15 +515,15 @@ impl SidecarSupervisor {
         match self.sidecars[index].state {
             State::Running { pid, .. } | State::Stopping { pid, .. } => {
                 self.sidecars[index].state = State::Killing { pid };
-                self.actions.push(Action::Kill { pid });
+                self.actions.push(SidecarAction::Kill { pid });
             }
             State::Backoff { .. } => self.sidecars[index].state = State::Idle,
             State::Idle | State::Starting | State::Killing { .. } | State::Retired => {}
         }
     }
 
-    fn notice(&mut self, sidecar: usize, notice: Notice) {
-        self.actions.push(Action::Notice { sidecar, notice });
+    fn notice(&mut self, sidecar: usize, notice: SidecarNotice) {
+        self.actions.push(SidecarAction::Notice { sidecar, notice });
     }
 }
 

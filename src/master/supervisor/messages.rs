@@ -43,7 +43,7 @@ impl Budget {
 }
 
 #[derive(Clone, Debug)]
-pub(crate) enum Event {
+pub(crate) enum SupervisorEvent {
     /// Time has passed: something may be due.
     Tick,
     /// The process for [`Action::Spawn`] exists.
@@ -133,7 +133,7 @@ impl Command {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Start a process for this slot, and report [`Event::Spawned`] or [`Event::SpawnFailed`].
+    /// Start a process for this slot, and report [`SupervisorEvent::Spawned`] or [`SupervisorEvent::SpawnFailed`].
     Spawn { slot: u32, generation: u64 },
     /// Ask the process to finish and exit.
     Terminate { pid: Pid },
@@ -141,14 +141,14 @@ pub(crate) enum Action {
     Remind { pid: Pid },
     /// Kill the process.
     Kill { pid: Pid },
-    /// Measure the demand, and report [`Event::Demand`].
+    /// Measure the demand, and report [`SupervisorEvent::Demand`].
     Sample,
     /// The process hangs: make it log where it hangs, and kill it.
     Abort { pid: Pid },
     /// Check whether the program's new build can take over, and if so, let it.
     Upgrade,
     /// The server stops: no further connection may be accepted, except queued ones, or not even those if `at_once`. Precedes the requests
-    /// to exit. The reply is [`Event::Queue`].
+    /// to exit. The reply is [`SupervisorEvent::Queue`].
     Close { at_once: bool },
     /// Log a notice for the operator.
     Notice(Notice),

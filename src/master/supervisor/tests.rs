@@ -72,11 +72,11 @@ impl World {
             notices: Vec::new(),
             exited: None,
         };
-        world.feed(Event::Tick);
+        world.feed(SupervisorEvent::Tick);
         world
     }
 
-    fn feed(&mut self, event: Event) {
+    fn feed(&mut self, event: SupervisorEvent) {
         let mut queue = std::collections::VecDeque::from(self.supervisor.step(event, self.now));
         while let Some(action) = queue.pop_front() {
             assert_eq!(self.exited, None, "{action:?} after the end");
@@ -93,8 +93,8 @@ impl World {
                 Action::Remind { pid } => self.signal(pid, Life::Leaving),
                 Action::Kill { pid } | Action::Abort { pid } => self.signal(pid, Life::Killed),
                 Action::Upgrade => None,
-                Action::Close { at_once } => Some(Event::Queue { waits: self.queue_waits && !at_once }),
-                Action::Sample => Some(Event::Demand(self.demand())),
+                Action::Close { at_once } => Some(SupervisorEvent::Queue { waits: self.queue_waits && !at_once }),
+                Action::Sample => Some(SupervisorEvent::Demand(self.demand())),
                 Action::Notice(notice) => {
                     self.notices.push(notice);
                     None
@@ -115,19 +115,19 @@ impl World {
         self.check();
     }
 
-    fn spawn(&mut self, slot: u32) -> Option<Event> {
+    fn spawn(&mut self, slot: u32) -> Option<SupervisorEvent> {
         if self.fork_fails {
-            return Some(Event::SpawnFailed { slot });
+            return Some(SupervisorEvent::SpawnFailed { slot });
         }
         self.next_pid += 1;
         self.spawned += 1;
         let taken = self.processes.keys().filter_map(|&pid| self.supervisor.place_of(Pid::from_raw(pid)));
         assert!(taken.map(|(slot, _)| slot).all(|other| other != slot), "slot {slot} given twice");
         self.processes.insert(self.next_pid, Life::Starting);
-        Some(Event::Spawned { slot, pid: Pid::from_raw(self.next_pid) })
+        Some(SupervisorEvent::Spawned { slot, pid: Pid::from_raw(self.next_pid) })
     }
 
-    fn signal(&mut self, pid: Pid, fate: Life) -> Option<Event> {
+    fn signal(&mut self, pid: Pid, fate: Life) -> Option<SupervisorEvent> {
         let process = self.processes.get_mut(&pid.as_raw()).expect("a signal to a process that is gone");
         if *process != Life::Killed {
             *process = fate;
@@ -171,19 +171,19 @@ impl World {
 
     fn die(&mut self, pid: Pid, after_exit: AfterExit) {
         assert!(self.processes.remove(&pid.as_raw()).is_some());
-        self.feed(Event::Exited { pid, after_exit });
+        self.feed(SupervisorEvent::Exited { pid, after_exit });
     }
 
     fn hung(&mut self, pid: i32) {
         let pid = Pid::from_raw(pid);
         self.hanging = Some(pid);
-        self.feed(Event::Hung { pid });
+        self.feed(SupervisorEvent::Hung { pid });
         self.hanging = None;
     }
 
     fn become_ready(&mut self, pid: Pid) {
         self.processes.insert(pid.as_raw(), Life::Ready);
-        self.feed(Event::Ready { pid });
+        self.feed(SupervisorEvent::Ready { pid });
     }
 
     /// Advances the time from deadline to deadline, with all processes following their signals, until the state is stable.
@@ -195,7 +195,7 @@ impl World {
                 match self.supervisor.next_deadline().filter(|_| !is_whole) {
                     Some(deadline) => {
                         self.now = deadline;
-                        self.feed(Event::Tick);
+                        self.feed(SupervisorEvent::Tick);
                         continue;
                     }
                     None => return,
@@ -223,7 +223,7 @@ impl World {
             }
             30..34 => {
                 if let Some(pid) = self.pick(random, Life::Ready) {
-                    self.feed(Event::Recycle { pid });
+                    self.feed(SupervisorEvent::Recycle { pid });
                 }
             }
             34..35 => {
@@ -250,21 +250,21 @@ impl World {
             }
             60..85 => {
                 self.now += MS * random.u32(0..700);
-                self.feed(Event::Tick);
+                self.feed(SupervisorEvent::Tick);
             }
             85..88 => self.fork_fails = !self.fork_fails,
-            88..91 => self.feed(Event::Command(Command::Reload)),
-            91..94 => self.feed(Event::Command(Command::Add)),
-            94..97 => self.feed(Event::Command(Command::Remove)),
+            88..91 => self.feed(SupervisorEvent::Command(Command::Reload)),
+            91..94 => self.feed(SupervisorEvent::Command(Command::Add)),
+            94..97 => self.feed(SupervisorEvent::Command(Command::Remove)),
             97..98 => self.random_number(random),
-            98..99 => self.feed(Event::Ready { pid: Pid::from_raw(1) }),
-            _ => self.feed(Event::Exited { pid: Pid::from_raw(1), after_exit: AfterExit::StayDown }),
+            98..99 => self.feed(SupervisorEvent::Ready { pid: Pid::from_raw(1) }),
+            _ => self.feed(SupervisorEvent::Exited { pid: Pid::from_raw(1), after_exit: AfterExit::StayDown }),
         }
     }
 
     fn random_number(&mut self, random: &mut fastrand::Rng) {
         if random.u32(0..8) == 0 {
-            self.feed(Event::Command(Command::Scale(random.u32(0..20))));
+            self.feed(SupervisorEvent::Command(Command::Scale(random.u32(0..20))));
             return;
         }
         if random.u32(0..8) == 0 {
@@ -272,11 +272,15 @@ impl World {
             let policy = range(min, min.max(1) + random.u32(0..6));
             // A process that is already exiting cannot be called back when the budget shrinks.
             let max_unavailable = self.supervisor.policy.max_unavailable;
-            return self.feed(Event::Policy(Policy { max_unavailable, respawn_rate: random.u32(1..16), ..policy }));
+            return self.feed(SupervisorEvent::Policy(Policy {
+                max_unavailable,
+                respawn_rate: random.u32(1..16),
+                ..policy
+            }));
         }
         self.requests = random.u32(0..12);
         if self.requests > 0 {
-            self.feed(Event::Arrival);
+            self.feed(SupervisorEvent::Arrival);
         }
     }
 }
@@ -304,16 +308,16 @@ fn random_histories_always_lead_back_to_full_strength() {
             assert_eq!(world.ready(), world.supervisor.target as usize);
             let last = random.choice([Command::Drain, Command::Halt]).unwrap();
             world.queue_waits = random.bool();
-            world.feed(Event::Command(last));
+            world.feed(SupervisorEvent::Command(last));
             for _ in 0..random.u32(0..30) {
                 if world.exited.is_none() {
-                    world.feed(Event::Queue { waits: world.queue_waits });
+                    world.feed(SupervisorEvent::Queue { waits: world.queue_waits });
                     world.random_event(&mut random);
                 }
             }
             world.fork_fails = false;
             if world.exited.is_none() {
-                world.feed(Event::Queue { waits: false });
+                world.feed(SupervisorEvent::Queue { waits: false });
             }
             world.settle();
             assert_eq!(world.exited, Some(true));
@@ -347,7 +351,7 @@ fn a_storm_of_crashes_is_throttled() {
             world.die(pid, AfterExit::Replace);
         } else {
             world.now = world.supervisor.next_deadline().unwrap();
-            world.feed(Event::Tick);
+            world.feed(SupervisorEvent::Tick);
         }
     }
     let in_ten_seconds = world.spawned - start.0;
@@ -363,7 +367,7 @@ fn failing_starts_back_off_and_one_alone_tries() {
         let starting: Vec<i32> = world.processes.keys().copied().collect();
         if starting.is_empty() {
             world.now = world.supervisor.next_deadline().unwrap();
-            world.feed(Event::Tick);
+            world.feed(SupervisorEvent::Tick);
             assert_eq!(world.spawned, before + 1, "one alone tries");
             spawned_at.push(world.now);
         }
@@ -381,7 +385,7 @@ fn failing_starts_back_off_and_one_alone_tries() {
 fn a_process_that_overruns_its_start_is_killed_and_counts_as_failed() {
     let mut world = World::new(policy(1));
     world.now = 1000 * MS;
-    world.feed(Event::Tick);
+    world.feed(SupervisorEvent::Tick);
     let (&pid, &life) = world.processes.iter().next().unwrap();
     assert_eq!(life, Life::Killed);
     world.die(Pid::from_raw(pid), AfterExit::Replace);
@@ -396,7 +400,7 @@ fn a_process_that_overruns_its_start_is_killed_and_counts_as_failed() {
 fn a_reload_replaces_one_by_one_and_never_serves_with_fewer() {
     let mut world = World::new(policy(3));
     world.settle();
-    world.feed(Event::Command(Command::Reload));
+    world.feed(SupervisorEvent::Command(Command::Reload));
     let mut random = fastrand::Rng::with_seed(1);
     while let Some(pid) = world.pick(&mut random, Life::Starting) {
         assert!(world.ready() >= 3);
@@ -425,7 +429,7 @@ fn a_reload_whose_first_process_dies_keeps_the_old_ones() {
     let mut world = World::new(policy(3));
     world.settle();
     let old: Vec<i32> = world.processes.keys().copied().collect();
-    world.feed(Event::Command(Command::Reload));
+    world.feed(SupervisorEvent::Command(Command::Reload));
     let new = *world.processes.keys().next_back().unwrap();
     world.die(Pid::from_raw(new), AfterExit::Replace);
     assert!(failed_with(&world, 2, new));
@@ -437,12 +441,12 @@ fn a_reload_whose_first_process_dies_keeps_the_old_ones() {
 fn a_process_that_will_not_leave_is_asked_again_and_then_killed() {
     let mut world = World::new(policy(1));
     world.settle();
-    world.feed(Event::Command(Command::Drain));
+    world.feed(SupervisorEvent::Command(Command::Drain));
     let mut asked = 0;
     while world.processes.values().all(|&life| life == Life::Leaving) {
         world.now = world.supervisor.next_deadline().unwrap();
         asked += 1;
-        world.feed(Event::Tick);
+        world.feed(SupervisorEvent::Tick);
     }
     assert_eq!((asked, world.now), (5, 5000 * MS));
     world.settle();
@@ -482,7 +486,7 @@ fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_that_com
                 let deadline = world.supervisor.next_deadline().unwrap();
                 delays.push((deadline - world.now).as_millis());
                 world.now = deadline;
-                world.feed(Event::Tick);
+                world.feed(SupervisorEvent::Tick);
             }
         }
     }
@@ -498,7 +502,7 @@ fn a_reload_whose_new_processes_end_well_again_and_again_fails_and_the_old_ones_
         let mut world = World::new(policy(3));
         world.settle();
         let (old, spawned): (Vec<i32>, _) = (world.processes.keys().copied().collect(), world.spawned);
-        world.feed(Event::Command(Command::Reload));
+        world.feed(SupervisorEvent::Command(Command::Reload));
         while let Some(&pid) = starting(&world).first() {
             world.now += lived;
             // Processes of the old generation recycle themselves and are seen; that does not prove the new generation.
@@ -511,7 +515,7 @@ fn a_reload_whose_new_processes_end_well_again_and_again_fails_and_the_old_ones_
             world.notices
         );
         assert_eq!(world.processes.keys().copied().collect::<Vec<_>>(), old);
-        world.feed(Event::Command(Command::Reload));
+        world.feed(SupervisorEvent::Command(Command::Reload));
         world.settle();
         assert_eq!(world.notices.last(), Some(&Notice::ReloadDone { generation: 3 }));
     }
@@ -522,10 +526,10 @@ fn a_reload_whose_first_process_overruns_its_start_keeps_the_old_ones() {
     let mut world = World::new(policy(3));
     world.settle();
     let old: Vec<i32> = world.processes.keys().copied().collect();
-    world.feed(Event::Command(Command::Reload));
+    world.feed(SupervisorEvent::Command(Command::Reload));
     let new = *world.processes.keys().next_back().unwrap();
     world.now += 1000 * MS;
-    world.feed(Event::Tick);
+    world.feed(SupervisorEvent::Tick);
     assert_eq!(world.processes[&new], Life::Killed);
     assert_eq!(world.processes.len(), 4, "no other process is tried during the delay");
     world.die(Pid::from_raw(new), AfterExit::Replace);
@@ -539,7 +543,7 @@ fn a_reload_whose_new_processes_retire_keeps_the_old_ones() {
     let mut world = World::new(policy(3));
     world.settle();
     let old: Vec<i32> = world.processes.keys().copied().collect();
-    world.feed(Event::Command(Command::Reload));
+    world.feed(SupervisorEvent::Command(Command::Reload));
     let new = *world.processes.keys().next_back().unwrap();
     world.die(Pid::from_raw(new), AfterExit::StayDown);
     world.settle();
@@ -550,50 +554,50 @@ fn a_reload_whose_new_processes_retire_keeps_the_old_ones() {
 #[test]
 fn the_server_stops_if_no_process_ever_became_ready_and_a_reload_restarts_the_time() {
     let policy = Policy { give_up_after: 60_000 * MS, start_timeout: 200_000 * MS, ..policy(2) };
-    let fail_for = |supervisor: &mut Supervisor, begin: Event, from: Duration, until: Duration| {
+    let fail_for = |supervisor: &mut Supervisor, begin: SupervisorEvent, from: Duration, until: Duration| {
         let mut now = from;
         let mut actions = supervisor.step(begin, now);
         while now < until {
             for action in std::mem::take(&mut actions) {
                 if let Action::Spawn { slot, .. } = action {
-                    actions.extend(supervisor.step(Event::SpawnFailed { slot }, now));
+                    actions.extend(supervisor.step(SupervisorEvent::SpawnFailed { slot }, now));
                 } else if let Action::Notice(Notice::GivenUp { .. }) = action {
                     return Some(now);
                 }
             }
             now = supervisor.next_deadline().unwrap_or(now + MS).min(until); // without a deadline, the supervisor has stopped
-            actions.extend(supervisor.step(Event::Tick, now));
+            actions.extend(supervisor.step(SupervisorEvent::Tick, now));
         }
         None
     };
-    let given_up = |supervisor: &mut Supervisor| fail_for(supervisor, Event::Tick, Now::ZERO, 400_000 * MS);
+    let given_up = |supervisor: &mut Supervisor| fail_for(supervisor, SupervisorEvent::Tick, Now::ZERO, 400_000 * MS);
     assert_eq!(given_up(&mut Supervisor::new(policy)), Some(60_000 * MS));
     assert_eq!(given_up(&mut Supervisor::new(Policy { give_up_after: Now::ZERO, ..policy })), None);
 
     let mut reloaded = Supervisor::new(policy);
-    assert_eq!(fail_for(&mut reloaded, Event::Tick, Now::ZERO, 50_000 * MS), None);
-    let reload = Event::Command(Command::Reload);
+    assert_eq!(fail_for(&mut reloaded, SupervisorEvent::Tick, Now::ZERO, 50_000 * MS), None);
+    let reload = SupervisorEvent::Command(Command::Reload);
     let at = fail_for(&mut reloaded, reload, 50_000 * MS, 400_000 * MS).expect("the server stops in the end");
     assert!(at >= 110_000 * MS, "{at:?}");
 
     // A starting process is allowed to finish starting.
     let mut slow = Supervisor::new(policy);
-    for action in slow.step(Event::Tick, Now::ZERO) {
+    for action in slow.step(SupervisorEvent::Tick, Now::ZERO) {
         if let Action::Spawn { slot, .. } = action {
             let pid = Pid::from_raw(100 + slot.cast_signed());
-            let _ = slow.step(Event::Spawned { slot, pid }, Now::ZERO);
+            let _ = slow.step(SupervisorEvent::Spawned { slot, pid }, Now::ZERO);
             if slot == 1 {
-                let _ = slow.step(Event::Exited { pid, after_exit: AfterExit::Replace }, Now::ZERO);
+                let _ = slow.step(SupervisorEvent::Exited { pid, after_exit: AfterExit::Replace }, Now::ZERO);
             }
         }
     }
-    let later = slow.step(Event::Tick, 100_000 * MS);
+    let later = slow.step(SupervisorEvent::Tick, 100_000 * MS);
     assert!(!later.iter().any(|action| matches!(action, Action::Notice(Notice::GivenUp { .. }))), "{later:?}");
 
     // If a process was ever ready, the supervisor never gives up.
     let mut proven = World::new(policy);
     proven.settle();
     let pid = Pid::from_raw(*proven.processes.keys().next().unwrap());
-    let exit = Event::Exited { pid, after_exit: AfterExit::Replace };
+    let exit = SupervisorEvent::Exited { pid, after_exit: AfterExit::Replace };
     assert_eq!(fail_for(&mut proven.supervisor, exit, proven.now, 400_000 * MS), None);
 }

@@ -23,30 +23,30 @@ fn policy(workers: u32) -> Policy {
 fn history(random: &mut fastrand::Rng, policy: Policy) -> (Supervisor, Now, Vec<i32>) {
     let mut supervisor = Supervisor::new(policy);
     let (mut now, mut alive, mut next) = (Now::ZERO, Vec::new(), 100);
-    let mut event = Event::Tick;
+    let mut event = SupervisorEvent::Tick;
     for _ in 0..random.u32(1..200) {
         let mut actions = std::collections::VecDeque::from(supervisor.step(event, now));
         while let Some(action) = actions.pop_front() {
             if let Action::Spawn { slot, .. } = action {
                 next += 1;
                 alive.push(next);
-                actions.extend(supervisor.step(Event::Spawned { slot, pid: Pid::from_raw(next) }, now));
+                actions.extend(supervisor.step(SupervisorEvent::Spawned { slot, pid: Pid::from_raw(next) }, now));
             }
         }
         now += random.u32(0..300) * MS;
         let some = (!alive.is_empty()).then(|| random.usize(0..alive.len()));
         event = match (random.u32(0..10), some) {
-            (0..4, Some(one)) => Event::Ready { pid: Pid::from_raw(alive[one]) },
+            (0..4, Some(one)) => SupervisorEvent::Ready { pid: Pid::from_raw(alive[one]) },
             (4..6, Some(one)) => {
                 let after_exit = random.choice([AfterExit::Replace, AfterExit::Restart]).unwrap_or(AfterExit::Replace);
-                Event::Exited { pid: Pid::from_raw(alive.swap_remove(one)), after_exit }
+                SupervisorEvent::Exited { pid: Pid::from_raw(alive.swap_remove(one)), after_exit }
             }
             (6, _) => {
                 let commands = [Command::Reload, Command::Add, Command::Remove, Command::Scale(3)];
-                Event::Command(random.choice(commands).unwrap())
+                SupervisorEvent::Command(random.choice(commands).unwrap())
             }
-            (7, Some(one)) => Event::Recycle { pid: Pid::from_raw(alive[one]) },
-            _ => Event::Tick,
+            (7, Some(one)) => SupervisorEvent::Recycle { pid: Pid::from_raw(alive[one]) },
+            _ => SupervisorEvent::Tick,
         };
     }
     (supervisor, now, alive)
@@ -71,10 +71,11 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
         }
         let former = alive.clone();
         let (mut now, mut next) = (Now::ZERO, 10_000);
-        let mut events = std::collections::VecDeque::from([Event::Command(Command::Reload), Event::Tick]);
+        let mut events =
+            std::collections::VecDeque::from([SupervisorEvent::Command(Command::Reload), SupervisorEvent::Tick]);
         for saved in roster.slots.iter().filter(|saved| saved.phase == SavedSlotState::Killing) {
             alive.retain(|&pid| pid != saved.pid);
-            events.push_back(Event::Exited { pid: Pid::from_raw(saved.pid), after_exit: AfterExit::Replace });
+            events.push_back(SupervisorEvent::Exited { pid: Pid::from_raw(saved.pid), after_exit: AfterExit::Replace });
         }
         while let Some(event) = events.pop_front() {
             let mut actions = std::collections::VecDeque::from(new.step(event, now));
@@ -86,12 +87,12 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
                         assert!(generation == roster.generation || generation > roster.newest, "seed {seed}");
                         next += 1;
                         alive.push(next);
-                        actions.extend(new.step(Event::Spawned { slot, pid: Pid::from_raw(next) }, now));
-                        events.push_back(Event::Ready { pid: Pid::from_raw(next) });
+                        actions.extend(new.step(SupervisorEvent::Spawned { slot, pid: Pid::from_raw(next) }, now));
+                        events.push_back(SupervisorEvent::Ready { pid: Pid::from_raw(next) });
                     }
                     Action::Terminate { pid } | Action::Kill { pid } | Action::Abort { pid } => {
                         alive.retain(|&other| other != pid.as_raw());
-                        events.push_back(Event::Exited { pid, after_exit: AfterExit::Restart });
+                        events.push_back(SupervisorEvent::Exited { pid, after_exit: AfterExit::Restart });
                     }
                     Action::Remind { .. } | Action::Notice(_) | Action::Upgrade | Action::Sample => {}
                     Action::Close { .. } | Action::Exit { .. } => panic!("seed {seed}: the server was not stopped"),
@@ -100,7 +101,7 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
             if let (true, Some(deadline)) = (events.is_empty(), new.next_deadline()) {
                 assert!(deadline > now, "seed {seed}: a deadline in the past is a busy loop");
                 now = deadline;
-                events.push_back(Event::Tick);
+                events.push_back(SupervisorEvent::Tick);
             }
             assert!(next < 11_000, "seed {seed}: it never comes to rest");
         }
@@ -113,11 +114,11 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
 #[test]
 fn a_master_that_stops_has_no_successor() {
     let mut supervisor = Supervisor::new(policy(2));
-    supervisor.step(Event::Command(Command::Drain), Now::ZERO);
+    supervisor.step(SupervisorEvent::Command(Command::Drain), Now::ZERO);
     assert_eq!(supervisor.save(Now::ZERO), None);
-    assert_eq!(supervisor.step(Event::Command(Command::Upgrade), Now::ZERO), []);
+    assert_eq!(supervisor.step(SupervisorEvent::Command(Command::Upgrade), Now::ZERO), []);
     let mut supervisor = Supervisor::new(policy(2));
-    assert!(supervisor.step(Event::Command(Command::Upgrade), Now::ZERO).contains(&Action::Upgrade));
+    assert!(supervisor.step(SupervisorEvent::Command(Command::Upgrade), Now::ZERO).contains(&Action::Upgrade));
 }
 
 #[test]
@@ -133,12 +134,12 @@ fn a_deadline_that_has_passed_counts_only_when_all_reports_and_deaths_are_read()
     let roster = Supervisor::new(policy(2)).save(Now::ZERO).unwrap();
     let mut supervisor = Supervisor::restore(policy(2), &Roster { slots, ..roster }, 50 * MS);
     let [one, other, left, stuck] = [100, 101, 102, 103].map(Pid::from_raw);
-    let mut actions = supervisor.step(Event::Ready { pid: one }, 51 * MS);
-    actions.extend(supervisor.step(Event::Exited { pid: left, after_exit: AfterExit::Replace }, 52 * MS));
-    actions.extend(supervisor.step(Event::Ready { pid: other }, 53 * MS));
+    let mut actions = supervisor.step(SupervisorEvent::Ready { pid: one }, 51 * MS);
+    actions.extend(supervisor.step(SupervisorEvent::Exited { pid: left, after_exit: AfterExit::Replace }, 52 * MS));
+    actions.extend(supervisor.step(SupervisorEvent::Ready { pid: other }, 53 * MS));
     assert!(!actions.iter().any(|action| matches!(action, Action::Kill { .. })), "{actions:?}");
     assert!(supervisor.next_deadline().is_some_and(|deadline| deadline <= 53 * MS), "the clock is looked at next");
-    let actions = supervisor.step(Event::Tick, 54 * MS);
+    let actions = supervisor.step(SupervisorEvent::Tick, 54 * MS);
     let killed: Vec<Pid> =
         actions.iter().filter_map(|action| if let Action::Kill { pid } = *action { Some(pid) } else { None }).collect();
     assert_eq!(killed, [stuck]);

@@ -15,7 +15,7 @@ use crate::master::control::Waiting;
 use crate::master::output::{LineReader, Output};
 use crate::master::programs::ProgramState;
 use crate::master::spawn::{Child, Link, Spawner};
-use crate::master::supervisor::{Command, Event, Now, Supervisor};
+use crate::master::supervisor::{Command, Now, Supervisor, SupervisorEvent};
 use crate::master::{Control, EarlierChildren, Master, policy};
 use crate::sys;
 use crate::upgrade::Takeover;
@@ -114,10 +114,10 @@ impl Master {
         self.reply_to_waiting(Waiting::Reload, &ControlReply::Progress { text });
         left.remove_socket_files();
         drop(left);
-        self.feed(Event::Command(Command::Reload));
+        self.feed(SupervisorEvent::Command(Command::Reload));
         self.reap();
         self.read_children();
-        self.feed(Event::Tick);
+        self.feed(SupervisorEvent::Tick);
     }
 
     /// `passed` is the time since the former master wrote its state.

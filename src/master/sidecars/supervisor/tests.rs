@@ -16,9 +16,9 @@ struct World {
     now: Now,
     wall: Timestamp,
     alive: BTreeMap<Pid, usize>,
-    asked: BTreeMap<Pid, Action>,
+    asked: BTreeMap<Pid, SidecarAction>,
     next_pid: i32,
-    notices: Vec<(usize, Notice)>,
+    notices: Vec<(usize, SidecarNotice)>,
     /// How many times each sidecar was started.
     starts: Vec<u32>,
     fails_to_spawn: bool,
@@ -50,8 +50,8 @@ fn world(daemons: usize, schedules: &[&str], cron_timeout: Duration) -> World {
 }
 
 impl World {
-    fn feed(&mut self, event: Event) {
-        if let Event::Exited { pid, .. } = event {
+    fn feed(&mut self, event: SidecarEvent) {
+        if let SidecarEvent::Exited { pid, .. } = event {
             self.alive.remove(&pid).expect("it was running");
             self.asked.remove(&pid);
         }
@@ -59,24 +59,26 @@ impl World {
         while let Some(event) = events.pop() {
             for action in self.sidecars.step(event, self.now, self.wall) {
                 match action {
-                    Action::Spawn { sidecar } if self.fails_to_spawn => events.push(Event::SpawnFailed { sidecar }),
-                    Action::Spawn { sidecar } => {
+                    SidecarAction::Spawn { sidecar } if self.fails_to_spawn => {
+                        events.push(SidecarEvent::SpawnFailed { sidecar })
+                    }
+                    SidecarAction::Spawn { sidecar } => {
                         assert!(!self.alive.values().any(|&other| other == sidecar), "one process for each sidecar");
                         let pid = Pid::from_raw(self.next_pid);
                         self.next_pid += 1;
                         self.alive.insert(pid, sidecar);
                         self.starts[sidecar] += 1;
-                        events.push(Event::Spawned { sidecar, pid });
+                        events.push(SidecarEvent::Spawned { sidecar, pid });
                     }
-                    Action::Terminate { pid } => {
+                    SidecarAction::Terminate { pid } => {
                         assert!(self.alive.contains_key(&pid), "only the living are asked");
                         assert_eq!(self.asked.insert(pid, action), None, "once");
                     }
-                    Action::Kill { pid } => {
+                    SidecarAction::Kill { pid } => {
                         assert!(self.alive.contains_key(&pid), "only the living are killed");
                         assert_ne!(self.asked.insert(pid, action), Some(action), "once");
                     }
-                    Action::Notice { sidecar, notice } => self.notices.push((sidecar, notice)),
+                    SidecarAction::Notice { sidecar, notice } => self.notices.push((sidecar, notice)),
                 }
             }
         }
@@ -86,7 +88,7 @@ impl World {
     fn pass(&mut self, time: Duration) {
         self.now += time;
         self.wall += time;
-        self.feed(Event::Tick);
+        self.feed(SidecarEvent::Tick);
     }
 
     fn pid(&self, sidecar: usize) -> Pid {
@@ -95,7 +97,7 @@ impl World {
 
     fn end(&mut self, sidecar: usize, after_exit: AfterExit) {
         let pid = self.pid(sidecar);
-        self.feed(Event::Exited { pid, after_exit });
+        self.feed(SidecarEvent::Exited { pid, after_exit });
     }
 }
 
@@ -104,7 +106,7 @@ fn no_sidecar_runs_before_there_are_workers_and_jobs_wait_for_their_time() {
     let mut world = world(1, &["* * * * *"], Duration::ZERO);
     world.pass(90 * S);
     assert_eq!(world.starts, [0, 0]);
-    world.feed(Event::Begin);
+    world.feed(SidecarEvent::Begin);
     assert_eq!(world.starts, [1, 0]);
     assert_eq!(world.sidecars.next_deadline(), Some(world.now + 60 * S), "it is on the full minute now");
     world.pass(60 * S);
@@ -114,7 +116,7 @@ fn no_sidecar_runs_before_there_are_workers_and_jobs_wait_for_their_time() {
 #[test]
 fn a_daemon_is_restarted_immediately_if_it_had_run_and_with_growing_delays_otherwise() {
     let mut world = world(1, &[], Duration::ZERO);
-    world.feed(Event::Begin);
+    world.feed(SidecarEvent::Begin);
     world.pass(S);
     world.end(0, AfterExit::Replace);
     assert_eq!(world.starts, [2]);
@@ -138,18 +140,18 @@ fn a_daemon_is_restarted_immediately_if_it_had_run_and_with_growing_delays_other
 #[test]
 fn a_daemon_that_exits_with_125_is_not_restarted_before_a_reload_unless_it_exited_early() {
     let mut world = world(2, &[], Duration::ZERO);
-    world.feed(Event::Begin);
+    world.feed(SidecarEvent::Begin);
     world.end(0, AfterExit::StayDown);
-    assert!(matches!(world.notices[..], [(0, Notice::Failing { failures: 1, .. })]), "{:?}", world.notices);
+    assert!(matches!(world.notices[..], [(0, SidecarNotice::Failing { failures: 1, .. })]), "{:?}", world.notices);
     world.pass(S);
     world.pass(S);
     world.end(0, AfterExit::StayDown);
     world.pass(3600 * S);
-    assert_eq!((world.starts.as_slice(), &world.notices[1..]), (&[2, 1][..], &[(0, Notice::Retired)][..]));
+    assert_eq!((world.starts.as_slice(), &world.notices[1..]), (&[2, 1][..], &[(0, SidecarNotice::Retired)][..]));
     let other = world.pid(1);
-    world.feed(Event::Reloaded);
+    world.feed(SidecarEvent::Reloaded);
     assert_eq!(world.starts, [3, 1], "the running daemon is asked to stop first");
-    assert_eq!(world.asked, BTreeMap::from([(other, Action::Terminate { pid: other })]));
+    assert_eq!(world.asked, BTreeMap::from([(other, SidecarAction::Terminate { pid: other })]));
     world.end(1, AfterExit::StayDown);
     assert_eq!(world.starts, [3, 2], "the status after a request to stop does not matter");
 }
@@ -157,7 +159,7 @@ fn a_daemon_that_exits_with_125_is_not_restarted_before_a_reload_unless_it_exite
 #[test]
 fn a_daemon_that_exits_immediately_with_0_is_restarted_a_limited_number_of_times() {
     let mut world = world(2, &[], Duration::ZERO);
-    world.feed(Event::Begin);
+    world.feed(SidecarEvent::Begin);
     let mut delays = Vec::new();
     for _ in 0..3 {
         world.end(0, AfterExit::Restart);
@@ -166,10 +168,10 @@ fn a_daemon_that_exits_immediately_with_0_is_restarted_a_limited_number_of_times
     }
     assert_eq!(delays, [100, 200, 400].map(Duration::from_millis));
     world.end(0, AfterExit::Restart);
-    assert_eq!(world.notices.last(), Some(&(0, Notice::GivenUp { tries: 4 })));
+    assert_eq!(world.notices.last(), Some(&(0, SidecarNotice::GivenUp { tries: 4 })));
     world.pass(3600 * S);
     assert_eq!(world.starts, [4, 1]);
-    world.feed(Event::Reloaded);
+    world.feed(SidecarEvent::Reloaded);
     assert_eq!(world.starts[0], 5);
     // The start of the failing daemon is retried; the daemon that had run was restarted.
     for _ in 0..20 {
@@ -182,33 +184,33 @@ fn a_daemon_that_exits_immediately_with_0_is_restarted_a_limited_number_of_times
 #[test]
 fn a_daemon_in_the_background_is_not_started_a_second_time_before_a_reload() {
     let mut world = world(1, &["* * * * *"], Duration::ZERO);
-    world.feed(Event::Begin);
+    world.feed(SidecarEvent::Begin);
     let pid = Pid::from_raw(7);
-    world.feed(Event::Detached { sidecar: 0, pid });
+    world.feed(SidecarEvent::Detached { sidecar: 0, pid });
     assert_eq!(world.notices, [], "it is running");
     world.end(0, AfterExit::Restart);
-    world.feed(Event::Detached { sidecar: 0, pid });
-    assert_eq!(world.notices.last(), Some(&(0, Notice::Detached { pid })));
-    world.feed(Event::Detached { sidecar: 1, pid });
+    world.feed(SidecarEvent::Detached { sidecar: 0, pid });
+    assert_eq!(world.notices.last(), Some(&(0, SidecarNotice::Detached { pid })));
+    world.feed(SidecarEvent::Detached { sidecar: 1, pid });
     assert_eq!(world.notices.len(), 2, "a job may leave processes behind");
     world.pass(3600 * S);
     assert_eq!(world.starts[0], 1);
-    world.feed(Event::Reloaded);
+    world.feed(SidecarEvent::Reloaded);
     assert_eq!(world.starts[0], 2);
 }
 
 #[test]
 fn a_run_is_skipped_while_the_previous_run_continues_up_to_its_time_limit() {
     let mut world = world(0, &["* * * * *"], 90 * S);
-    world.feed(Event::Begin);
+    world.feed(SidecarEvent::Begin);
     world.pass(30 * S);
     let pid = world.pid(0);
     world.pass(60 * S);
-    assert_eq!(world.notices, [(0, Notice::Skipped { pid })]);
+    assert_eq!(world.notices, [(0, SidecarNotice::Skipped { pid })]);
     world.pass(30 * S);
-    assert_eq!(world.asked[&pid], Action::Terminate { pid });
+    assert_eq!(world.asked[&pid], SidecarAction::Terminate { pid });
     world.pass(STOP);
-    assert_eq!(world.asked[&pid], Action::Kill { pid });
+    assert_eq!(world.asked[&pid], SidecarAction::Kill { pid });
     world.end(0, AfterExit::Replace);
     world.pass(20 * S);
     assert_eq!(world.starts, [2]);
@@ -217,7 +219,7 @@ fn a_run_is_skipped_while_the_previous_run_continues_up_to_its_time_limit() {
 #[test]
 fn missed_runs_are_run_once_and_a_clock_set_back_does_not_stop_a_job() {
     let mut world = world(0, &["*/10 * * * *"], Duration::ZERO);
-    world.feed(Event::Begin);
+    world.feed(SidecarEvent::Begin);
     // The machine was suspended for a day: only the wall clock has advanced.
     world.wall += 24 * 3600 * S;
     world.pass(S);
@@ -237,19 +239,19 @@ fn missed_runs_are_run_once_and_a_clock_set_back_does_not_stop_a_job() {
 #[test]
 fn sidecars_stop_in_order() {
     let mut world = world(2, &["* * * * *"], Duration::ZERO);
-    world.feed(Event::Begin);
+    world.feed(SidecarEvent::Begin);
     world.pass(30 * S);
-    world.feed(Event::Closing);
+    world.feed(SidecarEvent::Closing);
     world.end(0, AfterExit::Replace);
     world.end(2, AfterExit::Restart);
     world.pass(120 * S);
     assert_eq!(world.starts, [2, 1, 1], "draining workers may need a daemon, but no job is started");
     assert!(world.asked.is_empty());
-    world.feed(Event::Stop);
+    world.feed(SidecarEvent::Stop);
     assert_eq!(world.asked.len(), 2);
     world.end(0, AfterExit::Replace);
     world.pass(STOP);
-    assert_eq!(world.notices.last(), Some(&(1, Notice::StopTimeout { pid: world.pid(1) })));
+    assert_eq!(world.notices.last(), Some(&(1, SidecarNotice::StopTimeout { pid: world.pid(1) })));
     world.end(1, AfterExit::Replace);
     assert!(world.sidecars.is_empty());
 }
@@ -262,10 +264,10 @@ fn adopted_sidecars_continue_and_unwanted_sidecars_are_stopped() {
         let number = world.sidecars.adopt(sidecar, pid, Duration::ZERO, None, world.now);
         world.alive.insert(pid, number);
     }
-    world.feed(Event::Begin);
+    world.feed(SidecarEvent::Begin);
     assert_eq!(world.starts, [0, 0], "they are already running");
     assert_eq!(world.asked.keys().collect::<Vec<_>>(), [&pids[2]]);
-    world.feed(Event::Exited { pid: pids[2], after_exit: AfterExit::Restart });
+    world.feed(SidecarEvent::Exited { pid: pids[2], after_exit: AfterExit::Restart });
     world.pass(90 * S);
     assert_eq!(world.asked.keys().collect::<Vec<_>>(), [&pids[1]], "a job has a time limit");
     world.end(0, AfterExit::Replace);
@@ -280,7 +282,7 @@ fn the_exit_of_an_adopted_daemon_that_had_run_or_was_asked_to_stop_is_no_failure
         let number = world.sidecars.adopt(Some(0), pid, age, stop_left, world.now);
         world.alive.insert(pid, number);
         assert_eq!(world.sidecars.stop_left(pid), stop_left, "for the next master");
-        world.feed(Event::Begin);
+        world.feed(SidecarEvent::Begin);
         world.end(0, AfterExit::Replace);
         assert_eq!(world.starts, [1], "immediately: age={age:?} stop_left={stop_left:?}");
     }
@@ -288,7 +290,7 @@ fn the_exit_of_an_adopted_daemon_that_had_run_or_was_asked_to_stop_is_no_failure
     let pid = Pid::from_raw(1);
     let number = world.sidecars.adopt(Some(0), pid, 80 * S, None, world.now);
     world.alive.insert(pid, number);
-    world.feed(Event::Begin);
+    world.feed(SidecarEvent::Begin);
     world.pass(11 * S);
     assert!(world.asked.contains_key(&pid), "a job's time limit includes the time under the former master");
 }
@@ -304,8 +306,8 @@ fn a_sidecar_that_has_exited_is_not_asked_to_stop_when_its_time_limit_passed_dur
     world.end(0, AfterExit::Restart);
     world.end(1, AfterExit::Restart);
     assert!(world.asked.is_empty() && world.notices.is_empty(), "{:?}", world.notices);
-    world.feed(Event::Begin);
-    assert_eq!(world.notices, [(2, Notice::RunTimeout { pid: pids[2] })]);
+    world.feed(SidecarEvent::Begin);
+    assert_eq!(world.notices, [(2, SidecarNotice::RunTimeout { pid: pids[2] })]);
 }
 
 #[test]
@@ -313,14 +315,14 @@ fn a_job_that_became_due_during_an_upgrade_is_run_once() {
     let schedules = ["* * * * *", "@hourly"];
     let mut first = world(0, &schedules, S);
     assert_eq!(first.sidecars.looked_at(), None, "no job runs yet");
-    first.feed(Event::Begin);
+    first.feed(SidecarEvent::Begin);
     let looked_at = first.sidecars.looked_at().unwrap();
     let mut second = world(0, &schedules, S);
     second.wall += 90 * S;
     second.sidecars.resume(looked_at);
-    second.feed(Event::Begin);
+    second.feed(SidecarEvent::Begin);
     assert_eq!(second.starts, [1, 0]);
-    second.feed(Event::Begin);
+    second.feed(SidecarEvent::Begin);
     assert_eq!(second.starts, [1, 0], "once");
 }
 
@@ -337,12 +339,12 @@ fn history(seed: u64) {
         match random.u8(0..20) {
             0 => {
                 begun = true;
-                world.feed(Event::Begin);
+                world.feed(SidecarEvent::Begin);
             }
-            1 => world.feed(Event::Reloaded),
+            1 => world.feed(SidecarEvent::Reloaded),
             2 if random.u8(0..10) == 0 => {
                 let jobs = |world: &World| world.starts.iter().sum::<u32>();
-                world.feed(Event::Closing);
+                world.feed(SidecarEvent::Closing);
                 closing = closing.or(Some(jobs(&world)));
             }
             3 => world.wall -= S * random.u32(0..7200),
@@ -350,7 +352,7 @@ fn history(seed: u64) {
             5..12 if !living.is_empty() => {
                 let pid = living[random.usize(0..living.len())];
                 let after_exit = [AfterExit::Replace, AfterExit::Restart, AfterExit::StayDown][random.usize(0..3)];
-                world.feed(Event::Exited { pid, after_exit });
+                world.feed(SidecarEvent::Exited { pid, after_exit });
             }
             _ => {
                 // Like the shell: wakes at the deadline, or earlier.
@@ -363,14 +365,14 @@ fn history(seed: u64) {
         assert!(!has_missed_deadline, "a deadline that has passed was not met");
     }
     world.fails_to_spawn = false;
-    world.feed(if random.bool() { Event::Stop } else { Event::Halt });
+    world.feed(if random.bool() { SidecarEvent::Stop } else { SidecarEvent::Halt });
     let starts = world.starts.clone();
     world.pass(STOP);
     for &pid in world.alive.keys() {
-        assert_eq!(world.asked.get(&pid), Some(&Action::Kill { pid }), "a process that does not stop is killed");
+        assert_eq!(world.asked.get(&pid), Some(&SidecarAction::Kill { pid }), "a process that does not stop is killed");
     }
     for pid in world.alive.keys().copied().collect::<Vec<_>>() {
-        world.feed(Event::Exited { pid, after_exit: AfterExit::Replace });
+        world.feed(SidecarEvent::Exited { pid, after_exit: AfterExit::Replace });
     }
     world.pass(7200 * S);
     assert!(world.sidecars.is_empty() && world.starts == starts, "nothing is started after the end");

@@ -10,7 +10,7 @@ impl World {
         let end = self.now + time;
         while let Some(deadline) = self.supervisor.next_deadline().filter(|&deadline| deadline <= end) {
             self.now = deadline;
-            self.feed(Event::Tick);
+            self.feed(SupervisorEvent::Tick);
             self.obey();
         }
         self.now = end;
@@ -43,7 +43,7 @@ impl World {
     }
 
     fn age(&mut self, pid: i32) {
-        self.feed(Event::Recycle { pid: Pid::from_raw(pid) });
+        self.feed(SupervisorEvent::Recycle { pid: Pid::from_raw(pid) });
     }
 }
 
@@ -59,14 +59,14 @@ fn constant_demand_never_flaps() {
             for _ in 0..random.u32(0..5) {
                 world.requests = random.u32(0..40);
                 if world.supervisor.awaits_arrival() && world.requests > 0 {
-                    world.feed(Event::Arrival);
+                    world.feed(SupervisorEvent::Arrival);
                 }
                 let time = MS * random.u32(0..30_000);
                 world.pass(time);
             }
             world.requests = random.u32(0..40);
             if world.supervisor.awaits_arrival() && world.requests > 0 {
-                world.feed(Event::Arrival);
+                world.feed(SupervisorEvent::Arrival);
             }
             let from = world.supervisor.target;
             world.notices.clear();
@@ -143,9 +143,9 @@ fn with_a_lower_limit_of_0_there_is_no_worker_until_a_connection_arrives() {
     assert_eq!((world.notices.as_slice(), world.spawned), ([Notice::FullStrength].as_slice(), 0));
     assert!(world.supervisor.awaits_arrival() && world.supervisor.next_deadline().is_none(), "it sleeps");
     world.requests = 1;
-    world.feed(Event::Arrival);
+    world.feed(SupervisorEvent::Arrival);
     assert_eq!((world.spawned, world.supervisor.awaits_arrival()), (1, false));
-    world.feed(Event::Arrival);
+    world.feed(SupervisorEvent::Arrival);
     assert_eq!(world.spawned, 1, "that was the same one");
     world.pass(S * 100);
     assert_eq!(world.ready(), 2, "one works, and one is there for the next");
@@ -156,9 +156,9 @@ fn with_a_lower_limit_of_0_there_is_no_worker_until_a_connection_arrives() {
     world.pass(S * 12);
     assert_eq!((world.ready(), world.supervisor.awaits_arrival()), (0, true));
     assert_eq!(world.supervisor.next_deadline(), None, "it sleeps again");
-    world.feed(Event::Command(Command::Reload));
+    world.feed(SupervisorEvent::Command(Command::Reload));
     assert!(world.notices.contains(&Notice::ReloadDone { generation: 2 }), "there is no process to replace");
-    world.feed(Event::Arrival);
+    world.feed(SupervisorEvent::Arrival);
     assert_eq!(world.generations(), [2]);
 }
 
@@ -193,7 +193,7 @@ fn the_operator_changes_numbers_and_ranges() {
         (Command::Scale(1000), (4, 4), 4),
         (Command::Add, (5, 5), 5),
     ] {
-        world.feed(Event::Command(command));
+        world.feed(SupervisorEvent::Command(command));
         let is = (world.supervisor.scaler.limits(), world.supervisor.target);
         assert_eq!(is, (limits, target), "{command:?}");
         world.settle();
@@ -218,12 +218,12 @@ fn a_worker_that_fails_at_start_costs_few_forks_a_minute_and_a_good_reload_heals
                 break;
             }
             world.now = deadline;
-            world.feed(Event::Tick);
+            world.feed(SupervisorEvent::Tick);
         }
         of_minutes.push(world.spawned - before);
     }
     assert_eq!(of_minutes, [13, 2, 2, 2, 2]);
-    world.feed(Event::Command(Command::Reload));
+    world.feed(SupervisorEvent::Command(Command::Reload));
     assert_eq!(world.processes.len(), 1, "at once, and one alone");
     world.obey();
     assert_eq!(world.ready(), 4);
@@ -236,7 +236,7 @@ fn after_a_failed_reload_the_dead_are_replaced_by_their_own_generation() {
     let mut world = World::new(policy(3));
     world.settle();
     let old = world.all(Life::Ready);
-    world.feed(Event::Command(Command::Reload));
+    world.feed(SupervisorEvent::Command(Command::Reload));
     // An old process dies while the canary starts: it is replaced at once, and not by a second canary.
     world.die(Pid::from_raw(old[0]), AfterExit::Replace);
     let new = world.all(Life::Starting);
@@ -250,7 +250,7 @@ fn after_a_failed_reload_the_dead_are_replaced_by_their_own_generation() {
     world.die(Pid::from_raw(old[1]), AfterExit::Replace);
     world.obey();
     assert_eq!((world.ready(), world.generations()), (3, vec![1, 1, 1]));
-    world.feed(Event::Command(Command::Reload));
+    world.feed(SupervisorEvent::Command(Command::Reload));
     world.obey();
     assert_eq!((world.ready(), world.generations()), (3, vec![3, 3, 3]));
     assert!(world.notices.contains(&Notice::ReloadDone { generation: 3 }));
@@ -260,7 +260,7 @@ fn after_a_failed_reload_the_dead_are_replaced_by_their_own_generation() {
 fn a_reload_that_fails_half_way_keeps_what_it_has() {
     let mut world = World::new(Policy { max_unavailable: Budget::Percent(50), ..policy(4) });
     world.settle();
-    world.feed(Event::Command(Command::Reload));
+    world.feed(SupervisorEvent::Command(Command::Reload));
     let canary = world.all(Life::Starting);
     assert_eq!(canary.len(), 1, "the first one alone, whatever the budget");
     world.become_ready(Pid::from_raw(canary[0]));
@@ -315,7 +315,7 @@ fn a_worn_one_whose_replacement_fails_serves_on() {
         assert_eq!((new.len(), world.ready()), (1, 2));
         world.die(Pid::from_raw(new[0]), AfterExit::Replace);
         world.now = world.supervisor.next_deadline().unwrap();
-        world.feed(Event::Tick);
+        world.feed(SupervisorEvent::Tick);
     }
     world.obey();
     assert_eq!((world.ready(), world.processes.contains_key(&old[0])), (2, false));
@@ -341,19 +341,19 @@ fn one_that_hangs_is_replaced_at_once_and_ended() {
 fn changed_settings_take_effect_immediately_and_commands_hold_until_then() {
     let mut world = World::new(range(2, 2));
     world.settle();
-    world.feed(Event::Command(Command::Scale(3)));
+    world.feed(SupervisorEvent::Command(Command::Scale(3)));
     world.settle();
-    world.feed(Event::Policy(Policy { drain_timeout: S, ..range(2, 2) }));
+    world.feed(SupervisorEvent::Policy(Policy { drain_timeout: S, ..range(2, 2) }));
     world.settle();
     assert_eq!(world.ready(), 3, "the file has not changed");
-    world.feed(Event::Policy(range(5, 6)));
+    world.feed(SupervisorEvent::Policy(range(5, 6)));
     world.settle();
     assert_eq!((world.ready(), world.supervisor.view().limits), (5, (5, 6)));
     let most = world.supervisor.view().most;
-    world.feed(Event::Policy(range(most + 1, most + 1)));
+    world.feed(SupervisorEvent::Policy(range(most + 1, most + 1)));
     world.settle();
     assert_eq!((world.ready(), world.supervisor.view().most), (5, most), "there is no room for so many");
-    world.feed(Event::Policy(range(1, 1)));
+    world.feed(SupervisorEvent::Policy(range(1, 1)));
     world.settle();
     world.obey();
     assert_eq!(world.all(Life::Ready).len(), 1);

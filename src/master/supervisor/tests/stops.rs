@@ -5,11 +5,11 @@ use super::*;
 impl World {
     fn drain_with_queue(&mut self) {
         self.queue_waits = true;
-        self.feed(Event::Command(Command::Drain));
+        self.feed(SupervisorEvent::Command(Command::Drain));
     }
 
     fn queue(&mut self, waits: bool) {
-        self.feed(Event::Queue { waits });
+        self.feed(SupervisorEvent::Queue { waits });
     }
 
     fn of(&self, life: Life) -> Vec<Pid> {
@@ -61,7 +61,7 @@ fn who_dies_before_it_is_ready_is_tried_again_later_until_the_queue_has_had_its_
 #[test]
 fn who_is_starting_at_the_stop_ends_if_nothing_is_queued_and_serves_what_is() {
     let mut world = World::new(policy(2));
-    world.feed(Event::Command(Command::Drain));
+    world.feed(SupervisorEvent::Command(Command::Drain));
     assert_eq!(world.of(Life::Leaving).len(), 2);
     let mut world = World::new(policy(2));
     world.drain_with_queue();
@@ -79,7 +79,7 @@ fn a_process_that_requests_it_is_not_replaced_and_an_immediate_stop_replaces_non
         world.settle();
         world.drain_with_queue();
         if let Some(halt) = last {
-            world.feed(Event::Command(halt));
+            world.feed(SupervisorEvent::Command(halt));
         }
         let (&pid, _) = world.processes.iter().next().unwrap();
         world.die(Pid::from_raw(pid), if last.is_some() { AfterExit::Replace } else { AfterExit::StayDown });
@@ -104,7 +104,7 @@ fn who_stops_closes_the_sockets_first_and_who_reloads_does_not() {
     for command in [Command::Drain, Command::Halt] {
         let mut world = World::new(policy(2));
         world.settle();
-        let actions = world.supervisor.step(Event::Command(command), world.now);
+        let actions = world.supervisor.step(SupervisorEvent::Command(command), world.now);
         assert_eq!(closes(&actions), Some(0), "{command:?}: {actions:?}");
         let at_once = command == Command::Halt;
         assert_eq!(actions[0], Action::Close { at_once });
@@ -112,7 +112,7 @@ fn who_stops_closes_the_sockets_first_and_who_reloads_does_not() {
     for command in [Command::Reload, Command::Add, Command::Remove, Command::Upgrade, Command::Scale(3)] {
         let mut world = World::new(policy(2));
         world.settle();
-        let actions = world.supervisor.step(Event::Command(command), world.now);
+        let actions = world.supervisor.step(SupervisorEvent::Command(command), world.now);
         assert_eq!(closes(&actions), None, "{command:?}: {actions:?}");
     }
 }
