@@ -40,7 +40,7 @@ use log::{Level, Log, Metadata, Record};
 pub(crate) use self::destination::examine;
 use self::destination::{Kind, Outcome, Queue};
 use self::line::{Fields, Line};
-use self::rate::{ByteLimit, LeftOut, Now, Sample, SiteLimits};
+use self::rate::{ByteLimit, Elapsed, LeftOut, Sample, SiteLimits};
 use crate::config::logs::{LogConfig, LogFormat};
 use crate::sys;
 
@@ -101,7 +101,7 @@ impl Sink {
     }
 
     /// The time since the log was first used.
-    fn now(&mut self) -> Now {
+    fn now(&mut self) -> Elapsed {
         self.begun.get_or_insert_with(Instant::now).elapsed()
     }
 
@@ -175,7 +175,7 @@ impl Sink {
 
     /// Logs how much was left out, if the report is due by `now`: one line for each place in the source, and one for the
     /// application's lines.
-    fn report_left_out(&mut self, now: Now) {
+    fn report_left_out(&mut self, now: Elapsed) {
         let Some(limits) = &mut self.limits else { return };
         let (samples, left_out) = (limits.sites.tick(now), limits.application.tick(now));
         for Sample { level, target, message, mut fields, more } in samples {
@@ -411,7 +411,7 @@ pub(crate) fn last_flush_timeout() -> Duration {
 /// Writes queued lines before this process exits, if the reader has not stopped and reads them within a second.
 pub(crate) fn finish() {
     let mut sink = sink();
-    sink.report_left_out(Now::MAX);
+    sink.report_left_out(Elapsed::MAX);
     let kind = sink.kind;
     if let Some(queue) = sink.queue.as_mut().filter(|queue| !queue.is_empty()) {
         let limit = queue.is_slow_for().unwrap_or_default().min(last_flush_timeout());

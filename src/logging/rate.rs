@@ -8,7 +8,7 @@ use log::Level;
 use super::line::Fields;
 
 /// A point in time, relative to a moment that all callers share.
-pub(crate) type Now = Duration;
+pub(crate) type Elapsed = Duration;
 
 /// Interval between reports of the lines that were left out.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -22,16 +22,16 @@ struct Bucket {
     rate: u64,
     burst: u64,
     /// When the bucket will be full if nothing more is taken.
-    full_at: Now,
+    full_at: Elapsed,
 }
 
 impl Bucket {
     fn new(rate: u64, burst: u64) -> Self {
-        Self { rate, burst, full_at: Now::ZERO }
+        Self { rate, burst, full_at: Elapsed::ZERO }
     }
 
     /// Takes `cost` tokens, if they are available. A full bucket admits a cost above its capacity.
-    fn admits(&mut self, cost: u64, now: Now) -> bool {
+    fn admits(&mut self, cost: u64, now: Elapsed) -> bool {
         if self.rate == 0 {
             return true;
         }
@@ -68,7 +68,7 @@ pub(crate) struct Admission {
 pub(crate) struct ByteLimit {
     bucket: Bucket,
     left_out: LeftOut,
-    due: Option<Now>,
+    due: Option<Elapsed>,
 }
 
 impl ByteLimit {
@@ -78,7 +78,7 @@ impl ByteLimit {
         Self { bucket, left_out: LeftOut::default(), due: None }
     }
 
-    pub(crate) fn take(&mut self, bytes: usize, now: Now) -> Admission {
+    pub(crate) fn take(&mut self, bytes: usize, now: Elapsed) -> Admission {
         let bytes = bytes as u64;
         let is_admitted = self.bucket.admits(bytes, now);
         if !is_admitted {
@@ -90,7 +90,7 @@ impl ByteLimit {
     }
 
     /// The count, if its report is due.
-    pub(crate) fn tick(&mut self, now: Now) -> Option<LeftOut> {
+    pub(crate) fn tick(&mut self, now: Elapsed) -> Option<LeftOut> {
         if self.due.is_some_and(|due| due <= now) { self.end() } else { None }
     }
 
@@ -100,7 +100,7 @@ impl ByteLimit {
         Some(std::mem::take(&mut self.left_out)).filter(|left_out| left_out.lines > 0)
     }
 
-    pub(crate) fn due(&self) -> Option<Now> {
+    pub(crate) fn due(&self) -> Option<Elapsed> {
         self.due
     }
 }
@@ -131,7 +131,7 @@ pub(super) struct SiteLimits {
 struct SiteState {
     bucket: Bucket,
     sample: Option<Sample>,
-    due: Now,
+    due: Elapsed,
 }
 
 impl SiteLimits {
@@ -140,12 +140,12 @@ impl SiteLimits {
     }
 
     /// Whether a line is logged; otherwise it is kept as a sample. `sample` is not called if the line is logged.
-    pub(super) fn admits(&mut self, site: Site, now: Now, sample: impl FnOnce() -> Sample) -> bool {
+    pub(super) fn admits(&mut self, site: Site, now: Elapsed, sample: impl FnOnce() -> Sample) -> bool {
         if self.rate == 0 {
             return true;
         }
         let rate = u64::from(self.rate);
-        let new = || SiteState { bucket: Bucket::new(rate, rate), sample: None, due: Now::ZERO };
+        let new = || SiteState { bucket: Bucket::new(rate, rate), sample: None, due: Elapsed::ZERO };
         let state = self.sites.entry(site).or_insert_with(new);
         if state.sample.is_none() && state.bucket.admits(1, now) {
             return true;
@@ -164,12 +164,12 @@ impl SiteLimits {
     }
 
     /// The samples that are due to be logged.
-    pub(super) fn tick(&mut self, now: Now) -> Vec<Sample> {
+    pub(super) fn tick(&mut self, now: Elapsed) -> Vec<Sample> {
         self.sites.values_mut().filter(|state| state.due <= now).filter_map(|state| state.sample.take()).collect()
     }
 
     /// When the next sample is due, even if no line is logged.
-    pub(super) fn due(&self) -> Option<Now> {
+    pub(super) fn due(&self) -> Option<Elapsed> {
         self.sites.values().filter(|state| state.sample.is_some()).map(|state| state.due).min()
     }
 }
@@ -183,7 +183,7 @@ mod tests {
         for seed in 0..300 {
             let mut random = fastrand::Rng::with_seed(seed);
             let rate = random.u64(100..10_000);
-            let (mut limit, mut now) = (ByteLimit::new(rate), Now::from_secs(3));
+            let (mut limit, mut now) = (ByteLimit::new(rate), Elapsed::from_secs(3));
             let begun = now;
             let (mut admitted, mut written, mut reported) =
                 (LeftOut::default(), LeftOut::default(), LeftOut::default());
@@ -192,7 +192,7 @@ mod tests {
                 to.bytes += bytes;
             };
             for _ in 0..2000 {
-                now += Now::from_micros(random.u64(0..20_000));
+                now += Elapsed::from_micros(random.u64(0..20_000));
                 if random.u32(0..5) == 0
                     && let Some(count) = limit.tick(now)
                 {
@@ -221,7 +221,7 @@ mod tests {
     #[test]
     fn a_line_longer_than_the_burst_is_logged_when_nothing_else_was() {
         let mut limit = ByteLimit::new(10);
-        let now = Now::from_secs(1);
+        let now = Elapsed::from_secs(1);
         assert!(limit.take(5000, now).is_admitted);
         assert!(!limit.take(1, now).is_admitted);
         assert!(ByteLimit::new(0).take(usize::MAX, now).is_admitted, "no limit");
@@ -237,7 +237,7 @@ mod tests {
             more: 0,
         };
         let mut limits = SiteLimits::new(3);
-        let now = Now::from_secs(9);
+        let now = Elapsed::from_secs(9);
         let logged = |limits: &mut SiteLimits, line: u32, at| {
             (0..10).filter(|n| limits.admits(("file", line), at, || sample(&n.to_string()))).count()
         };

@@ -14,14 +14,12 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
 
+use super::supervisor::Uptime;
 use crate::control::wire::{self, ControlReply, ControlRequest, MAX_REQUEST};
 use crate::logging::rate::{Admission, ByteLimit};
 use crate::net::control_listener::ControlListener;
 use crate::sys;
 use crate::upgrade::saved_state::{SavedClient, SavedControl, SavedWaiting};
-
-/// Time since the master started.
-type Now = Duration;
 
 /// Maximum number of clients that are not waiting for an outcome. Further clients wait in the kernel's queue.
 const MAX_CLIENTS: usize = 16;
@@ -43,7 +41,7 @@ pub(crate) struct Control {
     listener: Option<ControlListener>,
     clients: Vec<Client>,
     next: ClientId,
-    paused_until: Now,
+    paused_until: Uptime,
     /// Limits the log lines about users without permission to one a second, with short bursts.
     refusals: ByteLimit,
 }
@@ -75,13 +73,13 @@ struct Client {
     ending: bool,
     gone: bool,
     /// Time limit for the client to send or read something.
-    deadline: Now,
+    deadline: Uptime,
     waiting: Waiting,
 }
 
 impl Control {
     pub(crate) fn new(listener: Option<ControlListener>) -> Self {
-        Self { listener, clients: Vec::new(), next: 1, paused_until: Now::ZERO, refusals: ByteLimit::new(1) }
+        Self { listener, clients: Vec::new(), next: 1, paused_until: Uptime::ZERO, refusals: ByteLimit::new(1) }
     }
 
     /// The saved form, for the next master in an upgrade. A client with too many unsent bytes is left out.
@@ -97,7 +95,7 @@ impl Control {
     }
 
     /// Takes over the clients of a former master.
-    pub(crate) fn restore(&mut self, clients: Vec<(OwnedFd, SavedClient)>, now: Now) {
+    pub(crate) fn restore(&mut self, clients: Vec<(OwnedFd, SavedClient)>, now: Uptime) {
         for (socket, saved) in clients {
             let mut client = Client::new(self.next, socket.into(), now + CLIENT_TIMEOUT);
             self.next += 1;
@@ -114,7 +112,7 @@ impl Control {
     }
 
     /// The descriptors for the master's `poll`, in the order that [`Control::attend`] expects.
-    pub(crate) fn watched(&self, now: Now) -> Vec<PollFd<'_>> {
+    pub(crate) fn watched(&self, now: Uptime) -> Vec<PollFd<'_>> {
         let mut watched: Vec<PollFd<'_>> =
             self.clients.iter().map(|client| PollFd::new(client.stream.as_fd(), client.interest())).collect();
         if self.has_room() && now >= self.paused_until {
@@ -124,14 +122,14 @@ impl Control {
     }
 
     /// The time at which [`Control::attend`] is due without an event.
-    pub(crate) fn next_deadline(&self, now: Now) -> Option<Now> {
+    pub(crate) fn next_deadline(&self, now: Uptime) -> Option<Uptime> {
         let clients = self.clients.iter().filter(|client| client.is_timed()).map(|client| client.deadline);
         clients.chain((self.paused_until > now).then_some(self.paused_until)).min()
     }
 
     /// Reads from and writes to all clients, and accepts new ones. `events` are the results of `poll` for [`Control::watched`].
     /// Returns the requests.
-    pub(crate) fn attend(&mut self, events: &[PollFlags], now: Now) -> Vec<(ClientId, ControlRequest)> {
+    pub(crate) fn attend(&mut self, events: &[PollFlags], now: Uptime) -> Vec<(ClientId, ControlRequest)> {
         let mut asked = Vec::new();
         for (client, &events) in self.clients.iter_mut().zip(events) {
             if events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR)
@@ -153,7 +151,7 @@ impl Control {
 
     /// Closes the connections of clients that have received their outcome, have disconnected, or have exceeded the time
     /// limit.
-    pub(crate) fn sweep(&mut self, now: Now) {
+    pub(crate) fn sweep(&mut self, now: Uptime) {
         self.clients.retain(|client| {
             let is_late = client.is_timed() && client.deadline <= now;
             if is_late {
@@ -171,7 +169,7 @@ impl Control {
         asking < MAX_CLIENTS && self.clients.len() < MAX_CLIENTS_AND_WAITING
     }
 
-    fn accept(&mut self, now: Now) {
+    fn accept(&mut self, now: Uptime) {
         while let Some(listener) = self.listener.as_ref().filter(|_| self.has_room()) {
             match sys::accept(listener.as_fd()) {
                 Ok((socket, _)) => {
@@ -200,14 +198,14 @@ impl Control {
     }
 
     /// Sends a reply to a client, if it is still connected.
-    pub(crate) fn reply(&mut self, id: ClientId, answer: &ControlReply, now: Now) {
+    pub(crate) fn reply(&mut self, id: ClientId, answer: &ControlReply, now: Uptime) {
         if let Some(client) = self.clients.iter_mut().find(|client| client.id == id) {
             client.reply(answer, now);
         }
     }
 
     /// Sends a descriptor to a client together with the outcome.
-    pub(crate) fn hand_over(&mut self, id: ClientId, fd: BorrowedFd<'_>, answer: &ControlReply, now: Now) {
+    pub(crate) fn hand_over(&mut self, id: ClientId, fd: BorrowedFd<'_>, answer: &ControlReply, now: Uptime) {
         let Some(client) = self.clients.iter_mut().find(|client| client.id == id) else { return };
         let line = wire::line(answer);
         // Nothing was sent to this client before, so the whole line fits the socket's buffer.
@@ -239,7 +237,7 @@ impl Control {
     }
 
     /// Sends a reply to all clients that wait for `what`.
-    pub(crate) fn reply_to_waiting(&mut self, what: Waiting, answer: &ControlReply, now: Now) {
+    pub(crate) fn reply_to_waiting(&mut self, what: Waiting, answer: &ControlReply, now: Uptime) {
         for client in self.clients.iter_mut().filter(|client| client.waiting == what) {
             client.reply(answer, now);
         }
@@ -247,7 +245,7 @@ impl Control {
 }
 
 impl Client {
-    fn new(id: ClientId, stream: UnixStream, deadline: Now) -> Self {
+    fn new(id: ClientId, stream: UnixStream, deadline: Uptime) -> Self {
         let (unread, unsent) = (Vec::new(), Vec::new());
         let (asked, ending, gone) = (false, false, false);
         Self { id, stream, unread, unsent, asked, ending, gone, deadline, waiting: Waiting::No }
@@ -282,7 +280,7 @@ impl Client {
     }
 
     /// Reads until there is a line, and parses it as the request. A client may send only one line.
-    fn read_child(&mut self, now: Now) -> Option<ControlRequest> {
+    fn read_child(&mut self, now: Uptime) -> Option<ControlRequest> {
         while !self.asked {
             let mut piece = [0; 512];
             match self.stream.read(&mut piece) {
@@ -312,12 +310,12 @@ impl Client {
         None
     }
 
-    fn refuse(&mut self, why: String, now: Now) {
+    fn refuse(&mut self, why: String, now: Uptime) {
         self.asked = true;
         self.reply(&ControlReply::failed(why), now);
     }
 
-    fn reply(&mut self, answer: &ControlReply, now: Now) {
+    fn reply(&mut self, answer: &ControlReply, now: Uptime) {
         if self.ending {
             return;
         }
@@ -338,7 +336,7 @@ impl Client {
     }
 
     /// Sends as much as the socket accepts.
-    fn send(&mut self, now: Now) {
+    fn send(&mut self, now: Uptime) {
         let mut sent = 0;
         while sent < self.unsent.len() {
             match self.stream.write(&self.unsent[sent..]) {

@@ -39,7 +39,7 @@ use nix::unistd::{Pid, getpgrp, getpid, getppid, getsid, setpgid};
 use super::Master;
 use super::procfs;
 use super::spawn::{Launch, Spawner};
-use super::supervisor::{Breaker, Now};
+use super::supervisor::{Breaker, Uptime};
 use crate::logging;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved_state::SavedGuard;
@@ -76,7 +76,7 @@ impl Guard {
         self.replaced.contains(&pid) || self.process.as_ref().is_some_and(|process| process.pid == pid)
     }
 
-    pub(super) fn next_deadline(&self) -> Option<Now> {
+    pub(super) fn next_deadline(&self) -> Option<Uptime> {
         (self.wanted && self.process.is_none()).then(|| self.breaker.open_until())
     }
 
@@ -101,7 +101,7 @@ impl Guard {
     }
 
     /// Records the death of a guard.
-    pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) {
+    pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Uptime) {
         if self.replaced.remove(&pid) {
             return;
         }
@@ -120,7 +120,7 @@ impl Guard {
         }
     }
 
-    fn start_failed(&mut self, now: Now, error: &io::Error) {
+    fn start_failed(&mut self, now: Uptime, error: &io::Error) {
         if let Some((_, delay)) = self.breaker.fail(now) {
             let error = sys::explain(error);
             log::error!(

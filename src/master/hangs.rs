@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
-use super::supervisor::Now;
+use super::supervisor::Uptime;
 
 /// Number of consecutive checks, after the first, that find the worker unchanged.
 const LOOKS: u32 = 4;
@@ -28,15 +28,15 @@ pub(crate) struct Work {
 pub(crate) struct Hangs {
     /// The time after which an unchanged worker hangs; zero disables the check.
     timeout: Duration,
-    next_look: Now,
+    next_look: Uptime,
     seen: HashMap<Pid, (Work, u32)>,
     /// Workers that were signalled to die, and when to kill them.
-    dying: HashMap<Pid, Now>,
+    dying: HashMap<Pid, Uptime>,
 }
 
 impl Hangs {
     pub(crate) fn new(timeout: Duration) -> Self {
-        Self { timeout, next_look: Now::ZERO, seen: HashMap::new(), dying: HashMap::new() }
+        Self { timeout, next_look: Uptime::ZERO, seen: HashMap::new(), dying: HashMap::new() }
     }
 
     pub(crate) fn timeout(&self) -> Duration {
@@ -48,17 +48,17 @@ impl Hangs {
     }
 
     /// The time at which [`Hangs::is_due`] or [`Hangs::overdue`] next has a result.
-    pub(crate) fn next_deadline(&self) -> Option<Now> {
+    pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         let look = (!self.timeout.is_zero()).then_some(self.next_look);
         self.dying.values().copied().chain(look).min()
     }
 
-    pub(crate) fn is_due(&self, now: Now) -> bool {
+    pub(crate) fn is_due(&self, now: Uptime) -> bool {
         !self.timeout.is_zero() && now >= self.next_look
     }
 
     /// Evaluates the rows of all workers. Returns the workers that hang.
-    pub(crate) fn look(&mut self, rows: impl IntoIterator<Item = (Pid, Work)>, now: Now) -> Vec<Pid> {
+    pub(crate) fn look(&mut self, rows: impl IntoIterator<Item = (Pid, Work)>, now: Uptime) -> Vec<Pid> {
         self.next_look = now + self.timeout / LOOKS;
         let mut before = std::mem::take(&mut self.seen);
         for (pid, work) in rows {
@@ -71,12 +71,12 @@ impl Hangs {
     }
 
     /// Records that the worker was signalled to die.
-    pub(crate) fn told_to_die(&mut self, pid: Pid, now: Now) {
+    pub(crate) fn told_to_die(&mut self, pid: Pid, now: Uptime) {
         self.dying.insert(pid, now + LAST_WORDS);
     }
 
     /// Workers that should be dead by now. A worker that stays alive is returned again later.
-    pub(crate) fn overdue(&mut self, now: Now) -> Vec<Pid> {
+    pub(crate) fn overdue(&mut self, now: Uptime) -> Vec<Pid> {
         let overdue = self.dying.iter_mut().filter(|(_, until)| **until <= now);
         overdue
             .map(|(&pid, until)| {

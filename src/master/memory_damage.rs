@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use forkyard_shm::Segment;
 
-use super::supervisor::Now;
+use super::supervisor::Uptime;
 use super::{Master, memory};
 use crate::startup::systemd;
 
@@ -18,7 +18,7 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 pub(super) struct Damage {
-    looked_at: Now,
+    looked_at: Uptime,
     found: Option<&'static str>,
     /// The number of parts that were emptied because they were inconsistent.
     restarts: u64,
@@ -29,12 +29,12 @@ impl Damage {
         Self { restarts: segment.restarts(), ..Self::default() }
     }
 
-    pub(super) fn next_deadline(&self) -> Option<Now> {
+    pub(super) fn next_deadline(&self) -> Option<Uptime> {
         self.found.is_none().then(|| self.looked_at + CHECK_INTERVAL)
     }
 
     /// Checks the memory, and logs what it finds.
-    fn look(&mut self, segment: &Segment, now: Now) {
+    fn look(&mut self, segment: &Segment, now: Uptime) {
         self.looked_at = now;
         if self.found.is_some() {
             return;

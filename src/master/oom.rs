@@ -8,7 +8,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::supervisor::Now;
+use super::supervisor::Uptime;
 
 /// A death within this time after the counter rose is attributed to lack of memory.
 const SAME_MOMENT: Duration = Duration::from_secs(1);
@@ -18,7 +18,7 @@ pub(crate) struct OomKills {
     /// Whether the counter covers only the processes of the server's cgroup.
     is_own: bool,
     count: u64,
-    rose_at: Option<Now>,
+    rose_at: Option<Uptime>,
 }
 
 impl OomKills {
@@ -33,7 +33,7 @@ impl OomKills {
 
     /// The cause for the log, if the kernel killed a worker for lack of memory. Must be called when a worker is found to have died of a
     /// SIGKILL that the master did not send.
-    pub(crate) fn explain(&mut self, now: Now) -> Option<&'static str> {
+    pub(crate) fn explain(&mut self, now: Uptime) -> Option<&'static str> {
         let count = fs::read_to_string(&self.source).ok().and_then(|text| count_in(&text));
         self.counted(count.unwrap_or(self.count), now).then(|| self.cause())
     }
@@ -42,7 +42,7 @@ impl OomKills {
         if self.is_own { "oom-kill" } else { "perhaps-oom-kill" }
     }
 
-    fn counted(&mut self, count: u64, now: Now) -> bool {
+    fn counted(&mut self, count: u64, now: Uptime) -> bool {
         if count > self.count {
             self.rose_at = Some(now);
         }

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use nix::unistd::Pid;
 
-use super::supervisor::Now;
+use super::supervisor::Uptime;
 use crate::logging::rate::{Admission, ByteLimit, LeftOut};
 use crate::logging::{self, OUTPUT};
 use crate::upgrade::saved_state::SavedOutput;
@@ -27,7 +27,7 @@ pub(super) const MAX_REST: usize = 1 << 20;
 /// A repeated line is logged this many times; further repetitions are counted.
 const MAX_REPEATS: u32 = 10;
 /// Interval at which the number of repetitions is logged.
-const REPEATS_INTERVAL: Now = Now::from_secs(1);
+const REPEATS_INTERVAL: Uptime = Uptime::from_secs(1);
 /// Maximum length, in characters, of the last line kept from a dead process.
 const LAST_LINE: usize = 500;
 /// Maximum number of dead processes whose output is still read.
@@ -85,7 +85,7 @@ impl Output {
     }
 
     /// Logs up to `most` bytes of output. Returns false at the end of the output.
-    pub(crate) fn read(&mut self, pid: Pid, most: usize, now: Now) -> bool {
+    pub(crate) fn read(&mut self, pid: Pid, most: usize, now: Uptime) -> bool {
         self.pid = Some(pid);
         let Self { slot, reader, filter, .. } = self;
         let writer = Writer::worker(*slot, pid);
@@ -102,17 +102,17 @@ impl Output {
     }
 
     /// The time at which [`Output::tick`] has something to log.
-    pub(crate) fn next_deadline(&self) -> Option<Now> {
+    pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         self.filter.due()
     }
 
-    pub(crate) fn tick(&mut self, now: Now) {
+    pub(crate) fn tick(&mut self, now: Uptime) {
         let Some(pid) = self.pid else { return };
         self.filter.tick(Writer::worker(self.slot, pid), now);
     }
 
     /// Logs the remaining output, even without a line end.
-    fn end(&mut self, now: Now) {
+    fn end(&mut self, now: Uptime) {
         let Some(pid) = self.pid else { return };
         let Self { slot, reader, filter, .. } = self;
         let writer = Writer::worker(*slot, pid);
@@ -147,7 +147,7 @@ pub(crate) struct OrphanedOutputs(Vec<Output>);
 
 impl OrphanedOutputs {
     /// Takes over the output of the dead process `pid`. Returns its last line.
-    pub(crate) fn adopt(&mut self, mut output: Output, pid: Pid, now: Now) -> String {
+    pub(crate) fn adopt(&mut self, mut output: Output, pid: Pid, now: Uptime) -> String {
         if !output.read(pid, MAX_REST, now) {
             return output.last_line();
         }
@@ -170,14 +170,14 @@ impl OrphanedOutputs {
         self.0.iter().filter_map(|output| Some(output.save(output.pid?))).collect()
     }
 
-    pub(crate) fn read(&mut self, now: Now) {
+    pub(crate) fn read(&mut self, now: Uptime) {
         let most = share(self.0.len());
         self.0.retain_mut(|output| output.pid.is_some_and(|pid| output.read(pid, most, now)));
         self.0.iter_mut().for_each(|output| output.tick(now));
     }
 
     /// Logs the remaining output when the master ends.
-    pub(crate) fn finish(&mut self, now: Now) {
+    pub(crate) fn finish(&mut self, now: Uptime) {
         for mut output in self.0.drain(..) {
             if output.pid.is_some_and(|pid| output.read(pid, MAX_REST, now)) {
                 output.end(now);
@@ -185,7 +185,7 @@ impl OrphanedOutputs {
         }
     }
 
-    pub(crate) fn next_deadline(&self) -> Option<Now> {
+    pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         self.0.iter().filter_map(Output::next_deadline).min()
     }
 
@@ -207,7 +207,7 @@ impl LineFilter {
     }
 
     /// Logs a line of output, if the limits permit it.
-    pub(super) fn log(&mut self, writer: Writer<'_>, line: &str, is_whole: bool, now: Now) {
+    pub(super) fn log(&mut self, writer: Writer<'_>, line: &str, is_whole: bool, now: Uptime) {
         if self.admits(writer, line, now) {
             let mark = if is_whole { "" } else { CONTINUED };
             let Writer { slot, daemon, cron, pid } = writer;
@@ -216,7 +216,7 @@ impl LineFilter {
     }
 
     /// Whether a line is to be logged. First logs how many lines were omitted before it.
-    fn admits(&mut self, writer: Writer<'_>, line: &str, now: Now) -> bool {
+    fn admits(&mut self, writer: Writer<'_>, line: &str, now: Uptime) -> bool {
         let Verdict { count, log } = self.repeats.take(line, now);
         if let Some(count) = count {
             log_repeats(writer, count);
@@ -232,11 +232,11 @@ impl LineFilter {
     }
 
     /// The time at which [`LineFilter::tick`] has something to log.
-    pub(super) fn due(&self) -> Option<Now> {
+    pub(super) fn due(&self) -> Option<Uptime> {
         [self.repeats.due, self.limit.due()].into_iter().flatten().min()
     }
 
-    pub(super) fn tick(&mut self, writer: Writer<'_>, now: Now) {
+    pub(super) fn tick(&mut self, writer: Writer<'_>, now: Uptime) {
         if let Some(count) = self.repeats.tick(now) {
             log_repeats(writer, count);
         }
@@ -273,7 +273,7 @@ struct Repeats {
     row: u32,
     /// Number of repetitions that have not been logged.
     held: u64,
-    due: Option<Now>,
+    due: Option<Uptime>,
 }
 
 /// The decision about a line.
@@ -286,7 +286,7 @@ struct Verdict {
 }
 
 impl Repeats {
-    fn take(&mut self, line: &str, now: Now) -> Verdict {
+    fn take(&mut self, line: &str, now: Uptime) -> Verdict {
         if self.row == 0 || line != self.last {
             let count = self.end();
             line.clone_into(&mut self.last);
@@ -302,7 +302,7 @@ impl Repeats {
         Verdict { count: if due <= now { self.tick(now) } else { None }, log: false }
     }
 
-    fn tick(&mut self, now: Now) -> Option<u64> {
+    fn tick(&mut self, now: Uptime) -> Option<u64> {
         self.due.take_if(|due| *due <= now)?;
         Some(std::mem::take(&mut self.held))
     }
@@ -456,11 +456,11 @@ mod tests {
     fn no_line_is_lost_in_any_history() {
         for seed in 0..500 {
             let mut random = fastrand::Rng::with_seed(seed);
-            let (mut repeats, mut now) = (Repeats::default(), Now::from_secs(5));
+            let (mut repeats, mut now) = (Repeats::default(), Uptime::from_secs(5));
             let (mut written, mut reported, mut logged) = ([0_u64; 2], [0_u64; 2], 0);
             let mut last = 0;
             for _ in 0..400 {
-                now += Now::from_millis(random.u64(0..200));
+                now += Uptime::from_millis(random.u64(0..200));
                 if random.u32(0..4) == 0
                     && let Some(count) = repeats.tick(now)
                 {

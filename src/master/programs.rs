@@ -24,7 +24,7 @@ use super::Master;
 use super::procfs::{self, Observed, Process};
 use super::reap::Kind;
 use super::spawn::{Child, Launch, Link};
-use super::supervisor::Now;
+use super::supervisor::Uptime;
 use crate::config::millis;
 use crate::sys::Ending;
 use crate::upgrade::saved_state::{SavedProgram, SavedStray};
@@ -60,7 +60,7 @@ pub(crate) struct ProgramState {
     /// The program, or a process below it, was seen to accept connections.
     pub(crate) seen: bool,
     /// The program got its first signal to exit, and must have exited by this time.
-    leave_by: Option<Now>,
+    leave_by: Option<Uptime>,
     /// The program's descriptors could not be read when it got that signal.
     hidden: bool,
     /// The processes below the program that had the socket when the program got that signal, if the program does not serve itself.
@@ -72,7 +72,7 @@ pub(crate) struct ProgramState {
 }
 
 impl ProgramState {
-    pub(crate) fn save(&self, now: Now) -> SavedProgram {
+    pub(crate) fn save(&self, now: Uptime) -> SavedProgram {
         SavedProgram {
             started: self.started,
             seen: self.seen,
@@ -84,7 +84,7 @@ impl ProgramState {
     }
 
     /// Restores a program that another master started.
-    pub(crate) fn restore(saved: SavedProgram, now: Now) -> Self {
+    pub(crate) fn restore(saved: SavedProgram, now: Uptime) -> Self {
         Self {
             started: saved.started,
             seen: saved.seen,
@@ -107,8 +107,8 @@ impl ProgramState {
 #[derive(Debug)]
 struct Stray {
     process: Process,
-    deadline: Now,
-    asked: Option<Now>,
+    deadline: Uptime,
+    asked: Option<Uptime>,
     /// TERM terminated the wrapper of this process, and was not sent to the process itself.
     unasked: bool,
 }
@@ -121,27 +121,27 @@ pub(super) struct Programs {
     /// A program was seen to sleep in accept, so the socket must be blocking.
     sleeps_in_accept: bool,
     /// End of the time in which programs are checked at the shorter interval.
-    quick_until: Now,
+    quick_until: Uptime,
     strays: Vec<Stray>,
-    next_look: Option<Now>,
+    next_look: Option<Uptime>,
     /// End of the time in which strays are looked for at the shorter interval.
-    stray_until: Now,
+    stray_until: Uptime,
     /// When to check for waiting connections.
-    next_count: Option<Now>,
+    next_count: Option<Uptime>,
     /// Time since which connections have been waiting while no program accepts them.
-    unserved_since: Option<Now>,
+    unserved_since: Option<Uptime>,
     unserved_said: bool,
     /// The operator has requested that all programs be terminated immediately.
     pub(super) at_once: bool,
 }
 
 impl Programs {
-    pub(super) fn next_deadline(&self) -> Option<Now> {
+    pub(super) fn next_deadline(&self) -> Option<Uptime> {
         [self.next_look, self.next_count].into_iter().flatten().min()
     }
 
     /// Time between two checks of starting programs.
-    pub(super) fn pace(&self, now: Now) -> Duration {
+    pub(super) fn pace(&self, now: Uptime) -> Duration {
         if now < self.quick_until { QUICK_POLL_INTERVAL } else { POLL_INTERVAL }
     }
 
@@ -150,7 +150,7 @@ impl Programs {
         self.strays.is_empty()
     }
 
-    pub(super) fn save_strays(&self, now: Now) -> Vec<SavedStray> {
+    pub(super) fn save_strays(&self, now: Uptime) -> Vec<SavedStray> {
         let save = |stray: &Stray| SavedStray {
             process: stray.process.into(),
             left_ms: millis(stray.deadline.saturating_sub(now)),
@@ -161,7 +161,7 @@ impl Programs {
     }
 
     /// Restores the strays of a former master.
-    pub(super) fn restore_strays(&mut self, saved: Vec<SavedStray>, now: Now) {
+    pub(super) fn restore_strays(&mut self, saved: Vec<SavedStray>, now: Uptime) {
         self.strays.extend(saved.into_iter().map(|stray| Stray {
             process: stray.process.into(),
             deadline: now + Duration::from_millis(stray.left_ms),
@@ -179,7 +179,7 @@ impl Programs {
         }
     }
 
-    fn check_soon(&mut self, now: Now) {
+    fn check_soon(&mut self, now: Uptime) {
         self.next_look = Some(now);
         self.stray_until = now + QUICK_POLL_TIME;
     }

@@ -16,7 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use super::supervisor::Now;
+use super::supervisor::Uptime;
 use crate::config::failures::QuarantineConfig;
 use crate::config::millis;
 use crate::diagnostics::request_key::RequestKey;
@@ -66,7 +66,7 @@ pub(crate) struct Listed {
 #[derive(Debug)]
 pub(crate) struct Quarantine {
     config: QuarantineConfig,
-    deaths: VecDeque<(Now, Death)>,
+    deaths: VecDeque<(Uptime, Death)>,
     records: BTreeMap<String, Record>,
 }
 
@@ -75,7 +75,7 @@ pub(crate) struct Quarantine {
 struct Record {
     refused: bool,
     /// The time of its release; once released, the time at which the record is dropped.
-    until: Now,
+    until: Uptime,
     time: Duration,
     times: u32,
 }
@@ -96,7 +96,7 @@ impl Quarantine {
     }
 
     /// The saved form, for the next master in an upgrade.
-    pub(crate) fn save(&self, now: Now) -> Vec<SavedRefusal> {
+    pub(crate) fn save(&self, now: Uptime) -> Vec<SavedRefusal> {
         let save = |(request, record): (&String, &Record)| SavedRefusal {
             request: request.clone(),
             refused: record.refused,
@@ -108,7 +108,7 @@ impl Quarantine {
     }
 
     /// Restores the records of a former master. Its deaths are not saved.
-    pub(crate) fn restore(&mut self, saved: Vec<SavedRefusal>, now: Now) {
+    pub(crate) fn restore(&mut self, saved: Vec<SavedRefusal>, now: Uptime) {
         for SavedRefusal { request, refused, left_ms, time_ms, times } in saved.into_iter().take(RECORDS) {
             let until = now.saturating_add(Duration::from_millis(left_ms));
             self.records.insert(request, Record { refused, until, time: Duration::from_millis(time_ms), times });
@@ -116,7 +116,7 @@ impl Quarantine {
     }
 
     /// Records that a worker crashed, and decides whether a request must be refused.
-    pub(crate) fn died(&mut self, death: Death, now: Now) -> Vec<Verdict> {
+    pub(crate) fn died(&mut self, death: Death, now: Uptime) -> Vec<Verdict> {
         // Without a request that can be named, there is no evidence.
         let is_evidence =
             death.culprit.is_some() || death.running.is_some() || (death.complete && !death.in_flight.is_empty());
@@ -166,7 +166,7 @@ impl Quarantine {
         culprit.next().is_none().then(|| one.to_owned())
     }
 
-    fn refuse(&mut self, key: String, now: Now) -> Verdict {
+    fn refuse(&mut self, key: String, now: Uptime) -> Verdict {
         let times = self.records.get(&key).map_or(0, |record| record.times).saturating_add(1);
         let longest = MAX_TIME.max(self.config.time);
         let time = self.config.time.saturating_mul(1 << (times - 1).min(16)).min(longest);
@@ -180,7 +180,7 @@ impl Quarantine {
     }
 
     /// Releases requests whose refusal has expired, and drops the records of requests that have caused no death since.
-    pub(crate) fn tick(&mut self, now: Now) -> Vec<Verdict> {
+    pub(crate) fn tick(&mut self, now: Uptime) -> Vec<Verdict> {
         let mut verdicts = Vec::new();
         self.records.retain(|_, record| record.refused || record.until > now);
         for (key, record) in self.records.iter_mut().filter(|(_, record)| record.refused && record.until <= now) {
@@ -192,12 +192,12 @@ impl Quarantine {
     }
 
     /// The time at which [`Quarantine::tick`] is due.
-    pub(crate) fn next_deadline(&self) -> Option<Now> {
+    pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         self.records.values().map(|record| record.until).min()
     }
 
     /// The refused requests, the longest remaining time first.
-    pub(crate) fn list(&self, now: Now) -> Vec<Listed> {
+    pub(crate) fn list(&self, now: Uptime) -> Vec<Listed> {
         let refused = self.records.iter().filter(|(_, record)| record.refused);
         let listed = |(key, record): (&String, &Record)| {
             let left = record.until.saturating_sub(now);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
-use super::supervisor::Now;
+use super::supervisor::Uptime;
 use crate::config::{Jittered, Scaling};
 
 /// Number of consecutive checks at which a worker must be too large.
@@ -22,13 +22,13 @@ pub(crate) struct Recycling {
     interval: Duration,
     max_age: Option<Jittered<Duration>>,
     lives: BTreeMap<Pid, Life>,
-    next_look: Now,
+    next_look: Uptime,
     last_looked_at: Option<Pid>,
 }
 
 #[derive(Debug)]
 struct Life {
-    ends: Option<Now>,
+    ends: Option<Uptime>,
     strikes: u32,
 }
 
@@ -36,7 +36,7 @@ impl Recycling {
     pub(crate) fn new(scaling: &Scaling) -> Self {
         let Scaling { max_memory, memory_interval, max_age, .. } = *scaling;
         let interval = memory_interval.max(Duration::from_millis(1));
-        Self { max_memory, interval, max_age, lives: BTreeMap::new(), next_look: Now::ZERO, last_looked_at: None }
+        Self { max_memory, interval, max_age, lives: BTreeMap::new(), next_look: Uptime::ZERO, last_looked_at: None }
     }
 
     /// Changes the limits. Running workers keep their maximum age.
@@ -51,7 +51,7 @@ impl Recycling {
     }
 
     /// Records that a process exists and has this age.
-    pub(crate) fn spawned(&mut self, pid: Pid, age: Duration, now: Now) {
+    pub(crate) fn spawned(&mut self, pid: Pid, age: Duration, now: Uptime) {
         let ends = self.max_age.map(|max| (now + max.draw()).saturating_sub(age));
         self.lives.insert(pid, Life { ends, strikes: 0 });
     }
@@ -61,13 +61,13 @@ impl Recycling {
     }
 
     /// The time of the next check; `None` if no limit is set.
-    pub(crate) fn next_deadline(&self) -> Option<Now> {
+    pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         let look = self.max_memory.filter(|_| !self.lives.is_empty()).map(|_| self.next_look);
         self.lives.values().filter_map(|life| life.ends).chain(look).min()
     }
 
     /// The workers that have become too old, each returned once. A worker that is not ready is checked again later.
-    pub(crate) fn too_old(&mut self, is_ready: impl Fn(Pid) -> bool, now: Now) -> Vec<Pid> {
+    pub(crate) fn too_old(&mut self, is_ready: impl Fn(Pid) -> bool, now: Uptime) -> Vec<Pid> {
         let mut old = Vec::new();
         for (&pid, life) in &mut self.lives {
             if life.ends.is_some_and(|ends| ends <= now) {
@@ -83,7 +83,7 @@ impl Recycling {
     }
 
     /// The worker whose memory is to be checked now.
-    pub(crate) fn turn(&mut self, now: Now) -> Option<Pid> {
+    pub(crate) fn turn(&mut self, now: Uptime) -> Option<Pid> {
         if self.max_memory.is_none() || now < self.next_look {
             return None;
         }
@@ -147,7 +147,7 @@ mod tests {
         let mut recycling = recycling(Some(100), None);
         assert_eq!(recycling.next_deadline(), None, "there is no worker");
         let pids = [7, 8, 9].map(Pid::from_raw);
-        pids.iter().for_each(|&pid| recycling.spawned(pid, Duration::ZERO, Now::ZERO));
+        pids.iter().for_each(|&pid| recycling.spawned(pid, Duration::ZERO, Uptime::ZERO));
         let mut named = Vec::new();
         let mut looked_at = Vec::new();
         for second in (0..48).step_by(2) {
@@ -173,7 +173,7 @@ mod tests {
     fn each_worker_has_its_own_maximum_age_and_is_returned_once() {
         let mut recycling = recycling(None, Some(Jittered { limit: 100 * S, jitter: 50 * S }));
         (1..=40).for_each(|pid| recycling.spawned(Pid::from_raw(pid), Duration::ZERO, S));
-        let mut now = Now::ZERO;
+        let mut now = Uptime::ZERO;
         let mut moments = std::collections::BTreeSet::new();
         let mut named = Vec::new();
         while let Some(deadline) = recycling.next_deadline() {

@@ -19,7 +19,7 @@ use super::output::{LineReader, MAX_REST};
 use super::signals::SignalInbox;
 use super::spawn::Spawner;
 use super::stall::Stall;
-use super::supervisor::{Breaker, Now};
+use super::supervisor::{Breaker, Uptime};
 use crate::config::Config;
 use crate::config::privileges::Owner;
 use crate::logging;
@@ -48,7 +48,7 @@ enum State {
     /// The relay was asked to exit, and is killed at the deadline.
     Ends {
         pid: Pid,
-        deadline: Option<Now>,
+        deadline: Option<Uptime>,
     },
     /// No further relay is started.
     Over,
@@ -109,12 +109,12 @@ impl Relay {
     }
 
     /// Takes over the relay of a former master, whose lifeline has closed.
-    pub(super) fn adopt(&mut self, pid: Pid, now: Now) {
+    pub(super) fn adopt(&mut self, pid: Pid, now: Uptime) {
         self.state = State::Ends { pid, deadline: Some(now + STOP_TIMEOUT) };
     }
 
     /// The descriptor to watch for input.
-    pub(super) fn watched(&self, now: Now) -> Option<BorrowedFd<'_>> {
+    pub(super) fn watched(&self, now: Uptime) -> Option<BorrowedFd<'_>> {
         match &self.state {
             State::None => {
                 self.socket.as_ref().filter(|_| now >= self.breaker.open_until()).map(|socket| socket.as_fd())
@@ -124,7 +124,7 @@ impl Relay {
         }
     }
 
-    pub(super) fn next_deadline(&self, now: Now) -> Option<Now> {
+    pub(super) fn next_deadline(&self, now: Uptime) -> Option<Uptime> {
         match &self.state {
             State::None => self.socket.as_ref().map(|_| self.breaker.open_until()).filter(|until| *until > now),
             State::Ends { deadline, .. } => *deadline,
@@ -134,7 +134,7 @@ impl Relay {
     }
 
     /// Logs the relay's output, and starts a relay if a datagram is waiting.
-    pub(super) fn turn(&mut self, spawner: &Spawner, signals: &SignalInbox, now: Now) {
+    pub(super) fn turn(&mut self, spawner: &Spawner, signals: &SignalInbox, now: Uptime) {
         match &mut self.state {
             State::Works(process) => {
                 process.read_child(READ_BUDGET, &mut self.breaker);
@@ -165,7 +165,7 @@ impl Relay {
         }
     }
 
-    fn start_failed(&mut self, now: Now, error: &io::Error) {
+    fn start_failed(&mut self, now: Uptime, error: &io::Error) {
         if let Some((failures, delay)) = self.breaker.fail(now) {
             let error = sys::explain(error);
             log::error!(
@@ -176,7 +176,7 @@ impl Relay {
     }
 
     /// Handles the exit of the relay.
-    pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Now) {
+    pub(super) fn ended(&mut self, pid: Pid, ending: Ending, now: Uptime) {
         let (pid, status, signal) = (pid.as_raw(), ending.exit_status(), ending.signal_name());
         match std::mem::replace(&mut self.state, State::None) {
             State::Works(mut process) => {
@@ -206,7 +206,7 @@ impl Relay {
     }
 
     /// Ends the relay after a change of its environment. The next datagram starts a new relay.
-    pub(super) fn renew(&mut self, now: Now) {
+    pub(super) fn renew(&mut self, now: Uptime) {
         if let State::Works(Process { pid, .. }) = &self.state {
             // Dropping the process closes the lifeline.
             self.state = State::Ends { pid: *pid, deadline: Some(now + STOP_TIMEOUT) };
@@ -231,7 +231,7 @@ impl Relay {
 }
 
 impl Process {
-    fn look(&mut self, socket: &PublishSocket, now: Now) {
+    fn look(&mut self, socket: &PublishSocket, now: Uptime) {
         let something_waits = has_come(socket);
         let work = if something_waits { work_of(self.pid) } else { None };
         if self.stall.look(now, something_waits, work) && !std::mem::replace(&mut self.is_given_up, true) {
@@ -278,7 +278,7 @@ fn work_of(pid: Pid) -> Option<u64> {
     Some(ticks.wrapping_add(switches))
 }
 
-fn start(socket: &PublishSocket, spawner: &Spawner, signals: &SignalInbox, now: Now) -> io::Result<Process> {
+fn start(socket: &PublishSocket, spawner: &Spawner, signals: &SignalInbox, now: Uptime) -> io::Result<Process> {
     // Non-blocking at both ends, so that neither the relay nor the master waits for the other.
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let (watched, lifeline) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;

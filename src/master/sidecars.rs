@@ -21,7 +21,7 @@ use self::supervisor::{STEADY_TIME, SidecarAction, SidecarEvent, SidecarNotice, 
 use super::background_daemons::Inherited;
 use super::output::{self, LineFilter, LineReader, MAX_REST, Writer};
 use super::spawn::{OF_THE_MASTER, blocking, explain, to_pass};
-use super::supervisor::{Command as Order, Now};
+use super::supervisor::{Command as Order, Uptime};
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::sidecars::SidecarsConfig;
 use crate::config::{Config, Program};
@@ -210,7 +210,7 @@ impl Sidecars {
         self.segment = segment;
     }
 
-    fn now(&self) -> Now {
+    fn now(&self) -> Uptime {
         self.begun.elapsed()
     }
 
@@ -228,7 +228,7 @@ impl Sidecars {
         self.processes.contains_key(&pid)
     }
 
-    pub(super) fn next_deadline(&self) -> Option<Now> {
+    pub(super) fn next_deadline(&self) -> Option<Uptime> {
         let limits = self.processes.values().filter_map(|process| process.filter.due());
         limits.chain(self.sidecars.next_deadline()).min()
     }
@@ -493,7 +493,7 @@ impl Sidecars {
 
 impl Process {
     /// Logs up to `most` bytes of output.
-    fn read(&mut self, pid: Pid, most: usize, now: Now) {
+    fn read(&mut self, pid: Pid, most: usize, now: Uptime) {
         let Self { label, output, filter, .. } = self;
         let writer = label.writer(pid);
         self.open = output.read(most, &mut |line, is_whole| filter.log(writer, line, is_whole, now));
@@ -505,7 +505,7 @@ impl Process {
     }
 
     /// Logs the remaining output, even without a line end.
-    fn end_output(&mut self, pid: Pid, now: Now) {
+    fn end_output(&mut self, pid: Pid, now: Uptime) {
         let Self { label, output, filter, .. } = self;
         let writer = label.writer(pid);
         output.finish(&mut |line, is_whole| filter.log(writer, line, is_whole, now));

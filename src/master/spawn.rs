@@ -15,7 +15,7 @@ use nix::unistd::{Pid, pipe2, setpgid};
 use super::output::Output;
 use super::programs::ProgramState;
 use super::signals::SignalInbox;
-use super::supervisor::Now;
+use super::supervisor::Uptime;
 use super::{procfs, sd_notify};
 use crate::app::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::config::{Config, Program};
@@ -407,7 +407,7 @@ impl Child {
     }
 
     /// Logs up to `most` bytes of the child's output.
-    pub(crate) fn log_output(&mut self, pid: Pid, most: usize, now: Now) {
+    pub(crate) fn log_output(&mut self, pid: Pid, most: usize, now: Uptime) {
         if let Some(output) = self.output.take_if(|output| !output.read(pid, most, now)) {
             self.last_line = output.last_line(); // all of it is in the log
         } else if let Some(output) = &mut self.output {

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::supervisor::Now;
+use super::supervisor::Uptime;
 
 /// Time between two checks: while no work is waiting, and while work is waiting.
 const APART: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
@@ -13,24 +13,24 @@ const LOOKS: u32 = 3;
 
 #[derive(Debug)]
 pub(super) struct Stall {
-    next_look: Now,
+    next_look: Uptime,
     /// The work count at the last check, if work was waiting then.
     work: Option<u64>,
     in_vain: u32,
 }
 
 impl Stall {
-    pub(super) fn new(now: Now) -> Self {
+    pub(super) fn new(now: Uptime) -> Self {
         Self { next_look: now + APART.0, work: None, in_vain: 0 }
     }
 
-    pub(super) fn next_look(&self) -> Now {
+    pub(super) fn next_look(&self) -> Uptime {
         self.next_look
     }
 
     /// Records a check. `work` changes while the process does anything; `None` if it is unknown. Returns true if the process is
     /// stalled.
-    pub(super) fn look(&mut self, now: Now, something_waits: bool, work: Option<u64>) -> bool {
+    pub(super) fn look(&mut self, now: Uptime, something_waits: bool, work: Option<u64>) -> bool {
         self.next_look = now + if something_waits { APART.1 } else { APART.0 };
         let work = work.filter(|_| something_waits);
         self.in_vain = if work.is_some() && self.work == work { self.in_vain + 1 } else { 0 };
@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     /// The index and the time of the check at which the process is found to be stalled.
-    fn stalled_at(looks: &[(bool, Option<u64>)]) -> Option<(usize, Now)> {
+    fn stalled_at(looks: &[(bool, Option<u64>)]) -> Option<(usize, Uptime)> {
         let mut stall = Stall::new(Duration::ZERO);
         looks.iter().enumerate().find_map(|(index, &(something_waits, work))| {
             let now = stall.next_look();

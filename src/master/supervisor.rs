@@ -49,7 +49,7 @@ use self::scale::Scaler;
 pub(crate) use self::view::{Phase, SlotView};
 
 /// Time since the master started.
-pub(crate) type Now = Duration;
+pub(crate) type Uptime = Duration;
 
 const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum number of consecutive exits with 0 without being seen ready. A process that lived for [`UNSEEN_LONG`] counts as three.
@@ -63,15 +63,15 @@ pub(crate) enum State {
     /// The deadline is set before the process exists, so that a process that never finishes starting is killed, too.
     Starting {
         pid: Option<Pid>,
-        deadline: Now,
+        deadline: Uptime,
     },
     Ready {
         pid: Pid,
     },
     Draining {
         pid: Pid,
-        deadline: Now,
-        ask_again: Now,
+        deadline: Uptime,
+        ask_again: Uptime,
     },
     /// `unready`: the process took too long to start, so its death counts as that of a process that never became ready.
     Killing {
@@ -79,7 +79,7 @@ pub(crate) enum State {
         unready: bool,
     },
     Backoff {
-        until: Now,
+        until: Uptime,
     },
 }
 
@@ -88,7 +88,7 @@ struct Slot {
     state: State,
     generation: u64,
     /// When its process reached the end of its lifetime.
-    worn: Option<Now>,
+    worn: Option<Uptime>,
     /// Whether its process is draining because a new process has replaced it.
     replaced: bool,
     /// Whether its process was serving a request or an event stream at the last sample of demand.
@@ -109,7 +109,7 @@ enum Mode {
     /// `until`: the deadline of all processes. `queue`: connections are waiting, and must be served.
     Stopping {
         success: bool,
-        until: Now,
+        until: Uptime,
         queue: bool,
     },
     Stopped,
@@ -136,7 +136,7 @@ pub(crate) struct Supervisor {
     breaker: Breaker,
     respawns: TokenBucket,
     /// The time of the last step.
-    now: Now,
+    now: Uptime,
     actions: Vec<Action>,
 }
 
@@ -155,14 +155,14 @@ impl Supervisor {
             unseen: 0,
             breaker: Breaker::default(),
             respawns: TokenBucket::full(policy.respawn_rate),
-            now: Now::ZERO,
+            now: Uptime::ZERO,
             policy,
             actions: Vec::new(),
         }
     }
 
     /// Handles an event. Returns the actions, in order.
-    pub(crate) fn step(&mut self, event: SupervisorEvent, now: Now) -> Vec<Action> {
+    pub(crate) fn step(&mut self, event: SupervisorEvent, now: Uptime) -> Vec<Action> {
         self.now = now;
         match event {
             // The last event of an iteration: a process whose report or death was read in the same iteration is not
@@ -205,7 +205,7 @@ impl Supervisor {
     }
 
     /// The time at which [`SupervisorEvent::Tick`] is due without another event. After a tick, always later than that tick.
-    pub(crate) fn next_deadline(&self) -> Option<Now> {
+    pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         let slots = self.slots.iter().filter_map(|slot| match slot.state {
             State::Starting { deadline, .. } => Some(deadline),
             State::Draining { deadline, ask_again, .. } => Some(deadline.min(ask_again)),
@@ -223,13 +223,13 @@ impl Supervisor {
 
     /// When the supervisor gives up unless a process becomes ready before. Applies only while no process ever was ready
     /// and starts fail.
-    fn gives_up_at(&self) -> Option<Now> {
+    fn gives_up_at(&self) -> Option<Uptime> {
         let after = Some(self.policy.give_up_after).filter(|after| !after.is_zero() && !self.proven);
         Some(self.breaker.failing_since()?.saturating_add(after?))
     }
 
     /// Whether it is time to give up. A process that is already starting is allowed to finish first.
-    fn has_failed(&self, now: Now) -> bool {
+    fn has_failed(&self, now: Uptime) -> bool {
         self.gives_up_at().is_some_and(|at| at <= now) && !self.is_starting()
     }
 
@@ -289,7 +289,7 @@ impl Supervisor {
         }
     }
 
-    fn exited(&mut self, pid: Pid, after_exit: AfterExit, now: Now) {
+    fn exited(&mut self, pid: Pid, after_exit: AfterExit, now: Uptime) {
         let Some(index) = self.find(pid) else { return }; // not a process of the supervisor
         let slot = number(index);
         let Slot { state, generation, serves_queue, .. } = self.slots[index];
@@ -316,7 +316,7 @@ impl Supervisor {
     /// Handles a process that exited with 0 and was never seen to be ready. It may have served its share of requests between two checks. If
     /// that repeats and no process is ever seen, the program has failed. A process that lived longer was checked more often, and is
     /// weighted higher.
-    fn done_unseen(&mut self, slot: u32, pid: Pid, lived: Duration, now: Now) {
+    fn done_unseen(&mut self, slot: u32, pid: Pid, lived: Duration, now: Uptime) {
         let generation = self.slots[slot as usize].generation;
         let added = if lived < UNSEEN_LONG { 1 } else { 3 };
         let of_roll = self.roll.as_mut().filter(|roll| roll.generation == generation);
@@ -331,7 +331,7 @@ impl Supervisor {
     }
 
     /// Refills the slot, without a delay unless too many processes exit.
-    fn respawn(&mut self, slot: u32, now: Now) {
+    fn respawn(&mut self, slot: u32, now: Uptime) {
         if !self.replaces() {
             return;
         }
@@ -344,7 +344,7 @@ impl Supervisor {
         }
     }
 
-    fn retire(&mut self, now: Now) {
+    fn retire(&mut self, now: Uptime) {
         if self.mode != Mode::Running {
             return;
         }
@@ -358,7 +358,7 @@ impl Supervisor {
         }
     }
 
-    fn failed_start(&mut self, slot: u32, pid: Option<Pid>, now: Now) {
+    fn failed_start(&mut self, slot: u32, pid: Option<Pid>, now: Uptime) {
         let place = &mut self.slots[slot as usize];
         let generation = place.generation;
         *place = Slot::new(State::Empty, generation);
@@ -377,7 +377,7 @@ impl Supervisor {
         self.slots[slot as usize].state = State::Backoff { until: self.breaker.open_until() };
     }
 
-    fn command(&mut self, command: Command, now: Now) {
+    fn command(&mut self, command: Command, now: Uptime) {
         match (command, self.mode) {
             (Command::Drain, Mode::Running) => self.stop(true, now),
             (Command::Halt, Mode::Running | Mode::Stopping { .. }) => self.halt(now),
@@ -413,7 +413,7 @@ impl Supervisor {
         self.policy
     }
 
-    fn set_policy(&mut self, policy: Policy, now: Now) {
+    fn set_policy(&mut self, policy: Policy, now: Uptime) {
         let before = self.policy;
         self.policy = Policy { slots: before.slots, ..policy };
         self.respawns.set_rate(policy.respawn_rate);
@@ -425,7 +425,7 @@ impl Supervisor {
     }
 
     /// Applies a different number of workers, as the operator requests.
-    fn retarget(&mut self, limits: (u32, u32), target: u32, now: Now) {
+    fn retarget(&mut self, limits: (u32, u32), target: u32, now: Uptime) {
         let is_possible = limits.1 > 0 && limits.1 < self.policy.slots;
         if !is_possible || (limits == self.scaler.limits() && target == self.target) {
             return self.notice(Notice::TargetLimit(self.target));
@@ -435,7 +435,7 @@ impl Supervisor {
     }
 
     /// Handles a sample of demand, and adjusts the number of workers.
-    fn demanded(&mut self, demand: &Demand, now: Now) {
+    fn demanded(&mut self, demand: &Demand, now: Uptime) {
         for (index, slot) in self.slots.iter_mut().enumerate() {
             slot.busy = demand.busy.contains(&number(index));
         }
@@ -455,7 +455,7 @@ impl Supervisor {
     }
 
     /// Reports when all processes are ready for the first time, and requests the next sample of demand when it is due.
-    fn look_ahead(&mut self, now: Now) {
+    fn look_ahead(&mut self, now: Uptime) {
         if !self.reached_full_strength && self.count_ready() >= self.target {
             self.reached_full_strength = true;
             self.notice(Notice::FullStrength);
@@ -466,7 +466,7 @@ impl Supervisor {
         }
     }
 
-    fn meet_deadlines(&mut self, now: Now) {
+    fn meet_deadlines(&mut self, now: Uptime) {
         for index in 0..self.slots.len() {
             let slot = number(index);
             match self.slots[index].state {
@@ -493,7 +493,7 @@ impl Supervisor {
         }
     }
 
-    fn end_backoffs(&mut self, now: Now) {
+    fn end_backoffs(&mut self, now: Uptime) {
         if self.mode != Mode::Running {
             return;
         }
@@ -505,7 +505,7 @@ impl Supervisor {
     }
 
     /// Spawns missing processes, and drains processes that are surplus or have been replaced.
-    fn balance(&mut self, now: Now) {
+    fn balance(&mut self, now: Uptime) {
         self.replace(now);
         while self.missing() > 0 && self.breaker.permits(self.is_starting(), now) {
             let Some(generation) = self.next_generation() else { break };
@@ -527,7 +527,7 @@ impl Supervisor {
         }
     }
 
-    fn start(&mut self, index: usize, generation: u64, now: Now) {
+    fn start(&mut self, index: usize, generation: u64, now: Uptime) {
         let deadline = now + self.policy.start_timeout;
         self.slots[index] = Slot::new(State::Starting { pid: None, deadline }, generation);
         self.actions.push(Action::Spawn { slot: number(index), generation });

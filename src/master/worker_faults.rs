@@ -9,7 +9,7 @@ use super::death_log::End;
 use super::hangs::{Hangs, Work};
 use super::oom::OomKills;
 use super::quarantine::{Death, Listed, Quarantine, Verdict};
-use super::supervisor::{Now, SupervisorEvent};
+use super::supervisor::{SupervisorEvent, Uptime};
 use super::symbolizer::Symbolizer;
 use super::{EndOfLife, Master};
 use crate::config::failures::{Failures, QuarantineBy};
@@ -41,28 +41,28 @@ impl Faults {
     }
 
     /// The saved form, for the next master in an upgrade.
-    pub(crate) fn save(&self, now: Now) -> Vec<SavedRefusal> {
+    pub(crate) fn save(&self, now: Uptime) -> Vec<SavedRefusal> {
         self.quarantine.save(now)
     }
 
     /// Restores the requests that a former master has saved.
-    pub(crate) fn restore(&mut self, saved: Vec<SavedRefusal>, now: Now) {
+    pub(crate) fn restore(&mut self, saved: Vec<SavedRefusal>, now: Uptime) {
         self.quarantine.restore(saved, now);
         self.publish(now);
     }
 
     /// Records that a former master sent this worker a signal to die. The worker may be unable to react to it.
-    pub(crate) fn told_to_die(&mut self, pid: Pid, now: Now) {
+    pub(crate) fn told_to_die(&mut self, pid: Pid, now: Uptime) {
         self.hangs.told_to_die(pid, now);
     }
 
     /// The cause for the log, if the kernel killed a worker that died of SIGKILL because memory ran out.
-    pub(super) fn ran_out_of_memory(&mut self, now: Now) -> Option<&'static str> {
+    pub(super) fn ran_out_of_memory(&mut self, now: Uptime) -> Option<&'static str> {
         self.oom_kills.explain(now)
     }
 
     /// Moves the list of refused requests to another table.
-    pub(super) fn move_to(&mut self, table: forkyard_shm::Quarantine, now: Now) {
+    pub(super) fn move_to(&mut self, table: forkyard_shm::Quarantine, now: Uptime) {
         self.table = table;
         self.publish(now);
     }
@@ -81,12 +81,12 @@ impl Faults {
         );
     }
 
-    pub(crate) fn next_deadline(&self) -> Option<Now> {
+    pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         [self.hangs.next_deadline(), self.quarantine.next_deadline()].into_iter().flatten().min()
     }
 
     /// Logs the verdicts, and publishes the list of refused requests to the workers.
-    fn announce(&self, verdicts: &[Verdict], now: Now) {
+    fn announce(&self, verdicts: &[Verdict], now: Uptime) {
         for verdict in verdicts {
             match verdict {
                 Verdict::Refused { key, time, times } => log::error!(
@@ -101,7 +101,7 @@ impl Faults {
         }
     }
 
-    fn publish(&self, now: Now) {
+    fn publish(&self, now: Uptime) {
         let list = self.quarantine.list(now);
         self.table.set(list.iter().map(|listed| (listed.key.as_str(), listed.left)));
     }

@@ -59,7 +59,7 @@ fn no_innocent_is_refused_in_any_history() {
         let popularity: Vec<f64> = (0..routes).map(|_| random.f64()).collect();
         let poison = format!("GET /poison/{}", random.u32(..));
         let mut quarantine = Quarantine::new(config());
-        let mut now = Now::ZERO;
+        let mut now = Uptime::ZERO;
         for _ in 0..20 {
             now += Duration::from_millis(random.u64(0..15_000));
             let busy = |random: &mut fastrand::Rng| -> Vec<RequestKey> {

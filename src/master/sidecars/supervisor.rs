@@ -28,7 +28,7 @@ use jiff::{SignedDuration, Timestamp};
 use nix::unistd::Pid;
 
 use crate::config::sidecars::{Schedule, SidecarsConfig};
-use crate::master::supervisor::{AfterExit, Breaker, Now};
+use crate::master::supervisor::{AfterExit, Breaker, Uptime};
 
 /// Minimum lifetime of a daemon that counts as started.
 pub(crate) const STEADY_TIME: Duration = Duration::from_secs(1);
@@ -120,20 +120,20 @@ enum State {
     Starting,
     Running {
         pid: Pid,
-        since: Now,
+        since: Uptime,
         /// How long the process ran under a former master.
         before: Duration,
-        deadline: Option<Now>,
+        deadline: Option<Uptime>,
     },
     Stopping {
         pid: Pid,
-        deadline: Now,
+        deadline: Uptime,
     },
     Killing {
         pid: Pid,
     },
     Backoff {
-        until: Now,
+        until: Uptime,
     },
     Retired,
 }
@@ -157,7 +157,7 @@ pub(crate) struct SidecarSupervisor {
     /// Maximum number of consecutive exits with 0 right after the start; 0 for no limit.
     daemon_tries: u32,
     stop_timeout: Duration,
-    now: Now,
+    now: Uptime,
     wall: Timestamp,
     /// When a former master last checked for due jobs.
     looked_at: Option<Timestamp>,
@@ -178,7 +178,7 @@ impl SidecarSupervisor {
             cron_timeout: config.cron_timeout,
             daemon_tries: config.daemon_tries,
             stop_timeout,
-            now: Now::ZERO,
+            now: Uptime::ZERO,
             wall,
             looked_at: None,
             actions: Vec::new(),
@@ -193,7 +193,7 @@ impl SidecarSupervisor {
         pid: Pid,
         age: Duration,
         stop_left: Option<Duration>,
-        now: Now,
+        now: Uptime,
     ) -> usize {
         let free = sidecar.filter(|&index| self.sidecars[index].state == State::Idle);
         let state = match stop_left {
@@ -299,7 +299,7 @@ impl SidecarSupervisor {
     }
 
     /// Handles an event. Returns the actions, in order.
-    pub(crate) fn step(&mut self, event: SidecarEvent, now: Now, wall: Timestamp) -> Vec<SidecarAction> {
+    pub(crate) fn step(&mut self, event: SidecarEvent, now: Uptime, wall: Timestamp) -> Vec<SidecarAction> {
         // The wall clock may be set back a little at any time; that must not run a job twice.
         let was_set_back = self.wall.duration_since(wall) > SET_BACK;
         (self.now, self.wall) = (now, wall);
@@ -344,7 +344,7 @@ impl SidecarSupervisor {
     }
 
     /// The time at which [`SidecarEvent::Tick`] is due without another event.
-    pub(crate) fn next_deadline(&self) -> Option<Now> {
+    pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         let of_states = self.sidecars.iter().filter_map(|sidecar| match sidecar.state {
             State::Running { deadline, .. } => deadline,
             State::Stopping { deadline, .. } => Some(deadline),

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::Now;
+use super::Uptime;
 
 /// First and longest delay of the breaker.
 const MIN_BACKOFF: Duration = Duration::from_millis(100);
@@ -15,18 +15,18 @@ pub(in crate::master) struct Breaker {
     /// Number of consecutive processes that died before they were ready.
     failures: u32,
     /// No process is spawned before this time.
-    open_until: Now,
+    open_until: Uptime,
     /// When the first of these processes died.
-    since: Option<Now>,
+    since: Option<Uptime>,
 }
 
 impl Breaker {
-    pub(in crate::master) fn open_until(&self) -> Now {
+    pub(in crate::master) fn open_until(&self) -> Uptime {
         self.open_until
     }
 
     /// Whether a process may be spawned. `trying`: another process is starting.
-    pub(super) fn permits(&self, trying: bool, now: Now) -> bool {
+    pub(super) fn permits(&self, trying: bool, now: Uptime) -> bool {
         now >= self.open_until && !(self.failures > 0 && trying)
     }
 
@@ -34,7 +34,7 @@ impl Breaker {
         self.failures > 0
     }
 
-    pub(super) fn failing_since(&self) -> Option<Now> {
+    pub(super) fn failing_since(&self) -> Option<Uptime> {
         self.since
     }
 
@@ -44,7 +44,7 @@ impl Breaker {
     }
 
     /// Records a failure. Returns the number of consecutive failures and the delay; `None` if the failure belongs to the previous one.
-    pub(in crate::master) fn fail(&mut self, now: Now) -> Option<(u32, Duration)> {
+    pub(in crate::master) fn fail(&mut self, now: Uptime) -> Option<(u32, Duration)> {
         if now < self.open_until {
             return None; // a sibling that was started together with it
         }
@@ -61,12 +61,12 @@ impl Breaker {
 pub(super) struct TokenBucket {
     rate: u32,
     /// When the bucket would be full if nothing more were taken.
-    full_at: Now,
+    full_at: Uptime,
 }
 
 impl TokenBucket {
     pub(super) fn full(rate: u32) -> Self {
-        Self { rate: rate.max(1), full_at: Now::ZERO }
+        Self { rate: rate.max(1), full_at: Uptime::ZERO }
     }
 
     pub(super) fn set_rate(&mut self, rate: u32) {
@@ -74,7 +74,7 @@ impl TokenBucket {
     }
 
     /// Takes one token. If none is available, returns the time at which one will be.
-    pub(super) fn take(&mut self, now: Now) -> Option<Now> {
+    pub(super) fn take(&mut self, now: Uptime) -> Option<Uptime> {
         self.full_at = self.full_at.max(now) + Duration::from_secs(1) / self.rate;
         let due = self.full_at.saturating_sub(Duration::from_secs(1));
         (due > now).then_some(due)

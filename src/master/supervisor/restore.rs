@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
-use super::{Mode, Now, Policy, Slot, State, Supervisor, TERMINATE_INTERVAL, number};
+use super::{Mode, Policy, Slot, State, Supervisor, TERMINATE_INTERVAL, Uptime, number};
 use crate::config::millis;
 use crate::upgrade::saved_processes::{Roster, SavedSlot, SavedSlotState};
 
@@ -13,11 +13,11 @@ const MAX_SLOTS: u32 = 1 << 16;
 
 impl Supervisor {
     /// The state for the next master; `None` while the server stops, because no upgrade takes place then.
-    pub(crate) fn save(&self, now: Now) -> Option<Roster> {
+    pub(crate) fn save(&self, now: Uptime) -> Option<Roster> {
         if self.mode != Mode::Running {
             return None;
         }
-        let left_ms = |deadline: Now| millis(deadline.saturating_sub(now));
+        let left_ms = |deadline: Uptime| millis(deadline.saturating_sub(now));
         let slots = self.slots.iter().enumerate().filter_map(|(index, slot)| {
             let (pid, phase) = match slot.state {
                 State::Starting { pid: Some(pid), deadline } => {
@@ -51,7 +51,7 @@ impl Supervisor {
 
     /// A supervisor for the processes that a former master left. Some may be in slots beyond this policy's number; those slots are not
     /// reused.
-    pub(crate) fn restore(policy: Policy, roster: &Roster, now: Now) -> Self {
+    pub(crate) fn restore(policy: Policy, roster: &Roster, now: Uptime) -> Self {
         let mut restored = Self::new(policy);
         restored.now = now;
         restored.generation = roster.generation.max(1);

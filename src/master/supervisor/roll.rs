@@ -10,7 +10,7 @@
 //! The supervisor distinguishes generations by number only.
 
 use super::messages::{Action, Notice};
-use super::{Now, Slot, State, Supervisor};
+use super::{Slot, State, Supervisor, Uptime};
 
 /// A reload under way.
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +28,7 @@ impl Supervisor {
         self.roll = Some(Roll { generation: self.newest, proven: false, unseen: 0 });
         // A reload presumably fixes the cause of the failures: try again immediately.
         self.breaker.close();
-        self.end_backoffs(Now::MAX);
+        self.end_backoffs(Uptime::MAX);
         self.notice(Notice::ReloadStarted { generation: self.newest });
     }
 
@@ -75,7 +75,7 @@ impl Supervisor {
     }
 
     /// Drains one outdated process for each new process that is ready.
-    pub(super) fn replace(&mut self, now: Now) {
+    pub(super) fn replace(&mut self, now: Uptime) {
         while self.count_ready() > self.target {
             // A worker at the end of its lifetime drains before one that is only of an old generation.
             let outdated = (0..self.slots.len()).filter(|&index| {
@@ -114,7 +114,7 @@ impl Supervisor {
     }
 
     /// Marks a process that has reached the end of its lifetime.
-    pub(super) fn wear_out(&mut self, pid: nix::unistd::Pid, now: Now) {
+    pub(super) fn wear_out(&mut self, pid: nix::unistd::Pid, now: Uptime) {
         let Some(index) = self.find(pid) else { return };
         let slot = &mut self.slots[index];
         // A process that is not ready has not served yet. A draining one is being replaced, or is no longer wanted.

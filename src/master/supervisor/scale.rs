@@ -13,7 +13,7 @@
 
 use std::time::Duration;
 
-use super::Now;
+use super::Uptime;
 use super::messages::Demand;
 
 /// Sample intervals with and without demand.
@@ -39,14 +39,14 @@ pub(super) struct Scaler {
     /// Whether the last sample found too few workers.
     pressed: bool,
     /// For each rank, when a worker of that rank was last needed.
-    needed_at: Vec<Now>,
+    needed_at: Vec<Uptime>,
     penalty: u32,
     /// When the penalty last changed.
-    penalty_since: Now,
-    lowered_at: Option<Now>,
-    sample_at: Now,
+    penalty_since: Uptime,
+    lowered_at: Option<Uptime>,
+    sample_at: Uptime,
     /// When demand was last reported to exceed the maximum number of workers.
-    said_saturated: Option<Now>,
+    said_saturated: Option<Uptime>,
 }
 
 /// The result of a sample.
@@ -68,9 +68,9 @@ impl Scaler {
             pressed: false,
             needed_at: Vec::new(),
             penalty: 1,
-            penalty_since: Now::ZERO,
+            penalty_since: Uptime::ZERO,
             lowered_at: None,
-            sample_at: Now::ZERO,
+            sample_at: Uptime::ZERO,
             said_saturated: None,
         }
     }
@@ -84,7 +84,7 @@ impl Scaler {
     }
 
     /// Sets different limits. Returns the target within these limits.
-    pub(super) fn set_limits(&mut self, (min, max): (u32, u32), target: u32, now: Now) -> u32 {
+    pub(super) fn set_limits(&mut self, (min, max): (u32, u32), target: u32, now: Uptime) -> u32 {
         (self.min, self.max) = (min, max.max(min));
         let target = target.clamp(self.min, self.max);
         // Prevents the operator's choice from being undone immediately.
@@ -93,17 +93,17 @@ impl Scaler {
     }
 
     /// The time of the next sample; `None` if nothing is to be decided.
-    pub(super) fn sample_at(&self, target: u32) -> Option<Now> {
+    pub(super) fn sample_at(&self, target: u32) -> Option<Uptime> {
         (self.min < self.max && target > 0).then_some(self.sample_at)
     }
 
     /// Postpones the next sample, since one is under way.
-    pub(super) fn sampled(&mut self, now: Now) {
+    pub(super) fn sampled(&mut self, now: Uptime) {
         self.sample_at = now + BUSY;
     }
 
     /// Handles a connection that arrived while there was no worker. Returns the target.
-    pub(super) fn arrival(&mut self, now: Now) -> u32 {
+    pub(super) fn arrival(&mut self, now: Uptime) -> u32 {
         self.sample_at = now + BUSY;
         self.regret(now);
         self.need(1, now);
@@ -111,7 +111,7 @@ impl Scaler {
     }
 
     /// Evaluates a sample. `may_grow`: started processes do become ready.
-    pub(super) fn decide(&mut self, demand: &Demand, target: u32, may_grow: bool, now: Now) -> Verdict {
+    pub(super) fn decide(&mut self, demand: &Demand, target: u32, may_grow: bool, now: Uptime) -> Verdict {
         let requests = demand.in_flight.saturating_add(demand.waiting);
         let at_work = requests.div_ceil(self.per_worker).max(u32::try_from(demand.busy.len()).unwrap_or(u32::MAX));
         let spare = u32::from(at_work > 0);
@@ -140,14 +140,14 @@ impl Scaler {
         verdict
     }
 
-    fn need(&mut self, needed: u32, now: Now) {
+    fn need(&mut self, needed: u32, now: Uptime) {
         let needed = needed as usize;
         self.needed_at.resize(self.needed_at.len().max(needed), now);
         self.needed_at[..needed].fill(now);
     }
 
     /// Records that workers are added. If one was removed shortly before, the removal was a mistake.
-    fn regret(&mut self, now: Now) {
+    fn regret(&mut self, now: Uptime) {
         let soon = self.after.saturating_mul(self.penalty);
         if self.lowered_at.take().is_some_and(|at| now.saturating_sub(at) < soon) {
             self.penalty = (self.penalty * 2).min(PENALTY);
@@ -155,7 +155,7 @@ impl Scaler {
         }
     }
 
-    fn forgive(&mut self, now: Now) {
+    fn forgive(&mut self, now: Uptime) {
         if self.penalty > 1 && now.saturating_sub(self.penalty_since) >= self.after.saturating_mul(FORGIVEN) {
             self.penalty /= 2;
             self.penalty_since = now;
@@ -163,7 +163,7 @@ impl Scaler {
     }
 
     /// Whether the maximum number of workers is reached, all of them are working, and connections are waiting.
-    fn is_saturated(&mut self, demand: &Demand, target: u32, now: Now) -> bool {
+    fn is_saturated(&mut self, demand: &Demand, target: u32, now: Uptime) -> bool {
         let said = self.said_saturated.is_some_and(|at| now.saturating_sub(at) < LOG_INTERVAL);
         let all_work = target >= self.max && demand.in_flight >= self.max.saturating_mul(self.per_worker);
         let saturated = all_work && demand.waiting > 0 && !said;

@@ -8,11 +8,11 @@
 //! [`SupervisorEvent::Queue`]: super::SupervisorEvent::Queue
 
 use super::messages::Action;
-use super::{Mode, Now, State, Supervisor, TERMINATE_INTERVAL};
+use super::{Mode, State, Supervisor, TERMINATE_INTERVAL, Uptime};
 
 impl Supervisor {
     /// Begins a drain. `success`: the operator requested it. Otherwise no process can serve queued connections.
-    pub(super) fn stop(&mut self, success: bool, now: Now) {
+    pub(super) fn stop(&mut self, success: bool, now: Uptime) {
         self.mode = Mode::Stopping { success, until: now + self.policy.drain_timeout, queue: success };
         self.roll = None;
         self.actions.push(Action::Close { at_once: false });
@@ -30,14 +30,14 @@ impl Supervisor {
     }
 
     /// Asks a ready process to exit during a stop; it accepts the queued connections first.
-    pub(super) fn finish_queue(&mut self, index: usize, now: Now) {
+    pub(super) fn finish_queue(&mut self, index: usize, now: Uptime) {
         self.slots[index].serves_queue = true;
         self.drain(index, now);
     }
 
     /// Handles the state of the queues during a stop: while connections wait, processes that have exited are replaced; when none waits,
     /// starting processes are asked to exit.
-    pub(super) fn queue(&mut self, waits: bool, now: Now) {
+    pub(super) fn queue(&mut self, waits: bool, now: Uptime) {
         let Mode::Stopping { queue, .. } = &mut self.mode else { return };
         *queue &= waits;
         let serves = *queue;
@@ -68,7 +68,7 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn halt(&mut self, now: Now) {
+    pub(super) fn halt(&mut self, now: Uptime) {
         self.mode = Mode::Stopping { success: true, until: now, queue: false };
         self.actions.push(Action::Close { at_once: true });
         for index in 0..self.slots.len() {
@@ -76,7 +76,7 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn drain(&mut self, index: usize, now: Now) {
+    pub(super) fn drain(&mut self, index: usize, now: Uptime) {
         match self.slots[index].state {
             State::Starting { pid: Some(pid), .. } | State::Ready { pid } => {
                 let deadline = match self.mode {

@@ -39,7 +39,7 @@ enum Life {
 /// A supervisor in a simulated world: processes exist when the supervisor spawns them, and its actions are checked.
 struct World {
     supervisor: Supervisor,
-    now: Now,
+    now: Uptime,
     processes: BTreeMap<i32, Life>,
     next_pid: i32,
     spawned: u32,
@@ -60,7 +60,7 @@ impl World {
     fn new(policy: Policy) -> Self {
         let mut world = Self {
             supervisor: Supervisor::new(policy),
-            now: Now::ZERO,
+            now: Uptime::ZERO,
             processes: BTreeMap::new(),
             next_pid: 100,
             spawned: 0,
@@ -570,24 +570,25 @@ fn the_server_stops_if_no_process_ever_became_ready_and_a_reload_restarts_the_ti
         }
         None
     };
-    let given_up = |supervisor: &mut Supervisor| fail_for(supervisor, SupervisorEvent::Tick, Now::ZERO, 400_000 * MS);
+    let given_up =
+        |supervisor: &mut Supervisor| fail_for(supervisor, SupervisorEvent::Tick, Uptime::ZERO, 400_000 * MS);
     assert_eq!(given_up(&mut Supervisor::new(policy)), Some(60_000 * MS));
-    assert_eq!(given_up(&mut Supervisor::new(Policy { give_up_after: Now::ZERO, ..policy })), None);
+    assert_eq!(given_up(&mut Supervisor::new(Policy { give_up_after: Uptime::ZERO, ..policy })), None);
 
     let mut reloaded = Supervisor::new(policy);
-    assert_eq!(fail_for(&mut reloaded, SupervisorEvent::Tick, Now::ZERO, 50_000 * MS), None);
+    assert_eq!(fail_for(&mut reloaded, SupervisorEvent::Tick, Uptime::ZERO, 50_000 * MS), None);
     let reload = SupervisorEvent::Command(Command::Reload);
     let at = fail_for(&mut reloaded, reload, 50_000 * MS, 400_000 * MS).expect("the server stops in the end");
     assert!(at >= 110_000 * MS, "{at:?}");
 
     // A starting process is allowed to finish starting.
     let mut slow = Supervisor::new(policy);
-    for action in slow.step(SupervisorEvent::Tick, Now::ZERO) {
+    for action in slow.step(SupervisorEvent::Tick, Uptime::ZERO) {
         if let Action::Spawn { slot, .. } = action {
             let pid = Pid::from_raw(100 + slot.cast_signed());
-            let _ = slow.step(SupervisorEvent::Spawned { slot, pid }, Now::ZERO);
+            let _ = slow.step(SupervisorEvent::Spawned { slot, pid }, Uptime::ZERO);
             if slot == 1 {
-                let _ = slow.step(SupervisorEvent::Exited { pid, after_exit: AfterExit::Replace }, Now::ZERO);
+                let _ = slow.step(SupervisorEvent::Exited { pid, after_exit: AfterExit::Replace }, Uptime::ZERO);
             }
         }
     }

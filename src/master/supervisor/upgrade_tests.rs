@@ -20,9 +20,9 @@ fn policy(workers: u32) -> Policy {
 }
 
 /// Simulates a random history. Returns the supervisor, the time, and the running processes.
-fn history(random: &mut fastrand::Rng, policy: Policy) -> (Supervisor, Now, Vec<i32>) {
+fn history(random: &mut fastrand::Rng, policy: Policy) -> (Supervisor, Uptime, Vec<i32>) {
     let mut supervisor = Supervisor::new(policy);
-    let (mut now, mut alive, mut next) = (Now::ZERO, Vec::new(), 100);
+    let (mut now, mut alive, mut next) = (Uptime::ZERO, Vec::new(), 100);
     let mut event = SupervisorEvent::Tick;
     for _ in 0..random.u32(1..200) {
         let mut actions = std::collections::VecDeque::from(supervisor.step(event, now));
@@ -61,16 +61,16 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
         let roster = old.save(before).expect("it runs");
         // The next master may have other settings, and has its own clock.
         let now_workers = if random.bool() { workers } else { random.u32(1..6) };
-        let mut new = Supervisor::restore(policy(now_workers), &roster, Now::ZERO);
+        let mut new = Supervisor::restore(policy(now_workers), &roster, Uptime::ZERO);
         for &pid in &alive {
             let pid = Pid::from_raw(pid);
             assert_eq!(new.place_of(pid), old.place_of(pid), "seed {seed}");
         }
         if now_workers == workers {
-            assert_eq!(new.save(Now::ZERO).as_ref(), Some(&roster), "seed {seed}");
+            assert_eq!(new.save(Uptime::ZERO).as_ref(), Some(&roster), "seed {seed}");
         }
         let former = alive.clone();
-        let (mut now, mut next) = (Now::ZERO, 10_000);
+        let (mut now, mut next) = (Uptime::ZERO, 10_000);
         let mut events =
             std::collections::VecDeque::from([SupervisorEvent::Command(Command::Reload), SupervisorEvent::Tick]);
         for saved in roster.slots.iter().filter(|saved| saved.phase == SavedSlotState::Killing) {
@@ -114,11 +114,11 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
 #[test]
 fn a_master_that_stops_has_no_successor() {
     let mut supervisor = Supervisor::new(policy(2));
-    supervisor.step(SupervisorEvent::Command(Command::Drain), Now::ZERO);
-    assert_eq!(supervisor.save(Now::ZERO), None);
-    assert_eq!(supervisor.step(SupervisorEvent::Command(Command::Upgrade), Now::ZERO), []);
+    supervisor.step(SupervisorEvent::Command(Command::Drain), Uptime::ZERO);
+    assert_eq!(supervisor.save(Uptime::ZERO), None);
+    assert_eq!(supervisor.step(SupervisorEvent::Command(Command::Upgrade), Uptime::ZERO), []);
     let mut supervisor = Supervisor::new(policy(2));
-    assert!(supervisor.step(SupervisorEvent::Command(Command::Upgrade), Now::ZERO).contains(&Action::Upgrade));
+    assert!(supervisor.step(SupervisorEvent::Command(Command::Upgrade), Uptime::ZERO).contains(&Action::Upgrade));
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn a_deadline_that_has_passed_counts_only_when_all_reports_and_deaths_are_read()
     let draining = SavedSlotState::Draining { left_ms: 0 };
     let phases = [starting, starting, draining, draining];
     let slots = (0..).zip(phases).map(|(number, phase)| saved(number, phase)).collect();
-    let roster = Supervisor::new(policy(2)).save(Now::ZERO).unwrap();
+    let roster = Supervisor::new(policy(2)).save(Uptime::ZERO).unwrap();
     let mut supervisor = Supervisor::restore(policy(2), &Roster { slots, ..roster }, 50 * MS);
     let [one, other, left, stuck] = [100, 101, 102, 103].map(Pid::from_raw);
     let mut actions = supervisor.step(SupervisorEvent::Ready { pid: one }, 51 * MS);

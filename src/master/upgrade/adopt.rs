@@ -15,7 +15,7 @@ use crate::master::control::Waiting;
 use crate::master::output::{LineReader, Output};
 use crate::master::programs::ProgramState;
 use crate::master::spawn::{Child, Link, Spawner};
-use crate::master::supervisor::{Command, Now, Supervisor, SupervisorEvent};
+use crate::master::supervisor::{Command, Supervisor, SupervisorEvent, Uptime};
 use crate::master::{Control, EarlierChildren, Master, policy};
 use crate::sys;
 use crate::upgrade::Takeover;
@@ -160,7 +160,7 @@ fn restore_output(saved: SavedOutput, left: &mut Takeover) -> Option<Output> {
 }
 
 impl Child {
-    fn save(&self, pid: Pid, now: Now) -> SavedChild {
+    fn save(&self, pid: Pid, now: Uptime) -> SavedChild {
         let link = match &self.link {
             Link::Worker { report, open, unread, last_words, trace } => SavedLink::Worker {
                 report: report.as_raw_fd(),
@@ -185,7 +185,7 @@ impl Child {
     }
 
     /// `None` if the child's reports cannot be read.
-    fn restore(saved: SavedChild, left: &mut Takeover, now: Now) -> Option<Self> {
+    fn restore(saved: SavedChild, left: &mut Takeover, now: Uptime) -> Option<Self> {
         let SavedChild { slot, generation, age_ms, asked_to_leave, hung, link, output, files, .. } = saved;
         let link = match link {
             SavedLink::Worker { report, open, unread, last_words, trace } => {

@@ -13,7 +13,7 @@ const STOP: Duration = Duration::from_secs(10);
 /// Sidecars, their clocks, and their running processes.
 struct World {
     sidecars: SidecarSupervisor,
-    now: Now,
+    now: Uptime,
     wall: Timestamp,
     alive: BTreeMap<Pid, usize>,
     asked: BTreeMap<Pid, SidecarAction>,
@@ -38,7 +38,7 @@ fn world(daemons: usize, schedules: &[&str], cron_timeout: Duration) -> World {
     let wall = "2026-05-01T00:00:30Z".parse().unwrap();
     World {
         sidecars: SidecarSupervisor::new(&config, STOP, wall),
-        now: Now::ZERO,
+        now: Uptime::ZERO,
         wall,
         alive: BTreeMap::new(),
         asked: BTreeMap::new(),
