@@ -3,7 +3,7 @@
 use bytes::{Buf as _, BytesMut};
 
 use super::Pieces;
-use crate::protocol::fastcgi::{Decoder, Error, Event, Fault, HEADER, RequestId};
+use crate::protocol::fastcgi::{FastCgiDecoder, FastCgiError, FastCgiEvent, Fault, HEADER, RequestId};
 use crate::protocol::role::Role;
 
 /// Small, so that requests soon reach the limits.
@@ -49,7 +49,7 @@ enum What {
     Abort,
     Reply { then_close: bool },
     Finished { whole: bool },
-    Failed(Error),
+    Failed(FastCgiError),
     Over { is_idle: bool },
 }
 
@@ -76,7 +76,7 @@ struct Exchange {
 }
 
 struct Connection {
-    decoder: Decoder,
+    decoder: FastCgiDecoder,
     input: BytesMut,
     exchanges: Vec<Exchange>,
     /// According to the decoder this request has no body, so its end must come next.
@@ -87,7 +87,7 @@ struct Connection {
 impl Connection {
     fn receive(data: &[u8], pieces: Option<Pieces>) -> Transcript {
         let mut connection = Self {
-            decoder: Decoder::new(MAX_PARAMS, MAX_REQUESTS),
+            decoder: FastCgiDecoder::new(MAX_PARAMS, MAX_REQUESTS),
             input: BytesMut::new(),
             exchanges: Vec::with_capacity(MAX_REQUESTS),
             bodiless: None,
@@ -104,7 +104,7 @@ impl Connection {
         connection.transcript
     }
 
-    fn run(&mut self, mut data: &[u8], mut pieces: Option<Pieces>) -> Result<(), Error> {
+    fn run(&mut self, mut data: &[u8], mut pieces: Option<Pieces>) -> Result<(), FastCgiError> {
         while !data.is_empty() {
             let piece = match &mut pieces {
                 Some(pieces) => pieces.cut(&mut data),
@@ -129,12 +129,12 @@ impl Connection {
         assert!(requests <= MAX_REQUESTS && params <= requests * MAX_PARAMS, "{params} bytes of {requests} requests");
     }
 
-    fn take(&mut self, event: Event) {
+    fn take(&mut self, event: FastCgiEvent) {
         if let Some(id) = self.bodiless.take() {
-            assert_eq!(event, Event::StdinEnd { id }, "the request has no body");
+            assert_eq!(event, FastCgiEvent::StdinEnd { id }, "the request has no body");
         }
         match event {
-            Event::Request { id, keep_connection, role, params } => {
+            FastCgiEvent::Request { id, keep_connection, role, params } => {
                 self.transcript.note(id, What::Request { keep_connection, role }, b"");
                 for (name, value) in params.iter() {
                     self.transcript.note(id, What::Name, name);
@@ -146,12 +146,12 @@ impl Connection {
                     false => self.bodiless = self.decoder.body_is_empty(id, &self.input).then_some(id),
                 }
             }
-            Event::BadRequest { id, keep_connection, fault } => {
+            FastCgiEvent::BadRequest { id, keep_connection, fault } => {
                 self.transcript.note(id, What::BadRequest { keep_connection, fault }, b"");
                 self.begin(Exchange { id, stdin: false, data: false, over: true });
                 self.finish_unless_slow(id);
             }
-            Event::Stdin { id, bytes } => {
+            FastCgiEvent::Stdin { id, bytes } => {
                 assert!(!bytes.is_empty() && self.open(id).stdin, "{id}");
                 match self.answers_at_body(id) {
                     // The amount received by then depends on the pieces.
@@ -159,31 +159,31 @@ impl Connection {
                     false => self.transcript.note(id, What::Stdin, &bytes),
                 }
             }
-            Event::StdinEnd { id } => {
+            FastCgiEvent::StdinEnd { id } => {
                 assert!(std::mem::take(&mut self.open(id).stdin), "{id} ends twice");
                 self.transcript.note(id, What::StdinEnd, b"");
                 if !self.open(id).data || self.answers_before_the_file(id) {
                     self.finish_unless_slow(id);
                 }
             }
-            Event::Data { id, bytes } => {
+            FastCgiEvent::Data { id, bytes } => {
                 assert!(!bytes.is_empty() && self.open(id).data, "{id}");
                 self.transcript.note(id, What::Data, &bytes);
             }
-            Event::DataEnd { id } => {
+            FastCgiEvent::DataEnd { id } => {
                 assert!(std::mem::take(&mut self.open(id).data), "{id} ends twice");
                 self.transcript.note(id, What::DataEnd, b"");
                 if !self.open(id).stdin {
                     self.finish_unless_slow(id);
                 }
             }
-            Event::Abort { id } => {
+            FastCgiEvent::Abort { id } => {
                 let exchange = self.open(id);
                 (exchange.stdin, exchange.data, exchange.over) = (false, false, true);
                 self.transcript.note(id, What::Abort, b"");
                 self.finish_unless_slow(id);
             }
-            Event::Reply { bytes, then_close } => {
+            FastCgiEvent::Reply { bytes, then_close } => {
                 check_records(&bytes);
                 self.transcript.note(0, What::Reply { then_close }, &bytes);
             }

@@ -4,7 +4,7 @@
 use bytes::BytesMut;
 
 use super::{Dice, Pieces};
-use crate::protocol::fastcgi::{Decoder, Event, Fault, HEADER, MAX_CONTENT, stdout_end, stdout_header};
+use crate::protocol::fastcgi::{FastCgiDecoder, FastCgiEvent, Fault, HEADER, MAX_CONTENT, stdout_end, stdout_header};
 use crate::protocol::role::Role;
 
 const BEGIN_REQUEST: u8 = 1;
@@ -190,12 +190,12 @@ fn write(servers: &mut [Server<'_>], dice: &mut Dice<'_>) -> (Vec<u8>, usize) {
 
 fn decode(wire: &[u8], servers: &mut [Server<'_>], max_params: usize, mut replies: usize) {
     let (mut pieces, mut rest) = (Pieces::of(wire), wire);
-    let (mut decoder, mut input) = (Decoder::new(max_params, servers.len()), BytesMut::new());
+    let (mut decoder, mut input) = (FastCgiDecoder::new(max_params, servers.len()), BytesMut::new());
     while !rest.is_empty() {
         input.extend_from_slice(pieces.cut(&mut rest));
         loop {
             match decoder.decode(&mut input) {
-                Ok(Some(Event::Reply { then_close: false, .. })) => replies -= 1,
+                Ok(Some(FastCgiEvent::Reply { then_close: false, .. })) => replies -= 1,
                 Ok(Some(event)) => came(servers, event),
                 Ok(None) => break,
                 Err(error) => panic!("{error}"),
@@ -210,39 +210,39 @@ fn decode(wire: &[u8], servers: &mut [Server<'_>], max_params: usize, mut replie
     assert!(decoder.is_idle() && input.is_empty());
 }
 
-fn came(servers: &mut [Server<'_>], event: Event) {
-    let (Event::Request { id, .. }
-    | Event::BadRequest { id, .. }
-    | Event::Stdin { id, .. }
-    | Event::StdinEnd { id }
-    | Event::Data { id, .. }
-    | Event::DataEnd { id }) = event
+fn came(servers: &mut [Server<'_>], event: FastCgiEvent) {
+    let (FastCgiEvent::Request { id, .. }
+    | FastCgiEvent::BadRequest { id, .. }
+    | FastCgiEvent::Stdin { id, .. }
+    | FastCgiEvent::StdinEnd { id }
+    | FastCgiEvent::Data { id, .. }
+    | FastCgiEvent::DataEnd { id }) = event
     else {
         panic!("nobody sent {event:?}")
     };
     let Some(server) = servers.iter_mut().find(|server| server.id == id) else { panic!("nobody has {id}") };
     let came = &mut server.came;
     match event {
-        Event::Request { keep_connection, role, params, .. } => {
+        FastCgiEvent::Request { keep_connection, role, params, .. } => {
             assert!(params.iter().eq(server.pairs.iter().copied()), "{params:?}");
             assert_eq!((keep_connection, role), (server.keep_connection, server.role));
             came.request = true;
         }
-        Event::BadRequest { keep_connection, fault, .. } => {
+        FastCgiEvent::BadRequest { keep_connection, fault, .. } => {
             assert_eq!((keep_connection, fault), (server.keep_connection, Fault::ParamsTooLong));
             came.refusal = true;
         }
-        Event::Stdin { bytes, .. } => {
+        FastCgiEvent::Stdin { bytes, .. } => {
             assert!(server.stdin[came.stdin..].starts_with(&bytes) && !came.stdin_end);
             came.stdin += bytes.len();
         }
-        Event::StdinEnd { .. } => came.stdin_end = true,
-        Event::Data { bytes, .. } => {
+        FastCgiEvent::StdinEnd { .. } => came.stdin_end = true,
+        FastCgiEvent::Data { bytes, .. } => {
             assert!(server.data[came.data..].starts_with(&bytes) && !came.data_end);
             came.data += bytes.len();
         }
-        Event::DataEnd { .. } => came.data_end = true,
-        Event::Abort { .. } | Event::Reply { .. } => panic!("nobody sent {event:?}"),
+        FastCgiEvent::DataEnd { .. } => came.data_end = true,
+        FastCgiEvent::Abort { .. } | FastCgiEvent::Reply { .. } => panic!("nobody sent {event:?}"),
     }
 }
 

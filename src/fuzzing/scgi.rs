@@ -3,7 +3,7 @@
 use bytes::BytesMut;
 
 use super::{Dice, Pieces};
-use crate::protocol::scgi::{Decoder, Error, Event};
+use crate::protocol::scgi::{ScgiDecoder, ScgiError, ScgiEvent};
 
 /// Small, so that requests soon reach the limit.
 const MAX_PARAMS: usize = 512;
@@ -28,16 +28,16 @@ struct Transcript {
     body: Vec<u8>,
     requests: u32,
     ends: u32,
-    error: Option<Error>,
+    error: Option<ScgiError>,
     is_untouched: bool,
     ends_with_the_stream: bool,
 }
 
 impl Transcript {
-    fn take(&mut self, event: Event) {
+    fn take(&mut self, event: ScgiEvent) {
         assert_eq!(self.ends, 0, "{event:?} behind the end");
         match event {
-            Event::Request { params, length } => {
+            ScgiEvent::Request { params, length } => {
                 for part in params.iter().flat_map(|(name, value)| [name, value]) {
                     self.pairs.extend_from_slice(part);
                     self.pairs.push(0);
@@ -45,12 +45,12 @@ impl Transcript {
                 self.length = length;
                 self.requests += 1;
             }
-            Event::Body(bytes) => {
+            ScgiEvent::Body(bytes) => {
                 assert!(self.requests == 1 && !bytes.is_empty());
                 self.body.extend_from_slice(&bytes);
                 assert!(self.length.is_none_or(|length| self.body.len() as u64 <= length));
             }
-            Event::End => {
+            ScgiEvent::End => {
                 assert_eq!((self.requests, self.length), (1, Some(self.body.len() as u64)));
                 self.ends += 1;
             }
@@ -59,7 +59,7 @@ impl Transcript {
 }
 
 fn receive(data: &[u8], mut pieces: Option<Pieces>) -> Transcript {
-    let (mut decoder, mut input) = (Decoder::new(MAX_PARAMS), BytesMut::new());
+    let (mut decoder, mut input) = (ScgiDecoder::new(MAX_PARAMS), BytesMut::new());
     let mut transcript = Transcript::default();
     // The results of `to_come`, each with the number of bytes read before.
     let mut promises: Vec<(usize, u64)> = Vec::new();
@@ -138,7 +138,7 @@ pub fn scgi_script(data: &[u8]) {
     wire.extend_from_slice(body);
 
     let limit = if data.len().is_multiple_of(2) { strings.len() } else { strings.len() - 1 };
-    let (mut decoder, mut input) = (Decoder::new(limit), BytesMut::new());
+    let (mut decoder, mut input) = (ScgiDecoder::new(limit), BytesMut::new());
     let (mut pieces, mut rest) = (Pieces::of(&wire), &wire[..]);
     let mut transcript = Transcript::default();
     while !rest.is_empty() {
@@ -148,7 +148,7 @@ pub fn scgi_script(data: &[u8]) {
                 Ok(Some(event)) => transcript.take(event),
                 Ok(None) => break,
                 Err(error) => {
-                    assert!(error == Error::TooLong && limit < strings.len(), "{error}");
+                    assert!(error == ScgiError::TooLong && limit < strings.len(), "{error}");
                     return;
                 }
             }

@@ -18,7 +18,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 use super::journal::{ConnRecord, Request, WireProtocol};
 use crate::protocol::cgi;
-use crate::protocol::fastcgi::{self, Decoder, Event};
+use crate::protocol::fastcgi::{self, FastCgiDecoder, FastCgiEvent};
 
 /// The response body for a request whose worker died.
 const BAD_GATEWAY: &[u8] = b"502 Bad Gateway\n";
@@ -123,12 +123,15 @@ fn input(record: &ConnRecord) -> Input {
 
 /// Decodes input of which the worker has entered some requests, but possibly not all.
 fn examined(record: &ConnRecord, bytes: &[u8]) -> Input {
-    let mut decoder = Decoder::new(bytes.len(), usize::from(u16::MAX));
+    let mut decoder = FastCgiDecoder::new(bytes.len(), usize::from(u16::MAX));
     let mut rest = BytesMut::from(bytes);
     let mut found = Vec::new();
     loop {
         match decoder.decode(&mut rest) {
-            Ok(Some(Event::Request { id, keep_connection, .. } | Event::BadRequest { id, keep_connection, .. })) => {
+            Ok(Some(
+                FastCgiEvent::Request { id, keep_connection, .. }
+                | FastCgiEvent::BadRequest { id, keep_connection, .. },
+            )) => {
                 found.push((id, keep_connection));
             }
             Ok(Some(_)) => {}

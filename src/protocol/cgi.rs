@@ -49,7 +49,7 @@ impl ClientInfo {
 
 /// The head of a request is invalid. The web server or other peer is at fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Error {
+pub(crate) enum CgiError {
     Method,
     Connect,
     Uri,
@@ -59,7 +59,7 @@ pub(crate) enum Error {
     Length,
 }
 
-impl Error {
+impl CgiError {
     /// The status of the response.
     pub(crate) fn status(self) -> StatusCode {
         match self {
@@ -71,7 +71,7 @@ impl Error {
     }
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for CgiError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Method => "REQUEST_METHOD is missing or invalid",
@@ -85,7 +85,7 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for CgiError {}
 
 /// Maximum number of header names in a request. A `HeaderMap` has space for half as many again, and panics when this
 /// server or the application inserts one more.
@@ -110,8 +110,8 @@ struct Variables<'a> {
 /// and receives the announced length, if any.
 ///
 /// # Errors
-/// [`Error`]: the method, URI or a header is missing or invalid, or two lengths differ.
-pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) -> Result<Request<B>, Error> {
+/// [`CgiError`]: the method, URI or a header is missing or invalid, or two lengths differ.
+pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) -> Result<Request<B>, CgiError> {
     let mut variables = Variables::default();
     let mut headers = HeaderMap::with_capacity(12);
     let mut has_host = false;
@@ -122,18 +122,18 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
         };
         if let Some(name) = name {
             if name == header::HOST && (std::mem::replace(&mut has_host, true) || !is_host(value)) {
-                return Err(Error::Host);
+                return Err(CgiError::Host);
             }
-            let value = HeaderValue::from_maybe_shared(params.share(value)).map_err(|_| Error::Header)?;
-            headers.try_append(name, value).map_err(|_| Error::Header)?;
+            let value = HeaderValue::from_maybe_shared(params.share(value)).map_err(|_| CgiError::Header)?;
+            headers.try_append(name, value).map_err(|_| CgiError::Header)?;
         }
     }
     if headers.keys_len() > MAX_NAMES {
-        return Err(Error::Header);
+        return Err(CgiError::Header);
     }
-    let method = Method::from_bytes(variables.method).map_err(|_| Error::Method)?;
+    let method = Method::from_bytes(variables.method).map_err(|_| CgiError::Method)?;
     if method == Method::CONNECT {
-        return Err(Error::Connect);
+        return Err(CgiError::Connect);
     }
     let uri = match variables.request_uri {
         b"" => rebuilt_uri(variables.script_name, variables.path_info, variables.query)?,
@@ -157,9 +157,9 @@ impl<'a> Variables<'a> {
     /// Takes a variable without an `HTTP_` prefix. Returns whether it is a client's header nevertheless:
     /// `CONTENT_TYPE`.
     #[inline]
-    fn take(&mut self, name: &[u8], value: &'a [u8]) -> Result<bool, Error> {
+    fn take(&mut self, name: &[u8], value: &'a [u8]) -> Result<bool, CgiError> {
         if has_control(value) && !may_have_control(name, value) {
-            return Err(Error::Variable);
+            return Err(CgiError::Variable);
         }
         // Match the first letter first: most variables are none of these.
         match name.first() {
@@ -194,14 +194,14 @@ impl<'a> Variables<'a> {
     /// Takes a CONTENT_LENGTH. Servers send an empty one if there is no body (4.1.2). An empty value cancels an earlier one, so that an
     /// nginx configuration can override an included one. `-1` is ignored: lighttpd sends it for a body of unknown length, which then ends
     /// with the stream. Any other value that is not digits is refused, and so are two different lengths.
-    fn length(&mut self, value: &[u8]) -> Result<(), Error> {
+    fn length(&mut self, value: &[u8]) -> Result<(), CgiError> {
         match value {
             b"" => self.length = None,
             b"-1" => {}
             digits => {
-                let length = parse_digits(digits).ok_or(Error::Length)?;
+                let length = parse_digits(digits).ok_or(CgiError::Length)?;
                 if self.length.replace(length).is_some_and(|other| other != length) {
-                    return Err(Error::Length);
+                    return Err(CgiError::Length);
                 }
             }
         }
@@ -293,24 +293,24 @@ fn version(protocol: &[u8]) -> Version {
 
 /// Parses the URI as the server forwarded it. Bytes that a URI must not have, but that clients send, are
 /// percent-encoded.
-fn request_uri(uri: Bytes) -> Result<Uri, Error> {
+fn request_uri(uri: Bytes) -> Result<Uri, CgiError> {
     let uri = Uri::from_maybe_shared(uri.clone()).or_else(|_| {
         let mut encoded = BytesMut::with_capacity(uri.len() + 16);
         percent_encode(&mut encoded, &uri, |byte| byte > b' ' && byte < 0x7f && !b"\"<>\\^`{|}#".contains(&byte));
-        Uri::from_maybe_shared(encoded.freeze()).map_err(|_| Error::Uri)
+        Uri::from_maybe_shared(encoded.freeze()).map_err(|_| CgiError::Uri)
     })?;
     if uri.authority().is_none() {
         return Ok(uri);
     }
     // A client may send its server the absolute URI; a host alone is only sent to proxies.
     if uri.scheme().is_none() || !uri.authority().is_none_or(|authority| is_host(authority.as_str().as_bytes())) {
-        return Err(Error::Uri);
+        return Err(CgiError::Uri);
     }
     Ok(uri.into_parts().path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/")).into())
 }
 
 /// Builds the URI from the decoded path, for servers that do not forward the URI.
-fn rebuilt_uri(script_name: &[u8], path_info: &[u8], query: &[u8]) -> Result<Uri, Error> {
+fn rebuilt_uri(script_name: &[u8], path_info: &[u8], query: &[u8]) -> Result<Uri, CgiError> {
     let mut uri = BytesMut::with_capacity(script_name.len() + path_info.len() + query.len() + 16);
     let path = if script_name.is_empty() { path_info } else { script_name };
     if !path.starts_with(b"/") {
@@ -351,7 +351,7 @@ mod tests {
         Params::parse(raw.into()).unwrap()
     }
 
-    fn made(pairs: &[(&str, &str)]) -> Result<Request<Option<u64>>, Error> {
+    fn made(pairs: &[(&str, &str)]) -> Result<Request<Option<u64>>, CgiError> {
         request(params(pairs), |length| length)
     }
 
@@ -400,7 +400,7 @@ mod tests {
             let mut pairs = vec![("REQUEST_METHOD", "PUT"), ("CONTENT_LENGTH", "1")];
             pairs.extend(names[..count].iter().map(|name| (name.as_str(), "")));
             let made = made(&pairs).map(|request| request.headers().keys_len());
-            assert_eq!(made, if fits { Ok(MAX_NAMES + 1) } else { Err(Error::Header) });
+            assert_eq!(made, if fits { Ok(MAX_NAMES + 1) } else { Err(CgiError::Header) });
         }
     }
 
@@ -425,7 +425,7 @@ mod tests {
             assert_eq!(uri(sent).unwrap(), path, "{sent}");
         }
         for sent in ["host:80", "host", "http://host:99999/", "http://user@host/"] {
-            assert_eq!(uri(sent).unwrap_err(), Error::Uri, "{sent}");
+            assert_eq!(uri(sent).unwrap_err(), CgiError::Uri, "{sent}");
         }
     }
 
@@ -437,14 +437,18 @@ mod tests {
 
     #[test]
     fn a_head_that_makes_no_sense_is_refused() {
-        assert_eq!(made(&[("REQUEST_URI", "/")]).unwrap_err(), Error::Method);
-        assert_eq!(made(&[("REQUEST_METHOD", "")]).unwrap_err(), Error::Method);
-        assert_eq!(made(&[("REQUEST_METHOD", "GE T")]).unwrap_err(), Error::Method);
+        assert_eq!(made(&[("REQUEST_URI", "/")]).unwrap_err(), CgiError::Method);
+        assert_eq!(made(&[("REQUEST_METHOD", "")]).unwrap_err(), CgiError::Method);
+        assert_eq!(made(&[("REQUEST_METHOD", "GE T")]).unwrap_err(), CgiError::Method);
         for value in ["a\r\nb: c", "a\n", "a\rb", "a\0b"] {
-            assert_eq!(made(&[("REQUEST_METHOD", "GET"), ("HTTP_X", value)]).unwrap_err(), Error::Header, "{value:?}");
-            assert_eq!(made(&[("REQUEST_METHOD", "PUT"), ("CONTENT_TYPE", value)]).unwrap_err(), Error::Variable);
+            assert_eq!(
+                made(&[("REQUEST_METHOD", "GET"), ("HTTP_X", value)]).unwrap_err(),
+                CgiError::Header,
+                "{value:?}"
+            );
+            assert_eq!(made(&[("REQUEST_METHOD", "PUT"), ("CONTENT_TYPE", value)]).unwrap_err(), CgiError::Variable);
         }
-        assert_eq!(made(&[("REQUEST_METHOD", "CONNECT"), ("REQUEST_URI", "x:80")]).unwrap_err(), Error::Connect);
+        assert_eq!(made(&[("REQUEST_METHOD", "CONNECT"), ("REQUEST_URI", "x:80")]).unwrap_err(), CgiError::Connect);
     }
 
     #[test]
@@ -471,11 +475,11 @@ mod tests {
             let value = format!("/a{byte}b");
             for name in ["REQUEST_URI", "QUERY_STRING", "REMOTE_ADDR", "REMOTE_USER", "SERVER_NAME", "SERVER_PROTOCOL"]
             {
-                assert_eq!(with(name, &value), Err(Error::Variable), "{name} {value:?}");
-                assert_eq!(with(name, "/a\tb\x7f").err().filter(|error| *error == Error::Variable), None, "{name}");
+                assert_eq!(with(name, &value), Err(CgiError::Variable), "{name} {value:?}");
+                assert_eq!(with(name, "/a\tb\x7f").err().filter(|error| *error == CgiError::Variable), None, "{name}");
             }
             for name in ["SCRIPT_NAME", "PATH_INFO", "PATH_TRANSLATED"] {
-                let expected = if byte == "\0" { Err(Error::Variable) } else { Ok(()) };
+                let expected = if byte == "\0" { Err(CgiError::Variable) } else { Ok(()) };
                 assert_eq!(with(name, &value), expected, "{name} {value:?}");
             }
             assert_eq!(with("SSL_CLIENT_CERT", &value), Ok(()));
@@ -492,7 +496,7 @@ mod tests {
             assert_eq!(hosts(valid), Ok(()), "{valid:?}");
         }
         for invalid in [&["a:b"][..], &["a b"], &["a", "a"]] {
-            assert_eq!(hosts(invalid), Err(Error::Host), "{invalid:?}");
+            assert_eq!(hosts(invalid), Err(CgiError::Host), "{invalid:?}");
         }
     }
 
@@ -504,8 +508,8 @@ mod tests {
             assert_eq!(request.headers().get_all("content-length").iter().count(), request.body().iter().count());
             Ok(*request.body())
         };
-        assert_eq!(length(&["5", "6"]), Err(Error::Length));
-        assert_eq!(length(&["99999999999999999999999"]), Err(Error::Length));
+        assert_eq!(length(&["5", "6"]), Err(CgiError::Length));
+        assert_eq!(length(&["99999999999999999999999"]), Err(CgiError::Length));
         assert_eq!(length(&["5", "5"]), Ok(Some(5)));
         assert_eq!(length(&["5", "05"]), Ok(Some(5)));
         assert_eq!(length(&["5", ""]), Ok(None));
@@ -538,7 +542,7 @@ mod tests {
             assert!(request.headers().is_empty() && request.body().is_none(), "{length}");
         }
         for length in ["12x", "-2", "+5", " 5", "5 ", "5, 5", "0x5", "18446744073709551616"] {
-            assert_eq!(with(length).unwrap_err(), Error::Length, "{length:?}");
+            assert_eq!(with(length).unwrap_err(), CgiError::Length, "{length:?}");
         }
     }
 

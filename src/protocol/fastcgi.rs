@@ -2,17 +2,17 @@
 //! the FastCGI specification.
 //!
 //! ```text
-//!              bytes                       Event                              reply
-//!   peer ───────────────▶ Decoder::decode ─────────▶ worker::fastcgi ─────▶ stdout_header, end_request ──▶ peer
+//!              bytes                              FastCgiEvent                              reply
+//!   peer ───────────────▶ FastCgiDecoder::decode ──────────────▶ worker::fastcgi ─────▶ stdout_header, end_request ──▶ peer
 //! ```
 //!
-//! The [`Decoder`] keeps the state between records: the request ids in use, the current stream of each request, and the
-//! parameters received so far. It never copies a body, and copies parameters only if they span several records. The
-//! same bytes always result in the same requests, bodies and replies, however they are split into chunks.
+//! The [`FastCgiDecoder`] keeps the state between records: the request ids in use, the current stream of each request,
+//! and the parameters received so far. It never copies a body, and copies parameters only if they span several records.
+//! The same bytes always result in the same requests, bodies and replies, however they are split into chunks.
 //!
-//! Faults: if the specification defines a reply, the decoder returns an [`Event`] with the reply.
+//! Faults: if the specification defines a reply, the decoder returns a [`FastCgiEvent`] with the reply.
 //! If the start of the next record cannot be determined, or a record contradicts the state of its
-//! request, the decoder returns an [`Error`], and the connection must be closed.
+//! request, the decoder returns a [`FastCgiError`], and the connection must be closed.
 
 use std::fmt;
 
@@ -45,7 +45,7 @@ const KEEP_CONN: u8 = 1;
 /// The protocol status of END_REQUEST (5.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(crate) enum Status {
+pub(crate) enum FastCgiStatus {
     Complete = 0,
     CannotMultiplex = 1,
     UnknownRole = 3,
@@ -53,9 +53,9 @@ pub(crate) enum Status {
 
 /// A decoded event.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Event {
-    /// A request whose parameters are complete. Its body follows as [`Event::Stdin`], and a filter's file as
-    /// [`Event::Data`].
+pub(crate) enum FastCgiEvent {
+    /// A request whose parameters are complete. Its body follows as [`FastCgiEvent::Stdin`], and a filter's file as
+    /// [`FastCgiEvent::Data`].
     Request { id: RequestId, keep_connection: bool, role: Role, params: Params },
     /// A request that cannot be served because its parameters are too long or malformed. The rest
     /// of the request is skipped; the request must be answered.
@@ -86,7 +86,7 @@ pub(crate) enum Fault {
 
 /// The peer violated the protocol in a way that has no reply: the connection must be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Error {
+pub(crate) enum FastCgiError {
     /// A record of a version other than 1.
     Version(u8),
     /// A BEGIN_REQUEST whose body is not 8 bytes.
@@ -95,7 +95,7 @@ pub(crate) enum Error {
     BeginTwice(RequestId),
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for FastCgiError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Version(version) => write!(f, "a record of version {version}, which is not FastCGI 1"),
@@ -105,7 +105,7 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for FastCgiError {}
 
 /// The header of a record (3.3).
 #[derive(Clone, Copy, Debug)]
@@ -117,10 +117,10 @@ struct Record {
 }
 
 impl Record {
-    fn read(bytes: &[u8]) -> Option<Result<Self, Error>> {
+    fn read(bytes: &[u8]) -> Option<Result<Self, FastCgiError>> {
         let &[version, kind, id_high, id_low, length_high, length_low, padding, _] = bytes.first_chunk::<HEADER>()?;
         if version != VERSION {
-            return Some(Err(Error::Version(version)));
+            return Some(Err(FastCgiError::Version(version)));
         }
         let id = u16::from_be_bytes([id_high, id_low]);
         let content = u16::from_be_bytes([length_high, length_low]);
@@ -163,7 +163,7 @@ enum Phase {
 
 /// Decodes the input of one connection into events.
 #[derive(Debug)]
-pub(crate) struct Decoder {
+pub(crate) struct FastCgiDecoder {
     max_params: usize,
     max_requests: usize,
     place: Place,
@@ -172,7 +172,7 @@ pub(crate) struct Decoder {
     shares: bool,
 }
 
-impl Decoder {
+impl FastCgiDecoder {
     /// Accepts `max_params` bytes of parameters per request, and `max_requests` concurrent requests.
     pub(crate) fn new(max_params: usize, max_requests: usize) -> Self {
         Self { max_params, max_requests, place: Place::Header, open: Vec::new(), shares: false }
@@ -182,8 +182,8 @@ impl Decoder {
     /// are needed.
     ///
     /// # Errors
-    /// [`Error`]: the peer violated the protocol.
-    pub(crate) fn decode(&mut self, input: &mut BytesMut) -> Result<Option<Event>, Error> {
+    /// [`FastCgiError`]: the peer violated the protocol.
+    pub(crate) fn decode(&mut self, input: &mut BytesMut) -> Result<Option<FastCgiEvent>, FastCgiError> {
         loop {
             match self.place {
                 Place::Header => {
@@ -286,7 +286,7 @@ impl Decoder {
     }
 
     /// Begins to process a record whose header is at the front of `input`.
-    fn record(&mut self, record: Record, input: &mut BytesMut) -> Result<Progress, Error> {
+    fn record(&mut self, record: Record, input: &mut BytesMut) -> Result<Progress, FastCgiError> {
         let Record { kind, id, content, padding } = record;
         let whole = HEADER + usize::from(content);
         match kind {
@@ -310,10 +310,10 @@ impl Decoder {
             }
             BEGIN_REQUEST if id != 0 => {
                 if content != 8 {
-                    return Err(Error::BeginLength(content));
+                    return Err(FastCgiError::BeginLength(content));
                 }
                 let Some(body) = input.get(HEADER..whole) else { return Ok(Progress::Starved) };
-                let body: [u8; 8] = body.try_into().map_err(|_| Error::BeginLength(content))?;
+                let body: [u8; 8] = body.try_into().map_err(|_| FastCgiError::BeginLength(content))?;
                 input.advance(whole);
                 self.place = Place::Skip { left: padding.into() };
                 self.begin(id, body)
@@ -328,7 +328,7 @@ impl Decoder {
                 let bytes = self.values(body);
                 input.advance(whole);
                 self.place = Place::Skip { left: padding.into() };
-                Ok(Progress::Event(Event::Reply { bytes, then_close: false }))
+                Ok(Progress::Event(FastCgiEvent::Reply { bytes, then_close: false }))
             }
             kind => {
                 input.advance(HEADER);
@@ -342,22 +342,22 @@ impl Decoder {
         }
     }
 
-    fn begin(&mut self, id: RequestId, body: [u8; 8]) -> Result<Progress, Error> {
+    fn begin(&mut self, id: RequestId, body: [u8; 8]) -> Result<Progress, FastCgiError> {
         let [role_high, role_low, flags, ..] = body;
         if self.find(id).is_some() {
-            return Err(Error::BeginTwice(id));
+            return Err(FastCgiError::BeginTwice(id));
         }
         let keep_connection = flags & KEEP_CONN != 0;
         let refuse = |status| {
             let mut bytes = BytesMut::new();
             end_request(&mut bytes, id, 0, status);
-            Progress::Event(Event::Reply { bytes: bytes.freeze(), then_close: !keep_connection })
+            Progress::Event(FastCgiEvent::Reply { bytes: bytes.freeze(), then_close: !keep_connection })
         };
         let Some(role) = Role::read(u16::from_be_bytes([role_high, role_low])) else {
-            return Ok(refuse(Status::UnknownRole));
+            return Ok(refuse(FastCgiStatus::UnknownRole));
         };
         if self.open.len() >= self.max_requests {
-            return Ok(refuse(Status::CannotMultiplex));
+            return Ok(refuse(FastCgiStatus::CannotMultiplex));
         }
         self.open.push(Open { id, keep_connection, role, phase: Phase::Params(BytesMut::new()) });
         Ok(Progress::Continue)
@@ -370,17 +370,17 @@ impl Decoder {
             let then_close = !open.keep_connection;
             self.finish(id);
             let mut bytes = BytesMut::new();
-            end_request(&mut bytes, id, 0, Status::Complete);
-            return Progress::Event(Event::Reply { bytes: bytes.freeze(), then_close });
+            end_request(&mut bytes, id, 0, FastCgiStatus::Complete);
+            return Progress::Event(FastCgiEvent::Reply { bytes: bytes.freeze(), then_close });
         }
         if let Phase::Skipped = open.phase {
             return Progress::Continue; // the request is being answered, or was aborted before
         }
         open.phase = Phase::Skipped;
-        Progress::Event(Event::Abort { id })
+        Progress::Event(FastCgiEvent::Abort { id })
     }
 
-    fn content(&mut self, kind: u8, id: RequestId, bytes: BytesMut) -> Option<Event> {
+    fn content(&mut self, kind: u8, id: RequestId, bytes: BytesMut) -> Option<FastCgiEvent> {
         let max_params = self.max_params;
         let open = self.find(id)?; // None: the request ended in the middle of the record
         match &mut open.phase {
@@ -396,13 +396,15 @@ impl Decoder {
                 }
                 None
             }
-            Phase::Streams { stdin: true, .. } if kind == STDIN => Some(Event::Stdin { id, bytes: bytes.freeze() }),
-            Phase::Streams { data: true, .. } if kind == DATA => Some(Event::Data { id, bytes: bytes.freeze() }),
+            Phase::Streams { stdin: true, .. } if kind == STDIN => {
+                Some(FastCgiEvent::Stdin { id, bytes: bytes.freeze() })
+            }
+            Phase::Streams { data: true, .. } if kind == DATA => Some(FastCgiEvent::Data { id, bytes: bytes.freeze() }),
             Phase::Params(_) | Phase::Streams { .. } | Phase::Skipped => None,
         }
     }
 
-    fn end_of_stream(&mut self, kind: u8, id: RequestId) -> Option<Event> {
+    fn end_of_stream(&mut self, kind: u8, id: RequestId) -> Option<FastCgiEvent> {
         let open = self.find(id)?;
         match &mut open.phase {
             Phase::Params(params) if kind == PARAMS => {
@@ -411,18 +413,18 @@ impl Decoder {
                     Some(params) => {
                         let role = open.role;
                         open.phase = Phase::Streams { stdin: true, data: role == Role::Filter };
-                        Some(Event::Request { id, keep_connection: open.keep_connection, role, params })
+                        Some(FastCgiEvent::Request { id, keep_connection: open.keep_connection, role, params })
                     }
                     None => Some(open.refuse(Fault::ParamsMalformed)),
                 }
             }
             Phase::Streams { stdin, .. } if kind == STDIN && *stdin => {
                 *stdin = false;
-                Some(Event::StdinEnd { id })
+                Some(FastCgiEvent::StdinEnd { id })
             }
             Phase::Streams { data, .. } if kind == DATA && *data => {
                 *data = false;
-                Some(Event::DataEnd { id })
+                Some(FastCgiEvent::DataEnd { id })
             }
             Phase::Params(_) | Phase::Streams { .. } | Phase::Skipped => None,
         }
@@ -456,14 +458,14 @@ impl Decoder {
 }
 
 impl Open {
-    fn refuse(&mut self, fault: Fault) -> Event {
+    fn refuse(&mut self, fault: Fault) -> FastCgiEvent {
         self.phase = Phase::Skipped;
-        Event::BadRequest { id: self.id, keep_connection: self.keep_connection, fault }
+        FastCgiEvent::BadRequest { id: self.id, keep_connection: self.keep_connection, fault }
     }
 }
 
 enum Progress {
-    Event(Event),
+    Event(FastCgiEvent),
     Continue,
     Starved,
 }
@@ -485,11 +487,11 @@ pub(crate) fn stdout_header(out: &mut BytesMut, id: RequestId, content: usize) {
 /// Writes the end of the STDOUT stream and of the request (5.5).
 pub(crate) fn stdout_end(out: &mut BytesMut, id: RequestId, application: u32) {
     put_header(out, STDOUT, id, 0);
-    end_request(out, id, application, Status::Complete);
+    end_request(out, id, application, FastCgiStatus::Complete);
 }
 
 /// Writes an END_REQUEST (5.5).
-pub(crate) fn end_request(out: &mut BytesMut, id: RequestId, application: u32, status: Status) {
+pub(crate) fn end_request(out: &mut BytesMut, id: RequestId, application: u32, status: FastCgiStatus) {
     put_header(out, END_REQUEST, id, 8);
     out.put_u32(application);
     out.put_slice(&[status as u8, 0, 0, 0]);
@@ -505,11 +507,11 @@ pub(crate) fn break_off(out: &mut BytesMut) {
 }
 
 /// UNKNOWN_TYPE (4.2): the reply to an unknown management record.
-fn unknown_type(kind: u8) -> Event {
+fn unknown_type(kind: u8) -> FastCgiEvent {
     let mut bytes = BytesMut::with_capacity(2 * HEADER);
     put_header(&mut bytes, UNKNOWN_TYPE, 0, 8);
     bytes.put_slice(&[kind, 0, 0, 0, 0, 0, 0, 0]);
-    Event::Reply { bytes: bytes.freeze(), then_close: false }
+    FastCgiEvent::Reply { bytes: bytes.freeze(), then_close: false }
 }
 
 #[cfg(test)]

@@ -45,8 +45,8 @@ fn request(id: RequestId, params: &[u8], body: &[u8]) -> Vec<u8> {
 
 /// Feeds `bytes` in chunks of the given sizes and collects the events; adjacent chunks of a stream are joined. An error
 /// is returned together with the events before it.
-fn decode(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<Event>, Result<(), Error>) {
-    let mut decoder = Decoder::new(MAX_PARAMS, 4);
+fn decode(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<FastCgiEvent>, Result<(), FastCgiError>) {
+    let mut decoder = FastCgiDecoder::new(MAX_PARAMS, 4);
     let (mut input, mut events) = (BytesMut::new(), Vec::new());
     let mut rest = bytes;
     while !rest.is_empty() {
@@ -64,10 +64,10 @@ fn decode(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<Event>, Result
     (events, Ok(()))
 }
 
-fn push(events: &mut Vec<Event>, event: Event) {
+fn push(events: &mut Vec<FastCgiEvent>, event: FastCgiEvent) {
     match (events.last_mut(), event) {
-        (Some(Event::Stdin { id, bytes }), Event::Stdin { id: next, bytes: more })
-        | (Some(Event::Data { id, bytes }), Event::Data { id: next, bytes: more })
+        (Some(FastCgiEvent::Stdin { id, bytes }), FastCgiEvent::Stdin { id: next, bytes: more })
+        | (Some(FastCgiEvent::Data { id, bytes }), FastCgiEvent::Data { id: next, bytes: more })
             if *id == next =>
         {
             *bytes = [bytes.as_ref(), more.as_ref()].concat().into();
@@ -78,7 +78,7 @@ fn push(events: &mut Vec<Event>, event: Event) {
 
 /// Returns the events of `bytes`, after checking that they are the same however the bytes are split: in two at every
 /// position (in a long script at some positions), into single bytes, and at random.
-fn outcome(bytes: &[u8]) -> (Vec<Event>, Result<(), Error>) {
+fn outcome(bytes: &[u8]) -> (Vec<FastCgiEvent>, Result<(), FastCgiError>) {
     let expected = decode(bytes, || usize::MAX);
     for at in (1..bytes.len()).step_by(bytes.len() / 1000 + 1) {
         let mut first = true;
@@ -94,19 +94,19 @@ fn outcome(bytes: &[u8]) -> (Vec<Event>, Result<(), Error>) {
     expected
 }
 
-fn whole(bytes: &[u8]) -> Vec<Event> {
+fn whole(bytes: &[u8]) -> Vec<FastCgiEvent> {
     let (events, ending) = outcome(bytes);
     assert_eq!(ending, Ok(()), "{events:?}");
     events
 }
 
-fn error(bytes: &[u8]) -> Error {
+fn error(bytes: &[u8]) -> FastCgiError {
     outcome(bytes).1.unwrap_err()
 }
 
-fn reply_kind(event: &Event) -> u8 {
+fn reply_kind(event: &FastCgiEvent) -> u8 {
     match event {
-        Event::Reply { bytes, .. } => bytes[1],
+        FastCgiEvent::Reply { bytes, .. } => bytes[1],
         other => panic!("not a reply: {other:?}"),
     }
 }
@@ -137,7 +137,7 @@ fn params_split_inside_a_length_are_read_as_one() {
         bytes.extend(record(PARAMS, 1, piece, 5));
     }
     bytes.extend(record(PARAMS, 1, b"", 0));
-    let [Event::Request { params, keep_connection: false, .. }] = &whole(&bytes)[..] else { panic!() };
+    let [FastCgiEvent::Request { params, keep_connection: false, .. }] = &whole(&bytes)[..] else { panic!() };
     assert_eq!(params.get("A"), Some("x".repeat(200).as_bytes()));
     assert_eq!(params.get("B"), Some(&b"2"[..]));
     assert_eq!(params.get("C"), None);
@@ -150,7 +150,7 @@ fn a_length_beyond_the_end_is_the_peers_fault() {
         let bytes = request(1, params, b"the body is skipped");
         let events = whole(&bytes);
         let fault = Fault::ParamsMalformed;
-        assert_eq!(events, [Event::BadRequest { id: 1, keep_connection: true, fault }], "{params:?}");
+        assert_eq!(events, [FastCgiEvent::BadRequest { id: 1, keep_connection: true, fault }], "{params:?}");
     }
 }
 
@@ -160,17 +160,17 @@ fn too_many_params_are_refused_and_skipped_and_the_connection_goes_on() {
     let bytes = [begin(1, RESPONDER, KEEP_CONN), piece.clone(), piece.clone(), piece, record(PARAMS, 1, b"", 0)];
     let bytes = [bytes.concat(), request(2, &pairs(&[("A", "1")]), b"")].concat();
     let events = whole(&bytes);
-    assert!(matches!(events[0], Event::BadRequest { id: 1, fault: Fault::ParamsTooLong, .. }), "{events:?}");
-    assert!(matches!(events[1], Event::Request { id: 2, .. }), "{events:?}");
+    assert!(matches!(events[0], FastCgiEvent::BadRequest { id: 1, fault: Fault::ParamsTooLong, .. }), "{events:?}");
+    assert!(matches!(events[1], FastCgiEvent::Request { id: 2, .. }), "{events:?}");
 }
 
 #[test]
 fn records_of_a_request_that_is_over_are_ignored() {
-    let mut decoder = Decoder::new(4096, 4);
+    let mut decoder = FastCgiDecoder::new(4096, 4);
     let mut input = BytesMut::from(&[begin(1, RESPONDER, 1), record(PARAMS, 1, b"", 0)].concat()[..]);
-    assert!(matches!(decoder.decode(&mut input), Ok(Some(Event::Request { .. }))));
+    assert!(matches!(decoder.decode(&mut input), Ok(Some(FastCgiEvent::Request { .. }))));
     input.extend_from_slice(&record(STDIN, 1, b"0123456789", 2)[..12]);
-    assert!(matches!(decoder.decode(&mut input), Ok(Some(Event::Stdin { .. }))));
+    assert!(matches!(decoder.decode(&mut input), Ok(Some(FastCgiEvent::Stdin { .. }))));
     assert!(!decoder.finish(1)); // answered before its body was read
     input.extend_from_slice(&record(STDIN, 1, b"0123456789", 2)[12..]);
     input.extend_from_slice(&record(STDIN, 1, b"more", 0));
@@ -184,7 +184,7 @@ fn records_of_a_request_that_is_over_are_ignored() {
 fn management_records_get_the_replies_that_the_specification_names() {
     let values = pairs(&[("FCGI_MAX_REQS", ""), ("FCGI_MAX_REQS", ""), ("X", "")]);
     let events = whole(&record(GET_VALUES, 0, &values, 0));
-    let [Event::Reply { bytes, then_close: false }] = &events[..] else { panic!("{events:?}") };
+    let [FastCgiEvent::Reply { bytes, then_close: false }] = &events[..] else { panic!("{events:?}") };
     assert_eq!(bytes[..], record(GET_VALUES_RESULT, 0, &pairs(&[("FCGI_MAX_REQS", "4")]), 0)[..]);
 
     // A BEGIN_REQUEST with id 0 is a management record of an unknown type.
@@ -197,13 +197,13 @@ fn management_records_get_the_replies_that_the_specification_names() {
 #[test]
 fn a_role_or_a_request_too_many_is_refused() {
     let events = whole(&begin(7, 4, KEEP_CONN));
-    let [Event::Reply { bytes, then_close: false }] = &events[..] else { panic!("{events:?}") };
-    assert_eq!((bytes[1], bytes[3], bytes[12]), (END_REQUEST, 7, Status::UnknownRole as u8));
+    let [FastCgiEvent::Reply { bytes, then_close: false }] = &events[..] else { panic!("{events:?}") };
+    assert_eq!((bytes[1], bytes[3], bytes[12]), (END_REQUEST, 7, FastCgiStatus::UnknownRole as u8));
 
     let bytes: Vec<u8> = (1..=5).flat_map(|id| begin(id, RESPONDER, 0)).collect();
     let events = whole(&bytes);
-    let [Event::Reply { bytes, then_close: true }] = &events[..] else { panic!("{events:?}") };
-    assert_eq!((bytes[3], bytes[12]), (5, Status::CannotMultiplex as u8));
+    let [FastCgiEvent::Reply { bytes, then_close: true }] = &events[..] else { panic!("{events:?}") };
+    assert_eq!((bytes[3], bytes[12]), (5, FastCgiStatus::CannotMultiplex as u8));
 }
 
 #[test]
@@ -218,22 +218,22 @@ fn a_second_abort_is_ignored() {
     let abort = record(ABORT_REQUEST, 1, b"", 0);
     let bytes = [request(1, &pairs(&[("A", "1")]), b""), abort.clone(), abort].concat();
     let events = whole(&bytes);
-    assert_eq!(events.iter().filter(|event| matches!(event, Event::Abort { .. })).count(), 1, "{events:?}");
+    assert_eq!(events.iter().filter(|event| matches!(event, FastCgiEvent::Abort { .. })).count(), 1, "{events:?}");
 }
 
 #[test]
 fn what_has_no_reply_closes_the_connection() {
     let mut version = begin(1, RESPONDER, 0);
     version[0] = 2;
-    assert_eq!(error(&version), Error::Version(2));
+    assert_eq!(error(&version), FastCgiError::Version(2));
     for length in [0, 4, 7, 9] {
-        assert_eq!(error(&record(BEGIN_REQUEST, 1, &vec![0; length.into()], 0)), Error::BeginLength(length));
+        assert_eq!(error(&record(BEGIN_REQUEST, 1, &vec![0; length.into()], 0)), FastCgiError::BeginLength(length));
     }
     let twice = [begin(1, RESPONDER, 0), begin(1, RESPONDER, 0)].concat();
-    assert_eq!(error(&twice), Error::BeginTwice(1));
+    assert_eq!(error(&twice), FastCgiError::BeginTwice(1));
     let in_mid_request = [request(1, &pairs(&[("A", "1")]), b"body"), begin(1, RESPONDER, 1)].concat();
     assert_eq!(outcome(&in_mid_request).0.len(), 3, "what was before it counts");
-    assert_eq!(error(&in_mid_request), Error::BeginTwice(1));
+    assert_eq!(error(&in_mid_request), FastCgiError::BeginTwice(1));
 }
 
 #[test]
@@ -262,8 +262,11 @@ fn a_record_of_the_greatest_length_with_the_greatest_padding_is_one_record() {
         bytes.extend(record(STDIN, 1, &params, padding));
         bytes.extend(record(STDIN, 1, b"", padding));
         let events = whole(&bytes);
-        let [Event::Request { id: 1, params: read, .. }, Event::Stdin { bytes, .. }, Event::StdinEnd { id: 1 }] =
-            &events[..]
+        let [
+            FastCgiEvent::Request { id: 1, params: read, .. },
+            FastCgiEvent::Stdin { bytes, .. },
+            FastCgiEvent::StdinEnd { id: 1 },
+        ] = &events[..]
         else {
             panic!("{padding}")
         };
@@ -292,12 +295,12 @@ fn a_filter_gets_its_file_after_its_body() {
         record(DATA, 1, b"too late", 0),
     ];
     let events = whole(&bytes.concat());
-    let [Event::Request { role: Role::Filter, .. }, rest @ ..] = &events[..] else { panic!("{events:?}") };
+    let [FastCgiEvent::Request { role: Role::Filter, .. }, rest @ ..] = &events[..] else { panic!("{events:?}") };
     let expected = [
-        Event::Stdin { id: 1, bytes: Bytes::from_static(b"body") },
-        Event::StdinEnd { id: 1 },
-        Event::Data { id: 1, bytes: Bytes::from_static(b"the file") },
-        Event::DataEnd { id: 1 },
+        FastCgiEvent::Stdin { id: 1, bytes: Bytes::from_static(b"body") },
+        FastCgiEvent::StdinEnd { id: 1 },
+        FastCgiEvent::Data { id: 1, bytes: Bytes::from_static(b"the file") },
+        FastCgiEvent::DataEnd { id: 1 },
     ];
     assert_eq!(rest, expected);
 }
@@ -305,7 +308,7 @@ fn a_filter_gets_its_file_after_its_body() {
 #[test]
 fn only_a_filter_has_a_file_and_its_request_goes_on_until_that_has_ended() {
     for (role, file) in [(RESPONDER, false), (AUTHORIZER, false), (FILTER, true)] {
-        let mut decoder = Decoder::new(MAX_PARAMS, 4);
+        let mut decoder = FastCgiDecoder::new(MAX_PARAMS, 4);
         let mut input = BytesMut::from(&begin(1, role, 1)[..]);
         input.extend_from_slice(
             &[record(PARAMS, 1, b"", 0), record(STDIN, 1, b"", 0), record(DATA, 1, b"x", 0)].concat(),
@@ -314,7 +317,7 @@ fn only_a_filter_has_a_file_and_its_request_goes_on_until_that_has_ended() {
         while let Some(event) = decoder.decode(&mut input).unwrap() {
             events.push(event);
         }
-        assert_eq!(events.iter().any(|event| matches!(event, Event::Data { .. })), file, "{events:?}");
+        assert_eq!(events.iter().any(|event| matches!(event, FastCgiEvent::Data { .. })), file, "{events:?}");
         assert_eq!(decoder.finish(1), !file, "more can come for a filter only");
     }
 }
@@ -322,9 +325,9 @@ fn only_a_filter_has_a_file_and_its_request_goes_on_until_that_has_ended() {
 #[test]
 fn an_authorizer_needs_no_body_and_an_empty_one_does_no_harm() {
     let head = [begin(1, AUTHORIZER, KEEP_CONN), record(PARAMS, 1, b"", 0)].concat();
-    assert!(matches!(whole(&head)[..], [Event::Request { role: Role::Authorizer, .. }]));
+    assert!(matches!(whole(&head)[..], [FastCgiEvent::Request { role: Role::Authorizer, .. }]));
     let with_body = [head, record(STDIN, 1, b"", 0)].concat();
-    assert!(matches!(whole(&with_body)[..], [Event::Request { .. }, Event::StdinEnd { id: 1 }]));
+    assert!(matches!(whole(&with_body)[..], [FastCgiEvent::Request { .. }, FastCgiEvent::StdinEnd { id: 1 }]));
 }
 
 #[test]
@@ -338,7 +341,7 @@ fn params_may_be_split_anywhere() {
             bytes.extend(record(PARAMS, 1, back, padding));
             bytes.extend(record(PARAMS, 1, b"", padding));
             let (events, ending) = decode(&bytes, || usize::MAX);
-            let [Event::Request { params: read, .. }] = &events[..] else { panic!("split at {at}: {ending:?}") };
+            let [FastCgiEvent::Request { params: read, .. }] = &events[..] else { panic!("split at {at}: {ending:?}") };
             assert_eq!(read, &Params::parse(params.clone().into()).unwrap(), "split at {at}");
         }
     }
@@ -366,7 +369,7 @@ fn padding_is_skipped_on_every_kind_of_record() {
         let events = whole(&bytes.concat());
         assert_eq!(events.len(), 6, "{events:?}");
         assert_eq!((reply_kind(&events[0]), reply_kind(&events[3])), (GET_VALUES_RESULT, UNKNOWN_TYPE));
-        assert_eq!(events[5], Event::Abort { id: 1 });
+        assert_eq!(events[5], FastCgiEvent::Abort { id: 1 });
     }
 }
 
@@ -376,7 +379,7 @@ fn get_values_is_answered_in_mid_request_and_without_a_byte_more() {
     let asked = pairs(&[("FCGI_MPXS_CONNS", ""), ("FCGI_COLOUR", "red"), ("", ""), ("FCGI_MAX_CONNS", "7")]);
     let expected = pairs(&[("FCGI_MPXS_CONNS", "1"), ("FCGI_MAX_CONNS", "4")]);
     let question = record(GET_VALUES, 0, &asked, 0);
-    let reply = Event::Reply { bytes: record(GET_VALUES_RESULT, 0, &expected, 0).into(), then_close: false };
+    let reply = FastCgiEvent::Reply { bytes: record(GET_VALUES_RESULT, 0, &expected, 0).into(), then_close: false };
     assert_eq!(whole(&question), [reply]);
 
     let params = pairs(&[("A", "1")]);
@@ -395,17 +398,17 @@ fn get_values_is_answered_in_mid_request_and_without_a_byte_more() {
         matches!(
             events[..],
             [
-                Event::Reply { .. },
-                Event::Reply { .. },
-                Event::Request { .. },
-                Event::Reply { .. },
-                Event::StdinEnd { .. }
+                FastCgiEvent::Reply { .. },
+                FastCgiEvent::Reply { .. },
+                FastCgiEvent::Request { .. },
+                FastCgiEvent::Reply { .. },
+                FastCgiEvent::StdinEnd { .. }
             ]
         ),
         "{events:?}"
     );
     for nothing_known in [&b""[..], &pairs(&[("X", "")]), b"\x7f"] {
-        let reply = Event::Reply { bytes: record(GET_VALUES_RESULT, 0, b"", 0).into(), then_close: false };
+        let reply = FastCgiEvent::Reply { bytes: record(GET_VALUES_RESULT, 0, b"", 0).into(), then_close: false };
         assert_eq!(whole(&record(GET_VALUES, 0, nothing_known, 1)), [reply]);
     }
 }
@@ -416,7 +419,7 @@ fn get_values_is_answered_in_mid_request_and_without_a_byte_more() {
 fn id_0_is_never_a_request() {
     for kind in (BEGIN_REQUEST..GET_VALUES).chain([0, 12, 42, 255]) {
         let events = whole(&record(kind, 0, b"12345678", 3));
-        let [Event::Reply { bytes, then_close: false }] = &events[..] else { panic!("{kind}: {events:?}") };
+        let [FastCgiEvent::Reply { bytes, then_close: false }] = &events[..] else { panic!("{kind}: {events:?}") };
         assert_eq!(bytes[..], record(UNKNOWN_TYPE, 0, &[kind, 0, 0, 0, 0, 0, 0, 0], 0));
     }
 }
@@ -436,7 +439,7 @@ fn an_application_record_of_no_known_type_leaves_its_request_alone() {
     let bytes = [odd(1), begin(1, RESPONDER, 0), odd(1), record(PARAMS, 1, &params, 0), odd(1), odd(2)];
     let bytes = [bytes.concat(), record(PARAMS, 1, b"", 0), odd(1), record(STDIN, 1, b"", 0), odd(1)].concat();
     let events = whole(&bytes);
-    assert!(matches!(events[..], [Event::Request { .. }, Event::StdinEnd { .. }]), "{events:?}");
+    assert!(matches!(events[..], [FastCgiEvent::Request { .. }, FastCgiEvent::StdinEnd { .. }]), "{events:?}");
 }
 
 #[test]
@@ -446,12 +449,15 @@ fn a_refused_request_is_skipped_to_its_last_byte() {
         let rest = [record(PARAMS, 5, b"\x7f", 9), record(PARAMS, 5, b"", 0), record(STDIN, 5, b"body", 0)].concat();
         let bytes = [begin(5, role, KEEP_CONN), rest, request(5, &pairs(&[("A", "1")]), b"")].concat();
         let events = whole(&bytes);
-        let [Event::Reply { bytes, then_close: false }, Event::Request { id: 5, .. }, Event::StdinEnd { .. }] =
-            &events[..]
+        let [
+            FastCgiEvent::Reply { bytes, then_close: false },
+            FastCgiEvent::Request { id: 5, .. },
+            FastCgiEvent::StdinEnd { .. },
+        ] = &events[..]
         else {
             panic!("{events:?}")
         };
-        assert_eq!((bytes[1], bytes[12]), (END_REQUEST, Status::UnknownRole as u8));
+        assert_eq!((bytes[1], bytes[12]), (END_REQUEST, FastCgiStatus::UnknownRole as u8));
     }
 }
 
@@ -472,11 +478,11 @@ fn streams_of_several_requests_may_be_mixed() {
     ];
     let events = whole(&bytes.concat());
     let [
-        Event::Request { id: 0xffff, params: second, .. },
-        Event::Request { id: 1, params: first, .. },
-        Event::StdinEnd { id: 1 },
-        Event::Stdin { id: 0xffff, .. },
-        Event::StdinEnd { id: 0xffff },
+        FastCgiEvent::Request { id: 0xffff, params: second, .. },
+        FastCgiEvent::Request { id: 1, params: first, .. },
+        FastCgiEvent::StdinEnd { id: 1 },
+        FastCgiEvent::Stdin { id: 0xffff, .. },
+        FastCgiEvent::StdinEnd { id: 0xffff },
     ] = &events[..]
     else {
         panic!("{events:?}")
@@ -503,7 +509,8 @@ fn records_of_the_wrong_moment_are_ignored() {
         record(STDIN, 1, b"", 0),
     ];
     let events = whole(&bytes.concat());
-    let [Event::Request { .. }, Event::Stdin { bytes, .. }, Event::StdinEnd { .. }] = &events[..] else {
+    let [FastCgiEvent::Request { .. }, FastCgiEvent::Stdin { bytes, .. }, FastCgiEvent::StdinEnd { .. }] = &events[..]
+    else {
         panic!("{events:?}")
     };
     assert_eq!(bytes, "body");
@@ -513,10 +520,11 @@ fn records_of_the_wrong_moment_are_ignored() {
 fn the_seed_of_odd_records_gets_every_kind_of_reply() {
     let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/fastcgi/odd");
     let events = whole(&std::fs::read(file).unwrap());
-    let replies: Vec<u8> = events.iter().filter(|event| matches!(event, Event::Reply { .. })).map(reply_kind).collect();
+    let replies: Vec<u8> =
+        events.iter().filter(|event| matches!(event, FastCgiEvent::Reply { .. })).map(reply_kind).collect();
     assert_eq!(replies, [UNKNOWN_TYPE, UNKNOWN_TYPE, UNKNOWN_TYPE, END_REQUEST, GET_VALUES_RESULT, END_REQUEST]);
     let fault = Fault::ParamsMalformed;
-    assert!(events.contains(&Event::BadRequest { id: 2, keep_connection: true, fault }), "{events:?}");
+    assert!(events.contains(&FastCgiEvent::BadRequest { id: 2, keep_connection: true, fault }), "{events:?}");
 }
 
 /// Requests as each web server sends them, from fuzz/seeds, which the fuzzer also starts from.
@@ -539,13 +547,14 @@ fn requests_in_the_shape_of_each_web_server_are_read() {
         let heads: Vec<&Params> = events
             .iter()
             .filter_map(|event| match event {
-                Event::Request { params, .. } => Some(params),
+                FastCgiEvent::Request { params, .. } => Some(params),
                 _ => None,
             })
             .collect();
         assert_eq!(heads.len(), requests, "{name}");
         assert_eq!(heads[0].get("REQUEST_METHOD"), Some(method.as_bytes()), "{name}");
-        let body = events.iter().map(|event| if let Event::Stdin { bytes, .. } = event { bytes.len() } else { 0 });
+        let body =
+            events.iter().map(|event| if let FastCgiEvent::Stdin { bytes, .. } = event { bytes.len() } else { 0 });
         assert_eq!(body.sum::<usize>(), length, "{name}");
     }
 }

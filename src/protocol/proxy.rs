@@ -50,13 +50,13 @@ pub(crate) enum Opening {
 
 /// A malformed header: the sender's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Error {
+pub(crate) enum ProxyError {
     TooLong,
     Malformed,
     Unknown,
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for ProxyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::TooLong => "the PROXY header is too long",
@@ -66,13 +66,13 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for ProxyError {}
 
 /// Decodes the first bytes of a connection.
 ///
 /// # Errors
-/// [`Error`]: the bytes begin like a header but are not valid.
-pub(crate) fn decode(bytes: &[u8]) -> Result<Opening, Error> {
+/// [`ProxyError`]: the bytes begin like a header but are not valid.
+pub(crate) fn decode(bytes: &[u8]) -> Result<Opening, ProxyError> {
     if bytes.starts_with(START_V1) {
         return version_1(bytes);
     }
@@ -83,50 +83,50 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Opening, Error> {
     Ok(if begins { Opening::Incomplete } else { Opening::Other })
 }
 
-fn version_1(bytes: &[u8]) -> Result<Opening, Error> {
+fn version_1(bytes: &[u8]) -> Result<Opening, ProxyError> {
     let window = bytes.get(..LONGEST_V1).unwrap_or(bytes);
     let Some(end) = window.windows(2).position(|pair| pair == b"\r\n") else {
-        return if bytes.len() < LONGEST_V1 { Ok(Opening::Incomplete) } else { Err(Error::TooLong) };
+        return if bytes.len() < LONGEST_V1 { Ok(Opening::Incomplete) } else { Err(ProxyError::TooLong) };
     };
-    let line = window.get(START_V1.len()..end).ok_or(Error::Malformed)?;
-    let line = std::str::from_utf8(line).map_err(|_| Error::Malformed)?;
+    let line = window.get(START_V1.len()..end).ok_or(ProxyError::Malformed)?;
+    let line = std::str::from_utf8(line).map_err(|_| ProxyError::Malformed)?;
     let source = match line.split(' ').collect::<Vec<_>>()[..] {
         ["UNKNOWN", ..] => Source::Itself,
         ["TCP4", source, destination, port, to_port] => {
-            destination.parse::<Ipv4Addr>().map_err(|_| Error::Malformed)?;
+            destination.parse::<Ipv4Addr>().map_err(|_| ProxyError::Malformed)?;
             text_port(to_port)?;
-            Source::Inet((source.parse::<Ipv4Addr>().map_err(|_| Error::Malformed)?, text_port(port)?).into())
+            Source::Inet((source.parse::<Ipv4Addr>().map_err(|_| ProxyError::Malformed)?, text_port(port)?).into())
         }
         ["TCP6", source, destination, port, to_port] => {
-            destination.parse::<Ipv6Addr>().map_err(|_| Error::Malformed)?;
+            destination.parse::<Ipv6Addr>().map_err(|_| ProxyError::Malformed)?;
             text_port(to_port)?;
-            Source::Inet((source.parse::<Ipv6Addr>().map_err(|_| Error::Malformed)?, text_port(port)?).into())
+            Source::Inet((source.parse::<Ipv6Addr>().map_err(|_| ProxyError::Malformed)?, text_port(port)?).into())
         }
-        _ => return Err(Error::Malformed),
+        _ => return Err(ProxyError::Malformed),
     };
     Ok(Opening::Header(Header { length: end + 2, source, is_tls: false }))
 }
 
 /// Parses a port in decimal, without a sign or leading zeros.
-fn text_port(text: &str) -> Result<u16, Error> {
-    let port = text.parse().map_err(|_| Error::Malformed)?;
+fn text_port(text: &str) -> Result<u16, ProxyError> {
+    let port = text.parse().map_err(|_| ProxyError::Malformed)?;
     if text.starts_with('+') || (text.len() > 1 && text.starts_with('0')) {
-        return Err(Error::Malformed);
+        return Err(ProxyError::Malformed);
     }
     Ok(port)
 }
 
 /// `rest` is the part after the signature.
-fn version_2(rest: &[u8]) -> Result<Opening, Error> {
+fn version_2(rest: &[u8]) -> Result<Opening, ProxyError> {
     // An invalid first byte is reported without waiting for the rest.
     if rest.first().is_some_and(|first| !matches!(first, 0x20 | 0x21)) {
-        return Err(Error::Unknown);
+        return Err(ProxyError::Unknown);
     }
     let Some((&[command, family, high, low], rest)) = rest.split_first_chunk() else { return Ok(Opening::Incomplete) };
     let announced = usize::from(u16::from_be_bytes([high, low]));
     let length = START_V2.len() + 4 + announced;
     if length > LONGEST_V2 {
-        return Err(Error::TooLong);
+        return Err(ProxyError::TooLong);
     }
     let Some(rest) = rest.get(..announced) else { return Ok(Opening::Incomplete) };
     if command == 0x20 {
@@ -137,37 +137,37 @@ fn version_2(rest: &[u8]) -> Result<Opening, Error> {
     let (source, additions) = match family {
         0x00 => return Ok(Opening::Header(Header { length, source: Source::Itself, is_tls: false })),
         0x11 => {
-            let (block, additions) = rest.split_first_chunk::<12>().ok_or(Error::Malformed)?;
+            let (block, additions) = rest.split_first_chunk::<12>().ok_or(ProxyError::Malformed)?;
             let [a, b, c, d, _, _, _, _, high, low, _, _] = *block;
             let address = IpAddr::V4(Ipv4Addr::new(a, b, c, d));
             (Source::Inet((address, u16::from_be_bytes([high, low])).into()), additions)
         }
         0x21 => {
-            let (block, additions) = rest.split_first_chunk::<36>().ok_or(Error::Malformed)?;
-            let (address, others) = block.split_first_chunk::<16>().ok_or(Error::Malformed)?;
-            let (_, ports) = others.split_first_chunk::<16>().ok_or(Error::Malformed)?;
-            let (port, _) = ports.split_first_chunk::<2>().ok_or(Error::Malformed)?;
+            let (block, additions) = rest.split_first_chunk::<36>().ok_or(ProxyError::Malformed)?;
+            let (address, others) = block.split_first_chunk::<16>().ok_or(ProxyError::Malformed)?;
+            let (_, ports) = others.split_first_chunk::<16>().ok_or(ProxyError::Malformed)?;
+            let (port, _) = ports.split_first_chunk::<2>().ok_or(ProxyError::Malformed)?;
             (Source::Inet((Ipv6Addr::from(*address), u16::from_be_bytes(*port)).into()), additions)
         }
-        0x31 => (Source::Unix, rest.get(216..).ok_or(Error::Malformed)?),
-        _ => return Err(Error::Unknown),
+        0x31 => (Source::Unix, rest.get(216..).ok_or(ProxyError::Malformed)?),
+        _ => return Err(ProxyError::Unknown),
     };
     Ok(Opening::Header(Header { length, source, is_tls: tells_tls(additions)? }))
 }
 
 /// Reads the TLVs (2.2) to find out whether the client uses TLS. A checksum is not verified, because TCP has already
 /// done so.
-fn tells_tls(mut rest: &[u8]) -> Result<bool, Error> {
+fn tells_tls(mut rest: &[u8]) -> Result<bool, ProxyError> {
     let mut is_tls = false;
     while let Some((&[kind, high, low], tail)) = rest.split_first_chunk() {
         let length = usize::from(u16::from_be_bytes([high, low]));
-        let value = tail.get(..length).ok_or(Error::Malformed)?;
+        let value = tail.get(..length).ok_or(ProxyError::Malformed)?;
         if kind == TYPE_SSL {
-            is_tls = value.first().ok_or(Error::Malformed)? & CLIENT_SSL != 0;
+            is_tls = value.first().ok_or(ProxyError::Malformed)? & CLIENT_SSL != 0;
         }
-        rest = tail.get(length..).ok_or(Error::Malformed)?;
+        rest = tail.get(length..).ok_or(ProxyError::Malformed)?;
     }
-    if rest.is_empty() { Ok(is_tls) } else { Err(Error::Malformed) }
+    if rest.is_empty() { Ok(is_tls) } else { Err(ProxyError::Malformed) }
 }
 
 #[cfg(test)]
@@ -247,16 +247,20 @@ mod tests {
             "PROXY TCP6 192.0.2.7 192.0.2.1 4711 80\r\n",
             "PROXY tcp4 192.0.2.7 192.0.2.1 4711 80\r\n",
         ] {
-            assert_eq!(decode(line.as_bytes()), Err(Error::Malformed), "{line:?}");
+            assert_eq!(decode(line.as_bytes()), Err(ProxyError::Malformed), "{line:?}");
         }
         for (command, family) in [(0x11, 0x11), (0x22, 0x11), (0x21, 0x12), (0x21, 0x41), (0x21, 0x01)] {
-            assert_eq!(decode(&v2(command, family, &[0; 216])), Err(Error::Unknown), "{command:x} {family:x}");
+            assert_eq!(decode(&v2(command, family, &[0; 216])), Err(ProxyError::Unknown), "{command:x} {family:x}");
         }
         for (family, size) in [(0x11, 11), (0x21, 35), (0x31, 215)] {
-            assert_eq!(decode(&v2(0x21, family, &vec![0; size])), Err(Error::Malformed), "{family:x}");
+            assert_eq!(decode(&v2(0x21, family, &vec![0; size])), Err(ProxyError::Malformed), "{family:x}");
         }
         for additions in [&[0x01_u8][..], &[0x01, 0], &[0x01, 0, 2, b'h'], &[TYPE_SSL, 0, 0]] {
-            assert_eq!(decode(&v2(0x21, 0x11, &[&V4[..], additions].concat())), Err(Error::Malformed), "{additions:?}");
+            assert_eq!(
+                decode(&v2(0x21, 0x11, &[&V4[..], additions].concat())),
+                Err(ProxyError::Malformed),
+                "{additions:?}"
+            );
         }
     }
 
@@ -264,12 +268,12 @@ mod tests {
     fn a_header_that_does_not_end_is_not_waited_for() {
         let line = format!("PROXY UNKNOWN {}", "x".repeat(LONGEST_V1));
         for length in [LONGEST_V1, line.len()] {
-            assert_eq!(decode(&line.as_bytes()[..length]), Err(Error::TooLong));
+            assert_eq!(decode(&line.as_bytes()[..length]), Err(ProxyError::TooLong));
         }
         let longest = format!("PROXY UNKNOWN {}\r\n", "x".repeat(LONGEST_V1 - 16));
         assert_eq!(decode(longest.as_bytes()), Ok(header(longest.as_bytes(), Source::Itself, false)));
         let ended_late = format!("PROXY UNKNOWN {}\r\n", "x".repeat(LONGEST_V1 - 15));
-        assert_eq!(decode(ended_late.as_bytes()), Err(Error::TooLong));
+        assert_eq!(decode(ended_late.as_bytes()), Err(ProxyError::TooLong));
 
         let largest = [&V4[..], &[0xEE, 0x0F, 0xE1], &[0; 4096 - 16 - 12 - 3]].concat();
         let inet = Source::Inet("192.0.2.7:4711".parse().unwrap());
@@ -277,7 +281,7 @@ mod tests {
         assert_eq!(decode(&bytes), Ok(header(&bytes, inet, false)));
         assert_eq!(
             decode(&v2(0x21, 0x11, &[0; 65535])[..16]),
-            Err(Error::TooLong),
+            Err(ProxyError::TooLong),
             "no more than the length is needed"
         );
     }

@@ -12,7 +12,7 @@
 //! elsewhere. The same bytes always result in the same events, however they are split into chunks. Nothing is allocated
 //! for a length that was only announced.
 //!
-//! [`Decoder::to_come`] returns the minimum distance to the request's last byte, so that a caller
+//! [`ScgiDecoder::to_come`] returns the minimum distance to the request's last byte, so that a caller
 //! can leave that byte in the kernel's queue: see `worker/conn/scgi.rs`.
 
 use std::fmt;
@@ -27,7 +27,7 @@ const MIN_LENGTH: usize = b"24:CONTENT_LENGTH\x000\x00SCGI\x001\x00,".len();
 
 /// A decoded event.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Event {
+pub(crate) enum ScgiEvent {
     /// The request's variables. Its body follows, with this length if one was announced.
     Request { params: Params, length: Option<u64> },
     /// A chunk of the body, never empty.
@@ -39,7 +39,7 @@ pub(crate) enum Event {
 
 /// The peer sent an invalid request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Error {
+pub(crate) enum ScgiError {
     /// The variables exceed the limit.
     TooLong,
     /// The input does not begin with the length of a netstring, in digits, and a colon.
@@ -55,7 +55,7 @@ pub(crate) enum Error {
     Version,
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for ScgiError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::TooLong => "variables larger than --max-params",
@@ -68,7 +68,7 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for ScgiError {}
 
 /// The decoder's position in the input.
 #[derive(Debug)]
@@ -89,12 +89,12 @@ enum Place {
 
 /// Decodes the input of one connection into events.
 #[derive(Debug)]
-pub(crate) struct Decoder {
+pub(crate) struct ScgiDecoder {
     max_params: usize,
     place: Place,
 }
 
-impl Decoder {
+impl ScgiDecoder {
     /// Accepts `max_params` bytes of variables.
     pub(crate) fn new(max_params: usize) -> Self {
         Self { max_params, place: Place::Size }
@@ -104,8 +104,8 @@ impl Decoder {
     /// are needed, or the request is complete.
     ///
     /// # Errors
-    /// [`Error`]: the request is invalid. Further input is ignored.
-    pub(crate) fn decode(&mut self, input: &mut BytesMut) -> Result<Option<Event>, Error> {
+    /// [`ScgiError`]: the request is invalid. Further input is ignored.
+    pub(crate) fn decode(&mut self, input: &mut BytesMut) -> Result<Option<ScgiEvent>, ScgiError> {
         let event = self.next(input);
         if event.is_err() {
             self.place = Place::Over;
@@ -138,7 +138,7 @@ impl Decoder {
         matches!(self.place, Place::Stream)
     }
 
-    fn next(&mut self, input: &mut BytesMut) -> Result<Option<Event>, Error> {
+    fn next(&mut self, input: &mut BytesMut) -> Result<Option<ScgiEvent>, ScgiError> {
         loop {
             match &mut self.place {
                 Place::Size => match take_size(input, self.max_params)? {
@@ -149,7 +149,7 @@ impl Decoder {
                     if input.len() < *size {
                         return Ok(None);
                     }
-                    let params = Params::from_strings(input.split_to(*size).freeze()).ok_or(Error::Strings)?;
+                    let params = Params::from_strings(input.split_to(*size).freeze()).ok_or(ScgiError::Strings)?;
                     let length = checked(&params)?;
                     self.place = Place::Comma { params, length };
                 }
@@ -157,15 +157,15 @@ impl Decoder {
                     match input.first() {
                         None => return Ok(None),
                         Some(b',') => input.advance(1),
-                        Some(_) => return Err(Error::Comma),
+                        Some(_) => return Err(ScgiError::Comma),
                     }
                     let (params, length) = (std::mem::take(params), *length);
                     self.place = length.map_or(Place::Stream, Place::Body);
-                    return Ok(Some(Event::Request { params, length }));
+                    return Ok(Some(ScgiEvent::Request { params, length }));
                 }
                 Place::Body(0) => {
                     self.place = Place::Over;
-                    return Ok(Some(Event::End));
+                    return Ok(Some(ScgiEvent::End));
                 }
                 Place::Body(left) => {
                     let take = input.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
@@ -182,12 +182,12 @@ impl Decoder {
     }
 }
 
-fn piece(input: &mut BytesMut, length: usize) -> Option<Event> {
-    (length > 0).then(|| Event::Body(input.split_to(length).freeze()))
+fn piece(input: &mut BytesMut, length: usize) -> Option<ScgiEvent> {
+    (length > 0).then(|| ScgiEvent::Body(input.split_to(length).freeze()))
 }
 
 /// Takes the length of a netstring and its colon. `None` if they are incomplete.
-fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, Error> {
+fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, ScgiError> {
     let mut size: usize = 0;
     for (at, &byte) in input.iter().enumerate() {
         match byte {
@@ -199,10 +199,10 @@ fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, Error> 
             b'0'..=b'9' if at == 0 || size > 0 => {
                 size = size.saturating_mul(10).saturating_add(usize::from(byte - b'0'));
                 if size > most {
-                    return Err(Error::TooLong);
+                    return Err(ScgiError::TooLong);
                 }
             }
-            _ => return Err(Error::Size),
+            _ => return Err(ScgiError::Size),
         }
     }
     Ok(None)
@@ -210,24 +210,24 @@ fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, Error> 
 
 /// Checks the variables that the specification requires and returns the length of the body. Other names may occur
 /// twice, although the specification forbids this, because servers pass repeated headers on in this way.
-fn checked(params: &Params) -> Result<Option<u64>, Error> {
+fn checked(params: &Params) -> Result<Option<u64>, ScgiError> {
     let of = |wanted: &'static [u8]| params.iter().filter(move |(name, _)| *name == wanted);
     if params.iter().any(|(name, _)| name.is_empty()) {
-        return Err(Error::Strings);
+        return Err(ScgiError::Strings);
     }
-    let Some((b"CONTENT_LENGTH", length)) = params.iter().next() else { return Err(Error::Length) };
+    let Some((b"CONTENT_LENGTH", length)) = params.iter().next() else { return Err(ScgiError::Length) };
     if of(b"CONTENT_LENGTH").count() != 1 {
-        return Err(Error::Length);
+        return Err(ScgiError::Length);
     }
     let length = match length {
         // lighttpd sends this for a chunked body that it forwards as it arrives.
         b"-1" => None,
-        digits => Some(parse_digits(digits).ok_or(Error::Length)?),
+        digits => Some(parse_digits(digits).ok_or(ScgiError::Length)?),
     };
     let mut versions = of(b"SCGI");
     match (versions.next(), versions.next()) {
         (Some((_, b"1")), None) => Ok(length),
-        _ => Err(Error::Version),
+        _ => Err(ScgiError::Version),
     }
 }
 
@@ -246,8 +246,8 @@ mod tests {
     }
 
     /// Feeds `bytes` in chunks of the given sizes and collects the events; adjacent chunks of a body are joined.
-    fn decode(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<Event>, Option<Error>) {
-        let mut decoder = Decoder::new(4096);
+    fn decode(bytes: &[u8], mut piece: impl FnMut() -> usize) -> (Vec<ScgiEvent>, Option<ScgiError>) {
+        let mut decoder = ScgiDecoder::new(4096);
         let (mut input, mut events) = (BytesMut::new(), Vec::new());
         let mut rest = bytes;
         while !rest.is_empty() {
@@ -256,7 +256,7 @@ mod tests {
             input.extend_from_slice(now);
             loop {
                 match (events.last_mut(), decoder.decode(&mut input)) {
-                    (Some(Event::Body(bytes)), Ok(Some(Event::Body(more)))) => {
+                    (Some(ScgiEvent::Body(bytes)), Ok(Some(ScgiEvent::Body(more)))) => {
                         *bytes = [bytes.as_ref(), more.as_ref()].concat().into();
                     }
                     (_, Ok(Some(event))) => events.push(event),
@@ -268,7 +268,7 @@ mod tests {
         (events, None)
     }
 
-    fn error(bytes: &[u8]) -> Error {
+    fn error(bytes: &[u8]) -> ScgiError {
         decode(bytes, || usize::MAX).1.unwrap_or_else(|| panic!("taken: {:?}", String::from_utf8_lossy(bytes)))
     }
 
@@ -277,13 +277,14 @@ mod tests {
         let bytes = b"70:CONTENT_LENGTH\x0027\0SCGI\x001\0REQUEST_METHOD\0POST\0REQUEST_URI\0/deepthought\0,\
                       What is the answer to life?";
         let (events, error) = decode(bytes, || usize::MAX);
-        let [Event::Request { params, length: Some(27) }, Event::Body(body), Event::End] = &events[..] else {
+        let [ScgiEvent::Request { params, length: Some(27) }, ScgiEvent::Body(body), ScgiEvent::End] = &events[..]
+        else {
             panic!("{events:?} {error:?}")
         };
         assert_eq!(params.get("REQUEST_URI"), Some(&b"/deepthought"[..]));
         assert_eq!(body, "What is the answer to life?");
         let (events, _) = decode(&request("", ""), || 1);
-        assert!(matches!(events[..], [Event::Request { length: Some(0), .. }, Event::End]), "{events:?}");
+        assert!(matches!(events[..], [ScgiEvent::Request { length: Some(0), .. }, ScgiEvent::End]), "{events:?}");
         assert_eq!(request("", "").len(), MIN_LENGTH);
     }
 
@@ -308,7 +309,7 @@ mod tests {
             let bytes = request("A\0b\0", body);
             for seed in 0..200 {
                 let mut random = fastrand::Rng::with_seed(seed);
-                let (mut decoder, mut input, mut read) = (Decoder::new(4096), BytesMut::new(), 0);
+                let (mut decoder, mut input, mut read) = (ScgiDecoder::new(4096), BytesMut::new(), 0);
                 while let Ok(Some(_)) = decoder.decode(&mut input) {}
                 loop {
                     let left = bytes.len() - read;
@@ -325,44 +326,44 @@ mod tests {
                 }
             }
         }
-        let mut decoder = Decoder::new(4096);
+        let mut decoder = ScgiDecoder::new(4096);
         let mut input = BytesMut::from(&netstring("CONTENT_LENGTH\0-1\0SCGI\x001\0")[..]);
-        assert!(matches!(decoder.decode(&mut input), Ok(Some(Event::Request { length: None, .. }))));
+        assert!(matches!(decoder.decode(&mut input), Ok(Some(ScgiEvent::Request { length: None, .. }))));
         assert!(decoder.to_come(0).is_none() && decoder.ends_with_the_stream());
     }
 
     #[test]
     fn a_bad_netstring_is_refused_before_its_content_has_come() {
         for bytes in [&b":"[..], b"x", b"-1:", b"+5:", b" 5:", b"05:", b"00:", b"GET / HTTP/1.1\r\n\r\n", b"5;"] {
-            assert_eq!(error(bytes), Error::Size, "{bytes:?}");
+            assert_eq!(error(bytes), ScgiError::Size, "{bytes:?}");
         }
         for bytes in [&b"4097:"[..], b"99999999999999999999999999999999:", b"5000"] {
-            assert_eq!(error(bytes), Error::TooLong, "{bytes:?}");
+            assert_eq!(error(bytes), ScgiError::TooLong, "{bytes:?}");
         }
         let mut no_comma = request("", "");
         no_comma.pop();
         no_comma.push(b'.');
-        assert_eq!(error(&no_comma), Error::Comma);
+        assert_eq!(error(&no_comma), ScgiError::Comma);
     }
 
     #[test]
     fn variables_that_the_specification_forbids_are_refused() {
         for (strings, expected) in [
-            ("", Error::Length),
-            ("SCGI\x001\0", Error::Length),
-            ("SCGI\x001\0CONTENT_LENGTH\x000\0", Error::Length),
-            ("CONTENT_LENGTH\0\0SCGI\x001\0", Error::Length),
-            ("CONTENT_LENGTH\0-2\0SCGI\x001\0", Error::Length),
-            ("CONTENT_LENGTH\0+1\0SCGI\x001\0", Error::Length),
-            ("CONTENT_LENGTH\x001 \0SCGI\x001\0", Error::Length),
-            ("CONTENT_LENGTH\x0099999999999999999999\0SCGI\x001\0", Error::Length),
-            ("CONTENT_LENGTH\x000\0SCGI\x001\0CONTENT_LENGTH\x000\0", Error::Length),
-            ("CONTENT_LENGTH\x000\0", Error::Version),
-            ("CONTENT_LENGTH\x000\0SCGI\x002\0", Error::Version),
-            ("CONTENT_LENGTH\x000\0SCGI\x001\0SCGI\x001\0", Error::Version),
-            ("CONTENT_LENGTH\x000\0SCGI\x001\0ODD\0", Error::Strings),
-            ("CONTENT_LENGTH\x000\0SCGI\x001\0A\0no end", Error::Strings),
-            ("CONTENT_LENGTH\x000\0SCGI\x001\0\0no name\0", Error::Strings),
+            ("", ScgiError::Length),
+            ("SCGI\x001\0", ScgiError::Length),
+            ("SCGI\x001\0CONTENT_LENGTH\x000\0", ScgiError::Length),
+            ("CONTENT_LENGTH\0\0SCGI\x001\0", ScgiError::Length),
+            ("CONTENT_LENGTH\0-2\0SCGI\x001\0", ScgiError::Length),
+            ("CONTENT_LENGTH\0+1\0SCGI\x001\0", ScgiError::Length),
+            ("CONTENT_LENGTH\x001 \0SCGI\x001\0", ScgiError::Length),
+            ("CONTENT_LENGTH\x0099999999999999999999\0SCGI\x001\0", ScgiError::Length),
+            ("CONTENT_LENGTH\x000\0SCGI\x001\0CONTENT_LENGTH\x000\0", ScgiError::Length),
+            ("CONTENT_LENGTH\x000\0", ScgiError::Version),
+            ("CONTENT_LENGTH\x000\0SCGI\x002\0", ScgiError::Version),
+            ("CONTENT_LENGTH\x000\0SCGI\x001\0SCGI\x001\0", ScgiError::Version),
+            ("CONTENT_LENGTH\x000\0SCGI\x001\0ODD\0", ScgiError::Strings),
+            ("CONTENT_LENGTH\x000\0SCGI\x001\0A\0no end", ScgiError::Strings),
+            ("CONTENT_LENGTH\x000\0SCGI\x001\0\0no name\0", ScgiError::Strings),
         ] {
             assert_eq!(error(&netstring(strings)), expected, "{strings:?}");
         }
@@ -381,10 +382,10 @@ mod tests {
             (include_bytes!("../../fuzz/seeds/scgi/apache-post"), "/echo", "one, two"),
         ] {
             let (mut events, error) = decode(bytes, || usize::MAX);
-            assert_eq!((error, events.pop()), (None, Some(Event::End)), "{target}");
+            assert_eq!((error, events.pop()), (None, Some(ScgiEvent::End)), "{target}");
             let came = if body.is_empty() { None } else { events.pop() };
-            assert_eq!(came, (!body.is_empty()).then(|| Event::Body(Bytes::from_static(body.as_bytes()))));
-            let Some(Event::Request { params, .. }) = events.pop() else { panic!("{target}") };
+            assert_eq!(came, (!body.is_empty()).then(|| ScgiEvent::Body(Bytes::from_static(body.as_bytes()))));
+            let Some(ScgiEvent::Request { params, .. }) = events.pop() else { panic!("{target}") };
             let request = crate::protocol::cgi::request(params, |announced| announced).unwrap();
             assert_eq!(request.uri().to_string(), target);
             assert_eq!(request.body().unwrap_or(0), body.len() as u64);

@@ -32,7 +32,7 @@ use crate::app::body::{Body, FilterData, pipe};
 use crate::config::address::Protocol;
 use crate::heir::journal::Entry;
 use crate::protocol::cgi::{self, ClientInfo};
-use crate::protocol::fastcgi::{self, Decoder, Event, Fault, RequestId};
+use crate::protocol::fastcgi::{self, FastCgiDecoder, FastCgiEvent, Fault, RequestId};
 use crate::protocol::params::Params;
 use crate::protocol::role::Role;
 use crate::request::activity::Activity;
@@ -57,7 +57,7 @@ where
         socket,
         from,
         input: BytesMut::new(),
-        decoder: Decoder::new(limits.max_params, limits.max_multiplexed),
+        decoder: FastCgiDecoder::new(limits.max_params, limits.max_multiplexed),
         outbox: Outbox::default(),
         head: BytesMut::new(),
         exchanges: Vec::new(),
@@ -109,7 +109,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     /// The peer's address.
     from: Option<SocketAddr>,
     input: BytesMut,
-    decoder: Decoder,
+    decoder: FastCgiDecoder,
     outbox: Outbox,
     /// Buffer in which the head of a response is built.
     head: BytesMut,
@@ -301,7 +301,7 @@ where
                 return Ok(any);
             };
             any = true;
-            let body_came = matches!(event, Event::Stdin { .. } | Event::Data { .. });
+            let body_came = matches!(event, FastCgiEvent::Stdin { .. } | FastCgiEvent::Data { .. });
             self.take(event)?;
             // After a chunk of a body, check whether there is space for the next one.
             if body_came {
@@ -338,10 +338,12 @@ where
         UnderWay::begin(self.socket.activity(), self.socket.conn(), entry)
     }
 
-    fn take(&mut self, event: Event) -> io::Result<()> {
+    fn take(&mut self, event: FastCgiEvent) -> io::Result<()> {
         match event {
-            Event::Request { id, keep_connection, role, params } => self.begin(id, keep_connection, role, params),
-            Event::BadRequest { id, keep_connection, fault } => {
+            FastCgiEvent::Request { id, keep_connection, role, params } => {
+                self.begin(id, keep_connection, role, params)
+            }
+            FastCgiEvent::BadRequest { id, keep_connection, fault } => {
                 let (status, why) = match fault {
                     Fault::ParamsTooLong => {
                         (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "parameters larger than --max-params")
@@ -350,34 +352,34 @@ where
                 };
                 self.refuse(id, keep_connection, status, why);
             }
-            Event::Stdin { id, bytes } => {
+            FastCgiEvent::Stdin { id, bytes } => {
                 if let Some(stdin) = self.exchange(id).and_then(|exchange| exchange.stdin.as_ref()) {
                     stdin.push(bytes);
                 }
             }
-            Event::StdinEnd { id } => {
+            FastCgiEvent::StdinEnd { id } => {
                 if let Some(stdin) = self.exchange(id).and_then(|exchange| exchange.stdin.take()) {
                     stdin.finish();
                 }
             }
-            Event::Data { id, bytes } => {
+            FastCgiEvent::Data { id, bytes } => {
                 if let Some(data) = self.exchange(id).and_then(|exchange| exchange.data.as_ref()) {
                     data.push(bytes);
                 }
             }
-            Event::DataEnd { id } => {
+            FastCgiEvent::DataEnd { id } => {
                 if let Some(data) = self.exchange(id).and_then(|exchange| exchange.data.take()) {
                     data.finish();
                 }
             }
-            Event::Abort { id } => {
+            FastCgiEvent::Abort { id } => {
                 // Drops the response future, which cancels the application's work.
                 if let Some(exchange) = self.exchanges.iter_mut().find(|exchange| exchange.id == id) {
                     exchange.app_status = 0;
                     exchange.end(&mut self.outbox);
                 }
             }
-            Event::Reply { bytes, then_close } => {
+            FastCgiEvent::Reply { bytes, then_close } => {
                 self.outbox.push(bytes);
                 self.closing |= then_close;
                 self.unread |= then_close; // the rest of the refused request

@@ -35,7 +35,7 @@ use crate::app::body::{Body, pipe};
 use crate::config::address::Protocol;
 use crate::protocol::cgi;
 use crate::protocol::params::Params;
-use crate::protocol::scgi::{Decoder, Error, Event};
+use crate::protocol::scgi::{ScgiDecoder, ScgiError, ScgiEvent};
 use crate::worker::lifecycle::drain::Drain;
 use crate::worker::service::serve::{AppService, Application, ResponseBody, ResponseFuture};
 
@@ -54,7 +54,7 @@ where
         input: BytesMut::new(),
         read_size: READ_SIZES.0,
         rest: Rest::Coming,
-        decoder: Decoder::new(application.limits.max_params),
+        decoder: ScgiDecoder::new(application.limits.max_params),
         outbox: Outbox::default(),
         stdin: None,
         state: State::Reading,
@@ -87,7 +87,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     input: BytesMut,
     read_size: usize,
     rest: Rest,
-    decoder: Decoder,
+    decoder: ScgiDecoder,
     outbox: Outbox,
     /// Pipe of the request body, while the body lasts.
     stdin: Option<pipe::Writer>,
@@ -273,14 +273,14 @@ where
         loop {
             match self.decoder.decode(&mut self.input) {
                 Ok(None) => return any,
-                Ok(Some(Event::Request { params, length })) => self.begin(params, length),
-                Ok(Some(Event::Body(bytes))) => {
+                Ok(Some(ScgiEvent::Request { params, length })) => self.begin(params, length),
+                Ok(Some(ScgiEvent::Body(bytes))) => {
                     if let Some(stdin) = &self.stdin {
                         stdin.push(bytes);
                     }
                     return true; // check whether there is space for the next chunk
                 }
-                Ok(Some(Event::End)) => {
+                Ok(Some(ScgiEvent::End)) => {
                     if let Some(stdin) = self.stdin.take() {
                         stdin.finish();
                     }
@@ -288,10 +288,12 @@ where
                 Err(error) => {
                     self.rest = Rest::Coming; // the rest of the input is unknown
                     let status = match error {
-                        Error::TooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-                        Error::Size | Error::Comma | Error::Strings | Error::Length | Error::Version => {
-                            StatusCode::BAD_REQUEST
-                        }
+                        ScgiError::TooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                        ScgiError::Size
+                        | ScgiError::Comma
+                        | ScgiError::Strings
+                        | ScgiError::Length
+                        | ScgiError::Version => StatusCode::BAD_REQUEST,
                     };
                     self.refuse(status, format!("the peer sent {error}"));
                 }
