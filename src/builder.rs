@@ -27,7 +27,9 @@ use crate::config::control::reloaded;
 use crate::config::{CacheConfig, Config, Program};
 use crate::inherited_by_workers::WorkerMain;
 use crate::logging::files::LogFiles;
-use crate::master::{self, Control, EarlierChildren, End, Launch, Operators, Reloaded, Reread, SignalInbox, Start};
+use crate::master::{
+    self, Control, EarlierChildren, Launch, Operators, Reloaded, Reread, SignalInbox, Start, StopReason,
+};
 use crate::net::control_listener::ControlListener;
 use crate::net::listen::Listener;
 use crate::net::publish_socket::PublishSocket;
@@ -258,7 +260,7 @@ pub fn command_line() -> ExitCode {
 fn finish(
     invocation: Result<Invocation, clap::Error>,
     mask: &SigSet,
-    serve: impl FnOnce(Box<ServeRequest>) -> Result<End, BoxError>,
+    serve: impl FnOnce(Box<ServeRequest>) -> Result<StopReason, BoxError>,
 ) -> ExitCode {
     if !matches!(invocation, Ok(Invocation::Serve(_))) {
         sys::restore_signals(mask);
@@ -278,12 +280,12 @@ fn finish(
         }
     };
     match serve(request) {
-        Ok(End::Asked) => ExitCode::SUCCESS,
-        Ok(End::Retired) => {
+        Ok(StopReason::Asked) => ExitCode::SUCCESS,
+        Ok(StopReason::Retired) => {
             banner::complain(&"every worker asked not to be replaced (exit status 125)");
             ExitCode::FAILURE
         }
-        Ok(End::NeverReady) => {
+        Ok(StopReason::NeverReady) => {
             banner::complain(&"no worker ever became ready (see the log for why, and --give-up-after)");
             ExitCode::FAILURE
         }
@@ -351,7 +353,7 @@ fn serve(
     preload: Option<Preload>,
     begun: Instant,
     parse: Parse,
-) -> Result<End, BoxError> {
+) -> Result<StopReason, BoxError> {
     let ServeRequest { config, .. } = request;
     let opened = sys::own_descriptors()?;
     let earlier = EarlierChildren::record();
@@ -441,7 +443,7 @@ fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
 }
 
 /// Ends a start that must not serve: it was a check of this build, or a stop was requested.
-fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<End, BoxError> {
+fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<StopReason, BoxError> {
     match (is_check, asked_to_end) {
         (true, true) => return Err("it received a signal to stop".into()),
         (true, false) => drop(banner::can_take_over()),
@@ -450,7 +452,7 @@ fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<End
             memory::close(segment);
         }
     }
-    Ok(End::Asked)
+    Ok(StopReason::Asked)
 }
 
 fn show(config: &Config, listeners: &[Listener], launch: &Launch) {
@@ -483,7 +485,7 @@ fn leftovers(
 }
 
 /// Answers the request of a CGI process.
-fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<End, BoxError> {
+fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<StopReason, BoxError> {
     // This must precede all application code, whose output must not precede the response.
     let output = cgi_invocation::take_output().map_err(|error| format!("cannot use standard output: {error}"))?;
     start_log(config, &conflicts::find_among_files(config))?;
@@ -491,7 +493,7 @@ fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<En
         preload().map_err(cannot_preload)?;
     }
     cgi(config, join_segment(config)?, output)?;
-    Ok(End::Asked)
+    Ok(StopReason::Asked)
 }
 
 fn cannot_preload(error: BoxError) -> BoxError {

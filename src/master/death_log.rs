@@ -14,9 +14,9 @@ use crate::sys::Ending;
 /// Maximum number of in-flight requests to list.
 const NAMED: usize = 4;
 
-/// Facts about the end of a process, in addition to the log line.
+/// The facts about the death of a process, and its death record.
 #[derive(Debug)]
-pub(crate) struct End {
+pub(crate) struct Postmortem {
     /// Whether the worker failed, rather than exiting on request.
     pub(crate) is_crash: bool,
     /// The requests that were in flight.
@@ -150,7 +150,7 @@ pub(crate) fn publish(
     no_memory: Option<&str>,
     scoreboard: &Scoreboard,
     limits: Option<&[ResourceLimit]>,
-) -> End {
+) -> Postmortem {
     let (slot, generation, lived) = (child.slot, child.generation, child.since.elapsed().as_millis());
     // For a hanging worker the sender is the master itself.
     let sent_by = child.sent_by.filter(|_| !child.hung);
@@ -215,5 +215,5 @@ pub(crate) fn publish(
         (row.serving.into_iter().map(|one| one.what).collect(), complete, row.culprit)
     });
     let served = served.unwrap_or(0);
-    End { is_crash, in_flight, complete, culprit, running, by_itself, trace, death_record, served }
+    Postmortem { is_crash, in_flight, complete, culprit, running, by_itself, trace, death_record, served }
 }

@@ -189,7 +189,7 @@ struct Master {
 
 /// Why a master ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum End {
+pub(crate) enum StopReason {
     /// The operator requested the stop.
     Asked,
     /// All workers exited with the status that requests no replacement.
@@ -226,7 +226,7 @@ pub(crate) fn run(
     application: Arc<[RawFd]>,
     start: Start,
     operators: Operators,
-) -> io::Result<(End, Option<Control>)> {
+) -> io::Result<(StopReason, Option<Control>)> {
     let Start { begun, signals, start_command, earlier, mut takeover } = start;
     let ties = takeover.as_mut().map_or_else(Ties::default, |left| left.ties(&listeners));
     // Signals were blocked until now, so that none arrived too early. The parent process may also have blocked some: the mask is inherited.
@@ -295,7 +295,7 @@ pub(crate) fn run(
     }
     master.shut_down();
     memory::close(master.spawner.segment.clone()); // a reload may have replaced a damaged segment
-    Ok((master.end(), master.control))
+    Ok((master.stop_reason(), master.control))
 }
 
 /// The supervisor's part of the configuration.
@@ -327,11 +327,11 @@ impl Master {
         }
     }
 
-    fn end(&self) -> End {
+    fn stop_reason(&self) -> StopReason {
         match self.ended {
-            Some(true) => End::Asked,
-            _ if self.gave_up => End::NeverReady,
-            _ => End::Retired,
+            Some(true) => StopReason::Asked,
+            _ if self.gave_up => StopReason::NeverReady,
+            _ => StopReason::Retired,
         }
     }
 

@@ -105,15 +105,15 @@ impl Master {
             self.feed(SupervisorEvent::Ready { pid }); // its row shows that it was ready; it may have been killed before its report
         }
         let limits = is_starting.then_some(self.spawner.config.privileges.limits.as_slice());
-        let mut end = death_log::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
-        self.left(std::mem::take(&mut end.death_record));
+        let mut postmortem = death_log::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
+        self.left(std::mem::take(&mut postmortem.death_record));
         if let Launch::Worker(_, hooks) = &self.spawner.launch {
             let worker = WorkerId { slot, generation };
-            let (pid, served, lived) = (pid.as_raw().cast_unsigned(), end.served, since.elapsed());
+            let (pid, served, lived) = (pid.as_raw().cast_unsigned(), postmortem.served, since.elapsed());
             let exit = WorkerExit { worker, pid, status: ending.status(), asked, served, lived };
             hooks.of_master.on_worker_exit(exit);
         }
-        self.take_evidence(slot, pid, end);
+        self.take_evidence(slot, pid, postmortem);
         let after_exit = after_exit(ending, !is_starting);
         match program {
             Some(program) => self.program_ended(program, ending),

@@ -5,7 +5,7 @@ use forkyard_shm::State;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::death_log::End;
+use super::death_log::Postmortem;
 use super::hangs::{Hangs, Work};
 use super::oom::OomKills;
 use super::quarantine::{Death, Listed, Quarantine, Verdict};
@@ -175,13 +175,13 @@ impl Master {
     }
 
     /// Evaluates the end of a process.
-    pub(super) fn take_evidence(&mut self, slot: u32, pid: Pid, end: End) {
+    pub(super) fn take_evidence(&mut self, slot: u32, pid: Pid, postmortem: Postmortem) {
         let now = self.now();
         self.faults.hangs.ended(pid);
-        if !end.trace.is_empty() {
-            self.faults.symbolizer.log(slot, pid, end.trace, &self.signals);
+        if !postmortem.trace.is_empty() {
+            self.faults.symbolizer.log(slot, pid, postmortem.trace, &self.signals);
         }
-        if !end.is_crash {
+        if !postmortem.is_crash {
             return;
         }
         let by = self.faults.by;
@@ -191,13 +191,13 @@ impl Master {
         });
         let rows: Vec<_> = rows.filter(|row| row.state == State::Ready).collect();
         let elsewhere = rows.iter().flat_map(|row| &row.serving).map(|one| RequestKey::of(&one.what, by)).collect();
-        let in_flight = end.in_flight.iter().map(|what| RequestKey::of(what, by)).collect();
-        let culprit = end.culprit.as_deref().map(|what| RequestKey::of(what, by));
-        let running = end.running.map(|running| running.iter().map(|what| RequestKey::of(what, by)).collect());
+        let in_flight = postmortem.in_flight.iter().map(|what| RequestKey::of(what, by)).collect();
+        let culprit = postmortem.culprit.as_deref().map(|what| RequestKey::of(what, by));
+        let running = postmortem.running.map(|running| running.iter().map(|what| RequestKey::of(what, by)).collect());
         // If a worker serves more requests than its row shows, the remaining requests are unknown.
         let all_known = rows.iter().all(|row| usize::try_from(row.in_flight) == Ok(row.serving.len()));
         let live_workers = if all_known { rows.len() } else { 0 };
-        let (complete, by_itself) = (end.complete, end.by_itself);
+        let (complete, by_itself) = (postmortem.complete, postmortem.by_itself);
         let death = Death { in_flight, complete, culprit, running, by_itself, live_workers, elsewhere };
         let verdicts = self.faults.quarantine.died(death, now);
         self.faults.announce(&verdicts, now);
