@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::config::Trust;
 use crate::config::peers::{Peers, Who};
-use crate::protocol::forwarded::Family;
+use crate::protocol::forwarded::ForwardingHeaders;
 
 /// Flags of linked applications.
 #[derive(Args, Debug)]
@@ -61,7 +61,7 @@ pub(super) struct AccessOptions {
     trust_header: TrustHeader,
 }
 
-/// The names of [`Family`] on the command line.
+/// The names of [`ForwardingHeaders`] on the command line.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum TrustHeader {
     /// X-Forwarded-For, -Proto and -Host
@@ -75,8 +75,8 @@ impl AccessOptions {
     /// Returns a message for the operator if `FCGI_WEB_SERVER_ADDRS` is invalid.
     pub(super) fn access(self, serves_fastcgi: bool) -> Result<Access, String> {
         let family = match self.trust_header {
-            TrustHeader::XForwarded => Family::X,
-            TrustHeader::Forwarded => Family::Rfc7239,
+            TrustHeader::XForwarded => ForwardingHeaders::X,
+            TrustHeader::Forwarded => ForwardingHeaders::Rfc7239,
         };
         let allow = Peers::new(self.allow);
         // Where the variable has no effect, its errors are not reported.

@@ -26,7 +26,7 @@ use self::privileges::PrivilegesConfig;
 pub(crate) use self::scaling::{
     Jittered, Range, Scaling, Share, parse_health_path, parse_max_age, parse_max_memory, parse_max_requests,
 };
-use crate::protocol::forwarded::Family;
+use crate::protocol::forwarded::ForwardingHeaders;
 
 /// All settings of the master and the workers.
 #[derive(Clone, Debug)]
@@ -71,7 +71,7 @@ pub(crate) struct Config {
 pub(crate) struct Trust {
     pub(crate) peers: Peers,
     /// The headers that they write.
-    pub(crate) family: Family,
+    pub(crate) family: ForwardingHeaders,
 }
 
 /// The shared page cache.

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
 use super::Dice;
-use crate::protocol::forwarded::{Client, Family, client, remove};
+use crate::protocol::forwarded::{ForwardedClient, ForwardingHeaders, client, remove};
 
 const PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
 
@@ -31,22 +31,24 @@ pub fn forwarded(data: &[u8]) {
             headers.append(name, value);
         }
     }
-    let family = if family { Family::X } else { Family::Rfc7239 };
+    let family = if family { ForwardingHeaders::X } else { ForwardingHeaders::Rfc7239 };
     let is_trusted = |address| address == PROXY;
     let said = client(&headers, family, is_trusted);
     assert!(said.host.is_none_or(|host| host.as_bytes().len() <= data.len()));
 
     // The elements of the proxy, and of a second proxy after it.
     let words: &[(&'static str, &str, &str)] = match family {
-        Family::X => &[
+        ForwardingHeaders::X => &[
             ("x-forwarded-for", "192.0.2.7", "10.0.0.1"),
             ("x-forwarded-proto", "https", "http"),
             ("x-forwarded-host", "good.example", "inner.example"),
         ],
         // Each element of this list describes one hop: no other element supplies what it leaves
         // out.
-        Family::Rfc7239 if sparse => &[("forwarded", "for=192.0.2.7", "for=10.0.0.1;proto=http;host=inner.example")],
-        Family::Rfc7239 => &[(
+        ForwardingHeaders::Rfc7239 if sparse => {
+            &[("forwarded", "for=192.0.2.7", "for=10.0.0.1;proto=http;host=inner.example")]
+        }
+        ForwardingHeaders::Rfc7239 => &[(
             "forwarded",
             "for=192.0.2.7;proto=https;host=good.example",
             "for=10.0.0.1;proto=http;host=inner.example",
@@ -58,8 +60,8 @@ pub fn forwarded(data: &[u8]) {
             append(&mut headers, name, second, same_line);
         }
     }
-    let says_all = family == Family::X || !sparse;
-    let expected = Client {
+    let says_all = family == ForwardingHeaders::X || !sparse;
+    let expected = ForwardedClient {
         address: Some(Some(([192, 0, 2, 7], 0).into())),
         is_https: says_all.then_some(true),
         host: says_all.then(|| HeaderValue::from_static("good.example")),

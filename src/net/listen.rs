@@ -64,7 +64,7 @@ pub(crate) struct Listener {
     pub(crate) protocol: Protocol,
     /// The bound address, with the port that the system chose.
     pub(crate) address: Address,
-    pub(crate) family: Family,
+    pub(crate) family: SocketFamily,
     /// The setting for which the socket was created.
     pub(crate) bind: Bind,
     socket: OwnedFd,
@@ -76,7 +76,7 @@ pub(crate) struct Listener {
 
 /// The address family of a listener's socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Family {
+pub(crate) enum SocketFamily {
     Tcp,
     Unix,
 }
@@ -174,7 +174,13 @@ impl Listener {
         self.adopted
     }
 
-    fn new(protocol: Protocol, address: Address, family: Family, socket: OwnedFd, file: Option<(u64, u64)>) -> Self {
+    fn new(
+        protocol: Protocol,
+        address: Address,
+        family: SocketFamily,
+        socket: OwnedFd,
+        file: Option<(u64, u64)>,
+    ) -> Self {
         let bind = Bind { protocol, address: address.clone() };
         Self { protocol, address, family, bind, socket, file: Mutex::new(file), adopted: false }
     }
@@ -182,12 +188,12 @@ impl Listener {
     fn prepared(mut self, bind: &Bind) -> Result<Self, ListenError> {
         let fail = |cause: String| ListenError { bind: bind.clone(), cause };
         let listener = &mut self;
-        if listener.family == Family::Tcp {
+        if listener.family == SocketFamily::Tcp {
             // Responses are written in one piece, so delaying segments gains nothing. Accepted sockets inherit the
             // option.
             setsockopt(&listener.socket, sockopt::TcpNoDelay, &true).map_err(|errno| fail(errno.desc().to_owned()))?;
         }
-        if let (Family::Tcp, Ok(address)) = (listener.family, socket::getsockname(listener.socket.as_raw_fd())) {
+        if let (SocketFamily::Tcp, Ok(address)) = (listener.family, socket::getsockname(listener.socket.as_raw_fd())) {
             let address: SockaddrStorage = address;
             listener.address = Address::Tcp(address.to_string());
         }
@@ -323,7 +329,7 @@ fn listen(socket: &OwnedFd, backlog: u32) -> Result<(), String> {
 
 fn bind_path(path: &Path, protocol: Protocol, backlog: u32, mode: Option<u32>) -> Result<Listener, String> {
     let (socket, file) = bind_file(path, Some(backlog), mode, "--bind")?;
-    Ok(Listener::new(protocol, Address::Path(path.to_owned()), Family::Unix, socket, file))
+    Ok(Listener::new(protocol, Address::Path(path.to_owned()), SocketFamily::Unix, socket, file))
 }
 
 fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listener, String> {
@@ -336,7 +342,7 @@ fn bind_abstract(name: &str, protocol: Protocol, backlog: u32) -> Result<Listene
         errno => errno.desc().to_lowercase(),
     })?;
     listen(&socket, backlog)?;
-    Ok(Listener::new(protocol, Address::Abstract(name.to_owned()), Family::Unix, socket, None))
+    Ok(Listener::new(protocol, Address::Abstract(name.to_owned()), SocketFamily::Unix, socket, None))
 }
 
 fn abstract_address(name: &str) -> Result<UnixAddr, String> {
@@ -363,7 +369,7 @@ pub(crate) fn identity_of(fd: RawFd) -> Option<(u64, u64)> {
 ///
 /// # Errors
 /// Returns the rest of a sentence about the socket, as in `is not a listening socket`.
-fn family_of(socket: &OwnedFd) -> Result<Family, String> {
+fn family_of(socket: &OwnedFd) -> Result<SocketFamily, String> {
     if !socket::getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err("is not a listening socket (call listen on it before passing it on)".to_owned());
     }
@@ -372,8 +378,8 @@ fn family_of(socket: &OwnedFd) -> Result<Family, String> {
     }
     let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd()).map_err(|errno| errno.desc().to_owned())?;
     match address.family() {
-        Some(AddressFamily::Unix) => Ok(Family::Unix),
-        Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(Family::Tcp),
+        Some(AddressFamily::Unix) => Ok(SocketFamily::Unix),
+        Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(SocketFamily::Tcp),
         other => Err(format!("is a socket of an unsupported address family: {other:?}")),
     }
 }

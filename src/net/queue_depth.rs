@@ -15,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType};
 use nix::sys::stat::fstat;
 
-use super::listen::{Family, Listener};
+use super::listen::{Listener, SocketFamily};
 use crate::sys;
 
 /// `SOCK_DIAG_BY_FAMILY`, from `linux/sock_diag.h`.
@@ -52,8 +52,8 @@ impl QueueDepth {
     /// polls as readable forever.
     pub(crate) fn counted(&self, listener: &Listener) -> Option<u32> {
         match listener.family {
-            Family::Tcp => sys::tcp_queue(listener.as_fd()).ok(),
-            Family::Unix => self.diagnosis.as_ref().and_then(|diagnosis| unix_queue(diagnosis, listener).ok()),
+            SocketFamily::Tcp => sys::tcp_queue(listener.as_fd()).ok(),
+            SocketFamily::Unix => self.diagnosis.as_ref().and_then(|diagnosis| unix_queue(diagnosis, listener).ok()),
         }
     }
 }

@@ -32,7 +32,7 @@ const ALL: [HeaderName; 10] = [
 
 /// The headers that trusted proxies write. They forward the other family's headers as received from clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Family {
+pub(crate) enum ForwardingHeaders {
     /// `X-Forwarded-For`, `-Proto`, `-Host`.
     X,
     /// `Forwarded`.
@@ -41,7 +41,7 @@ pub(crate) enum Family {
 
 /// Information about the client according to the trusted proxies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Client {
+pub(crate) struct ForwardedClient {
     /// `None` if the proxies do not name the client; `Some(None)` if they report the client as unknown, or hide it. The
     /// port is 0 if they do not name it.
     pub(crate) address: Option<Option<SocketAddr>>,
@@ -51,16 +51,20 @@ pub(crate) struct Client {
 }
 
 /// Reads the headers of a request from a trusted peer.
-pub(crate) fn client(headers: &HeaderMap, family: Family, is_trusted: impl Fn(IpAddr) -> bool) -> Client {
+pub(crate) fn client(
+    headers: &HeaderMap,
+    family: ForwardingHeaders,
+    is_trusted: impl Fn(IpAddr) -> bool,
+) -> ForwardedClient {
     match family {
-        Family::X => client_of_x(headers, is_trusted),
-        Family::Rfc7239 => client_of_rfc7239(headers, is_trusted),
+        ForwardingHeaders::X => client_of_x(headers, is_trusted),
+        ForwardingHeaders::Rfc7239 => client_of_rfc7239(headers, is_trusted),
     }
 }
 
 /// Removes untrusted headers: all proxy headers or, if the peer is trusted, the headers of the family that it does not
 /// write.
-pub(crate) fn remove(headers: &mut HeaderMap, trusted: Option<Family>) {
+pub(crate) fn remove(headers: &mut HeaderMap, trusted: Option<ForwardingHeaders>) {
     let names: Vec<HeaderName> =
         headers.keys().filter(|name| is_not_believed(name.as_str().as_bytes(), trusted)).cloned().collect();
     for name in names {
@@ -70,25 +74,25 @@ pub(crate) fn remove(headers: &mut HeaderMap, trusted: Option<Family>) {
 
 /// Like [`remove`], for CGI variables, which are headers in another spelling. `None` if there is
 /// nothing to remove.
-pub(crate) fn without(params: &Params, trusted: Option<Family>) -> Option<Params> {
+pub(crate) fn without(params: &Params, trusted: Option<ForwardingHeaders>) -> Option<Params> {
     let is_theirs = |name: &[u8]| name.strip_prefix(b"HTTP_").is_some_and(|name| is_not_believed(name, trusted));
     let any = params.iter().any(|(name, _)| is_theirs(name));
     any.then(|| Params::from_pairs(params.iter().filter(|(name, _)| !is_theirs(name))))
 }
 
 /// Whether this is, in any spelling, a proxy header that the trusted proxies do not write.
-fn is_not_believed(name: &[u8], trusted: Option<Family>) -> bool {
+fn is_not_believed(name: &[u8], trusted: Option<ForwardingHeaders>) -> bool {
     let plain = |byte: u8| if byte == b'_' { b'-' } else { byte.to_ascii_lowercase() };
     let is = |known: &HeaderName| name.iter().map(|&byte| plain(byte)).eq(known.as_str().bytes());
     ALL.iter().any(|known| {
-        let family = if *known == header::FORWARDED { Family::Rfc7239 } else { Family::X };
+        let family = if *known == header::FORWARDED { ForwardingHeaders::Rfc7239 } else { ForwardingHeaders::X };
         let is_exact = name == known.as_str().as_bytes() || !name.iter().any(u8::is_ascii_lowercase);
         is(known) && (trusted != Some(family) || !is_exact)
     })
 }
 
-fn client_of_x(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Client {
-    let mut client = Client::default();
+fn client_of_x(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> ForwardedClient {
+    let mut client = ForwardedClient::default();
     let mut depth = 0;
     for element in elements(headers, X_FOR) {
         depth += 1;
@@ -106,10 +110,10 @@ fn client_of_x(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Clie
     client
 }
 
-fn client_of_rfc7239(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Client {
-    let mut client = Client::default();
+fn client_of_rfc7239(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> ForwardedClient {
+    let mut client = ForwardedClient::default();
     for element in elements(headers, header::FORWARDED) {
-        client = Client::default();
+        client = ForwardedClient::default();
         for pair in FromRight::new(element, b';') {
             let mut sides = pair.splitn(2, |&byte| byte == b'=');
             let (Some(name), Some(value)) = (sides.next(), sides.next()) else { continue };
@@ -221,12 +225,12 @@ mod tests {
         matches!(address, IpAddr::V4(address) if address.octets()[0] == 10)
     }
 
-    fn x(lines: &[(&'static str, &str)]) -> Client {
-        client(&headers(lines), Family::X, ten)
+    fn x(lines: &[(&'static str, &str)]) -> ForwardedClient {
+        client(&headers(lines), ForwardingHeaders::X, ten)
     }
 
-    fn rfc(value: &str) -> Client {
-        client(&headers(&[("forwarded", value)]), Family::Rfc7239, ten)
+    fn rfc(value: &str) -> ForwardedClient {
+        client(&headers(&[("forwarded", value)]), ForwardingHeaders::Rfc7239, ten)
     }
 
     fn inet(text: &str) -> Option<Option<SocketAddr>> {
@@ -287,7 +291,7 @@ mod tests {
             ("nonsense", None, None, None),
         ] {
             let host = host.map(HeaderValue::from_static);
-            assert_eq!(rfc(value), Client { address, is_https, host }, "{value}");
+            assert_eq!(rfc(value), ForwardedClient { address, is_https, host }, "{value}");
         }
     }
 
@@ -302,7 +306,9 @@ mod tests {
     #[test]
     fn what_is_not_believed_is_removed() {
         let all: HeaderMap = ALL.iter().map(|name| (name.clone(), HeaderValue::from_static("x"))).collect();
-        for (trusted, left) in [(None, 0), (Some(Family::X), ALL.len() - 1), (Some(Family::Rfc7239), 1)] {
+        for (trusted, left) in
+            [(None, 0), (Some(ForwardingHeaders::X), ALL.len() - 1), (Some(ForwardingHeaders::Rfc7239), 1)]
+        {
             let mut headers = all.clone();
             headers.insert(header::HOST, HeaderValue::from_static("a"));
             remove(&mut headers, trusted);

@@ -20,7 +20,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{self, Shutdown, sockopt};
 
-use super::{Family, Listener};
+use super::{Listener, SocketFamily};
 use crate::config::address::Address;
 use crate::sys;
 
@@ -45,8 +45,8 @@ impl Listener {
     /// possible.
     pub(crate) fn hold_off(&self) -> bool {
         match self.family {
-            Family::Tcp => sys::drop_syn_segments(self.as_fd()).is_ok(),
-            Family::Unix => {
+            SocketFamily::Tcp => sys::drop_syn_segments(self.as_fd()).is_ok(),
+            SocketFamily::Unix => {
                 self.shut();
                 true
             }

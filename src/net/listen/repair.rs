@@ -14,7 +14,7 @@ use std::sync::PoisonError;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{self, AddressFamily, Shutdown, SockType, UnixAddr, setsockopt, sockopt};
 
-use super::{Family, Listener, bind_file, bound_tcp, explain_tcp, is_blocking, listen, new_socket, set_blocking};
+use super::{Listener, SocketFamily, bind_file, bound_tcp, explain_tcp, is_blocking, listen, new_socket, set_blocking};
 use crate::config::Config;
 use crate::config::address::Address;
 use crate::sys;
@@ -67,7 +67,7 @@ impl Listener {
                 socket
             }
             (Address::Abstract(name), _) => return self.bind_abstract_again(name, backlog, blocking),
-            (Address::Inherited(_) | Address::Systemd(_) | Address::Tcp(_), _) if self.family == Family::Tcp => {
+            (Address::Inherited(_) | Address::Systemd(_) | Address::Tcp(_), _) if self.family == SocketFamily::Tcp => {
                 return listen(&self.socket, backlog);
             }
             (Address::Inherited(_) | Address::Systemd(_) | Address::Tcp(_), _) => {

@@ -9,7 +9,7 @@ use nix::sys::socket::{
     sockopt,
 };
 
-use super::{Family, Listener, listen};
+use super::{Listener, SocketFamily, listen};
 use crate::config::address::{Address, Protocol};
 use crate::sys;
 
@@ -37,7 +37,7 @@ pub(super) fn bind_tcp(
                 let bound: Result<SockaddrStorage, _> = socket::getsockname(socket.as_raw_fd());
                 chosen = bound.ok().and_then(|bound| sys::internet_address(&bound)).map(|bound| bound.port());
                 let address = Address::Tcp(candidate.to_string());
-                listeners.push(Listener::new(protocol, address, Family::Tcp, socket, None));
+                listeners.push(Listener::new(protocol, address, SocketFamily::Tcp, socket, None));
             }
             Err(errno) if is_absent(errno) => {
                 cause = explain_tcp(errno, candidate);
