@@ -16,7 +16,7 @@
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
-use super::journal::{ConnRecord, Request, WireProtocol};
+use super::journal::{ConnRecord, RequestRecord, WireProtocol};
 use crate::protocol::cgi;
 use crate::protocol::fastcgi::{self, FastCgiDecoder, FastCgiEvent};
 
@@ -51,9 +51,9 @@ pub(crate) enum Then {
 
 pub(crate) fn settle(record: &ConnRecord) -> Settlement {
     let mut settlement = Settlement { say: BytesMut::new(), then: Then::Reset, answered: 0, cut: 0 };
-    let is_open = |request: &&Request| !has_left(record, request);
-    let open: Vec<&Request> = record.requests.iter().filter(is_open).collect();
-    let (begun, waiting): (Vec<&Request>, Vec<&Request>) =
+    let is_open = |request: &&RequestRecord| !has_left(record, request);
+    let open: Vec<&RequestRecord> = record.requests.iter().filter(is_open).collect();
+    let (begun, waiting): (Vec<&RequestRecord>, Vec<&RequestRecord>) =
         open.iter().partition(|request| request.from.is_some_and(|from| is_beyond(record.written, from)));
     let at_border = record.written == record.queued || record.written == record.batch;
     if !at_border {
@@ -78,7 +78,7 @@ pub(crate) fn settle(record: &ConnRecord) -> Settlement {
         WireProtocol::Scgi | WireProtocol::Http1 => match go_on(record, &input) {
             // A part of a request was read and is lost.
             Then::Close if input == Input::Lost && !is_ending(record) && is_beyond(record.read, record.clean) => {
-                let half = Request { id: 1, is_head: false, is_last: true, at: 0, from: None, to: None };
+                let half = RequestRecord { id: 1, is_head: false, is_last: true, at: 0, from: None, to: None };
                 write_bad_gateway(&mut settlement.say, record.wire_protocol, &half);
                 settlement.answered = 1;
                 Then::Close
@@ -102,7 +102,7 @@ enum Input {
     /// The input ends with these bytes, which the worker has not examined.
     Early(Vec<u8>),
     /// Some requests in the last bytes read have an entry; those in `unseen` have none. `ends_whole`: the bytes end at a record boundary.
-    Looked { unseen: Vec<Request>, ends_whole: bool },
+    Looked { unseen: Vec<RequestRecord>, ends_whole: bool },
     /// A part of the input is lost.
     Lost,
 }
@@ -142,8 +142,14 @@ fn examined(record: &ConnRecord, bytes: &[u8]) -> Input {
     found.extend(decoder.assembled());
     let ends_whole = rest.is_empty() && decoder.is_between_records();
     let is_known = |id| record.requests.iter().any(|request| request.id == id && request.at == record.read);
-    let request =
-        |(id, keep): (u16, bool)| Request { id, is_head: false, is_last: !keep, at: record.read, from: None, to: None };
+    let request = |(id, keep): (u16, bool)| RequestRecord {
+        id,
+        is_head: false,
+        is_last: !keep,
+        at: record.read,
+        from: None,
+        to: None,
+    };
     let unseen = found.into_iter().filter(|&(id, _)| !is_known(id)).map(request).collect();
     Input::Looked { unseen, ends_whole }
 }
@@ -168,7 +174,7 @@ fn is_ending(record: &ConnRecord) -> bool {
 }
 
 /// Whether the response has been sent completely.
-fn has_left(record: &ConnRecord, request: &Request) -> bool {
+fn has_left(record: &ConnRecord, request: &RequestRecord) -> bool {
     let whole = record.wire_protocol != WireProtocol::Http1 || record.written == record.queued;
     whole && request.to.is_some_and(|to| !is_beyond(to, record.written))
 }
@@ -178,7 +184,7 @@ fn is_beyond(position: u32, other: u32) -> bool {
     position.wrapping_sub(other).cast_signed() > 0
 }
 
-fn write_bad_gateway(say: &mut BytesMut, wire_protocol: WireProtocol, request: &Request) {
+fn write_bad_gateway(say: &mut BytesMut, wire_protocol: WireProtocol, request: &RequestRecord) {
     let (status, length) = (StatusCode::BAD_GATEWAY, Some(BAD_GATEWAY.len() as u64));
     let mut headers = HeaderMap::new();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
@@ -229,8 +235,8 @@ mod tests {
         }
     }
 
-    fn request() -> Request {
-        Request { id: 1, is_head: false, is_last: false, at: 100, from: None, to: None }
+    fn request() -> RequestRecord {
+        RequestRecord { id: 1, is_head: false, is_last: false, at: 100, from: None, to: None }
     }
 
     #[test]
@@ -239,7 +245,7 @@ mod tests {
             let settled = settle(&idle(wire_protocol));
             assert_eq!((settled.then, settled.answered, settled.say.len()), (Then::PassOn(Vec::new()), 0, 0));
             let mut answered = idle(wire_protocol);
-            answered.requests = vec![Request { from: Some(10), to: Some(50), ..request() }];
+            answered.requests = vec![RequestRecord { from: Some(10), to: Some(50), ..request() }];
             assert_eq!(settle(&answered).then, Then::PassOn(Vec::new()));
             answered.requests[0].is_last = true;
             assert_eq!(settle(&answered).then, Then::Close, "the peer waits for that");
@@ -256,13 +262,14 @@ mod tests {
             let settled = settle(&record);
             assert_eq!(settled.then, Then::Close, "its beginning is lost");
             assert_eq!(settled.answered, u32::from(wire_protocol != WireProtocol::FastCgi));
-            record.requests = vec![Request { from: Some(10), to: Some(50), ..request() }];
+            record.requests = vec![RequestRecord { from: Some(10), to: Some(50), ..request() }];
             let settled = settle(&record);
             assert_eq!(
                 (settled.then, settled.answered),
                 (Then::Close, u32::from(wire_protocol != WireProtocol::FastCgi))
             );
-            (record.landed, record.requests) = (Some((100, b"abc".to_vec())), vec![Request { at: 103, ..request() }]);
+            (record.landed, record.requests) =
+                (Some((100, b"abc".to_vec())), vec![RequestRecord { at: 103, ..request() }]);
             let settled = settle(&record);
             assert_eq!((settled.then, settled.answered), (Then::Close, 1), "the application may have seen it");
         }
@@ -278,7 +285,7 @@ mod tests {
         let mut record = idle(WireProtocol::FastCgi);
         let read = 100 + u32::try_from(bytes.len()).unwrap();
         (record.read, record.landed) = (read, Some((100, bytes)));
-        record.requests = vec![Request { at: read, ..request() }];
+        record.requests = vec![RequestRecord { at: read, ..request() }];
         let settled = settle(&record);
         assert_eq!((settled.answered, settled.then), (2, Then::PassOn(Vec::new())));
         record.landed.as_mut().unwrap().1.pop(); // the last record is incomplete
@@ -289,7 +296,8 @@ mod tests {
     #[test]
     fn a_request_of_whose_response_nothing_has_left_gets_a_502() {
         let mut record = idle(WireProtocol::FastCgi);
-        record.requests = vec![request(), Request { id: 2, is_head: true, from: Some(50), to: Some(90), ..request() }];
+        record.requests =
+            vec![request(), RequestRecord { id: 2, is_head: true, from: Some(50), to: Some(90), ..request() }];
         let settled = settle(&record);
         assert_eq!((settled.answered, settled.cut, settled.then), (2, 0, Then::PassOn(Vec::new())));
         let text = String::from_utf8_lossy(&settled.say).into_owned();
@@ -306,7 +314,7 @@ mod tests {
     fn a_response_of_which_a_part_has_left_breaks_off() {
         for wire_protocol in [WireProtocol::FastCgi, WireProtocol::Scgi, WireProtocol::Http1] {
             let mut record = idle(wire_protocol);
-            record.requests = vec![Request { from: Some(20), ..request() }];
+            record.requests = vec![RequestRecord { from: Some(20), ..request() }];
             let settled = settle(&record);
             assert_eq!((settled.answered, settled.cut), (0, 1));
             assert_eq!(settled.then, if wire_protocol == WireProtocol::FastCgi { Then::Close } else { Then::Reset });
@@ -319,7 +327,7 @@ mod tests {
     #[test]
     fn an_http_response_has_left_when_the_last_write_is_whole() {
         let mut record = idle(WireProtocol::Http1);
-        record.requests = vec![Request { from: Some(10), to: Some(41), ..request() }];
+        record.requests = vec![RequestRecord { from: Some(10), to: Some(41), ..request() }];
         assert_eq!(settle(&record).then, Then::PassOn(Vec::new()));
         record.queued = 60;
         record.batch = 50;
@@ -332,7 +340,7 @@ mod tests {
     fn positions_wrap_around() {
         let mut record = idle(WireProtocol::FastCgi);
         (record.written, record.queued) = (5, 5);
-        record.requests = vec![Request { from: Some(u32::MAX - 9), to: Some(5), ..request() }];
+        record.requests = vec![RequestRecord { from: Some(u32::MAX - 9), to: Some(5), ..request() }];
         assert_eq!(settle(&record).then, Then::PassOn(Vec::new()));
         record.requests[0].to = Some(6);
         assert_eq!(settle(&record).cut, 1);

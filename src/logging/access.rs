@@ -27,7 +27,7 @@ pub(crate) struct Exchange<'a> {
     pub(crate) address: Option<IpAddr>,
     pub(crate) user: Option<&'a [u8]>,
     /// `None` if the request could not be read.
-    pub(crate) request: Option<Asked<'a>>,
+    pub(crate) request: Option<RequestFields<'a>>,
     pub(crate) status: u16,
     /// Length of the response's body.
     pub(crate) bytes: u64,
@@ -37,9 +37,9 @@ pub(crate) struct Exchange<'a> {
     pub(crate) protocol: Protocol,
 }
 
-/// The requested method and target.
+/// The logged fields of a request.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Asked<'a> {
+pub(crate) struct RequestFields<'a> {
     pub(crate) method: &'a Method,
     pub(crate) target: &'a str,
     pub(crate) version: Version,
@@ -57,7 +57,7 @@ impl Exchange<'_> {
         }
         escaped(line, self.user.unwrap_or(b"-"), OTHER);
         write(line, format_args!(" [{time}] \""));
-        if let Some(Asked { method, target, version, .. }) = &self.request {
+        if let Some(RequestFields { method, target, version, .. }) = &self.request {
             escaped(line, method.as_str().as_bytes(), OTHER);
             line.push(b' ');
             escaped(line, target.as_bytes(), TARGET);
@@ -66,8 +66,8 @@ impl Exchange<'_> {
             line.push(b'-');
         }
         write(line, format_args!("\" {} {}", self.status, self.bytes));
-        let asked = self.request.as_ref();
-        for value in [asked.and_then(|asked| asked.referer), asked.and_then(|asked| asked.user_agent)] {
+        let fields = self.request.as_ref();
+        for value in [fields.and_then(|fields| fields.referer), fields.and_then(|fields| fields.user_agent)] {
             let value = value.map_or(&b"-"[..], HeaderValue::as_bytes);
             line.extend_from_slice(b" \"");
             escaped(line, value, OTHER);
@@ -91,7 +91,7 @@ impl Exchange<'_> {
             }
         };
         optional("user", self.user, OTHER);
-        if let Some(Asked { method, target, version, host, referer, user_agent }) = self.request {
+        if let Some(RequestFields { method, target, version, host, referer, user_agent }) = self.request {
             optional("method", Some(method.as_str().as_bytes()), OTHER);
             optional("target", Some(target.as_bytes()), TARGET);
             optional("version", Some(format!("{version:?}").as_bytes()), OTHER);
@@ -156,23 +156,23 @@ mod tests {
 
     use super::*;
 
-    fn exchange<'a>(asked: Option<Asked<'a>>, user: Option<&'a [u8]>) -> Exchange<'a> {
+    fn exchange<'a>(fields: Option<RequestFields<'a>>, user: Option<&'a [u8]>) -> Exchange<'a> {
         let address = Some("192.0.2.7".parse().unwrap());
         let took = Duration::from_micros(12_034);
         let (slot, generation, protocol) = (3, 2, Protocol::FastCgi);
-        Exchange { address, user, request: asked, status: 200, bytes: 42, took, slot, generation, protocol }
+        Exchange { address, user, request: fields, status: 200, bytes: 42, took, slot, generation, protocol }
     }
 
-    fn asked<'a>(target: &'a str, value: &'a HeaderValue) -> Asked<'a> {
+    fn fields<'a>(target: &'a str, value: &'a HeaderValue) -> RequestFields<'a> {
         let (host, referer, user_agent) = (None, None, Some(value));
-        Asked { method: &Method::GET, target, version: Version::HTTP_11, host, referer, user_agent }
+        RequestFields { method: &Method::GET, target, version: Version::HTTP_11, host, referer, user_agent }
     }
 
     #[test]
     fn a_line_is_what_readers_of_the_combined_format_expect() {
         let agent = HeaderValue::from_static("curl/8");
         let mut line = Vec::new();
-        exchange(Some(asked("/a?b=c", &agent)), Some(b"ann")).write_combined("T", &mut line);
+        exchange(Some(fields("/a?b=c", &agent)), Some(b"ann")).write_combined("T", &mut line);
         let expected = "192.0.2.7 - ann [T] \"GET /a?b=c HTTP/1.1\" 200 42 \"-\" \"curl/8\" \
                         duration_ms=12.034 slot=3 gen=2 protocol=fastcgi\n";
         assert_eq!(String::from_utf8(line).unwrap(), expected);
@@ -196,7 +196,7 @@ mod tests {
             };
             let agent = HeaderValue::from_bytes(&bytes(OTHER)).unwrap();
             let (user, target) = (bytes(OTHER), String::from_utf8_lossy(&bytes(TARGET)).into_owned());
-            let exchange = exchange(Some(asked(&target, &agent)), Some(&user));
+            let exchange = exchange(Some(fields(&target, &agent)), Some(&user));
             let mut line = Vec::new();
             exchange.write_combined("T", &mut line);
             assert!(line.len() < LONGEST && line.is_ascii(), "seed {seed}");

@@ -45,7 +45,7 @@ use self::conn::accept::{Acceptor, Arrival, Connections, Serve};
 use self::conn::acl::Acl;
 use self::conn::per_client_limit::Crowd;
 use self::conn::socket::Socket;
-use self::conn::stop_listening::{Accepting, Entry};
+use self::conn::stop_listening::{Accepting, DrainingListeners};
 use self::conn::{fastcgi, http, preface, scgi};
 use self::lifecycle::drain::Drain;
 use self::lifecycle::slow;
@@ -206,14 +206,18 @@ where
         let is_orphan = wait_for_leave(asked_to_leave, heritage.lifeline, &output).await?;
 
         row.set_state(State::Draining);
-        let mut entry =
-            Entry { accepting, listeners: Arc::clone(&heritage.listeners), retained: &heir.retained, is_orphan };
-        entry.begin_to_close();
-        entry.run_dry(&*server).await;
+        let mut draining = DrainingListeners {
+            accepting,
+            listeners: Arc::clone(&heritage.listeners),
+            retained: &heir.retained,
+            is_orphan,
+        };
+        draining.begin_to_close();
+        draining.run_dry(&*server).await;
         drain.begin();
         events.drain();
         hooks.on_drain(worker, config.drain_timeout);
-        entry.leave(&drain, &connections, &*server).await;
+        draining.leave(&drain, &connections, &*server).await;
         tasks.iter().for_each(JoinHandle::abort);
         server.application.report_refusals();
         access_log.iter().for_each(|log| log.finish());

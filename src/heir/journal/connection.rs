@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 use tokio::io::ReadBuf;
 
 use super::intent::{Ancillary, Op, SLICES};
-use super::{ConnCells, HEAD, Journal, KNOWN, LAST, Request, RequestCells, USED, WireProtocol};
+use super::{ConnCells, HEAD, Journal, KNOWN, LAST, RequestCells, RequestRecord, USED, WireProtocol};
 use crate::net::handover::{Handoff, PackedOrigin};
 
 /// Writes the journal record of one connection.
@@ -21,7 +21,7 @@ pub(crate) struct ConnHandle {
 
 /// Index of a request in its connection's record; `u8::MAX` if the record has no free entry.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Entry(u8);
+pub(crate) struct RequestIndex(u8);
 
 impl ConnHandle {
     /// `None` for a connection without a record, or a closed connection.
@@ -108,17 +108,17 @@ impl ConnHandle {
     }
 
     /// Records the start of a request: from now on the peer must get a response.
-    pub(crate) fn begin(&self, id: u16, is_head: bool, is_last: bool) -> Entry {
-        let Some(record) = self.record() else { return Entry(u8::MAX) };
+    pub(crate) fn begin(&self, id: u16, is_head: bool, is_last: bool) -> RequestIndex {
+        let Some(record) = self.record() else { return RequestIndex(u8::MAX) };
         let written = record.written.load(Acquire);
         let is_free = |request: &RequestCells| match request.read() {
             None => true,
-            Some(Request { to: Some(to), .. }) => written.wrapping_sub(to).cast_signed() >= 0,
+            Some(RequestRecord { to: Some(to), .. }) => written.wrapping_sub(to).cast_signed() >= 0,
             Some(_) => false,
         };
         let Some(index) = record.requests.iter().position(is_free) else {
             record.overflow.store(1, Release);
-            return Entry(u8::MAX);
+            return RequestIndex(u8::MAX);
         };
         let request = &record.requests[index];
         request.word.store(0, Release);
@@ -127,26 +127,26 @@ impl ConnHandle {
         request.at.store(record.read.load(Acquire), Release);
         let flags = if is_head { HEAD } else { 0 } | if is_last { LAST } else { 0 };
         request.word.store(USED | flags | u32::from(id), Release);
-        Entry(u8::try_from(index).unwrap_or(u8::MAX))
+        RequestIndex(u8::try_from(index).unwrap_or(u8::MAX))
     }
 
     /// Records the output position at which the response begins.
-    pub(crate) fn response_from(&self, Entry(index): Entry, position: u32) {
+    pub(crate) fn response_from(&self, RequestIndex(index): RequestIndex, position: u32) {
         if let Some(request) = self.record().and_then(|record| record.requests.get(usize::from(index))) {
             request.from.store(KNOWN | u64::from(position), Release);
         }
     }
 
     /// Records the output position at which the response ends.
-    pub(crate) fn response_to(&self, Entry(index): Entry, position: u32) {
+    pub(crate) fn response_to(&self, RequestIndex(index): RequestIndex, position: u32) {
         if let Some(request) = self.record().and_then(|record| record.requests.get(usize::from(index))) {
             request.to.store(KNOWN | u64::from(position), Release);
         }
     }
 
     /// Records that an HTTP response is complete and its last byte is not yet written.
-    pub(crate) fn response_over(&self, entry: Entry) {
-        self.response_to(entry, self.output(1));
+    pub(crate) fn response_over(&self, index: RequestIndex) {
+        self.response_to(index, self.output(1));
         if let Some(record) = self.record() {
             record.ending.store(1, Release);
         }
@@ -201,7 +201,7 @@ impl ConnHandle {
     }
 
     /// Records that the connection closes after this request.
-    pub(crate) fn is_last(&self, Entry(index): Entry) {
+    pub(crate) fn is_last(&self, RequestIndex(index): RequestIndex) {
         if let Some(request) = self.record().and_then(|record| record.requests.get(usize::from(index))) {
             request.word.store(request.word.load(Acquire) | LAST, Release);
         }

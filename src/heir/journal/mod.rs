@@ -25,7 +25,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-pub(crate) use self::connection::{ConnHandle, Entry};
+pub(crate) use self::connection::{ConnHandle, RequestIndex};
 pub(crate) use self::intent::READ_BUFFER;
 use self::intent::{Intent, Op};
 use crate::net::handover::{HEADER, Handoff, PackedOrigin};
@@ -120,7 +120,7 @@ unsafe impl Send for Journal {}
 
 /// A request, as read from the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Request {
+pub(crate) struct RequestRecord {
     /// The request id in FastCGI.
     pub(crate) id: u16,
     /// The response has no body (`HEAD`).
@@ -147,7 +147,7 @@ pub(crate) struct ConnRecord {
     pub(crate) queued: u32,
     pub(crate) overflow: bool,
     pub(crate) origin: PackedOrigin,
-    pub(crate) requests: Vec<Request>,
+    pub(crate) requests: Vec<RequestRecord>,
     /// The last bytes that were read, and the position of the first one. It is unknown whether the worker examined them.
     pub(crate) landed: Option<(u32, Vec<u8>)>,
 }
@@ -351,11 +351,11 @@ impl ConnCells {
 }
 
 impl RequestCells {
-    fn read(&self) -> Option<Request> {
+    fn read(&self) -> Option<RequestRecord> {
         let word = self.word.load(Acquire);
         #[expect(clippy::cast_possible_truncation, reason = "the low bits are the id and the position")]
         let (id, position) = (word as u16, |word: u64| (word & KNOWN != 0).then_some(word as u32));
-        (word & USED != 0).then(|| Request {
+        (word & USED != 0).then(|| RequestRecord {
             id,
             is_head: word & HEAD != 0,
             is_last: word & LAST != 0,

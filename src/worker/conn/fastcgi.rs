@@ -30,13 +30,13 @@ use super::socket::Socket;
 use super::under_way::UnderWay;
 use crate::app::body::{Body, FilterData, pipe};
 use crate::config::address::Protocol;
-use crate::heir::journal::Entry;
+use crate::heir::journal::RequestIndex;
 use crate::protocol::cgi::{self, ClientInfo};
 use crate::protocol::fastcgi::{self, FastCgiDecoder, FastCgiEvent, Fault, RequestId};
 use crate::protocol::params::Params;
 use crate::protocol::role::Role;
 use crate::request::activity::Activity;
-use crate::worker::lifecycle::drain::{Asked, Drain};
+use crate::worker::lifecycle::drain::{Drain, WakerRegistration};
 use crate::worker::service::serve::{AppService, Application, ResponseBody, ResponseFuture};
 
 /// Bytes of output that may be queued on a connection before its responses pause.
@@ -74,9 +74,9 @@ where
     };
     let mut drained = pin!(drain.wait());
     let mut last_chance = pin!(drain.wait_for_last_request());
-    let mut asked = Asked::default();
+    let mut registration = WakerRegistration::default();
     let ended = poll_fn(|context| {
-        if !connection.draining && (asked.is_new(context) || drain.has_begun()) {
+        if !connection.draining && (registration.is_new(context) || drain.has_begun()) {
             connection.draining = drained.as_mut().poll(context).is_ready();
         }
         if connection.draining {
@@ -128,7 +128,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     /// A sibling can take the connection over.
     moving: bool,
     /// Requests that have arrived in part, with their journal entries.
-    assembled: Vec<(RequestId, Entry)>,
+    assembled: Vec<(RequestId, RequestIndex)>,
     /// The last request was answered before it was received completely.
     unread: bool,
     /// The peer exceeded a timeout: no more input is read from it.
@@ -314,10 +314,10 @@ where
     fn enter_assembled(&mut self) {
         let conn = *self.socket.conn();
         let (decoder, outbox) = (&self.decoder, &self.outbox);
-        self.assembled.retain(|&(known, entry)| {
+        self.assembled.retain(|&(known, index)| {
             let goes_on = decoder.assembled().any(|(id, _)| id == known);
             if !goes_on {
-                conn.response_to(entry, conn.output(outbox.len())); // the request was aborted
+                conn.response_to(index, conn.output(outbox.len())); // the request was aborted
             }
             goes_on
         });
@@ -331,11 +331,11 @@ where
     /// Records a request in the journal before the application receives it.
     fn enter(&mut self, id: RequestId, keep_connection: bool, is_head: bool) -> UnderWay {
         let assembled = self.assembled.iter().position(|&(known, _)| known == id);
-        let entry = match assembled {
+        let index = match assembled {
             Some(index) => self.assembled.swap_remove(index).1,
             None => self.socket.conn().begin(id, is_head, !keep_connection),
         };
-        UnderWay::begin(self.socket.activity(), self.socket.conn(), entry)
+        UnderWay::begin(self.socket.activity(), self.socket.conn(), index)
     }
 
     fn take(&mut self, event: FastCgiEvent) -> io::Result<()> {

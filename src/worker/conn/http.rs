@@ -48,7 +48,7 @@ use crate::config::address::Protocol;
 use crate::heir::journal::WireProtocol;
 use crate::protocol::cgi::ClientInfo;
 use crate::request::activity::{Stage, Wait};
-use crate::worker::lifecycle::drain::{Asked, Drain};
+use crate::worker::lifecycle::drain::{Drain, WakerRegistration};
 use crate::worker::service::serve::{AppService, Application, ResponseBody, Served, Switch, refusal};
 
 /// Bytes of a request body that may be in transit on one HTTP/2 stream.
@@ -196,9 +196,9 @@ where
     C: Future<Output = hyper::Result<()>> + Unpin,
 {
     let mut drained = pin!(drain.wait());
-    let mut asked = Asked::default();
+    let mut registration = WakerRegistration::default();
     let ended = poll_fn(|context| {
-        if !drain.has_begun() && asked.is_new(context) {
+        if !drain.has_begun() && registration.is_new(context) {
             let _ = drained.as_mut().poll(context);
         }
         if let Poll::Ready(ended) = Pin::new(&mut *connection).poll(context) {

@@ -18,7 +18,7 @@ use crate::worker::lifecycle::drain::Drain;
 pub(crate) type Accepting = (JoinHandle<()>, Rc<Acceptor>);
 
 /// The acceptors and listeners of a draining worker.
-pub(crate) struct Entry<'a> {
+pub(crate) struct DrainingListeners<'a> {
     pub(crate) accepting: Vec<Accepting>,
     pub(crate) listeners: Arc<[Listener]>,
     pub(crate) retained: &'a RetainedFds,
@@ -26,7 +26,7 @@ pub(crate) struct Entry<'a> {
     pub(crate) is_orphan: bool,
 }
 
-impl Entry<'_> {
+impl DrainingListeners<'_> {
     /// Stops the accepting tasks. An orphan also shuts new connections out of a queue that will not be served.
     pub(crate) fn begin_to_close(&self) {
         self.accepting.iter().for_each(|(task, _)| task.abort());

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::heir::journal::{ConnHandle, Entry};
+use crate::heir::journal::{ConnHandle, RequestIndex};
 use crate::request::activity::Activity;
 
 /// A request that is under way on a connection, until this is dropped.
@@ -12,7 +12,7 @@ pub(crate) struct UnderWay {
     activity: Arc<Activity>,
     conn: ConnHandle,
     /// `None` over HTTP/2, whose requests are not in the journal.
-    entry: Option<Entry>,
+    index: Option<RequestIndex>,
     end: End,
 }
 
@@ -27,28 +27,28 @@ enum End {
 
 impl UnderWay {
     /// A request whose protocol announces where its response ends.
-    pub(crate) fn begin(activity: &Arc<Activity>, conn: &ConnHandle, entry: Entry) -> Self {
+    pub(crate) fn begin(activity: &Arc<Activity>, conn: &ConnHandle, index: RequestIndex) -> Self {
         activity.request_came();
-        Self { activity: Arc::clone(activity), conn: *conn, entry: Some(entry), end: End::Announced }
+        Self { activity: Arc::clone(activity), conn: *conn, index: Some(index), end: End::Announced }
     }
 
     /// A request over HTTP, whose response ends when hyper drops it.
-    pub(crate) fn begin_http(activity: &Arc<Activity>, conn: &ConnHandle, entry: Option<Entry>) -> Self {
+    pub(crate) fn begin_http(activity: &Arc<Activity>, conn: &ConnHandle, index: Option<RequestIndex>) -> Self {
         activity.request_came();
-        Self { activity: Arc::clone(activity), conn: *conn, entry, end: End::Unwritten }
+        Self { activity: Arc::clone(activity), conn: *conn, index, end: End::Unwritten }
     }
 
     /// Records that the response begins after `waiting` bytes of output that are not written yet.
     pub(crate) fn response_begins(&mut self, waiting: usize) {
-        if let Some(entry) = self.entry {
-            self.conn.response_from(entry, self.conn.output(waiting));
+        if let Some(index) = self.index {
+            self.conn.response_from(index, self.conn.output(waiting));
         }
     }
 
     /// Records that the response ends after `waiting` bytes of output that are not written yet.
     pub(crate) fn response_ends(&mut self, waiting: usize) {
-        if let Some(entry) = self.entry {
-            self.conn.response_to(entry, self.conn.output(waiting));
+        if let Some(index) = self.index {
+            self.conn.response_to(index, self.conn.output(waiting));
         }
     }
 
@@ -58,16 +58,16 @@ impl UnderWay {
 
     /// Records that the connection is closed after the response.
     pub(crate) fn is_last(&mut self) {
-        if let Some(entry) = self.entry {
-            self.conn.is_last(entry);
+        if let Some(index) = self.index {
+            self.conn.is_last(index);
         }
     }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        if let (Some(entry), End::Unwritten) = (self.entry, self.end) {
-            self.conn.response_over(entry);
+        if let (Some(index), End::Unwritten) = (self.index, self.end) {
+            self.conn.response_over(index);
         }
         self.activity.request_over();
     }

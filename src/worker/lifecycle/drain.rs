@@ -33,9 +33,9 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// Remembers the task that has registered to be woken: one registration per task is enough. (Registering on each poll
 /// would cost a tenth of the time of a request.)
 #[derive(Debug, Default)]
-pub(crate) struct Asked(Option<Waker>);
+pub(crate) struct WakerRegistration(Option<Waker>);
 
-impl Asked {
+impl WakerRegistration {
     /// Returns true for a task that has not registered before.
     pub(crate) fn is_new(&mut self, context: &Context<'_>) -> bool {
         if self.0.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {

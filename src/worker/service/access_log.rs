@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 use crate::config::address::Protocol;
 use crate::config::logs::AccessFormat;
 use crate::logging;
-use crate::logging::access::{Asked, Exchange, LONGEST};
+use crate::logging::access::{Exchange, LONGEST, RequestFields};
 use crate::logging::files::LogFiles;
 use crate::logging::line_buffer::{LineBuffer, ROOM};
 use crate::protocol::cgi::ClientInfo;
@@ -162,7 +162,7 @@ impl AccessLog {
 
 /// The access log line of a request that is being served. Written when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Entry {
+pub(crate) struct AccessLogEntry {
     log: Rc<AccessLog>,
     protocol: Protocol,
     address: Option<IpAddr>,
@@ -184,7 +184,7 @@ struct LoggedRequest {
     user_agent: Option<HeaderValue>,
 }
 
-impl Entry {
+impl AccessLogEntry {
     /// `request` is `None` if the request could not be read.
     pub(crate) fn begin<B>(log: &Rc<AccessLog>, protocol: Protocol, request: Option<&Request<B>>) -> Box<Self> {
         let origin = request.and_then(|request| request.extensions().get::<ClientInfo>());
@@ -232,9 +232,9 @@ fn value(headers: &HeaderMap, name: &header::HeaderName) -> Option<HeaderValue> 
     headers.get(name).cloned()
 }
 
-impl Drop for Entry {
+impl Drop for AccessLogEntry {
     fn drop(&mut self) {
-        let request = self.request.as_ref().map(|logged| Asked {
+        let request = self.request.as_ref().map(|logged| RequestFields {
             method: &logged.method,
             target: logged.uri.path_and_query().map_or("/", |target| target.as_str()),
             version: logged.version,

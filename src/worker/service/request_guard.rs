@@ -23,7 +23,7 @@ use forkyard_shm::{InFlight, Row};
 use http::{Request, StatusCode};
 use http_body::Frame;
 
-use super::access_log::{AccessLog, Entry};
+use super::access_log::{AccessLog, AccessLogEntry};
 use super::serve::Client;
 use crate::app::body::Body;
 use crate::config::address::Protocol;
@@ -36,7 +36,7 @@ use crate::worker::conn::under_way::UnderWay;
 pub(crate) struct RequestGuard {
     // Dropped in this order.
     in_flight: InFlight,
-    log_entry: Option<Box<Entry>>,
+    log_entry: Option<Box<AccessLogEntry>>,
     kind: Kind,
     /// Present if the request has a body, which may fail.
     client: Option<Box<Client>>,
@@ -64,7 +64,7 @@ impl RequestGuard {
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
         Self {
             in_flight: row.begin(request.method().as_str(), target),
-            log_entry: log.map(|log| Entry::begin(log, protocol, Some(request))),
+            log_entry: log.map(|log| AccessLogEntry::begin(log, protocol, Some(request))),
             kind: Kind::Ordinary,
             client: None,
             under_way,
@@ -77,7 +77,7 @@ impl RequestGuard {
         log: Option<(&Rc<AccessLog>, Protocol, Option<SocketAddr>)>,
         under_way: Option<UnderWay>,
     ) -> Self {
-        let log_entry = log.map(|(log, protocol, from)| Entry::of_unread(log, protocol, from));
+        let log_entry = log.map(|(log, protocol, from)| AccessLogEntry::of_unread(log, protocol, from));
         Self { in_flight: row.begin("-", "-"), log_entry, kind: Kind::Ordinary, client: None, under_way }
     }
 

@@ -28,7 +28,7 @@ pub(super) use self::client::Client;
 pub(crate) use self::response::Switch;
 use self::response::{is_event_stream, prepare_switch, promised, without_body};
 pub(crate) use self::served::Served;
-use super::access_log::{AccessLog, Entry};
+use super::access_log::{AccessLog, AccessLogEntry};
 use super::request_guard::RequestGuard;
 use crate::app::body::Body;
 use crate::app::{blocking, events};
@@ -209,7 +209,7 @@ impl<S> Application<S> {
     ) {
         self.refusals.note(protocol, status, from, why);
         if let Some(log) = &self.access_log {
-            Entry::of_unread(log, protocol, from).answered(status);
+            AccessLogEntry::of_unread(log, protocol, from).answered(status);
         }
     }
 

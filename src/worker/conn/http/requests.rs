@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 
 use super::connection_header::request_closes;
 use super::upgrade::Taken;
-use crate::heir::journal::{ConnHandle, Entry, READ_BUFFER};
+use crate::heir::journal::{ConnHandle, READ_BUFFER, RequestIndex};
 use crate::request::activity::Activity;
 use crate::worker::conn::under_way::UnderWay;
 
@@ -73,8 +73,8 @@ impl Requests {
     }
 
     pub(super) fn begin(self: &Rc<Self>, request: &Request<Incoming>) -> (UnderWay, Counted) {
-        let entry = (request.version() != Version::HTTP_2).then(|| self.enter(request));
-        let under_way = UnderWay::begin_http(&self.activity, &self.conn, entry);
+        let index = (request.version() != Version::HTTP_2).then(|| self.enter(request));
+        let under_way = UnderWay::begin_http(&self.activity, &self.conn, index);
         self.unanswered.set(self.unanswered.get() + 1);
         self.count.set(self.count.get().saturating_add(1));
         self.begun.notify_waiters();
@@ -86,12 +86,12 @@ impl Requests {
     }
 
     /// Records an HTTP/1 request in the journal, with its end if that is known.
-    fn enter(&self, request: &Request<Incoming>) -> Entry {
+    fn enter(&self, request: &Request<Incoming>) -> RequestIndex {
         let look = || self.conn.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
         let head = if self.end_is_unknown.get() { None } else { look() };
         let is_last = request_closes(request.version(), request.headers());
         self.is_closing.set(self.is_closing.get() || is_last);
-        let entry = self.conn.begin(1, request.method() == Method::HEAD, is_last);
+        let index = self.conn.begin(1, request.method() == Method::HEAD, is_last);
         let body = request.body().size_hint().exact().and_then(|length| u32::try_from(length).ok());
         match (head, body.filter(|&length| length <= MAX_BODY)) {
             (Some((position, head)), Some(body)) => {
@@ -99,7 +99,7 @@ impl Requests {
             }
             _ => self.end_is_unknown.set(true),
         }
-        entry
+        index
     }
 
     /// Whether no request has begun.
