@@ -43,7 +43,7 @@ use tower_service::Service;
 
 use self::conn::accept::{Acceptor, Arrival, Connections, Serve};
 use self::conn::acl::Acl;
-use self::conn::per_client_limit::Crowd;
+use self::conn::per_client_limit::ClientConnections;
 use self::conn::socket::Socket;
 use self::conn::stop_listening::{Accepting, DrainingListeners};
 use self::conn::{fastcgi, http, preface, scgi};
@@ -52,7 +52,7 @@ use self::lifecycle::slow;
 use self::lifecycle::watchdog::Watchdog;
 use self::logs::OutputPipes;
 use self::service::access_log::AccessLog;
-use self::service::max_requests::Counted;
+use self::service::max_requests::MaxRequests;
 use self::service::serve::{AppService, Application, Protection, ResponseBody};
 use self::service::{health, serve};
 use crate::app::blocking;
@@ -175,7 +175,7 @@ where
         let limit = config.limits.max_connections;
         let connections = Rc::new(Connections::new(limit, row.clone(), scoreboard, slot, Rc::clone(&watchdog)));
         let report = File::from(heritage.report);
-        let service = Counted::new(service, config.scaling.max_requests, report.try_clone()?);
+        let service = MaxRequests::new(service, config.scaling.max_requests, report.try_clone()?);
         let application = Application::new(service, row.clone(), config.limits, config.trust.clone());
         let access_log = AccessLog::new(&heritage.log_files, heir.lines, heritage.slot, heritage.generation);
         let application = application.protected(protection(&config, &heritage.segment)).logged(access_log.clone());
@@ -394,7 +394,7 @@ struct Server<S> {
     application: Rc<Application<S>>,
     drain: Drain,
     entrances: Vec<ListenerContext>,
-    crowd: Rc<Crowd>,
+    client_connections: Rc<ClientConnections>,
     /// The peers whose connections begin with a PROXY header.
     proxy_protocol: Option<Peers>,
 }
@@ -402,8 +402,8 @@ struct Server<S> {
 impl<S> Server<S> {
     fn new(config: &Config, listeners: &[Listener], application: Rc<Application<S>>, drain: Drain) -> Self {
         let entrances = listeners.iter().map(|listener| ListenerContext::new(config, listener.protocol)).collect();
-        let crowd = Crowd::new(config.limits.max_connections_per_address);
-        Self { application, drain, entrances, crowd, proxy_protocol: config.proxy_protocol.clone() }
+        let client_connections = ClientConnections::new(config.limits.max_connections_per_address);
+        Self { application, drain, entrances, client_connections, proxy_protocol: config.proxy_protocol.clone() }
     }
 }
 
@@ -425,7 +425,7 @@ where
         let (address, is_admitted) = (arrival.origin.address(), arrival.origin.is_admitted());
         let ip = address.map(|address| address.ip());
         let sends_proxy_header = !is_admitted && self.proxy_protocol.as_ref().is_some_and(|peers| peers.contain(ip));
-        let crowd = Rc::clone(&self.crowd);
+        let client_connections = Rc::clone(&self.client_connections);
         let permitted = is_admitted || context.is_some_and(|context| context.door.permits(address));
         let mut origin = ClientInfo::of_http(address, arrival.origin.is_tls());
         async move {
@@ -462,7 +462,7 @@ where
             let client = origin.address.map(|address| address.ip());
             let is_proxy = application.trust.as_ref().is_some_and(|trust| trust.peers.contain(client));
             // A connection that a different worker has admitted is not refused and not counted here.
-            let Some(_counted) = crowd.admit(client.filter(|_| !is_proxy && !is_admitted)) else { return };
+            let Some(_permit) = client_connections.admit(client.filter(|_| !is_proxy && !is_admitted)) else { return };
             if !is_admitted {
                 socket.conn().set_origin(PackedOrigin::admitted(origin.address, origin.is_https));
             }

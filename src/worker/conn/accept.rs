@@ -244,7 +244,7 @@ impl ReadyListener {
 /// Accepts connections from one listener or channel.
 #[derive(Debug)]
 pub(crate) struct Acceptor {
-    bell: ReadyListener,
+    ready_listener: ReadyListener,
     source: Source,
     connections: Rc<Connections>,
     journal: Journal,
@@ -261,7 +261,7 @@ enum Source {
 }
 
 /// A connection that was accepted but has no journal record yet.
-struct Taken {
+struct AcceptedSocket {
     socket: OwnedFd,
     arrival: Arrival,
     early: Vec<u8>,
@@ -280,7 +280,7 @@ impl Acceptor {
     ) -> io::Result<Self> {
         let source = Source::Listener { index, wire_protocol: heir::wire_protocol_of(listener.protocol) };
         Ok(Self {
-            bell: ReadyListener::new(listener.duplicate()?, false)?,
+            ready_listener: ReadyListener::new(listener.duplicate()?, false)?,
             source,
             connections: Rc::clone(connections),
             journal,
@@ -292,20 +292,20 @@ impl Acceptor {
     /// # Errors
     /// If no descriptor is available, or epoll refuses the registration.
     pub(crate) fn of_channel(channel: &Channel, connections: &Rc<Connections>, journal: Journal) -> io::Result<Self> {
-        let bell = ReadyListener::new(channel.receiver().try_clone_to_owned()?, true)?;
-        Ok(Self { bell, source: Source::Channel, connections: Rc::clone(connections), journal })
+        let ready_listener = ReadyListener::new(channel.receiver().try_clone_to_owned()?, true)?;
+        Ok(Self { ready_listener, source: Source::Channel, connections: Rc::clone(connections), journal })
     }
 
-    fn take(&self, from: BorrowedFd<'_>) -> io::Result<Taken> {
+    fn take(&self, from: BorrowedFd<'_>) -> io::Result<AcceptedSocket> {
         match self.source {
             Source::Listener { index, .. } => {
                 let (socket, peer) = self.journal.accept(from)?;
                 let arrival = Arrival { listener: index, origin: PackedOrigin::of_peer(peer) };
-                Ok(Taken { socket, arrival, early: Vec::new() })
+                Ok(AcceptedSocket { socket, arrival, early: Vec::new() })
             }
             Source::Channel => {
                 let (socket, Handoff { listener, origin, early }) = self.journal.take_over(from)?;
-                Ok(Taken { socket, arrival: Arrival { listener, origin }, early })
+                Ok(AcceptedSocket { socket, arrival: Arrival { listener, origin }, early })
             }
         }
     }
@@ -319,7 +319,7 @@ impl Acceptor {
             let outcome = match self.turn(&mut patience).await {
                 Ok(()) => tokio::select! {
                     biased;
-                    taken = self.bell.wait(|from| self.take(from)) => taken,
+                    taken = self.ready_listener.wait(|from| self.take(from)) => taken,
                     // A request on an open connection filled the pool: a sibling may now be the better choice.
                     () = blocking::pool_became_full() => continue,
                 },
@@ -333,7 +333,7 @@ impl Acceptor {
                 }
                 // The client of this connection has already disconnected; accept the next one.
                 Err(error)
-                    if !self.bell.listener.is_paused()
+                    if !self.ready_listener.listener.is_paused()
                         && is_of_one_connection(&error)
                         && failed_in_a_row < FAILED_IN_A_ROW =>
                 {
@@ -349,7 +349,7 @@ impl Acceptor {
                         log::error!(listener = self.listener(); "cannot accept connections for now: {error}");
                         reported = Some(Instant::now());
                     }
-                    self.bell.pause();
+                    self.ready_listener.pause();
                     if is_of_this_system(&error) && self.connections.open.get() > 0 {
                         self.connections.make_room("descriptors: --rlimit nofile=N");
                     }
@@ -372,34 +372,34 @@ impl Acceptor {
     async fn turn(&self, patience: &mut Patience) -> io::Result<()> {
         let connections = &self.connections;
         while connections.is_full() {
-            self.bell.pause();
+            self.ready_listener.pause();
             let ended = tokio::time::timeout(LEFT_WHEN_FULL, connections.one_ended.notified()).await;
-            if ended.is_err() && self.bell.is_ready() {
+            if ended.is_err() && self.ready_listener.is_ready() {
                 connections.make_room("--max-connections");
             }
         }
         while !patience.is_over(blocking::pool_is_full()) && connections.sibling_is_less_busy() {
-            self.bell.pause();
+            self.ready_listener.pause();
             let occupied = blocking::pool_is_full();
             let left_for = if occupied { LEFT_TO_FREE } else { LEFT_TO_SIBLINGS };
             tokio::select! {
                 () = connections.one_ended.notified() => {}
                 () = blocking::one_is_free(), if occupied => {}
                 // Without a waiting client, the siblings have not failed to accept one.
-                () = sleep(left_for) => if !occupied || self.bell.is_ready() { patience.end(occupied) },
+                () = sleep(left_for) => if !occupied || self.ready_listener.is_ready() { patience.end(occupied) },
             }
         }
-        self.bell.resume()
+        self.ready_listener.resume()
     }
 
     /// Accepts the connections in the kernel's queue, and no more. A draining worker must do this, because all workers
     /// may be draining. Returns false if the worker could not take all of these connections.
     pub(crate) async fn run_dry(&self, serve: &impl Serve) -> bool {
         // Pause first: otherwise the kernel would notify only this worker of the next connection.
-        self.bell.pause();
+        self.ready_listener.pause();
         let mut failed_in_a_row = 0;
         while !self.connections.is_full() {
-            match self.take(self.bell.listener.as_fd()) {
+            match self.take(self.ready_listener.listener.as_fd()) {
                 Ok(taken) => {
                     failed_in_a_row = 0;
                     self.start(serve, taken).await;
@@ -430,7 +430,7 @@ impl Acceptor {
         }
     }
 
-    async fn start(&self, serve: &impl Serve, Taken { socket, arrival, early }: Taken) {
+    async fn start(&self, serve: &impl Serve, AcceptedSocket { socket, arrival, early }: AcceptedSocket) {
         let open = self.connections.open();
         let wire_protocol = match self.source {
             Source::Listener { wire_protocol, .. } => wire_protocol,

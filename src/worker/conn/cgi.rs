@@ -26,7 +26,7 @@ use tokio::runtime::LocalOptions;
 use tokio::task::JoinHandle;
 
 use super::linger::LINGER;
-use super::reply::Reply;
+use super::reply::CgiResponseBody;
 use crate::app::blocking;
 use crate::app::body::{Body, pipe};
 use crate::app::context::Context;
@@ -144,7 +144,7 @@ where
 type Refusal = (StatusCode, BoxError);
 
 /// The part of the body that has not been read yet.
-struct Rest {
+struct UnreadInput {
     /// Reads the body, and ends when the whole body has been read.
     task: JoinHandle<()>,
     /// Bytes of the body that were read.
@@ -153,7 +153,7 @@ struct Rest {
 
 /// Reads and discards the rest of a body until the body ends, or until no data arrives within the time of [`LINGER`]. Without
 /// this, a web server that sends the whole body before it reads the response (mod_cgid) would lose the response.
-async fn discard(mut rest: Rest) {
+async fn discard(mut rest: UnreadInput) {
     loop {
         let before = rest.read.get();
         if tokio::time::timeout(LINGER.0, &mut rest.task).await.is_ok() || rest.read.get() == before {
@@ -163,7 +163,7 @@ async fn discard(mut rest: Rest) {
 }
 
 /// Returns the request, and the rest of its body.
-fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, Refusal>, Option<Rest>) {
+fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, Refusal>, Option<UnreadInput>) {
     let variables: Vec<_> = std::env::vars_os().collect();
     let bytes: usize = variables.iter().map(|(name, value)| name.len() + value.len()).sum();
     let pairs = variables.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()));
@@ -190,7 +190,7 @@ fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, 
     let read = Rc::new(Cell::new(0));
     let rest = stdin.map(|stdin| {
         let task = tokio::task::spawn_local(feed(stdin, length.unwrap_or(u64::MAX), Rc::clone(&read), writer));
-        Rest { task, read }
+        UnreadInput { task, read }
     });
     let body = Body::stdin(reader, length, limits.max_body).with_activity(activity);
     (request.map(|request| request.map(|()| body)), rest)
@@ -233,7 +233,7 @@ where
     B: ResponseBody,
 {
     let mut waiting = BytesMut::new();
-    let mut reply = Reply::begin(response, is_head, &mut waiting);
+    let mut reply = CgiResponseBody::begin(response, is_head, &mut waiting);
     loop {
         let next = poll_fn(|context| {
             let next = reply.poll_piece(context);

@@ -36,8 +36,8 @@ use tower_service::Service;
 
 use self::connection_header::{response_closes, set_connection};
 use self::request::settle;
-use self::requests::{Counted, Requests};
-use self::rest::Rest;
+use self::requests::{OpenRequest, Requests};
+use self::rest::UnreadBodyReader;
 use self::upgrade::{Ends, Offer};
 use super::linger::linger;
 use super::preface;
@@ -118,9 +118,9 @@ where
                 }
             }
         };
-        if let Some(taken) = requests.taken().filter(|_| ended.is_ok()) {
+        if let Some(upgrade) = requests.take_upgrade().filter(|_| ended.is_ok()) {
             let Parts { io, read_buf, .. } = connection.into_parts();
-            return taken.carry(io.into_inner(), read_buf, &ends).await;
+            return upgrade.carry(io.into_inner(), read_buf, &ends).await;
         }
         if ended.as_ref().is_err_and(is_timeout) && requests.activity().stage() == Stage::Head {
             return time_out(connection.into_parts().io.into_inner(), &application, from, &drain).await;
@@ -361,20 +361,20 @@ where
     fn answer(
         self: Rc<Self>,
         request: Request<Incoming>,
-    ) -> impl Future<Output = Result<Response<Reply<B>>, Infallible>> {
+    ) -> impl Future<Output = Result<Response<HttpResponseBody<B>>, Infallible>> {
         // Counted here, because hyper may poll the response future later.
-        let (under_way, mut counted) = self.requests.begin(&request);
+        let (under_way, mut open_request) = self.requests.begin(&request);
         async move {
             let max_body = self.application.limits.max_body;
             let (head, incoming) = request.into_parts();
             let (body, rest) = Body::http(incoming, max_body);
             let body = if rest.is_some() { body.with_activity(self.requests.activity()) } else { body };
-            let mut rest = rest.map(|rest| Rest::new(rest, head.headers.contains_key(header::EXPECT)));
+            let mut rest = rest.map(|rest| UnreadBodyReader::new(rest, head.headers.contains_key(header::EXPECT)));
             let mut request = Request::from_parts(head, body);
             let version = request.version();
             let offer = Offer::of(&mut request);
             let switch = offer.as_ref().map_or(Switch::No, |offer| offer.switch);
-            counted.offers_upgrade(offer.is_some());
+            open_request.offers_upgrade(offer.is_some());
             let answer = match settle(&mut request) {
                 Ok(()) => {
                     request.extensions_mut().insert(self.origin.clone());
@@ -382,7 +382,7 @@ where
                     self.application.answer(Protocol::Http, request, Some(under_way)).offering(switch)
                 }
                 Err(refusal) => {
-                    counted.is_last = true;
+                    open_request.is_last = true;
                     let from = self.origin.address;
                     self.application.refuse(Protocol::Http, refusal.status, from, refusal.why, under_way)
                 }
@@ -400,39 +400,44 @@ where
                 });
                 polled.await
             };
-            counted.is_answered();
+            open_request.is_answered();
             let offer = offer.filter(|_| switch.is_made_by(response.status()));
             if let Some(mut rest) = rest {
                 if offer.is_some() {
                     rest.read().await;
                 }
-                counted.is_last |= rest.ends_connection();
+                open_request.is_last |= rest.ends_connection();
                 self.read_rest(rest);
             }
             if let Some(offer) = offer {
                 if !self.requests.left_unread() {
-                    return Ok(self.switch(response, offer, counted));
+                    return Ok(self.switch(response, offer, open_request));
                 }
                 response = without_switch(response);
             }
-            Ok(self.reply(response, version, counted))
+            Ok(self.reply(response, version, open_request))
         }
     }
 
     /// Completes the head of a response to a request of this version, and begins to send the response.
-    fn reply(&self, mut response: Response<Served<B>>, version: Version, mut counted: Counted) -> Response<Reply<B>> {
+    fn reply(
+        &self,
+        mut response: Response<Served<B>>,
+        version: Version,
+        mut open_request: OpenRequest,
+    ) -> Response<HttpResponseBody<B>> {
         let is_http2 = version == Version::HTTP_2;
-        counted.offers_upgrade(false);
+        open_request.offers_upgrade(false);
         if is_http2 {
             response.headers_mut().remove(header::TE); // hyper removes the other such headers, but h2 would reset the stream
         } else {
-            counted.is_last |= self.requests.are_closing() || response_closes(response.headers());
-            counted.is_last |= version < Version::HTTP_11 && ends_with_connection(response.body());
-            set_connection(&mut response, version, counted.is_last);
+            open_request.is_last |= self.requests.are_closing() || response_closes(response.headers());
+            open_request.is_last |= version < Version::HTTP_11 && ends_with_connection(response.body());
+            set_connection(&mut response, version, open_request.is_last);
         }
         if let Some(guard) = response.body_mut().guard_mut() {
             guard.response_begins(0);
-            if counted.is_last && !is_http2 {
+            if open_request.is_last && !is_http2 {
                 guard.is_last();
                 self.requests.close();
             }
@@ -442,11 +447,11 @@ where
             room.set(true);
             room
         });
-        response.map(|body| Reply { body, room, counted: Some(counted) })
+        response.map(|body| HttpResponseBody { body, room, open_request: Some(open_request) })
     }
 
     /// Reads the rest of a request's body while the response is sent.
-    fn read_rest(&self, mut rest: Rest) {
+    fn read_rest(&self, mut rest: UnreadBodyReader) {
         if rest.is_cut() {
             self.requests.leave_unread();
         } else if !rest.is_over() {
@@ -463,20 +468,25 @@ where
 
     /// Turns the connection or stream over to the application's upgrade: the bytes after the response belong to another
     /// protocol.
-    fn switch(&self, response: Response<Served<B>>, offer: Offer, counted: Counted) -> Response<Reply<B>> {
+    fn switch(
+        &self,
+        response: Response<Served<B>>,
+        offer: Offer,
+        open_request: OpenRequest,
+    ) -> Response<HttpResponseBody<B>> {
         let (head, body) = response.into_parts();
         let (body, guard) = body.switch();
         if let Some(mut guard) = guard {
             guard.response_begins(0);
             let switch = offer.switch;
-            let taken = offer.take(guard, counted);
+            let upgrade = offer.take(guard, open_request);
             if switch == Switch::Connect {
-                tokio::task::spawn_local(taken.carry_stream(Arc::clone(self.requests.activity()), self.ends.clone()));
+                tokio::task::spawn_local(upgrade.carry_stream(Arc::clone(self.requests.activity()), self.ends.clone()));
             } else {
-                self.requests.take(taken);
+                self.requests.set_upgrade(upgrade);
             }
         }
-        Response::from_parts(head, Reply { body, room: None, counted: None })
+        Response::from_parts(head, HttpResponseBody { body, room: None, open_request: None })
     }
 }
 
@@ -493,7 +503,7 @@ fn ends_with_connection(body: &impl HttpBody) -> bool {
 
 pin_project! {
     /// The body of a response. Its request counts as open until this is dropped.
-    struct Reply<B>
+    struct HttpResponseBody<B>
     where
         B: ResponseBody,
     {
@@ -502,10 +512,10 @@ pin_project! {
         // Over HTTP/2: waits for window while the last chunk has not been taken.
         room: Option<Wait>,
         // None if the request continues in an upgrade.
-        counted: Option<Counted>,
+        open_request: Option<OpenRequest>,
     }
 
-    impl<B> PinnedDrop for Reply<B>
+    impl<B> PinnedDrop for HttpResponseBody<B>
     where
         B: ResponseBody,
     {
@@ -516,7 +526,7 @@ pin_project! {
     }
 }
 
-impl<B> HttpBody for Reply<B>
+impl<B> HttpBody for HttpResponseBody<B>
 where
     B: ResponseBody,
 {

@@ -14,7 +14,7 @@ use super::throttle::Throttle;
 
 /// Counts the connections of each client, if they are limited.
 #[derive(Debug)]
-pub(crate) struct Crowd {
+pub(crate) struct ClientConnections {
     /// Zero means no limit.
     most: u32,
     open: RefCell<HashMap<Client, u32>>,
@@ -39,17 +39,17 @@ impl Client {
 
 /// Counts as an open connection until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Counted(Option<(Rc<Crowd>, Client)>);
+pub(crate) struct ConnectionPermit(Option<(Rc<ClientConnections>, Client)>);
 
-impl Crowd {
+impl ClientConnections {
     pub(crate) fn new(most: u32) -> Rc<Self> {
         Rc::new(Self { most, open: RefCell::default(), turned_away: Throttle::default() })
     }
 
     /// Admits a connection of this client; `None` if the client is at the limit. A client without an address (a Unix
     /// socket, or a proxy with many clients) is always admitted.
-    pub(crate) fn admit(self: &Rc<Self>, client: Option<IpAddr>) -> Option<Counted> {
-        let Some(address) = client.filter(|_| self.most > 0) else { return Some(Counted(None)) };
+    pub(crate) fn admit(self: &Rc<Self>, client: Option<IpAddr>) -> Option<ConnectionPermit> {
+        let Some(address) = client.filter(|_| self.most > 0) else { return Some(ConnectionPermit(None)) };
         let client = Client::of(address);
         let mut open = self.open.borrow_mut();
         let count = open.entry(client).or_insert(0);
@@ -59,7 +59,7 @@ impl Crowd {
             return None;
         }
         *count += 1;
-        Some(Counted(Some((Rc::clone(self), client))))
+        Some(ConnectionPermit(Some((Rc::clone(self), client))))
     }
 
     fn report(&self, address: IpAddr) {
@@ -72,10 +72,10 @@ impl Crowd {
     }
 }
 
-impl Drop for Counted {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        let Some((crowd, client)) = self.0.take() else { return };
-        let mut open = crowd.open.borrow_mut();
+        let Some((connections, client)) = self.0.take() else { return };
+        let mut open = connections.open.borrow_mut();
         if let Some(count) = open.get_mut(&client) {
             *count -= 1;
             if *count == 0 {
@@ -91,8 +91,8 @@ mod tests {
 
     #[test]
     fn a_client_has_as_many_connections_as_it_may_and_those_that_end_make_room() {
-        let crowd = Crowd::new(2);
-        let admit = |text: &str| crowd.admit(Some(text.parse().unwrap()));
+        let connections = ClientConnections::new(2);
+        let admit = |text: &str| connections.admit(Some(text.parse().unwrap()));
         let first = admit("192.0.2.1").unwrap();
         let second = admit("::ffff:192.0.2.1").unwrap();
         assert!(admit("192.0.2.1").is_none());
@@ -101,17 +101,17 @@ mod tests {
         let _third = admit("192.0.2.1").unwrap();
         assert!(admit("192.0.2.1").is_none());
         drop(first);
-        let network: Vec<Counted> = ["2001:db8::1", "2001:db8::2:1"].map(|one| admit(one).unwrap()).into();
+        let network: Vec<ConnectionPermit> = ["2001:db8::1", "2001:db8::2:1"].map(|one| admit(one).unwrap()).into();
         assert!(admit("2001:db8::3").is_none() && admit("2001:db8:0:1::3").is_some());
         drop(network);
         assert!(admit("2001:db8::3").is_some());
-        assert!((0..9).all(|_| crowd.admit(None).is_some()), "a client without an address is not counted");
+        assert!((0..9).all(|_| connections.admit(None).is_some()), "a client without an address is not counted");
     }
 
     #[test]
     fn without_a_limit_nothing_is_counted() {
-        let crowd = Crowd::new(0);
-        let all: Vec<_> = (0..9).map(|_| crowd.admit(Some("192.0.2.1".parse().unwrap())).unwrap()).collect();
-        assert!(all.len() == 9 && crowd.open.borrow().is_empty());
+        let connections = ClientConnections::new(0);
+        let all: Vec<_> = (0..9).map(|_| connections.admit(Some("192.0.2.1".parse().unwrap())).unwrap()).collect();
+        assert!(all.len() == 9 && connections.open.borrow().is_empty());
     }
 }

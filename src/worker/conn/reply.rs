@@ -14,12 +14,12 @@ use crate::worker::service::request_guard::RequestGuard;
 use crate::worker::service::serve::{ResponseBody, Served};
 
 /// The body of a response whose head was written.
-pub(crate) struct Reply<B> {
+pub(crate) struct CgiResponseBody<B> {
     body: Pin<Box<Served<B>>>,
     over: bool,
 }
 
-impl<B> Reply<B>
+impl<B> CgiResponseBody<B>
 where
     B: ResponseBody,
 {

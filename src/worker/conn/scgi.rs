@@ -28,7 +28,7 @@ use tower_service::Service;
 use super::fastcgi::OUTBOX_LIMIT;
 use super::linger;
 use super::outbox::Outbox;
-use super::reply::Reply;
+use super::reply::CgiResponseBody;
 use super::socket::Socket;
 use super::under_way::UnderWay;
 use crate::app::body::{Body, pipe};
@@ -53,7 +53,7 @@ where
         from,
         input: BytesMut::new(),
         read_size: READ_SIZES.0,
-        rest: Rest::Coming,
+        rest: RemainingInput::Coming,
         decoder: ScgiDecoder::new(application.limits.max_params),
         outbox: Outbox::default(),
         stdin: None,
@@ -86,7 +86,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     from: Option<SocketAddr>,
     input: BytesMut,
     read_size: usize,
-    rest: Rest,
+    rest: RemainingInput,
     decoder: ScgiDecoder,
     outbox: Outbox,
     /// Pipe of the request body, while the body lasts.
@@ -97,7 +97,7 @@ struct Connection<S: Service<Request<Body>>, B> {
 
 /// State of the input after the bytes read so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Rest {
+enum RemainingInput {
     /// Unknown.
     Coming,
     /// One byte, which was peeked at and is still in the kernel's queue.
@@ -113,7 +113,7 @@ enum State<S: Service<Request<Body>>, B> {
         answer: Pin<Box<ResponseFuture<S, B>>>,
         is_head: bool,
     },
-    Sending(Reply<B>),
+    Sending(CgiResponseBody<B>),
     Answered,
 }
 
@@ -155,7 +155,7 @@ where
                     if let Some(guard) = response.body_mut().guard_mut() {
                         guard.response_begins(self.outbox.len());
                     }
-                    self.state = State::Sending(Reply::begin(response, *is_head, self.outbox.tail()));
+                    self.state = State::Sending(CgiResponseBody::begin(response, *is_head, self.outbox.tail()));
                 }
                 State::Sending(reply) => match reply.poll_piece(context) {
                     Poll::Pending => return Ok(()),
@@ -183,13 +183,13 @@ where
             return Ok(Poll::Ready(()));
         }
         match (self.rest, self.decoder.to_come(self.input.len())) {
-            (Rest::Nothing, _) => return Ok(Poll::Pending),
+            (RemainingInput::Nothing, _) => return Ok(Poll::Pending),
             (_, Some(0)) => return self.poll_hangup(context),
             (_, Some(1)) => {
                 let Poll::Ready(last) = self.poll_last_byte(context)? else { return Ok(Poll::Pending) };
                 match last {
                     Some(byte) => {
-                        self.rest = Rest::LastByte;
+                        self.rest = RemainingInput::LastByte;
                         self.input.put_u8(byte);
                     }
                     None => self.stream_ended()?,
@@ -255,7 +255,7 @@ where
             }
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        self.rest = Rest::Nothing;
+        self.rest = RemainingInput::Nothing;
         // Dropping the unfinished pipe truncates the body. The peer is not to blame for an end caused by
         // `--body-timeout`.
         if let Some(stdin) = self.stdin.take()
@@ -286,7 +286,7 @@ where
                     }
                 }
                 Err(error) => {
-                    self.rest = Rest::Coming; // the rest of the input is unknown
+                    self.rest = RemainingInput::Coming; // the rest of the input is unknown
                     let status = match error {
                         ScgiError::TooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
                         ScgiError::Size
@@ -343,11 +343,11 @@ where
     /// bytes would destroy output in transit.
     async fn close(self, drain: &Drain) {
         match self.rest {
-            Rest::LastByte => {
+            RemainingInput::LastByte => {
                 let _ = self.socket.fd().map(|fd| recv(fd.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT));
             }
-            Rest::Coming => linger::linger(self.socket, drain).await,
-            Rest::Nothing => {}
+            RemainingInput::Coming => linger::linger(self.socket, drain).await,
+            RemainingInput::Nothing => {}
         }
     }
 }

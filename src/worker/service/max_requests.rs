@@ -14,7 +14,7 @@ use crate::inherited_by_workers::Report;
 
 /// Wraps the application and counts its remaining requests.
 #[derive(Clone, Debug)]
-pub(crate) struct Counted<S> {
+pub(crate) struct MaxRequests<S> {
     service: S,
     lifetime: Option<Rc<Lifetime>>,
 }
@@ -25,7 +25,7 @@ struct Lifetime {
     report: File,
 }
 
-impl<S> Counted<S> {
+impl<S> MaxRequests<S> {
     /// Without a limit, requests are not counted.
     pub(crate) fn new(service: S, limit: Option<Jittered<u64>>, report: File) -> Self {
         let lifetime = limit.map(|limit| Rc::new(Lifetime { left: Cell::new(limit.draw()), report }));
@@ -44,7 +44,7 @@ impl Lifetime {
     }
 }
 
-impl<R, S: Service<R>> Service<R> for Counted<S> {
+impl<R, S: Service<R>> Service<R> for MaxRequests<S> {
     type Response = S::Response;
     type Error = S::Error;
     type Future = S::Future;
@@ -73,11 +73,11 @@ mod tests {
         let (mut read, write) = std::io::pipe().unwrap();
         let limit = Some(Jittered { limit: 3, jitter: 0 });
         let service = crate::blocking(|_: http::Request<crate::Body>| http::Response::new("ok"));
-        let counted = Counted::new(service, limit, File::from(OwnedFd::from(write)));
+        let service = MaxRequests::new(service, limit, File::from(OwnedFd::from(write)));
         for _ in 0..10 {
-            drop(counted.clone().call(http::Request::new(crate::Body::empty())));
+            drop(service.clone().call(http::Request::new(crate::Body::empty())));
         }
-        drop(counted);
+        drop(service);
         let mut said = String::new();
         read.read_to_string(&mut said).unwrap();
         assert_eq!(said, "recycle max-requests\n");

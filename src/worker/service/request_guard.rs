@@ -24,7 +24,7 @@ use http::{Request, StatusCode};
 use http_body::Frame;
 
 use super::access_log::{AccessLog, AccessLogEntry};
-use super::serve::Client;
+use super::serve::ClientFaults;
 use crate::app::body::Body;
 use crate::config::address::Protocol;
 use crate::diagnostics::current_request;
@@ -39,7 +39,7 @@ pub(crate) struct RequestGuard {
     log_entry: Option<Box<AccessLogEntry>>,
     kind: Kind,
     /// Present if the request has a body, which may fail.
-    client: Option<Box<Client>>,
+    client: Option<Box<ClientFaults>>,
     /// `None` in CGI mode and in a health check, which have no connection.
     under_way: Option<UnderWay>,
 }
@@ -152,11 +152,11 @@ impl RequestGuard {
     }
 
     /// The client, if it can make the request fail.
-    pub(super) fn client(&self) -> Option<&Client> {
+    pub(super) fn client(&self) -> Option<&ClientFaults> {
         self.client.as_deref()
     }
 
-    pub(super) fn set_client(&mut self, client: Option<Box<Client>>) {
+    pub(super) fn set_client(&mut self, client: Option<Box<ClientFaults>>) {
         self.client = client;
     }
 }

@@ -24,7 +24,7 @@ use tokio::time::Sleep;
 use tower_service::Service;
 
 use self::client::Begun;
-pub(super) use self::client::Client;
+pub(super) use self::client::ClientFaults;
 pub(crate) use self::response::Switch;
 use self::response::{is_event_stream, prepare_switch, promised, without_body};
 pub(crate) use self::served::Served;
@@ -150,7 +150,7 @@ where
             queue_time::count();
             return ResponseFuture::put_off(Duration::ZERO, guard).to(is_head);
         }
-        let client = |trouble| Box::new(Client { trouble, refusals: Rc::clone(&self.refusals), protocol, from });
+        let client = |outcome| Box::new(ClientFaults { outcome, refusals: Rc::clone(&self.refusals), protocol, from });
         guard.set_client(request.body_mut().watch().map(client));
         let stage = Stage::Asking { service: self.service.clone(), request: Some(request) };
         let (switch, guard, deadline) = (Switch::No, Some(guard), self.protection.deadline());
@@ -367,7 +367,7 @@ where
         };
         let Some(mut guard) = answer.guard.take() else { return Poll::Pending };
         // A fault of the client determines the status, whatever the application returned.
-        if let Some(status) = guard.client().and_then(Client::breach) {
+        if let Some(status) = guard.client().and_then(ClientFaults::breach) {
             return Poll::Ready(without_body(refusal(status, guard), *answer.is_head));
         }
         let response = match outcome {
@@ -433,7 +433,7 @@ fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, guard: RequestGuard) -> 
             return response;
         }
         Failure::Error(error) => {
-            if let Some(status) = guard.client().and_then(Client::fault) {
+            if let Some(status) = guard.client().and_then(ClientFaults::fault) {
                 return refusal(status, guard);
             }
             let error: BoxError = error.into();

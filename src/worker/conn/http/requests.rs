@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use tokio::sync::Notify;
 
 use super::connection_header::request_closes;
-use super::upgrade::Taken;
+use super::upgrade::AcceptedUpgrade;
 use crate::heir::journal::{ConnHandle, READ_BUFFER, RequestIndex};
 use crate::request::activity::Activity;
 use crate::worker::conn::under_way::UnderWay;
@@ -43,14 +43,14 @@ pub(super) struct Requests {
     offers: Cell<u32>,
     no_offers: Notify,
     /// The upgrade that an HTTP/1 connection switched to.
-    taken: RefCell<Option<Taken>>,
+    upgrade: RefCell<Option<AcceptedUpgrade>>,
 }
 
 impl Requests {
     pub(super) fn new(limit: u32, activity: Arc<Activity>, conn: ConnHandle) -> Self {
         let (unanswered, count) = (Cell::new(0), Cell::new(0));
         let (begun, last_begun, end_is_unknown) = (Notify::new(), Notify::new(), Cell::new(false));
-        let (offers, no_offers, taken) = (Cell::new(0), Notify::new(), RefCell::new(None));
+        let (offers, no_offers, upgrade) = (Cell::new(0), Notify::new(), RefCell::new(None));
         let (left_unread, is_closing) = (Cell::new(false), Cell::new(false));
         let (open_bodies, waker) = (Cell::new(0), Cell::new(None));
         Self {
@@ -68,11 +68,11 @@ impl Requests {
             waker,
             offers,
             no_offers,
-            taken,
+            upgrade,
         }
     }
 
-    pub(super) fn begin(self: &Rc<Self>, request: &Request<Incoming>) -> (UnderWay, Counted) {
+    pub(super) fn begin(self: &Rc<Self>, request: &Request<Incoming>) -> (UnderWay, OpenRequest) {
         let index = (request.version() != Version::HTTP_2).then(|| self.enter(request));
         let under_way = UnderWay::begin_http(&self.activity, &self.conn, index);
         self.unanswered.set(self.unanswered.get() + 1);
@@ -82,7 +82,7 @@ impl Requests {
             self.last_begun.notify_one();
         }
         let is_last = self.are_enough();
-        (under_way, Counted { requests: Rc::clone(self), is_last, is_answered: false, offers: false })
+        (under_way, OpenRequest { requests: Rc::clone(self), is_last, is_answered: false, offers: false })
     }
 
     /// Records an HTTP/1 request in the journal, with its end if that is known.
@@ -189,13 +189,13 @@ impl Requests {
     }
 
     /// Stores the upgrade that the connection switched to.
-    pub(super) fn take(&self, taken: Taken) {
-        self.taken.replace(Some(taken));
+    pub(super) fn set_upgrade(&self, upgrade: AcceptedUpgrade) {
+        self.upgrade.replace(Some(upgrade));
     }
 
     /// The upgrade that the connection switched to.
-    pub(super) fn taken(&self) -> Option<Taken> {
-        self.taken.take()
+    pub(super) fn take_upgrade(&self) -> Option<AcceptedUpgrade> {
+        self.upgrade.take()
     }
 
     pub(super) async fn one_under_way(&self) {
@@ -220,7 +220,7 @@ impl OpenBody {
 }
 
 /// A request in the counts of its connection, until this is dropped.
-pub(super) struct Counted {
+pub(super) struct OpenRequest {
     requests: Rc<Requests>,
     /// This is the last request of the connection.
     pub(super) is_last: bool,
@@ -229,7 +229,7 @@ pub(super) struct Counted {
     offers: bool,
 }
 
-impl Counted {
+impl OpenRequest {
     /// The application has answered.
     pub(super) fn is_answered(&mut self) {
         if !std::mem::replace(&mut self.is_answered, true) {
@@ -256,7 +256,7 @@ impl Counted {
     }
 }
 
-impl Drop for Counted {
+impl Drop for OpenRequest {
     fn drop(&mut self) {
         self.is_answered();
         self.offers_upgrade(false);

@@ -17,8 +17,8 @@ use crate::worker::conn::linger::LINGER;
 /// Maximum number of unread body bytes that are read to keep the connection.
 const WORTH_READING: u64 = 64 << 10;
 
-pub(super) struct Rest {
-    left: oneshot::Receiver<body::Rest>,
+pub(super) struct UnreadBodyReader {
+    left: oneshot::Receiver<body::UnreadBody>,
     /// The client waits for a 100 response before it sends the body.
     is_awaited: bool,
     state: State,
@@ -38,8 +38,8 @@ enum State {
     Cut,
 }
 
-impl Rest {
-    pub(super) fn new(left: oneshot::Receiver<body::Rest>, is_awaited: bool) -> Self {
+impl UnreadBodyReader {
+    pub(super) fn new(left: oneshot::Receiver<body::UnreadBody>, is_awaited: bool) -> Self {
         Self { left, is_awaited, state: State::Held }
     }
 
@@ -56,7 +56,7 @@ impl Rest {
         }
     }
 
-    fn begin(&mut self, body::Rest { incoming, is_broken }: body::Rest) {
+    fn begin(&mut self, body::UnreadBody { incoming, is_broken }: body::UnreadBody) {
         let (time, bytes) = LINGER;
         self.state = if is_broken {
             State::Cut

@@ -30,7 +30,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::super::socket::poll_block;
 use super::connection_header::asks_for_upgrade;
-use super::requests::Counted;
+use super::requests::OpenRequest;
 use crate::app::body::{Body, pipe};
 use crate::request::activity::{Activity, Wait};
 use crate::worker::conn::linger::LINGER;
@@ -169,11 +169,11 @@ impl Offer {
     }
 
     /// The application has taken the upgrade: its `OnUpgrade` yields the tunnel.
-    pub(super) fn take(mut self, guard: RequestGuard, counted: Counted) -> Taken {
+    pub(super) fn take(mut self, guard: RequestGuard, open_request: OpenRequest) -> AcceptedUpgrade {
         self.is_taken.set(true);
         let done = self.in_memory.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         debug_assert!(done.is_ready(), "nothing delays the write of the head");
-        Taken { link: self.link, theirs: self.theirs, guard, counted }
+        AcceptedUpgrade { link: self.link, theirs: self.theirs, guard, open_request }
     }
 }
 
@@ -184,27 +184,27 @@ fn switching() -> Response<http_body_util::Empty<Bytes>> {
 }
 
 /// An upgrade that the application has taken. The worker counts it as one request until it ends.
-pub(super) struct Taken {
+pub(super) struct AcceptedUpgrade {
     link: Link,
     theirs: OnUpgrade,
     guard: RequestGuard,
-    counted: Counted,
+    open_request: OpenRequest,
 }
 
-impl Taken {
+impl AcceptedUpgrade {
     /// Copies the bytes of an HTTP/1 connection; `early` was received after the request. Returns
     /// when both directions have ended and the socket must be closed.
     pub(super) async fn carry(self, io: impl AsyncRead + AsyncWrite + Unpin, early: Bytes, ends: &Ends) {
-        let Self { link, mut guard, counted, .. } = self;
-        counted.is_upgraded();
+        let Self { link, mut guard, open_request, .. } = self;
+        open_request.is_upgraded();
         carry(io, early, link, &mut guard, None, ends).await;
-        drop((guard, counted));
+        drop((guard, open_request));
     }
 
     /// Copies the bytes of an HTTP/2 stream.
     pub(super) async fn carry_stream(self, activity: Arc<Activity>, ends: Ends) {
-        let Self { link, theirs, mut guard, counted } = self;
-        counted.is_upgraded();
+        let Self { link, theirs, mut guard, open_request } = self;
+        open_request.is_upgraded();
         match theirs.await {
             Ok(stream) => {
                 let (stream, room) = (hyper_util::rt::TokioIo::new(stream), Wait::for_room(&activity));
@@ -212,7 +212,7 @@ impl Taken {
             }
             Err(error) => log::debug!("cannot upgrade an HTTP/2 stream: {error}"),
         }
-        drop((guard, counted));
+        drop((guard, open_request));
     }
 }
 
@@ -256,8 +256,9 @@ async fn carry(
     ends: &Ends,
 ) {
     let moved = Cell::new(Instant::now());
-    let mut way = Way { link: Some(link), output: Bytes::new(), input_ended: false, output_ended: false, room };
-    if let Some(link) = way.link.as_ref().filter(|_| !early.is_empty()) {
+    let mut copy =
+        BidirectionalCopy { link: Some(link), output: Bytes::new(), input_ended: false, output_ended: false, room };
+    if let Some(link) = copy.link.as_ref().filter(|_| !early.is_empty()) {
         link.from_client.push(early);
     }
     let mut ended = pin!(ends.reached(&moved));
@@ -265,9 +266,9 @@ async fn carry(
     let carried = poll_fn(|context| {
         if farewell.is_none() && ended.as_mut().poll(context).is_ready() {
             farewell.set(Some(sleep_until(Instant::now() + ends.drain.farewell())));
-            way.end_input();
+            copy.end_input();
         }
-        let carried = way.poll(&mut io, context, guard, &moved);
+        let carried = copy.poll(&mut io, context, guard, &moved);
         match farewell.as_mut().as_pin_mut() {
             Some(farewell) if carried.is_pending() => farewell.poll(context).map(Ok),
             _ => carried,
@@ -275,8 +276,8 @@ async fn carry(
     });
     match carried.await {
         Ok(()) => {
-            let (input_ended, mut room) = (way.input_ended, way.room.take());
-            drop(way); // the application reads the end of the stream
+            let (input_ended, mut room) = (copy.input_ended, copy.room.take());
+            drop(copy); // the application reads the end of the stream
             // Over HTTP/2 the end of the stream needs window after the data.
             if let Some(room) = &mut room {
                 room.set(true);
@@ -294,7 +295,7 @@ async fn carry(
 }
 
 /// The state of both directions.
-struct Way {
+struct BidirectionalCopy {
     /// `None` when the application has dropped its end.
     link: Option<Link>,
     /// Bytes being written.
@@ -305,7 +306,7 @@ struct Way {
     room: Option<Wait>,
 }
 
-impl Way {
+impl BidirectionalCopy {
     /// Makes the application read end of input.
     fn end_input(&mut self) {
         if let Some(link) = &self.link {

@@ -14,32 +14,33 @@ use http_body::Body as HttpBody;
 
 use super::served::{Content, Served};
 use super::{ResponseBody, refusal};
-use crate::app::body::Trouble;
+use crate::app::body::BodyOutcome;
 use crate::config::address::Protocol;
 use crate::worker::conn::refusals::Refusals;
 use crate::worker::service::request_guard::RequestGuard;
 
+/// Detects and counts failures of a request that its client caused.
 #[derive(Clone, Debug)]
-pub(crate) struct Client {
-    pub(super) trouble: Arc<Trouble>,
+pub(crate) struct ClientFaults {
+    pub(super) outcome: Arc<BodyOutcome>,
     pub(super) refusals: Rc<Refusals>,
     pub(super) protocol: Protocol,
     pub(super) from: Option<SocketAddr>,
 }
 
-impl Client {
+impl ClientFaults {
     /// If the body failed because of the client, counts the failure and returns the status of the
     /// response.
     pub(super) fn fault(&self) -> Option<StatusCode> {
-        let (status, why) = self.trouble.cause()?;
+        let (status, why) = self.outcome.cause()?;
         self.refusals.note(self.protocol, status, self.from, why);
         Some(status)
     }
 
-    /// Like [`Client::fault`], for a body that was too long or too slow: the returned status replaces any response of
-    /// the application.
+    /// Like [`ClientFaults::fault`], for a body that was too long or too slow: the returned status replaces any response
+    /// of the application.
     pub(super) fn breach(&self) -> Option<StatusCode> {
-        self.trouble.status().and_then(|_| self.fault())
+        self.outcome.status().and_then(|_| self.fault())
     }
 }
 
@@ -85,7 +86,7 @@ where
             // The body must not be polled again.
             Some(None) => Served::canned(Bytes::new(), guard),
             Some(Some(Err(error))) => {
-                if let Some((status, _)) = guard.client().and_then(|client| client.trouble.cause()) {
+                if let Some((status, _)) = guard.client().and_then(|client| client.outcome.cause()) {
                     return Poll::Ready(refusal(status, guard));
                 }
                 Served::begun(Some(Err(error)), content, guard)

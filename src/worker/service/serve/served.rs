@@ -7,7 +7,7 @@ use bytes::{Buf, Bytes};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::client::Client;
+use super::client::ClientFaults;
 use super::{ResponseBody, catch_panic};
 use crate::app::body::BodyError;
 use crate::sys::BoxError;
@@ -85,7 +85,7 @@ impl<B> Served<B> {
     /// Whether the client can make the body fail: the request has a body that has not been read to its end.
     pub(super) fn depends_on_client(&self) -> bool {
         let client = self.guard.as_ref().and_then(RequestGuard::client);
-        matches!(self.content, Content::App { .. }) && client.is_some_and(|client| client.trouble.is_possible())
+        matches!(self.content, Content::App { .. }) && client.is_some_and(|client| client.outcome.may_still_fail())
     }
 }
 
@@ -154,7 +154,7 @@ where
             },
             Err(panic) => panic.into(),
         };
-        if guard.client().and_then(Client::fault).is_none() {
+        if guard.client().and_then(ClientFaults::fault).is_none() {
             log::error!(request = guard.what(); "a response body failed: {error}");
         }
         Poll::Ready(Some(Err(BodyError::Other(error))))
