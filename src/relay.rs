@@ -73,7 +73,7 @@ struct Relay<'a> {
 }
 
 /// What was read from the socket.
-enum Taken {
+enum Received {
     Nothing,
     Whole(usize),
     /// Longer than any event.
@@ -90,9 +90,9 @@ impl Relay<'_> {
             }
             for _ in 0..BATCH {
                 match take(self.socket, buffer)? {
-                    Taken::Nothing => break,
-                    Taken::TooLong => self.complaints.add(PublishError::TooLong { most: self.events.max_event() }),
-                    Taken::Whole(count) => {
+                    Received::Nothing => break,
+                    Received::TooLong => self.complaints.add(PublishError::TooLong { most: self.events.max_event() }),
+                    Received::Whole(count) => {
                         if self.publish(&buffer[..count])?.is_break() {
                             return Ok(()); // the next relay takes the waiting datagrams
                         }
@@ -152,13 +152,13 @@ fn wait(lifeline: BorrowedFd<'_>, socket: Option<BorrowedFd<'_>>, longest: Optio
 }
 
 /// Takes a datagram from the socket.
-fn take(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Taken> {
+fn take(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
     let received = recvmsg::<()>(socket.as_raw_fd(), &mut [IoSliceMut::new(buffer)], None, MsgFlags::MSG_DONTWAIT)
         .map(|message| (message.bytes, message.flags));
     match received {
-        Ok((_, flags)) if flags.contains(MsgFlags::MSG_TRUNC) => Ok(Taken::TooLong),
-        Ok((count, _)) => Ok(Taken::Whole(count)),
-        Err(Errno::EAGAIN | Errno::EINTR) => Ok(Taken::Nothing),
+        Ok((_, flags)) if flags.contains(MsgFlags::MSG_TRUNC) => Ok(Received::TooLong),
+        Ok((count, _)) => Ok(Received::Whole(count)),
+        Err(Errno::EAGAIN | Errno::EINTR) => Ok(Received::Nothing),
         Err(errno) => Err(errno.into()),
     }
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, ToSocketAddrs as _};
 use clap::{Args, ValueEnum};
 
 use crate::config::Trust;
-use crate::config::peers::{Peers, Who};
+use crate::config::peers::{PeerPattern, Peers};
 use crate::protocol::forwarded::ForwardingHeaders;
 
 /// Flags of linked applications.
@@ -22,7 +22,7 @@ pub(super) struct AccessOptions {
         value_delimiter = ',',
         help_heading = "Clients and proxies"
     )]
-    allow: Vec<Who>,
+    allow: Vec<PeerPattern>,
 
     /// Proxy whose headers state the client's address, scheme and host; repeatable
     ///
@@ -34,7 +34,7 @@ pub(super) struct AccessOptions {
         value_delimiter = ',',
         help_heading = "Clients and proxies"
     )]
-    trust: Vec<Who>,
+    trust: Vec<PeerPattern>,
 
     /// Load balancer that sends the client's address in a PROXY header (version 1 or 2); repeatable
     ///
@@ -46,7 +46,7 @@ pub(super) struct AccessOptions {
         value_delimiter = ',',
         help_heading = "Clients and proxies"
     )]
-    proxy_protocol: Vec<Who>,
+    proxy_protocol: Vec<PeerPattern>,
 
     /// Headers that the proxies of --trust write
     ///

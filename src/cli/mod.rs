@@ -43,7 +43,7 @@ use self::limits::LimitOptions;
 use self::logs::{AccessLogOptions, LogOptions};
 use self::parse::{Mismatch, Read, conclude, or_note, read};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
-use self::refused_flags::Way;
+use self::refused_flags::ServingCommand;
 use self::scaling::{OfEachWorker, ScalingOptions};
 use self::timeouts::TimeoutOptions;
 use crate::config::address::{Address, Bind, Protocol};
@@ -335,8 +335,8 @@ pub(crate) fn parse_linked(arguments: &[OsString], app_info: &AppInfo) -> Result
     let name =
         arguments.first().and_then(|path| Path::new(path).file_name()).map(|name| name.to_string_lossy().into_owned());
     let run = RunOptions::augment_args(Command::new("run"));
-    let mut command = refused_flags::add(Linked::command(), &run, Way::Linked);
-    command = command.mut_subcommand("check", |check| refused_flags::add(check, &run, Way::Linked));
+    let mut command = refused_flags::add(Linked::command(), &run, ServingCommand::Linked);
+    command = command.mut_subcommand("check", |check| refused_flags::add(check, &run, ServingCommand::Linked));
     // The application's version: clap would otherwise print this library's version after the application's name.
     command = command.version(app_info.version.clone().unwrap_or_default());
     if let Some(about) = &app_info.about {
@@ -404,7 +404,7 @@ pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap:
     for name in ["run", "check"] {
         command = command.mut_subcommand(name, |run| {
             let run = run.mut_arg("bind", |bind| bind.help(BIND_OF_RUN[0]).long_help(BIND_OF_RUN[1]));
-            refused_flags::add(run, &linked, Way::Run)
+            refused_flags::add(run, &linked, ServingCommand::Run)
         });
     }
     let Read { matches, mistakes, checked } = read(&mut command, arguments, &["run", "check"])?;

@@ -10,14 +10,14 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 const PREFIX: &str = "refused-";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum ServingCommand {
     /// `forkyard run`.
     Run,
     /// A binary with a linked application.
     Linked,
 }
 
-impl Way {
+impl ServingCommand {
     /// Why this command lacks the flag.
     fn reason(self, flag: &str) -> &'static str {
         match (self, flag) {
@@ -61,12 +61,12 @@ impl Way {
 }
 
 /// Adds the flags of `other` that `command` lacks, as hidden arguments that will be refused.
-pub(super) fn add(command: Command, other: &Command, way: Way) -> Command {
+pub(super) fn add(command: Command, other: &Command, serving: ServingCommand) -> Command {
     let has = |command: &Command, name: &str| command.get_arguments().any(|argument| argument.get_long() == Some(name));
     let names = other.get_arguments().filter_map(|argument| argument.get_long().filter(|_| !argument.is_hide_set()));
     let missing: Vec<String> = names.filter(|name| !has(&command, name)).map(ToOwned::to_owned).collect();
     missing.into_iter().fold(command, |command, name| {
-        let reason = way.reason(&name);
+        let reason = serving.reason(&name);
         let argument = Arg::new(format!("{PREFIX}{name}")).long(name).hide(true);
         command.arg(argument.num_args(0..=1).action(ArgAction::Append).help(reason))
     })

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 /// One member of a set of peers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Who {
+pub(crate) enum PeerPattern {
     /// Every peer on a Unix socket.
     Unix,
     /// A network: the first `bits` bits of an address (RFC 4632).
@@ -15,11 +15,11 @@ pub(crate) enum Who {
 
 /// A set of peers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Peers(Vec<Who>);
+pub(crate) struct Peers(Vec<PeerPattern>);
 
 impl Peers {
     /// `None` if no peer is named, which is different from an empty set.
-    pub(crate) fn new(members: Vec<Who>) -> Option<Self> {
+    pub(crate) fn new(members: Vec<PeerPattern>) -> Option<Self> {
         (!members.is_empty()).then_some(Self(members))
     }
 
@@ -33,7 +33,7 @@ impl Peers {
     pub(crate) fn web_servers(variable: &str, resolve: impl Fn(&str) -> Vec<IpAddr>) -> Result<Option<Self>, String> {
         let one = |address: IpAddr| {
             let address = address.to_canonical();
-            Who::Network { address, bits: if address.is_ipv4() { 32 } else { 128 } }
+            PeerPattern::Network { address, bits: if address.is_ipv4() { 32 } else { 128 } }
         };
         if variable.trim().is_empty() {
             return Ok(None);
@@ -60,11 +60,11 @@ impl Peers {
     pub(crate) fn contain(&self, peer: Option<IpAddr>) -> bool {
         let peer = peer.map(|peer| peer.to_canonical());
         self.0.iter().any(|who| match (who, peer) {
-            (Who::Unix, None) => true,
-            (Who::Network { address: IpAddr::V4(network), bits }, Some(IpAddr::V4(peer))) => {
+            (PeerPattern::Unix, None) => true,
+            (PeerPattern::Network { address: IpAddr::V4(network), bits }, Some(IpAddr::V4(peer))) => {
                 same_start(u32::from(*network).into(), u32::from(peer).into(), 32 - bits)
             }
-            (Who::Network { address: IpAddr::V6(network), bits }, Some(IpAddr::V6(peer))) => {
+            (PeerPattern::Network { address: IpAddr::V6(network), bits }, Some(IpAddr::V6(peer))) => {
                 same_start((*network).into(), peer.into(), 128 - bits)
             }
             _ => false,
@@ -77,7 +77,7 @@ fn same_start(one: u128, other: u128, host_bits: u32) -> bool {
     (one ^ other).checked_shr(host_bits).unwrap_or(0) == 0
 }
 
-impl fmt::Display for Who {
+impl fmt::Display for PeerPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unix => f.write_str("unix"),
@@ -86,7 +86,7 @@ impl fmt::Display for Who {
     }
 }
 
-impl FromStr for Who {
+impl FromStr for PeerPattern {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -157,11 +157,11 @@ mod tests {
             ("10.0.0.1/8", "names an address within the network"),
             ("fd00::1/0", "names an address within the network"),
         ] {
-            let error = text.parse::<Who>().unwrap_err();
+            let error = text.parse::<PeerPattern>().unwrap_err();
             assert!(error.contains(said), "{text}: {error}");
         }
         for text in ["unix", "10.0.0.0/8", "0.0.0.0/0", "::/0", "fd00::/8"] {
-            assert_eq!(text.parse::<Who>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<PeerPattern>().unwrap().to_string(), text);
         }
     }
 

@@ -37,7 +37,7 @@ use nix::sys::socket::{
 use nix::unistd::Pid;
 
 use self::journal::{ConnRecord, Journal, LastOp, MAX_CONNECTIONS, WireProtocol};
-use self::settlement::{Settlement, Then, settle};
+use self::settlement::{FinalStep, Settlement, settle};
 use crate::config::address::Protocol;
 use crate::inherited_by_workers::Heritage;
 use crate::logging::files::LogFiles;
@@ -290,15 +290,15 @@ impl<'a> OpenConnections<'a> {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         let said = say.is_empty() || send(connection.as_raw_fd(), &say, flags) == Ok(say.len());
         match then {
-            Then::PassOn(early) if said => {
+            FinalStep::PassOn(early) if said => {
                 let handoff = Handoff { listener: record.listener, origin: record.origin, early };
                 self.handoffs.push((connection, handoff.encode()));
             }
-            Then::Close if said => {
+            FinalStep::Close if said => {
                 let _ = shutdown(connection.as_raw_fd(), Shutdown::Write);
                 self.leaving.push(connection);
             }
-            Then::PassOn(_) | Then::Close | Then::Reset => {
+            FinalStep::PassOn(_) | FinalStep::Close | FinalStep::Reset => {
                 // With a reset, the peer cannot mistake the end of the connection for the end of a response.
                 let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
                 let _ = setsockopt(&connection, sockopt::Linger, &at_once);

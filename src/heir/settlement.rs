@@ -31,7 +31,7 @@ const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 
 pub(crate) struct Settlement {
     /// Bytes to write first.
     pub(crate) say: BytesMut,
-    pub(crate) then: Then,
+    pub(crate) then: FinalStep,
     /// Number of requests that get a 502.
     pub(crate) answered: u32,
     /// Number of requests whose response is cut off, or whose state is unknown.
@@ -40,7 +40,7 @@ pub(crate) struct Settlement {
 
 /// The final step for a connection.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Then {
+pub(crate) enum FinalStep {
     /// Pass the connection to another worker, with these bytes of input.
     PassOn(Vec<u8>),
     /// Close the connection when the peer has read the output.
@@ -50,7 +50,7 @@ pub(crate) enum Then {
 }
 
 pub(crate) fn settle(record: &ConnRecord) -> Settlement {
-    let mut settlement = Settlement { say: BytesMut::new(), then: Then::Reset, answered: 0, cut: 0 };
+    let mut settlement = Settlement { say: BytesMut::new(), then: FinalStep::Reset, answered: 0, cut: 0 };
     let is_open = |request: &&RequestRecord| !has_left(record, request);
     let open: Vec<&RequestRecord> = record.requests.iter().filter(is_open).collect();
     let (begun, waiting): (Vec<&RequestRecord>, Vec<&RequestRecord>) =
@@ -70,26 +70,26 @@ pub(crate) fn settle(record: &ConnRecord) -> Settlement {
     settlement.then = match record.wire_protocol {
         WireProtocol::FastCgi if settlement.cut > 0 => {
             fastcgi::break_off(&mut settlement.say);
-            Then::Close
+            FinalStep::Close
         }
         WireProtocol::FastCgi => go_on(record, &input),
-        WireProtocol::Scgi | WireProtocol::Http1 if !begun.is_empty() => Then::Reset,
-        WireProtocol::Scgi | WireProtocol::Http1 if !waiting.is_empty() => Then::Close,
+        WireProtocol::Scgi | WireProtocol::Http1 if !begun.is_empty() => FinalStep::Reset,
+        WireProtocol::Scgi | WireProtocol::Http1 if !waiting.is_empty() => FinalStep::Close,
         WireProtocol::Scgi | WireProtocol::Http1 => match go_on(record, &input) {
             // A part of a request was read and is lost.
-            Then::Close if input == Input::Lost && !is_ending(record) && is_beyond(record.read, record.clean) => {
+            FinalStep::Close if input == Input::Lost && !is_ending(record) && is_beyond(record.read, record.clean) => {
                 let half = RequestRecord { id: 1, is_head: false, is_last: true, at: 0, from: None, to: None };
                 write_bad_gateway(&mut settlement.say, record.wire_protocol, &half);
                 settlement.answered = 1;
-                Then::Close
+                FinalStep::Close
             }
             then => then,
         },
         WireProtocol::Http2 => {
             settlement.say.extend_from_slice(&GOAWAY);
-            Then::Close
+            FinalStep::Close
         }
-        WireProtocol::Nothing => Then::Reset,
+        WireProtocol::Nothing => FinalStep::Reset,
     };
     settlement
 }
@@ -154,17 +154,17 @@ fn examined(record: &ConnRecord, bytes: &[u8]) -> Input {
     Input::Looked { unseen, ends_whole }
 }
 
-fn go_on(record: &ConnRecord, input: &Input) -> Then {
+fn go_on(record: &ConnRecord, input: &Input) -> FinalStep {
     if is_ending(record) {
-        return Then::Close;
+        return FinalStep::Close;
     }
     match input {
-        Input::Whole => Then::PassOn(Vec::new()),
-        Input::Early(bytes) => Then::PassOn(bytes.clone()),
+        Input::Whole => FinalStep::PassOn(Vec::new()),
+        Input::Early(bytes) => FinalStep::PassOn(bytes.clone()),
         Input::Looked { unseen, ends_whole: true } if unseen.iter().all(|request| !request.is_last) => {
-            Then::PassOn(Vec::new())
+            FinalStep::PassOn(Vec::new())
         }
-        Input::Looked { .. } | Input::Lost => Then::Close,
+        Input::Looked { .. } | Input::Lost => FinalStep::Close,
     }
 }
 
@@ -243,12 +243,12 @@ mod tests {
     fn an_idle_connection_goes_on() {
         for wire_protocol in [WireProtocol::FastCgi, WireProtocol::Scgi, WireProtocol::Http1] {
             let settled = settle(&idle(wire_protocol));
-            assert_eq!((settled.then, settled.answered, settled.say.len()), (Then::PassOn(Vec::new()), 0, 0));
+            assert_eq!((settled.then, settled.answered, settled.say.len()), (FinalStep::PassOn(Vec::new()), 0, 0));
             let mut answered = idle(wire_protocol);
             answered.requests = vec![RequestRecord { from: Some(10), to: Some(50), ..request() }];
-            assert_eq!(settle(&answered).then, Then::PassOn(Vec::new()));
+            assert_eq!(settle(&answered).then, FinalStep::PassOn(Vec::new()));
             answered.requests[0].is_last = true;
-            assert_eq!(settle(&answered).then, Then::Close, "the peer waits for that");
+            assert_eq!(settle(&answered).then, FinalStep::Close, "the peer waits for that");
         }
     }
 
@@ -257,21 +257,21 @@ mod tests {
         for wire_protocol in [WireProtocol::FastCgi, WireProtocol::Scgi, WireProtocol::Http1] {
             let mut record = idle(wire_protocol);
             (record.read, record.landed) = (103, Some((100, b"abc".to_vec())));
-            assert_eq!(settle(&record).then, Then::PassOn(b"abc".to_vec()));
+            assert_eq!(settle(&record).then, FinalStep::PassOn(b"abc".to_vec()));
             record.landed = Some((101, b"bc".to_vec()));
             let settled = settle(&record);
-            assert_eq!(settled.then, Then::Close, "its beginning is lost");
+            assert_eq!(settled.then, FinalStep::Close, "its beginning is lost");
             assert_eq!(settled.answered, u32::from(wire_protocol != WireProtocol::FastCgi));
             record.requests = vec![RequestRecord { from: Some(10), to: Some(50), ..request() }];
             let settled = settle(&record);
             assert_eq!(
                 (settled.then, settled.answered),
-                (Then::Close, u32::from(wire_protocol != WireProtocol::FastCgi))
+                (FinalStep::Close, u32::from(wire_protocol != WireProtocol::FastCgi))
             );
             (record.landed, record.requests) =
                 (Some((100, b"abc".to_vec())), vec![RequestRecord { at: 103, ..request() }]);
             let settled = settle(&record);
-            assert_eq!((settled.then, settled.answered), (Then::Close, 1), "the application may have seen it");
+            assert_eq!((settled.then, settled.answered), (FinalStep::Close, 1), "the application may have seen it");
         }
     }
 
@@ -287,10 +287,10 @@ mod tests {
         (record.read, record.landed) = (read, Some((100, bytes)));
         record.requests = vec![RequestRecord { at: read, ..request() }];
         let settled = settle(&record);
-        assert_eq!((settled.answered, settled.then), (2, Then::PassOn(Vec::new())));
+        assert_eq!((settled.answered, settled.then), (2, FinalStep::PassOn(Vec::new())));
         record.landed.as_mut().unwrap().1.pop(); // the last record is incomplete
         let settled = settle(&record);
-        assert_eq!((settled.answered, settled.then), (2, Then::Close));
+        assert_eq!((settled.answered, settled.then), (2, FinalStep::Close));
     }
 
     #[test]
@@ -299,13 +299,13 @@ mod tests {
         record.requests =
             vec![request(), RequestRecord { id: 2, is_head: true, from: Some(50), to: Some(90), ..request() }];
         let settled = settle(&record);
-        assert_eq!((settled.answered, settled.cut, settled.then), (2, 0, Then::PassOn(Vec::new())));
+        assert_eq!((settled.answered, settled.cut, settled.then), (2, 0, FinalStep::PassOn(Vec::new())));
         let text = String::from_utf8_lossy(&settled.say).into_owned();
         assert_eq!(text.matches("Status: 502").count(), 2);
         assert_eq!(text.matches("502 Bad Gateway\n").count(), 1, "none for HEAD");
         for wire_protocol in [WireProtocol::Scgi, WireProtocol::Http1] {
             let settled = settle(&ConnRecord { wire_protocol, requests: vec![request()], ..record.clone() });
-            assert_eq!((settled.answered, settled.then), (1, Then::Close));
+            assert_eq!((settled.answered, settled.then), (1, FinalStep::Close));
             assert!(String::from_utf8_lossy(&settled.say).contains("502 Bad Gateway"));
         }
     }
@@ -317,10 +317,13 @@ mod tests {
             record.requests = vec![RequestRecord { from: Some(20), ..request() }];
             let settled = settle(&record);
             assert_eq!((settled.answered, settled.cut), (0, 1));
-            assert_eq!(settled.then, if wire_protocol == WireProtocol::FastCgi { Then::Close } else { Then::Reset });
+            assert_eq!(
+                settled.then,
+                if wire_protocol == WireProtocol::FastCgi { FinalStep::Close } else { FinalStep::Reset }
+            );
             (record.written, record.batch, record.queued) = (45, 40, 50);
             let settled = settle(&record);
-            assert_eq!((settled.cut, settled.then, settled.say.len()), (1, Then::Reset, 0), "within a record");
+            assert_eq!((settled.cut, settled.then, settled.say.len()), (1, FinalStep::Reset, 0), "within a record");
         }
     }
 
@@ -328,12 +331,12 @@ mod tests {
     fn an_http_response_has_left_when_the_last_write_is_whole() {
         let mut record = idle(WireProtocol::Http1);
         record.requests = vec![RequestRecord { from: Some(10), to: Some(41), ..request() }];
-        assert_eq!(settle(&record).then, Then::PassOn(Vec::new()));
+        assert_eq!(settle(&record).then, FinalStep::PassOn(Vec::new()));
         record.queued = 60;
         record.batch = 50;
-        assert_eq!(settle(&record).then, Then::Reset);
+        assert_eq!(settle(&record).then, FinalStep::Reset);
         (record.queued, record.requests[0].to) = (50, Some(51));
-        assert_eq!(settle(&record).then, Then::Reset, "its end has not been written");
+        assert_eq!(settle(&record).then, FinalStep::Reset, "its end has not been written");
     }
 
     #[test]
@@ -341,7 +344,7 @@ mod tests {
         let mut record = idle(WireProtocol::FastCgi);
         (record.written, record.queued) = (5, 5);
         record.requests = vec![RequestRecord { from: Some(u32::MAX - 9), to: Some(5), ..request() }];
-        assert_eq!(settle(&record).then, Then::PassOn(Vec::new()));
+        assert_eq!(settle(&record).then, FinalStep::PassOn(Vec::new()));
         record.requests[0].to = Some(6);
         assert_eq!(settle(&record).cut, 1);
     }
@@ -349,6 +352,6 @@ mod tests {
     #[test]
     fn http2_is_told_that_it_ends() {
         let settled = settle(&idle(WireProtocol::Http2));
-        assert_eq!((settled.say.len(), settled.then), (17, Then::Close));
+        assert_eq!((settled.say.len(), settled.then), (17, FinalStep::Close));
     }
 }

@@ -68,8 +68,8 @@ impl InlinePolicy {
 
 thread_local! {
     static JOBS: RefCell<VecDeque<Arc<dyn Job>>> = const { RefCell::new(VecDeque::new()) };
-    /// The bell of this thread's event loop, if that loop polls [`jobs_wait`].
-    static BELL: RefCell<Option<Arc<Bell>>> = const { RefCell::new(None) };
+    /// The notifier of this thread's event loop, if that loop polls [`jobs_wait`].
+    static NOTIFIER: RefCell<Option<Arc<EventLoopNotifier>>> = const { RefCell::new(None) };
     /// Wakers collected between two iterations, woken when the loop continues: waking the loop from
     /// outside would cost a system call each time.
     static WAKE_LATER: RefCell<Vec<Waker>> = const { RefCell::new(Vec::new()) };
@@ -81,7 +81,7 @@ thread_local! {
 /// Reports finished jobs from the threads to the event loop. The first report wakes the loop;
 /// further reports do not, until the loop has read them.
 #[derive(Debug)]
-pub(super) struct Bell(Mutex<Ended>);
+pub(super) struct EventLoopNotifier(Mutex<Ended>);
 
 #[derive(Debug)]
 struct Ended {
@@ -92,10 +92,10 @@ struct Ended {
     one_is_free: bool,
 }
 
-impl Bell {
-    /// The bell of this thread's event loop.
+impl EventLoopNotifier {
+    /// The notifier of this thread's event loop.
     pub(super) fn of_this_thread() -> Option<Arc<Self>> {
-        BELL.with_borrow(Clone::clone)
+        NOTIFIER.with_borrow(Clone::clone)
     }
 
     /// Wakes a future whose response is ready: immediately, or when the loop continues.
@@ -151,10 +151,10 @@ impl Bell {
 /// Makes the loop finish its iteration, because threads are woken at the end. Returns false if this
 /// thread has no loop that polls [`jobs_wait`].
 pub(super) fn ends_later() -> bool {
-    BELL.with_borrow(|bell| {
-        let Some(bell) = bell else { return false };
+    NOTIFIER.with_borrow(|notifier| {
+        let Some(notifier) = notifier else { return false };
         if !ENDS_WITH_CALL.replace(true) {
-            let event_loop = bell.ended().event_loop.clone();
+            let event_loop = notifier.ended().event_loop.clone();
             event_loop.wake(); // no system call from within the loop
         }
         true
@@ -164,14 +164,14 @@ pub(super) fn ends_later() -> bool {
 /// Runs the job after this iteration. Returns it if this thread has no loop that polls
 /// [`jobs_wait`].
 pub(super) fn run_inline(job: Arc<dyn Job>) -> Result<(), Arc<dyn Job>> {
-    BELL.with_borrow(|bell| match bell {
-        Some(bell) => {
+    NOTIFIER.with_borrow(|notifier| match notifier {
+        Some(notifier) => {
             let is_first = JOBS.with_borrow_mut(|jobs| {
                 jobs.push_back(job);
                 jobs.len() == 1
             });
             if is_first {
-                let event_loop = bell.ended().event_loop.clone();
+                let event_loop = notifier.ended().event_loop.clone();
                 event_loop.wake();
             }
             Ok(())
@@ -186,12 +186,12 @@ pub(crate) fn jobs_wait(context: &Context<'_>) -> bool {
     for waker in WAKE_LATER.take() {
         waker.wake();
     }
-    let bell = BELL.with_borrow_mut(|bell| {
+    let notifier = NOTIFIER.with_borrow_mut(|notifier| {
         let event_loop = || context.waker().clone();
         let new = || Ended { event_loop: event_loop(), is_woken: false, wakers: Vec::new(), one_is_free: false };
-        Arc::clone(bell.get_or_insert_with(|| Arc::new(Bell(Mutex::new(new())))))
+        Arc::clone(notifier.get_or_insert_with(|| Arc::new(EventLoopNotifier(Mutex::new(new())))))
     });
-    bell.look(context);
+    notifier.look(context);
     if ENDS_WITH_CALL.take() {
         pool::end_turn();
     }

@@ -28,7 +28,7 @@ use http_body::Body as _;
 use tokio::time::{Sleep, sleep_until};
 use tower_service::Service;
 
-use self::inline::{Bell, InlinePolicy};
+use self::inline::{EventLoopNotifier, InlinePolicy};
 pub(crate) use self::inline::{jobs_wait, run_jobs};
 pub(crate) use self::overdue::{give_up, one_hangs, set_hang_timeout};
 pub(crate) use self::pool::{configure, finish, one_is_free, pool_became_full, pool_is_full};
@@ -126,8 +126,9 @@ where
         let quick = self.is_inline && self.shared.policy.is_quick() && all_has_come();
         let begin_by = request.extensions().get::<BeginBy>().map(|&BeginBy(at)| Box::pin(sleep_until(at.into())));
         let progress = Mutex::new(Progress { request: Some(request), ..Progress::default() });
-        let (shared, cell, bell) = (Arc::clone(&self.shared), current_request::current(), Bell::of_this_thread());
-        let call = Arc::new(Call { shared, cell, bell, is_quick: quick, progress });
+        let (shared, cell, notifier) =
+            (Arc::clone(&self.shared), current_request::current(), EventLoopNotifier::of_this_thread());
+        let call = Arc::new(Call { shared, cell, notifier, is_quick: quick, progress });
         let job: Arc<dyn Job> = Arc::<Call<F>>::clone(&call);
         let started = match if quick { inline::run_inline(job) } else { Err(job) } {
             Ok(()) => true,
@@ -146,8 +147,8 @@ struct Call<F> {
     shared: Arc<Shared<F>>,
     /// The request's cell in the scoreboard, while its response is waited for.
     cell: Option<usize>,
-    /// The bell of the event loop that waits for the response.
-    bell: Option<Arc<Bell>>,
+    /// The notifier of the event loop that waits for the response.
+    notifier: Option<Arc<EventLoopNotifier>>,
     /// The call runs on the event loop's thread.
     is_quick: bool,
     progress: Mutex<Progress>,
@@ -181,8 +182,8 @@ trait Job: Send + Sync {
     fn is_waiting(&self) -> bool;
     /// Whether the function is running.
     fn is_running(&self) -> bool;
-    /// The bell of the event loop that waits for the response.
-    fn bell(&self) -> Option<&Arc<Bell>>;
+    /// The notifier of the event loop that waits for the response.
+    fn notifier(&self) -> Option<&Arc<EventLoopNotifier>>;
 }
 
 impl<F> Call<F> {
@@ -196,8 +197,8 @@ impl<F> Call<F> {
         (progress.outcome, progress.is_over) = (Some(outcome), true);
         let waker = progress.waker.take();
         drop(progress);
-        match (waker, &self.bell) {
-            (Some(waker), Some(bell)) => bell.wake(waker),
+        match (waker, &self.notifier) {
+            (Some(waker), Some(notifier)) => notifier.wake(waker),
             (Some(waker), None) => waker.wake(),
             (None, _) => {}
         }
@@ -294,8 +295,8 @@ where
         progress.request.is_none() && !progress.is_over
     }
 
-    fn bell(&self) -> Option<&Arc<Bell>> {
-        self.bell.as_ref()
+    fn notifier(&self) -> Option<&Arc<EventLoopNotifier>> {
+        self.notifier.as_ref()
     }
 }
 

@@ -294,8 +294,8 @@ impl Pool {
         let before = self.count.fetch_sub(1, Ordering::SeqCst);
         if before <= self.capacity() && self.is_reported.load(Ordering::SeqCst) {
             self.report();
-            match job.bell() {
-                Some(bell) => bell.one_is_free(),
+            match job.notifier() {
+                Some(notifier) => notifier.one_is_free(),
                 None => self.one_is_free.notify_waiters(),
             }
         }
@@ -408,7 +408,7 @@ mod tests {
             false
         }
 
-        fn bell(&self) -> Option<&Arc<inline::Bell>> {
+        fn notifier(&self) -> Option<&Arc<inline::EventLoopNotifier>> {
             None
         }
     }

@@ -33,18 +33,18 @@ pub struct Body {
     kind: Kind,
     /// Number of further bytes allowed.
     allowed: u64,
-    /// Set when the body was too long, too slow or cut short.
-    trouble: Option<Arc<Trouble>>,
+    /// Set when the body has been read to its end, or was too long, too slow or cut short.
+    outcome: Option<Arc<BodyOutcome>>,
     /// Tracks the time spent waiting for the client to send more.
     wait: Option<BodyWait>,
 }
 
-/// Why a body was not read to its end. The worker derives the response from this, whatever the
-/// application made of the error.
+/// How the reading of a body ended. The worker derives the response from this, whatever the application
+/// made of an error.
 #[derive(Debug, Default)]
-pub(crate) struct Trouble(AtomicU8);
+pub(crate) struct BodyOutcome(AtomicU8);
 
-impl Trouble {
+impl BodyOutcome {
     const TOO_LARGE: u8 = 1;
     const TOO_SLOW: u8 = 2;
     const CUT: u8 = 3;
@@ -67,13 +67,13 @@ impl Trouble {
     }
 
     /// Whether the body has not been read to its end, so that it may still fail.
-    pub(crate) fn is_possible(&self) -> bool {
+    pub(crate) fn may_still_fail(&self) -> bool {
         self.0.load(Ordering::Relaxed) != Self::WHOLE
     }
 
     /// Only the first call has an effect.
-    fn set(&self, trouble: u8) {
-        let _ = self.0.compare_exchange(0, trouble, Ordering::Relaxed, Ordering::Relaxed);
+    fn set(&self, outcome: u8) {
+        let _ = self.0.compare_exchange(0, outcome, Ordering::Relaxed, Ordering::Relaxed);
     }
 }
 
@@ -96,12 +96,12 @@ struct Unread {
     incoming: Option<Incoming>,
     /// A read has failed.
     is_broken: bool,
-    rest: Option<oneshot::Sender<Rest>>,
+    rest: Option<oneshot::Sender<UnreadBody>>,
 }
 
 /// The part of an HTTP request's body that the application did not read.
 #[derive(Debug)]
-pub(crate) struct Rest {
+pub(crate) struct UnreadBody {
     pub(crate) incoming: Incoming,
     /// A read has failed.
     pub(crate) is_broken: bool,
@@ -112,7 +112,7 @@ impl Drop for Unread {
         if let (Some(incoming), Some(rest)) = (self.incoming.take(), self.rest.take())
             && !incoming.is_end_stream()
         {
-            let _ = rest.send(Rest { incoming, is_broken: self.is_broken }); // fails if the connection has closed
+            let _ = rest.send(UnreadBody { incoming, is_broken: self.is_broken }); // fails if the connection has closed
         }
     }
 }
@@ -183,7 +183,7 @@ impl Body {
 
     /// Creates the body of an HTTP request, and a receiver for the unread rest in case the body is
     /// dropped early.
-    pub(crate) fn http(incoming: Incoming, allowed: u64) -> (Self, Option<oneshot::Receiver<Rest>>) {
+    pub(crate) fn http(incoming: Incoming, allowed: u64) -> (Self, Option<oneshot::Receiver<UnreadBody>>) {
         let (sender, rest) = if incoming.is_end_stream() { (None, None) } else { pair(oneshot::channel()) };
         let unread = Unread { incoming: Some(incoming), is_broken: false, rest: sender };
         (Self::from_kind(Kind::Http(unread), allowed), rest)
@@ -197,21 +197,21 @@ impl Body {
 
     /// Returns the state that will be set if the body is too long, too slow or cut short; `None` if
     /// the whole body has arrived.
-    pub(crate) fn watch(&mut self) -> Option<Arc<Trouble>> {
+    pub(crate) fn watch(&mut self) -> Option<Arc<BodyOutcome>> {
         if http_body::Body::is_end_stream(self) {
             return None;
         }
-        Some(Arc::clone(self.trouble.get_or_insert_default()))
+        Some(Arc::clone(self.outcome.get_or_insert_default()))
     }
 
-    fn report(&self, trouble: u8) {
-        if let Some(reported) = &self.trouble {
-            reported.set(trouble);
+    fn report(&self, outcome: u8) {
+        if let Some(reported) = &self.outcome {
+            reported.set(outcome);
         }
     }
 
     fn from_kind(kind: Kind, allowed: u64) -> Self {
-        Self { kind, allowed, trouble: None, wait: None }
+        Self { kind, allowed, outcome: None, wait: None }
     }
 }
 
@@ -256,14 +256,14 @@ impl http_body::Body for Body {
                 if let Kind::Http(unread) = &mut self.kind {
                     unread.is_broken = true;
                 }
-                self.report(Trouble::TOO_SLOW);
+                self.report(BodyOutcome::TOO_SLOW);
                 return Poll::Ready(Some(Err(BodyError::TimedOut)));
             }
         }
         if let Poll::Ready(Some(Err(_))) = frame
             && !matches!(self.kind, Kind::Other(_))
         {
-            self.report(Trouble::CUT);
+            self.report(BodyOutcome::CUT);
         }
         if let Poll::Ready(Some(Ok(frame))) = &frame
             && let Some(bytes) = frame.data_ref()
@@ -273,13 +273,13 @@ impl http_body::Body for Body {
                 wait.taken(bytes.len());
             }
             if length > self.allowed {
-                self.report(Trouble::TOO_LARGE);
+                self.report(BodyOutcome::TOO_LARGE);
                 return Poll::Ready(Some(Err(BodyError::TooLarge)));
             }
             self.allowed -= length;
         }
         if matches!(frame, Poll::Ready(None)) || frame.is_ready() && http_body::Body::is_end_stream(&*self) {
-            self.report(Trouble::WHOLE);
+            self.report(BodyOutcome::WHOLE);
         }
         frame
     }

@@ -54,8 +54,8 @@ struct State {
     is_over: bool,
 }
 
-/// The result of a subscriber's lookup.
-pub(super) enum Look {
+/// The next events for a subscriber, or where to find them.
+pub(super) enum NextEvents {
     Nothing,
     /// Events of the topic with this number.
     Events(usize, Vec<Published>),
@@ -128,24 +128,24 @@ impl Hub {
         topics: &[(Arc<str>, u64)],
         (first, most): (usize, usize),
         context: Option<&Context<'_>>,
-    ) -> Look {
+    ) -> NextEvents {
         let mut state = self.state();
         if state.is_over {
-            return Look::Over;
+            return NextEvents::Over;
         }
         for turn in 0..topics.len() {
             let number = (first + turn) % topics.len();
             let (topic, after) = &topics[number];
             match state.feeds.find(topic, *after, most) {
                 Found::Nothing => {}
-                Found::Events(events) => return Look::Events(number, events),
-                Found::InLog(end) => return Look::InLog(number, end),
+                Found::Events(events) => return NextEvents::Events(number, events),
+                Found::InLog(end) => return NextEvents::InLog(number, end),
             }
         }
         if let Some(context) = context {
             state.feeds.wait(key, context);
         }
-        Look::Nothing
+        NextEvents::Nothing
     }
 
     pub(super) fn drain(&self) {

@@ -11,7 +11,7 @@ use tokio::task::coop::poll_proceed;
 
 use super::cursor::Cursor;
 use super::feeds::Key;
-use super::hub::{Hub, Look};
+use super::hub::{Hub, NextEvents};
 use super::{EventsError, MAX_TOPICS, Message, Published};
 
 /// Maximum number of events taken at a time from the worker's memory, and in the first read from
@@ -128,10 +128,10 @@ impl Subscription {
                 return Poll::Ready(Some(message));
             }
             match self.hub.look(self.key, &self.taken, (self.turn, MAX_BATCH), context) {
-                Look::Nothing => return Poll::Pending,
-                Look::Over => return Poll::Ready(None),
-                Look::Events(number, events) => self.take(number, events),
-                Look::InLog(number, end) => self.read_log(number, end),
+                NextEvents::Nothing => return Poll::Pending,
+                NextEvents::Over => return Poll::Ready(None),
+                NextEvents::Events(number, events) => self.take(number, events),
+                NextEvents::InLog(number, end) => self.read_log(number, end),
             }
         }
     }
