@@ -26,7 +26,7 @@ use crate::events::Events;
 use crate::memory::SharedMemory;
 use crate::memory::error::SegmentError;
 use crate::memory::geometry::Geometry;
-use crate::memory::layout::{FINGERPRINT, GRAIN, Header, MAGIC, ShardHead, VERSION};
+use crate::memory::layout::{FINGERPRINT, GRAIN, MAGIC, SegmentHead, ShardHead, VERSION};
 use crate::memory::map::Map;
 use crate::memory::members::Membership;
 use crate::memory::memory_limit::{self, Left};
@@ -101,11 +101,11 @@ impl Segment {
             Err(_) => return Err(unusable("it is not a sealed memory file")),
         };
         let len = u64::try_from(stat.st_size).unwrap_or(0);
-        if len < size_of::<Header>() as u64 {
+        if len < size_of::<SegmentHead>() as u64 {
             return Err(unusable("it is too short"));
         }
         let map = Map::new(fd.as_fd(), len).map_err(|error| system("map the shared segment", error))?;
-        let header = map.at::<Header>(0).ok_or(unusable("it is too short"))?;
+        let header = map.at::<SegmentHead>(0).ok_or(unusable("it is too short"))?;
         let (geometry, seed) = checked_header(header, len)?;
         if !is_sealed && file::is_clean(header) {
             // Even a lookup writes. It would modify a clean file, which would then be used without checks after a power failure.
@@ -217,7 +217,7 @@ impl SharedMemory {
     }
 
     fn write_header(&self, plan: &Plan) -> Option<()> {
-        let header = self.map.at::<Header>(0)?;
+        let header = self.map.at::<SegmentHead>(0)?;
         header.version.store(VERSION, Ordering::Relaxed);
         header.rows.store(plan.rows, Ordering::Relaxed);
         header.fingerprint.store(FINGERPRINT, Ordering::Relaxed);
@@ -233,7 +233,7 @@ impl SharedMemory {
 }
 
 /// Returns the plan for which a header was written.
-pub(crate) fn plan_of(header: &Header) -> Plan {
+pub(crate) fn plan_of(header: &SegmentHead) -> Plan {
     Plan {
         cache_bytes: header.cache_bytes.load(Ordering::Relaxed),
         rows: header.rows.load(Ordering::Relaxed),
@@ -261,7 +261,7 @@ pub(crate) fn misfit(found: &Plan, wanted: &Plan) -> Option<&'static str> {
 pub(crate) const BAD_GEOMETRY: SegmentError = SegmentError::Unusable { why: "its parts do not fit into it" };
 
 /// Returns the geometry and the seed from a header, if it is complete and consistent.
-pub(crate) fn checked_header(header: &Header, len: u64) -> Result<(Geometry, u64), SegmentError> {
+pub(crate) fn checked_header(header: &SegmentHead, len: u64) -> Result<(Geometry, u64), SegmentError> {
     if header.magic.load(Ordering::Acquire) != MAGIC {
         return Err(unusable("it does not start like a Forkyard segment"));
     }
@@ -278,7 +278,7 @@ pub(crate) fn checked_header(header: &Header, len: u64) -> Result<(Geometry, u64
     Ok((geometry, header.seed.load(Ordering::Relaxed)))
 }
 
-fn checksum(header: &Header) -> u64 {
+fn checksum(header: &SegmentHead) -> u64 {
     let word = |word: &AtomicU64| word.load(Ordering::Relaxed);
     let words = [
         MAGIC,
@@ -465,7 +465,7 @@ mod tests {
     #[test]
     fn attach_refuses_bounds_that_lie_even_with_a_good_checksum() {
         let made = Segment::create(&PLAN).unwrap();
-        let header = made.inner.map.at::<Header>(0).unwrap();
+        let header = made.inner.map.at::<SegmentHead>(0).unwrap();
         for cache_bytes in [0, 1, 256 * 1024, 1 << 30, u64::MAX] {
             header.cache_bytes.store(cache_bytes, Ordering::Relaxed);
             header.checksum.store(checksum(header), Ordering::Relaxed);

@@ -8,14 +8,14 @@ use super::entry::{Entry, Key, Times};
 use super::prefixes::Prefixes;
 use super::tags::TagClock;
 use crate::memory::SharedMemory;
-use crate::memory::layout::Header;
+use crate::memory::layout::SegmentHead;
 
 /// The current time, and the purges that entries are checked against.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Judge<'a> {
     pub(crate) moment: Moment<'a>,
     pub(crate) inner: &'a SharedMemory,
-    pub(crate) header: &'a Header,
+    pub(crate) header: &'a SegmentHead,
 }
 
 /// A time on the segment's clock.

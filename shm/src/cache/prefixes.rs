@@ -18,7 +18,7 @@ use super::entry::Entry;
 use super::tags::TagClock;
 use crate::crash;
 use crate::memory::SharedMemory;
-use crate::memory::layout::{Header, PREFIX_WORDS, PREFIXES, PrefixCell};
+use crate::memory::layout::{PREFIX_WORDS, PREFIXES, PrefixCell, SegmentHead};
 use crate::memory::wait;
 
 /// Maximum length of a prefix in bytes. A longer prefix is truncated, and thus purges more pages than requested.
@@ -28,7 +28,7 @@ pub(crate) const LONGEST: usize = PREFIX_WORDS * 8;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Prefixes<'a> {
     inner: &'a SharedMemory,
-    header: &'a Header,
+    header: &'a SegmentHead,
     cells: &'a [PrefixCell],
 }
 

@@ -74,7 +74,7 @@ pub(crate) enum Stored {
 
 /// An entry, and the slot that leads to it.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Found<'a> {
+pub(crate) struct LocatedEntry<'a> {
     pub(crate) slot: Slot<'a>,
     pub(crate) place: Place,
     pub(crate) entry: Entry<'a>,
@@ -271,7 +271,7 @@ impl<'a> LockedShard<'a> {
     }
 
     /// Returns the entry stored under a key, valid or not.
-    pub(crate) fn find(&self, key: Key<'_>) -> Result<Option<Found<'a>>, Corrupt> {
+    pub(crate) fn find(&self, key: Key<'_>) -> Result<Option<LocatedEntry<'a>>, Corrupt> {
         let found = self.shard.index.find(key.hash, |slot, word| match self.follow(slot, word) {
             Ok(found) => found.filter(|found| found.entry.is_for(key)).map(Ok),
             Err(corrupt) => Some(Err(corrupt)),
@@ -280,7 +280,7 @@ impl<'a> LockedShard<'a> {
     }
 
     /// Returns the entry that a slot leads to, or `None` if its position is below the floor.
-    pub(crate) fn follow(&self, slot: Slot<'a>, word: u64) -> Result<Option<Found<'a>>, Corrupt> {
+    pub(crate) fn follow(&self, slot: Slot<'a>, word: u64) -> Result<Option<LocatedEntry<'a>>, Corrupt> {
         let Some(place) = Place::of(word) else { return Ok(None) };
         let (floor, head) = self.bounds(place.ring)?;
         if place.position < floor {
@@ -290,7 +290,7 @@ impl<'a> LockedShard<'a> {
         if place.position >= head || entry.size > head - place.position {
             return Err(Corrupt);
         }
-        Ok(Some(Found { slot, place, entry }))
+        Ok(Some(LocatedEntry { slot, place, entry }))
     }
 
     /// Returns the slot that leads to an entry, if any.
@@ -333,7 +333,7 @@ impl<'a> LockedShard<'a> {
     }
 
     /// Removes an entry.
-    pub(crate) fn remove(&mut self, found: &Found<'_>) -> Result<(), Corrupt> {
+    pub(crate) fn remove(&mut self, found: &LocatedEntry<'_>) -> Result<(), Corrupt> {
         let mut books = self.shard.books();
         books.subtract(found.place.ring, found.entry.size)?;
         self.change_slot(found.slot, 0, books);
@@ -384,7 +384,7 @@ impl<'a> LockedShard<'a> {
 
     /// Returns a slot for a new key: a free slot if there is one, otherwise the slot of the entry with the fewest visits.
     fn slot_for(&mut self, hash: u64, books: &mut Books) -> Result<Slot<'a>, Corrupt> {
-        let mut least: Option<(u8, Found<'a>)> = None;
+        let mut least: Option<(u8, LocatedEntry<'a>)> = None;
         for slot in self.shard.index.candidates(hash) {
             let Some(found) = self.follow(slot, slot.word.load(Ordering::Relaxed))? else { return Ok(slot) };
             let visits = slot.visits.load(Ordering::Relaxed);

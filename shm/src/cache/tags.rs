@@ -14,7 +14,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::memory::SharedMemory;
-use crate::memory::layout::Header;
+use crate::memory::layout::SegmentHead;
 use crate::protocols::purge;
 
 /// A time on the cache's logical clock: see [`Cache::clock`](crate::Cache::clock).
@@ -32,7 +32,7 @@ pub(crate) struct TagClock<'a> {
 impl<'a> TagClock<'a> {
     /// Returns the clock of a segment, or `None` if there is no cache.
     pub(crate) fn of(segment: &'a SharedMemory) -> Option<TagClock<'a>> {
-        let header = segment.map.at::<Header>(0)?;
+        let header = segment.map.at::<SegmentHead>(0)?;
         let slots = segment.map.slice::<AtomicU64>(segment.geometry.tags_at, segment.geometry.tag_slots)?;
         let clock = TagClock { now: &header.tag_clock, cleared: &header.cleared, slots };
         (!slots.is_empty()).then_some(clock)

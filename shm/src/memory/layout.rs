@@ -100,7 +100,7 @@ pub(crate) const TOPIC_BYTES: usize = 128;
 
 #[repr(C, align(128))]
 #[derive(Debug)]
-pub(crate) struct Header {
+pub(crate) struct SegmentHead {
     pub(crate) magic: AtomicU64,
     pub(crate) version: AtomicU32,
     pub(crate) rows: AtomicU32,
@@ -413,48 +413,48 @@ pub(crate) const PREFIX_BYTES: u64 = size_of::<PrefixCell>() as u64;
 
 // SAFETY: this type and the types below are `repr(C)`, all their fields are atomics, arrays of atomics, or structs in this list, and they
 // have no padding, as the assertions on offsets and sizes below show.
-unsafe impl Plain for Header {}
-// SAFETY: as for `Header`.
+unsafe impl Plain for SegmentHead {}
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for RowCells {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for QuarantineTable {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for MemberHead {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for Tally {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for PrefixCell {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for LeaseCell {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for ShardHead {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for Bucket {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for GhostBucket {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for RecordHead {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for EntryHead {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for EventsHead {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for TopicCell {}
-// SAFETY: as for `Header`.
+// SAFETY: as for `SegmentHead`.
 unsafe impl Plain for EventHead {}
 
 // Verifies the byte table in the module documentation.
 const _: () = {
-    assert!(offset_of!(Header, version) == 8 && offset_of!(Header, rows) == 12);
-    assert!(offset_of!(Header, fingerprint) == 16 && offset_of!(Header, cache_bytes) == 24);
-    assert!(offset_of!(Header, total) == 32 && offset_of!(Header, seed) == 40);
-    assert!(offset_of!(Header, max_entry) == 48 && offset_of!(Header, checksum) == 56);
-    assert!(offset_of!(Header, tag_clock) == 128 && offset_of!(Header, cleared) == 136);
-    assert!(offset_of!(Header, prefix_clock) == 144 && offset_of!(Header, prefix_floor) == 152);
-    assert!(offset_of!(Header, time_base) == 256 && offset_of!(Header, clean) == 264);
-    assert!(offset_of!(Header, clean_ms) == 272 && offset_of!(Header, clean_real_ms) == 280);
-    assert!(offset_of!(Header, boot_id) == 288 && offset_of!(Header, sweep_due) == 304);
-    assert!(offset_of!(Header, prefix_lock) == 312 && size_of::<Header>() == 384);
+    assert!(offset_of!(SegmentHead, version) == 8 && offset_of!(SegmentHead, rows) == 12);
+    assert!(offset_of!(SegmentHead, fingerprint) == 16 && offset_of!(SegmentHead, cache_bytes) == 24);
+    assert!(offset_of!(SegmentHead, total) == 32 && offset_of!(SegmentHead, seed) == 40);
+    assert!(offset_of!(SegmentHead, max_entry) == 48 && offset_of!(SegmentHead, checksum) == 56);
+    assert!(offset_of!(SegmentHead, tag_clock) == 128 && offset_of!(SegmentHead, cleared) == 136);
+    assert!(offset_of!(SegmentHead, prefix_clock) == 144 && offset_of!(SegmentHead, prefix_floor) == 152);
+    assert!(offset_of!(SegmentHead, time_base) == 256 && offset_of!(SegmentHead, clean) == 264);
+    assert!(offset_of!(SegmentHead, clean_ms) == 272 && offset_of!(SegmentHead, clean_real_ms) == 280);
+    assert!(offset_of!(SegmentHead, boot_id) == 288 && offset_of!(SegmentHead, sweep_due) == 304);
+    assert!(offset_of!(SegmentHead, prefix_lock) == 312 && size_of::<SegmentHead>() == 384);
     assert!(offset_of!(QuarantineTable, barred) == 64 && size_of::<Barred>() == 16);
     assert!(QUARANTINE_AT + size_of::<QuarantineTable>() as u64 <= 4096);
 
@@ -495,7 +495,7 @@ const _: () = {
     assert!(offset_of!(EntryHead, key_len) == 64 && offset_of!(EntryHead, meta_len) == 68);
     assert!(offset_of!(EntryHead, value_len) == 72 && ENTRY_HEAD == 80);
 
-    assert!(offset_of!(Header, events_bytes) == 64);
+    assert!(offset_of!(SegmentHead, events_bytes) == 64);
     assert!(offset_of!(EventsHead, sequence) == 4 && offset_of!(EventsHead, sleepers) == 8);
     assert!(offset_of!(EventsHead, epoch) == 12 && offset_of!(EventsHead, woken) == 16);
     assert!(offset_of!(EventsHead, suspect) == 20 && offset_of!(EventsHead, floor) == 64);

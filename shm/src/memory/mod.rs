@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use self::clock::monotonic_ms;
 use self::geometry::Geometry;
-use self::layout::Header;
+use self::layout::SegmentHead;
 use self::map::Map;
 use self::members::Membership;
 
@@ -42,7 +42,7 @@ impl SharedMemory {
         self.time_base.wrapping_add(monotonic_ms())
     }
 
-    pub(crate) fn header(&self) -> Option<&Header> {
+    pub(crate) fn header(&self) -> Option<&SegmentHead> {
         self.map.at(0)
     }
 }

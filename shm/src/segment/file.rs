@@ -46,7 +46,7 @@ use crate::memory::SharedMemory;
 use crate::memory::clock::monotonic_ms;
 use crate::memory::error::SegmentError;
 use crate::memory::geometry::Geometry;
-use crate::memory::layout::{Header, MAGIC};
+use crate::memory::layout::{MAGIC, SegmentHead};
 use crate::memory::map::Map;
 use crate::memory::members::Membership;
 use crate::segment::{self, Segment, plan_of, system};
@@ -204,7 +204,7 @@ impl SharedMemory {
 }
 
 /// Whether the last user of the file has closed it.
-pub(crate) fn is_clean(header: &Header) -> bool {
+pub(crate) fn is_clean(header: &SegmentHead) -> bool {
     header.clean.load(Ordering::Acquire) == CLEAN
 }
 
@@ -240,7 +240,7 @@ fn prepared(file: Arc<File>, plan: &Plan, geometry: Geometry) -> Result<(Segment
 /// Returns the segment in a file that is in use, or whose users died since the machine was booted. Returns `None` if neither is certain.
 fn in_use(file: &Arc<File>) -> Result<Option<Segment>, SegmentError> {
     let Some((map, geometry, seed)) = found_in(file)? else { return Ok(None) };
-    let Some(header) = map.at::<Header>(0) else { return Ok(None) };
+    let Some(header) = map.at::<SegmentHead>(0) else { return Ok(None) };
     let now = boot_and_file(file)?;
     let same_boot = header.boot_id.iter().zip(now).all(|(word, part)| word.load(Ordering::Acquire) == part);
     if is_clean(header) || !same_boot || boot_id() == [0, 0] {
@@ -255,16 +255,16 @@ fn in_use(file: &Arc<File>) -> Result<Option<Segment>, SegmentError> {
 /// Returns the plan for which a file was created, if the file is intact.
 fn plan_in(file: &File) -> Result<Option<(Plan, Geometry)>, SegmentError> {
     let Some((map, geometry, _)) = found_in(file)? else { return Ok(None) };
-    Ok(map.at::<Header>(0).map(|header| (plan_of(header), geometry)))
+    Ok(map.at::<SegmentHead>(0).map(|header| (plan_of(header), geometry)))
 }
 
 fn found_in(file: &File) -> Result<Option<(Map, Geometry, u64)>, SegmentError> {
     let len = file.metadata().map_err(|error| system("look at the cache file", error))?.len();
-    if len < size_of::<Header>() as u64 {
+    if len < size_of::<SegmentHead>() as u64 {
         return Ok(None);
     }
     let map = Map::new(file.as_fd(), len).map_err(|error| system("map the cache file", error))?;
-    let Some(header) = map.at::<Header>(0) else { return Ok(None) };
+    let Some(header) = map.at::<SegmentHead>(0) else { return Ok(None) };
     let checked = segment::checked_header(header, len);
     Ok(checked.ok().map(|(geometry, seed)| (map, geometry, seed)))
 }
@@ -314,13 +314,13 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
         return Ok(Err(Found::Nothing));
     }
     refuse_others(file)?;
-    if len < size_of::<Header>() as u64 {
+    if len < size_of::<SegmentHead>() as u64 {
         return dropped("it is too short");
     }
     // Maps only the header, so that nothing is reserved for a file that is dropped.
     let map =
-        Map::new(file.as_fd(), size_of::<Header>() as u64).map_err(|error| system("map the cache file", error))?;
-    let Some(header) = map.at::<Header>(0) else { return dropped("it is too short") };
+        Map::new(file.as_fd(), size_of::<SegmentHead>() as u64).map_err(|error| system("map the cache file", error))?;
+    let Some(header) = map.at::<SegmentHead>(0) else { return dropped("it is too short") };
     let (geometry, seed) = match segment::checked_header(header, len) {
         Ok(found) => found,
         Err(SegmentError::Unusable { why }) => return dropped(why),
@@ -333,7 +333,7 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
     allocate(file, len)?;
     let fd = owned(file)?;
     let map = Map::new(fd.as_fd(), len).map_err(|error| system("map the cache file", error))?;
-    let Some(header) = map.at::<Header>(0) else { return dropped("it is too short") };
+    let Some(header) = map.at::<SegmentHead>(0) else { return dropped("it is too short") };
     let clean = is_clean(header);
     let now = boot_and_file(file)?;
     let same_boot = header.boot_id.iter().zip(now).all(|(word, part)| word.load(Ordering::Relaxed) == part);
@@ -366,7 +366,7 @@ fn refuse_others(file: &File) -> Result<(), SegmentError> {
 }
 
 /// Returns the clock's base after a pause. The clock advances by the time that has passed, but never goes backwards.
-fn clock_after(header: &Header) -> u64 {
+fn clock_after(header: &SegmentHead) -> u64 {
     let value = |word: &AtomicU64| word.load(Ordering::Relaxed);
     let passed = real_ms().saturating_sub(value(&header.clean_real_ms));
     value(&header.clean_ms).saturating_add(passed).wrapping_sub(monotonic_ms())

@@ -41,7 +41,7 @@ impl Drop for Scratch {
     }
 }
 
-fn header(segment: &Segment) -> &Header {
+fn header(segment: &Segment) -> &SegmentHead {
     segment.inner.header().unwrap()
 }
 
