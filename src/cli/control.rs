@@ -9,7 +9,7 @@ use clap::builder::{NonEmptyStringValueParser, OsStringValueParser, TypedValuePa
 use clap::{ArgGroup, Args, Command, Subcommand};
 use clap_complete::Shell;
 
-use super::publish::Events;
+use super::publish::EventsCommand;
 use crate::config::control::ControlConfig;
 use crate::config::{parse_duration, parse_interval};
 use crate::control::CacheOperation;
@@ -98,13 +98,13 @@ pub(super) enum Operation {
     ReopenLogs(Socket),
     /// List or release requests that are refused because they killed workers
     #[command(subcommand)]
-    Quarantine(Quarantine),
+    Quarantine(QuarantineCommand),
     /// Show the page cache, and purge pages
     #[command(subcommand)]
-    Cache(Cache),
+    Cache(CacheCommand),
     /// Publish events, and read the event log
     #[command(subcommand)]
-    Events(Events),
+    Events(EventsCommand),
     /// Print a completion script for a shell
     Completions {
         /// Shell for which to print the script
@@ -118,7 +118,7 @@ pub(super) enum Operation {
 }
 
 #[derive(Subcommand, Debug)]
-pub(super) enum Quarantine {
+pub(super) enum QuarantineCommand {
     /// List the quarantined requests, each with the time left
     Ls(Socket),
     /// Admit a quarantined request again
@@ -135,7 +135,7 @@ pub(super) enum Quarantine {
 }
 
 #[derive(Subcommand, Debug)]
-pub(super) enum Cache {
+pub(super) enum CacheCommand {
     /// Show the size and the counters of the cache
     Stats(Socket),
     /// List the pages
@@ -219,9 +219,9 @@ impl Operation {
             Self::Stop { socket, now } => socket.ask(ControlCommand::Ask(ControlRequest::Stop { now })),
             Self::Scale { workers, socket } => socket.ask(ControlCommand::Ask(ControlRequest::Scale { workers })),
             Self::ReopenLogs(socket) => socket.ask(ControlCommand::Ask(ControlRequest::ReopenLogs)),
-            Self::Quarantine(Quarantine::Ls(socket)) => socket.ask(ControlCommand::Quarantine),
+            Self::Quarantine(QuarantineCommand::Ls(socket)) => socket.ask(ControlCommand::Quarantine),
             // clap requires either a request or `--all`.
-            Self::Quarantine(Quarantine::Release { request, socket, .. }) => {
+            Self::Quarantine(QuarantineCommand::Release { request, socket, .. }) => {
                 socket.ask(ControlCommand::Ask(ControlRequest::Release { request }))
             }
             Self::Cache(cache) => cache.task(),
@@ -237,7 +237,7 @@ impl Operation {
     }
 }
 
-impl Cache {
+impl CacheCommand {
     fn task(self) -> Task {
         let (socket, operation) = match self {
             Self::Stats(socket) => (socket, CacheOperation::Stats),

@@ -29,7 +29,7 @@ impl PublishOptions {
 }
 
 #[derive(Subcommand, Debug)]
-pub(super) enum Events {
+pub(super) enum EventsCommand {
     /// Publish an event, and print its id
     Publish {
         /// Topic of the event
@@ -60,7 +60,7 @@ pub(super) enum Events {
     Ls(Socket),
 }
 
-impl Events {
+impl EventsCommand {
     pub(super) fn task(self) -> Task {
         let (socket, operation) = match self {
             Self::Publish { topic, data, name, socket } => (socket, EventsOperation::Publish { topic, name, data }),
