@@ -1,7 +1,7 @@
 //! A connection to a master's control socket: one request and its replies.
 //!
-//! Every wait has a limit ([`ControlEndpoint::timeout`]), because the kernel accepts connections even for a master that is stopped or
-//! has hung. Ctrl-C ends only the client; the master completes the command.
+//! Every wait has a limit ([`ControlEndpoint::timeout`]), because the kernel accepts connections even for a master that
+//! is stopped or has hung. Ctrl-C ends only the client; the master completes the command.
 
 use std::io::{self, BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};

@@ -204,7 +204,8 @@ impl Supervisor {
         self.mode == Mode::Running && self.target == 0
     }
 
-    /// The time at which [`SupervisorEvent::Tick`] is due without another event. After a tick, always later than that tick.
+    /// The time at which [`SupervisorEvent::Tick`] is due without another event. After a tick, always later than that
+    /// tick.
     pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         let slots = self.slots.iter().filter_map(|slot| match slot.state {
             State::Starting { deadline, .. } => Some(deadline),

@@ -1,9 +1,10 @@
 //! Stops processes: single ones, and all of them when the server stops.
 //!
-//! A drain first asks the ready processes to exit; they accept the queued connections before they do. While connections wait in a queue
-//! ([`SupervisorEvent::Queue`]), a process that exits is replaced in its slot, with the delays of every start, and its replacement is asked to exit
-//! as soon as it is ready. When no queue is being waited for any more, starting processes are asked to exit, too. All processes have the
-//! deadline of the stop, no matter when they were started.
+//! A drain first asks the ready processes to exit; they accept the queued connections before they do. While connections
+//! wait in a queue ([`SupervisorEvent::Queue`]), a process that exits is replaced in its slot, with the delays of every
+//! start, and its replacement is asked to exit as soon as it is ready. When no queue is being waited for any more,
+//! starting processes are asked to exit, too. All processes have the deadline of the stop, no matter when they were
+//! started.
 //!
 //! [`SupervisorEvent::Queue`]: super::SupervisorEvent::Queue
 
