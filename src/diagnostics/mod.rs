@@ -5,3 +5,4 @@ pub(crate) mod crash;
 pub(crate) mod current_request;
 pub(crate) mod request_key;
 pub(crate) mod stack_sampler;
+mod unwind;

@@ -4,17 +4,17 @@
 //! The signal is SIGURG: it is ignored if no handler is installed, and few programs use it.
 //!
 //! The handler must not allocate, lock or panic.
-#![expect(unsafe_code, reason = "a signal handler")]
 
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-use libc::{c_int, c_void, siginfo_t};
-use nix::unistd::Pid;
+use nix::sys::signal::{SaFlags, Signal};
+use nix::unistd::{Pid, gettid};
 
-use super::crash::{self, MAX_FRAMES};
+use super::unwind::{self, MAX_FRAMES};
 use crate::sys;
+use crate::sys::signal_handler::{self, Delivery, HandleSignal};
 
 /// How long to wait for the thread's handler: on a busy machine, the thread may not run immediately.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
@@ -26,11 +26,11 @@ static FRAMES: [AtomicUsize; MAX_FRAMES] = [const { AtomicUsize::new(0) }; MAX_F
 /// Installs the handler.
 ///
 /// # Errors
-/// Returns the error of `sigaction(2)`.
+/// Returns the error from `sigaction(2)`.
 pub(crate) fn install() -> io::Result<()> {
-    backtrace::trace(|_| true); // the unwinder initializes itself at its first use
-    let flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-    crash::set_action(libc::SIGURG, on_signal as *const () as usize, flags)
+    unwind::initialize();
+    signal_handler::set_handler::<Sample>(Signal::SIGURG, SaFlags::SA_ONSTACK | SaFlags::SA_RESTART)?;
+    Ok(())
 }
 
 /// The addresses of the instructions that a thread is executing, the innermost first; empty if the thread's handler does not run in
@@ -51,23 +51,20 @@ pub(crate) fn of(thread: i32) -> Vec<usize> {
     if answered { frames.collect() } else { Vec::new() }
 }
 
-extern "C" fn on_signal(_: c_int, _: *mut siginfo_t, context: *mut c_void) {
-    // SAFETY: async-signal-safe, without arguments.
-    if ASKED.load(Ordering::SeqCst) != unsafe { libc::gettid() } {
-        return;
+struct Sample;
+
+impl HandleSignal for Sample {
+    fn handle(_: Signal, delivery: &Delivery<'_>) {
+        if ASKED.load(Ordering::SeqCst) != gettid().as_raw() {
+            return;
+        }
+        let (instruction, _) = delivery.registers().unwrap_or_default();
+        let mut frames = [0; MAX_FRAMES];
+        for (to, &from) in FRAMES.iter().zip(unwind::unwind(instruction, &mut frames)) {
+            to.store(from, Ordering::Relaxed);
+        }
+        ASKED.store(0, Ordering::Release);
     }
-    // SAFETY: the address of a variable that belongs to this thread.
-    let errno = unsafe { libc::__errno_location() };
-    // SAFETY: the address stays valid as long as the thread lives.
-    let before = unsafe { *errno };
-    let mut frames = [0; MAX_FRAMES];
-    let frames = crash::unwind(crash::instruction(context), &mut frames);
-    for (to, &from) in FRAMES.iter().zip(frames) {
-        to.store(from, Ordering::Relaxed);
-    }
-    ASKED.store(0, Ordering::Release);
-    // SAFETY: the address stays valid as long as the thread lives.
-    unsafe { *errno = before };
 }
 
 #[cfg(test)]
@@ -75,7 +72,7 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     use super::*;
-    use crate::diagnostics::code_address;
+    use crate::diagnostics::{code_address, crash};
 
     #[inline(never)]
     fn spin_on_purpose(stop: &AtomicBool) {
@@ -91,7 +88,7 @@ mod tests {
         thread::scope(|scope| {
             scope.spawn(|| {
                 crash::give_stack();
-                number.store(nix::unistd::gettid().as_raw(), Ordering::SeqCst);
+                number.store(gettid().as_raw(), Ordering::SeqCst);
                 spin_on_purpose(&stop);
             });
             // Some instructions of the loop belong to no line of the source.

@@ -1,0 +1,225 @@
+//! Signal handlers as safe functions.
+//!
+//! A handler runs between any two instructions of its thread: it must be async-signal-safe (signal-safety(7)). It must not allocate,
+//! take a lock or panic. The functions here keep to this, and so do the wrappers of plain system calls in `nix`.
+#![expect(unsafe_code, reason = "part of the fence: see `sys.rs`")]
+
+use std::marker::PhantomData;
+use std::ptr::{null, null_mut};
+use std::{io, mem};
+
+use libc::{c_int, c_void, siginfo_t, ucontext_t};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+/// A signal handler. While it runs, all signals are blocked except SIGBUS, which recovers pages of a truncated file.
+pub(crate) trait HandleSignal {
+    /// Handles a signal. Must be async-signal-safe.
+    fn handle(signal: Signal, delivery: &Delivery<'_>);
+}
+
+/// Makes `H` the handler of `signal`. Returns the previous action.
+///
+/// # Errors
+/// Returns the error from `sigaction(2)`.
+pub(crate) fn set_handler<H: HandleSignal>(signal: Signal, flags: SaFlags) -> io::Result<PreviousAction> {
+    set_action(signal, SigHandler::SigAction(on_signal::<H>), flags)
+}
+
+/// Sets the default action of `signal`. Async-signal-safe.
+pub(crate) fn reset_handler(signal: Signal) {
+    // The arguments are valid, so sigaction(2) cannot fail.
+    let _ = set_action(signal, SigHandler::SigDfl, SaFlags::empty());
+}
+
+fn set_action(signal: Signal, handler: SigHandler, flags: SaFlags) -> io::Result<PreviousAction> {
+    let mut blocked = SigSet::all();
+    blocked.remove(Signal::SIGBUS);
+    let action = SigAction::new(handler, flags, blocked);
+    // SAFETY: the handler is the default action or `on_signal`, which is valid for any signal.
+    Ok(PreviousAction(unsafe { sigaction(signal, &action) }?))
+}
+
+/// The action that a signal had before.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PreviousAction(SigAction);
+
+impl PreviousAction {
+    pub(crate) fn is_default(&self) -> bool {
+        matches!(self.0.handler(), SigHandler::SigDfl)
+    }
+
+    pub(crate) fn is_ignored(&self) -> bool {
+        matches!(self.0.handler(), SigHandler::SigIgn)
+    }
+
+    /// Sets this action again.
+    ///
+    /// # Errors
+    /// Returns the error from `sigaction(2)`.
+    pub(crate) fn restore(&self, signal: Signal) -> io::Result<()> {
+        // SAFETY: the action was in effect before, so its handler is valid.
+        unsafe { sigaction(signal, &self.0) }?;
+        Ok(())
+    }
+
+    /// Calls the previous handler. Returns false if there was none.
+    pub(crate) fn call(&self, signal: Signal, delivery: &Delivery<'_>) -> bool {
+        match self.0.handler() {
+            SigHandler::Handler(handler) => handler(signal as c_int),
+            SigHandler::SigAction(handler) => handler(signal as c_int, delivery.info, delivery.context),
+            SigHandler::SigDfl | SigHandler::SigIgn => return false,
+        }
+        true
+    }
+}
+
+/// Whether the current action of `signal` is the default action. Async-signal-safe.
+pub(crate) fn has_default_action(signal: Signal) -> bool {
+    // SAFETY: all zeroes is a valid sigaction.
+    let mut action: libc::sigaction = unsafe { mem::zeroed() };
+    // SAFETY: a null pointer requests no change, and `action` is valid for writes during the whole call.
+    let outcome = unsafe { libc::sigaction(signal as c_int, null(), &raw mut action) };
+    outcome != 0 || action.sa_sigaction == libc::SIG_DFL
+}
+
+/// What the kernel passes to a handler.
+#[derive(Debug)]
+pub(crate) struct Delivery<'a> {
+    info: *mut siginfo_t,
+    context: *mut c_void,
+    during_call: PhantomData<&'a siginfo_t>,
+}
+
+impl Delivery<'_> {
+    fn info(&self) -> Option<&siginfo_t> {
+        // SAFETY: null, or the kernel's description of the signal, which is valid during the call of the handler.
+        unsafe { self.info.as_ref() }
+    }
+
+    /// `si_code`: the reason for the signal; 0 if unknown. It is positive if the kernel sent the signal.
+    pub(crate) fn code(&self) -> c_int {
+        self.info().map_or(0, |info| info.si_code)
+    }
+
+    /// For a fault: the accessed address, or the address of the instruction. Meaningless for other signals.
+    pub(crate) fn address(&self) -> usize {
+        // SAFETY: the field overlaps others, all of which are plain integers.
+        self.info().map_or(0, |info| unsafe { info.si_addr() }.addr())
+    }
+
+    /// The process that sent the signal, if it was sent by kill(2), tgkill(2) or sigqueue(3).
+    pub(crate) fn sender(&self) -> Option<c_int> {
+        let info =
+            self.info().filter(|info| [libc::SI_USER, libc::SI_TKILL, libc::SI_QUEUE].contains(&info.si_code))?;
+        // SAFETY: the kernel fills in this field for these codes.
+        Some(unsafe { info.si_pid() })
+    }
+
+    /// The addresses of the interrupted instruction and of the stack.
+    pub(crate) fn registers(&self) -> Option<(usize, usize)> {
+        // SAFETY: null, or the interrupted context, which is valid during the call of the handler.
+        let context = unsafe { self.context.cast::<ucontext_t>().as_ref() }?;
+        #[cfg(target_arch = "x86_64")]
+        {
+            let register = |number: c_int| {
+                let value = context.uc_mcontext.gregs.get(usize::try_from(number).ok()?)?;
+                usize::try_from(value.cast_unsigned()).ok()
+            };
+            register(libc::REG_RIP).zip(register(libc::REG_RSP))
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            usize::try_from(context.uc_mcontext.pc).ok().zip(usize::try_from(context.uc_mcontext.sp).ok())
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        {
+            let _ = context;
+            None
+        }
+    }
+}
+
+extern "C" fn on_signal<H: HandleSignal>(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    // SAFETY: the address of a variable that belongs to this thread.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: the address is valid as long as the thread lives.
+    let before = unsafe { *errno };
+    if let Ok(signal) = Signal::try_from(signal) {
+        H::handle(signal, &Delivery { info, context, during_call: PhantomData });
+    }
+    // SAFETY: the address is valid as long as the thread lives.
+    unsafe { *errno = before };
+}
+
+/// The name of this thread, up to the null byte. Async-signal-safe.
+pub(crate) fn thread_name() -> [u8; 16] {
+    let mut name = [0; 16];
+    // SAFETY: the kernel writes at most 16 bytes.
+    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+    name
+}
+
+/// Registers a function that runs when any thread calls `exit(3)`. If that fails, it is not called.
+pub(crate) fn at_exit(function: extern "C" fn()) {
+    // SAFETY: the function may be called at any time; it is never unloaded.
+    unsafe { libc::atexit(function) };
+}
+
+/// The size in bytes of the stack on which this thread's handlers run; `None` if they run on the thread's own stack. Async-signal-safe.
+pub(crate) fn handler_stack_size() -> Option<usize> {
+    current_stack().filter(|stack| stack.ss_flags & libc::SS_DISABLE == 0).map(|stack| stack.ss_size)
+}
+
+fn current_stack() -> Option<libc::stack_t> {
+    // SAFETY: all zeroes is a valid stack_t.
+    let mut stack: libc::stack_t = unsafe { mem::zeroed() };
+    // SAFETY: a null pointer requests no change, and `stack` is valid for writes during the whole call.
+    let outcome = unsafe { libc::sigaltstack(null(), &raw mut stack) };
+    (outcome == 0).then_some(stack)
+}
+
+/// The stack on which a thread's handlers run, with an inaccessible page below it.
+#[derive(Debug)]
+pub(crate) struct HandlerStack {
+    memory: *mut c_void,
+    size: usize,
+}
+
+/// Size of the inaccessible page: the largest page size in use.
+const GUARD_SIZE: usize = 64 << 10;
+
+impl HandlerStack {
+    /// Makes this thread's handlers run on a new stack of `size` bytes until the value is dropped, which must happen on the same thread.
+    /// Returns `None` if no memory is available; the handlers then run where they ran before.
+    pub(crate) fn install(size: usize) -> Option<Self> {
+        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: new memory, at an address that the kernel chooses.
+        let memory = unsafe { libc::mmap(null_mut(), GUARD_SIZE + size, access, kind, -1, 0) };
+        if memory == libc::MAP_FAILED {
+            return None;
+        }
+        let owned = Self { memory, size };
+        // SAFETY: the lower part of that memory, which is not in use.
+        let guarded = unsafe { libc::mprotect(memory, GUARD_SIZE, libc::PROT_NONE) };
+        let stack = libc::stack_t { ss_sp: owned.bottom(), ss_flags: 0, ss_size: size };
+        // SAFETY: the memory belongs to `owned`, whose drop disables the stack before it releases the memory.
+        let is_set = guarded == 0 && unsafe { libc::sigaltstack(&raw const stack, null_mut()) } == 0;
+        is_set.then_some(owned)
+    }
+
+    fn bottom(&self) -> *mut c_void {
+        self.memory.wrapping_byte_add(GUARD_SIZE)
+    }
+}
+
+impl Drop for HandlerStack {
+    fn drop(&mut self) {
+        if let Some(mut stack) = current_stack().filter(|stack| stack.ss_sp == self.bottom()) {
+            stack.ss_flags = libc::SS_DISABLE;
+            // SAFETY: disables the stack. No handler runs on it now, because this code is not a handler.
+            unsafe { libc::sigaltstack(&raw const stack, null_mut()) };
+        }
+        // SAFETY: the memory of `install`, which is not used any more.
+        unsafe { libc::munmap(self.memory, GUARD_SIZE + self.size) };
+    }
+}
