@@ -30,7 +30,7 @@ pub(crate) use self::guard_link::{announce, announce_by, announce_process};
 pub(crate) use self::other_processes::{descriptor_of, ending_of};
 pub(crate) use self::process::{
     Ending, clone_with_descriptors, die_with_parent, ended_child, exec, exit_now, expect_one_thread, fork, is_child,
-    process_descriptor, reap, spawn,
+    process_descriptor, reap, spawn, thread_name,
 };
 pub(crate) use self::process_status::{process_kib, process_status};
 pub(crate) use self::receive::{receive_with_descriptor, receive_with_descriptors};

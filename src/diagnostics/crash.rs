@@ -26,6 +26,7 @@ use nix::unistd::{alarm, getpid, gettid, sleep, write};
 
 use super::code_address::Modules;
 use super::{current_request, unwind};
+use crate::sys;
 use crate::sys::signal_handler::{self, Delivery, HandleSignal, HandlerStack, PreviousAction};
 
 /// The signals of a crash.
@@ -186,7 +187,7 @@ fn report(context: &CrashContext) {
     let signal = Signal::try_from(SIGNAL.load(Ordering::Relaxed)).ok();
     let name = signal.map_or("?", |signal| signal.as_str().trim_start_matches("SIG"));
     let mut line = Line::<512>::new("said ");
-    let thread = signal_handler::thread_name();
+    let thread = sys::thread_name();
     let thread = str::from_utf8(thread.split(|&byte| byte == 0).next().unwrap_or_default()).unwrap_or("?");
     let _ = write!(line, "{name} in thread {thread}");
     let has_address = CODE.load(Ordering::Relaxed) > 0 && signal.is_some_and(|signal| FAULTS.contains(&signal));

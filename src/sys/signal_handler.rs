@@ -151,14 +151,6 @@ extern "C" fn on_signal<H: HandleSignal>(signal: c_int, info: *mut siginfo_t, co
     unsafe { *errno = before };
 }
 
-/// The name of this thread, up to the null byte. Async-signal-safe.
-pub(crate) fn thread_name() -> [u8; 16] {
-    let mut name = [0; 16];
-    // SAFETY: the kernel writes at most 16 bytes.
-    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
-    name
-}
-
 /// Registers a function that runs when any thread calls `exit(3)`. If that fails, it is not called.
 pub(crate) fn at_exit(function: extern "C" fn()) {
     // SAFETY: the function may be called at any time; it is never unloaded.
