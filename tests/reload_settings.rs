@@ -303,7 +303,7 @@ impl Served {
         let line = self.log.lines().rfind(|line| line.contains(&format!("settings part={part}")));
         let line = line.unwrap_or_else(|| panic!("{part} logs no settings in\n{}", self.log));
         // Values that differ between workers precede the settings.
-        line.split_once("Config {").or_else(|| line.split_once("part=")).unwrap().1.to_owned()
+        line.split_once(r#" config="Config {"#).or_else(|| line.split_once("part=")).unwrap().1.to_owned()
     }
 }
 

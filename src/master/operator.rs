@@ -58,23 +58,7 @@ impl Master {
                     &ControlReply::failed("there is no event log (start with --events SIZE to have one)"),
                 );
             }
-            ControlRequest::Segment | ControlRequest::Events => {
-                let now = self.now();
-                if let Some(why) = self.why_not_use_memory() {
-                    return self.reply(client, &ControlReply::failed(why));
-                }
-                let segment = match to_pass(&self.spawner.segment) {
-                    Ok(segment) => segment,
-                    Err(error) => {
-                        let why = format!("cannot duplicate the descriptor of the shared memory: {error}");
-                        return self.reply(client, &ControlReply::failed(why));
-                    }
-                };
-                let done = ControlReply::done("the descriptor of the shared memory is attached");
-                if let Some(control) = &mut self.control {
-                    control.hand_over(client, segment.as_fd(), &done, now);
-                }
-            }
+            ControlRequest::Segment | ControlRequest::Events => self.hand_over_memory(client),
             ControlRequest::Stop { now } => {
                 self.keep_waiting(client, Waiting::Stop);
                 self.feed(SupervisorEvent::Command(if now { Command::Halt } else { Command::Drain }));
@@ -116,6 +100,24 @@ impl Master {
                 };
                 self.reply(client, &answer);
             }
+        }
+    }
+
+    fn hand_over_memory(&mut self, client: ClientId) {
+        let now = self.now();
+        if let Some(why) = self.why_not_use_memory() {
+            return self.reply(client, &ControlReply::failed(why));
+        }
+        let segment = match to_pass(&self.spawner.segment) {
+            Ok(segment) => segment,
+            Err(error) => {
+                let why = format!("cannot duplicate the descriptor of the shared memory: {error}");
+                return self.reply(client, &ControlReply::failed(why));
+            }
+        };
+        let done = ControlReply::done("the descriptor of the shared memory is attached");
+        if let Some(control) = &mut self.control {
+            control.hand_over(client, segment.as_fd(), &done, now);
         }
     }
 

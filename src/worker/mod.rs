@@ -206,12 +206,8 @@ where
         let is_orphan = wait_for_leave(asked_to_leave, heritage.lifeline, &output).await?;
 
         row.set_state(State::Draining);
-        let mut draining = DrainingListeners {
-            accepting,
-            listeners: Arc::clone(&heritage.listeners),
-            retained: &heir.retained,
-            is_orphan,
-        };
+        let (listeners, retained) = (&*heritage.listeners, &heir.retained);
+        let mut draining = DrainingListeners { accepting, listeners, retained, is_orphan };
         draining.begin_to_close();
         draining.run_dry(&*server).await;
         drain.begin();

@@ -5,7 +5,6 @@
 //! it: the address is then free for the next start.
 
 use std::rc::Rc;
-use std::sync::Arc;
 
 use tokio::task::JoinHandle;
 
@@ -20,7 +19,7 @@ pub(crate) type Accepting = (JoinHandle<()>, Rc<Acceptor>);
 /// The acceptors and listeners of a draining worker.
 pub(crate) struct DrainingListeners<'a> {
     pub(crate) accepting: Vec<Accepting>,
-    pub(crate) listeners: Arc<[Listener]>,
+    pub(crate) listeners: &'a [Listener],
     pub(crate) retained: &'a RetainedFds,
     /// The master is dead, so the server ends.
     pub(crate) is_orphan: bool,
@@ -54,7 +53,7 @@ impl DrainingListeners<'_> {
                 self.own().for_each(Listener::refuse);
             }
             self.accepting.retain(|(_, acceptor)| !acceptor.is_of_listener());
-            self.retained.give_up(&self.listeners);
+            self.retained.give_up(self.listeners);
         }
         is_dry
     }
