@@ -10,6 +10,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use common::{Process, Server, children_of, fastcgi, http, http2, is_gone, process, processes, scgi, wait_until};
+use forkyard_shm::State;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -247,7 +248,11 @@ fn an_heir_has_its_name_before_it_runs() {
             process((0..1000).find_map(|_| first_child())?).map(|process| process.name)
         });
         assert_eq!(name, "heir", "the heir's name when it is first seen");
-        wait_until("the worker is ready", || at.server.workers().contains(&worker).then_some(()));
+        wait_until("the worker is ready", || {
+            let board = at.server.segment().scoreboard();
+            let mut rows = (0..board.rows()).filter_map(|slot| board.read(slot));
+            rows.any(|row| row.pid == worker.cast_unsigned() && row.state == State::Ready).then_some(())
+        });
     }
     at.server.stop();
 }
