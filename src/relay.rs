@@ -28,6 +28,7 @@ use nix::sys::socket::{MsgFlags, recvmsg};
 
 use self::datagram::Datagram;
 use self::refused_datagrams::Complaints;
+pub(crate) use self::refused_datagrams::RefusedDatagrams;
 
 /// The first line that the relay writes.
 pub(crate) const READY: &str = "ready";
@@ -99,8 +100,8 @@ impl Relay<'_> {
                     }
                 }
             }
-            if let Some(line) = self.complaints.take(self.begun.elapsed()) {
-                say(&line);
+            if let Some(report) = self.complaints.take(self.begun.elapsed()) {
+                say(&serde_json::to_string(&report)?);
             }
         }
     }

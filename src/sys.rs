@@ -1,7 +1,7 @@
 //! The fence: safe functions around system calls that need `unsafe`, or that are sound only at one point of a process's lifetime.
 //!
-//! Decides nothing: policy is in `master::supervisor`. Other files with `unsafe` are `diagnostics/unwind.rs`,
-//! `startup/abort_signal.rs`, `logging/`, the heir's journal, and the steps between fork and exec in `privileges/`.
+//! Decides nothing: policy is in `master::supervisor`. Other files with `unsafe` are the signal handlers in
+//! `diagnostics/` and `startup/abort_signal.rs`, `logging/`, the heir's journal, and the steps between fork and exec in `privileges/`.
 
 mod descriptors;
 mod environment;

@@ -62,7 +62,7 @@ fn a_deadly_request_is_refused_after_three_deaths_and_no_other_request_is() {
         deaths = poison(&address, |_| "/segv?once=more".to_owned());
         assert!(deaths >= 3);
         let line = server.wait_for("quarantined a request");
-        assert!(line.contains("request=\"GET /segv\" time=60s times=1"), "{line}");
+        assert!(line.contains("request=\"GET /segv\" lasts=60s times=1"), "{line}");
         let before = good.load(Ordering::Relaxed);
         for _ in 0..20 {
             let response = http::get(&address, "/segv").unwrap();

@@ -13,6 +13,7 @@
 //! - Only the worker itself reports: a child that the application forks reports nothing.
 //!
 //! The handlers must not allocate, lock or panic.
+#![expect(unsafe_code, reason = "signal handlers, which promise to be async-signal-safe")]
 
 use std::cell::Cell;
 use std::fmt::Write;
@@ -27,7 +28,7 @@ use nix::unistd::{alarm, getpid, gettid, sleep, write};
 use super::code_address::Modules;
 use super::{current_request, unwind};
 use crate::sys;
-use crate::sys::signal_handler::{self, Delivery, HandleSignal, HandlerStack, PreviousAction};
+use crate::sys::signal_handler::{self, ActionOfSignal, Delivery, HandleSignal, HandlerStack};
 
 /// The signals of a crash.
 const SIGNALS: [Signal; 8] = [
@@ -60,7 +61,7 @@ struct CrashContext {
 
 static CONTEXT: OnceLock<CrashContext> = OnceLock::new();
 /// The previous action for each of [`SIGNALS`] that this module handles.
-static PREVIOUS: [OnceLock<PreviousAction>; SIGNALS.len()] = [const { OnceLock::new() }; SIGNALS.len()];
+static PREVIOUS: [OnceLock<ActionOfSignal>; SIGNALS.len()] = [const { OnceLock::new() }; SIGNALS.len()];
 /// The thread that is writing its report.
 static DYING: AtomicI32 = AtomicI32::new(0);
 /// The first signal of that thread: the standard library turns a stack overflow into an abort.
@@ -81,11 +82,9 @@ pub(crate) fn install(report: OwnedFd) -> io::Result<()> {
     unwind::initialize();
     CONTEXT.get_or_init(|| CrashContext { process: process::id().cast_signed(), report, modules: Modules::own() });
     for (signal, previous) in SIGNALS.into_iter().zip(&PREVIOUS) {
-        let before = signal_handler::set_handler::<Crash>(signal, SaFlags::SA_ONSTACK)?;
-        if is_ours_to_take(signal, &before) {
-            let _ = previous.set(before); // this function runs once
-        } else {
-            before.restore(signal)?;
+        if let Some(action) = ActionOfSignal::current(signal).filter(|action| is_ours_to_take(signal, action)) {
+            let _ = previous.set(action); // this function runs once
+            signal_handler::set_handler::<Crash>(signal, SaFlags::SA_ONSTACK)?;
         }
     }
     signal_handler::at_exit(on_exit);
@@ -102,13 +101,15 @@ extern "C" fn on_exit() {
 
 /// Whether this module replaces the action. A handler that the application has set is kept, except for SIGSEGV and SIGBUS, for which
 /// the standard library has a handler anyway.
-fn is_ours_to_take(signal: Signal, before: &PreviousAction) -> bool {
-    before.is_default() || (!before.is_ignored() && [Signal::SIGSEGV, Signal::SIGBUS].contains(&signal))
+fn is_ours_to_take(signal: Signal, action: &ActionOfSignal) -> bool {
+    action.is_default() || (!action.is_ignored() && [Signal::SIGSEGV, Signal::SIGBUS].contains(&signal))
 }
 
 struct Crash;
 
-impl HandleSignal for Crash {
+// SAFETY: calls the previous handler, and otherwise only functions that are async-signal-safe. The unwinder is not written for signal
+// handlers; the report is complete before it runs.
+unsafe impl HandleSignal for Crash {
     fn handle(signal: Signal, delivery: &Delivery<'_>) {
         // The instruction of a fault runs again when the handler returns.
         let repeats = delivery.code() > 0 && FAULTS.contains(&signal);
@@ -140,7 +141,7 @@ impl HandleSignal for Crash {
             }
         }
         record(signal, delivery, context.process);
-        if call_previous(signal, delivery) && !signal_handler::has_default_action(signal) {
+        if call_previous(signal, delivery) && ActionOfSignal::current(signal).is_some_and(|action| !action.is_default()) {
             DYING.store(0, Ordering::SeqCst); // the handler has recovered
             return;
         }
@@ -164,7 +165,7 @@ fn record(signal: Signal, delivery: &Delivery<'_>, process: i32) {
 fn call_previous(signal: Signal, delivery: &Delivery<'_>) -> bool {
     let index = SIGNALS.iter().position(|known| *known == signal);
     let previous = index.and_then(|index| PREVIOUS[index].get());
-    previous.is_some_and(|previous| previous.call(signal, delivery))
+    previous.is_some_and(|previous| previous.call(delivery))
 }
 
 /// Makes the process die as it would without a handler, as soon as the handler returns.
@@ -228,7 +229,8 @@ fn report_backtrace(context: &CrashContext, at: usize) {
 /// Terminates the process when the backtrace exceeds its time limit.
 struct BacktraceTimeout;
 
-impl HandleSignal for BacktraceTimeout {
+// SAFETY: makes system calls only.
+unsafe impl HandleSignal for BacktraceTimeout {
     fn handle(_: Signal, _: &Delivery<'_>) {
         let signal = Signal::try_from(SIGNAL.load(Ordering::Relaxed)).unwrap_or(Signal::SIGABRT);
         signal_handler::reset_handler(signal);

@@ -4,6 +4,7 @@
 //! The signal is SIGURG: it is ignored if no handler is installed, and few programs use it.
 //!
 //! The handler must not allocate, lock or panic.
+#![expect(unsafe_code, reason = "a signal handler, which promises to be async-signal-safe")]
 
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -29,8 +30,7 @@ static FRAMES: [AtomicUsize; MAX_FRAMES] = [const { AtomicUsize::new(0) }; MAX_F
 /// Returns the error from `sigaction(2)`.
 pub(crate) fn install() -> io::Result<()> {
     unwind::initialize();
-    signal_handler::set_handler::<Sample>(Signal::SIGURG, SaFlags::SA_ONSTACK | SaFlags::SA_RESTART)?;
-    Ok(())
+    signal_handler::set_handler::<Sample>(Signal::SIGURG, SaFlags::SA_ONSTACK | SaFlags::SA_RESTART)
 }
 
 /// The addresses of the instructions that a thread is executing, the innermost first; empty if the thread's handler does not run in
@@ -53,7 +53,8 @@ pub(crate) fn of(thread: i32) -> Vec<usize> {
 
 struct Sample;
 
-impl HandleSignal for Sample {
+// SAFETY: stores to atomics only, after it has walked the stack.
+unsafe impl HandleSignal for Sample {
     fn handle(_: Signal, delivery: &Delivery<'_>) {
         if ASKED.load(Ordering::SeqCst) != gettid().as_raw() {
             return;

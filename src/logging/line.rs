@@ -3,6 +3,7 @@
 //! A line has a message and the fields of its record ([`log::kv`]). As text they are `message key=value key="a value"`; in JSON each field
 //! has its own key.
 
+use std::borrow::Cow;
 use std::fmt::{self, Display, Formatter};
 use std::io::Write as _;
 use std::time::Duration;
@@ -98,8 +99,8 @@ impl Display for Fields {
     /// ` key=value key="a value"`, with a space before each field.
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|(key, value)| match value {
-            Value::Text(text) if needs_quotes(text) => write!(f, " {key}={text:?}"),
-            Value::Text(text) | Value::Plain(text) => write!(f, " {key}={text}"),
+            Value::Text(text) if needs_quotes(text) => write!(f, " {}={text:?}", key.escape_debug()),
+            Value::Text(text) | Value::Plain(text) => write!(f, " {}={text}", key.escape_debug()),
         })
     }
 }
@@ -146,10 +147,19 @@ impl VisitValue<'_> for Visited {
 }
 
 impl Line<'_> {
+    /// Whether Forkyard itself logs the line, rather than the application.
+    fn is_ours(&self) -> bool {
+        let below = self.target.strip_prefix(env!("CARGO_CRATE_NAME"));
+        below.is_some_and(|below| below.is_empty() || below.starts_with("::"))
+    }
+
     pub(crate) fn write_text(&self, out: &mut Vec<u8>) {
         let Self { time, level, pid, message, fields, is_output, .. } = self;
         let _ = write!(out, "{time} {level:<5} [{pid}]"); // writing to a Vec cannot fail
-        if !is_output {
+        if self.is_ours() {
+            // It may contain an error of the application, and that may contain what a client has sent.
+            let _ = write!(out, " {}", one_line(message));
+        } else if !is_output {
             let _ = write!(out, " {message}");
         }
         let _ = write!(out, "{fields}");
@@ -185,10 +195,19 @@ impl Line<'_> {
     }
 }
 
-/// Whether a value would be ambiguous as `key=value`.
+/// Escapes control characters.
+fn one_line(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return text.into();
+    }
+    let escaped = |char: char| if char.is_control() { char.escape_debug().to_string() } else { char.to_string() };
+    text.chars().map(escaped).collect::<String>().into()
+}
+
+/// Whether a value would be ambiguous as `key=value`, or contains characters that are not visible.
 fn needs_quotes(text: &str) -> bool {
-    text.is_empty()
-        || text.contains(|char: char| char.is_whitespace() || char.is_control() || matches!(char, '"' | '='))
+    let is_escaped = |char: char| !matches!(char, '\\' | '\'') && char.escape_debug().len() > 1;
+    text.is_empty() || text.contains(|char: char| char.is_whitespace() || char == '=' || is_escaped(char))
 }
 
 #[cfg(test)]
@@ -265,6 +284,18 @@ mod tests {
         let (text, json) = write("m", &fields, false);
         assert!(text.ends_with(" m level=x message=y a=1 target=\"\" a=2\n"), "{text}");
         assert_eq!((&json["level"], &json["message"], &json["a"]), (&"warn".into(), &"m".into(), &"2".into()));
+    }
+
+    #[test]
+    fn no_text_of_a_client_forms_a_line_of_its_own() {
+        let message = "a request failed: x\n2026-01-02T03:04:05.678Z WARN  [1] worker died\u{1b}[0m é";
+        let fields = &Fields::of(&("a\nb", "a\u{202e}b"));
+        let (time, level, target) = ("T", Level::Warn, concat!(env!("CARGO_CRATE_NAME"), "::worker"));
+        let line = Line { time, level, pid: 7, target, message, fields, is_output: false };
+        let mut text = Vec::new();
+        line.write_text(&mut text);
+        let expected = r#" a request failed: x\n2026-01-02T03:04:05.678Z WARN  [1] worker died\u{1b}[0m é a\nb="a\u{202e}b""#;
+        assert_eq!(String::from_utf8(text).unwrap(), format!("T WARN  [7]{expected}\n"));
     }
 
     #[test]

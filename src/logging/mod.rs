@@ -144,8 +144,8 @@ impl Sink {
         }
     }
 
-    /// Whether a line from this place in the source is logged. If not, it is counted.
-    fn admits(&mut self, record: &Record<'_>, message: &str, fields: &Fields) -> bool {
+    /// Whether a line from this place in the source is logged. If not, it is counted, and its message and fields may have been taken.
+    fn admits(&mut self, record: &Record<'_>, message: &mut String, fields: &mut Fields) -> bool {
         let now = self.now();
         let Some(limits) = &mut self.limits else { return true };
         let is_ours = record.module_path().is_some_and(|path| path.starts_with(OURS));
@@ -153,8 +153,8 @@ impl Sink {
             let sample = || Sample {
                 level: record.level(),
                 target: record.target().to_owned(),
-                message: message.to_owned(),
-                fields: fields.clone(),
+                message: std::mem::take(message),
+                fields: std::mem::take(fields),
                 more: 0,
             };
             let admits = limits.sites.admits((file, line), now, sample);
@@ -330,8 +330,8 @@ fn logger(config: &LogConfig) -> env_logger::Logger {
         .parse_filters(config.filters.as_str())
         .target(env_logger::Target::Pipe(Box::new(Destination)))
         .format(|out, record| {
-            let (message, fields) = (record.args().to_string(), Fields::of(record.key_values()));
-            if !sink().admits(record, &message, &fields) {
+            let (mut message, mut fields) = (record.args().to_string(), Fields::of(record.key_values()));
+            if !sink().admits(record, &mut message, &mut fields) {
                 return Ok(());
             }
             let is_output = record.target() == OUTPUT && record.module_path() == Some(OUTPUT_FROM);

@@ -129,15 +129,17 @@ fn requests_at_its_end(
 
 /// Logs an event. Returns its line, for control clients.
 fn log_event(level: Level, event: &str, fields: &dyn Source) -> String {
-    log::logger().log(
-        &Record::builder()
-            .args(format_args!("{event}"))
-            .level(level)
-            .target(module_path!())
-            .module_path_static(Some(module_path!()))
-            .key_values(fields)
-            .build(),
-    );
+    if level <= log::STATIC_MAX_LEVEL && level <= log::max_level() {
+        log::logger().log(
+            &Record::builder()
+                .args(format_args!("{event}"))
+                .level(level)
+                .target(module_path!())
+                .module_path_static(Some(module_path!()))
+                .key_values(fields)
+                .build(),
+        );
+    }
     line_of(event, fields)
 }
 

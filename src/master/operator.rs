@@ -164,8 +164,11 @@ impl Master {
                 let text = line_of(RELOAD_DONE, &("gen", generation));
                 self.reply_to_waiting(Waiting::Reload, &ControlReply::done(text));
             }
-            Notice::ReloadFailed { .. } => {
-                let why = format!("reload failed; the old workers stay: {}", self.death_record.line);
+            Notice::ReloadFailed { generation, .. } => {
+                let why = match self.death_record.line.as_str() {
+                    "" => line_of("reload failed; the old workers stay", &("gen", generation)),
+                    death => format!("reload failed; the old workers stay: {death}"),
+                };
                 self.reply_to_waiting(Waiting::Reload, &ControlReply::failed(why));
             }
             Notice::Failing { .. } => {

@@ -25,7 +25,7 @@ use crate::config::privileges::Owner;
 use crate::logging;
 use crate::net::publish_socket::PublishSocket;
 use crate::privileges::Privileges;
-use crate::relay;
+use crate::relay::{self, RefusedDatagrams};
 use crate::sys::{self, Ending};
 use crate::upgrade::saved_state::SavedPublish;
 
@@ -252,6 +252,8 @@ impl Process {
             if line == relay::READY {
                 *ready = true;
                 breaker.close();
+            } else if let Ok(RefusedDatagrams { count, total, last }) = serde_json::from_str(line) {
+                log::warn!(count, total, last, pid; "relay: datagrams not published");
             } else {
                 log::warn!(pid; "relay: {line}");
             }

@@ -90,7 +90,7 @@ impl Faults {
         for verdict in verdicts {
             match verdict {
                 Verdict::Refused { key, time, times } => log::error!(
-                    request = key, time:% = format_args!("{}s", time.as_secs()), times;
+                    request = key, lasts:% = format_args!("{}s", time.as_secs()), times;
                     "quarantined a request: workers die of it or hang in it (--quarantine)"
                 ),
                 Verdict::Released { key } => log::warn!(request = key; "quarantine ended"),

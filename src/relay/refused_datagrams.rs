@@ -6,8 +6,21 @@
 use std::fmt::Display;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// Minimum time between two lines.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The relay's report about datagrams, as a line of JSON to the master.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RefusedDatagrams {
+    /// Number of datagrams since the previous report.
+    pub(crate) count: u64,
+    /// Number of datagrams since the relay was started.
+    pub(crate) total: u64,
+    /// Why the last of these datagrams was not published.
+    pub(crate) last: String,
+}
 
 /// The datagrams that have not been reported yet. All times are relative to one arbitrary start.
 #[derive(Debug, Default)]
@@ -31,12 +44,12 @@ impl Complaints {
         (self.unreported > 0).then(|| self.not_before.saturating_sub(now))
     }
 
-    /// Returns the line if it is due.
-    pub(super) fn take(&mut self, now: Duration) -> Option<String> {
+    /// Returns the report if it is due.
+    pub(super) fn take(&mut self, now: Duration) -> Option<RefusedDatagrams> {
         self.due_in(now).filter(Duration::is_zero)?;
         self.not_before = now + LOG_INTERVAL;
-        let unreported = std::mem::take(&mut self.unreported);
-        Some(format!("datagrams not published count={unreported} total={} last={:?}", self.total, self.last))
+        let count = std::mem::take(&mut self.unreported);
+        Some(RefusedDatagrams { count, total: self.total, last: std::mem::take(&mut self.last) })
     }
 }
 
@@ -51,13 +64,13 @@ mod tests {
         assert_eq!((complaints.due_in(ms(5)), complaints.take(ms(5))), (None, None));
         complaints.add("one");
         assert_eq!(complaints.due_in(ms(5)), Some(Duration::ZERO));
-        assert_eq!(complaints.take(ms(5)).unwrap(), "datagrams not published count=1 total=1 last=\"one\"");
+        assert_eq!(complaints.take(ms(5)), Some(RefusedDatagrams { count: 1, total: 1, last: "one".to_owned() }));
         for _ in 0..1000 {
             complaints.add("a \"line\"\n");
         }
         assert_eq!((complaints.due_in(ms(6)), complaints.take(ms(6))), (Some(ms(999)), None));
-        let line = complaints.take(ms(1005)).unwrap();
-        assert_eq!(line, "datagrams not published count=1000 total=1001 last=\"a \\\"line\\\"\\n\"");
+        let last = "a \"line\"\n".to_owned();
+        assert_eq!(complaints.take(ms(1005)), Some(RefusedDatagrams { count: 1000, total: 1001, last }));
         assert_eq!((complaints.due_in(ms(9000)), complaints.take(ms(9000))), (None, None));
     }
 }

@@ -11,75 +11,79 @@ use std::{io, mem};
 use libc::{c_int, c_void, siginfo_t, ucontext_t};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-/// A signal handler. While it runs, all signals are blocked except SIGBUS, which recovers pages of a truncated file.
-pub(crate) trait HandleSignal {
-    /// Handles a signal. Must be async-signal-safe.
+/// A signal handler. While it runs, all signals are blocked except SIGBUS, whose handler recovers pages of a truncated file.
+///
+/// # Safety
+/// `handle` must be async-signal-safe: it must not allocate, take a lock or panic.
+pub(crate) unsafe trait HandleSignal {
     fn handle(signal: Signal, delivery: &Delivery<'_>);
 }
 
-/// Makes `H` the handler of `signal`. Returns the previous action.
+/// Makes `H` the handler of `signal`. Async-signal-safe.
 ///
 /// # Errors
 /// Returns the error from `sigaction(2)`.
-pub(crate) fn set_handler<H: HandleSignal>(signal: Signal, flags: SaFlags) -> io::Result<PreviousAction> {
+pub(crate) fn set_handler<H: HandleSignal>(signal: Signal, flags: SaFlags) -> io::Result<()> {
     set_action(signal, SigHandler::SigAction(on_signal::<H>), flags)
 }
 
 /// Sets the default action of `signal`. Async-signal-safe.
 pub(crate) fn reset_handler(signal: Signal) {
-    // The arguments are valid, so sigaction(2) cannot fail.
-    let _ = set_action(signal, SigHandler::SigDfl, SaFlags::empty());
+    let _ = set_action(signal, SigHandler::SigDfl, SaFlags::empty()); // cannot fail: the arguments are valid
 }
 
-fn set_action(signal: Signal, handler: SigHandler, flags: SaFlags) -> io::Result<PreviousAction> {
+fn set_action(signal: Signal, handler: SigHandler, flags: SaFlags) -> io::Result<()> {
     let mut blocked = SigSet::all();
     blocked.remove(Signal::SIGBUS);
     let action = SigAction::new(handler, flags, blocked);
-    // SAFETY: the handler is the default action or `on_signal`, which is valid for any signal.
-    Ok(PreviousAction(unsafe { sigaction(signal, &action) }?))
+    // SAFETY: the handler is the default action, or `on_signal`, which calls an async-signal-safe function.
+    unsafe { sigaction(signal, &action) }?;
+    Ok(())
 }
 
-/// The action that a signal had before.
+/// The action of a signal at one moment.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct PreviousAction(SigAction);
+pub(crate) struct ActionOfSignal {
+    signal: Signal,
+    action: libc::sigaction,
+}
 
-impl PreviousAction {
+impl ActionOfSignal {
+    /// Returns the current action. Async-signal-safe.
+    pub(crate) fn current(signal: Signal) -> Option<Self> {
+        // SAFETY: all zeroes is a valid sigaction.
+        let mut action: libc::sigaction = unsafe { mem::zeroed() };
+        // SAFETY: a null pointer requests no change, and `action` is valid for writes during the whole call.
+        let outcome = unsafe { libc::sigaction(signal as c_int, null(), &raw mut action) };
+        (outcome == 0).then_some(Self { signal, action })
+    }
+
     pub(crate) fn is_default(&self) -> bool {
-        matches!(self.0.handler(), SigHandler::SigDfl)
+        self.action.sa_sigaction == libc::SIG_DFL
     }
 
     pub(crate) fn is_ignored(&self) -> bool {
-        matches!(self.0.handler(), SigHandler::SigIgn)
+        self.action.sa_sigaction == libc::SIG_IGN
     }
 
-    /// Sets this action again.
-    ///
-    /// # Errors
-    /// Returns the error from `sigaction(2)`.
-    pub(crate) fn restore(&self, signal: Signal) -> io::Result<()> {
-        // SAFETY: the action was in effect before, so its handler is valid.
-        unsafe { sigaction(signal, &self.0) }?;
-        Ok(())
-    }
-
-    /// Calls the previous handler. Returns false if there was none.
-    pub(crate) fn call(&self, signal: Signal, delivery: &Delivery<'_>) -> bool {
-        match self.0.handler() {
-            SigHandler::Handler(handler) => handler(signal as c_int),
-            SigHandler::SigAction(handler) => handler(signal as c_int, delivery.info, delivery.context),
-            SigHandler::SigDfl | SigHandler::SigIgn => return false,
+    /// Calls the handler of this action. Returns false if the action is not a handler.
+    pub(crate) fn call(&self, delivery: &Delivery<'_>) -> bool {
+        if self.is_default() || self.is_ignored() {
+            return false;
+        }
+        let signal = self.signal as c_int;
+        if self.action.sa_flags & libc::SA_SIGINFO == 0 {
+            // SAFETY: without SA_SIGINFO, the address is that of a function that takes only the signal's number.
+            let handler: extern "C" fn(c_int) = unsafe { mem::transmute(self.action.sa_sigaction) };
+            handler(signal);
+        } else {
+            // SAFETY: with SA_SIGINFO, the address is that of a function with these parameters. The arguments come from the kernel.
+            let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) =
+                unsafe { mem::transmute(self.action.sa_sigaction) };
+            handler(signal, delivery.info, delivery.context);
         }
         true
     }
-}
-
-/// Whether the current action of `signal` is the default action. Async-signal-safe.
-pub(crate) fn has_default_action(signal: Signal) -> bool {
-    // SAFETY: all zeroes is a valid sigaction.
-    let mut action: libc::sigaction = unsafe { mem::zeroed() };
-    // SAFETY: a null pointer requests no change, and `action` is valid for writes during the whole call.
-    let outcome = unsafe { libc::sigaction(signal as c_int, null(), &raw mut action) };
-    outcome != 0 || action.sa_sigaction == libc::SIG_DFL
 }
 
 /// What the kernel passes to a handler.
@@ -184,9 +188,10 @@ impl HandlerStack {
     /// Makes this thread's handlers run on a new stack of `size` bytes until the value is dropped, which must happen on the same thread.
     /// Returns `None` if no memory is available; the handlers then run where they ran before.
     pub(crate) fn install(size: usize) -> Option<Self> {
+        let length = size.checked_add(GUARD_SIZE)?;
         let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: new memory, at an address that the kernel chooses.
-        let memory = unsafe { libc::mmap(null_mut(), GUARD_SIZE + size, access, kind, -1, 0) };
+        let memory = unsafe { libc::mmap(null_mut(), length, access, kind, -1, 0) };
         if memory == libc::MAP_FAILED {
             return None;
         }
@@ -208,8 +213,10 @@ impl Drop for HandlerStack {
     fn drop(&mut self) {
         if let Some(mut stack) = current_stack().filter(|stack| stack.ss_sp == self.bottom()) {
             stack.ss_flags = libc::SS_DISABLE;
-            // SAFETY: disables the stack. No handler runs on it now, because this code is not a handler.
-            unsafe { libc::sigaltstack(&raw const stack, null_mut()) };
+            // SAFETY: disables the stack. Fails if a handler is running on it.
+            if unsafe { libc::sigaltstack(&raw const stack, null_mut()) } != 0 {
+                return; // the memory is in use
+            }
         }
         // SAFETY: the memory of `install`, which is not used any more.
         unsafe { libc::munmap(self.memory, GUARD_SIZE + self.size) };

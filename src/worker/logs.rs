@@ -54,7 +54,7 @@ async fn follow(files: &LogFiles, channel: Option<OwnedFd>, access_log: Option<&
             Ok(false) => return, // the master is dead
             Err(error) => {
                 // For example, no descriptor is free. The new files wait in the channel.
-                log::warn!("cannot switch to the new log files yet: {error}");
+                log::error!("cannot switch to the new log files yet: {error}");
                 sleep(RETRY_INTERVAL).await;
             }
         }

@@ -205,7 +205,7 @@ impl Master {
         let details = [
             status.map(|status| format!("exit status {status}")),
             signal.map(|signal| format!("signal {signal}")),
-            said.map(|said| format!("output: {said}")),
+            said.map(|said| format!("output: {said:?}")),
         ];
         let details: Vec<String> = details.into_iter().flatten().collect();
         if !details.is_empty() {

@@ -40,7 +40,7 @@ impl Refusals {
         let reason = Reason { why: why.into(), status, protocol };
         let line = self.counts.borrow_mut().note(reason, from, Instant::now());
         match line {
-            Some(line) => line.log(),
+            Some(line) => line.log_first(),
             None if self.is_timed.replace(true) => {}
             None => {
                 let this = Rc::clone(self);
@@ -56,7 +56,7 @@ impl Refusals {
     /// Logs the counts.
     pub(crate) fn report(&self) {
         let lines = self.counts.borrow_mut().report(Instant::now());
-        lines.iter().for_each(Line::log);
+        lines.iter().for_each(Line::log_count);
     }
 }
 
@@ -76,7 +76,15 @@ struct Line {
 }
 
 impl Line {
-    fn log(&self) {
+    /// Logs the first refusal for a reason. Not the same place in the source as [`Line::log_count`], because the number of lines from each
+    /// place is limited.
+    fn log_first(&self) {
+        let Self { reason: Reason { why, status, protocol }, count, last_from: from } = self;
+        log::info!(status = status.as_u16(), protocol:%, from = *from, count; "refused requests: {why}");
+    }
+
+    /// Logs the further refusals for a reason.
+    fn log_count(&self) {
         let Self { reason: Reason { why, status, protocol }, count, last_from } = self;
         let (from, last_from) = if *count == 1 { (*last_from, None) } else { (None, *last_from) };
         log::info!(status = status.as_u16(), protocol:%, from, last_from, count; "refused requests: {why}");
