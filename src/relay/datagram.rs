@@ -29,7 +29,7 @@ pub(super) enum Malformed {
 impl fmt::Display for Malformed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Lines => f.write_str("it has fewer than two line ends (which separate TOPIC, NAME and DATA)"),
+            Self::Lines => f.write_str("it has fewer than two line feeds (which separate TOPIC, NAME and DATA)"),
             Self::Topic => f.write_str("its topic is not UTF-8"),
             Self::Name(why) => write!(f, "its name {why}"),
         }
