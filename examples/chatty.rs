@@ -47,7 +47,7 @@ async fn half() -> &'static str {
     std::process::abort()
 }
 
-/// Kills the worker with SIGKILL, as an operator might.
+/// Kills the worker with SIGKILL, as an operator might do.
 async fn kill() -> &'static str {
     let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
     "it did not work\n"

@@ -71,7 +71,7 @@ async fn environment() -> String {
     all.concat()
 }
 
-/// Uses a thread, a timer and a second runtime, as real applications do.
+/// Uses a thread, a timer and a second runtime, as real applications may do.
 async fn threads() -> String {
     tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     let thread = std::thread::spawn(|| {

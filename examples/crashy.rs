@@ -2,8 +2,8 @@
 //!
 //! `cargo run --release --example crashy -- --workers 4`, then `curl http://127.0.0.1:8080/segv`
 //!
-//! If the environment contains `CRASHY_BROKEN=FILE`, the workers fail to start as long as FILE exists. If FILE contains
-//! `hang`, they hang instead.
+//! If the environment contains `CRASHY_BROKEN=FILE`, the workers fail to start as long as FILE exists. If FILE contains `hang`, the workers
+//! hang during startup instead.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -113,7 +113,7 @@ async fn claim(Path((length, real)): Path<(String, usize)>) -> Response {
     ([(CONTENT_LENGTH, length)], Body::from_stream(futures_util::stream::iter(pieces))).into_response()
 }
 
-/// Returns about this many bytes of headers, and a header with the name that CGI uses for the status.
+/// Returns a response with about this many bytes of headers, and with a header whose name CGI uses for the status.
 async fn head(Path(bytes): Path<usize>) -> Response {
     let mut response = "body\n".into_response();
     for _ in 0..bytes / 1000 {
@@ -220,7 +220,7 @@ async fn exit_at_once(Path(status): Path<i32>) {
     unsafe { libc::_exit(status) }
 }
 
-/// Kills the worker with SIGKILL, as the kernel or an operator might.
+/// Kills the worker with SIGKILL, as the kernel or an operator might do.
 async fn kill() {
     let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
 }

@@ -1,4 +1,4 @@
-//! Slow pages, which are stored in the cache that all workers share.
+//! An application with slow pages, which it stores in the cache that all workers share.
 //!
 //! `cargo run --release --example pages -- --workers 2`, then open http://127.0.0.1:8080
 

@@ -1,4 +1,4 @@
-//! The smallest application without threads. Its function never blocks, so it can run on the event loop. See
+//! The smallest application without threads. Its function never blocks, so the function can run on the event loop. See
 //! [`forkyard::Blocking::inline`] for the requirements.
 //!
 //! `cargo run --release --example quick -- --bind http:127.0.0.1:8080`

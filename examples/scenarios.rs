@@ -118,7 +118,7 @@ async fn path(request: Request) -> Vec<u8> {
     ["SCRIPT_NAME", "PATH_INFO"].map(|name| variables.get(name).unwrap_or_default()).concat()
 }
 
-/// Returns the values of a header. They are joined, because a web server may already have joined them.
+/// Returns the values of a header. The values are joined, because a web server may already have joined them.
 async fn header_of(Path(name): Path<String>, headers: HeaderMap) -> Vec<u8> {
     let values: Vec<&[u8]> = headers.get_all(&name).iter().map(HeaderValue::as_bytes).collect();
     let glue: &[u8] = if name == "cookie" { b"; " } else { b", " };

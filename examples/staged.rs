@@ -1,10 +1,10 @@
-//! An application whose startup and requests can be blocked from outside, to test signals during that time.
+//! An application whose startup and requests can be blocked from outside, to test signals while they are blocked.
 //!
 //! `STAGED=DIRECTORY cargo run --release --example staged`
 //!
 //! - A startup stage (`preload`, `factory`, `ready`) waits if DIRECTORY contains a FIFO with the name of the stage,
 //!   until another process opens the FIFO for writing and closes it.
-//! - `/until` responds when DIRECTORY contains a file `go`; `/block` blocks the event loop until then.
+//! - `/until` responds when DIRECTORY contains a file `go`; `/block` blocks the event loop until this file exists.
 //! - `/deaf` calls shutdown(2) on all listening sockets.
 
 #![expect(clippy::print_stdout, reason = "the tests wait for what it prints")]
@@ -77,7 +77,7 @@ async fn deaf() -> &'static str {
         let target = std::fs::read_link(entry.path()).unwrap_or_default();
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         if let (true, Some(number)) = (listening.contains(&*target.to_string_lossy()), number) {
-            let _ = shutdown(number, Shutdown::Read); // fails if an earlier descriptor refers to the same socket
+            let _ = shutdown(number, Shutdown::Read); // fails if the socket was already shut down through another descriptor
         }
     }
     "deaf\n"

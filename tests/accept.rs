@@ -1,4 +1,4 @@
-//! Accepting connections: a new connection wakes one worker, which is able to serve the connection immediately.
+//! Accepting connections: a new connection wakes a single worker, and this worker can serve the connection immediately.
 
 #![allow(
     clippy::unwrap_used,
@@ -41,8 +41,8 @@ fn check_that_new_connections_do_not_wait(protocol: Protocol, hold: &str, next: 
     let request = protocol.head("GET", &target, 0);
     let held_up = std::thread::spawn(move || raw::ask(&mut held, &request).0);
     let gate = common::accepted(&gate, "the held request has begun");
-    // The blocked worker leaves new connections to the other workers for a while, and then accepts the remaining ones. On a busy machine it
-    // may accept a few anyway. If it did not leave connections to the others, it would accept one in four.
+    // The blocked worker leaves new connections to the other workers for a while, and then accepts those that are still waiting. On a busy
+    // machine, it may accept a few connections. If it did not leave connections to the other workers, it would accept one in four.
     let (mut fresh, mut waiting) = (Vec::new(), Vec::new());
     for round in 0..80 {
         let mut stream = raw::connect(&bind);
@@ -57,7 +57,7 @@ fn check_that_new_connections_do_not_wait(protocol: Protocol, hold: &str, next: 
             }
             Err(error) => panic!("{error}"),
         }
-        // The first connections are closed, the later ones stay open.
+        // The first 40 connections are closed; later connections stay open.
         if round >= 40 {
             fresh.push(stream);
         }
@@ -88,13 +88,13 @@ fn new_connections_do_not_wait_for_a_worker_whose_event_loop_hangs() {
     }
 }
 
-/// Returns the processor time, in ticks, and the voluntary context switches of all threads of the workers.
+/// Returns the CPU time, in ticks, and the number of voluntary context switches of all threads of the workers.
 fn usage(server: &Server) -> (u64, u64) {
     let tasks = server.workers().into_iter().flat_map(|worker| {
         let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
         tasks.map(|task| task.unwrap().path())
     });
-    // A thread may exit between listing and reading.
+    // A thread may exit after it was listed and before its files are read.
     let of_task = |task: std::path::PathBuf| {
         let status = std::fs::read_to_string(task.join("status")).ok()?;
         let waits = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
@@ -114,7 +114,7 @@ fn get_ok(server: &Server) {
 fn wait_until_quiet(server: &Server) {
     wait_until("the workers are idle", || {
         let before = usage(server);
-        std::thread::sleep(QUIET); // the test measures a time without events
+        std::thread::sleep(QUIET); // the test measures a period without events
         (usage(server) == before).then_some(())
     });
 }
@@ -134,7 +134,7 @@ fn idle_workers_sleep_and_a_connection_wakes_one_of_them() {
     }
     let (_, after) = usage(&server);
     eprintln!("400 connections woke 8 workers {} times", after - before);
-    // On a busy machine a worker may sleep before a request, before its body, and before the end of the connection. If each connection woke
+    // On a busy machine, a worker may sleep before it receives a request, its body, and the end of the connection. If each connection woke
     // all workers, the count would be at least eight times as high.
     assert!(after - before < 6 * 400, "400 connections woke 8 workers {} times", after - before);
     server.stop();

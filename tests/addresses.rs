@@ -28,7 +28,7 @@ fn has_ipv6() -> bool {
 fn where_localhost_is(addresses: &[&str], name: &str) -> Command {
     assert!(nix::unistd::geteuid().is_root(), "this test mounts a file: run it as root");
     let hosts: String = addresses.iter().map(|address| format!("{address} localhost\\n")).collect();
-    // The file disappears with the namespace.
+    // The mount of the file disappears with the namespace.
     let script = format!(
         "mount -t tmpfs tmpfs /mnt && printf '{hosts}' > /mnt/hosts && mount --bind /mnt/hosts /etc/hosts && exec \"$0\" \"$@\""
     );

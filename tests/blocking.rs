@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::raw::{self, Protocol};
 use common::{PATIENCE, Server, wait_until};
 
-/// Number of consecutive quick calls, which is more than is needed to classify a function as quick.
+/// Number of consecutive quick calls. Fewer calls suffice to classify a function as quick.
 const MANY: u32 = 300;
 
 fn ask(protocol: Protocol, stream: &mut UnixStream, target: &str) -> (u16, i32) {
@@ -83,8 +83,8 @@ fn waiting_for_a_page_from_another_worker_delays_no_other_request() {
         let bind = server.binds[0].clone();
         let (mut renders, gate) = hold(protocol, &bind, "/page");
         let port = gate.local_addr().unwrap().port();
-        // The other worker has a free thread, and the worker whose thread is occupied leaves connections to the other worker for a while.
-        // On a busy machine the occupied worker may still accept the connection; the test then retries.
+        // The other worker has a free thread, and the occupied worker leaves connections to it for a while. On a busy machine, the occupied
+        // worker may still accept the connection; the test then retries.
         let renderer = occupied(&server);
         let connect = || {
             wait_until("the other worker accepts a connection", || {

@@ -35,7 +35,7 @@ fn start() -> Fixture {
 
 impl Fixture {
     fn end(mut self) {
-        // The kernel sums per-processor counters without synchronization, so the value may be slightly lower than before.
+        // The kernel sums per-CPU counters without synchronization, so the value may be slightly lower than an earlier value.
         let grown = status_number(self.worker, "VmHWM").unwrap().saturating_sub(self.before);
         assert!(grown < ALLOWED_KIB, "the worker grew by {grown} KiB");
         self.server.stop();

@@ -1,4 +1,4 @@
-//! The examples as CGI programs, run by lighttpd or in the way a web server runs them.
+//! The examples as CGI programs, run by lighttpd or by the tests in the same way as by a web server.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
@@ -47,7 +47,8 @@ struct Called {
     status: Option<i32>,
 }
 
-/// Runs the command until it exits. Standard input stays open the whole time, so a program that waits for the end of its input would hang.
+/// Runs the command until it exits. Standard input stays open until the program exits, so a program that waits for the end of its input
+/// would hang.
 fn run(command: &mut Command, body: &[u8]) -> Called {
     finish(start(command, body))
 }
@@ -206,7 +207,7 @@ fn the_limits_of_size_and_time_apply_to_a_call_as_to_any_request() {
     }
     let mut slow = command("crashy", "POST", "/count");
     let child = start(slow.envs([("CONTENT_LENGTH", "10"), ("FORKYARD_BODY_TIMEOUT", "1s")]), b"");
-    child.stdin.as_ref().unwrap().write_all(b"12345").unwrap(); // the rest is never sent, and standard input stays open
+    child.stdin.as_ref().unwrap().write_all(b"12345").unwrap(); // the remaining bytes are never sent, and standard input stays open
     let called = finish(child);
     assert_eq!((called.response.status(), called.status), (408, Some(0)), "{}", called.errors);
 }
@@ -299,7 +300,7 @@ fn concurrent_calls_render_once_and_leave_the_cache_intact() {
         let pages: BTreeSet<_> = calls.into_iter().map(|call| finish(call).response.text()).collect();
         assert_eq!(pages.len(), 1, "one call renders, whichever call creates the file");
     }
-    // Opening the segment as a master audits it first.
+    // When the segment is opened as by a master, it is audited first.
     let plan = Plan { cache_bytes: 4 << 20, rows: 20, events_bytes: 1 << 20, ..Plan::default() };
     let (segment, found) = Segment::open(&file, &plan).unwrap();
     assert_eq!((found, segment.cache().stats().entries), (Found::Warm, 3));

@@ -210,7 +210,7 @@ fn a_reload_reads_the_file_again_and_an_invalid_file_changes_nothing() {
     wait_until("the new limit applies", || (posted() == 413).then_some(()));
     assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
 
-    // Flags and variables override the file on a reload too.
+    // Flags and variables also override the file when it is reloaded.
     directory.file(&good);
     assert_eq!(reload().status.code(), Some(0));
     wait_until("the old limit applies", || (posted() == 200).then_some(()));

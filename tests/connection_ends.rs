@@ -1,5 +1,5 @@
-//! How connections end: the last response on a connection announces the close, and a request body that the client does not complete is not
-//! logged as an error of the server.
+//! How connections end: the last response on a connection announces that the connection will be closed, and a request body that the client
+//! does not complete is not logged as a server error.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
@@ -30,7 +30,7 @@ fn send(client: &mut Client, bytes: &str) {
     client.stream.get_mut().write_all(bytes.as_bytes()).unwrap();
 }
 
-/// Sends these bytes. Returns the response, and all data after it up to the end of the connection.
+/// Sends these bytes. Returns the response, and all data that follows the response up to the end of the connection.
 fn last_response(address: &str, bytes: &str) -> (Response, Vec<u8>) {
     let mut client = Client::connect(address).unwrap();
     send(&mut client, bytes);
@@ -211,7 +211,7 @@ fn an_unread_small_body_does_not_close_the_connection() {
         let response = client.request("POST", target, body.as_bytes()).unwrap();
         assert_eq!((response.status, response.header("connection")), (status, None), "{target} {body}");
     }
-    // A body that arrives after the response does not close the connection either.
+    // A body that arrives after the response does not cause the server to close the connection.
     send(&mut client, &head("/nowhere", "Content-Length: 5\r\n"));
     let response = client.response(false).unwrap();
     assert_eq!((response.status, response.header("connection")), (404, None));

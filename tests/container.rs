@@ -1,7 +1,7 @@
-//! Starts the first command of README.md in a container whose root is read-only, whose memory is limited, whose user is unprivileged, and
-//! in which some system calls are refused.
+//! Starts the first command of README.md in a container that has a read-only root, limited memory and an unprivileged user, and in which
+//! some system calls are refused.
 //!
-//! The test needs root, and writable control groups for memory and processors. Without control groups it prints a message and passes.
+//! The test needs root, and writable control groups for memory and CPU. Without control groups it prints a message and passes.
 //! `shm/src/memory/memory_limit.rs` tests the parsing of control group files without control groups.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
@@ -34,7 +34,7 @@ impl Group {
         Self::limited("memory", &[("memory.limit_in_bytes", &bytes)], ("memory.max", &bytes))
     }
 
-    /// Creates a group that is limited to one processor.
+    /// Creates a group that is limited to one CPU.
     fn of_one_processor() -> Result<Self, String> {
         Self::limited(
             "cpu",
@@ -43,8 +43,8 @@ impl Group {
         )
     }
 
-    /// Creates a group. `v1` and `v2` list the files of the two control group versions and the values to write. The error states why no
-    /// group can be created.
+    /// Creates a group. `v1` and `v2` list the files of cgroup v1 and v2 and the values to write to them. The error states why no group can
+    /// be created.
     fn limited(controller: &str, v1: &[(&str, &str)], v2: (&str, &str)) -> Result<Self, String> {
         let [ours, mounts] =
             ["cgroup", "mountinfo"].map(|name| std::fs::read_to_string(format!("/proc/self/{name}")).unwrap());
@@ -84,7 +84,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Processes that have just exited may still be counted.
+        // The group cannot be removed while processes that have just exited are still counted.
         if !std::thread::panicking() {
             wait_until("the control group is empty", || std::fs::remove_dir(&self.0).ok());
         }
@@ -192,7 +192,7 @@ fn a_cache_larger_than_the_containers_memory_is_an_error_and_not_a_silent_death(
     }
     let (status, said) = run(&["check"]);
     assert!(status == Some(0) && said.contains("the page cache has 25 MiB"), "{said}");
-    // The default maximum is a quarter of the memory; half of it can be requested explicitly.
+    // By default, the page cache has a quarter of the memory. A larger size, such as half of the memory, can be requested explicitly.
     let mut server = Server::start_command(image.pages(&group).args(["--workers", "1", "--cache", "50M"]));
     assert_eq!(get(&server, "/").status, 200);
     server.stop();

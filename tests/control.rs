@@ -1,4 +1,4 @@
-//! The control socket and the sub-commands: the real command line with real masters.
+//! The control socket and the sub-commands, tested through the real command line with real masters.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
@@ -69,7 +69,7 @@ impl Controlled {
     /// Sends these bytes to the control socket, and returns the first line of the reply.
     fn answer_to(&self, bytes: &[u8]) -> String {
         let mut stream = common::connect_unix(&self.socket).unwrap();
-        let _ = stream.write_all(bytes); // the master may refuse the request before it has read all of it
+        let _ = stream.write_all(bytes); // the master may reject the request before it has read the whole request
         let mut line = String::new();
         BufReader::new(stream).read_line(&mut line).unwrap();
         line
@@ -271,7 +271,7 @@ fn malformed_commands_are_rejected_and_leave_nothing_open() {
             let _ = stream.read_to_end(&mut answer);
         }
     }
-    // More clients than are served at a time connect and stay idle. They are disconnected, and then the next command is served.
+    // More clients than can be served at the same time connect and stay idle. They are disconnected, and then the next command is served.
     let silent: Vec<UnixStream> = (0..20).map(|_| common::connect_unix(&served.socket).unwrap()).collect();
     served.server.wait_for("control client disconnected");
     assert_eq!(served.status()["state"], "running");
@@ -502,7 +502,7 @@ fn status_shows_hung_threads_and_a_worker_whose_threads_are_all_hung() {
     let mut one = Controlled::start_with("crashy", limits.as_flattened(), |command, directory| {
         command.env("CRASHY_BROKEN", directory.join("broken"));
     });
-    // The old worker stays as long as no new worker can start.
+    // The old worker keeps running as long as no new worker can start.
     std::fs::write(one.directory.path().join("broken"), "").unwrap();
     let (address, pid) = (one.server.http(), *one.server.workers().first().unwrap());
     let becomes = |state: &str, count: u32| {

@@ -1,5 +1,5 @@
-//! Sub-commands whose master does not reply, and sub-commands whose output is not read. In both cases the sub-command exits; if this is a
-//! failure, it reports an error.
+//! Sub-commands whose master does not reply, and sub-commands whose output is not read. In both cases, the sub-command exits; if it has
+//! failed, it reports an error.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
@@ -122,7 +122,7 @@ fn a_long_command_is_waited_for_as_long_as_the_master_lives() {
     command.args(["run", "--bind", &bind, "--workers", "1", "--settle", "1500ms", "--control"]);
     let mut server = Server::start_command(command.arg(control(&directory)).args(["--", "sleep", "1000"]));
     let old = server.children();
-    // The reload takes far longer than `--timeout`, and more clients wait at the same time than the control socket serves.
+    // The reload takes far longer than `--timeout`, and more clients are waiting at the same time than the control socket can serve.
     let reloads: Vec<Child> =
         (0..20).map(|_| spawn(&mut ask(&control(&directory), &["reload", "--timeout", "300ms"]))).collect();
     for reload in reloads {

@@ -1,4 +1,4 @@
-//! A crash report names the place of the crash, and the process still terminates as it would without the report.
+//! A crash report gives the location of the crash, and the process then terminates as it would without the report.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 

@@ -41,7 +41,7 @@ fn ask(protocol: Protocol, stream: &mut UnixStream) {
 fn read_answer(protocol: Protocol, stream: &mut UnixStream) {
     let (status, mut response) = raw::ask(stream, b"");
     assert_eq!(status, 200, "{protocol:?}");
-    // Read to the end of the response, so that the rest is not mistaken for part of the next response.
+    // Read to the end of the response, so that its last part is not mistaken for part of the next response.
     let end: &[u8] = if protocol == Protocol::FastCgi { &[1, 3, 0, 1, 0, 8] } else { b"ok" };
     while !response.windows(end.len()).any(|part| part == end) {
         let mut piece = [0; 4096];
@@ -83,8 +83,8 @@ fn a_full_worker_closes_the_connection_that_was_idle_longest() {
         // This is the newest connection, and no further request is sent on it.
         let mut idle = kept(protocol, &bind);
         let mut use_them = || used.iter_mut().for_each(|stream| ask(protocol, stream));
-        // Idle times are counted in seconds. Wait until the connection has been idle for longer than the others, however slow the machine
-        // is.
+        // Idle times are counted in seconds. Wait until the connection has been idle for longer than all other connections, however slow
+        // the machine is.
         let opened = Instant::now();
         while opened.elapsed() < Duration::from_secs(3) {
             use_them();
@@ -228,7 +228,7 @@ fn an_admitted_connection_is_not_refused_by_the_worker_that_takes_it_over() {
         let arguments = ["--workers", "2", "--max-connections-per-address", "8", "--respawn-rate", "1000"];
         let mut server = protocol.start("crashy", &arguments);
         let bind = server.binds[0].clone();
-        // More connections than one worker admits, though one worker may reach its limit before the other.
+        // More connections than one worker admits. One worker may reach its limit before the other worker does.
         let mut open: Vec<UnixStream> = Vec::new();
         wait_until("the client has twelve connections", || {
             let mut stream = raw::connect(&bind);

@@ -35,7 +35,7 @@ fn wait_for_requests(server: &Server, count: usize) {
     });
 }
 
-/// Reloads the server. Checks that the old worker exits on its own, and that it logs a line for each request.
+/// Reloads the server. Checks that the old worker exits on its own and logs a line for each request.
 fn leaves_by_itself(mut server: Server, log: &std::path::Path, requests: &[(&str, usize)]) {
     server.signal(Signal::SIGHUP);
     server.wait_for("worker exited");
@@ -147,7 +147,7 @@ fn leaves_its_idle_connections(signal: Signal, timeout: &str) -> bool {
 #[test]
 fn idle_connections_end_within_a_drain_timeout_shorter_than_their_grace() {
     for (signal, timeout) in [(Signal::SIGTERM, "1s"), (Signal::SIGHUP, "1s"), (Signal::SIGTERM, "2s")] {
-        // On a busy machine a worker may exceed the short timeout, but not every time.
+        // On a busy machine, a worker may exceed the short timeout, but not in every attempt.
         assert!(
             (0..10).any(|_| leaves_its_idle_connections(signal, timeout)),
             "{signal} {timeout}: the worker was killed every time"
@@ -202,7 +202,7 @@ fn a_slow_reader_gets_it_all() -> bool {
     });
     server.signal(Signal::SIGTERM);
     let mut part = [0; 64 << 10];
-    // The reads take several seconds in total, so that the worker checks its connections several times.
+    // The reads take several seconds in total, so that the worker checks its connections several times during this period.
     while let Ok(count @ 1..) = stream.read(&mut part) {
         response.extend_from_slice(&part[..count]);
         std::thread::sleep(Duration::from_millis(80));
@@ -214,6 +214,6 @@ fn a_slow_reader_gets_it_all() -> bool {
 
 #[test]
 fn a_response_that_is_still_being_read_is_not_cut_off_by_a_drain() {
-    // On a busy machine the client may read as little as a client that has stopped reading, but not every time.
+    // On a busy machine, the client may read as little as a client that has stopped reading, but not in every attempt.
     assert!((0..5).any(|_| a_slow_reader_gets_it_all()), "the response was cut off every time");
 }

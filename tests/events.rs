@@ -1,4 +1,4 @@
-//! Events across all workers, with real processes: over every protocol, through crashes and reloads, and to clients that poll, read slowly,
+//! Events across all workers, with real processes: over every protocol, during crashes and reloads, and to clients that poll, read slowly,
 //! or disconnect.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
@@ -174,7 +174,7 @@ fn no_event_is_lost_or_duplicated_over_a_hundred_worker_deaths() {
             for worker in workers {
                 let _ = kill(Pid::from_raw(worker), Signal::SIGKILL);
             }
-            // Each event that was sent is complete, and the stream of a killed worker never ends like a complete stream.
+            // Each event that was sent is complete, and the stream of a killed worker never ends in the way that a complete stream ends.
             let killed = Instant::now();
             loop {
                 assert!(killed.elapsed() < PATIENCE, "{way:?}: the stream of a dead worker continues");
@@ -323,7 +323,7 @@ fn a_disconnect_is_detected_immediately() {
     let mut site = Site::start(&["--workers", "1"]);
     for way in WAYS {
         for count in 1..=5 {
-            // Keep-alive comments cannot be what detects the end, because they come later than this test waits.
+            // The end cannot be detected by a keep-alive comment, because the first comment would be sent long after the test has ended.
             let target = "/events?topics=quiet&keep_alive_ms=3600000";
             let sources: Vec<_> = (0..count).map(|_| site.open(way, target, "")).collect();
             site.wait_for_subscribers(count, "the subscribers are counted");
@@ -429,7 +429,7 @@ fn a_client_that_does_not_read_uses_bounded_memory_and_is_disconnected() {
                 }
             }
         });
-        // Up to 20 MiB for each client until all of them are disconnected, or less on a busy machine.
+        // Up to 20 MiB for each client, until all clients that do not read are disconnected. On a busy machine, less is sent.
         while site.subscribers() > 1 {
             last = last.max(site.flood("flood", 100, 10_000));
             most = most.max(status_number(worker, "VmRSS").unwrap());

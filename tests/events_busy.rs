@@ -1,5 +1,5 @@
-//! A stopped process holds the lock of the event log. Datagrams that arrive during that time wait, or are dropped and counted, as
-//! docs/events-from-other-languages.md describes.
+//! A stopped process holds the lock of the event log. Datagrams that arrive while the process is stopped wait, or are dropped and counted,
+//! as docs/events-from-other-languages.md describes.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
@@ -34,8 +34,8 @@ impl Place {
         Self { server, sender, _folder: directory }
     }
 
-    /// Stops a worker while it holds the log's lock, and returns the worker. The worker holds the lock because it is copying large events
-    /// that it was requested to publish, each of which takes a while to copy.
+    /// Stops a worker while it holds the log's lock, and returns the worker. The worker is publishing large events. It holds the lock while
+    /// it copies an event, and each copy takes a while.
     fn hold(&self) -> Pid {
         let worker = wait_until("there is a worker", || self.server.workers().first().copied());
         let worker = Pid::from_raw(worker);

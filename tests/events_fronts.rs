@@ -1,5 +1,5 @@
 //! Event streams through real web servers, with the configurations of docs/web-servers.md. A published event arrives while the stream stays
-//! open, a client that reconnects resumes where it left off, and the application detects a client's disconnect.
+//! open, a client that reconnects resumes where it left off, and the application detects a client's disconnection.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
 
@@ -16,7 +16,8 @@ use fronts::{Front, Site};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Keep-alive comments are frequent, because some web servers detect a client's disconnect only when they have data to send to the client.
+/// Keep-alive comments are frequent, because some web servers detect a client's disconnection only when they have data to send to the
+/// client.
 const TARGET: &str = "/events?topics=news&keep_alive_ms=200";
 
 fn open(site: &Site, last_id: &str) -> Source {
@@ -36,7 +37,7 @@ fn open_streams(server: &Server) -> u32 {
     (0..board.rows()).filter_map(|slot| board.read(slot)).map(|row| row.streams).sum()
 }
 
-/// Disconnects the client, and waits until the application has detected the disconnect.
+/// Disconnects the client, and waits until the application has detected the disconnection.
 fn leave(site: &mut Site, source: Source) {
     let server = site.application();
     wait_until("the stream is counted", || (open_streams(server) > 0).then_some(()));
@@ -69,7 +70,7 @@ fn streams(front: Front) {
         "a polling client receives the event immediately"
     );
 
-    // Whatever way the web server passes on the end of the stream, another worker resumes the stream.
+    // However the web server reports the end of the stream to the client, another worker resumes the stream.
     for worker in site.application().workers() {
         kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     }

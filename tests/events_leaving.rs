@@ -1,5 +1,5 @@
-//! Workers that exit while event streams are open. The streams end immediately, whatever their clients do. A client that reconnects misses
-//! no event, through reloads and upgrades.
+//! Workers that exit while event streams are open. The streams end immediately, whatever their clients do. A client that reconnects during
+//! reloads and upgrades misses no event.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
@@ -53,13 +53,13 @@ fn a_stop_does_not_wait_for_clients_that_do_not_read() {
 #[test]
 fn a_stop_does_not_wait_for_silent_clients() {
     let mut server = start(&["--workers", "1"]);
-    // Over HTTP/2 such a client does not answer the PING with which the server checks that the client has read everything.
+    // Over HTTP/2, a client that does not read does not answer the PING with which the server checks that the client has read everything.
     let clients = WAYS.map(|way| open(&server, way));
     server.stop();
     drop(clients);
 }
 
-/// The client reads, and answers PINGs, but opens no window for a response, neither for the stream nor for the connection.
+/// The client reads, and answers PINGs, but does not open the window for a response, neither for the stream nor for the connection.
 #[test]
 fn a_stop_does_not_wait_for_a_closed_http_2_window() {
     let mut server = start(&["--workers", "1"]);
@@ -73,7 +73,7 @@ fn a_stop_does_not_wait_for_a_closed_http_2_window() {
     reading.join().unwrap();
 }
 
-/// An event stream that the application produces itself is an ordinary response, so it is sent to its end.
+/// An event stream that the application produces itself is an ordinary response, so it is sent completely.
 #[test]
 fn a_stop_waits_for_a_stream_that_the_application_produces_itself() {
     let mut server = start(&["--workers", "1"]);

@@ -1,5 +1,5 @@
 //! Many subscribers across all workers, each of which receives every event once and in order. The test reports the latency from publishing
-//! to the read from the socket, the processor time per delivery, and the memory per subscriber.
+//! an event to reading it from the socket, the CPU time per delivery, and the memory per subscriber.
 //!
 //! The default is 400 subscribers for 5 s; `scripts/soak events` uses 10,000 for a minute (FORKYARD_SUBSCRIBERS, FORKYARD_SECONDS).
 
@@ -21,7 +21,7 @@ const RATE: u64 = 100;
 const WORKERS: usize = 4;
 /// Maximum memory of the workers per subscriber, in bytes, with at least [`MANY`] subscribers.
 const MOST_EACH: u64 = 20 << 10;
-/// The same maximum for fewer subscribers, which share the fixed cost of the first subscriber of each worker.
+/// Maximum memory per subscriber, in bytes, with fewer subscribers. It is higher because each worker's first subscriber has a fixed cost.
 const MOST_EACH_OF_FEW: u64 = 32 << 10;
 const MANY: usize = 5000;
 
@@ -115,7 +115,7 @@ fn memory(server: &Server) -> u64 {
     server.workers().into_iter().map(of).sum()
 }
 
-/// Returns the processor time that the workers have used.
+/// Returns the CPU time that the workers have used.
 fn cpu(server: &Server) -> Duration {
     server.workers().into_iter().map(|pid| common::cpu_time(&common::proc_of(pid))).sum()
 }

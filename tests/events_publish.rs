@@ -1,4 +1,4 @@
-//! Publishing by datagram and by command: with real programs in other languages, with real relays, and when a relay dies.
+//! Publishing by datagram and by command: with real programs in other languages and with real relays, some of which die.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
@@ -133,7 +133,7 @@ fn the_documented_examples_publish_from_php_python_and_a_shell() {
     let shell = write("publish.sh", example("sh"));
     let (control, socket) = (directory.path().join("control"), directory.path().join("app.sock"));
     let bind = format!("fastcgi:unix:{}", socket.display());
-    // Daemons must not exit, because a restarted daemon would publish its events again.
+    // The programs run as daemons. They must not exit, because a restarted daemon would publish its events again.
     let daemons = [("python", "python3", &python), ("shell", "sh", &shell)]
         .map(|(name, program, script)| format!("{name}=sh -c '{program} {script} && exec sleep 1000'"));
     let mut command = Command::new(program("forkyard"));
@@ -216,8 +216,8 @@ fn malformed_datagrams_are_counted_and_affect_no_other_event() {
     place.wait_for_last_id("news", 2);
     assert_eq!(place.data("news"), ["first", "last"]);
     assert_eq!(place.relay(), Some(relay));
-    // The relay logs the first of these datagrams immediately, and later ones together after an interval. If the datagrams arrive over more
-    // than one interval, it logs more lines.
+    // The relay logs the first of these datagrams immediately, and later ones together after an interval. If the datagrams arrive during
+    // more than one interval, the relay logs more lines.
     let lines = place.server.log().lines().filter(|line| line.contains("not published")).count();
     assert!(lines < 5, "{}", place.server.log());
 }
@@ -303,7 +303,7 @@ fn a_stopped_relay_is_replaced_and_its_publishers_continue() {
     place.wait_for_last_id("begin", 1);
     let relay = place.relay().unwrap();
     common::stop(relay);
-    // More data than the kernel buffers for the socket, so the sender has to wait.
+    // There is more data than the kernel buffers for the socket, so the sender has to wait.
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| {
             sender.set_write_timeout(Some(common::PATIENCE)).unwrap();

@@ -1,5 +1,5 @@
 //! Running out of descriptors and processes: the errors that are logged, and the recovery once descriptors or processes are available
-//! again. Also `--nice` and `--rlimit` values that cannot be set on processes.
+//! again. Also tests `--nice` and `--rlimit` values that cannot be set on processes.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
@@ -126,7 +126,7 @@ fn a_master_without_free_descriptors_logs_this_and_recovers() {
     assert!(ask("reload").status.success(), "{}", server.log());
     assert!(ask("reopen-logs").status.success());
     let worker = *server.renewed(2, &before).first().unwrap();
-    // The descriptors freed by the dead worker are not sufficient either.
+    // Even the descriptors freed by the dead worker are not sufficient.
     set_limit(server.pid(), lowest_free(server.pid()).min(14));
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     server.wait_for("cannot start a worker");

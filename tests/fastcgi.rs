@@ -66,7 +66,7 @@ fn several_requests_in_one_write_are_all_answered() {
 fn requests_on_one_connection_overlap() {
     let fixture = start(&[]);
     let mut client = fixture.client();
-    // The first request waits for its body, and the second request overtakes it.
+    // The first request waits for its body, and the second request completes before it.
     client.send(&head(1, true, "POST", "/echo", Some(5))).unwrap();
     client.send(&request(3, true, "GET", "/ok", b"")).unwrap();
     let mut second = Vec::new();
@@ -213,7 +213,7 @@ fn a_response_sent_before_the_body_is_read_arrives_complete() {
     for keep in [true, false] {
         let fixture = start(&[]);
         let mut client = fixture.client();
-        // /ok does not read the body. Part of the body is sent before the response, and the rest after it.
+        // /ok does not read the body. Part of the body is sent before the response arrives, and the remaining part afterwards.
         client.send(&head(1, keep, "POST", "/ok", Some(300_000))).unwrap();
         client.send(&[record(STDIN, 1, &[b'x'; 30_000], 0)]).unwrap();
         let response = client.response(1).unwrap();

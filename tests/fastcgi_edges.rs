@@ -175,7 +175,7 @@ fn an_incomplete_response_does_not_affect_other_requests_on_its_connection() {
     let broken = client.record().unwrap();
     assert_eq!((broken.id, broken.kind), (3, STDOUT));
     wait_until_read(&mut client);
-    // A request that begins after the broken response is served too.
+    // A request that begins after the broken response is also served.
     client.send(&request(5, true, "GET", "/ok", b"")).unwrap();
     assert!(client.response(5).unwrap().body().ends_with(b"ok\n"));
     client.send(&[record(STDIN, 1, b"12345", 0), record(STDIN, 1, b"", 0)]).unwrap();

@@ -141,7 +141,7 @@ fn an_upload_shorter_than_declared_is_an_error() {
 }
 
 /// When the client disconnects, Apache, Caddy, and nginx without request buffering close the connection without ending STDIN. The end of
-/// the connection is not the end of the body.
+/// the connection must not be treated as the end of the body.
 #[test]
 fn a_truncated_upload_is_an_error_for_its_reader() {
     for length in [None, Some(1_000_000)] {
@@ -161,7 +161,7 @@ fn a_truncated_upload_is_an_error_for_its_reader() {
 fn overload_gets_503_with_retry_after() {
     let fixture = Fixture::start("roles", &["--threads", "1", "--queue", "1"]);
     let mut client = fixture.client();
-    // One request has the thread and waits for the rest of its body; the other request waits for the thread.
+    // One request occupies the thread and waits for the remaining part of its body; the other request waits for the thread.
     client.send(&head(1, true, "POST", "/", None)).unwrap();
     client.send(&vec![record(STDIN, 1, &[b'x'; 50_000], 0); 10]).unwrap();
     wait_until_read(&mut client);

@@ -1,5 +1,5 @@
-//! State that would break in a fork without precautions. This test binary is also its own application: with `--bind` it serves requests;
-//! without it, it starts itself as a server.
+//! State that would break in a fork without precautions. This test binary is also its own application: with `--bind`, it serves requests;
+//! without `--bind`, it starts itself as a server.
 //!
 //! The tests cover known classes of failures. A random number generator that is used before the fork gives every worker the same numbers.
 //! Descriptors of the master leak into workers. A child that keeps the master's signal handlers wakes the master.

@@ -1,4 +1,4 @@
-//! Hung requests are logged and terminated, slow requests are logged, and an idle server uses no processor time.
+//! Hung requests are logged and terminated, slow requests are logged, and an idle server uses no CPU time.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
@@ -123,7 +123,7 @@ fn a_worker_with_a_hung_thread_is_replaced_even_if_the_client_left_before_the_50
     }
 }
 
-/// Waits until a thread has begun this request. Before it goes to sleep, the event loop also shows the request for a moment.
+/// Waits until a thread has begun this request. Until the event loop goes to sleep, it also shows the request for a moment.
 fn await_thread(server: &Server, request: &str) {
     let board = server.segment().scoreboard();
     let is_at_it = || board.read(0).is_some_and(|row| row.running == [request]);

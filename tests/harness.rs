@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::limit::InTime as _;
 use common::{Server, StopOnDrop, is_gone, wait_until};
 
-/// Executed only by the test below, which sets a limit.
+/// Executed only by the test below. That test sets a time limit.
 #[test]
 #[ignore = "it hangs"]
 fn this_one_hangs() {

@@ -168,7 +168,7 @@ fn an_incomplete_request_gets_502_and_an_incomplete_response_ends_early() {
     stream.write_all(b"GET /bytes/64 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     let mut begun = [0; 1000];
     stream.read_exact(&mut begun).unwrap();
-    // The data sent earlier has been read once these requests are answered.
+    // Once these requests are answered, the data that was sent before them has been read.
     assert_eq!(http::get(&at.http, "/ok").unwrap().status, 200);
     half.stream.get_mut().write_all(b": a\r\n").unwrap();
     assert_eq!(http::get(&at.http, "/ok").unwrap().status, 200);
@@ -226,11 +226,11 @@ fn heirs_exit_with_their_workers() {
 }
 
 /// The master recognizes heirs by their process names. It would mistake a new heir with a different name for a process that a program has
-/// left behind, and would kill the heir during a stop.
+/// left behind, and would kill the heir during a shutdown.
 #[test]
 fn an_heir_has_its_name_before_it_runs() {
     let mut at = start(&["--workers", "1"]);
-    // On one processor, a new process runs only after its parent.
+    // On a single CPU, a new process runs only after its parent.
     let allowed = sched_getaffinity(at.server.pid()).unwrap();
     let first = (0..CpuSet::count()).find(|&cpu| allowed.is_set(cpu).unwrap()).unwrap();
     let mut one = CpuSet::new();
@@ -257,9 +257,9 @@ fn an_heir_has_its_name_before_it_runs() {
     at.server.stop();
 }
 
-/// Returns whether a stop completes immediately, rather than after the two seconds that clients otherwise have to read the end of the
-/// connection. On a busy machine any step may take that long, so there are several attempts. `hold` opens the connections that stay open
-/// during the stop; `after` receives them afterwards.
+/// Returns whether a shutdown completes immediately, rather than after the two seconds that clients otherwise have to read the end of the
+/// connection. On a busy machine, any step may take two seconds, so there are several attempts. `hold` opens the connections that stay open
+/// during the shutdown; `after` receives these connections afterwards.
 fn stops_at_once(hold: impl Fn(&Fixture) -> Vec<TcpStream>, after: impl Fn(Vec<TcpStream>)) -> bool {
     (0..10).any(|_| {
         let mut at = start(&["--workers", "1"]);
@@ -362,7 +362,7 @@ fn the_rest_of_a_body_is_never_mistaken_for_a_request() {
         let mut record = fastcgi::record(fastcgi::STDIN, 1, &[&vec![b'x'; 5000], &smuggled[..]].concat(), 0);
         let rest = record.split_off(5008);
         client.stream.write_all(&record).unwrap();
-        // The data has been read once a later request is answered.
+        // Once a later request is answered, the data that was sent before it has been read.
         assert_eq!(http::get(&at.http, "/slow/50").unwrap().status, 200);
         replace(&mut at, kills);
         let _ = client.stream.write_all(&rest);

@@ -1,5 +1,5 @@
-//! HTTP as bytes on a connection: requests that are served, requests that are rejected, and how hyper handles input on which other parsers
-//! disagree.
+//! HTTP as bytes on a connection: requests that are served, requests that are rejected, and how hyper handles input that different parsers
+//! interpret differently.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 

@@ -51,7 +51,8 @@ fn left(server: &Server, old: i32) {
     wait_until("the worker is replaced", || (!server.workers().contains(&old) && worker(server) != old).then_some(()));
 }
 
-/// Returns when data sent earlier has been read: a later request, which takes another iteration of the event loop, has been answered.
+/// Returns when all data sent before this call has been read. This is certain once a later request is answered, because the event loop
+/// reads it in a later iteration.
 fn is_read(server: &Server) {
     assert_eq!(http::get(&server.http(), "/slow/1").unwrap().status, 200);
 }

@@ -1,4 +1,4 @@
-//! When the master is killed, its programs, daemons and jobs are killed too, including the processes that they have started. A guard
+//! When the master is killed, its programs, daemons and jobs are also killed, together with the processes that they have started. A guard
 //! process outlives the master and kills them.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
@@ -89,7 +89,7 @@ fn a_program_whose_wrapper_died_earlier_dies_with_the_master() {
     wait_until("the left-behind process is a child of the master", || {
         process(left).filter(|process| process.parent == server.pid().as_raw()).map(drop)
     });
-    // A guard that is started later must also find the process.
+    // A guard that is started later must also find the process that was left behind.
     let first = guard_of(&server);
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
     wait_until("the guard is replaced", || is_gone(first).then_some(()));
@@ -179,7 +179,7 @@ fn an_upgrade_kills_no_process_and_a_master_killed_after_it_leaves_none_behind()
 #[test]
 fn processes_taken_over_by_an_upgraded_master_die_with_it() {
     let place = Place::new();
-    // New workers never become ready, so the old workers stay.
+    // New workers never become ready, so the old workers keep running.
     let broken = place.path("broken");
     let text = format!("test -e '{}' && exit 3; {}", broken.display(), wrapped_php(&place));
     let mut server = Server::start_command(&mut place.run(&[], &["sh", "-c", &text]));

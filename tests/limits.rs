@@ -1,4 +1,4 @@
-//! A request that exceeds a limit gets the status for that limit, over each protocol.
+//! Over each protocol, a request that exceeds a limit is answered with the status for that limit.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
@@ -13,7 +13,7 @@ use common::{fastcgi, scgi};
 const LIMITS: [&str; 10] =
     ["--workers", "1", "--max-params", "8K", "--max-headers", "3", "--max-uri", "100", "--max-body", "1000"];
 
-/// Returns a request with these headers and `Host`. Over SCGI it also has the mandatory length, which counts as a header.
+/// Returns a request with these headers and `Host`. Over SCGI, the request also contains the mandatory length, which counts as a header.
 fn with_headers(protocol: Protocol, headers: &[(&str, &str)]) -> Vec<u8> {
     let variables = headers.iter().map(|(name, value)| (format!("HTTP_{name}"), *value));
     match protocol {

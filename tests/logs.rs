@@ -143,8 +143,8 @@ fn an_unread_log_blocks_neither_the_master_nor_a_worker() {
             let workers = server.workers();
             (workers.len() == 2 && !workers.contains(&first)).then_some(())
         });
-        // From here on the output is read. A stop does not wait for a reader that has read nothing for a second, so reading begins before
-        // the stop.
+        // From here on the output is read. A shutdown does not wait for a reader that has read nothing for a second, so reading begins
+        // before the shutdown.
         let text = Arc::new(Mutex::new(Vec::new()));
         let copy = Arc::clone(&text);
         let reader = std::thread::spawn(move || {

@@ -1,7 +1,7 @@
 //! No request fails while workers are replaced. When a worker is killed, only the requests that it was serving fail.
 //!
-//! Each test sends about 100,000 requests. `scripts/soak` sets the number (`FORKYARD_SOAK`), and `scripts/repeat` a percentage of it
-//! (`FORKYARD_SCALE`).
+//! Each test sends about 100,000 requests. `scripts/soak` sets a different number (`FORKYARD_SOAK`), and `scripts/repeat` sets a percentage
+//! of the number (`FORKYARD_SCALE`).
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a failing test reports its location")]
 
@@ -119,7 +119,7 @@ fn kills() {
                 (load.good.load(Ordering::SeqCst) > enough || load.has_failed()).then_some(())
             });
             load.kills();
-            // The worker may have exited since it was listed. In this case it is not killed.
+            // The worker may have exited since it was listed. A worker that has exited is not killed.
             let victim = wait_until("there is a worker to kill", || {
                 let victim = *server.workers().iter().nth(random.usize(..2))?;
                 kill(Pid::from_raw(victim), Signal::SIGKILL).ok().map(|()| victim)

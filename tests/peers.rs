@@ -92,7 +92,7 @@ fn a_trusted_proxy_determines_the_client_address() {
     let text = seen(&server.http(), b"", "X-Forwarded-Host: a/b\r\n");
     assert!(text.contains("\nhost: x\n") && text.contains("\npeer=127.0.0.1:"), "{text}");
 
-    // Over FastCGI, such a proxy may be the client of the web server. REMOTE_ADDR is then the proxy's address, here 127.0.0.1.
+    // Over FastCGI, a trusted proxy may be the client of the web server. REMOTE_ADDR is then the proxy's address, in this test 127.0.0.1.
     let forwarded = [("HTTP_X_FORWARDED_FOR", "192.0.2.7"), ("HTTP_X_FORWARDED_PROTO", "https")];
     let text = seen_over_fastcgi(&server.binds[1], b"", &forwarded);
     assert!(text.contains("\npeer=192.0.2.7:0 https=true\n"), "{text}");
@@ -160,7 +160,7 @@ fn a_proxy_header_from_a_load_balancer_works_with_every_protocol() {
     let text = seen(&server.http(), v1, X_FORWARDED);
     assert!(text.contains("\npeer=[2001:db8::7]:4711 https=false\n") && !text.contains("forwarded"), "{text}");
 
-    // The header is sent byte by byte, and another header is followed by HTTP/2.
+    // One header is sent byte by byte, and another header is followed by HTTP/2.
     let mut stream = common::connect_tcp(server.http()).unwrap();
     stream.set_nodelay(true).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -224,8 +224,7 @@ fn a_proxy_header_is_never_detected_automatically() {
     server.stop();
 }
 
-/// Waiting for the rest of a header uses no processor time, however long the wait, and a client that disconnects during the wait is
-/// detected.
+/// Waiting for the end of a header uses no CPU time, however long the wait, and a client that disconnects during the wait is detected.
 #[test]
 fn waiting_for_the_rest_of_a_proxy_header_uses_no_processor_time() {
     let directory = tempfile::tempdir().unwrap();
@@ -245,11 +244,11 @@ fn waiting_for_the_rest_of_a_proxy_header_uses_no_processor_time() {
         let switches = || {
             let threads = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
             let thread_ids = threads.map(|thread| thread.unwrap().file_name().to_str().unwrap().parse().unwrap());
-            // A thread may exit between listing and reading.
+            // A thread may exit after it was listed and before its status is read.
             thread_ids.filter_map(|thread| common::status_number(thread, "voluntary_ctxt_switches")).sum::<u64>()
         };
         let before = switches();
-        std::thread::sleep(std::time::Duration::from_secs(3)); // the test measures a time without events
+        std::thread::sleep(std::time::Duration::from_secs(3)); // the test measures a period without events
         let after = switches();
         let woke = after.saturating_sub(before);
         assert!(woke < 100, "{bind}: the worker woke {woke} times in 3 s");

@@ -44,7 +44,7 @@ fn a_user_with_only_read_access_cannot_prevent_a_server_from_starting() {
     let mut server = Server::start("hello", &[&HTTP[..], &arguments].concat());
     serves(&server);
     assert_eq!(std::fs::read_to_string(path("a.pid")).unwrap(), format!("{}\n", server.pid()));
-    // A second server is still refused.
+    // A second server still fails to start.
     let second =
         Command::new(program("hello")).args(HTTP).args(["--pid-file", &path("a.pid")]).output_in_time().unwrap();
     let said = String::from_utf8_lossy(&second.stderr).into_owned();

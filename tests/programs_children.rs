@@ -1,5 +1,5 @@
-//! Processes that requests to external programs start, and their effects on the server: children that a page waits for, background jobs,
-//! wrappers around the programs that serve, and processes left behind when the server stops.
+//! Processes started by external programs, and their effects on the server: children that a page waits for, background jobs, wrappers
+//! around the programs that serve requests, and processes left behind when the server stops.
 
 #![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
@@ -306,7 +306,7 @@ def serve(c):
 const TWO_CHILDREN: &str =
     "for _ in range(2):\n  if os.fork() == 0:\n    while True: serve(s.accept()[0])\nos.wait()\n";
 
-/// The server first sends SIGTERM only to the program, which is killed by it. The children are not asked to exit yet.
+/// The server first sends SIGTERM only to the program, which is killed by it. At this point, the children have not been asked to exit.
 #[test]
 fn children_of_a_program_killed_by_sigterm_finish_their_requests() {
     let place = Place::new();
@@ -322,7 +322,7 @@ fn children_of_a_program_killed_by_sigterm_finish_their_requests() {
         let name = format!("request-{index}");
         let serving = || number_in(&place.path(&format!("{name}.in")));
         is_finished(&place, &name, &mut server, |server| {
-            // The processes are listed only now, because --max-age replaces processes at any time.
+            // The processes are listed as late as possible, because --max-age may replace processes at any time.
             let old = named(server, "python3");
             signal.iter().for_each(|signal| server.signal(*signal));
             wait_until_only(serving(), &old);
@@ -361,8 +361,8 @@ fn an_upgrade_does_not_change_the_drain_deadline_of_serving_children() {
     server.stop();
 }
 
-/// The master may never observe a process without a connection. An event loop is sent SIGTERM immediately; other programs are sent SIGTERM
-/// after half of their drain timeout.
+/// The master may never observe a process without a connection. A program with an event loop is sent SIGTERM immediately; other programs
+/// are sent SIGTERM after half of their drain timeout.
 #[test]
 fn children_that_handle_sigterm_are_asked_to_exit_while_they_serve() {
     let place = Place::new();

@@ -160,7 +160,8 @@ fn php_without_cgi_is_reported_with_a_hint_at_php_cgi() {
     let place = Place::new();
     let mut server = Server::launch(&mut place.run(&[], &["php"]));
     let line = server.wait_for("workers die before they are ready");
-    // A program that accepts a connection quickly looks the same, so the message claims no more than was observed.
+    // A program that accepts a connection quickly cannot be distinguished from a program that never accepts, so the message states only
+    // what was observed.
     assert!(
         line.contains("was not seen to accept a connection: if it accepted none, is it a FastCGI program"),
         "{line}"
@@ -224,12 +225,12 @@ fn an_upgrade_remembers_whether_programs_were_seen_to_accept() {
             Command::new(program("forkyard")).arg(what).arg("--control").arg(&control).output_in_time().unwrap();
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
-    // The program is considered ready after a second, and accepts its first connection a little later, which the master detects.
+    // The program is considered ready after a second. It accepts its first connection a little later, and the master detects this.
     wait_until("a program that never accepts fails a reload", || {
         write("['sleep', '600']");
         let (status, said) = ask("reload");
         if status == Some(0) {
-            write(ours); // the master has not yet seen the program accept
+            write(ours); // the master has not yet observed that the program accepts connections
             assert_eq!(ask("reload").0, Some(0));
             return None;
         }

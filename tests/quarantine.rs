@@ -39,12 +39,13 @@ fn a_deadly_request_is_refused_after_three_deaths_and_no_other_request_is() {
     let mut deaths = 0;
     std::thread::scope(|scope| {
         let _stop = StopOnDrop(&stop);
-        // A popular route, which is always in flight, even in the workers that die.
+        // Requests for a popular route are always in flight, even in the workers that die.
         for _ in 0..4 {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     let Ok(mut client) = Client::connect(&address) else { continue };
-                    // When a worker dies, the request may get a 502 and its connection may close. Any other response is the regular one.
+                    // When a worker dies, the request may be answered with 502, and its connection may be closed. Otherwise, the regular
+                    // response is expected.
                     while let Ok(response) = client.request("GET", "/slow/5", b"") {
                         if response.status == 502 {
                             break;
@@ -148,7 +149,7 @@ fn hung_functions_in_one_worker_count_once() {
     let hangs = ["--threads", "4", "--request-timeout", "3s", "--hang-timeout", "300ms", "--quarantine", "2"];
     let command = command.args(["--bind", "http:127.0.0.1:0", "--workers", "1"]).args(hangs);
     let mut server = Server::start_command(command.env("CRASHY_BROKEN", &broken));
-    std::fs::write(&broken, "").unwrap(); // prevents a replacement, so that the worker stays
+    std::fs::write(&broken, "").unwrap(); // prevents a replacement, so that the worker keeps running
     for _ in 0..3 {
         assert_eq!(http::get(&server.http(), "/thread/hang").unwrap().status, 504);
         server.wait_for("reason=hung-thread");

@@ -38,7 +38,7 @@ fn a_request_that_waits_too_long_for_a_thread_is_shed_while_the_thread_is_busy()
     let mut first = Client::connect(&address).unwrap();
     let long = b"GET /thread/sleep-6000 HTTP/1.1\r\nHost: a\r\n\r\n";
     first.stream.get_mut().write_all(long).unwrap();
-    // The first request occupies the only thread, or gets it before the other requests, because they arrive on a later connection.
+    // The first request occupies the only thread, or gets the thread before the other requests, because these arrive on a later connection.
     let mut second = Client::connect(&address).unwrap();
     assert_shed(&second.request("GET", "/thread/", b"").unwrap());
     assert_eq!(second.request("GET", "/ok", b"").unwrap().status, 200, "a request that needs no thread does not wait");

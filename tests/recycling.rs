@@ -1,4 +1,4 @@
-//! Workers that reach a recycling limit are replaced with no effect on clients.
+//! Workers that reach a recycling limit are replaced without affecting clients.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 

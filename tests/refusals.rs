@@ -92,7 +92,8 @@ fn malformed_http_requests_are_in_both_logs() {
 fn malformed_http_2_requests_are_in_both_logs() {
     let directory = tempfile::tempdir().unwrap();
     let mut server = start(&directory, "http:127.0.0.1:0", &["--max-params", "8K"]);
-    // A head that exceeds the limit and whose request line has been parsed, followed by a frame that is invalid in this state.
+    // The client sends a head that exceeds the limit and whose request line can be parsed, followed by a frame that is invalid in this
+    // state.
     let mut client = http2::Client::connect(&server.http()).unwrap();
     let cookies: Vec<String> = (0..80).map(|number| format!("{number}{}", "v".repeat(100))).collect();
     let fields: Vec<(&str, &str)> = cookies.iter().map(|cookie| ("x", cookie.as_str())).collect();

@@ -30,7 +30,7 @@ fn a_failed_reload_reports_the_reason_and_the_old_generation_stays_complete() {
     }
     server.has_only(&old);
 
-    // The application is repaired without a reload. A worker that dies now is replaced by a worker of the old generation.
+    // The application is repaired without a reload. If a worker dies in this state, it is replaced by a worker of the old generation.
     std::fs::remove_file(&broken).unwrap();
     let victim = *old.first().unwrap();
     kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();

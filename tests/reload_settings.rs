@@ -27,7 +27,7 @@ enum Seen {
     InMaster(&'static str),
     /// In the kernel's information about a new worker or program.
     OfWorker(fn(i32) -> String),
-    /// Like `OfWorker`, but for a daemon too.
+    /// In the kernel's information about a new worker or program, and about a daemon.
     OfProcesses(fn(i32) -> String),
     /// In the environment of a daemon and of a program, as reported by the kernel.
     InEnvironment,
@@ -222,7 +222,7 @@ impl Served {
         let directory = tempfile::tempdir().unwrap();
         let at = directory.path();
         std::fs::set_permissions(at, PermissionsExt::from_mode(0o755)).unwrap();
-        // A static program, which has the same path under a different root.
+        // The program is linked statically, so that it also runs under a different root. Its path is the same there.
         let source = at.join("wait.c");
         std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
         let built = Command::new("gcc").args(["-static", "-o"]).arg(at.join("wait")).arg(&source).status_in_time();
@@ -298,11 +298,11 @@ impl Served {
         }
     }
 
-    /// Returns the settings that this part logged last.
+    /// Returns the settings that this part of the server logged last.
     fn settings(&self, part: &str) -> String {
         let line = self.log.lines().rfind(|line| line.contains(&format!("settings part={part}")));
         let line = line.unwrap_or_else(|| panic!("{part} logs no settings in\n{}", self.log));
-        // Values that differ between workers precede the settings.
+        // A worker's line begins with values that differ between workers, so only the part from `config=` on is compared.
         line.split_once(r#" config="Config {"#).or_else(|| line.split_once("part=")).unwrap().1.to_owned()
     }
 }

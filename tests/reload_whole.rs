@@ -164,7 +164,7 @@ fn a_reload_changes_the_paths_and_the_format_of_the_logs() {
     wait_until("the log is in the file", || read(&served, "log").contains("\"reload done\"").then_some(()));
     assert!(read(&served, "log").lines().all(|line| line.starts_with("{\"time\"")), "{}", read(&served, "log"));
     assert!(!served.server.log().contains("reload done"));
-    // An old worker may answer the first requests.
+    // An old worker may answer the first requests. Its lines are not in the new file.
     wait_until("the access log has a line", || {
         assert_eq!(http::get(&address, "/ok").unwrap().status, 200);
         read(&served, "other").contains("\"target\":\"/ok\"").then_some(())
@@ -184,7 +184,7 @@ fn a_reload_changes_the_paths_and_the_format_of_the_logs() {
         read(&served, "other").contains("/ok").then_some(())
     });
 
-    // Back to standard error, at a different level, and without an access log.
+    // The log returns to standard error, at a different level, and there is no access log.
     served.reloaded(&format!("{HTTP}log-level = 'debug'\n"));
     served.server.wait_for("reload done gen=3");
     served.server.wait_for("worker exited");

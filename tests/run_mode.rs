@@ -44,7 +44,7 @@ fn php_knows_its_slot_and_forks_no_children() {
     let children = server.workers();
     assert_eq!(children.len(), 2);
     let mut slots = BTreeSet::new();
-    // The kernel chooses which process answers, so the test stops one process to make the other process answer.
+    // The kernel chooses the process that answers, so the test stops one process to make the other process answer.
     for (&pid, other) in children.iter().zip(children.iter().rev()) {
         common::stop(Pid::from_raw(*other));
         let environment = place.text("/pages.php?do=environment");
@@ -179,7 +179,7 @@ fn a_program_inherits_only_the_documented_environment_and_descriptors() {
     }
 }
 
-/// A process that has left its program's process group survives, with its inherited descriptors.
+/// A process that has left its program's process group survives, and keeps its inherited descriptors.
 #[test]
 fn a_process_that_outlives_its_program_does_not_keep_the_cache_file_in_use() {
     let place = Place::new();
@@ -209,7 +209,7 @@ fn a_process_that_outlives_its_program_does_not_keep_the_cache_file_in_use() {
     assert_eq!(std::fs::read_link(format!("/proc/{pid}/fd/{segment}")).unwrap(), file);
     let of_the_first = survivors(3);
     server.stop();
-    // A stop kills the processes that a daemon has left behind.
+    // A shutdown kills the processes that a daemon has left behind.
     assert_eq!(of_the_first.iter().filter(|&&pid| !is_gone(pid)).count(), 2, "{}", server.log());
 
     let mut server = Server::start_command(&mut command());

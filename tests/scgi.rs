@@ -163,7 +163,7 @@ fn requests_beyond_limits_and_malformed_requests_are_answered() {
     fixture.end();
 }
 
-/// Expects a reset. A reset is how a web server detects that a response without a length is incomplete.
+/// Expects a reset. By a reset, a web server detects that a response without a length is incomplete.
 fn expect_reset(client: &mut Client, what: &str) {
     let mut bytes = Vec::new();
     let error = client.stream.read_to_end(&mut bytes).expect_err(what);
@@ -205,7 +205,7 @@ fn a_disconnect_cancels_the_request() {
     let mut fixture = start(&[]);
     for mut client in fixture.clients() {
         client.stream.write_all(&request("GET", "/slow/600000", b"")).unwrap();
-        // The test cannot observe when the request starts, but a later request is answered only after it has started.
+        // The test cannot observe when the request starts, but a later request is answered only after this request has started.
         for other in fixture.clients() {
             other.request("GET", "/ok", b"").unwrap();
         }
@@ -228,7 +228,7 @@ fn a_truncated_body_is_an_error_for_the_application() {
         client.stream.write_all(&[&head("POST", "/echo", "10")[..], b"12345"].concat()).unwrap();
         client.end_writing().unwrap();
         let mut bytes = Vec::new();
-        let _ = client.stream.read_to_end(&mut bytes); // depending on the kernel, the break appears as a reset or as an end
+        let _ = client.stream.read_to_end(&mut bytes); // depending on the kernel, the client observes a reset or the end of the stream
         assert!(!bytes.ends_with(b"\r\n\r\n1234512345"));
     }
     fixture.server.wait_for("refused requests: an incomplete or malformed body status=400 protocol=scgi");

@@ -53,7 +53,7 @@ fn an_unknown_log_level_is_rejected_with_a_list_of_the_valid_levels() {
         complained(&run("hello", &["--log-level", level]), 2, &["--log-level", levels, hint]);
         complained(&run("hello", &["check", "--log-level", level]), 1, &["--log-level", levels, hint]);
     }
-    // A level for one module does not silence the other modules.
+    // A log level for one module does not silence the other modules.
     let mut server =
         Server::start("crashy", &["--bind", "http:127.0.0.1:0", "--workers", "1", "--log-level", "hyper=debug"]);
     server.signal(nix::sys::signal::Signal::SIGHUP);
@@ -209,7 +209,7 @@ fn check_and_startup_reject_the_same_paths_with_the_same_messages() {
                 complained(&checked, 0, &[]);
                 continue;
             }
-            // A setting that opens an existing file follows a link. For a setting that creates the file, the link itself is in the way.
+            // A setting that opens an existing file follows a link. A setting that creates the file fails because of the link itself.
             let cause = match flag {
                 _ if !path.ends_with("/loop") || LINKS.contains(&flag) => cause,
                 "--pid-file" => "it is a symbolic link, not a pid file",
@@ -282,7 +282,7 @@ fn an_unclosed_list_is_one_error_with_its_position() {
         "{said}"
     );
     assert!(lines[2..].iter().all(|line| !line.contains("forkyard.toml")), "{said}");
-    // The error is the same if the list is closed later, or never.
+    // The error is the same if the list is closed on a later line, or not at all.
     for (text, place) in [
         ("bind = ['http:127.0.0.1:0'\nallow = ['unix']\n", "before line 2"),
         ("bind = ['http:127.0.0.1:0'\n", "at the end"),
@@ -344,7 +344,7 @@ fn errors_suggest_what_was_probably_meant() {
     assert!(said.contains(line) || said.contains(&line.replace('\'', "")), "{said}");
     complained(&run("forkyard", &["restart"]), 2, &["'restart'", "'reload' replaces all workers", "'upgrade'"]);
     complained(&run("hello", &["restart"]), 2, &["'restart'", "'reload' replaces all workers"]);
-    // The suggested command is right, wherever the flags and the sub-command were given.
+    // The suggested command is correct, wherever the flags and the sub-command were given.
     for (name, wrong, right) in [
         ("hello", "--control /x status", "hello status --control /x"),
         ("hello", "--control /x cache purge --tag a", "hello cache purge --control /x --tag a"),

@@ -25,7 +25,7 @@ const ROUNDS: usize = 5;
 fn clients() -> usize {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(1 << 16), hard).unwrap();
-    // One worker may accept all clients, and it also needs descriptors for itself.
+    // One worker may accept all clients, and also needs descriptors of its own.
     let clients = usize::try_from(hard).unwrap_or(usize::MAX).saturating_sub(100).min(10_000);
     assert!(clients >= 4000, "the hard limit of descriptors is {hard}, and this test needs 4100 (ulimit -Hn)");
     clients
@@ -199,7 +199,7 @@ fn a_client_that_does_not_read_is_disconnected() {
     }
 }
 
-/// The application has finished, and the rest of the response waits in the connection, which is therefore not idle.
+/// The application has finished, but part of the response has not been sent yet. The connection is therefore not idle.
 #[test]
 fn a_client_that_reads_slowly_but_steadily_gets_the_whole_response() {
     const LENGTH: usize = 16 << 20;
@@ -212,7 +212,7 @@ fn a_client_that_reads_slowly_but_steadily_gets_the_whole_response() {
             let read = stream.read(&mut piece).unwrap();
             assert!(read > 0, "{protocol:?}: {count} of {LENGTH} bytes arrived");
             count += read;
-            // With this pause the whole body takes about four seconds. The kernel's buffers hold little of the body.
+            // With this pause, reading the whole body takes about four seconds. The kernel's buffers hold only a small part of the body.
             std::thread::sleep(Duration::from_micros(15 * read as u64 / 64));
         }
         server.stop();

@@ -91,7 +91,7 @@ fn uploads_that_wait_for_a_thread_leave_window_for_the_one_that_is_read() {
     assert_eq!(update.stream, 0, "the window update is for the connection");
     let mut window = 65_535 + u32::from_be_bytes(update.payload.try_into().unwrap());
     client.send(&http2::head(1, 0, "POST", "/count", &[])).unwrap();
-    // All data that the server's window allows, except for one byte.
+    // The client sends all data that the server's window allows, except for one byte.
     let waiting: Vec<u32> = (3..128).step_by(2).collect();
     for &stream in &waiting {
         client.send(&http2::head(stream, 0, "POST", "/count", &[])).unwrap();
@@ -136,7 +136,7 @@ fn a_stalled_upload_over_multiplexed_fastcgi_fails_alone() {
     };
     let stalled = ended(&mut client, 2);
     assert!(stalled.starts_with("Status: 408"), "{stalled}");
-    // Later data of the failed request is discarded.
+    // Data of the failed request that arrives later is discarded.
     client.send(&[record(STDIN, 2, b"defghij", 0), record(STDIN, 2, b"", 0)]).unwrap();
     client.send(&fastcgi::request(3, true, "POST", "/whole", b"next")).unwrap();
     let next = ended(&mut client, 3);

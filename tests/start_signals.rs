@@ -1,5 +1,5 @@
-//! Each documented signal at many moments between the start of the program and its exit, with and without the server as process 1. The
-//! signal has its documented effect, and no file is left behind.
+//! Sends each documented signal at many moments between the start of the program and its exit, both as process 1 and as an ordinary
+//! process. The signal has its documented effect, and no file is left behind.
 
 #![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
@@ -30,7 +30,7 @@ const MEANINGS: [(Signal, &str); 5] = [
     (SIGTTOU, "it is at its limit"),
 ];
 
-/// The files of a server, and the FIFOs that make it wait.
+/// The files of a server, and the FIFOs that make the server wait.
 struct Place {
     directory: TempDir,
     as_pid_1: bool,

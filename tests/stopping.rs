@@ -88,7 +88,7 @@ impl Place {
         Ok(stream)
     }
 
-    /// Opens a connection and sends a request on it.
+    /// Opens a connection, and sends a request on it.
     fn send(&self, protocol: Protocol, target: &str) -> UnixStream {
         let mut stream = self.connect().unwrap();
         stream.write_all(&protocol.head("GET", target, 0)).unwrap();
@@ -351,7 +351,7 @@ fn send_to_php(place: &Place) -> UnixStream {
     stream
 }
 
-/// Reads to the end of the page, and closes the connection, because php-cgi waits for the close before it accepts again.
+/// Reads to the end of the page, and closes the connection, because php-cgi accepts no other connection before that.
 fn php_went(mut stream: UnixStream) {
     read_until(&mut stream, "went");
 }

@@ -19,7 +19,7 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&HTTP, arguments].concat())
 }
 
-/// Stops the only worker with SIGSTOP. Data sent to it from now on waits in the kernel.
+/// Stops the only worker with SIGSTOP. From then on, data sent to the worker waits in the kernel.
 fn stop_worker(server: &Server) -> Pid {
     let worker = Pid::from_raw(*server.workers().first().unwrap());
     common::stop(worker);
@@ -83,7 +83,7 @@ fn the_cache_survives_two_hundred_kills_under_load() {
         }
         for round in 0..200 {
             let before = good.load(Ordering::Relaxed);
-            // A worker that has exited since it was listed is not killed. Its replacement takes its place in the list.
+            // A worker that has exited since it was listed is not killed. Its replacement is in the next list.
             let victim = wait_until("there is a worker to kill", || {
                 let victim = *server.workers().iter().nth(round % 2)?;
                 kill(Pid::from_raw(victim), Signal::SIGKILL).ok().map(|()| victim)
@@ -375,7 +375,7 @@ fn no_process_outlives_a_killed_master_and_its_requests_are_finished() {
         let slow = scope.spawn({
             let address = address.clone();
             move || {
-                // A connection may be waiting in the hung worker. This connection is closed, and the request is repeated with another
+                // A connection may be waiting in the hung worker. Such a connection is closed, and the request is repeated with another
                 // worker.
                 wait_until("a slow request is answered", || {
                     http::get(&address, "/slow/2000").ok().filter(|slow| slow.status == 200)

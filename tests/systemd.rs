@@ -1,4 +1,5 @@
-//! The interface to systemd: sockets and messages, with sockets of the test in place of systemd's, and the files in `scripts/systemd`.
+//! The interface to systemd: passed sockets, and messages to the service manager, whose part the test plays. Also tests the files in
+//! `scripts/systemd`.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
@@ -198,7 +199,7 @@ fn a_cache_stored_by_systemd_is_warm_after_a_restart() {
     assert_eq!(http::get(&server.http(), "/page/7").unwrap().text(), page);
     server.stop();
 
-    // The stored memory is not used, so it must be released.
+    // The stored memory is not used by the new server, so it must be released.
     for _ in 0..2 {
         manager.wait_for("STOPPING=1");
     }

@@ -1,8 +1,8 @@
 //! Tests the unit files in scripts/systemd with systemd itself: a manager in its own namespaces and control group, isolated from the
 //! machine. `tests/programs/systemd.sh` runs inside these namespaces.
 //!
-//! The test needs root, and a writable control group hierarchy of version 2, which some containers lack. Without the hierarchy, the test
-//! reports what it has tried, and passes. Any other problem is a failure.
+//! The test needs root, and a writable cgroup v2 hierarchy. Some containers have no such hierarchy; in these containers, the test reports
+//! what it has tried, and passes. Any other problem is a failure.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 

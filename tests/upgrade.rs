@@ -257,7 +257,7 @@ fn a_script_in_place_of_the_program_gets_the_original_arguments_each_time() {
     let place = Place::with("hello");
     let mut server = place.start(&ARGUMENTS);
     let mut old = server.workers();
-    // If the script also received its own flag as an argument, the duplicate would be an error.
+    // If the flag that the script adds were also passed to the script as an argument, the duplicate would be an error.
     let text = "#!/bin/sh\nprintf 'a line without an end: ' >&2; exec";
     let text = format!("{text} {} --drain-timeout 5s \"$@\"\n", program("crashy").display());
     place.script(&text, 0o755);
@@ -320,7 +320,7 @@ fn a_state_that_cannot_be_written_prevents_an_upgrade_and_is_reported() {
     };
     let descriptors = descriptors_of(server.pid().as_raw());
     set_limit("100:");
-    // In the first iteration, the limit applies before the check. In the second iteration, the script in place of the program sets the
+    // In the first iteration, the limit is set before the check. In the second iteration, the script that replaces the program sets the
     // limit during the check.
     let text = format!("#!/bin/sh\nprlimit --pid $PPID --fsize=100:\nexec {} \"$@\"\n", program("hello").display());
     for is_checked in [false, true] {
@@ -387,7 +387,7 @@ fn twenty_upgrades_under_load_leak_nothing() {
             least = least.min(descriptors_of(server.pid().as_raw()));
         }
     });
-    // A dead worker's pipe is closed a moment after its pid is gone. A leaked descriptor is never closed.
+    // A dead worker's pipe is closed a moment after its pid is gone, but a leaked descriptor is never closed.
     wait_until("the number of open descriptors is at its minimum", || {
         (descriptors_of(server.pid().as_raw()) <= least).then_some(())
     });

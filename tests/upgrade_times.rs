@@ -1,4 +1,4 @@
-//! Timers of processes keep running while an upgraded master runs its `preload`, before the master takes over the processes.
+//! While a new master runs its `preload` before it takes over the processes, the processes' timers keep running.
 
 #![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
@@ -45,7 +45,7 @@ impl Staged {
         wait_until(stage, || options.open(self.stage(stage)).ok())
     }
 
-    /// Lets the process that is held at the stage continue, and stops no other process there.
+    /// Lets the process that is held at the stage continue, and lets later processes pass the stage.
     fn release(&self, stage: &str, held: File) {
         std::fs::remove_file(self.stage(stage)).unwrap();
         drop(held);

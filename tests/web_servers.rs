@@ -2,7 +2,7 @@
 //! crashes, panics, the shared cache and many concurrent requests. The clients are `cgi-fcgi` and curl. tests/scenarios covers single
 //! requests and responses.
 //!
-//! The checks are the same for each web server. The list of checks is at the end of the first part of this file.
+//! The checks are the same for each web server. A list at the end of the first part of this file contains the checks.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
 
@@ -236,7 +236,7 @@ fn many_requests_at_once(site: &mut Site) {
     });
 }
 
-/// Checks that a response that is shorter than declared is not accepted as complete.
+/// Checks that a response that is shorter than its declared length is not accepted as complete.
 fn a_truncated_response_is_detected(site: &mut Site) {
     for _ in 0..3 {
         let answer = site.clients.connect(App::Crashy).request("GET", "/claim/10/5", b"");
@@ -245,7 +245,7 @@ fn a_truncated_response_is_detected(site: &mut Site) {
     }
 }
 
-/// Behind nginx, an incomplete response without a length is not accepted as complete either.
+/// Behind nginx, an incomplete response is not accepted as complete even if it has no declared length.
 #[test]
 fn nginx_passes_on_that_a_response_is_incomplete() {
     for front in [fronts::NGINX, fronts::NGINX_KEPT] {
@@ -359,7 +359,7 @@ fn cgi_fcgi_is_a_client() {
         assert_eq!(status, "Status: 200 OK");
         assert!(echo == body, "{} of {length} bytes were returned", echo.len());
     }
-    // A call without variables, like a health check, has no method.
+    // A request without variables, such as a health check, has no method.
     assert_eq!(ask(&[], b"").0, "Status: 400 Bad Request");
     drop(crashy);
 }

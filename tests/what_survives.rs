@@ -24,7 +24,7 @@ fn crashy(arguments: &[&str]) -> Server {
     Server::start("crashy", &[&HTTP, arguments].concat())
 }
 
-/// Returns the processor time of a single-threaded process: the first number in its `schedstat`.
+/// Returns the CPU time of a single-threaded process: the first number in its `schedstat`.
 fn cpu_time_ns(pid: Pid) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
     text.split(' ').next().unwrap().parse().unwrap()
@@ -78,7 +78,7 @@ fn a_worker_is_killed_or_segfaults() {
 
 #[test]
 fn a_worker_dies_holding_a_lock_in_shared_memory() {
-    // Quarantine is off. Where only the machine-wide count of OOM kills is available, an OOM kill in another test would make these deaths
+    // Quarantine is off. If only the machine-wide count of OOM kills is available, an OOM kill in another test would make these deaths
     // count against the request.
     let arguments = ["--workers", "2", "--cache", "2M", "--respawn-rate", "1000", "--quarantine", "0"];
     let mut server = Server::start("pages", &[&HTTP[..], &arguments].concat());
@@ -140,8 +140,8 @@ fn all_workers_crash_at_startup() {
     for failures in 1..=5 {
         server.wait_for(&format!(" failures={failures} "));
     }
-    // The master now waits for 1600 ms. The processor time of a master that did not sleep would depend on the load of the machine, so the
-    // test compares it with the processor time of a thread that does not sleep.
+    // The master now waits for 1600 ms. The CPU time of a master that did not sleep would depend on the load on the machine, so the test
+    // compares the master's CPU time with the CPU time of a thread that does not sleep.
     let (before, over) = (cpu_time_ns(server.pid()), AtomicBool::new(false));
     let spun = std::thread::scope(|scope| {
         let spinning = scope.spawn(|| {
@@ -182,7 +182,7 @@ fn sighup_with_a_build_that_does_not_start() {
     let refused = reload();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(1) && said.contains("broken on purpose"), "{said}");
-    server.has_only(&workers); // the old workers stay
+    server.has_only(&workers); // the old workers keep running
     std::fs::remove_file(&broken).unwrap();
     assert_eq!(reload().status.code(), Some(0));
     server.stop();

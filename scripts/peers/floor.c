@@ -3,10 +3,10 @@
  *   floor fastcgi WORKERS SIZE PATH     on a Unix socket
  *   floor http WORKERS SIZE             on a free port of loopback
  *
- * It prints its address when it is listening. It checks only where a request ends and whether its connection stays open.
- * The response is always the same SIZE bytes, which are prepared before the first fork, so a request takes one recv and one
- * send. The program supports only the benchmark's client, which sends each request in one write and reads each response. A
- * connection with a partial request is closed.
+ * The program prints its address when it is listening. The program checks only where a request ends and whether its connection
+ * stays open. The response is always the same SIZE bytes, which are prepared before the first fork, so a request takes one recv
+ * and one send. The program supports only the benchmark's client, which sends each request in one write and reads each
+ * response. A connection with a partial request is closed.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -124,7 +124,7 @@ static bool answer(int fd, const struct request *request) {
 }
 
 static bool serve(int fd) {
-    static char buffer[REQUEST_MAX]; /* shared by all connections, so it stays in the processor's cache */
+    static char buffer[REQUEST_MAX]; /* shared by all connections, so it stays in the CPU's cache */
     ssize_t n = recv(fd, buffer, sizeof buffer, 0);
     struct request request;
 
@@ -140,7 +140,7 @@ static bool serve(int fd) {
 
 /* ---- a worker ---- */
 
-/* Balances keep-alive connections: a worker with over an eighth more than another worker leaves new connections to that worker. */
+/* Balances keep-alive connections: a worker that has over an eighth more connections than some other worker accepts no new ones. */
 static bool has_enough(int me) {
     int mine = connections[me], fewest = mine;
 

@@ -130,7 +130,7 @@ impl Cache {
     /// purge a moment later would have had the same effect.
     ///
     /// # Errors
-    /// Fails if there is no cache, if the page is too large, or if its shard is locked by a process that does not release the lock.
+    /// Fails if there is no cache, if the page is too large, or if a process does not release the lock of the page's shard.
     pub fn set(
         &self,
         key: impl AsRef<[u8]>,

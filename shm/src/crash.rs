@@ -1,8 +1,8 @@
 //! Marks the points at which a test can kill the process, and the repairs that a test can skip.
 //!
 //! Each step of a change in shared memory that another process could find partly done is marked with `point`. Without the feature
-//! `crash-test`, `point` does nothing. With this feature, `tests/crash_points.rs` has a child process killed at the n-th point, for each n,
-//! and then checks that all guarantees hold. The tests also skip each repair in turn, to show that the repair is necessary.
+//! `crash-test`, `point` does nothing. With this feature, `tests/crash_points.rs` makes a child process kill itself at the n-th point, for
+//! each n, and then checks that all guarantees hold. The tests also skip each repair in turn, to show that the repair is necessary.
 
 /// A repair after the death of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +56,8 @@ mod armed {
         }
     }
 
-    /// Kills this process at the n-th step from now. With [`u64::MAX`], never kills it; with [`u64::MAX`] - 1, only records the names.
+    /// Kills this process at the n-th step from now. [`u64::MAX`] never kills the process; [`u64::MAX`] - 1 only records the names of the
+    /// steps.
     pub fn die_at(step: u64) {
         PASSED.store(0, Ordering::Relaxed);
         DIE_AT.store(step, Ordering::Relaxed);

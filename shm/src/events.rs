@@ -9,23 +9,23 @@
 //! All topics share one ring of records with endless positions, as in the page cache. The ids of a topic count from 1 without gaps. An
 //! event is written beyond the head, and the oldest events are evicted to make room for it.
 //!
-//! - **One store publishes an event**: raising the head turns the record before it into an event. A publisher that is killed before that
-//!   store has not published; a publisher that is killed afterwards has. The topic's cell is updated after that store. `linked` is the
-//!   position up to which the cells are updated. A reader that looks for the events of a topic also searches beyond `linked`, so a
-//!   publisher that dies between the two stores needs no special treatment.
+//! - **One store publishes an event**: raising the head turns the record before it into an event. If a publisher is killed before that
+//!   store, the event is not published; if it is killed after that store, the event is published. The topic's cell is updated after that
+//!   store. `linked` is the position up to which the cells are updated. A reader that looks for the events of a topic also searches beyond
+//!   `linked`, so a publisher that dies between the two stores needs no special treatment.
 //! - **Publishers hold the log's lock** (`protocols/lock.rs`), but only while they copy an event. The lock of a dead publisher is taken
 //!   over.
 //! - **Readers take no lock and write nothing.** They copy a record and then check that the floor has not passed it.
 //! - **Waiting readers** wait for the futex `sequence` to change. A publisher makes the system call that wakes them only if a reader is
-//!   sleeping. If a publisher is killed before that call, the sleeping readers are woken by the next publisher or by their timeout, which
-//!   should therefore be short.
+//!   sleeping. If a publisher is killed before that call, the sleeping readers are woken by the next publisher or by their timeout. The
+//!   timeout should therefore be short.
 //!
 //! The files: [`publish`] writes, and [`read`] reads. [`topics`] is the table of topics. [`ring`] defines the record format that both use.
 //! [`bell`] and [`told`] are protocols between processes, which are also tested with loom. [`audit`] is for tests.
 //!
 //! # Reading without gaps
 //! To read all events of a topic after some id, and then each new event, a reader first takes a [`Tail`] and then calls [`Events::since`].
-//! Both return an event that was published in between; the reader recognizes it by its id.
+//! An event that was published between these two calls is returned by both; the reader recognizes it by its id.
 //!
 //! # Replaced topics
 //! The table has room for one topic per 4 KiB of the log. If the table is full, a new topic replaces the topic that has been idle for
@@ -34,8 +34,8 @@
 //!
 //! If an event is published to a replaced topic again, the topic's ids continue above the highest id of any replaced topic. No id is
 //! therefore used twice, and a reader that requests the events after its last id receives the number of events that it missed. Until an
-//! event is published, that highest id is returned as the topic's last id, so a reader that starts there misses nothing. A topic that has
-//! never existed before also starts above it, because new and replaced topics cannot be distinguished.
+//! event is published, that highest id is returned as the topic's last id, so a reader that starts there misses nothing. The ids of a topic
+//! that never existed also start above that id, because new and replaced topics cannot be distinguished.
 
 mod audit;
 mod publish;

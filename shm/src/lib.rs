@@ -73,8 +73,8 @@
 //! |---|---|
 //! | creating the segment | nothing: no other process has the descriptor yet; a file without the magic number is recreated |
 //! | writing its row | the row as far as it was written; readers expect partial rows |
-//! | becoming a member | the byte is unlocked again; the next process that claims the cell cleans it up first |
-//! | looking up, copying out | nothing: it wrote nothing |
+//! | becoming a member | the byte is unlocked again; the next process that claims the cell first cleans it up |
+//! | looking up, copying out | nothing: the process wrote nothing |
 //! | reading in place | the entry's bytes are not reused until the member is cleaned up |
 //! | waiting for a lock or a lease | nothing |
 //! | writing the bytes of an entry or of padding, lock held | the lock is taken over; the bytes lie beyond the head and are overwritten |
@@ -104,14 +104,14 @@
 //!
 //! There is no defense against a process that overwrites the segment. Such a process can serve any content, change what another process is
 //! reading in place, or name a running process as the owner of a lock, which prevents other processes from storing in that shard until the
-//! named process exits. A process that closes descriptors that it did not open (all above 2, for example) also closes the descriptor whose
-//! lock shows that the process is alive. Other processes then treat it as dead, and it must not use the cache any more. [`Segment::damage`]
-//! detects a segment that was overwritten.
+//! named process exits. A process that closes descriptors that it did not open (all descriptors above 2, for example) also closes the
+//! descriptor whose lock shows that the process is alive. Other processes then treat that process as dead, and it must not use the cache
+//! any more. [`Segment::damage`] detects an overwritten header or a truncated file, but no other damage.
 //!
 //! Even a process that overwrites the segment cannot cause undefined behavior in the safe functions of this crate. [`Segment::attach`],
 //! [`Segment::open`], [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes write to, for three
 //! reasons. First, the size of the memory is fixed, because it is sealed or because the file is reserved and locked. Reading the memory
-//! therefore raises no SIGBUS unless that file is truncated. If it is truncated, a signal handler maps zeroes in place of the lost pages
+//! therefore raises no SIGBUS unless the file is truncated. If it is truncated, a signal handler maps zeroes in place of the lost pages
 //! (`memory/lost_pages.rs`), and the memory is not used any more. Second, the only references to the memory are references to atomics, for
 //! which any value is valid; raw pointers do not leave `memory/map.rs`. Third, bytes are copied by instructions that are opaque to the
 //! compiler. The only function that lends a slice of shared memory, [`Pinned::into_slice`], is unsafe and documents its caller's

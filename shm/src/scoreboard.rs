@@ -1,8 +1,8 @@
 //! The scoreboard shows what each process is doing. All processes can read it, even after the death of the process that it describes.
 //!
-//! There is one row per process, in its own cache lines. Only the row's owner writes it, with plain atomic stores; there is no lock. What a
-//! reader reads is unreliable: numbers may be slightly inconsistent, and text may be torn between two requests. The reader therefore limits
-//! and sanitizes everything, and bases no decision on the text.
+//! There is one row per process, in its own cache lines. Only the row's owner writes it, with plain atomic stores; there is no lock. The
+//! values that a reader obtains are unreliable: numbers may be slightly inconsistent, and text may be torn between two requests. The reader
+//! therefore limits and sanitizes everything, and bases no decision on the text.
 //!
 //! - [`thread_slot`]: the request that each thread is processing.
 //! - [`surplus`]: the requests for which a row has no room.
@@ -33,7 +33,7 @@ use crate::memory::layout::{CELLS, Cell, ROW_BYTES, RowCells};
 /// The bit in the word of hung threads that is set if all threads have hung.
 const ALL_HANG: u32 = 1 << 31;
 
-/// Maximum number of attempts to read a row that another process claims during the read.
+/// Maximum number of attempts to read a row, if a process claims the row during each attempt.
 const READS: usize = 3;
 
 /// A handle to the scoreboard. Cheap to clone, and usable from any thread.
@@ -97,7 +97,7 @@ struct Holding {
     segment: Arc<SharedMemory>,
     at: u64,
     epoch: u64,
-    /// One bit per cell of the row, which is set if the cell is in use.
+    /// One bit per cell of the row. The bit is set if the cell is in use.
     used: Local<u16>,
     surplus: Arc<Surplus>,
     /// The free cells of the surplus, and the number of cells created.
@@ -137,11 +137,11 @@ pub struct Snapshot {
     pub streams: u32,
     /// The requests being served, oldest first, up to 16 of them.
     pub serving: Vec<Serving>,
-    /// The request that the crashing thread was processing, if known. It need not be one of `serving`.
+    /// The request that the crashing thread was processing, if known. It is not necessarily one of `serving`.
     pub culprit: Option<String>,
     /// Whether the crash was in a thread that was processing no request.
     pub no_culprit: bool,
-    /// The requests that threads are running; all other requests are waiting. They need not be in `serving`.
+    /// The requests that threads are running; all other requests are waiting. They are not necessarily in `serving`.
     pub running: Vec<String>,
     /// Whether `running` is complete. It may be incomplete, because a row has only 16 thread slots.
     pub all_running: bool,
@@ -250,8 +250,8 @@ impl Scoreboard {
         snapshot
     }
 
-    /// Marks the row of a dead process, if the row still belongs to that process. Must be called when the process is reaped. The rest of
-    /// the row can still be read.
+    /// Marks the row of a dead process, if the row still belongs to that process. Must be called when the process is reaped. Everything
+    /// else in the row can still be read.
     pub fn mark_dead(&self, slot: u32, pid: u32) {
         if let Some((_, row)) = self.row(slot)
             && row.pid.load(Ordering::Relaxed) == pid
@@ -426,7 +426,7 @@ impl InFlight {
         text.filter(|text| !text.is_empty()).unwrap_or_else(|| "-".to_owned())
     }
 
-    /// Turns the request into an event stream, which occupies no thread. The request no longer counts as in flight, and counts as served
+    /// Turns the request into an event stream. A stream occupies no thread and does not count as in flight. It counts as a served request
     /// when this value is dropped.
     pub fn becomes_stream(&mut self) {
         if std::mem::replace(&mut self.is_stream, true) {

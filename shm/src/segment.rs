@@ -89,8 +89,8 @@ impl Segment {
         let stat = nix::sys::stat::fstat(&fd).map_err(|errno| system("stat the shared segment", errno))?;
         let is_sealed = match fcntl(&fd, FcntlArg::F_GET_SEALS) {
             Ok(seals) if SealFlag::from_bits_truncate(seals).contains(seals_of_a_segment()) => true,
-            // A file on a disk does not support seals. Only its owner may change it, and a process that finds the file in use by another
-            // process does not recreate it.
+            // A file on a disk does not support seals. Only the file's owner may change it, and no process recreates the file while another
+            // process is using it.
             Err(Errno::EINVAL) if is_private_file(&stat) => {
                 if !file::lock_users(&fd, libc::F_RDLCK) {
                     return Err(unusable("another program has the file for itself"));
@@ -203,7 +203,7 @@ impl SharedMemory {
         self.map.is_lost_if(|| nix::sys::stat::fstat(&self.fd).is_ok_and(is_short))
     }
 
-    /// Initializes the shards. Position 0 means "none" in a slot, so the logs start after it.
+    /// Initializes the shards. Position 0 means "none" in a slot, so the logs start after position 0.
     fn init_shards(&self) -> Option<()> {
         for number in 0..self.geometry.shards {
             let head: &ShardHead = self.map.at(self.geometry.shard_at(number))?;
@@ -242,7 +242,8 @@ pub(crate) fn plan_of(header: &SegmentHead) -> Plan {
     }
 }
 
-/// Returns why a segment that was created for one plan cannot be used for another. The segment may have more rows than requested.
+/// Returns why a segment that was created for one plan cannot be used for another plan, or `None` if it can. The segment may have more rows
+/// than requested.
 pub(crate) fn misfit(found: &Plan, wanted: &Plan) -> Option<&'static str> {
     if found.cache_bytes != wanted.cache_bytes {
         Some("its page cache has another size")
@@ -256,8 +257,8 @@ pub(crate) fn misfit(found: &Plan, wanted: &Plan) -> Option<&'static str> {
     }
 }
 
-/// Error for a part that lies outside the segment. It is never returned, because `Geometry::of` places all parts inside the segment, as its
-/// tests show. It is needed only for the types.
+/// Error for a part that lies outside the segment. This error is never returned, because `Geometry::of` places all parts inside the
+/// segment, as the tests of that function show. It only satisfies the type checker.
 pub(crate) const BAD_GEOMETRY: SegmentError = SegmentError::Unusable { why: "its parts do not fit into it" };
 
 /// Returns the geometry and the seed from a header, if it is complete and consistent.
@@ -320,8 +321,8 @@ fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     Ok(fd)
 }
 
-/// Refuses a size that cannot be available before the kernel is asked for it. The kernel detects a lack of memory page by page, and may
-/// kill a process (in a control group, this process) before it returns an error.
+/// Rejects a size that exceeds the available memory, before the memory is requested from the kernel. The kernel detects a lack of memory
+/// page by page, and may kill a process (in a control group, this process) before it returns an error.
 pub(crate) fn check_memory(len: u64) -> Result<(), SegmentError> {
     check_file_size(len)?;
     if let Some(Left { limit, free }) = memory_limit::tightest().filter(|left| len > left.free) {
@@ -333,7 +334,7 @@ pub(crate) fn check_memory(len: u64) -> Result<(), SegmentError> {
     Ok(())
 }
 
-/// Refuses a size above the limit for files. The kernel sends SIGXFSZ to a process that creates a file larger than its limit.
+/// Rejects a size above the limit for files. The kernel sends SIGXFSZ to a process that creates a file larger than its limit.
 pub(crate) fn check_file_size(len: u64) -> Result<(), SegmentError> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if len > limit => Err(SegmentError::OverFileSize { bytes: len, limit }),

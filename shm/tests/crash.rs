@@ -58,7 +58,8 @@ fn a_child_attaches_by_descriptor(_seed: u64) {
 fn a_process_killed_while_it_holds_the_lock_loses_nothing(_seed: u64) {
     let cache = segment(16 << 20).cache();
     fill(&cache, KEYS, 500);
-    // The next child that needs the lock of a dead process detects the death. For the last child, this process detects it.
+    // Each death is detected by the next child that needs the lock of the dead process. The death of the last child is detected by this
+    // process.
     for _ in 0..11 {
         let mut child = spawn(|mut pipe| {
             let _held = cache.hold(name(0)).expect("lock");

@@ -1,9 +1,9 @@
 //! Kills a process at each marked step of each operation, and also kills the process that repairs the damage, at each marked step of the
 //! repair.
 //!
-//! In long operations, the death of the repairing process is tested only after some of the deaths. FORKYARD_EVERY=1 tests it after every
-//! death, and FORKYARD_SCALE=n after only n percent of these deaths, which are chosen at random. The test also checks that it reaches every
-//! mark, and that every repair is needed.
+//! In long operations, the death of the repairing process is tested only for some of the first deaths. FORKYARD_EVERY=1 tests it for every
+//! first death, and FORKYARD_SCALE=n for a random n percent of them. The test also checks that it reaches every mark, and that every repair
+//! is needed.
 #![expect(clippy::print_stdout, reason = "the test prints its own report")]
 
 mod common;
@@ -20,7 +20,7 @@ use forkyard_shm::{Cache, Segment};
 
 /// Time limit that is far longer than the check of one state takes.
 const HANGS: Duration = Duration::from_secs(120);
-/// Number of marks that exceeds the number of marks in any operation.
+/// Upper bound for the number of marks in an operation.
 const MOST_MARKS: u64 = 5000;
 
 fn main() {
@@ -37,7 +37,7 @@ fn mend(cache: &Cache) {
     cache.sweep_all();
 }
 
-/// Makes a child die at a mark of an operation. Returns false if the operation finished before this mark.
+/// Makes a child die at a mark of an operation. Returns false if the operation finished before it reached this mark.
 fn dies(segment: &Segment, at: u64, act: fn(&Cache)) -> bool {
     not_longer_than(HANGS);
     let cache = segment.cache();

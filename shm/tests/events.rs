@@ -55,7 +55,7 @@ fn publish(events: &Events, topic: &str, seed: u64) -> u64 {
     loop {
         match events.publish(topic, "kind", &data) {
             Ok(id) => return id,
-            // The owner of the lock got no processor time, because other tests are running too.
+            // The owner of the lock got no CPU time, because other tests are running at the same time.
             Err(PublishError::Busy) => std::thread::yield_now(),
             Err(why) => panic!("{why}"),
         }
@@ -87,7 +87,7 @@ const SCENES: [Scene; 5] = [
     }),
 ];
 
-/// Makes a child publish and die at a mark. Returns false if the child finished before this mark.
+/// Makes a child publish and die at a mark. Returns false if the child finished before it reached this mark.
 fn dies(events: &Events, at: u64, topic: &str) -> bool {
     not_longer_than(HANGS);
     let child = spawn(|_| {
@@ -103,7 +103,7 @@ fn killed_at_each_mark(_seed: u64) {
         let (mut deaths, mut deaths_after) = (0, 0);
         for at in 0.. {
             let mut again = 0;
-            // The next publisher also dies at each mark, until it finishes before the mark.
+            // The next publisher also dies, at each mark in turn, until a publisher finishes before it reaches its mark.
             loop {
                 let segment = segment(64 * 1024);
                 let events = segment.events();

@@ -1,4 +1,4 @@
-//! Many processes request one page at the same moment. The page is rendered once, even if processes die, fail, stop or are late.
+//! Many processes request one page at the same moment. The page is rendered once, even if processes die, fail, are stopped or are late.
 //!
 //! The test does not use the test harness, because it must be single-threaded for forking to be safe. The tests do not depend on sleep
 //! times: a renderer continues when the other processes are observed waiting, and the tests wait for the renderer by reading a byte from a
@@ -176,8 +176,8 @@ fn wait_in_five(cache: &Cache, counts: &Counts, threads: bool) {
     }
 }
 
-/// Starts a renderer twenty times, which terminates on request without a page, while two processes wait with five requests each. In half of
-/// the cases they wait in threads.
+/// Starts a renderer twenty times while two processes wait with five requests each. On request, the renderer terminates without a page. In
+/// half of the runs, the requests wait in threads.
 fn succession(what: &str, renderer: impl Fn(&Cache, &Counts, &mut File), end: impl Fn(Child, &Counts)) {
     for threads in [true, false] {
         let mut delays: Vec<[u64; 2]> = Vec::new();
@@ -404,7 +404,7 @@ fn stale_if_rendering_fails() {
         })
     });
     children.collect::<Vec<_>>().into_iter().for_each(Child::join);
-    // Each process rendered after the previous process had failed, and fell back to the stale page.
+    // The processes rendered one after the other. Every rendering failed, so every process fell back to the stale page.
     assert_eq!((load(counts.rendering), load(counts.stale), load(counts.served)), (PROCESSES, PROCESSES, 0));
     assert_eq!(cache.stats().stale_hits, PROCESSES);
 }

@@ -1,13 +1,13 @@
 //! Runs the shared-memory protocols under loom, through the possible interleavings of threads and delays of stores.
 //!
 //! The protocol files are compiled here with loom's atomics, so the checked code is the shipped code. [`Futex`] models sleeping in the
-//! kernel. Each protocol has variants with a deliberate error in an ordering or a fence. These variants must fail, which shows that the
-//! models cover the critical places.
+//! kernel. Each protocol has variants with a deliberate error in an ordering or a fence. These variants must fail. Their failure shows that
+//! the models cover the critical places.
 //!
 //! The models are not a proof. The number of preemptions is bounded. Loom (0.7) chooses what to reorder based only on the *last* access to
-//! an atomic, so it misses some orders if several threads read the atomic. Each model is therefore run with its threads in several
-//! arrangements; a variant counts as failed if one arrangement fails. Loom treats `SeqCst` loads and stores as acquire and release, which
-//! is weaker than their real ordering; fences are modeled exactly.
+//! an atomic, so it misses some orderings if several threads read the atomic. Each model is therefore run with its threads in several
+//! arrangements; a variant counts as failed if one arrangement fails. Loom treats `SeqCst` loads and stores as acquire and release,
+//! although their real ordering is stronger; fences are modeled exactly.
 
 use std::rc::Rc;
 use std::sync::Arc;

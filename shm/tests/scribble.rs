@@ -64,8 +64,8 @@ fn nonsense(random: &mut fastrand::Rng, words: &[AtomicU64]) -> u64 {
     }
 }
 
-/// Overwrites words until the process is killed. A random word is most likely in a page, where it has little effect, so this function often
-/// chooses the important places.
+/// Overwrites words until the process is killed. Most words belong to a page, where overwriting them has little effect, so this function
+/// often chooses more important words.
 fn scribble(words: &[AtomicU64], random: &mut fastrand::Rng, pause: u32) -> ! {
     let matter = words.len().min(HEADER / 8 + 8192);
     loop {
@@ -81,7 +81,7 @@ fn scribble(words: &[AtomicU64], random: &mut fastrand::Rng, pause: u32) -> ! {
     }
 }
 
-/// Uses all functions of the cache until the time has passed. Returns the number of hits and of stored pages.
+/// Calls all functions of the cache for a fixed time. Returns the number of hits and of stored pages.
 fn use_it(cache: &Cache, mut random: fastrand::Rng) -> [u32; 2] {
     let [mut hits, mut stored] = [0; 2];
     let until = Instant::now() + TIME;

@@ -4,8 +4,8 @@
 //! it is copied, and the copy is checked as a segment whose members are all dead (see `common/image.rs`). One run thus covers every
 //! instruction of the operation.
 //!
-//! An instruction that copies bytes is stepped byte by byte. Of the states within such an instruction, one in sixteen is checked, or all of
-//! them with FORKYARD_EVERY=1. FORKYARD_SCALE=n steps through only n percent of the operations, which are chosen at random.
+//! An instruction that copies bytes is stepped byte by byte. Of the states within such an instruction, one in sixteen is checked, or every
+//! one with FORKYARD_EVERY=1. FORKYARD_SCALE=n steps through only a random n percent of the operations.
 #![expect(clippy::print_stdout, reason = "the test prints its own report")]
 
 mod common;

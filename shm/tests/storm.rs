@@ -29,7 +29,7 @@ const CHILDREN: usize = 5;
 const TAGS: u32 = 64;
 /// Maximum duration of a lookup.
 const SLOWEST_GET: Duration = Duration::from_secs(20);
-/// Maximum time without progress of a child.
+/// Maximum time that a child may make no progress.
 const STUCK: Duration = Duration::from_secs(60);
 /// Number of words of a torn page that are reported.
 const TORN_WORDS: usize = 8192;
@@ -127,7 +127,7 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// Chooses a key. Half of all requests are for a tenth of the keys.
+    /// Chooses a key. Half of all requests are for the same tenth of the keys.
     fn key(&mut self) -> u32 {
         let most = if self.random.bool() { self.keys } else { self.keys / 10 };
         self.random.u32(..most)

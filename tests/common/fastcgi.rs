@@ -56,7 +56,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to `address`, which has the form of the startup banner: `fastcgi:unix:/path` or `fastcgi:HOST:PORT`.
+    /// Connects to `address`, in the form used by the startup banner: `fastcgi:unix:/path` or `fastcgi:HOST:PORT`.
     pub fn connect(address: &str) -> io::Result<Self> {
         let address = address.strip_prefix("fastcgi:").unwrap_or(address);
         Ok(match address.strip_prefix("unix:") {

@@ -1,10 +1,10 @@
-//! Limits the run time of tests, so that no test can hang. Contains a watchdog for the whole test binary, and waits for child processes and
-//! pipes; a wait that fails reports the awaited event.
+//! Limits the run time of tests, so that no test can hang. Contains a watchdog for the whole test binary, and functions that wait for child
+//! processes and pipes. If a wait fails, its error names the awaited event.
 //!
-//! The watchdog is a thread that is started by the first use of this module. When the binary has run for FORKYARD_TEST_LIMIT seconds
-//! (default: 900), the watchdog prints the tests that are still running, all processes that the binary has started, and the output of the
-//! reporters. Then it kills those processes and exits with status 1. `scripts/limit` enforces a limit from outside, for test binaries that
-//! do not use this module.
+//! The watchdog is a thread that starts when this module is first used. When the binary has run for FORKYARD_TEST_LIMIT seconds (default:
+//! 900), the watchdog prints the tests that are still running, all processes that the binary has started, and the output of the reporters.
+//! Then it kills those processes and exits with status 1. `scripts/limit` enforces a limit from outside, for test binaries that do not use
+//! this module.
 //!
 //! This module uses only the standard library, because crates that do not use `tests/common` include this file by its path.
 
@@ -65,7 +65,7 @@ struct Process {
     parent: u32,
     name: String,
     state: String,
-    /// Processor time in clock ticks.
+    /// CPU time in clock ticks.
     cpu: u64,
 }
 
@@ -206,7 +206,7 @@ fn end_before(deadline: Instant, child: &mut Child) -> Option<ExitStatus> {
     }
 }
 
-/// Like `Child::wait_with_output`, with a limit.
+/// Like `Child::wait_with_output`, with a time limit.
 pub fn output_of(mut child: Child, what: &str) -> Output {
     drop(child.stdin.take());
     let (out, err) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
@@ -237,7 +237,7 @@ fn collect(mut stream: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     all
 }
 
-/// The reading end of a pipe, or of another stream without timeouts. Each read has a limit. A thread reads from the stream.
+/// The reading end of a pipe, or of another stream without timeouts. Each read has a time limit. A thread reads from the stream.
 pub struct Pipe {
     pieces: Receiver<io::Result<Vec<u8>>>,
     /// Received data that has not been read yet.

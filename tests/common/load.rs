@@ -29,7 +29,7 @@ pub struct Load {
     pub answers_after_kill: Mutex<Vec<Duration>>,
 }
 
-/// Where a client connects, and whether it keeps the connection open.
+/// The address to which a client connects, and whether it keeps the connection open.
 #[derive(Clone, Debug)]
 enum Way {
     FastCgi { address: String, kept: bool },
@@ -121,8 +121,8 @@ impl Load {
             count += 1;
             let body = format!("{number}-{count}").repeat(count % 40);
             let length = format!("{}\n", body.len());
-            // These responses are sent only when complete. Part of a streamed response could already have been sent when the worker is
-            // killed.
+            // These responses are sent only when they are complete. If they were streamed, part of a response might have been sent before
+            // the worker is killed.
             let (method, target, expected) = match count % 4 {
                 0 => ("POST", "/count", length.as_str()),
                 1 => ("GET", "/slow/1", "1 ms\n"),
@@ -155,7 +155,8 @@ impl Load {
     }
 }
 
-/// Sends one request. A keep-alive connection stays open unless a response closes it. Over HTTP, requests may be sent on it in parts.
+/// Sends one request. A keep-alive connection stays open unless a response closes it. Over HTTP, requests on a keep-alive connection may be
+/// sent in parts.
 fn ask(
     way: &Way,
     kept: &mut Option<Kept>,

@@ -1,10 +1,10 @@
 //! Code shared by the integration tests. It starts the real programs, waits for them without sleeping, and always terminates them.
 //! Everything that a test creates is in its own temporary directory, listens on loopback or a Unix socket, and is removed with the test.
 //!
-//! No test can hang. Every wait has a limit, and fails with the name of the awaited event. Waits are [`wait_until`] and the functions based
-//! on it, sockets with timeouts ([`connect_tcp`], [`connect_unix`] and the clients), [`limit::InTime`] for commands, [`limit::end_of`] for
-//! children, [`limit::Pipe`] for their output, and [`received`] for channels. A thread that runs until a flag is set uses a [`StopOnDrop`],
-//! so that a panic stops it too. The whole binary also has a limit (see [`limit`]).
+//! No test can hang. Every wait has a time limit, and its failure names the awaited event. Tests wait with [`wait_until`] and the functions
+//! based on it, sockets with timeouts ([`connect_tcp`], [`connect_unix`] and the clients), [`limit::InTime`] for commands,
+//! [`limit::end_of`] for children, [`limit::Pipe`] for their output, and [`received`] for channels. A thread that runs until a flag is set
+//! uses a [`StopOnDrop`], so that a panic stops the thread too. The whole binary also has a time limit (see [`limit`]).
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses only a part of this module")]
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
@@ -65,7 +65,7 @@ fn stop_ignoring_signals() {
     });
 }
 
-/// The log of a server, and the data that the watchdog prints about the server.
+/// The log of a server, and other data that the watchdog prints about the server.
 struct Log {
     pid: Pid,
     command: String,
@@ -161,8 +161,8 @@ impl Server {
         Self { child, log, log_ended, lines, runs_programs, binds: Vec::new() }
     }
 
-    /// Waits for a log line that contains `what`, and returns the line. The search begins after the line that the previous wait returned.
-    /// For lines in no fixed order, use [`Server::logged`].
+    /// Waits for a log line that contains `what`, and returns the line. The search begins after the line that the previous call returned.
+    /// For lines whose order is not fixed, use [`Server::logged`].
     pub fn wait_for(&mut self, what: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -200,7 +200,7 @@ impl Server {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// Maps the server's shared memory. A segment in a file is not available, because no other process may open the file.
+    /// Maps the server's shared memory. Does not support a segment in a file, because no other process may open the file.
     pub fn segment(&self) -> Segment {
         self.memory().expect("the master holds a sealed memory file")
     }
@@ -324,8 +324,8 @@ pub fn received<T>(messages: &Receiver<T>, what: &str) -> T {
     }
 }
 
-/// Sets a flag when it is dropped, including by a panic. Needed with `thread::scope`, which waits for threads that run until the flag is
-/// set.
+/// Sets a flag when it is dropped, including by a panic. `thread::scope` requires this for threads that run until the flag is set, because
+/// it waits for these threads even after a panic.
 pub struct StopOnDrop<'a>(pub &'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {
@@ -351,7 +351,7 @@ pub fn connect_tcp(address: impl ToSocketAddrs) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Like [`connect_tcp`], for a Unix socket, whose accept queue may be full.
+/// Like [`connect_tcp`], for a Unix socket. The socket's accept queue may be full.
 pub fn connect_unix(path: impl AsRef<Path>) -> io::Result<UnixStream> {
     limit::start();
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
@@ -404,7 +404,7 @@ pub fn line_of(pipe: &mut (impl Read + AsFd), what: &str) -> String {
     String::from_utf8(line).unwrap_or_else(|error| panic!("{what}: {error}"))
 }
 
-/// Reads to the end of the stream, with a limit for the whole read, so that a stream that keeps sending data does not extend the limit.
+/// Reads to the end of the stream. The time limit applies to the whole read, so that a stream that keeps sending data does not extend it.
 pub fn read_all(stream: &mut impl Read, into: &mut Vec<u8>) -> io::Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let mut piece = vec![0; 64 << 10];
@@ -443,7 +443,7 @@ fn segment_at(path: &Path) -> Option<Segment> {
 }
 
 /// Returns the pids of the processes whose parent is `pid`, including zombies, except the heirs of dead workers and the guard. Under `run`,
-/// a child with the master's name is also excluded: it is a fork that has not yet been given its own name.
+/// a child with the master's name is also excluded: such a child has been forked, but has not set its own name yet.
 pub fn children_of(pid: Pid) -> BTreeSet<i32> {
     let is_master = process(pid.as_raw()).is_some_and(|process| process.name == "forkyard");
     let is_left_out = |name: &str| ["heir", "guard"].contains(&name) || (is_master && name == "forkyard");
@@ -499,7 +499,7 @@ pub fn field_of<T: FromStr>(directory: &Path, number: usize) -> Option<T> {
     fields(&std::fs::read_to_string(directory.join("stat")).ok()?)?.get(number - 3)?.parse().ok()
 }
 
-/// Returns the processor time that a process or thread has used in kernel and user mode. `directory` is its directory in `/proc`.
+/// Returns the CPU time that a process or thread has used in kernel and user mode. `directory` is its directory in `/proc`.
 pub fn cpu_time(directory: &Path) -> Duration {
     let ticks: u64 = [14, 15].map(|number| field_of::<u64>(directory, number).unwrap()).iter().sum();
     let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).unwrap().unwrap();

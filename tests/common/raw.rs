@@ -45,8 +45,8 @@ impl Protocol {
     }
 }
 
-/// Connects to `bind`, an address from the banner. The returned Unix stream may be a TCP socket, because reading, writing and timeouts use
-/// the same system calls.
+/// Connects to `bind`, an address from the banner. The returned Unix stream may contain a TCP socket. This works because reading, writing
+/// and timeouts use the same system calls for both.
 pub fn connect(bind: &str) -> UnixStream {
     let (_, address) = bind.split_once(':').expect("the address begins with a protocol");
     match address.strip_prefix("unix:") {
@@ -55,7 +55,7 @@ pub fn connect(bind: &str) -> UnixStream {
     }
 }
 
-/// Sends these bytes and reads until the status of a response has arrived.
+/// Sends these bytes, and reads until the status of a response has arrived.
 pub fn ask(stream: &mut UnixStream, bytes: &[u8]) -> (u16, Vec<u8>) {
     stream.write_all(bytes).unwrap();
     let mut response = Vec::new();

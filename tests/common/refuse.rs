@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use super::limit::InTime as _;
 use super::program;
 
-/// Runs programs for which some system calls do not exist.
+/// Starts programs for which some system calls do not exist.
 pub struct Refuse {
     _folder: TempDir,
     pub path: PathBuf,

@@ -37,7 +37,7 @@ impl Place {
 
     /// Creates an executable script.
     pub fn script(&self, name: &str, text: &str) -> String {
-        // The script is first written under a different name, because executing a file that is open for writing fails.
+        // The script is first written under a different name, because a file that is open for writing cannot be executed.
         let (path, new) = (self.path(name), self.path(&format!("{name}.new")));
         std::fs::write(&new, text).unwrap();
         std::fs::set_permissions(&new, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();

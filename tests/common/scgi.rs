@@ -35,7 +35,7 @@ impl Response {
 }
 
 impl Client {
-    /// Connects to `address`, which has the form of the startup banner: `scgi:unix:/path` or `scgi:HOST:PORT`.
+    /// Connects to `address`, in the form used by the startup banner: `scgi:unix:/path` or `scgi:HOST:PORT`.
     pub fn connect(address: &str) -> io::Result<Self> {
         let address = address.strip_prefix("scgi:").unwrap_or(address);
         Ok(if let Some(path) = address.strip_prefix("unix:") {

@@ -24,7 +24,7 @@ switch ($_GET['do'] ?? '') {
         echo "started\n";
         break;
     case 'non-blocking':
-        // ssh and event loops do the same with their standard input.
+        // ssh and event loops also make their standard input non-blocking.
         echo shell_exec("perl -e 'use Fcntl; fcntl(STDIN, F_SETFL, fcntl(STDIN, F_GETFL, 0) | O_NONBLOCK) or die'; echo done");
         break;
     case 'shutdown':

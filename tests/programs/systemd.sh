@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Tests the unit files with a real systemd: a user manager that is configured like the system manager, so that the account and the hardening
-# are real too. tests/systemd_itself.rs runs this script as the first process of new namespaces, in a new control group: systemd.sh UNITS
-# PROGRAMS (the directory of forkyard.service and .socket, and the directory of the examples `pages` and `crashy`). Prints a line for each
-# verified behavior. Must not affect anything outside its namespaces and control group.
+# Tests the unit files with a real systemd: a user manager that is configured like the system manager, so that the units'
+# account and hardening also take effect. tests/systemd_itself.rs runs this script as the first process of new namespaces, in a
+# new control group: systemd.sh UNITS PROGRAMS (the directory of forkyard.service and .socket, and the directory of the examples
+# `pages` and `crashy`). Prints a line for each verified behavior. Must not affect anything outside its namespaces and control
+# group.
 set -euo pipefail
 units=$1 programs=$2
 

@@ -101,7 +101,7 @@ impl Taken {
     pub(crate) fn add(&mut self, piece: &[u8]) -> io::Result<()> {
         let before = usize::try_from(self.length).map_err(io::Error::other)?;
         self.length += piece.len() as u64;
-        // Whole slices are compared, because comparing a response of 4 GiB byte by byte takes minutes in an unoptimized test.
+        // Whole slices are compared, because comparing a 4 GiB response byte by byte takes minutes in an unoptimized test.
         let is_all_x = || piece.chunks(XS.len()).all(|piece| Some(piece) == XS.get(..piece.len()));
         if self.is_all_x && !is_all_x() {
             self.bytes.resize(before, b'x');

@@ -1,5 +1,6 @@
-//! Captures the exact bytes that each web server sends to a FastCGI or SCGI application. The test itself reads the request and writes the
-//! response. If the environment contains `CAPTURE_SEEDS=DIRECTORY` (scripts/capture-seeds), the bytes are stored in that directory.
+//! Captures the exact bytes that each web server sends to a FastCGI or SCGI application. In place of an application, the test reads the
+//! request and writes the response. If the environment contains `CAPTURE_SEEDS=DIRECTORY` (scripts/capture-seeds), the bytes are stored in
+//! that directory.
 
 use std::fs::{self, Permissions};
 use std::io::{self, Read, Write as _};
@@ -19,7 +20,7 @@ const ANSWER: &[u8] = b"Status: 200 OK\r\nContent-Length: 3\r\n\r\nok\n";
 
 /// A connection that records the bytes it reads.
 struct Recorder {
-    /// The connection, which may be a TCP socket, because reading and writing use the same system calls.
+    /// The connection. The stream may contain a TCP socket, because reading and writing use the same system calls for both.
     stream: UnixStream,
     bytes: Vec<u8>,
 }
@@ -147,7 +148,8 @@ fn capture(front: Front) {
             let client = scope.spawn(|| Connection::open(&site.address)?.ask(&ask, &mut Gate::none()));
             let mut recorder = backend.accept();
             let (params, body) = if is_scgi { recorder.serve_scgi() } else { recorder.serve() }.unwrap();
-            // If this connection stayed open, the web server would use it for the next case, but the test would not read from it.
+            // If this connection stayed open, the web server would use it for the next case, but the test would not read from the
+            // connection.
             drop(recorder.stream);
             let (reply, _) = client.join().unwrap().unwrap();
             assert_eq!((reply.status, reply.body.bytes.as_slice()), (200, &b"ok\n"[..]), "{front}, {name}");

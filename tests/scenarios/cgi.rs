@@ -97,7 +97,7 @@ pub(crate) struct FastCgi {
 }
 
 impl FastCgi {
-    /// Connects to `address`, which has the form of the startup banner: `fastcgi:HOST:PORT`.
+    /// Connects to `address`, in the form used by the startup banner: `fastcgi:HOST:PORT`.
     pub(crate) fn open(address: &str) -> io::Result<Self> {
         let stream = crate::common::connect_tcp(address.strip_prefix("fastcgi:").unwrap_or(address))?;
         Ok(Self { stream })
@@ -137,7 +137,7 @@ pub(crate) struct Scgi {
 }
 
 impl Scgi {
-    /// Connects to `address`, which has the form of the startup banner: `scgi:HOST:PORT`.
+    /// Connects to `address`, in the form used by the startup banner: `scgi:HOST:PORT`.
     pub(crate) fn open(address: &str) -> io::Result<Self> {
         let stream = crate::common::connect_tcp(address.strip_prefix("scgi:").unwrap_or(address))?;
         Ok(Self { stream })

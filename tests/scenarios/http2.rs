@@ -79,7 +79,7 @@ fn head(ask: &Ask) -> io::Result<Request<()>> {
     request.body(()).map_err(io::Error::other)
 }
 
-/// Sends the body. Errors are ignored: a server that needs no more data resets the stream, and the response shows the outcome.
+/// Sends the body. Errors are ignored, because a server that needs no more data resets the stream, and the test checks the response.
 async fn send(mut stream: SendStream<Bytes>, ask: &Ask, moved: &Cell<Instant>) {
     let bytes = Bytes::copy_from_slice(ask.body.bytes());
     let piece = if ask.pace == Pace::SlowSender { bytes.len().div_ceil(50).max(1) } else { PIECE };

@@ -204,8 +204,8 @@ fn check(
     }
 }
 
-/// Returns the rule that a response violates, if any. The rules hold for every response that comes directly from Forkyard, whatever the
-/// application has produced (`docs/http.md`).
+/// Returns the rule that a response violates, if any. Every response that comes directly from Forkyard must follow these rules, whatever
+/// the application has produced (`docs/http.md`).
 fn broken_rule(way: Way, ask: &Ask, reply: &Reply) -> Option<String> {
     let Way::Direct(protocol) = way else { return None };
     let has = |name: &str| !reply.all(name).is_empty();

@@ -1,4 +1,4 @@
-//! The table of requests and expected responses, for every way between the client and the application. Where a web server is known to
+//! The table of requests and expected responses, for every path between the client and the application. Where a web server is known to
 //! behave differently, the row gives the difference and the reason.
 
 use std::sync::Arc;
@@ -21,7 +21,7 @@ pub(crate) struct Row {
     differences: Vec<Difference>,
 }
 
-/// An expectation that applies to only some ways.
+/// An expectation that applies to only some of the paths.
 struct Difference {
     at: fn(Way) -> bool,
     why: &'static str,
@@ -340,7 +340,7 @@ fn response_headers() -> Vec<Row> {
     ]
 }
 
-/// Requirements of RFC 9110, 9112, 9113 and 3875 that hold for any application. `/raw/STATUS?HEADERS` returns a body of 5 bytes and these
+/// Requirements of RFC 9110, 9112, 9113 and 3875 that apply to any application. `/raw/STATUS?HEADERS` returns a body of 5 bytes and these
 /// headers, whatever the method and the status. `/raw-stream` returns the same response without a length.
 fn semantics() -> Vec<Row> {
     let direct = "the row checks what Forkyard sends, not what a web server makes of it";
@@ -475,7 +475,8 @@ fn uploads() -> Vec<Row> {
             "HAProxy 2.6 drops a client whose request is answered before it has arrived completely",
             body("the body was not read\n").last(),
         ),
-        // After its response, the server reads up to 64 MiB more, for up to two seconds. A busy machine needs this time for this body.
+        // After its response, the server reads up to 64 MiB more, for up to two seconds. A busy machine may need two seconds for a body of
+        // this size.
         row("a huge body that is not read", post("/early").sending(&huge[..8 * MIB]), body("the body was not read\n")),
         row("a body is returned while it is being sent", post("/echo").sending(&large), body(&large))
             .not_asked(|way| way.is_cgi_of(WebServer::Nginx), "nginx stops sending when the response begins, and waits")

@@ -1,4 +1,4 @@
-//! Compares a complete response with the expected response. Performs no I/O. The body is compared as it arrives, and is not
+//! Compares a complete response with the expected response. Performs no I/O. The body is compared as it arrives and is not
 //! stored.
 
 use crate::response::End;

@@ -1,8 +1,8 @@
 //! Measures the CPU time of processes and their descendants, with CPU-time clocks and /proc.
 //!
-//! /proc reports times in clock ticks, usually of 10 ms, and rounds each time down. If 64 processes share half a second, each
-//! of them shows zero. Living processes are therefore measured by their CPU-time clocks, in nanoseconds, and only dead
-//! processes in ticks.
+//! /proc reports times in clock ticks, usually of 10 ms, and rounds each time down. If 64 processes share half a second of CPU
+//! time, /proc may report zero for each of them. Living processes are therefore measured by their CPU-time clocks, in
+//! nanoseconds, and only dead processes in ticks.
 //!
 //! The time of a dead child is included in its parent's sum for reaped children, so workers may start and exit during a run.
 //! Descendants that have left the tree by a double fork are not counted.
@@ -18,18 +18,18 @@ use nix::unistd::{Pid, SysconfVar, sysconf};
 
 use crate::error::Error;
 
-/// Minimum time that is significant. The processes' own timers may use a large part of a shorter time.
+/// Minimum CPU time that is significant. If a run uses less, the processes' own timers may account for a large part of it.
 pub(crate) const MEASURABLE: Duration = Duration::from_millis(10);
 
 /// The figures of one process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stat {
     parent: i32,
-    /// Time of its reaped children, in clock ticks.
+    /// CPU time of the process's reaped children, in clock ticks.
     dead: u64,
 }
 
-/// Returns the time that the processes of the trees below `roots` have used since they started.
+/// Returns the CPU time that the processes of the trees below `roots` have used since they started.
 pub(crate) fn of_trees(roots: &[i32]) -> Result<Duration, Error> {
     let members = trees(roots)?;
     let failed = Error::system("sysconf");
@@ -53,12 +53,12 @@ fn trees(roots: &[i32]) -> Result<Vec<(i32, Stat)>, Error> {
     Ok(members(&processes, roots))
 }
 
-/// Returns the time of all threads of a process together, or `None` if the process has just died.
+/// Returns the CPU time of all threads of a process together, or `None` if the process has just died.
 fn clock(pid: i32) -> Option<Duration> {
     ClockId::pid_cpu_clock_id(Pid::from_raw(pid)).and_then(ClockId::now).ok().map(Duration::from)
 }
 
-/// Returns the time that this process has used.
+/// Returns the CPU time that this process has used.
 pub(crate) fn own() -> Result<Duration, Error> {
     let usage = getrusage(UsageWho::RUSAGE_SELF).map_err(Error::system("getrusage"))?;
     let micros = [usage.user_time(), usage.system_time()]
@@ -87,7 +87,7 @@ fn parse(line: &str) -> Option<Stat> {
 
 fn members(processes: &HashMap<i32, Stat>, roots: &[i32]) -> Vec<(i32, Stat)> {
     let below_a_root = |mut pid: i32| {
-        // The chain is as long as the tree is deep. The limit stops the loop if the tree has changed while it was read.
+        // The chain of parents is as long as the tree is deep. The bound stops the loop if the tree changed while it was read.
         for _ in 0..processes.len() {
             if roots.contains(&pid) {
                 return true;

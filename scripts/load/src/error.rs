@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use crate::tally::Fault;
 
-/// The reason why there was no run.
+/// The reason why no run took place.
 #[derive(Debug)]
 pub(crate) enum Error {
     /// The host name in `--connect` has no address.

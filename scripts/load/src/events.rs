@@ -7,8 +7,8 @@
 //! `epoll_wait` for all subscribers. The publisher's thread waits for each response on a keep-alive connection. `stream`, which
 //! classifies the events, does no I/O.
 //!
-//! An event contains the time just before its request was sent. If a response arrives after the next event is due, the next
-//! event follows immediately, and `late_max_us` reports the delay.
+//! An event contains the time just before its request was sent. If a response arrives only after the next event is due, the
+//! next event is sent immediately, and `late_max_us` reports the delay.
 
 mod options;
 mod publisher;
@@ -63,7 +63,7 @@ pub(crate) fn measure(peer: &Peer, options: &EventsOptions) -> Result<Report, Er
             published
         });
         let read = subscribers.read(&signals);
-        signals.all_subscribed.store(true, Ordering::Release); // even on failure, so that the publisher stops
+        signals.all_subscribed.store(true, Ordering::Release); // set even on failure, so that the publisher stops
         let published = publisher.join().expect("the publisher does not panic")?;
         Ok::<_, Error>((published, cpu::own()?.saturating_sub(read?)))
     })?;

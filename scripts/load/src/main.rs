@@ -2,7 +2,7 @@
 //! end as its protocol requires, have status 200, and have the same body as the first response.
 //!
 //! ```text
-//! options -> probe (one request, whose body is the expected one) -> run (the loop) -> report
+//! options -> probe (one request, which gets the expected body) -> run (the loop) -> report
 //! ```
 //! `forkyard-load events` measures event streams instead (see `events`).
 //!
@@ -10,7 +10,7 @@
 //! perform no I/O. `socket`, `probe`, `run` and `cpu` make the system calls.
 //!
 //! Each client has one request in flight and sends the next request when the response is complete. Such a closed loop slows
-//! down with the server, so its latencies understate the stalls of a server. `max`, `starved` and `timeout` show these stalls.
+//! down with the server, so its latencies understate the server's stalls. `max`, `starved` and `timeout` show these stalls.
 
 mod check;
 mod cpu;

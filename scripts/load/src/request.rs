@@ -25,7 +25,7 @@ const BROWSER: [(&str, &str); 4] = [
     ("Upgrade-Insecure-Requests", "1"),
 ];
 
-/// Returns the request that `options` describe. With `keep`, it asks the server to keep the connection open.
+/// Returns the request that `options` describe. With `keep`, the request asks the server to keep the connection open.
 pub(crate) fn request(options: &Options, keep: bool) -> Vec<u8> {
     match options.connect.protocol {
         Protocol::Fastcgi => fastcgi(&params(&options.uri, &options.params), keep),

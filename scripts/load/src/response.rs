@@ -1,4 +1,5 @@
-//! Parses a response. Reads bytes, passes the body to a callback, and returns the properties of the response at its end.
+//! Parses a response. Takes bytes, passes the body to a callback, and returns the response's properties when the response is
+//! complete.
 //!
 //! The parser performs no I/O, and its memory is bounded: only the head is stored. The result does not depend on how the bytes
 //! are split. The caller checks the status and the body.
@@ -12,7 +13,7 @@ use crate::target::Protocol;
 /// A complete response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct End {
-    /// FastCGI's `protocolStatus` if it is not zero, which means that the request was not served.
+    /// FastCGI's `protocolStatus`, if it is not zero. A nonzero value means that the request was not served.
     pub(crate) refused: Option<u8>,
     pub(crate) status: u16,
     /// Whether the server keeps the connection open.
@@ -88,7 +89,8 @@ fn take_counted<'a>(bytes: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
 mod tests {
     use super::*;
 
-    /// The result of parsing some bytes: the body, and the end, the violation, or the meaning of a close after the last byte.
+    /// The result of parsing some bytes: the body, and the end, the violation, or the result of closing the connection after
+    /// the last byte.
     #[derive(Debug, PartialEq, Eq)]
     pub(super) struct Read {
         pub(super) body: Vec<u8>,

@@ -1,8 +1,9 @@
 //! Runs the closed loop. Each client sends a request, waits for the response, and sends the next request, until the time has
 //! passed or all requests have been sent.
 //!
-//! One level-triggered epoll instance contains all connections. A client's events contain its index. A stale event from a
-//! connection that has been closed is harmless, because reading from the new connection returns `EAGAIN`.
+//! All connections are registered with one level-triggered epoll instance. The events of a connection contain the client's
+//! index. A stale event from a connection that has been closed is harmless, because reading from the new connection returns
+//! `EAGAIN`.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ use crate::target::Peer;
 /// Delay after which a client that could not connect retries.
 const BACK_OFF: Duration = Duration::from_millis(2);
 
-/// Interval between checks of the clients for timeouts.
+/// Interval between two checks for requests that have timed out.
 const SCAN: Duration = Duration::from_millis(20);
 
 /// Time after which a request that is incomplete at the end of the run counts as starved.
@@ -38,13 +39,13 @@ pub(crate) struct Outcome {
     pub(crate) elapsed: Duration,
     /// Number of requests that were incomplete at the end of the run.
     pub(crate) in_flight: u64,
-    /// Number of requests in flight that had waited for over a second.
+    /// Number of those requests that had been in flight for over a second.
     pub(crate) starved: u64,
     /// Number of clients that were waiting at the end, and for which no request had completed in the measured time.
     pub(crate) unserved: u64,
     pub(crate) warmup_errors: u64,
-    /// CPU time of the server. `None` if no processes were given, if one of them has exited, or if the time is too short to be
-    /// significant.
+    /// CPU time of the server. `None` if no processes were given, if one of these processes has exited, or if the time is too
+    /// short to be significant.
     pub(crate) server_cpu: Option<Duration>,
     pub(crate) own_cpu: Duration,
 }
@@ -78,7 +79,7 @@ struct Run<'a> {
     budget: u64,
     epoll: Epoll,
     clients: Vec<Client>,
-    /// Number of clients with `retry_at`.
+    /// Number of clients whose `retry_at` is set.
     backing_off: usize,
     tally: Tally,
     buffer: Vec<u8>,
@@ -150,7 +151,7 @@ impl Client {
     }
 
     fn disconnect(&mut self) {
-        self.socket = None; // closing also removes it from epoll, because it has no duplicates
+        self.socket = None; // closing the socket also removes it from epoll, because its descriptor has no duplicates
         self.connected = false;
         self.blocked = false;
     }

@@ -16,8 +16,8 @@ use crate::target::Peer;
 pub(crate) struct Socket(OwnedFd);
 
 impl Socket {
-    /// Starts to connect without waiting. Returns whether the connection is already established. If it is not, `send` returns
-    /// `EAGAIN` until the connection is established, or the error from the connect.
+    /// Starts to connect, without waiting. Also returns whether the connection is already established. If it is not, `send`
+    /// returns `EAGAIN` until the connection is established, or the error if connecting failed.
     pub(crate) fn open(peer: &Peer) -> Result<(Self, bool), Errno> {
         let socket = Self::unconnected(peer, SockFlag::SOCK_NONBLOCK)?;
         match connect(socket.0.as_raw_fd(), peer.address()) {
@@ -71,7 +71,8 @@ fn retry_interrupted(mut call: impl FnMut() -> Result<usize, Errno>) -> Result<u
     }
 }
 
-/// Raises the descriptor limit as far as possible. If the limit is still too low, connecting fails and the failure is counted.
+/// Raises the descriptor limit as far as possible. If the limit is still too low, some clients cannot connect, and these
+/// failures are counted.
 pub(crate) fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);

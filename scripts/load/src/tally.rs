@@ -22,7 +22,7 @@ pub(crate) enum Kind {
     Status,
     /// The response is complete, but the body has the wrong length.
     Length,
-    /// The response is complete and has the right length, but the body differs from that of the first response.
+    /// The response is complete and has the right length, but its body differs from the body of the first response.
     Content,
     /// The response was not complete in time.
     Timeout,
@@ -85,7 +85,7 @@ impl Fault {
 }
 
 impl Tally {
-    /// Maximum latency. Longer latencies are counted as this value.
+    /// Maximum latency that is recorded. Longer latencies are counted as this value.
     const LONGEST: Duration = Duration::from_secs(3600);
 
     pub(crate) fn new() -> Self {

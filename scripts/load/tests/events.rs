@@ -1,5 +1,5 @@
-//! Runs `forkyard-load events` against an event server with one fault, and checks that the fault is counted as the right kind
-//! of fault.
+//! Runs `forkyard-load events` against event servers with one fault each, and checks that each fault is counted as the right
+//! kind.
 
 #[path = "../../../tests/common/limit.rs"]
 mod limit;

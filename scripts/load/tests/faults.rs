@@ -154,8 +154,8 @@ fn each_fault_is_counted_as_its_kind() {
         ("content", Does::Answers(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhullo")),
         ("timeout", Does::Waits),
     ] {
-        // For a timeout, all requests run at the same time with a short limit. For other faults, the limit is so long that it
-        // does not expire even on a busy machine.
+        // For the timeout fault, all requests run at the same time with a short timeout. For other faults, the timeout is so
+        // long that it does not expire even on a busy machine.
         let (clients, timeout) = if kind == "timeout" { (REQUESTS, "3s") } else { (2, "60s") };
         let args = format!("-n {REQUESTS} -c {clients} --timeout {timeout}");
         against(kind, does, &args).all_failed(kind);

@@ -15,7 +15,7 @@ pub(crate) enum Error {
     NotPublished(PublishError),
     /// LMDB failed.
     Lmdb(heed::Error),
-    /// A program that the benchmark compares is not installed.
+    /// A competitor's program is not installed.
     NoProgram { program: &'static str, package: &'static str },
     /// A server or a script failed. `what` is its output.
     Program { program: &'static str, what: String },
@@ -32,7 +32,7 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// Returns a function for `map_err` that names the failed operation.
+    /// Returns a function for `map_err` that adds the name of the failed operation.
     pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> Error {
         move |source| Error::System { what, source: source.into() }
     }

@@ -1,8 +1,8 @@
 //! Measures the event log: publishing, with and without a sleeping reader that must be woken, and reading.
 //!
-//! Publishers and readers are threads of one process. The log treats threads like processes, because all communication uses the shared
-//! memory. A time is the mean over a round, and the table shows the median of the rounds. If each operation is timed individually, the
-//! median over the round is used instead of the mean.
+//! Publishers and readers are threads of one process. The log does not distinguish threads from processes, because all communication uses
+//! the shared memory. The table shows the median of the rounds. The result of a round is the mean time of an operation, or the median time
+//! if each operation is timed individually.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;

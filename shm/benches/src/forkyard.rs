@@ -12,13 +12,13 @@ pub(crate) fn open(cache_bytes: u64) -> Result<Cache, Error> {
     Ok(segment.cache())
 }
 
-/// Looks a key up, and replaces the content of `into` with the value.
+/// Looks up a key, and replaces the content of `into` with the value.
 #[inline]
 pub(crate) fn get_into(cache: &Cache, key: &[u8], into: &mut Vec<u8>) -> bool {
     cache.get_into(key, into)
 }
 
-/// Looks a key up, and returns the value in place.
+/// Looks up a key, and returns the value in place.
 #[inline]
 #[expect(unsafe_code, reason = "the other caches return slices too")]
 pub(crate) fn pin(cache: &Cache, key: &[u8]) -> Option<impl Deref<Target = [u8]>> {
@@ -26,7 +26,7 @@ pub(crate) fn pin(cache: &Cache, key: &[u8]) -> Option<impl Deref<Target = [u8]>
     Some(unsafe { cache.pin(key)?.into_slice() })
 }
 
-/// Stores a value, unless other processes hold the lock: a cache may drop values.
+/// Stores a value. If another process holds the lock, the value is dropped, as a cache may do.
 #[inline]
 pub(crate) fn set(cache: &Cache, key: &[u8], value: &[u8], options: &StoreOptions) -> Result<(), Error> {
     match cache.set(key, value, options) {

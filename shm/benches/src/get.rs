@@ -5,8 +5,8 @@
 //!     servers, segments -> fork two workers, each with its own private stores and connections -> fill, check
 //!     for each cell (get or mix, one process or two) and each round: every competitor for a short time
 //! ```
-//! A disturbance of the machine thus affects all competitors of a cell. `measure` describes the timing. Keys are requested according to
-//! Zipf's law. Each process of a cell times itself, and the result is the mean over the processes.
+//! Noise on the machine thus affects all competitors of a cell. `measure` describes the timing. Keys are requested according to Zipf's law.
+//! Each process of a cell times itself, and the result is the mean over the processes.
 
 mod apcu;
 mod cell;
@@ -164,7 +164,7 @@ impl Stage {
                 results.notes.push(format!("{}, process {}: {notes}", shape.name(), number + 1));
             }
         }
-        // All users have opened the directory, so it can be removed now. Nothing is left behind even if this process is killed.
+        // All users have opened the directory, so it can be removed now. Even if this process is killed, nothing is left behind.
         drop(memory_dir);
         let apcu = has(Group::Apcu).then(|| Apcu::start(dir.path(), &data)).transpose()?;
         let servers = redis.into_iter().chain(memcached).collect();

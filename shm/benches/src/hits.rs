@@ -1,4 +1,4 @@
-//! Measures the hit ratio of the page cache, in comparison with textbook policies and moka. Each cache has the same amount of memory.
+//! Measures the hit ratio of the page cache, in comparison with textbook policies and moka. All caches have the same amount of memory.
 //!
 //! Traces are requests drawn according to Zipf's law from 50,000 objects with a total size of 787 MiB. Some traces also contain objects
 //! that are requested only once. A request that misses stores the object. The first requests fill the cache, and hits are counted among the

@@ -1,12 +1,13 @@
-//! `forkyard-shm-bench` measures Forkyard's page cache, in comparison with other caches in one run on one machine, and the event log.
+//! `forkyard-shm-bench` measures Forkyard's page cache and event log. It compares the page cache with other caches, in one run on one
+//! machine.
 //!
 //! ```text
 //! get    the cost of a lookup: in process, in shared memory, and over a socket    -> ns per operation
 //! hits   the hit ratio of the eviction policy, for replayed request traces        -> hit %
 //! events the cost of publishing and reading events                                -> ns per operation
 //! ```
-//! The benchmarks share the modules `sample` (the requested objects and their sizes), `forkyard` (Forkyard's cache, as it is measured) and
-//! `only` (the selection of rows and columns). The tables are written to standard output, and all other output to standard error.
+//! The benchmarks share the modules `sample` (the requested objects and their sizes), `forkyard` (Forkyard's cache as the benchmarks use
+//! it) and `only` (the selection of rows and columns). The tables are written to standard output, and all other output to standard error.
 
 mod error;
 mod events;

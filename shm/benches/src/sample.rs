@@ -41,7 +41,7 @@ impl Zipf {
         Zipf { cumulative: (1..=objects).map(up_to).collect() }
     }
 
-    /// Draws an object, which is its rank minus one.
+    /// Draws an object. The number of an object is its rank minus one.
     pub(crate) fn draw(&self, rng: &mut Rng) -> u32 {
         let total = self.cumulative.last().copied().unwrap_or_default();
         let at = rng.f64() * total;
@@ -62,7 +62,7 @@ impl Sizes {
         let normals: Vec<f64> = (0..objects).map(|_| normal(rng)).collect();
         let sum = |median: f64| normals.iter().map(|&z| u64::from(size(median, z))).sum::<u64>();
         let (mut low, mut high) = SIZES;
-        // After 40 halvings, the error is less than a byte.
+        // After 40 bisections, the error is less than a byte.
         for _ in 0..40 {
             let middle = f64::midpoint(low, high);
             if sum(middle) < total { low = middle } else { high = middle }

@@ -55,7 +55,7 @@ pub(crate) struct Ticket {
     word: u64,
     turn: u32,
     pub(crate) holder: u32,
-    /// The deadline of the lease, or the end of the time that the caller is willing to wait.
+    /// The deadline of the lease, or the caller's own time limit if that is earlier.
     until_ms: u64,
 }
 
@@ -124,7 +124,7 @@ impl Ticket {
         self.inner.lease_cell(self.hash).is_some_and(same) && self.inner.now_ms() < self.until_ms
     }
 
-    /// Sleeps until the lease ends, but for one interval at most. Then checks whether the holder of the lease is alive.
+    /// Sleeps until the lease ends, but for at most one interval, and then checks whether the holder of the lease is alive.
     pub(crate) fn wait_here(&self) {
         let Some(cell) = self.inner.lease_cell(self.hash) else { return };
         let turn = lease::enter(&cell.waiters, &cell.turn);

@@ -28,8 +28,8 @@ pub(crate) fn is_early(times: &Times, now_ms: u64, beta: f64, random: impl FnOnc
     unit_ms * MOST >= left_ms && unit_ms * -random().ln() >= left_ms
 }
 
-/// Returns a number in (0, 1] that differs on each call, on every thread and in every process. A generator with its own state cannot be
-/// used, because all children of a fork would draw the same numbers.
+/// Returns a random number in (0, 1], independent of the numbers in other threads and processes. A generator with its own state cannot be
+/// used, because all forked children would draw the same numbers.
 pub(crate) fn random() -> f64 {
     static DRAWN: AtomicU64 = AtomicU64::new(0);
     let call = DRAWN.fetch_add(1, Ordering::Relaxed) ^ u64::from(std::process::id()) << 32;

@@ -27,13 +27,14 @@ pub(crate) struct NewEntry<'a> {
     pub(crate) times: Times,
 }
 
-/// When an entry was stored, and how long it is valid. Times on the segment's clock, and durations, all in milliseconds.
+/// When an entry was stored, and how long it is valid. Fields whose names end in `_ms` are in milliseconds; times, unlike durations, are on
+/// the segment's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Times {
     /// The time on the tag clock before the rendering began.
     pub(crate) snapshot: u64,
     pub(crate) stored_ms: u64,
-    /// 0 means never.
+    /// When the entry expires; 0 means never.
     pub(crate) expires_ms: u64,
     /// How long after its expiry the entry may be served while it is being rendered again.
     pub(crate) stale_ms: u32,

@@ -16,9 +16,9 @@
 //! Second, the order is determined by position alone, so there are no linked lists that a killed process could leave broken. Third, among
 //! the policies with these two properties, it has the highest hit ratio (`docs/benchmarks.md`).
 //!
-//! Bytes are overwritten only when no reader can rely on them. First, the floor is raised above them, which readers detect because they
-//! check the floor after they have copied. *Then* the writer checks that no pin covers the bytes. A pinned entry stays in place, and the
-//! head skips it.
+//! Bytes are overwritten only when no reader can rely on them. First, the floor is raised above the bytes; readers detect this, because
+//! they check the floor after they have copied an entry. *Then* the writer checks that no pin covers the bytes. A pinned entry stays in
+//! place, and the head skips it.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -31,15 +31,15 @@ use crate::crash;
 use crate::memory::layout::GRAIN;
 use crate::protocols::pin;
 
-/// Maximum number of entries moved instead of evicted while making room for one entry.
+/// Maximum number of entries that are moved instead of evicted to make room for one entry.
 const MOVES: u32 = 64;
-/// Maximum number of bytes moved while making room for one entry.
+/// Maximum number of bytes that are moved to make room for one entry.
 const MOVED_BYTES: u64 = 512 * 1024;
 /// The floor is raised by at least this fraction (1/n) of a ring at a time, because each change of the floor evicts it from the CPU caches
 /// of all readers.
 const STRIDE: u64 = 128;
-/// Fraction (1/n) of the main ring that is kept free, so that requested entries can be moved to its head. At least
-/// [`MIN_RESERVE`], unless that is more than 1/[`MOST_RESERVE`] of the ring.
+/// Fraction (1/n) of the main ring that is kept free, so that requested entries can be moved to its head. The reserve is at least
+/// [`MIN_RESERVE`] bytes, or 1/[`MOST_RESERVE`] of the ring if that is less.
 const RESERVE: u64 = 64;
 const MIN_RESERVE: u64 = 256 * 1024;
 const MOST_RESERVE: u64 = 16;
@@ -160,7 +160,7 @@ impl LockedShard<'_> {
         Ok(head + need + self.reserve(ring) <= floor + self.shard.bytes(ring).len)
     }
 
-    /// Whether a ring has more room than a store ever frees, or enough dead bytes to free that room when needed.
+    /// Whether a ring has more free space than a store ever needs, or so many dead bytes that this space can be freed when it is needed.
     fn is_not_full(&self, ring: Ring, need: u64) -> Result<bool, Corrupt> {
         let len = self.shard.bytes(ring).len;
         let (floor, _) = self.bounds(ring)?;
@@ -321,8 +321,8 @@ impl LockedShard<'_> {
         Ok(obstacle.filter(|obstacle| obstacle.start < end))
     }
 
-    /// Returns the first pinned entry that begins in `from..to`, a range of less than one lap, extended by the pinned entries that overlap
-    /// it.
+    /// Returns the first pinned entry that begins in `from..to`, which must be shorter than one lap. The end of the result covers the
+    /// pinned entries that overlap this entry.
     ///
     /// The head never lies inside a pinned entry, so a pinned entry that begins before `from` also ends before it.
     fn nearest_pin(&self, ring: Ring, from: u64, to: u64) -> Option<Obstacle> {
@@ -332,8 +332,8 @@ impl LockedShard<'_> {
         Some(nearest)
     }
 
-    /// Returns the first position at or after `end` that lies inside none of the pinned entries that begin between `from` and that
-    /// position.
+    /// Returns the first position at or after `end` that does not lie inside a pinned entry. Only pinned entries that begin at or after
+    /// `from` are considered.
     ///
     /// A pin may begin inside another pinned entry, for two reasons. First, the sizes of entries are rounded up. Second, a reader may have
     /// pinned a position that is now in the middle of another entry, and may not have detected yet that its own entry is gone.

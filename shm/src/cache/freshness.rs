@@ -22,7 +22,7 @@ pub(crate) struct Judge<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Moment<'a> {
     At(u64),
-    /// The time is read from the clock only when it is needed, because pages without a time limit do not need it.
+    /// The time is read from the clock only when it is needed, because it is not needed for pages that never expire.
     Now(&'a SharedMemory),
 }
 
@@ -70,7 +70,7 @@ impl Judge<'_> {
 
     /// Whether the entry's key, a prefix of it, or one of its tags was purged after the rendering began.
     fn is_purged(&self, entry: &Entry<'_>, snapshot: u64) -> bool {
-        // Usually there has been no purge since then, and the check costs a single load.
+        // Usually there has been no purge since `snapshot`, and the check costs a single load.
         if snapshot >= self.header.tag_clock.load(Ordering::SeqCst) {
             return false;
         }

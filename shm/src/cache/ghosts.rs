@@ -1,9 +1,9 @@
 //! Remembers ghosts, which are hashes of entries that were evicted from the small ring. An entry that is stored again soon after its
 //! eviction is placed directly in the main ring.
 //!
-//! A ghost is one word: half of the hash, and the sequence number of the eviction. The other half of the hash selects the bucket, in which
-//! a new ghost replaces the oldest one. A ghost stays valid for as many evictions as the main ring has entries, as in S3-FIFO. Ghosts are
-//! hints: an incorrect ghost only leads to a worse choice of the entry to evict.
+//! A ghost is one word: half of the hash, and the sequence number of the eviction. The other half of the hash selects the bucket. A new
+//! ghost replaces the oldest ghost in its bucket. A ghost stays valid for as many evictions as the main ring has entries, as in S3-FIFO.
+//! Ghosts are hints: an incorrect ghost only leads to a worse choice of the entry to evict.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

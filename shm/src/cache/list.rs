@@ -29,8 +29,8 @@ pub struct EntryInfo {
 
 /// The number of pages by age and by size.
 ///
-/// `ages[n]` is the number of pages that were stored less than 2ⁿ seconds ago and are not in a lower class. `sizes[n]` is the same for
-/// pages whose value is shorter than 2ⁿ bytes. The last class contains all remaining pages.
+/// `ages[n]` is the number of pages that were stored less than 2ⁿ seconds ago and are not in a lower class. `sizes[n]` is the number of
+/// pages whose value is shorter than 2ⁿ bytes and that are not in a lower class. The last class contains all remaining pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Distribution {
@@ -80,7 +80,7 @@ impl Cache {
         distribution
     }
 
-    /// Calls `look` for every entry that is still valid. A result is used only if the entry was not overwritten in the meantime.
+    /// Calls `look` for every entry that is still valid. A result is used only if the entry was not overwritten during the call.
     fn survey<R>(
         &self,
         now_ms: u64,

@@ -84,7 +84,7 @@ impl StoreOptions {
         self
     }
 
-    /// Declares that the page shows the data as of this time on [`Cache::clock`](crate::Cache::clock).
+    /// Declares that the page shows the data as they were at this time on [`Cache::clock`](crate::Cache::clock).
     ///
     /// Without this option, the page is treated as rendered when it is stored, and a purge during rendering is not detected.
     /// `get_or_render` sets this time itself.
@@ -97,8 +97,8 @@ impl StoreOptions {
     /// Makes requests occasionally render a page again shortly *before* it expires, so that a popular page never expires (XFetch; Vattani
     /// et al., VLDB 2015).
     ///
-    /// A request is more likely to do so the closer the expiry is and the longer the rendering takes. `beta` is usually 1; with larger
-    /// values, rendering starts earlier.
+    /// A request is more likely to render the page the closer the expiry is and the longer the rendering takes. `beta` is usually 1; with
+    /// larger values, rendering starts earlier.
     #[must_use]
     pub fn early(mut self, beta: f64) -> StoreOptions {
         self.early = Some(beta);

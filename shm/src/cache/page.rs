@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The body is compressed once, when the page is stored. A client that accepts gzip is sent the stored bytes. For any other client, the
-//! body is decompressed. The page is rendered again in neither case.
+//! body is decompressed. In neither case is the page rendered again.
 //!
 //! - [`fields`] parses single header fields: pure functions on bytes.
 //! - [`meta`] encodes everything but the body as bytes, and decodes those bytes without trusting them.
@@ -27,7 +27,7 @@ use flate2::write::GzEncoder;
 
 pub use self::serve::NotStorable;
 
-/// Bodies of up to this length, in bytes, are not compressed, because that would save at most a network packet or two.
+/// Bodies of up to this length, in bytes, are not compressed, because compression would save at most one or two network packets.
 const GZIP_MIN: usize = 1024;
 /// Initial size of the buffer for a decompressed body, as a multiple of the compressed length. The buffer grows with the output instead of
 /// being allocated with the recorded length, which may be incorrect.
@@ -148,17 +148,17 @@ impl Page {
         &self.body
     }
 
-    /// Splits the page into status, headers and body. Call [`negotiate`](Page::negotiate) first, because the headers do not declare that
-    /// the body is compressed until then.
+    /// Splits the page into status, headers and body. Call [`negotiate`](Page::negotiate) first: until then, the headers do not declare
+    /// that the body is compressed.
     pub fn into_parts(self) -> (u16, Vec<Header>, Vec<u8>) {
         (self.status, self.headers, self.body)
     }
 
     /// Compresses the body, if that is useful and allowed.
     ///
-    /// The body is left unchanged in the following cases: it has at most 1024 bytes; it does not become smaller; its content type is
-    /// already compressed; there is a `Content-Encoding`, a `Content-Range`, or a digest of the exact bytes; or `Cache-Control` contains
-    /// `no-transform` (RFC 9111 §5.2.2.6).
+    /// The body is left unchanged if it has at most 1024 bytes, if compression does not make it smaller, or if its content type is already
+    /// compressed. It is also left unchanged if there is a `Content-Encoding`, a `Content-Range`, or a digest of the exact bytes, or if
+    /// `Cache-Control` contains `no-transform` (RFC 9111 §5.2.2.6).
     #[must_use]
     pub fn gzip(mut self) -> Page {
         if self.plain_len.is_some() || self.body.len() <= GZIP_MIN || fields::forbid_coding(&self.headers) {

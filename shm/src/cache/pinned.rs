@@ -131,8 +131,8 @@ impl Pinned {
     /// Returns the bytes as a slice, without a copy, for libraries that accept nothing else (`Bytes::from_owner`, for example).
     ///
     /// # Safety
-    /// While the result exists, no process may write to the bytes of this entry. Forkyard's own code never does so, in any process; a stray
-    /// write by any process that maps the segment would. The bytes must also not be passed to the kernel for deferred reading
+    /// While the result exists, no process may write to the bytes of this entry. Forkyard's own code never writes to them, in any process,
+    /// but a stray write by any process that maps the segment may. The bytes must also not be passed to the kernel for deferred reading
     /// (`MSG_ZEROCOPY`, `vmsplice`) that may outlast the result.
     pub unsafe fn into_slice(self) -> PinnedSlice {
         PinnedSlice(self)

@@ -1,10 +1,10 @@
 //! Purges by prefix. A purge takes effect for all readers immediately, although removing the affected pages takes a while.
 //!
-//! The table contains the latest purges, each with its prefix and its time on the tag clock (`tags.rs`). A page is purged if its key
-//! begins with a prefix whose time is later than the page's. A single store, the store of its time, publishes a purge. The purger then
-//! scans the index, removes the affected pages, and marks the purge as *swept*. A swept purge still rejects pages whose rendering began
-//! before it, until its cell is reused. The *floor* is the latest time of a purge whose cell was reused. A page whose rendering began
-//! before the floor is not stored, whatever its key.
+//! The table contains the latest purges, each with its prefix and its time on the tag clock (`tags.rs`). A page is purged if its key begins
+//! with a prefix whose purge is later than the time at which the rendering of the page began. A purge is published by a single store, which
+//! sets its time. The purger then scans the index, removes the affected pages, and marks the purge as *swept*. A swept purge still rejects
+//! pages whose rendering began before the purge, until its cell is reused. The *floor* is the time of the latest purge whose cell was
+//! reused. A page whose rendering began before the floor is not stored, whatever its key.
 //!
 //! If the purger is killed before it stores the time, the purge has not taken effect. If it is killed while sweeping, the purge remains
 //! in effect, and the next sweep of the cache removes the remaining pages. If no cell is free or swept, the whole cache is cleared
@@ -72,8 +72,8 @@ impl<'a> Prefixes<'a> {
         Some(Prefixes { inner, header: inner.header()?, cells })
     }
 
-    /// Publishes a purge. Returns `None` if no cell can be used, because all purges are still being swept or because the table is locked by
-    /// a process that does not release the lock.
+    /// Publishes a purge. Returns `None` if no cell can be used, because all purges are still being swept or because a process does not
+    /// release the table's lock.
     pub(crate) fn announce(self, prefix: &[u8], clock: TagClock<'_>) -> Option<Purge> {
         // A cell that a dead process left partly written is invalid and will be reused, so no repair is needed.
         self.inner.take_lock(&self.header.prefix_lock, false)?;
@@ -101,8 +101,8 @@ impl<'a> Prefixes<'a> {
         cell.swept.store(0, Ordering::Release);
         crash::point("prefix: text written");
         let time = clock.tick();
-        // This may be raised early, because it only shows readers whether a search is worthwhile. The purge is published when the time is
-        // stored in its cell.
+        // `prefix_clock` may be raised early, because it only shows readers whether a search is worthwhile. The purge is published when the
+        // time is stored in its cell.
         self.header.prefix_clock.fetch_max(time, Ordering::SeqCst);
         crash::point("prefix: about to be published");
         cell.clock.store(time, Ordering::SeqCst);

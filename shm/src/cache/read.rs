@@ -30,7 +30,7 @@ pub(crate) struct Sight<'s, 'a> {
 }
 
 impl<'a> Shard<'a> {
-    /// Looks up a key and passes the entry to `take`. The result of `take` is used only if the entry was not overwritten in the meantime.
+    /// Looks up a key and passes the entry to `take`. The result of `take` is used only if the entry was not overwritten during the call.
     /// `take` may be called several times, and returns `None` if it detects an overwritten entry itself.
     ///
     /// Also returns the number of times that the lookup was repeated.
@@ -69,8 +69,8 @@ impl<'a> Shard<'a> {
 
     /// Whether the bytes read so far at a place belong to the entry stored there.
     pub(crate) fn holds(&self, place: Place) -> bool {
-        // The earlier reads happened before this load. If the floor is still not above the place, nothing was written there in the
-        // meantime.
+        // The reads of the entry happened before this load. If the floor is still not above the place, nothing was written there during the
+        // reads.
         fence(Ordering::Acquire);
         self.floor(place.ring).load(Ordering::Acquire) <= place.position && !self.inner.map.is_lost()
     }

@@ -1,8 +1,8 @@
 //! Records what a page depends on while it is being rendered.
 //!
-//! Each fragment *lends* three things to the page. It lends its tags, so that a purge of the fragment also purges the page. It lends the
-//! hash of its key, because a key counts as a tag of its own page. And it lends its expiry, so that the page does not outlive the fragment.
-//! A page that includes such a page in turn inherits all of these.
+//! Each fragment *lends* three things to the page: its tags, the hash of its key, and its expiry. Because of the tags and the hash, a purge
+//! of the fragment also purges the page (a key counts as a tag of its own page). Because of the expiry, the page does not outlive the
+//! fragment. If that page is itself a fragment of another page, it lends everything that it has inherited.
 //!
 //! Must not change the cache, except by rendering fragments on request.
 
@@ -42,9 +42,9 @@ use crate::cache::{Cache, Rendering, earlier, expiry};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// The page is not stored if anything it depends on was purged after the recorder was created. Two things are not recorded. The first is
-/// the prefixes of a fragment's key, so [`Cache::purge_prefix`] purges pages only by their own keys. The second is the absence of a
-/// fragment, so a page rendered without a fragment remains valid when that fragment appears.
+/// The page is not stored if anything it depends on was purged after the recorder was created. Two things are not recorded. First, the
+/// prefixes of a fragment's key are not recorded, so [`Cache::purge_prefix`] purges pages only by their own keys. Second, the absence of a
+/// fragment is not recorded, so a page rendered without a fragment remains valid when that fragment is stored.
 ///
 /// Clones record for the same page, and can be sent to other threads.
 #[derive(Clone, Debug)]
@@ -83,10 +83,10 @@ impl Cache {
         Recorder::new(self, Vec::new())
     }
 
-    /// Stores a page like [`set`](Cache::set), with the tags and the expiry of everything from which it was composed.
+    /// Stores a page like [`set`](Cache::set), with the tags of all its fragments and the earliest of their expiry times.
     ///
     /// # Errors
-    /// Fails if there is no cache, if the page is too large, or if its shard is locked by a process that does not release the lock.
+    /// Fails if there is no cache, if the page is too large, or if a process does not release the lock of the page's shard.
     ///
     /// # Panics
     /// Panics if the recorder belongs to the cache of another segment, where its tags have no meaning.
@@ -167,7 +167,7 @@ impl Recorder {
         self.loan().add(tags.into_iter().chain([key.hash]), until_ms);
     }
 
-    /// Adds what a newly rendered fragment lends, as if the fragment were stored with these options now.
+    /// Adds what a newly rendered fragment lends, as if the fragment had been stored now with these options.
     pub(crate) fn borrow_rendered(&self, key: Key<'_>, options: &StoreOptions, loan: Loan) {
         let cache = &self.shared.cache;
         let tags = options.tags.iter().map(|tag| cache.tag(tag)).chain(loan.tags);
@@ -253,7 +253,7 @@ mod tests {
             cache.set("inner", "2", &StoreOptions::new().tags(["deep"])).unwrap();
             let inner = found_before.or_else(|| recorder.get("inner")).unwrap();
             cache.set_recorded("page", &inner, &StoreOptions::new(), &recorder).unwrap();
-            // The fragment found after the purge is valid, but the recorder predates the purge and cannot rely on that.
+            // The fragment found after the purge is valid, but the recorder was created before the purge and cannot determine that.
             assert_eq!(cache.get("page"), None);
         }
     }

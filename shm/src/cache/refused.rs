@@ -2,7 +2,7 @@
 
 use super::page::NotStorable;
 
-/// Why the cache did not store a page. The request should not fail because of it: the rendered page is still served.
+/// Why the cache did not store a page. The request should not fail for this reason: the rendered page is still served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreError {
     /// The segment has no cache.
@@ -12,7 +12,7 @@ pub enum StoreError {
         /// Maximum size of an entry in bytes: the length of the key and the value, plus 8 for each tag.
         limit: u64,
     },
-    /// The shard of the key is locked by a process that does not release the lock.
+    /// A process does not release the lock of the key's shard.
     Busy,
     /// The page must not be stored in a shared cache.
     NotStorable(NotStorable),

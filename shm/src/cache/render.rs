@@ -10,8 +10,8 @@
 //! ```
 //! [`Request::step`] makes the decisions for blocking and asynchronous callers alike; only the way of waiting differs. A lease is released
 //! when its holder stores the page, fails, panics, or is dropped while rendering. If the holder dies, a waiting caller releases the lease
-//! (`claim.rs`, `watch.rs`). If no lease can be taken, because its cell is in use for another key, the page is rendered without a lease.
-//! The time spent waiting is limited.
+//! (`claim.rs`, `watch.rs`). If no lease can be taken because its cell is in use for another key, the page is rendered without a lease. The
+//! time that a caller spends waiting is limited.
 //!
 //! Must not withhold a rendered page from its caller because of a failure of the cache.
 
@@ -35,9 +35,10 @@ use crate::crash;
 use crate::memory::layout::LeaseCell;
 use crate::protocols::lease;
 
-/// Time in milliseconds after a page was refused during which callers do not wait for its lease, because it would be refused again.
+/// Time in milliseconds after a page was refused during which callers do not wait for the page's lease, because the page would be refused
+/// again.
 const PASS_MS: u64 = 10_000;
-/// The same time for a page that was refused because its shard was busy.
+/// Like [`PASS_MS`], for a page that was refused because its shard was busy.
 const PASS_BUSY_MS: u64 = 1000;
 
 /// The result of [`Cache::get_or_render`].
@@ -52,7 +53,7 @@ pub struct Cached<V = Vec<u8>> {
 /// Where a page came from, for logs and response headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CacheStatus {
-    /// From the cache, within its time to live. Returned even if the caller waited for the page.
+    /// From the cache, within its time to live. A page that the caller waited for is also reported as fresh.
     Fresh,
     /// From the cache, after its time to live: the page is being rendered again, or rendering failed.
     Stale,
@@ -101,9 +102,8 @@ impl Cache {
 
     /// Like [`get_or_render`](Cache::get_or_render), without blocking the thread. Works on any executor.
     ///
-    /// If the future is dropped while it is rendering, another waiting caller renders immediately. Each process has one thread for waiting,
-    /// which checks about every millisecond whether the other processes have made progress. The thread exists only while a future is
-    /// waiting.
+    /// If the future is dropped while it is rendering, another waiting caller renders immediately. Each process has one thread for waiting.
+    /// This thread checks about every millisecond whether the leases have ended. The thread exists only while a future is waiting.
     ///
     /// # Errors
     /// Returns the error from `render` if there is no page that [can be served instead](StoreOptions::stale_if_error). Each caller receives
@@ -213,7 +213,8 @@ impl<'a> Request<'a> {
     fn step<V: CacheValue>(&mut self) -> Step<V> {
         let now_ms = self.cache.segment.now_ms();
         let Some(cell) = self.cache.segment.lease_cell(self.key.hash) else { return Step::Render(None) };
-        // Read before the lookup. If a page is stored after the lookup, `turn` changes when its lease ends, which ends the wait.
+        // Read before the lookup. If a page is stored after the lookup, `turn` changes when the lease of that page ends, and the wait
+        // therefore ends.
         let turn = cell.turn.load(Ordering::Acquire);
         match self.look(now_ms) {
             Some(page) if self.is_good(page.verdict, &page.times) && !self.is_early(&page, now_ms) => Step::Serve(page),

@@ -6,9 +6,9 @@
 //! - A new entry's bytes are written beyond the ring's head, where no reader looks. Raising the head makes the bytes part of the log, where
 //!   they have no effect until a slot leads to them.
 //! - Storing a slot's word ([`LockedShard::change_slot`]) publishes, moves or removes an entry. The accounting of live bytes and entries
-//!   (`books`) is updated afterwards. An *intent*, which is written first, lets the next owner complete the update.
-//! - Bytes are free when the ring's floor is above them. A reader checks the floor after it has copied, so the floor is raised before any
-//!   byte is overwritten (`eviction.rs`).
+//!   (`books`) is updated after that store. An *intent* is written before both, so that the next owner of the lock can complete the update.
+//! - Bytes are free when the ring's floor is above them. A reader checks the floor after it has copied an entry, so the floor is raised
+//!   before any byte is overwritten (`eviction.rs`).
 //!
 //! Nothing that is read from shared memory is trusted: each position, size and link is checked, and each loop is bounded. An inconsistency
 //! is reported as [`Corrupt`], which empties the shard.
@@ -124,8 +124,8 @@ impl<'a> Shard<'a> {
 
     /// Takes the lock, and repairs what a dead owner may have left.
     ///
-    /// After a timeout, callers fail immediately until the lock has been taken again, so that a stopped process delays one request rather
-    /// than every request.
+    /// After a timeout, callers fail immediately until the lock has been taken again, so that a stopped process delays a single request
+    /// rather than every request.
     pub(crate) fn lock(self) -> Result<LockedShard<'a>, NotLocked> {
         let suspect = self.head.suspect.load(Ordering::Relaxed) != 0;
         let Some(from_the_dead) = self.inner.take_lock(&self.head.lock, suspect) else {
@@ -206,7 +206,7 @@ impl<'a> LockedShard<'a> {
         crash::point("slot: disarmed");
     }
 
-    /// Empties the shard with a few stores, which suffice because a slot whose position is below the floor is free.
+    /// Empties the shard with a few stores. They suffice, because a slot whose position is below the floor is free.
     pub(crate) fn empty(&mut self) {
         self.shard.head.intent.armed.store(ARMED_EMPTY, Ordering::Release);
         crash::point("empty: armed");

@@ -42,7 +42,8 @@ pub struct Stats {
     pub evicted_small: u64,
     /// Valid pages evicted from the main ring to make room.
     pub evicted_main: u64,
-    /// Valid pages evicted because the index was full. This happens if pages are more numerous and smaller than the index was sized for.
+    /// Valid pages evicted because the index was full. This happens if the pages are so small that the cache holds more of them than the
+    /// index was sized for.
     pub evicted_index: u64,
     /// Pages dropped because they had expired.
     pub expired: u64,

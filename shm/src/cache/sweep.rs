@@ -29,8 +29,8 @@ type Doomed = (u64, u64);
 impl Cache {
     /// Removes expired and purged pages, releases what dead processes held, and finishes purges that dead processes began.
     ///
-    /// Every process should call this function about once a second; all but one of the calls return immediately. A call examines a part of
-    /// the cache, which may take a few milliseconds in a large cache.
+    /// Every process should call this function about once a second. Of the calls within one second, all but one return immediately. The
+    /// remaining call examines a part of the cache, and may take a few milliseconds if the cache is large.
     pub fn sweep(&self) {
         let now_ms = self.segment.now_ms();
         let Some(header) = self.segment.header() else { return };
@@ -73,7 +73,7 @@ impl Cache {
         for shard in self.shards() {
             let concerns =
                 |entry: Entry<'_>| entry.times().snapshot < purge.clock && entry.key_starts_with(purge.prefix());
-            // Waits for the current holder of the lock, which may not have detected the purge. Later holders detect the purge.
+            // The current holder of the lock may not have detected the purge, so this waits for the lock. Later holders detect the purge.
             if shard.lock().is_err() || !self.remove_from(&shard, 0, shard.index.len(), concerns, &judge) {
                 return;
             }

@@ -4,9 +4,9 @@
 //! page stores the time that was read *before* its rendering began. A page is therefore out of date if and only if one of its tags was
 //! purged later than that time. A page whose tag is purged while the page is being rendered is out of date before it is stored.
 //!
-//! A tag has two slots, selected by the two halves of its hash. The earlier of their two times is when the tag was last purged. Tags that
-//! share one slot do not affect each other; tags that share both slots only cause additional misses. Every key counts as a tag of its own
-//! page, so purging a key works in the same way, even while its shard is locked.
+//! A tag has two slots, selected by the two halves of its hash. The earlier of the two times in these slots is the time at which the tag
+//! was last purged. Tags that share one slot do not affect each other; tags that share both slots only cause additional misses. Every key
+//! counts as a tag of its own page, so purging a key is a purge of this tag, and is possible even while the key's shard is locked.
 //!
 //! There are no locks. If a purger is killed before its last store, the purge may or may not have taken effect, but the purge never
 //! returned to its caller.
@@ -63,7 +63,7 @@ impl<'a> TagClock<'a> {
     }
 
     /// Completes a purge of one of these tags, or a clear, by a process that died before it raised the clock. Must be called when one of
-    /// the tags turns out to be purged.
+    /// these tags is found to be purged.
     pub(crate) fn finish(self, tags: impl Iterator<Item = u64>) {
         purge::finish(self.now, &[self.cleared]);
         tags.for_each(|tag| purge::finish(self.now, &self.slots_of(tag)));

@@ -490,7 +490,8 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
             let _ = cache.set([n], vec![n; random.usize(..3000)], &StoreOptions::new().tags(["t"]));
         }
         for _ in 0..random.u32(1..40) {
-            // Overwrites any word after the scoreboard, including locks and members. Half of the time, overwrites a word in a shard's head.
+            // In half of the runs, overwrites any word after the scoreboard, including locks and members; in the other half, a word in a
+            // shard's head.
             let at = if random.bool() { random.u64(start..len - 8) } else { shard + random.u64(..512) } / 8 * 8;
             let noise = if random.bool() { random.u64(..) } else { random.u64(..len * 2) };
             cache.segment.map.write(at, &noise.to_le_bytes()).unwrap();
@@ -503,7 +504,7 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
             let _ = cache.set([n], vec![n; random.usize(..3000)], &StoreOptions::new());
         }
         cache.sweep_now(1, cache.segment.now_ms());
-        // Whatever is left, an emptied shard is consistent, unless a lock or a pin names this process as its holder.
+        // Whatever else the memory contains, an emptied shard is consistent, unless a lock or a pin names this process as its holder.
         cache.shard(0).unwrap().head.lock.store(0, Ordering::Relaxed);
         let me = cache.segment.member().unwrap().head;
         me.pins.iter().for_each(|pin| pin.store(0, Ordering::Relaxed));

@@ -64,8 +64,8 @@ impl Cache {
     /// [`set`](Cache::set).
     ///
     /// # Errors
-    /// Fails if there is no cache, if the page is too large, if its shard is locked by a process that does not release the lock, or if the
-    /// page must not be stored in a shared cache ([`Page::storable`]).
+    /// Fails if there is no cache, if the page is too large, if a process does not release the lock of the page's shard, or if the page
+    /// must not be stored in a shared cache ([`Page::storable`]).
     pub fn set_page(&self, key: impl AsRef<[u8]>, page: &Page, options: &StoreOptions) -> Result<(), StoreError> {
         page.may_be_kept()?;
         let (meta, value) = page.parts();

@@ -5,10 +5,10 @@
 //! alive. It does not depend on an executor.
 //!
 //! After a fork, the child has neither the thread nor a usable lock. Each fork generation (`memory/fork.rs`) therefore has its own watch,
-//! and never uses its parent's.
+//! and never uses its parent's watch.
 //!
-//! Must not hold its lock while it wakes or drops a waker, or while it cleans up after a member, because all of these may call back into
-//! this file.
+//! Must not hold the lock of a watch while it wakes or drops a waker, or while it cleans up after a member, because these operations may
+//! call back into this file.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};

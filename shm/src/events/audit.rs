@@ -63,7 +63,7 @@ impl Log<'_> {
         let mut names = HashSet::new();
         for name in self.topics.names() {
             let (id, at) = self.topics.last(&name).ok_or_else(|| format!("{name} is where nobody finds it"))?;
-            // The cell of a topic that was created again and has no event yet does not contain the position of the topic's former events.
+            // If a topic was created again and has no event yet, its cell does not contain the position of the topic's former events.
             let is_at = |events: &Latest| {
                 events.get(&*name).map_or(at < floor, |event| *event == (id, at) || at == 0 && event.0 <= id)
             };

@@ -172,7 +172,7 @@ impl Log<'_> {
                     evicted += u64::from(matches!(record, Record::Event(_)));
                 }
                 None => {
-                    // The death of a process cannot cause this, so the log was overwritten.
+                    // The death of a process cannot cause this state, so the log was overwritten.
                     self.head.counters.restarts.fetch_add(1, Ordering::Relaxed);
                     floor = head;
                 }
@@ -180,7 +180,7 @@ impl Log<'_> {
         }
         self.head.counters.evicted.fetch_add(evicted, Ordering::Relaxed);
         self.head.floor.store(floor, Ordering::Release);
-        // A reader that observes anything written from now on also observes that the floor has passed.
+        // A reader that observes anything written after this fence also observes the raised floor.
         fence(Ordering::Release);
     }
 

@@ -1,6 +1,6 @@
 //! Reads events without a lock: the events of one topic after an id, or the events of all topics in the order of publication.
 //!
-//! What was read is valid if the floor has not passed it since, because only bytes below the floor are overwritten.
+//! Bytes that were read are valid if the floor has not passed them since, because only bytes below the floor are overwritten.
 //!
 //! Must not write to shared memory or wait. Must not return an event without checking the floor afterwards.
 
@@ -31,8 +31,8 @@ pub struct Event {
 pub struct Since {
     /// The events, oldest first, with consecutive ids.
     pub events: Vec<Event>,
-    /// The number of events between the requested id and the first of `events` that are no longer in the log. This is an upper bound if the
-    /// topic was replaced and created again in the meantime.
+    /// The number of events between the requested id and the first of `events` that are no longer in the log. If the topic was replaced and
+    /// created again after the requested event, this is an upper bound.
     pub missed: u64,
 }
 
@@ -51,7 +51,7 @@ pub enum Tailed {
     /// The next events are no longer in the log. The ids of the following events show how many are missing from each
     /// topic.
     Gap,
-    /// There is no further event yet.
+    /// There are no more events yet.
     CaughtUp,
 }
 
@@ -143,7 +143,7 @@ impl Log<'_> {
         self.head.floor.load(Ordering::Acquire)
     }
 
-    /// Copies an event. The copy is valid if the floor does not pass the event in the meantime.
+    /// Copies an event. The copy is valid if the floor has not passed the event by the end of the copy.
     pub(super) fn event(&self, position: u64, lies: &Lies) -> Option<Event> {
         let bytes = self.ring.copy(position, lies)?;
         let (topic, rest) = bytes.split_at_checked(usize::try_from(lies.topic_len).ok()?)?;
@@ -168,7 +168,7 @@ impl Log<'_> {
                 _ => None,
             };
             if self.floor_now() > at {
-                break; // so its cell is up to date by now; and the bytes read may be invalid
+                break; // the floor has passed, so the cell is up to date, and the bytes read may be invalid
             }
             events.extend(event);
             let Some(record) = record else { break };
@@ -179,7 +179,7 @@ impl Log<'_> {
 
     /// Returns the id of a topic's latest event, and the position of that event or of a later one. Returns 0 if there is none.
     fn last(&self, topic: &str) -> (u64, u64) {
-        // Must be read first, because a topic that is created in the meantime starts above it.
+        // Must be read before the table, because a topic that is created in between starts above this id.
         let retired = self.head.retired.load(Ordering::Acquire);
         self.topics.last(topic).unwrap_or((retired, 0))
     }
@@ -208,8 +208,8 @@ impl Log<'_> {
     }
 
     /// Returns the events of a topic after an id, searched forward from `place`, the position of the event with this id or of an earlier
-    /// event. Also returns the position of the last event found. Returns `None` if the events cannot be read from there, or if there are
-    /// none.
+    /// event. Also returns the position of the last event found. Returns `None` if there are no such events, or if they cannot be read from
+    /// `place` on.
     fn onwards(&self, topic: &str, after: u64, most: usize, place: u64) -> Option<(Vec<Event>, u64)> {
         let (mut at, mut last) = (place, place);
         let head = self.head.head.load(Ordering::Acquire);
@@ -227,7 +227,7 @@ impl Log<'_> {
             }
             if let Some(event) = event {
                 if event.id != after + 1 + events.len() as u64 {
-                    return None; // the topic was replaced in the meantime; or `place` was not the position of one of its events
+                    return None; // the topic was replaced, or `place` was not the position of one of its events
                 }
                 last = at;
                 events.push(event);
@@ -240,7 +240,7 @@ impl Log<'_> {
     /// Follows the links from each event to the previous one. Sets `place` to the position of the last event. Returns `None` if the links
     /// are inconsistent.
     fn since(&self, topic: &str, after: u64, most: usize, place: &mut u64) -> Option<Since> {
-        // Must be read first. An event that is added to its cell in the meantime is then found twice rather than missed.
+        // Must be read before the topic's cell. An event that is added to the cell in between is then found twice rather than missed.
         let unlinked = self.unlinked(topic, after);
         let (last_id, mut at) = self.last(topic);
         let mut places = Vec::new();

@@ -59,7 +59,7 @@ impl<'a> Topics<'a> {
     pub(super) fn last(&self, topic: &str) -> Option<(u64, u64)> {
         let (number, cell) = self.search(topic).0?;
         let last = told::told(&cell.last_id, &cell.last_at);
-        // If the cell belonged to a different topic by then, the check of the name fails.
+        // If the cell belonged to a different topic when it was read, the check of the name fails.
         self.is(number, cell, topic, xxh3_64(topic.as_bytes())).then_some(last)
     }
 
@@ -106,7 +106,7 @@ impl<'a> Topics<'a> {
             crash::point("topic: retired");
         }
         cell.length.store(GIVEN_UP, Ordering::Release);
-        // A reader that observes anything written from now on also observes that the name is gone.
+        // A reader that observes anything written after this fence also observes that the name is gone.
         fence(Ordering::Release);
         crash::point("topic: cell taken");
         cell.last_at.store(0, Ordering::Relaxed);

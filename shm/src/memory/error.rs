@@ -61,8 +61,8 @@ pub enum SegmentError {
         /// The error from the kernel.
         source: io::Error,
     },
-    /// The segment does not fit into the remainder of a control group's memory limit (for a container or a systemd unit). The kernel would
-    /// not refuse the memory, but would kill a process later.
+    /// The segment does not fit into what remains of a control group's memory limit (for a container or a systemd unit). The kernel would
+    /// grant the memory, but would kill a process later.
     OverLimit {
         /// Size of the whole segment in bytes.
         bytes: u64,

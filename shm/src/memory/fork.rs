@@ -1,8 +1,8 @@
 //! Makes a forked child drop what belongs to its parent. This is necessary because the child inherits the memory of a process that holds
 //! locks.
 //!
-//! A handler registered with pthread_atfork(3) runs in each child. It increments [`generation`], so that everything claimed earlier is
-//! recognized as belonging to the parent. It also closes the descriptors whose locks show that the parent is alive. Otherwise the parent
+//! A handler registered with pthread_atfork(3) runs in each child. It increments [`generation`], so that everything claimed before the fork
+//! is recognized as belonging to the parent. It also closes the descriptors whose locks show that the parent is alive. Otherwise the parent
 //! would seem to be alive as long as any of its children.
 #![expect(unsafe_code, reason = "pthread_atfork")]
 
@@ -20,7 +20,7 @@ static DESCRIPTORS: [AtomicI32; MOST] = [const { AtomicI32::new(NONE) }; MOST];
 static LISTING: AtomicBool = AtomicBool::new(false);
 /// Whether the thread that forks holds [`LISTING`].
 static FORKING: AtomicBool = AtomicBool::new(false);
-/// Maximum number of iterations, which take a few tenths of a second.
+/// Maximum number of iterations of a spin loop. This many iterations take a few tenths of a second.
 const MAX_SPINS: u32 = 10_000_000;
 /// The registration of the handlers: not yet attempted, in progress, or its result.
 static REGISTERED: AtomicU32 = AtomicU32::new(NOT_YET);
@@ -36,8 +36,8 @@ pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// Registers the handlers, once for a process and its children. Called when a segment is created or attached, because the process has few
-/// threads at that time.
+/// Registers the handlers, once for a process and its children. Called when a segment is created or attached, because the process usually
+/// has few threads then.
 pub(crate) fn watch() {
     if REGISTERED.compare_exchange(NOT_YET, UNDER_WAY, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
         REGISTERED.store(if register() { WORKS } else { FAILED }, Ordering::Release);
@@ -125,8 +125,8 @@ fn register() -> bool {
 }
 
 extern "C" fn before_fork() {
-    // A signal handler may fork while its own thread holds the list. The fork must not wait forever. Proceeding without the list only risks
-    // a child that keeps a descriptor.
+    // A signal handler may fork while its own thread holds the list, and the fork must not wait forever. The only risk of continuing
+    // without the list is a child that keeps a descriptor.
     let free = |_: &u32| {
         std::hint::spin_loop();
         LISTING.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()

@@ -14,7 +14,8 @@ use crate::Plan;
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const MIN_CACHE: u64 = 256 * 1024;
-/// Maximum size of the cache: 64 TiB. It keeps all sums of sizes far from overflow, and all positions within a slot's 52 bits for decades.
+/// Maximum size of the cache: 64 TiB. This limit keeps all sums of sizes far from overflow, and all positions within a slot's 52 bits for
+/// decades.
 const MAX_CACHE: u64 = 1 << 46;
 /// Minimum size of a shard in bytes. A shard also has room for at least [`SHARD_ENTRIES`] entries of the maximum size.
 const MIN_SHARD: u64 = 8 << 20;

@@ -266,8 +266,8 @@ pub(crate) struct RingHead {
     pub(crate) clear_to: AtomicU64,
 }
 
-/// An announced change of a slot, with the accounting that applies after the change. If its writer dies, the next owner of the lock
-/// completes the change.
+/// An announced change of a slot, with the accounting that applies after the change. If the process that announced the change dies, the
+/// next owner of the lock completes it.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Intent {

@@ -2,13 +2,13 @@
 //!
 //! An access to a page beyond the end of its file raises SIGBUS, which by default kills the process. The handler in this file replaces the
 //! mapping with zeroes that are private to the process. The instruction is then restarted and reads corrupted data, which every reader
-//! expects. From then on, the mapping is *lost*. A word that is shared by all processes of a chain of forks records this, and none of them
-//! uses the memory any more, because each would have private pages, which a purge in another process does not reach.
+//! expects. From then on, the mapping is *lost*. A word that is shared by all processes of a chain of forks records this state, and none of
+//! these processes uses the memory any more. If they did, each would have private pages that a purge in another process does not reach.
 //!
-//! - The whole mapping is replaced rather than only the page, so that a process sees a single state of it. If there is not enough memory
-//!   for that, only the page is replaced.
-//! - The handler is installed when the first file is mapped. For every other fault, it calls the previous handler. A handler that the
-//!   program installs later replaces it and should therefore call [`recover_lost_pages`].
+//! - The whole mapping is replaced rather than only the page, so that a process does not read a mixture of old data and zeroes. If there is
+//!   not enough memory to replace the whole mapping, only the page is replaced.
+//! - The handler is installed when the first file is mapped. For a fault at any other address, it calls the previous handler. A handler
+//!   that the program installs later replaces this handler and should therefore call [`recover_lost_pages`].
 //! - If a thread has SIGBUS blocked, the fault still kills the process, because the kernel cannot defer a signal caused by a fault.
 //!
 //! The handler must not allocate, lock or panic.
@@ -28,7 +28,7 @@ const MAX_FILES: usize = 256;
 const FREE: usize = 0;
 /// Value that means that a thread is filling in the entry.
 const TAKEN: usize = 1;
-/// Number of bytes to replace if the whole mapping cannot be replaced. Any multiple of the system's page size works.
+/// Number of bytes to replace if the whole mapping cannot be replaced. Must be a multiple of the system's page size.
 const PAGE: usize = 64 << 10;
 
 struct Entry {
@@ -141,8 +141,8 @@ fn zeroed(start: usize, len: usize) -> bool {
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: errno belongs to this thread.
     let before = unsafe { *errno };
-    // SAFETY: the range is part of a mapping of this crate. The only references into it are to atomics, for which any
-    // value is valid. The range stays mapped, and is unmapped together with the rest.
+    // SAFETY: the range is part of a mapping of this crate. The only references into it are to atomics, for which any value is valid. The
+    // range stays mapped until the whole mapping is unmapped.
     let mapped = unsafe { libc::mmap(ptr::without_provenance_mut(start), len, access, kind, -1, 0) };
     // SAFETY: errno belongs to this thread. It is restored for the interrupted code.
     unsafe { *errno = before };
@@ -161,7 +161,7 @@ fn install() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     if BEFORE.set(before).is_err() {
-        return Ok(()); // another thread installs it
+        return Ok(()); // another thread installs the handler
     }
     // SAFETY: all zeroes is a valid sigaction.
     let mut action: sigaction = unsafe { std::mem::zeroed() };

@@ -254,7 +254,7 @@ impl Map {
         let Some(last) = words.get(whole.len()).map(|word| word.load(Ordering::Relaxed)) else {
             return Some(difference == 0);
         };
-        // The last eight bytes, if there are as many, without the bytes that were already compared.
+        // The last eight bytes, if the range is that long, without the bytes that were already compared.
         let rest_is_it = match bytes.last_chunk() {
             Some(&tail) => {
                 let unused = 8 * (8 - rest.len());
@@ -322,7 +322,7 @@ unsafe fn copy(from: Side<*const u8>, to: Side<*mut u8>, len: usize) {
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 const BLOCK: usize = 128;
-/// Maximum length in bytes for which the loop is faster.
+/// Maximum length in bytes for which the loop is faster than the string instruction.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 const LOOPED: usize = 4096;
 
@@ -370,8 +370,8 @@ unsafe fn copy_blocks(from: *const u8, to: *mut u8, len: usize) {
     }
 }
 
-/// Copies bytes on CPUs without such an instruction: word by word where both sides are aligned, otherwise byte by byte, and atomically on
-/// the shared sides.
+/// Copies bytes without the string instruction: word by word where both sides are aligned, otherwise byte by byte, and atomically on the
+/// shared sides.
 ///
 /// # Safety
 /// `len` bytes must be readable at `from` and writable at `to`, and the two ranges must not overlap.

@@ -2,14 +2,14 @@
 //!
 //! A process becomes a member when it first uses the cache or publishes an event. It locks the byte of the segment's file whose offset is
 //! its member number, through its own open file description (`F_OFD_SETLK`). The kernel closes a process's descriptors only after it has
-//! torn down the address space, so it releases the byte only when the process is gone. Therefore *a byte that can be locked has no living
-//! owner*. This is true for zombies too, and a reused pid does no harm.
+//! torn down the address space, so it releases the byte only when the process can no longer write to the memory. Therefore *a byte that can
+//! be locked has no living owner*. A zombie's byte is free too, and the reuse of a pid does no harm.
 //!
 //! Everything that a member holds in shared memory is marked with the member's number: its locks, its leases, and its pins, which lie in
 //! its own cell. A process that needs something held by a dead member [cleans up](SharedMemory::release_if_dead) after that member. It
 //! locks the byte, releases everything that the member held, and unlocks the byte. The byte's lock also prevents two processes from
-//! cleaning up after the same member. It protects a new member too, because a process that claims a cell first cleans up after the cell's
-//! last owner.
+//! cleaning up after the same member. The byte's lock protects a new member too, because a process that claims a cell first cleans up after
+//! the cell's last owner.
 //!
 //! Must not run while a shard's lock is held, because this code makes system calls.
 
@@ -279,13 +279,13 @@ impl LeaseCell {
     }
 }
 
-/// Always succeeds. Miri does not support file locks, but under Miri there is only one process.
+/// Always succeeds, because Miri does not support file locks, and under Miri there is only one process.
 #[cfg(miri)]
 fn lock_byte(private: Private, _: u32, _: i32) -> bool {
     private.get().is_some()
 }
 
-/// Locks or unlocks one byte. Returns whether that was possible.
+/// Locks or unlocks one byte. Returns whether this succeeded.
 #[cfg(not(miri))]
 fn lock_byte(private: Private, number: u32, kind: i32) -> bool {
     let Some(fd) = private.get() else { return false };

@@ -9,11 +9,11 @@ use std::io::Read as _;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-/// A limit, and the unused part of it.
+/// A memory limit, and its unused part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Left {
     pub(crate) limit: u64,
-    /// The unused part in bytes. Memory that the kernel can reclaim immediately (its cache of files) counts as free.
+    /// The unused part in bytes. Memory that the kernel can reclaim immediately (the page cache) counts as free.
     pub(crate) free: u64,
 }
 
@@ -49,11 +49,11 @@ fn value_in(text: &str, name: &str) -> Option<u64> {
     lines.find_map(|mut words| (words.next() == Some(name)).then(|| words.next()?.parse().ok())?)
 }
 
-/// The names of files and fields, which differ between the two versions of control groups.
+/// The names of files and fields, which differ between cgroup v1 and v2.
 struct Version {
     limit: &'static str,
     used: &'static str,
-    /// Fields in `memory.stat` that give the kernel's cache of files for the group and its descendants.
+    /// Fields in `memory.stat` that give the size of the kernel's page cache for the group and its descendants.
     reclaimable: [&'static str; 2],
 }
 
@@ -65,7 +65,7 @@ const V1: Version = Version {
 const V2: Version =
     Version { limit: "memory.max", used: "memory.current", reclaimable: ["inactive_file", "active_file"] };
 
-/// Value that means "no limit" in version 1: above the memory of any machine.
+/// In cgroup v1, a limit of at least this many bytes means "no limit". It is above the memory of any machine.
 const NO_LIMIT: u64 = 1 << 60;
 
 /// Returns the limits of this process's control groups, as far as they are mounted.
@@ -98,7 +98,7 @@ fn limits(read: &dyn Fn(&Path) -> Option<String>) -> Vec<Left> {
 fn limit_of(directory: &Path, version: &Version, read: &dyn Fn(&Path) -> Option<String>) -> Option<Left> {
     let number = |name: &str| read(&directory.join(name))?.trim().parse::<u64>().ok(); // "max" does not parse: no limit
     let stat = read(&directory.join("memory.stat")).unwrap_or_default();
-    // In version 1, the limit imposed by ancestor groups, whether or not they are mounted here.
+    // In cgroup v1, the limit imposed by ancestor groups, whether or not these are mounted here.
     let inherited = value_in(&stat, "hierarchical_memory_limit");
     let limit = number(version.limit).into_iter().chain(inherited).min().filter(|&limit| limit < NO_LIMIT)?;
     let reclaimable: u64 = version.reclaimable.iter().filter_map(|name| value_in(&stat, name)).sum();

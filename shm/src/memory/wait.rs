@@ -1,7 +1,7 @@
 //! Waits for a lock: spins briefly, then sleeps on the lock's word, and checks whether the owner is dead.
 //!
-//! No wait is longer than [`LOCK_TIMEOUT`], because the owner may be stopped rather than dead. After a timeout, the caller proceeds without
-//! what the lock protects.
+//! No wait is longer than [`LOCK_TIMEOUT`], because the owner may be stopped rather than dead. After a timeout, the caller continues
+//! without accessing what the lock protects.
 
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
@@ -35,7 +35,7 @@ impl SharedMemory {
                 backoff.snooze();
                 continue;
             }
-            // The timeout applies to living owners. If the owner is dead, the lock is tried again however much time has passed, but only
+            // The timeout applies to living owners. If the owner is dead, another attempt is made however much time has passed, but only
             // once before each sleep, because a second attempt would not help.
             if owner != me && !has_released && self.release_if_dead(owner) {
                 has_released = true;

@@ -5,7 +5,7 @@
 //! sleepers   counts readers that were about to sleep
 //! woken      the value of `sleepers` before the last publication whose publisher woke all readers
 //! ```
-//! If `woken` equals `sleepers`, every reader that ever went to sleep has been woken since. The reader had counted itself before the
+//! If `woken` equals `sleepers`, every reader that went to sleep has been woken since. Each of these readers had counted itself before the
 //! publication that woke it, so it had passed an older sequence to the futex. Only in this case does a publisher make no system call. A
 //! publisher that dies before it has woken the readers leaves `woken` unchanged, so the next publisher wakes them.
 //!

@@ -3,17 +3,18 @@
 //! ```text
 //! 0 = free | bits 0..32 deadline, in ms of the segment's clock, wrapped | 15 bits member + 1 | 17 bits tag of the key
 //! ```
-//! The whole lease is one word, so it is taken, released and taken over in one step each. It ends in one of four ways. The holder stores
-//! the page, or fails ([`release`] in both cases). The holder dies, and the process that cleans up after it ends the lease ([`take_from`]).
-//! Or the deadline passes, and another process takes the lease over ([`take`]). In this last case, the late holder detects that it no
+//! The whole lease is one word, so taking it, releasing it and taking it over are atomic operations. A lease ends when its holder stores
+//! the page or fails ([`release`] in both cases). If the holder dies, the process that cleans up after the holder ends the lease
+//! ([`take_from`]). If the deadline passes, another process may take the lease over ([`take`]); the late holder then detects that it no
 //! longer holds the lease ([`is_held`]), and its page does not replace a newer one.
 //!
 //! Two keys may share a cell. The tag distinguishes them (17 bits in addition to those that select the cell). A process that finds the cell
 //! taken for a different key renders without a lease, because otherwise it would wait for the wrong page.
 //!
 //! A waiting process counts itself ([`enter`]), then checks that the lease is still held, and sleeps on the *turn*, a counter of ended
-//! leases. A process that ends a lease increments the turn, then checks whether any process is counted as waiting ([`end_turn`]). There is
-//! a full fence between the two steps on both sides, so no process sleeps through the end of the lease that it is waiting for.
+//! leases. A process that ends a lease increments the turn, then checks whether any process is counted as waiting ([`end_turn`]). Each of
+//! these two processes executes a full fence between its two steps, so no process sleeps through the end of the lease that it is waiting
+//! for.
 //!
 //! A lease is useless for a page that cannot be stored, because the waiting processes would receive nothing. The key of such a page is
 //! marked ([`set_pass`]) for a while. During that time, a process that finds the lease taken does not wait.
@@ -71,7 +72,7 @@ pub(crate) fn is_held(cell: &AtomicU64, word: u64) -> bool {
     cell.load(Ordering::Acquire) == word
 }
 
-/// Releases a lease if this dead member holds it. Returns whether it did.
+/// Releases a lease if this dead member holds it. Returns whether the member held the lease.
 pub(crate) fn take_from(cell: &AtomicU64, member: u32) -> bool {
     let seen = cell.load(Ordering::Acquire);
     seen != 0 && member_of(seen) == member && release(cell, seen)
@@ -82,9 +83,9 @@ pub(crate) fn is_over(word: u64, now_ms: u64) -> bool {
     left_ms(word, now_ms) == 0
 }
 
-/// Returns the time until a lease's deadline, in milliseconds.
+/// Returns the time until a lease's deadline, in milliseconds, or 0 if the deadline has passed.
 pub(crate) fn left_ms(word: u64, now_ms: u64) -> u64 {
-    // The clock's low half wraps after 49 days, so a deadline far in the past looks like one far in the future.
+    // The clock's low half wraps after 49 days, so a deadline that passed long ago looks like a deadline far in the future.
     let ahead = low(low(word).wrapping_sub(low(now_ms)));
     if ahead <= MAX_LEASE_MS { ahead } else { 0 }
 }

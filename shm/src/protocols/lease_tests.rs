@@ -79,7 +79,7 @@ fn no_deadline_is_further_than_the_longest() {
     let cell = AtomicU64::new(0);
     let word = mine(take(&cell, KEY, 0, NOW, u64::MAX));
     assert_eq!(left_ms(word, NOW), MAX_LEASE_MS);
-    // A corrupted word, or a word that expired long ago, does not count as held for longer than that either.
+    // Even a corrupted word, or a word that expired long ago, does not count as held for longer than the maximum.
     for bit in 0..64 {
         assert!(left_ms(word ^ 1 << bit, NOW) <= MAX_LEASE_MS);
     }

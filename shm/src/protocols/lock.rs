@@ -3,10 +3,10 @@
 //! ```text
 //! 0 = free | bits 0..16 owner (member + 1) | bit 30 the last owner died holding it | bit 31 a process waits
 //! ```
-//! A robust pthread mutex would do the same with the kernel's help, but it keeps pointers of the C library in shared memory. A process that
-//! overwrites these pointers crashes the holder of the lock, and no model checker can run the mutex. Here, an overwritten word usually
-//! names a member that does not exist, which counts as dead. If it happens to name a live member, other processes cannot take the lock
-//! until that member exits.
+//! A robust pthread mutex would provide the same with the kernel's help, but it keeps pointers of the C library in shared memory. A process
+//! that overwrites these pointers crashes the holder of the lock, and no model checker can run the mutex. With the lock in this file, an
+//! overwritten word usually names a member that does not exist, and such a member counts as dead. If it happens to name a live member,
+//! other processes cannot take the lock until that member exits.
 //!
 //! Only the kernel can determine whether an owner is dead: see `memory/members.rs`. A process that finds a dead owner marks the owner's
 //! locks with [`mark_dead`]. The next process that takes such a lock receives [`Taken::FromTheDead`] and repairs what the lock protects.
@@ -46,7 +46,7 @@ pub(crate) fn take(lock: &AtomicU32, me: u32, waiting: bool) -> Taken {
     Taken::No { owner: (seen & OWNER) - 1, word: seen }
 }
 
-/// Requests to be woken when the lock is released. Returns the word to wait on, or `None` if it has changed in the meantime.
+/// Requests to be woken when the lock is released. Returns the word to wait on, or `None` if the lock no longer contains `word`.
 pub(crate) fn announce(lock: &AtomicU32, word: u32) -> Option<u32> {
     if word & WAITED_FOR != 0 {
         return Some(word);

@@ -1,14 +1,14 @@
 //! The protocol of a pin, with which a process announces that it is reading an entry in place.
 //!
 //! The reader writes the entry's place into one of its own cells, *then* checks that the entry is still above the floor. A writer that
-//! makes room raises the floor, *then* looks for pins. There is a full fence between the two steps on both sides, so at least one side
-//! detects the other: either the reader finds that the floor is too high and unpins, or the writer finds the pin.
+//! makes room raises the floor, *then* looks for pins. Each of them executes a full fence between its two steps. Therefore, either the
+//! reader finds that the floor is above the entry and unpins it, or the writer finds the pin.
 //!
 //! ```text
 //! 0 = free | position / 32, 52 bits | ring 1 bit | shard 4 bits | size class 7 bits
 //! ```
 //! The position of the cell identifies the process, so a dead member's pins are freed when the member is cleaned up. There are four size
-//! classes per octave, and sizes are rounded up, so a skipped entry may appear to be up to a quarter larger than it is.
+//! classes for each power of two, and sizes are rounded up, so a pinned entry may appear to be up to a quarter larger than it is.
 
 use super::sync::{AtomicU64, Ordering, fence_after_swap};
 
@@ -16,7 +16,7 @@ pub(crate) const RING_SHIFT: u32 = 52;
 const SHARD_SHIFT: u32 = 53;
 const CLASS_SHIFT: u32 = 57;
 pub(crate) const GRAIN: u64 = 32;
-/// Minimum size in bytes; smaller sizes are rounded up to it.
+/// Size of the smallest class, in bytes. Smaller sizes are rounded up to this size.
 pub(crate) const SMALLEST: u64 = 64;
 
 /// The content of a cell.

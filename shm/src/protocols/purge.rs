@@ -5,13 +5,12 @@
 //! their tags. If a page found a fragment before the fragment was purged, the page's snapshot must therefore be earlier than the purge's
 //! time, however long the purger pauses between its steps. This is ensured as follows:
 //!
-//! 1. The tag's slots are raised to the time *after* the clock's current time. From now on, the fragment is no longer found.
-//! 2. The clock is raised to that time, unless another process has raised it in the meantime. In that case, the purger restarts from step
-//!    1.
+//! 1. The tag's slots are raised to the time *after* the clock's current time. From this step on, the fragment is no longer found.
+//! 2. The clock is raised to that time. If another process has raised the clock since step 1, the purger restarts from step 1.
 //!
-//! A reader that found the fragment did so before step 1 was done. It had read the clock before that, when the clock was lower than the
-//! time stored in step 2. (In the reverse order, a page whose rendering begins between the two steps has the purge's own time as its
-//! snapshot, finds the fragment, and outlives the purge; `tests/protocols.rs` shows this.)
+//! A reader that found the fragment had found it before the end of step 1. The reader had read the clock before it looked for the fragment,
+//! so its snapshot is lower than the time stored in step 2. (In the reverse order, a page whose rendering begins between the two steps has
+//! the purge's own time as its snapshot, finds the fragment, and outlives the purge; `tests/protocols.rs` shows this.)
 //!
 //! Each failed iteration of the loop means that another purge succeeded. A purger that is killed between steps 1 and 2 leaves its tag one
 //! tick ahead of the clock, and pages with that tag are out of date before they are stored. A process that finds such a page raises the

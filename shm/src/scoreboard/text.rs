@@ -8,7 +8,7 @@ use crate::memory::layout::{TEXT_WORDS, Text};
 pub(super) const TEXT_BYTES: usize = TEXT_WORDS * 8;
 
 /// Returns a method and a target as the scoreboard stores them: `GET /path`, in printable ASCII, truncated to 112 bytes. To compare a
-/// request with a request in the scoreboard, compare these texts.
+/// request with a request in the scoreboard, compare the results of this function.
 pub fn request_text(method: &str, target: &str) -> String {
     let (bytes, length) = cut(method, target);
     bytes[..length].iter().copied().map(printable).collect()

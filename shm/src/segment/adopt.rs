@@ -1,7 +1,7 @@
-//! Adopts a segment that outlives the master that created it. Such a segment was passed to the program that replaces the master, or was
-//! kept in the meantime by another process (systemd's file descriptor store).
+//! Adopts a segment that outlives the master that created it. Such a segment was either passed to the program that replaces the master, or
+//! kept by another process (systemd's file descriptor store).
 //!
-//! Must not use a segment that this build would not have created for the same plan, or for a plan with more rows.
+//! Must not use a segment unless this build would have created it for the same plan, or for a plan with more rows.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -15,13 +15,13 @@ use crate::memory::geometry::Geometry;
 use crate::segment::{self, Segment, system};
 
 impl Segment {
-    /// Attaches to the segment of a former master whose workers may still be using it, if the segment is what `plan` would create, or has
-    /// more scoreboard rows.
+    /// Attaches to the segment of a former master whose workers may still be using it. The segment must be what `plan` would create; it may
+    /// also have more scoreboard rows.
     ///
     /// A segment in a file can be [closed](Segment::close) by the process that adopts it.
     ///
     /// # Errors
-    /// Fails as [`Segment::attach`] does, and if the segment does not fit the plan.
+    /// Fails in the same cases as [`Segment::attach`], and if the segment does not fit the plan.
     pub fn adopt(fd: OwnedFd, plan: &Plan) -> Result<Segment, SegmentError> {
         Geometry::of(plan)?;
         // Only a memory file has seals.
@@ -46,7 +46,7 @@ impl Segment {
     /// scoreboard are emptied, and the cache is audited.
     ///
     /// # Errors
-    /// Fails as [`Segment::adopt`] does, and if the cache is inconsistent.
+    /// Fails in the same cases as [`Segment::adopt`], and if the cache is inconsistent.
     pub fn adopt_alone(fd: OwnedFd, plan: &Plan) -> Result<Segment, SegmentError> {
         let segment = Segment::adopt(fd, plan)?;
         segment.inner.bury_the_dead();

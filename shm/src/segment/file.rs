@@ -1,7 +1,7 @@
 //! A segment in a file, so that the cache is still warm after a restart.
 //!
-//! The file contains the same bytes as a memory file. Only one master has it open, which flock(2) enforces. With or without a master, any
-//! number of processes may [join](Segment::join). Each holds a shared lock on one byte after the file's end while it uses the file. A
+//! The file contains the same bytes as a memory file. Only one master has the file open; flock(2) enforces this. With or without a master,
+//! any number of processes may [join](Segment::join). Each holds a shared lock on one byte after the file's end while it uses the file. A
 //! process that holds that byte exclusively may recreate the file, repair it, or mark it clean. The existing content is used or dropped as
 //! a whole:
 //!
@@ -9,20 +9,20 @@
 //! |---|---|
 //! | contains something other than a segment | left unchanged, and an error is returned |
 //! | is empty, has a different version, plan or size, or has a damaged header | dropped |
-//! | is marked clean: its last user wrote all of it to the disk, then the mark | used |
+//! | is marked clean: its last user first wrote the contents to the disk, then the mark | used |
 //! | is not clean, and the machine has not been rebooted since | used if an audit of all shards finds no fault |
 //! | is not clean, and the machine has been rebooted since | dropped, because it is undefined which of its pages reached the disk |
 //!
-//! Without a reboot, the kernel has kept all bytes of the file, and a process that dies at any instruction leaves the cache consistent. The
-//! audit is therefore sufficient.
+//! Unless the machine has been rebooted, the kernel has kept all bytes of the file, and a process that dies at any instruction leaves the
+//! cache consistent. The audit is therefore sufficient.
 //!
 //! The mark is removed on disk before anything else is written. After a power failure, the file is therefore either clean or dropped. A
-//! process that only has the descriptor (`FORKYARD_SHM`) and attaches it only after the file was closed is refused, because its writes
-//! would not clear the mark, and even a lookup writes.
+//! process that inherits the descriptor (`FORKYARD_SHM`) cannot attach to the file after it was closed, because the process's writes would
+//! not clear the mark, and even a lookup writes.
 //!
-//! A process that joins a file that is not clean uses it without an audit. A process that joined earlier would have continued without an
-//! audit too, and what dead members hold is released as in any segment. A process that joined does not mark the file clean when it exits; a
-//! master does.
+//! A process that joins a file that is not clean uses it without an audit. This is safe, because a process that joined before the file was
+//! left unclean would have continued without an audit too, and what dead members hold is released as in any segment. When a process that
+//! joined exits, it does not mark the file clean; only a master does.
 //!
 //! When a file is reused, it has no members, so all locks, pins and leases in it belong to dead processes. Its clock continues from where
 //! it stopped, plus the time that has passed.
@@ -61,11 +61,11 @@ const USERS: i64 = 1 << 60;
 /// What happened to the previous contents of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// The contents are used: the cache is warm.
+    /// The previous contents are used: the cache is warm.
     Warm,
-    /// The contents were dropped: the cache is empty.
+    /// The previous contents were dropped: the cache is empty.
     Dropped {
-        /// Why they were dropped.
+        /// Why the contents were dropped.
         why: &'static str,
     },
     /// The file is new.
@@ -75,10 +75,10 @@ pub enum Found {
 impl Segment {
     /// Creates a segment in a file, and reuses the contents of the file if possible.
     ///
-    /// Waits up to 10 s for processes that are still using the file. Call [`close`](Segment::close) at the end.
+    /// Waits up to 10 s for processes that are still using the file. When the segment is no longer needed, call [`close`](Segment::close).
     ///
     /// # Errors
-    /// Fails if the plan is out of range, if the file cannot be opened or is in use, or if its file system has no room for it.
+    /// Fails if the plan is out of range, if the file cannot be opened or is in use, or if the file system does not have enough free space.
     pub fn open(path: &Path, plan: &Plan) -> Result<(Segment, Found), SegmentError> {
         let geometry = Geometry::of(plan)?;
         let file = locked(open(path)?)?;
@@ -100,8 +100,7 @@ impl Segment {
         }
     }
 
-    /// Checks whether [`open`](Segment::open) would find a usable file and enough room for it. Changes nothing, and
-    /// ignores quotas.
+    /// Checks whether [`open`](Segment::open) would find a usable file and enough free space. Changes nothing, and ignores quotas.
     ///
     /// # Errors
     /// Fails if [`Segment::open`] would fail.
@@ -131,7 +130,7 @@ impl Segment {
         Ok(())
     }
 
-    /// Opens the file, whether or not other processes use it.
+    /// Opens the file, whether or not other processes are using it.
     ///
     /// Existing contents are used whatever their plan. If they are unusable, a segment is created from `plan`. The scoreboard belongs to
     /// the master and must not be used.
@@ -139,7 +138,7 @@ impl Segment {
     /// Waits up to 10 s for a process that is preparing the file.
     ///
     /// # Errors
-    /// Fails as [`Segment::open`] does.
+    /// Fails in the same cases as [`Segment::open`].
     pub fn join(path: &Path, plan: &Plan) -> Result<Segment, SegmentError> {
         let geometry = Geometry::of(plan)?;
         let file = Arc::new(open(path)?);
@@ -232,12 +231,13 @@ fn prepared(file: Arc<File>, plan: &Plan, geometry: Geometry) -> Result<(Segment
             (segment, found)
         }
     };
-    // Converts the exclusive lock to a shared one in one step, which cannot fail.
+    // Atomically converts the exclusive lock to a shared lock. This cannot fail.
     lock_users(&file, libc::F_RDLCK);
     Ok((segment, found))
 }
 
-/// Returns the segment in a file that is in use, or whose users died since the machine was booted. Returns `None` if neither is certain.
+/// Returns the segment in a file that is in use, or whose users have died since the machine was booted. Returns `None` if neither is
+/// certain.
 fn in_use(file: &Arc<File>) -> Result<Option<Segment>, SegmentError> {
     let Some((map, geometry, seed)) = found_in(file)? else { return Ok(None) };
     let Some(header) = map.at::<SegmentHead>(0) else { return Ok(None) };
@@ -317,7 +317,7 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
     if len < size_of::<SegmentHead>() as u64 {
         return dropped("it is too short");
     }
-    // Maps only the header, so that nothing is reserved for a file that is dropped.
+    // Maps only the header, so that no memory is reserved for a file whose contents are dropped.
     let map =
         Map::new(file.as_fd(), size_of::<SegmentHead>() as u64).map_err(|error| system("map the cache file", error))?;
     let Some(header) = map.at::<SegmentHead>(0) else { return dropped("it is too short") };
@@ -354,7 +354,7 @@ fn warm(file: &Arc<File>, plan: &Plan) -> Result<Result<Segment, Found>, Segment
     Ok(Ok(segment))
 }
 
-/// Refuses a file that contains something other than a segment.
+/// Rejects a file that contains something other than a segment.
 fn refuse_others(file: &File) -> Result<(), SegmentError> {
     let mut start = [0; 8];
     file.read_exact_at(&mut start, 0).or_else(not_the_end).map_err(|error| system("read the cache file", error))?;
@@ -433,7 +433,8 @@ fn owned(file: &File) -> Result<OwnedFd, SegmentError> {
     file.as_fd().try_clone_to_owned().map_err(|error| system("duplicate a descriptor", error))
 }
 
-/// Returns an identifier for the machine's boot combined with the file, because a copy of a file that was in use is a different file.
+/// Returns an identifier of the machine's current boot and of the file. The file is included because a copy of a file that was in use must
+/// not be mistaken for that file.
 fn boot_and_file(file: &File) -> Result<[u64; 2], SegmentError> {
     let metadata = file.metadata().map_err(|error| system("look at the cache file", error))?;
     let [one, other] = boot_id();

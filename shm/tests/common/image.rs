@@ -1,4 +1,4 @@
-//! Images of segments. An image is a copy of a segment's memory at an instant, from which a different segment with the same memory is made.
+//! Images of segments. An image is a copy of a segment's memory at an instant. Another segment with the same memory can be made from it.
 //!
 //! Byte locks are not part of an image. All members of a segment that is made from an image are therefore dead, as if they had been killed.
 
@@ -35,7 +35,7 @@ impl Image {
         Image(bytes)
     }
 
-    /// Overwrites the first words of the entry that has one tag and is stored under this key.
+    /// Overwrites the first words of the entry that is stored under this key. The entry must have one tag.
     pub fn spoil(&mut self, key: &[u8]) {
         let padded: Vec<u8> = key.iter().copied().chain([0; 8]).take(key.len().next_multiple_of(8)).collect();
         let at = self.0.windows(padded.len()).position(|bytes| bytes == padded).expect("the key is stored");
@@ -72,7 +72,7 @@ impl Slate {
         Slate(fd.into())
     }
 
-    /// Returns a segment with this memory, which replaces the previous segment.
+    /// Returns a segment with this image's memory. It replaces the segment returned by the previous call.
     pub fn pour(&self, image: &Image) -> Segment {
         self.0.write_all_at(&image.0, 0).expect("memory file");
         let fd: OwnedFd = self.0.as_fd().try_clone_to_owned().expect("dup");

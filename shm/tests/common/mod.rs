@@ -1,10 +1,11 @@
-//! Shared code of the tests in which processes die: children, pages that show whether they are intact, and a limit for tests that hang.
+//! Code shared by the tests in which processes die: children, pages that show whether they are intact, and a time limit for tests that
+//! hang.
 //!
 //! The test binaries do not use the test harness, because they must be single-threaded for forking to be safe. The tests wait for children
-//! by reading a byte from a pipe, or with `waitpid`. No test can hang, because a separate process watches the tests. At the limit
-//! (FORKYARD_TEST_LIMIT seconds, default 900, or an earlier limit that a test has set) it prints the state of the tests and kills them.
-//! FORKYARD_SEED=n repeats a history, except for the timing of the kills. With a word as argument, only the tests whose names contain the
-//! word are run.
+//! by reading a byte from a pipe, or with `waitpid`. No test can hang, because a separate process watches the tests. At the time limit
+//! (FORKYARD_TEST_LIMIT seconds, default 900, or an earlier limit set by a test), this process prints the state of the tests and kills
+//! them. FORKYARD_SEED=n repeats a history, except for the timing of the kills. With a word as argument, only the tests whose names contain
+//! the word are run.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses only a part of this module")]
 #![allow(
     unsafe_code,
@@ -56,8 +57,8 @@ pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Sets a limit that applies until the next call. At the limit the test fails, or a child dies of SIGALRM. Only this limit ends an endless
-/// loop.
+/// Sets a time limit that applies until the next call. At the limit, the test fails, or a child is killed by SIGALRM. Only this limit ends
+/// an endless loop.
 pub fn not_longer_than(limit: Duration) {
     if !watch::not_longer_than(limit) {
         alarm::set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX));
@@ -114,7 +115,7 @@ impl Child {
         );
     }
 
-    /// Waits until the child has ended. Returns false if the child was killed before it finished.
+    /// Waits until the child has terminated. Returns false if the child was killed before it finished.
     pub fn ended(self) -> bool {
         match waitpid(self.pid, None).expect("waitpid") {
             WaitStatus::Exited(_, 0) => true,
@@ -133,7 +134,7 @@ pub fn await_stop(pid: Pid) {
     assert!(matches!(waitpid(pid, None), Ok(WaitStatus::Stopped(_, Signal::SIGSTOP))));
 }
 
-/// Lets a traced child execute one instruction. Returns false if the child has ended.
+/// Lets a traced child execute one instruction. Returns false if the child has terminated.
 pub fn stepped(pid: Pid) -> bool {
     ptrace::step(pid, None).expect("step");
     match waitpid(pid, None).expect("waitpid") {

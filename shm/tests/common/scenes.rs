@@ -43,7 +43,7 @@ pub enum Rule {
     OldOrNew,
     /// A changed key may also be missing temporarily.
     Gaps,
-    /// Any key may be missing, because the course of the operation depends on the process that performs it.
+    /// Any key may be missing, because the effect of the operation depends on the process that performs it.
     Misses,
     /// A changed key has the old page or the new page, and all changed keys change at the same instant.
     AtOnce,
@@ -177,7 +177,8 @@ fn reprieving() -> Stage {
 
 /// Returns a state in which the next store encounters four adjacent pins, and skips them.
 fn pinned() -> Stage {
-    // A member other than the parent sets the pins, because the parent's membership differs in copies, where it marks its predecessor dead.
+    // A member other than the parent sets the pins. The parent could not, because in a copy it registers as a member again and marks its
+    // former membership dead.
     let each = |segment: &Segment, key: u32| {
         let reader = Segment::attach(segment.fd().try_clone_to_owned().expect("dup")).expect("attach").cache();
         // Keys that were not in the cache before are in the small ring, like the key that the operation stores.
@@ -295,7 +296,7 @@ impl Known {
         let copy = slate.pour(image).cache();
         (scene.act)(&copy);
         if scene.rule == Rule::Lost {
-            (scene.act)(&copy); // the first call abandoned the shard, so this call can continue
+            (scene.act)(&copy); // the first call emptied the shard, so this call succeeds
         }
         let names = (0..KEYS).map(name).collect();
         Known { before, after: pages(&copy), names, rule: scene.rule, act: scene.act, lost }

@@ -22,7 +22,7 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
-    /// Creates the counters, which are 0, in memory that children share.
+    /// Creates the counters, with value 0, in memory that children share.
     pub(crate) fn new() -> Counts {
         let len = NonZeroUsize::new(4096).expect("not 0");
         let (access, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED);

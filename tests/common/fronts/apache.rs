@@ -12,7 +12,7 @@ const MODULES: [&str; 9] =
 
 pub(super) fn command(place: &Place<'_>) -> Command {
     let Place { directory, port, snippet } = place;
-    // The user of the child processes varies, so any user may create sockets in this directory.
+    // The child processes do not always run as the same user, so any user may create sockets in this directory.
     let sockets = directory.join("fcgid");
     let _ = fs::create_dir(&sockets); // already exists from the second attempt on
     fs::set_permissions(&sockets, Permissions::from_mode(0o777)).unwrap();

@@ -1,6 +1,6 @@
 //! Starts real web servers in front of Forkyard. The part of the configuration that concerns the application is extracted from
-//! docs/web-servers.md, so that the tests check the documented configuration. For each web server, a file adds the settings that a server
-//! in a temporary directory needs.
+//! docs/web-servers.md, so that the tests check the documented configuration. For each web server, a file in this directory adds the
+//! settings that a server in a temporary directory needs.
 //!
 //! Each web server runs in the foreground, listens on a free loopback port, and writes only to its directory.
 
@@ -119,7 +119,7 @@ pub(crate) struct Place<'a> {
     pub(crate) snippet: String,
 }
 
-/// A running web server, and the application behind it unless the web server itself has started the application.
+/// A running web server and, unless the web server itself has started the application, the application behind it.
 pub(crate) struct Site {
     front: Helper,
     pub(crate) application: Option<Server>,
@@ -159,7 +159,7 @@ impl Site {
         Self { front: helper, application: server, address, directory }
     }
 
-    /// Starts the web server in front of the server that listens on `backend`. The socket may be in `directory`.
+    /// Starts the web server in front of the server that listens on `backend`. This may be a socket in `directory`.
     pub(crate) fn before(front: Front, directory: TempDir, backend: &str) -> Self {
         let (helper, address) = start(front, directory.path(), backend);
         Self { front: helper, application: None, address, directory }
@@ -199,7 +199,7 @@ fn start(front: Front, directory: &Path, backend: &str) -> (Helper, String) {
 /// Starts a web server with a configuration that is not in the document. `snippet` returns the configuration for a port. Returns the server
 /// and its address.
 pub(crate) fn start_with(server: WebServer, directory: &Path, snippet: impl Fn(u16) -> String) -> (Helper, String) {
-    // Another process may bind the port after `free_port` returns. The web server then exits, and a different port is tried.
+    // Another process may bind the port after `free_port` has returned. The web server then exits, and a different port is tried.
     for _ in 0..5 {
         let port = free_port();
         let place = Place { directory, port, snippet: snippet(port) };

@@ -15,7 +15,7 @@ use crate::target::{Peer, Protocol};
 /// Time between two of the events published before the measurement.
 const EARLY: Duration = Duration::from_millis(100);
 
-/// Time to wait after the last of these events, so that all of them can arrive.
+/// Time to wait after the last event before the measurement, so that all events before the measurement can arrive.
 const SETTLE: Duration = Duration::from_millis(500);
 
 pub(super) struct Publisher<'a> {
@@ -30,7 +30,7 @@ pub(super) struct Publisher<'a> {
 pub(super) struct Published {
     /// Times from request to response.
     pub(super) tally: Tally,
-    /// Usage of the server when the first event was due.
+    /// The server's CPU time and memory when the first measured event was due.
     pub(super) before: Usage,
     /// Time from the first event's due time to the last response.
     pub(super) elapsed: Duration,

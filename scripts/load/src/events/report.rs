@@ -34,7 +34,7 @@ pub(crate) struct Report {
     publish_seconds: f64,
     /// Largest delay of an event because the previous event had not been answered.
     late_max_us: f64,
-    /// Time from an event's request to its response.
+    /// Time from the request that publishes an event to the response.
     publish_p50_us: f64,
     publish_p99_us: f64,
     deliveries: u64,
@@ -43,7 +43,7 @@ pub(crate) struct Report {
     /// Number of events that a subscriber received twice or out of order.
     doubled: u64,
     deliveries_per_second: f64,
-    /// Time from just before the event's request to a subscriber's read.
+    /// Time from just before the request that publishes an event until a subscriber has read the event.
     latency_p50_us: f64,
     latency_p99_us: f64,
     latency_max_us: f64,
@@ -56,9 +56,9 @@ pub(crate) struct Report {
     memory_bytes_before: Option<u64>,
     /// Memory of the server at the end.
     memory_bytes: Option<u64>,
-    /// Growth of this memory per subscriber until all had subscribed.
+    /// Growth of the server's memory, per subscriber, until all had subscribed.
     memory_each_subscribed: Option<u64>,
-    /// Growth of this memory per subscriber until the end.
+    /// Growth of the server's memory, per subscriber, until the end.
     memory_each: Option<u64>,
 }
 

@@ -1,4 +1,4 @@
-//! Parses the stream of one subscriber, and checks whether each event is the next one. Performs no I/O.
+//! Parses a subscriber's stream, and checks that its events arrive in order and once. Performs no I/O.
 
 use crate::response::Malformed;
 
@@ -10,7 +10,7 @@ const LIMIT: usize = 4096;
 pub(super) struct Stream {
     /// The part of a line that has been received so far.
     rest: Vec<u8>,
-    /// Whether the current event has a name. The server itself sends named events.
+    /// Whether the current event has a name. Named events are sent by the server itself and are not counted.
     is_named: bool,
     /// Whether an event has arrived.
     pub(super) is_subscribed: bool,
@@ -23,7 +23,7 @@ pub(super) struct Stream {
 pub(super) enum Came {
     /// An event that was published before the measurement began.
     Early,
-    /// An event that is in order, with this number of events missing before it.
+    /// An event that is in order. `missing` is the number of events missing before it.
     Next { missing: u64, published_ns: u64 },
     /// An event that was received twice, or out of order.
     Again,

@@ -20,7 +20,7 @@ use crate::target::{Peer, Protocol};
 
 /// Maximum number of subscribers that wait for a response while others connect.
 const UNANSWERED: u32 = 128;
-/// Interval between checks whether the run is over.
+/// Interval between two checks whether the run is over.
 const LOOK: Duration = Duration::from_millis(20);
 
 const EVENTS_AT_ONCE: usize = 256;
@@ -117,7 +117,7 @@ impl<'a> Subscribers<'a> {
     }
 
     /// Reads until all subscribers have received all events, or no more data arrives. Returns the CPU time that this process
-    /// had used when all had subscribed.
+    /// had used when all subscribers had subscribed.
     pub(super) fn read(&mut self, signals: &Signals) -> Result<Duration, Error> {
         self.progress = Instant::now();
         while self.subscribed < self.options.subscribers && !signals.is_published.load(Ordering::Acquire) {
@@ -151,7 +151,7 @@ impl<'a> Subscribers<'a> {
         Error::Subscribe { ready: self.subscribed, of: self.options.subscribers, fault }
     }
 
-    /// Runs one iteration in which any failure is an error, because fewer subscribers than requested would remain.
+    /// Runs one iteration of the loop. Any failure is an error, because fewer subscribers than requested would remain.
     fn turn_before_all(&mut self) -> Result<(), Error> {
         self.turn()?;
         if let Some(fault) = self.seen.tally.first_fault() {

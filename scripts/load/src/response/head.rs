@@ -15,8 +15,8 @@ pub(super) const MAX_HEADERS: usize = 100;
 pub(super) struct Collector(Vec<u8>);
 
 impl Collector {
-    /// Takes bytes from the front of `bytes` until `parse` succeeds. `parse` returns the number of bytes that it has used. If
-    /// all of these bytes arrive together, they are not copied.
+    /// Takes bytes from the front of `bytes` until `parse` succeeds. `parse` returns the number of bytes that it has parsed. If
+    /// these bytes arrive together, they are not copied.
     pub(super) fn collect<T>(
         &mut self,
         bytes: &mut &[u8],
@@ -113,7 +113,7 @@ fn parse_status(text: &[u8]) -> Result<u16, Malformed> {
         .ok_or_else(|| Malformed::new("Status is not a number of three digits"))
 }
 
-/// Parses a number that consists of only digits, without a sign or a space.
+/// Parses a number that consists of digits only, without a sign or a space.
 fn digits(text: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(text).ok()?;
     if !text.bytes().all(|byte| byte.is_ascii_digit()) {

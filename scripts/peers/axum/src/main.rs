@@ -5,8 +5,8 @@
 //! ```
 //! One process with one thread. To run several processes, start the first process with port 0, and the others with the port
 //! that the first process prints. The processes share the port by `SO_REUSEPORT`, each with its own queue. An inherited
-//! listener would be worse: each connection would wake all processes (tokio does not register with `EPOLLEXCLUSIVE`), and most
-//! keep-alive connections would stay with the first process that wakes. With `SO_REUSEPORT`, the kernel selects a process at
+//! listener would be worse: each connection would wake all processes (tokio does not register with `EPOLLEXCLUSIVE`), and the
+//! process that wakes first would get most of the keep-alive connections. With `SO_REUSEPORT`, the kernel selects a process at
 //! random for each connection, so a small number of keep-alive connections may be distributed unevenly.
 
 use std::io::{self, Write as _};

@@ -17,7 +17,7 @@ pub(crate) struct Competitor {
     pub(crate) group: Group,
 }
 
-/// Competitors that read the same stored values.
+/// A group of competitors that read the same stored values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Group {
     Limit,

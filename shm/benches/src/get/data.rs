@@ -20,7 +20,7 @@ pub(crate) struct Data {
 }
 
 const EXPONENT: f64 = 0.99;
-/// Number of draws per key. It makes the sequence too long for the processor to learn.
+/// Number of draws per key. It makes the sequence too long for the CPU's predictors to learn.
 const DRAWS_PER_KEY: usize = 4;
 const LEAST_DRAWS: usize = 1 << 20;
 
@@ -38,7 +38,7 @@ impl Shape {
         self.size as u64 * u64::from(self.keys)
     }
 
-    /// Returns the value stored under the key with this index: the repeated index, so that any part identifies its value.
+    /// Returns the value stored under the key with this index: the index, repeated, so that any part of the value identifies the key.
     pub(crate) fn value(self, index: u32) -> Vec<u8> {
         u64::from(index).to_le_bytes().repeat(self.size / 8)
     }

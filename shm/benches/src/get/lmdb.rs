@@ -26,8 +26,8 @@ impl Lmdb {
         let map_size = usize::try_from(pages + (256 << 20)).unwrap_or(usize::MAX).next_multiple_of(1 << 20);
         let mut options = EnvOpenOptions::new();
         options.map_size(map_size);
-        // SAFETY: without syncing, a crash of the system may leave a broken file behind, but this file does not outlive the run. With a
-        // writable map, a stray write in this process could break the file, but all other code in the process is safe Rust.
+        // SAFETY: without syncing, a system crash may corrupt the file, but the file is not used after this run. With a writable map, a
+        // stray write by this process could corrupt the file, but all other code in the process is safe Rust.
         unsafe { options.flags(EnvFlags::WRITE_MAP | EnvFlags::NO_SYNC | EnvFlags::NO_META_SYNC) };
         // SAFETY: the directory is new and belongs to this run, and only LMDB changes its files.
         let env = unsafe { options.open(dir) }.map_err(Error::Lmdb)?;

@@ -1,8 +1,8 @@
 //! Fills a store and times its operations.
 //!
 //! The time is divided into windows of about 2 ms, and the result is the median of their means. A window is dropped if the process got less
-//! than 95 % of a CPU although it did not sleep, because another process was then running. If the process did sleep, it waited for a lock
-//! or a server, which is part of the cost of the operation.
+//! than 95 % of a CPU although it did not sleep, because another process was then running. A window in which the process did sleep is kept,
+//! because waiting for a lock or a server is part of the cost of the operation.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ pub(crate) trait Store {
 pub(crate) enum Work {
     /// Lookups that hit.
     Get,
-    /// One operation in ten stores a value. A value that is missing is also stored.
+    /// One operation in ten stores a value; the others are lookups. A value that a lookup does not find is also stored.
     Mix,
 }
 
@@ -53,7 +53,8 @@ pub(crate) struct Sample {
 
 /// A store behind a pointer.
 pub(crate) trait Timed {
-    /// Stores all values and reads each value back. Returns the number of keys that the store does not keep, even after several attempts.
+    /// Stores all values and reads each value back. Returns the number of keys whose values the store does not keep, even after several
+    /// attempts.
     fn fill(&mut self, data: &Data) -> Result<u32, Error>;
 
     /// Reads the first values back, in a process that did not store them. Returns the number of missing values.
@@ -67,7 +68,7 @@ const FILLS: u32 = 6;
 const WINDOW: Duration = Duration::from_millis(2);
 /// Minimum share of a CPU that a process must get, in percent.
 const LEAST_CPU: u32 = 95;
-/// Minimum number of windows. With fewer windows, the measurement continues, up to `MOST_TIMES` the time.
+/// Minimum number of windows. With fewer windows, the measurement continues, for up to `MOST_TIMES` times the requested time.
 const LEAST_WINDOWS: u32 = 10;
 const MOST_TIMES: u32 = 4;
 
@@ -202,7 +203,7 @@ impl<'a, S: Store> Walk<'a, S> {
     }
 }
 
-/// Uses a value as little as a reader can.
+/// Uses a value with the least work that a reader can do.
 #[inline]
 fn touch(value: &[u8]) {
     black_box(value.first().copied());

@@ -19,7 +19,8 @@ impl Segments {
     /// Creates segments that are large enough to evict nothing.
     pub(crate) fn new(shape: Shape) -> Result<Segments, Error> {
         let bytes = shape.bytes() + u64::from(shape.keys) * 256;
-        // Small segments get twice the size of their content, because stores must not cause evictions, and the mix stores continuously.
+        // Small segments get twice the size of their content, because stores must not cause evictions, and the mixed workload stores
+        // continuously.
         let bytes = if bytes < (512 << 20) { bytes * 2 } else { bytes + bytes / 4 };
         Ok(Segments { plain: forkyard::open(bytes)?, tagged: forkyard::open(bytes)? })
     }

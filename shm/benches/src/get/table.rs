@@ -17,7 +17,7 @@ pub(crate) struct Results {
     pub(crate) notes: Vec<String>,
 }
 
-/// Percentage of misses above which a note reports them.
+/// Percentage of misses above which a note reports the misses.
 const MENTIONED: f64 = 0.1;
 
 impl Results {

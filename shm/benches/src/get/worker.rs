@@ -73,7 +73,7 @@ impl Inside<'_> {
                     say(&format!("filling: {name}"));
                     first.fill(self.data)?
                 } else {
-                    // Reading maps the shared memory into this process.
+                    // Reading all values also maps the shared memory's pages into this process.
                     first.check(self.data, if group.is_program() { SPOTS } else { keys })?
                 };
                 if missing > 0 {

@@ -15,7 +15,7 @@ use crate::sample::{KEY_LEN, key};
 
 /// A cache with a fixed number of bytes.
 pub(crate) trait Cached {
-    /// Looks the object up, and stores it if it is missing. Returns whether it was present.
+    /// Looks up the object, and stores it if it is missing. Returns whether the object was present.
     fn request(&mut self, request: Request) -> Result<bool, Error>;
 }
 
@@ -113,10 +113,10 @@ mod tests {
             let mut cache = open(capacity).unwrap();
             let mut ask = |object| cache.request(Request { object, size: SIZE }).unwrap();
             assert!(!ask(0) && ask(0), "{name}");
-            // Half of the objects fit, and they stay if they were requested again.
+            // Half of the objects fit, and remain in the cache if they were requested again.
             assert!((1..most / 2).all(|object| !ask(object) && ask(object)), "{name}");
             assert!((0..most / 2).all(&mut ask), "{name}");
-            // Of three times as many objects, only a part fits.
+            // Only a part of three times as many objects fits.
             let _ = (0..most * 3).filter(|&object| ask(object)).count();
             let kept = (0..most * 3).filter(|&object| ask(object)).count();
             assert!(kept <= most as usize, "{name} kept {kept} of {most}");

@@ -19,7 +19,7 @@ pub(crate) struct Fifo {
     list: List,
 }
 
-/// Evicts with a hand that moves from the oldest object to the newest. The hand clears the mark of objects requested since its last pass,
+/// Evicts with a hand that moves from the oldest object to the newest. A request marks an object. The hand clears the marks that it passes,
 /// and evicts the first object without a mark. The remaining objects keep their positions.
 #[derive(Debug)]
 pub(crate) struct Sieve {

@@ -1,4 +1,4 @@
-//! S3-FIFO with whole objects, whose sizes are counted in bytes, for comparison with a log that uses the same policy.
+//! S3-FIFO on whole objects, with sizes counted in bytes, for comparison with Forkyard's log, which uses the same policy.
 //!
 //! New objects enter a small queue with a tenth of the memory. An object at the end of the small queue moves to the main queue if it was
 //! requested often enough in the small queue. Otherwise it is evicted, and its name is kept in the ghost queue. An object that misses while
@@ -35,7 +35,7 @@ struct Queue {
     bytes: u64,
 }
 
-/// Names of evicted objects, in `order` from the oldest to the newest, and in `set` for lookups. The name of an object that is stored again
+/// Names of evicted objects, in `order` from the oldest to the newest, and in `set` for lookups. When an object is stored again, its name
 /// is removed from both.
 #[derive(Debug, Default)]
 struct Ghosts {

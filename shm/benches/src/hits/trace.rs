@@ -11,7 +11,7 @@ pub(crate) struct Request {
     pub(crate) size: u32,
 }
 
-/// Requests for objects that are requested only once, in addition to the requests that follow Zipf's law.
+/// Requests for objects that are requested only once. They are made in addition to the requests that follow Zipf's law.
 #[derive(Clone, Copy, Debug)]
 enum Once {
     Never,
@@ -36,7 +36,7 @@ const fn recipe(exponent: f64, once: Once, cache_percent: u64) -> Recipe {
     Recipe { exponent, once, cache_percent }
 }
 
-/// Scans of about 160 MiB, which is four times the size of a cache of 5 %.
+/// Scans of about 160 MiB, four times the size of a cache that has 5 % of the total size.
 const SCANS: Once = Once::Scans { length: SCAN, after: BETWEEN_SCANS };
 pub(crate) const SCAN: u32 = 10_000;
 pub(crate) const BETWEEN_SCANS: u32 = 20_000;

@@ -36,8 +36,8 @@ pub(super) fn values<'h>(headers: &'h [Header], name: &'h [u8]) -> impl Iterator
 
 /// Returns the elements of a list (5.6.1), from all fields with this name.
 ///
-/// A list is split at a comma inside a quoted string too. This is safe for the uses here, because no element of the list is lost; at worst,
-/// there are additional elements.
+/// A list is also split at commas inside quoted strings. This is safe for the uses in this file, because no element of the list is lost; at
+/// worst, there are additional elements.
 pub(super) fn elements<'h>(headers: &'h [Header], name: &'h [u8]) -> impl Iterator<Item = &'h [u8]> {
     values(headers, name).flat_map(split)
 }
@@ -83,7 +83,7 @@ fn is_compressed(content_type: &[u8]) -> bool {
     }
 }
 
-/// Returns the names listed in `Connection`, which are further fields that apply to one connection only (7.6.1).
+/// Returns the names listed in `Connection`. The fields with these names apply to one connection only (7.6.1).
 pub(super) fn connection_options(headers: &[Header]) -> Vec<Vec<u8>> {
     elements(headers, b"connection").map(<[u8]>::to_ascii_lowercase).collect()
 }

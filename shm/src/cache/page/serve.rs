@@ -14,7 +14,7 @@ const OF_THE_BODY: [&[u8]; 6] = [
     b"last-modified",
 ];
 
-/// Why a page must not be stored in a shared cache. The request should not fail because of it: the rendered page is still served.
+/// Why a page must not be stored in a shared cache. The request should not fail for this reason: the rendered page is still served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NotStorable {
@@ -87,7 +87,7 @@ impl Page {
     /// Prepares the page for a client with this `Accept-Encoding`. Join several fields with commas.
     ///
     /// If the client accepts gzip (§12.5.3: weights, `*`, `x-gzip`), a body that the cache compressed is sent unchanged, with
-    /// `Content-Encoding: gzip`. Otherwise, it is decompressed, even if the client sent no `Accept-Encoding`. `Vary` lists
+    /// `Content-Encoding: gzip`. Otherwise, the body is decompressed, even if the client sent no `Accept-Encoding`. `Vary` lists
     /// `Accept-Encoding` in both cases.
     ///
     /// With gzip, a strong `ETag` becomes weak, because the bytes differ (§8.8.3). A weak tag, unlike a tag with a suffix, matches in
@@ -105,8 +105,8 @@ impl Page {
         self.into_plain()
     }
 
-    /// Whether a client that sent this `If-None-Match` already has the page (§13.1.2). Join several fields with commas. For GET and HEAD
-    /// only.
+    /// Whether a client that sent this `If-None-Match` already has the page (§13.1.2). Join several fields with commas. Use the result only
+    /// for GET and HEAD.
     ///
     /// Always returns false for a page without an `ETag` or with a status that is not a success (§13.2.1).
     pub fn matches(&self, if_none_match: &[u8]) -> bool {
@@ -114,8 +114,8 @@ impl Page {
         (200..=299).contains(&self.status) && tag.is_some_and(|tag| fields::names_tag(if_none_match, tag))
     }
 
-    /// Creates the 304 response for a client that already has the page (§15.4.5). It contains neither the body nor the headers that
-    /// describe it, but contains all other headers that [`Page::negotiate`] produces.
+    /// Creates the 304 response for a client that already has the page (§15.4.5). The response contains neither the body nor the headers
+    /// that describe the body, but all other headers that [`Page::negotiate`] produces.
     #[must_use]
     pub fn not_modified(mut self, accept_encoding: Option<&[u8]>) -> Page {
         self.negotiate_head(accept_encoding);
@@ -137,7 +137,7 @@ impl Page {
             }
         }
         // If the application added a coding after the compression, the stored gzip would be the inner coding. The application is
-        // responsible for that case.
+        // responsible for preventing this.
         if !accept_encoding.is_some_and(fields::accepts_gzip) || self.value("content-encoding").is_some() {
             return false;
         }

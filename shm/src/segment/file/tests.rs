@@ -6,8 +6,8 @@ use crate::StoreOptions;
 
 const PLAN: Plan = Plan { cache_bytes: 512 * 1024, rows: 2, max_entry: 0, events_bytes: 64 * 1024 };
 
-/// Locked for writing by a test that forks. Until its child exits, the child has a copy of each descriptor of this process, and keeps files
-/// locked that other tests have just closed.
+/// Locked for writing by a test that forks. Until the child exits, it has a copy of each descriptor of this process, and keeps files locked
+/// that other tests have just closed.
 static FORKS: RwLock<()> = RwLock::new(());
 
 pub(in crate::segment) fn nobody_forks() -> RwLockReadGuard<'static, ()> {
