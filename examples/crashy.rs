@@ -2,8 +2,8 @@
 //!
 //! `cargo run --release --example crashy -- --workers 4`, then `curl http://127.0.0.1:8080/segv`
 //!
-//! If the environment contains `CRASHY_BROKEN=FILE`, the workers fail to start as long as FILE exists. If FILE contains `hang`, the workers
-//! hang during startup instead.
+//! If the environment contains `CRASHY_BROKEN=FILE`, the workers fail to start as long as FILE exists. If FILE contains
+//! `hang`, the workers hang during startup instead.
 
 use std::convert::Infallible;
 use std::pin::Pin;

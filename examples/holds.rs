@@ -1,8 +1,8 @@
 //! An application that blocks on demand, to test whether other requests wait for it. Each response is the worker's pid.
 //!
 //! - `/hold/PORT` connects to that port of 127.0.0.1, and responds when the peer closes the connection.
-//! - `/page/PORT` connects to that port and waits in the same way to render a page for the cache. The page contains the pid of the worker
-//!   that rendered it.
+//! - `/page/PORT` requests a page from the cache. To render the page, a worker connects to that port and waits as for
+//!   `/hold/PORT`. The page contains the pid of the worker that rendered it.
 //! - `/count` responds when the request's body is complete.
 //! - Any other path responds immediately.
 //!

@@ -1,4 +1,5 @@
-//! An application that returns each request as it was received, over any protocol. It shows what web servers and proxies send.
+//! An application that returns each request as it was received, over any protocol. It shows what web servers and
+//! proxies send.
 //!
 //! `cargo run --release --example mirror -- --trust 127.0.0.1`, then
 //! `curl -H 'X-Forwarded-For: 192.0.2.7' http://127.0.0.1:8080/some/path?x`

@@ -186,7 +186,7 @@ async fn long(Path(length): Path<usize>) -> Response {
     response
 }
 
-/// A body of known length, which may exceed 32 bits.
+/// A body of known length. The length may exceed 32 bits.
 struct Bytes64 {
     left: u64,
 }

@@ -62,8 +62,8 @@ async fn block() -> &'static str {
     "went\n"
 }
 
-/// Shuts down the listening sockets, which the process shares with its siblings, like a process that assumes that it is
-/// their only owner.
+/// Shuts down the listening sockets, as a process does that assumes that it is their only owner. In fact, the process
+/// shares them with its siblings.
 async fn deaf() -> &'static str {
     // See proc_net(5): TCP sockets have a state, and a flag marks Unix sockets that accept connections.
     let inodes = |table: &str, place: usize, value: &str, inode: usize| -> BTreeSet<String> {
@@ -77,7 +77,7 @@ async fn deaf() -> &'static str {
         let target = std::fs::read_link(entry.path()).unwrap_or_default();
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         if let (true, Some(number)) = (listening.contains(&*target.to_string_lossy()), number) {
-            let _ = shutdown(number, Shutdown::Read); // fails if the socket was already shut down through another descriptor
+            let _ = shutdown(number, Shutdown::Read); // fails if another descriptor of the socket came first
         }
     }
     "deaf\n"

@@ -83,7 +83,7 @@ fn a_large_download_over_http() {
     let fixture = start();
     let mut client = http::Client::connect(&fixture.server.http()).unwrap();
     let socket = client.stream.get_mut();
-    // Over HTTP/1.0 the end of the connection marks the end of the body, which is not chunked.
+    // Over HTTP/1.0, the body is not chunked, and the end of the connection marks the end of the body.
     write!(socket, "GET /bytes/100 HTTP/1.0\r\n\r\n").unwrap();
     assert_eq!(client.head().unwrap().0, 200);
     read_slowly(&mut client.stream, SIZE);

@@ -1,4 +1,4 @@
-//! The examples as CGI programs, run by lighttpd or by the tests in the same way as by a web server.
+//! The examples as CGI programs. They are run by lighttpd, or by the tests as a web server would run them.
 
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 

@@ -306,7 +306,8 @@ def serve(c):
 const TWO_CHILDREN: &str =
     "for _ in range(2):\n  if os.fork() == 0:\n    while True: serve(s.accept()[0])\nos.wait()\n";
 
-/// The server first sends SIGTERM only to the program, which is killed by it. At this point, the children have not been asked to exit.
+/// The server first sends SIGTERM only to the program, and the signal kills the program. At this point, the children have not been asked to
+/// exit.
 #[test]
 fn children_of_a_program_killed_by_sigterm_finish_their_requests() {
     let place = Place::new();

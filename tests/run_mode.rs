@@ -166,7 +166,7 @@ fn a_program_inherits_only_the_documented_environment_and_descriptors() {
     assert!(matches!(value(&environment, "FORKYARD_SLOT"), Some("0" | "1")), "{environment}");
     assert_eq!(value(&environment, "FORKYARD_GENERATION"), Some("1"));
     for pid in server.workers() {
-        // The program keeps the signal mask that it has inherited, which must be empty.
+        // The program keeps the signal mask that it has inherited. This mask must be empty.
         wait_until("the program blocks no signal", || (blocked_signals(pid)? == 0).then_some(()));
         // The descriptors are the socket, standard output and standard error, and the segment. A connection may still be closing.
         wait_until("the program has four descriptors", || (descriptors_of(pid) == 4).then_some(()));

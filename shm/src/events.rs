@@ -110,7 +110,7 @@ impl Events {
         self.segment.geometry.max_event
     }
 
-    /// Returns the number of publications so far, which wraps around. Used with [`Events::wait`].
+    /// Returns the number of publications so far, for [`Events::wait`]. The number wraps around.
     pub fn sequence(&self) -> u32 {
         self.segment.events_head().map_or(0, |head| head.sequence.load(Ordering::SeqCst))
     }

@@ -26,7 +26,7 @@
 //!
 //! # Architecture
 //! ```text
-//! segment (a sealed memfd, or a file; reserved when it is created, its size fixed)
+//! segment (a sealed memfd, or a file; reserved when it is created, of fixed size)
 //!  |- header      format, plan, tag clock                                          written: creator; clock: all
 //!  |- scoreboard  one row per process: pid, state, counts, requests                written: the row's owner
 //!  |- members     one cell per process that uses the cache: its pins and counts    written: its owner, or the process that buries it
@@ -43,8 +43,8 @@
 //!                          ... free ... | old | dead | live | pad | live | new | ... free ...
 //!                                         ^ evicted, or moved to a head         ^ written next
 //! ```
-//! A slot is one word that contains the location of an entry: a position in a ring's endless log, which is never reused. An entry is valid,
-//! and does not change, as long as its position is not below the ring's floor. This has the following consequences:
+//! A slot is one word that contains the location of an entry: a position in a ring's endless log. Positions are never reused. An entry is
+//! valid, and does not change, as long as its position is not below the ring's floor. This has the following consequences:
 //!
 //! - **Readers take no lock.** A reader follows the slot, copies the entry, and checks the floor again. It writes nothing that is shared,
 //!   except the visit count of an entry that has been requested fewer than three times.
@@ -65,8 +65,8 @@
 //! Reading is not affected. The scoreboard has no locks, so a process that must never wait may read and write it.
 //!
 //! # Crash tolerance
-//! A process that uses the cache or publishes events is a *member*. It holds a lock on one byte of the segment's file, which the kernel
-//! releases when the process terminates (`memory/members.rs`). A dead member is cleaned up (*buried*) by the first process that needs
+//! A process that uses the cache or publishes events is a *member*. It holds a lock on one byte of the segment's file. The kernel releases
+//! this lock when the process terminates (`memory/members.rs`). A dead member is cleaned up (*buried*) by the first process that needs
 //! something that the dead member held, or by the [sweep](Cache::sweep) within a second.
 //!
 //! | killed while | what the other processes find |
@@ -89,7 +89,7 @@
 //! | clearing, the clock raised, some shards not emptied | no old page is served; the memory is freed gradually |
 //! | rendering under a lease | the first process that waits buries the member within milliseconds, and another process renders |
 //! | the page stored, the lease held | other processes find the page |
-//! | cleaning up after a member | the byte is unlocked again; the next process cleans up from the start, which is harmless |
+//! | cleaning up after a member | the byte is unlocked again; the next process repeats the whole cleanup, and the repetition is harmless |
 //! | taking over a lock, before the repair | the lock reports a dead owner again, because the intent is still there |
 //! | publishing an event | `events/publish.rs` |
 //! | using a file | `segment/file.rs` |
@@ -103,10 +103,10 @@
 //! loop. A shard that is found inconsistent is emptied and counted.
 //!
 //! There is no defense against a process that overwrites the segment. Such a process can serve any content, change what another process is
-//! reading in place, or name a running process as the owner of a lock, which prevents other processes from storing in that shard until the
-//! named process exits. A process that closes descriptors that it did not open (all descriptors above 2, for example) also closes the
-//! descriptor whose lock shows that the process is alive. Other processes then treat that process as dead, and it must not use the cache
-//! any more. [`Segment::damage`] detects an overwritten header or a truncated file, but no other damage.
+//! reading in place, or name a running process as the owner of a shard's lock. In the last case, other processes cannot store in that shard
+//! until the named process exits. A process that closes descriptors that it did not open (all descriptors above 2, for example) also closes
+//! the descriptor whose lock shows that the process is alive. Other processes then treat that process as dead, and it must not use the
+//! cache any more. [`Segment::damage`] detects an overwritten header or a truncated file, but no other damage.
 //!
 //! Even a process that overwrites the segment cannot cause undefined behavior in the safe functions of this crate. [`Segment::attach`],
 //! [`Segment::open`], [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes write to, for three

@@ -69,7 +69,7 @@ fn stop_ignoring_signals() {
 struct Log {
     pid: Pid,
     command: String,
-    /// Name of the thread that started the server, which is the name of its test.
+    /// Name of the thread that started the server. A test's thread has the name of the test.
     test: String,
     lines: Mutex<Vec<String>>,
 }
@@ -494,7 +494,7 @@ fn fields(stat: &str) -> Option<Vec<&str>> {
     Some(stat.rsplit_once(')')?.1.split_ascii_whitespace().collect())
 }
 
-/// Returns one field of `/proc/PID/stat` or `/proc/PID/task/TID/stat`, by its number in proc_pid_stat(5), which must be at least 3.
+/// Returns one field of `/proc/PID/stat` or `/proc/PID/task/TID/stat`, by its number in proc_pid_stat(5). The number must be at least 3.
 pub fn field_of<T: FromStr>(directory: &Path, number: usize) -> Option<T> {
     fields(&std::fs::read_to_string(directory.join("stat")).ok()?)?.get(number - 3)?.parse().ok()
 }

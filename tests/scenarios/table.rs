@@ -54,7 +54,7 @@ impl Row {
     /// Returns the expectation for `way`.
     ///
     /// # Errors
-    /// Returns the reason why the row is not sent over this way.
+    /// Returns the reason why the row is not sent over this path.
     pub(crate) fn expected(&self, way: Way) -> Result<&Expect, &'static str> {
         match self.differences.iter().find(|difference| (difference.at)(way)) {
             Some(difference) => difference.expect.as_ref().ok_or(difference.why),

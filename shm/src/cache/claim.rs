@@ -111,7 +111,7 @@ impl Drop for Lease {
 }
 
 impl Ticket {
-    /// Limits the wait to end at this time.
+    /// Sets a time limit for the wait. A later time limit than the current one has no effect.
     pub(crate) fn until(mut self, until_ms: u64) -> Ticket {
         self.until_ms = self.until_ms.min(until_ms);
         self

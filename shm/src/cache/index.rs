@@ -62,7 +62,7 @@ impl Ring {
 }
 
 impl Place {
-    /// Returns the word for a slot. It includes the fingerprint, which consists of some bits of the key's hash.
+    /// Returns the word for a slot. The word includes the fingerprint, which consists of some bits of the key's hash.
     pub(crate) fn word(self, hash: u64) -> u64 {
         let ring = match self.ring {
             Ring::Small => 0,

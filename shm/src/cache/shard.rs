@@ -11,7 +11,7 @@
 //!   before any byte is overwritten (`eviction.rs`).
 //!
 //! Nothing that is read from shared memory is trusted: each position, size and link is checked, and each loop is bounded. An inconsistency
-//! is reported as [`Corrupt`], which empties the shard.
+//! is reported as [`Corrupt`], and the shard is then emptied.
 //!
 //! While the lock is held, this code must not wait for another lock, allocate, or make a system call.
 

@@ -490,8 +490,7 @@ fn nonsense_in_the_segment_costs_the_cache_only() {
             let _ = cache.set([n], vec![n; random.usize(..3000)], &StoreOptions::new().tags(["t"]));
         }
         for _ in 0..random.u32(1..40) {
-            // In half of the runs, overwrites any word after the scoreboard, including locks and members; in the other half, a word in a
-            // shard's head.
+            // Overwrites, with equal probability, a word in a shard's head or any word after the scoreboard, including locks and members.
             let at = if random.bool() { random.u64(start..len - 8) } else { shard + random.u64(..512) } / 8 * 8;
             let noise = if random.bool() { random.u64(..) } else { random.u64(..len * 2) };
             cache.segment.map.write(at, &noise.to_le_bytes()).unwrap();

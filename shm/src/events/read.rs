@@ -95,7 +95,7 @@ impl Events {
         log.since(topic, after, most, place).unwrap_or_else(lost)
     }
 
-    /// Returns a reader of the events published from now on.
+    /// Returns a reader of the events that are published after this call.
     pub fn tail(&self) -> Tail {
         let position = self.segment.events_head().map_or(0, |head| head.head.load(Ordering::Acquire));
         Tail { events: self.clone(), position }

@@ -266,7 +266,7 @@ fn a_log_that_was_written_over_is_emptied_and_counted() {
     }
 }
 
-/// A reader that continues from its place must find what a new search returns, whatever was published and evicted in the meantime.
+/// A reader that continues from its place must find what a new search returns, whatever was published and evicted since its last call.
 #[test]
 fn piece_by_piece_it_is_the_same() {
     const TOPICS: [&str; 3] = ["a", "b", "c"];

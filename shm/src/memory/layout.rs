@@ -278,8 +278,8 @@ pub(crate) struct Intent {
     unused: AtomicU64,
 }
 
-/// Counters that are changed under the lock, except for the last three. If a process dies between two changes, the counters are slightly
-/// inconsistent, which is harmless.
+/// Counters that are changed under the lock, except for the last three. If a process dies between two changes, the counters become slightly
+/// inconsistent; this is harmless.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Counters {

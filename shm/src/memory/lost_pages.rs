@@ -1,9 +1,10 @@
 //! Handles the truncation of mapped files.
 //!
 //! An access to a page beyond the end of its file raises SIGBUS, which by default kills the process. The handler in this file replaces the
-//! mapping with zeroes that are private to the process. The instruction is then restarted and reads corrupted data, which every reader
-//! expects. From then on, the mapping is *lost*. A word that is shared by all processes of a chain of forks records this state, and none of
-//! these processes uses the memory any more. If they did, each would have private pages that a purge in another process does not reach.
+//! mapping with zeroes that are private to the process. The instruction is then restarted and reads zeroes; every reader tolerates
+//! corrupted data. From then on, the mapping is *lost*. A word that is shared by all processes of a chain of forks records this state, and
+//! none of these processes uses the memory any more. If they did, each would have private pages that a purge in another process does not
+//! reach.
 //!
 //! - The whole mapping is replaced rather than only the page, so that a process does not read a mixture of old data and zeroes. If there is
 //!   not enough memory to replace the whole mapping, only the page is replaced.

@@ -1,8 +1,8 @@
 //! The mapping, through which all accesses to shared bytes go.
 //!
-//! Raw pointers never leave this file. It returns references to [`Plain`] types, which consist of atomics only, and copies of byte ranges.
-//! Every offset is checked against the length that was mapped, never against a length read from the segment. A corrupted segment therefore
-//! yields `None` instead of an out-of-bounds access.
+//! Raw pointers never leave this file. Its functions return references to [`Plain`] types (types that consist of atomics only) and copies
+//! of byte ranges. Every offset is checked against the length that was mapped, never against a length read from the segment. A corrupted
+//! segment therefore yields `None` instead of an out-of-bounds access.
 //!
 //! Must not interpret the bytes, take locks, or resize the mapping.
 #![expect(unsafe_code, reason = "the fence around the mapped memory")]

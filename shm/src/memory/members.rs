@@ -5,11 +5,11 @@
 //! torn down the address space, so it releases the byte only when the process can no longer write to the memory. Therefore *a byte that can
 //! be locked has no living owner*. A zombie's byte is free too, and the reuse of a pid does no harm.
 //!
-//! Everything that a member holds in shared memory is marked with the member's number: its locks, its leases, and its pins, which lie in
-//! its own cell. A process that needs something held by a dead member [cleans up](SharedMemory::release_if_dead) after that member. It
-//! locks the byte, releases everything that the member held, and unlocks the byte. The byte's lock also prevents two processes from
-//! cleaning up after the same member. The byte's lock protects a new member too, because a process that claims a cell first cleans up after
-//! the cell's last owner.
+//! Everything that a member holds in shared memory identifies the member: its locks and leases contain its number, and its pins lie in its
+//! own cell. A process that needs something held by a dead member [cleans up](SharedMemory::release_if_dead) after that member. It locks
+//! the byte, releases everything that the member held, and unlocks the byte. The byte's lock also prevents two processes from cleaning up
+//! after the same member. The byte's lock protects a new member too, because a process that claims a cell first cleans up after the cell's
+//! last owner.
 //!
 //! Must not run while a shard's lock is held, because this code makes system calls.
 

@@ -49,7 +49,7 @@ pub fn start() {
     // SAFETY: a new mapping, to which nothing else refers.
     let memory =
         unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED) };
-    // SAFETY: the mapping is large enough, aligned to a page, zeroed, which is a valid value of each atomic, and never unmapped.
+    // SAFETY: the mapping is large enough, aligned to a page, zeroed (0 is a valid value of each atomic), and never unmapped.
     let shared: &'static Shared = unsafe { memory.expect("mmap").cast().as_ref() };
     let tests = getpid();
     // SAFETY: this process is single-threaded, so the child may run any code.
@@ -88,7 +88,7 @@ fn watch(tests: Pid, shared: &Shared) -> ! {
     leave(1)
 }
 
-/// Records the name of the running test, which may use the remaining time of all tests.
+/// Records the name of the running test. The test may use the remaining time of all tests.
 pub fn runs(name: &str) {
     let Some(watch) = WATCH.get() else { return };
     watch.shared.deadline.store(0, Ordering::SeqCst);

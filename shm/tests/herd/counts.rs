@@ -26,7 +26,7 @@ impl Counts {
     pub(crate) fn new() -> Counts {
         let len = NonZeroUsize::new(4096).expect("not 0");
         let (access, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED);
-        // SAFETY: a new mapping at an address that the kernel chooses, which is never unmapped.
+        // SAFETY: a new mapping, at an address that the kernel chooses. The mapping is never removed.
         let memory = unsafe { mmap_anonymous(None, len, access, flags) }.expect("memory").cast::<[AtomicU64; 8]>();
         // SAFETY: the mapping is larger than the counters, aligned to a page, zeroed, and never unmapped.
         let [rendering, served, stale, page, a, b, c, go] = unsafe { memory.as_ref() };

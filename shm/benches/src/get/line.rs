@@ -43,7 +43,7 @@ impl Order {
     }
 }
 
-/// Returns a task in words, which scripts also parse.
+/// Returns a task in words. Scripts also parse these words.
 pub(crate) fn task_words(Task { work, time, start }: Task) -> String {
     let work = match work {
         Work::Get => "get",

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::{CorruptPage, Page, fields};
 
-/// Headers that describe the body, which a 304 response does not contain (15.4.5).
+/// Headers that describe the body. A 304 response does not contain them (15.4.5).
 const OF_THE_BODY: [&[u8]; 6] = [
     b"content-disposition",
     b"content-encoding",
