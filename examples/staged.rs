@@ -77,7 +77,8 @@ async fn deaf() -> &'static str {
         let target = std::fs::read_link(entry.path()).unwrap_or_default();
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         if let (true, Some(number)) = (listening.contains(&*target.to_string_lossy()), number) {
-            let _ = shutdown(number, Shutdown::Read); // fails if another descriptor of the socket came first
+            // Fails if the socket was already shut down through another descriptor.
+            let _ = shutdown(number, Shutdown::Read);
         }
     }
     "deaf\n"

@@ -321,8 +321,8 @@ impl LockedShard<'_> {
         Ok(obstacle.filter(|obstacle| obstacle.start < end))
     }
 
-    /// Returns the first pinned entry that begins in `from..to`, which must be shorter than one lap. The end of the result covers the
-    /// pinned entries that overlap this entry.
+    /// Returns the first pinned entry that begins in `from..to`, which must be shorter than one lap. If other pinned entries overlap this
+    /// entry, the result extends to the end of the last of them.
     ///
     /// The head never lies inside a pinned entry, so a pinned entry that begins before `from` also ends before it.
     fn nearest_pin(&self, ring: Ring, from: u64, to: u64) -> Option<Obstacle> {
@@ -332,8 +332,8 @@ impl LockedShard<'_> {
         Some(nearest)
     }
 
-    /// Returns the first position at or after `end` that does not lie inside a pinned entry. Only pinned entries that begin at or after
-    /// `from` are considered.
+    /// Returns the first position at or after `end` that is not in the middle of a pinned entry; it may be the start of one. Only pinned
+    /// entries that begin at or after `from` are considered.
     ///
     /// A pin may begin inside another pinned entry, for two reasons. First, the sizes of entries are rounded up. Second, a reader may have
     /// pinned a position that is now in the middle of another entry, and may not have detected yet that its own entry is gone.

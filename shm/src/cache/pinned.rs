@@ -132,8 +132,8 @@ impl Pinned {
     ///
     /// # Safety
     /// While the result exists, no process may write to the bytes of this entry. Forkyard's own code never writes to them, in any process,
-    /// but a stray write by any process that maps the segment may. The bytes must also not be passed to the kernel for deferred reading
-    /// (`MSG_ZEROCOPY`, `vmsplice`) that may outlast the result.
+    /// but a stray write by any process that maps the segment may change them. The bytes must also not be passed to the kernel for deferred
+    /// reading (`MSG_ZEROCOPY`, `vmsplice`) that may outlast the result.
     pub unsafe fn into_slice(self) -> PinnedSlice {
         PinnedSlice(self)
     }
