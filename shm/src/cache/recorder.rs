@@ -83,8 +83,8 @@ impl Cache {
         Recorder::new(self, Vec::new())
     }
 
-    /// Stores a page like [`set`](Cache::set), and adds everything that the recorder has recorded to the page's tags. The page expires no
-    /// later than any of its fragments.
+    /// Stores a page like [`set`](Cache::set), with the recorded tags in addition to those in `options`. The page expires no later than any
+    /// of its fragments.
     ///
     /// # Errors
     /// Fails if there is no cache, if the page is too large, or if a process does not release the lock of the page's shard.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Left {
     pub(crate) limit: u64,
-    /// The unused part in bytes. Memory that the kernel can reclaim immediately (the page cache) counts as free.
+    /// The unused part in bytes. Memory that the kernel can reclaim immediately (the kernel's page cache) counts as free.
     pub(crate) free: u64,
 }
 
