@@ -341,8 +341,8 @@ const SMUGGLED: &str = "GET /status/418 HTTP/1.1\r\nHost: a\r\n\r\n";
 #[test]
 fn the_rest_of_a_body_is_never_mistaken_for_a_request() {
     let mut at = start(&["--workers", "1"]);
-    // The response is sent before the whole body has arrived. Then the worker is reloaded, killed, or killed with a body length above 32
-    // bits.
+    // The response is sent before the whole body has arrived. Then the worker is reloaded or killed. In the third case, the worker is
+    // killed, and the length of the body exceeds 32 bits.
     for (length, kills) in [(5000 + SMUGGLED.len(), false), (5000 + SMUGGLED.len(), true), (1 << 32, true)] {
         let mut client = http::Client::connect(&at.http).unwrap();
         let head = format!("POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
