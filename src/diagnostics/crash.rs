@@ -141,7 +141,8 @@ unsafe impl HandleSignal for Crash {
             }
         }
         record(signal, delivery, context.process);
-        if call_previous(signal, delivery) && ActionOfSignal::current(signal).is_some_and(|action| !action.is_default()) {
+        if call_previous(signal, delivery) && ActionOfSignal::current(signal).is_some_and(|action| !action.is_default())
+        {
             DYING.store(0, Ordering::SeqCst); // the handler has recovered
             return;
         }

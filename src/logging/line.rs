@@ -294,7 +294,8 @@ mod tests {
         let line = Line { time, level, pid: 7, target, message, fields, is_output: false };
         let mut text = Vec::new();
         line.write_text(&mut text);
-        let expected = r#" a request failed: x\n2026-01-02T03:04:05.678Z WARN  [1] worker died\u{1b}[0m é a\nb="a\u{202e}b""#;
+        let expected =
+            r#" a request failed: x\n2026-01-02T03:04:05.678Z WARN  [1] worker died\u{1b}[0m é a\nb="a\u{202e}b""#;
         assert_eq!(String::from_utf8(text).unwrap(), format!("T WARN  [7]{expected}\n"));
     }
 
