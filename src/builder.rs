@@ -463,7 +463,7 @@ fn show(config: &Config, listeners: &[Listener], launch: &Launch) {
     banner::show(config, listeners, program.as_deref());
 }
 
-/// The files that this start has created.
+/// Returns the files that this start has created.
 fn leftovers(
     listeners: &[Listener],
     pid_file: Option<&PidFile>,
@@ -500,8 +500,8 @@ fn cannot_preload(error: BoxError) -> BoxError {
     format!("the application's preload failed: {error}").into()
 }
 
-/// The cache of a CGI process: the one in the configured file, shared with other CGI processes and
-/// with a server. If the file cannot be used, the request is answered without a shared cache.
+/// Returns the cache of a CGI process: the one in the configured file, shared with other CGI processes and with a
+/// server. If the file cannot be used, the request is answered without a shared cache.
 fn join_segment(config: &Config) -> Result<Segment, BoxError> {
     let CacheConfig { bytes, file, .. } = &config.cache;
     if let Some(path) = file.as_ref().filter(|_| *bytes > 0) {

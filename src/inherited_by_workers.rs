@@ -62,7 +62,7 @@ pub(crate) enum Report {
 }
 
 impl Report {
-    /// The report as one line, with its line end.
+    /// Returns the report as one line, with its line end.
     pub(crate) fn line(&self) -> String {
         match self {
             Self::Ready => "ready\n".to_owned(),

@@ -24,25 +24,25 @@ impl Context {
         Self { slot, generation, segment, draining, events }
     }
 
-    /// The page cache that all workers share.
+    /// Returns the page cache that all workers share.
     #[must_use]
     pub fn cache(&self) -> Cache {
         self.segment.cache()
     }
 
-    /// The event log that all workers share.
+    /// Returns the event log that all workers share.
     #[must_use]
     pub fn events(&self) -> Events {
         self.events.clone()
     }
 
-    /// The number of this worker's slot, unique among the running workers.
+    /// Returns the number of this worker's slot, unique among the running workers.
     #[must_use]
     pub fn slot(&self) -> u32 {
         self.slot
     }
 
-    /// The generation of this worker: 1 for the first workers, incremented by each reload.
+    /// Returns the generation of this worker: 1 for the first workers, incremented by each reload.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation

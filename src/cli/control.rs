@@ -252,7 +252,7 @@ impl CacheCommand {
     }
 }
 
-/// The manual page of the whole command, or of one of its sub-commands.
+/// Returns the manual page of the whole command, or of one of its sub-commands.
 fn manual(command: &mut Command, about: Option<&str>) -> Result<Vec<u8>, clap::Error> {
     command.build();
     let subject = match about {

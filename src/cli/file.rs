@@ -127,7 +127,7 @@ impl Reading<'_> {
         }
     }
 
-    /// The offset of an unclosed list or table that includes the settings after it, and the error to report.
+    /// Returns the offset of an unclosed list or table that includes the settings after it, and the error to report.
     fn unclosed(&self, key: &str, value: &Spanned<DeValue<'_>>, errors: &[toml::de::Error]) -> Option<(usize, String)> {
         let (kind, bracket) = match value.get_ref() {
             DeValue::Array(_) => ("list", ']'),
@@ -209,7 +209,7 @@ impl Reading<'_> {
         }
     }
 
-    /// The flag with its value, if the flag's own parser accepts the value.
+    /// Returns the flag with its value, if the flag's own parser accepts the value.
     fn checked(&mut self, flag: &str, value: &Spanned<DeValue<'_>>) -> Option<String> {
         let Some(text) = plain(value.get_ref()) else {
             self.mistake(value.span(), format!("'{flag}' takes a string or a number, not {}", kind(value.get_ref())));
@@ -238,13 +238,13 @@ impl Reading<'_> {
         words
     }
 
-    /// The command without variables and required arguments, for parsing a single flag.
+    /// Returns the command without variables and required arguments, for parsing a single flag.
     fn alone(&self) -> Command {
         let command = self.command.clone().no_binary_name(true);
         command.mut_args(|argument| argument.env(Resettable::Reset).required(false))
     }
 
-    /// The setting with the most similar name, found by clap.
+    /// Returns the setting with the most similar name, found by clap.
     fn similar(&self, flag: &str) -> Option<String> {
         let error = self.alone().try_get_matches_from([format!("--{flag}=x")]).err()?;
         match error.get(ContextKind::SuggestedArg)? {
@@ -285,7 +285,7 @@ fn is_name(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c))
 }
 
-/// A value in the form that the command line uses.
+/// Returns a value in the form that the command line uses.
 fn plain(value: &DeValue<'_>) -> Option<String> {
     match value {
         DeValue::String(text) => Some(text.to_string()),
@@ -310,7 +310,7 @@ fn kind(value: &DeValue<'_>) -> String {
     }
 }
 
-/// The message of the flag's parser, without clap's surrounding text.
+/// Returns the message of the flag's parser, without clap's surrounding text.
 pub(super) fn explain(error: &clap::Error) -> String {
     if let Some(source) = error.source() {
         return source.to_string();

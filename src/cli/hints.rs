@@ -63,7 +63,7 @@ pub(super) fn improve(
     error
 }
 
-/// The command line with its sub-command first, or without a superfluous `run`, if that makes it valid.
+/// Returns the command line with its sub-command first, or without a superfluous `run`, if that makes it valid.
 fn rearranged(
     command: &Command,
     arguments: &[OsString],
@@ -84,7 +84,7 @@ fn rearranged(
     lines.iter().find_map(|line| without_dashes(|_| true, line, is_good))
 }
 
-/// The words of the sub-command, wherever they are, followed by the other arguments.
+/// Returns the words of the sub-command, wherever they are, followed by the other arguments.
 fn with_sub_command_in_front(command: &Command, arguments: &[OsString]) -> Vec<OsString> {
     let (program, rest) = arguments.split_at(arguments.len().min(1));
     let end = rest.iter().position(|argument| argument == "--").unwrap_or(rest.len());
@@ -101,7 +101,7 @@ fn with_sub_command_in_front(command: &Command, arguments: &[OsString]) -> Vec<O
     [program, &names, &others, &rest[end..]].concat()
 }
 
-/// The command line with `--control` before this word, if that makes it valid.
+/// Returns the command line with `--control` before this word, if that makes it valid.
 fn without_name_of_flag(
     word: &str,
     arguments: &[OsString],
@@ -113,7 +113,7 @@ fn without_name_of_flag(
     is_good(&line).then(|| format!("the control socket is named with --control: {}", shown(&line)))
 }
 
-/// The alternatives, if a required choice is missing.
+/// Returns the alternatives, if a required choice is missing.
 fn without_a_choice(error: &clap::Error) -> Option<String> {
     const TIPS: [(&str, &str); 2] = [
         ("--prefix", "name a page by its key, or pages by --tag or --prefix; 'cache clear' purges all pages"),
@@ -137,7 +137,7 @@ fn named(error: &clap::Error, kind: ContextKind) -> Option<String> {
     }
 }
 
-/// The command line with `--` before one of `these` words, if that makes it valid.
+/// Returns the command line with `--` before one of `these` words, if that makes it valid.
 fn without_dashes(
     these: impl Fn(&OsStr) -> bool,
     arguments: &[OsString],

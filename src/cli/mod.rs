@@ -364,7 +364,7 @@ pub(crate) fn parse_linked(arguments: &[OsString], app_info: &AppInfo) -> Result
     conclude(request, wrong, mistakes, checked, &mut command)
 }
 
-/// The request, and the contradictions among its settings.
+/// Returns the request, and the contradictions among its settings.
 fn linked_request(mut linked: LinkedOptions) -> (ServeRequest, Vec<Mismatch>) {
     linked.serve.bind_what_is_passed();
     let cgi = linked.serve.bind.is_empty() && cgi_invocation::is_one();

@@ -132,7 +132,7 @@ fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsStr
     removed || is_new
 }
 
-/// The request, or the errors in it.
+/// Returns the request, or the errors in it.
 pub(super) fn conclude(
     request: ServeRequest,
     mut wrong: Vec<Mismatch>,

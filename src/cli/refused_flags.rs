@@ -18,7 +18,7 @@ pub(super) enum ServingCommand {
 }
 
 impl ServingCommand {
-    /// Why this command lacks the flag.
+    /// Returns why this command lacks the flag.
     fn reason(self, flag: &str) -> &'static str {
         match (self, flag) {
             (Self::Run, "max-requests") => {
@@ -72,12 +72,12 @@ pub(super) fn add(command: Command, other: &Command, serving: ServingCommand) ->
     })
 }
 
-/// The reason why a flag is refused, if it is.
+/// Returns the reason why a flag is refused, if it is.
 pub(super) fn reason(argument: &Arg) -> Option<String> {
     argument.get_id().as_str().starts_with(PREFIX).then(|| argument.get_help().map(ToString::to_string)).flatten()
 }
 
-/// One error for each refused flag that was given.
+/// Returns one error for each refused flag that was given.
 pub(super) fn given(command: &Command, matches: &ArgMatches) -> Vec<String> {
     let refused = command.get_arguments().filter_map(|argument| Some((argument, reason(argument)?)));
     let given = refused

@@ -143,7 +143,7 @@ impl FromStr for Bind {
     }
 }
 
-/// A correction of an invalid address, for an error message.
+/// Returns a correction of an invalid address, for an error message.
 fn address_of(text: &str) -> Option<String> {
     let is_path = |text: &str| text.starts_with(['/', '.']) || text.ends_with(".sock");
     if let Some(rest) = text.strip_prefix("//") {
@@ -162,7 +162,7 @@ fn address_of(text: &str) -> Option<String> {
     None
 }
 
-/// A correction of a value without a valid protocol.
+/// Returns a correction of a value without a valid protocol.
 fn whole_of(text: &str) -> Option<String> {
     let (first, rest) = text.split_once(':').unwrap_or((text, ""));
     match first {
@@ -185,7 +185,7 @@ fn whole_of(text: &str) -> Option<String> {
 }
 
 trait Port {
-    /// The port of `HOST:PORT`.
+    /// Returns the port of `HOST:PORT`.
     fn parse_port(&self) -> Option<u16>;
 }
 

@@ -13,9 +13,9 @@ pub(crate) struct ControlConfig {
     pub(crate) file: Option<PathBuf>,
 }
 
-/// The configuration after a reload: `read`, but with the settings of `running` where a running master cannot change them.
-/// Also returns the flags of these settings, if `read` changes them. `slots` is the number of processes for which the master has
-/// space.
+/// Returns the configuration after a reload: `read`, but with the settings of `running` where a running master cannot
+/// change them. Also returns the flags of these settings, if `read` changes them. `slots` is the number of processes
+/// for which the master has space.
 ///
 /// The sockets and the shared memory are created once and shared with running processes; other programs find this master by
 /// its pid file and control socket.

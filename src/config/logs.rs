@@ -117,7 +117,7 @@ impl Filters {
         Ok(Self(directives.join(",")))
     }
 
-    /// The filter in the syntax of `env_logger`.
+    /// Returns the filter in the syntax of `env_logger`.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }

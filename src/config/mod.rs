@@ -146,7 +146,7 @@ pub(crate) const SLOTS_PER_WORKER: u32 = 2;
 pub(crate) const SPARE_SLOTS: u32 = 16;
 
 impl Config {
-    /// The maximum number of processes at one time.
+    /// Returns the maximum number of processes at one time.
     pub(crate) fn slots(&self) -> u32 {
         self.workers.max.saturating_mul(SLOTS_PER_WORKER).saturating_add(SPARE_SLOTS)
     }
@@ -217,7 +217,7 @@ impl Program {
     }
 }
 
-/// The file that a process with the root directory `root` sees as `path`.
+/// Returns the file that a process with the root directory `root` sees as `path`.
 fn below(root: Option<&std::path::Path>, path: &std::path::Path) -> std::path::PathBuf {
     root.map_or_else(|| path.to_owned(), |root| root.join(path.strip_prefix("/").unwrap_or(path)))
 }

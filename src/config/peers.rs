@@ -23,10 +23,10 @@ impl Peers {
         (!members.is_empty()).then_some(Self(members))
     }
 
-    /// The web servers that may connect to a FastCGI application: `FCGI_WEB_SERVER_ADDRS`, a comma-separated list of IPv4
-    /// addresses (FastCGI specification 1.0, section 3.2). IPv6 addresses are accepted too, and so are host names, because
-    /// web servers are configured with them; `resolve` finds the addresses of a name. Peers on Unix sockets are never in
-    /// the set. `None` if the variable is empty.
+    /// Returns the web servers that may connect to a FastCGI application: `FCGI_WEB_SERVER_ADDRS`, a comma-separated
+    /// list of IPv4 addresses (FastCGI specification 1.0, section 3.2). IPv6 addresses are accepted too, and so are
+    /// host names, because web servers are configured with them; `resolve` finds the addresses of a name. Peers on Unix
+    /// sockets are never in the set. `None` if the variable is empty.
     ///
     /// # Errors
     /// Returns a message for the operator if an element is invalid: an incomplete list would admit or refuse the wrong peers.

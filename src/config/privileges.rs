@@ -50,24 +50,24 @@ impl PrivilegesConfig {
         )
     }
 
-    /// The descriptor limit of a worker, if it is known.
+    /// Returns the descriptor limit of a worker, if it is known.
     pub(crate) fn most_descriptors(&self) -> Option<u64> {
         let set = self.limits.iter().rev().find(|limit| limit.resource == Resource::RLIMIT_NOFILE);
         set.map(|limit| limit.soft).or_else(sys::hard_descriptor_limit)
     }
 
-    /// The owner that socket files get; unchanged if `None`.
+    /// Returns the owner that socket files get; unchanged if `None`.
     pub(crate) fn owner_of_sockets(&self) -> Option<Owner> {
         self.socket_owner.or_else(|| self.owner_of_files())
     }
 
-    /// The owner that files of the workers get; unchanged if `None`.
+    /// Returns the owner that files of the workers get; unchanged if `None`.
     pub(crate) fn owner_of_files(&self) -> Option<Owner> {
         let user = self.user.as_ref()?;
         Some(Owner { user: user.uid, group: self.group.or(user.gid)? })
     }
 
-    /// The variables that are set for the application. Those of `--env` come last, and override the others.
+    /// Returns the variables that are set for the application. Those of `--env` come last, and override the others.
     pub(crate) fn environment(&self) -> Vec<Variable> {
         let account = self.user.iter().filter_map(|user| Some((user.name.as_ref()?, user.home.as_ref()?)));
         let account = account.flat_map(|(name, home)| {
@@ -270,18 +270,18 @@ impl ResourceLimit {
             .contains(&self.resource)
     }
 
-    /// The name in `--rlimit`.
+    /// Returns the name in `--rlimit`.
     pub(crate) fn name(&self) -> &'static str {
         name_of(self.resource)
     }
 }
 
-/// All resources of `--rlimit`.
+/// Returns all resources of `--rlimit`.
 pub(crate) fn resources() -> impl Iterator<Item = Resource> {
     RESOURCES.iter().map(|(_, resource)| *resource)
 }
 
-/// The name of a resource in `--rlimit`.
+/// Returns the name of a resource in `--rlimit`.
 pub(crate) fn name_of(resource: Resource) -> &'static str {
     RESOURCES.iter().find(|(_, known)| *known == resource).map_or("", |(name, _)| name)
 }

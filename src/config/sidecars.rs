@@ -90,7 +90,7 @@ impl SidecarConfig {
         found.map_err(|error| format!("--{} {}: {error}", self.kind(), self.name))
     }
 
-    /// The name of the sidecar's flag, which is also used in the log.
+    /// Returns the name of the sidecar's flag, which is also used in the log.
     pub(crate) fn kind(&self) -> &'static str {
         if self.schedule.is_some() { "cron" } else { "daemon" }
     }
@@ -114,7 +114,7 @@ impl Schedule {
         Ok(schedule)
     }
 
-    /// The first time after `time`; `None` if there is none.
+    /// Returns the first time after `time`, or `None` if there is none.
     pub(crate) fn after(&self, time: Timestamp) -> Option<Timestamp> {
         let next = self.cron.find_next_occurrence(&time.to_zoned(self.zone.clone()), false).ok()?.timestamp();
         // A time that is not later would be due forever.

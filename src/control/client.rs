@@ -64,13 +64,13 @@ impl Connection {
         Ok(Self { stream: BufReader::new(stream), unfinished: Vec::new(), at, timeout: *timeout })
     }
 
-    /// The master's pid, if the master is in this pid namespace.
+    /// Returns the master's pid, if the master is in this pid namespace.
     pub(crate) fn master(&self) -> Option<Pid> {
         let peer = getsockopt(self.stream.get_ref(), PeerCredentials).ok()?;
         (peer.pid() > 0).then(|| Pid::from_raw(peer.pid()))
     }
 
-    /// The next reply.
+    /// Returns the next reply.
     ///
     /// # Errors
     /// Returns a message for the operator if the connection is lost, the reply is invalid, or the master does not reply in time.
@@ -78,7 +78,7 @@ impl Connection {
         self.next_in_time()?.ok_or_else(|| self.silence())
     }
 
-    /// The next reply; `None` after a timeout. The received part is kept.
+    /// Returns the next reply, or `None` after a timeout. The received part is kept.
     ///
     /// # Errors
     /// Returns a message for the operator if the connection is lost, or the reply is invalid.
@@ -94,7 +94,7 @@ impl Connection {
         }
     }
 
-    /// The message for the operator if the master does not reply.
+    /// Returns the message for the operator if the master does not reply.
     pub(crate) fn silence(&self) -> String {
         let (at, after) = (&self.at, shown(self.timeout));
         match self.master() {
@@ -166,7 +166,7 @@ impl Connection {
     }
 }
 
-/// The status of the master at `endpoint`.
+/// Returns the status of the master at `endpoint`.
 ///
 /// # Errors
 /// Returns a message for the operator if there is no reply, or the master refuses.

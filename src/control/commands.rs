@@ -34,8 +34,9 @@ pub(crate) enum ControlCommand {
     Quarantine,
 }
 
-/// Number of consecutive timeouts, each of this request and of a status request, after which the client fails. A new build that
-/// takes over replies to no request until it is loaded, so an upgrade may take several timeouts.
+/// Returns the number of consecutive timeouts, each of this request and of a status request, after which the client
+/// fails. A new build that takes over replies to no request until it is loaded, so an upgrade may take several
+/// timeouts.
 fn max_timeouts(request: &ControlRequest) -> u32 {
     if *request == ControlRequest::Upgrade { 6 } else { 1 }
 }

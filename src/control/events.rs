@@ -55,7 +55,7 @@ impl FromStr for FirstId {
 }
 
 impl FirstId {
-    /// The id in the log with this epoch.
+    /// Returns the id in the log with this epoch.
     ///
     /// # Errors
     /// Returns a message for the operator if the id belongs to a different log.
@@ -289,7 +289,7 @@ impl Follow {
         self.gaps += 1;
     }
 
-    /// The next event at the end of the log.
+    /// Returns the next event at the end of the log.
     fn next(&mut self, event: Event) -> Vec<Shown> {
         let topic = &*event.topic;
         if !self.wanted.is_empty() && !self.wanted.iter().any(|wanted| wanted == topic) {
@@ -376,7 +376,7 @@ mod tests {
         String::from_utf8(printer.out).unwrap().lines().map(ToOwned::to_owned).collect()
     }
 
-    /// Everything that the tail returns now.
+    /// Returns everything that the tail returns now.
     fn rest(tail: &mut forkyard_shm::Tail, follow: &mut Follow) -> Vec<String> {
         let mut shown = Vec::new();
         loop {

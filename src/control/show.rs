@@ -49,7 +49,7 @@ pub(crate) fn table(status: &MasterStatus) -> String {
     text
 }
 
-/// A line for each quarantined request.
+/// Returns a line for each quarantined request.
 pub(crate) fn quarantine(listed: &[QuarantinedStatus]) -> String {
     let line = |QuarantinedStatus { request, left_ms, times }: &_| {
         let left = time(*left_ms);

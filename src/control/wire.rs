@@ -140,7 +140,7 @@ impl ControlRequest {
         })
     }
 
-    /// The request's name in the log.
+    /// Returns the request's name in the log.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Status => "status",
@@ -177,7 +177,7 @@ impl ControlReply {
     }
 }
 
-/// The message as it is sent, including the newline.
+/// Returns the message as it is sent, including the newline.
 pub(crate) fn line(message: &impl Serialize) -> Vec<u8> {
     // Both types can always be serialized; if not, the empty line would be an invalid message.
     let mut line = serde_json::to_vec(message).unwrap_or_default();

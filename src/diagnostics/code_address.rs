@@ -68,7 +68,8 @@ impl Modules {
     }
 }
 
-/// The functions at these addresses, the innermost first, each with its source location if the files contain it.
+/// Returns the functions at these addresses, the innermost first, each with its source location if the files contain
+/// it.
 ///
 /// Slow, and allocates: never in a signal handler.
 pub(crate) fn names_of(addresses: impl Iterator<Item = usize>) -> Vec<String> {

@@ -39,12 +39,12 @@ pub(crate) fn register_thread() {
     THREAD_SLOT.set(free.filter_map(take).next());
 }
 
-/// The cell of the request that this thread is running.
+/// Returns the cell of the request that this thread is running.
 pub(crate) fn current() -> Option<usize> {
     THREAD_SLOT.get()?.cell()
 }
 
-/// The thread that is running the request in `cell`.
+/// Returns the thread that is running the request in `cell`.
 pub(crate) fn thread_of(cell: usize) -> Option<i32> {
     taken().find(|(_, slot)| slot.cell() == Some(cell)).map(|(thread, _)| thread)
 }

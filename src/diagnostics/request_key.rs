@@ -30,7 +30,7 @@ impl RequestKey {
         Self { path, pattern }
     }
 
-    /// The keys by which the request may be refused.
+    /// Returns the keys by which the request may be refused.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
         std::iter::once(self.path.as_str()).chain(self.pattern.as_deref())
     }

@@ -33,8 +33,8 @@ pub(crate) fn install() -> io::Result<()> {
     signal_handler::set_handler::<Sample>(Signal::SIGURG, SaFlags::SA_ONSTACK | SaFlags::SA_RESTART)
 }
 
-/// The addresses of the instructions that a thread is executing, the innermost first; empty if the thread's handler does not run in
-/// time. Must be called from one thread only, for one thread at a time.
+/// Returns the addresses of the instructions that a thread is executing, the innermost first; empty if the thread's
+/// handler does not run in time. Must be called from one thread only, for one thread at a time.
 pub(crate) fn of(thread: i32) -> Vec<usize> {
     FRAMES.iter().for_each(|frame| frame.store(0, Ordering::Relaxed));
     ASKED.store(thread, Ordering::SeqCst);

@@ -9,8 +9,8 @@ pub(crate) fn initialize() {
     backtrace::trace(|_| true);
 }
 
-/// The addresses of the instructions that this thread is executing, the innermost first, without those of the handler: `at` is
-/// the interrupted instruction. For a caller, the address is that of its call.
+/// Returns the addresses of the instructions that this thread is executing, the innermost first, without those of the
+/// handler: `at` is the interrupted instruction. For a caller, the address is that of its call.
 pub(crate) fn unwind(at: usize, frames: &mut [usize; MAX_FRAMES]) -> &[usize] {
     let (mut count, mut begun) = (0, false);
     // SAFETY: the function is unsynchronized with respect to symbolization only, which is not done here.

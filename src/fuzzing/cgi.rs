@@ -40,7 +40,7 @@ pub fn cgi_request(data: &[u8]) {
     check_uri(&said, &request);
 }
 
-/// The length of the body: the last CONTENT_LENGTH that is a number or empty.
+/// Returns the length of the body: the last CONTENT_LENGTH that is a number or empty.
 fn announced(said: &Params) -> Option<u64> {
     let values = said.iter().filter(|(name, _)| *name == b"CONTENT_LENGTH").map(|(_, value)| value);
     let last = values.filter(|value| value.iter().all(u8::is_ascii_digit)).last()?;

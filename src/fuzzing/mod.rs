@@ -45,7 +45,7 @@ impl<'a> Dice<'a> {
         first
     }
 
-    /// A number below `end`, which must be at most 256.
+    /// Returns a number below `end`, which must be at most 256.
     fn below(&mut self, end: usize) -> usize {
         usize::from(self.byte()) % end
     }

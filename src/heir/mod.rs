@@ -138,13 +138,13 @@ impl RetainedFds {
     }
 }
 
-/// Device and inode of an open descriptor.
+/// Returns the device and inode of an open descriptor.
 fn identity_of(fd: BorrowedFd<'_>) -> Option<(u64, u64)> {
     let status = nix::sys::stat::fstat(fd).ok()?;
     Some((status.st_dev, status.st_ino))
 }
 
-/// The error if the system does not support heirs, which need process descriptors (pidfd).
+/// Returns the error if the system does not support heirs, which need process descriptors (pidfd).
 pub(crate) fn obstacle() -> Option<io::Error> {
     sys::process_descriptor(nix::unistd::getpid()).err().filter(lacks_call)
 }
@@ -188,7 +188,7 @@ pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
     Ok(Heir { journal, lines, end: heir.ok(), retained })
 }
 
-/// The main function of the heir. Signals stay blocked, as they were when the worker was forked.
+/// Returns the main function of the heir. Signals stay blocked, as they were when the worker was forked.
 fn run(worker: Pid, heritage: &Heritage, journal: Journal, lines: Option<LineBuffer>, retained: &RetainedFds) -> u8 {
     let Some(end) = &retained.worker else { return 0 };
     retained.await_death(worker, end);

@@ -218,7 +218,7 @@ mod tests {
     use super::*;
     use crate::net::handover::PackedOrigin;
 
-    /// A kept-alive connection on which all requests so far are complete.
+    /// Returns a kept-alive connection on which all requests so far are complete.
     fn idle(wire_protocol: WireProtocol) -> ConnRecord {
         ConnRecord {
             wire_protocol,

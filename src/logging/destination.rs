@@ -46,7 +46,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// The kind of `fd`, and the descriptor to use in its place, if it is a different one.
+    /// Returns the kind of `fd`, and the descriptor to use in its place, if it is a different one.
     pub(crate) fn of(fd: BorrowedFd<'_>) -> (Self, Option<OwnedFd>) {
         let kind = fstat(fd).map_or(SFlag::S_IFREG, |status| SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT);
         match kind {
@@ -64,7 +64,7 @@ impl Kind {
         }
     }
 
-    /// The maximum number of bytes in one write that lines of other processes do not interrupt.
+    /// Returns the maximum number of bytes in one write that lines of other processes do not interrupt.
     fn most(self) -> usize {
         if self == Self::File { usize::MAX } else { libc::PIPE_BUF }
     }
@@ -261,12 +261,12 @@ impl Queue {
         std::mem::take(&mut self.bytes).split_off(written)
     }
 
-    /// The number of lines that were lost since the last call, if the log is read again.
+    /// Returns the number of lines that were lost since the last call, if the log is read again.
     pub(super) fn take_lost(&mut self) -> Option<u64> {
         if self.is_empty() { Some(std::mem::take(&mut self.lost)).filter(|&lost| lost > 0) } else { None }
     }
 
-    /// How long processes that add lines should be slowed down, if the reader is slow but has not stopped.
+    /// Returns how long processes that add lines should be slowed down, if the reader is slow but has not stopped.
     pub(super) fn is_slow_for(&self) -> Option<Duration> {
         let since = self.last_progress.filter(|_| !self.is_empty())?;
         STALL_TIMEOUT.checked_sub(since.elapsed()).filter(|left| !left.is_zero())
@@ -309,7 +309,7 @@ pub(crate) fn examine(path: &Path, flag: &str) -> Result<Option<String>, String>
     }
 }
 
-/// The type of the existing file; `None` if a file would be created.
+/// Returns the type of the existing file, or `None` if a file would be created.
 fn kind_at(path: &Path, flag: &str) -> Result<Option<FileType>, String> {
     let found = file_path::examine(path, Links::Follow, flag)?;
     if found.as_ref().is_some_and(|found| found.file_type().is_char_device() && found.rdev() == makedev(1, 7)) {
@@ -341,8 +341,8 @@ fn explain(error: &io::Error, kind: Option<FileType>, flag: &str) -> String {
     }
 }
 
-/// A copy of standard output or standard error, if `path` is one of their names. Opening the path fails if they are
-/// sockets, or belong to another user.
+/// Returns a copy of standard output or standard error, if `path` is one of their names. Opening the path fails if they
+/// are sockets, or belong to another user.
 fn standard_stream(path: &Path) -> Option<io::Result<OwnedFd>> {
     let number = match path.to_str()? {
         "/dev/stdout" | "/dev/fd/1" | "/proc/self/fd/1" => 1,
@@ -353,7 +353,7 @@ fn standard_stream(path: &Path) -> Option<io::Result<OwnedFd>> {
     Some(copy.map(|copy| Kind::of(copy.as_fd()).1.unwrap_or(copy)))
 }
 
-/// A copy of the destination for the standard streams of other code, whose writes must block.
+/// Returns a copy of the destination for the standard streams of other code, whose writes must block.
 pub(super) fn blocking_copy(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let opened = File::options().append(true).open(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     opened.map(OwnedFd::from).or_else(|_| fd.try_clone_to_owned())
@@ -365,7 +365,7 @@ mod tests {
 
     use super::*;
 
-    /// A blocking pipe, as standard error often is.
+    /// Returns a blocking pipe, as standard error often is.
     fn pipe() -> (File, OwnedFd) {
         let (read, write) = nix::unistd::pipe().unwrap();
         (File::from(read), write)

@@ -68,12 +68,12 @@ impl LogFiles {
         }
     }
 
-    /// The descriptors that children keep open.
+    /// Returns the descriptors that children keep open.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = RawFd> {
         [super::descriptor()].into_iter().chain(self.access.as_ref().map(|access| access.as_raw_fd()))
     }
 
-    /// The files of a different configuration: the same files if their settings are equal.
+    /// Returns the files of a different configuration: the same files if their settings are equal.
     ///
     /// # Errors
     /// Fails as [`LogFiles::open`] does.
@@ -141,7 +141,7 @@ impl LogFiles {
         Ok(bytes > 0)
     }
 
-    /// The descriptors of the files that are reopened, in the order in which they are sent.
+    /// Returns the descriptors of the files that are reopened, in the order in which they are sent.
     fn files(&self) -> Vec<RawFd> {
         let log = self.config.file.as_ref().map(|_| super::descriptor());
         log.into_iter().chain(self.access_file().map(|(_, access)| access)).collect()

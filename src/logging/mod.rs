@@ -100,7 +100,7 @@ impl Sink {
         }
     }
 
-    /// The time since the log was first used.
+    /// Returns the time since the log was first used.
     fn now(&mut self) -> Elapsed {
         self.begun.get_or_insert_with(Instant::now).elapsed()
     }
@@ -355,7 +355,7 @@ fn written(line: Line<'_>) -> Vec<u8> {
     bytes
 }
 
-/// A line without fields in the format of the log, with this time.
+/// Returns a line without fields in the format of the log, with this time.
 pub(crate) fn line_with(time: &str, level: Level, message: &str) -> Vec<u8> {
     let (target, fields) = (env!("CARGO_CRATE_NAME"), &Fields::default());
     written(Line { time, level, pid: std::process::id(), target, message, fields, is_output: false })
@@ -366,7 +366,7 @@ pub(crate) fn is_file() -> bool {
     sink().is_file
 }
 
-/// A line that describes the log itself.
+/// Returns a line that describes the log itself.
 fn own_line(level: Level, message: &str, fields: &dyn Source) -> Vec<u8> {
     line(level, module_path!(), message, &Fields::of(fields), false)
 }
@@ -391,19 +391,19 @@ pub(crate) fn tick() -> Option<Duration> {
     sink().tick()
 }
 
-/// The descriptor to wait on for writing, if lines are queued.
+/// Returns the descriptor to wait on for writing, if lines are queued.
 pub(crate) fn waits_for() -> Option<BorrowedFd<'static>> {
     sink().queue.as_ref().filter(|queue| !queue.is_empty()).map(|_| fd())
 }
 
-/// How long processes that fill the log should be slowed down, if the log's reader is slow. `None` if the reader has stopped: lines are
-/// then dropped, so that the service does not stop.
+/// Returns how long processes that fill the log should be slowed down, if the log's reader is slow. `None` if the
+/// reader has stopped: lines are then dropped, so that the service does not stop.
 pub(crate) fn is_slow_for() -> Option<Duration> {
     sink().queue.as_ref().and_then(Queue::is_slow_for)
 }
 
-/// How long this process, which is about to exit, may still wait for the readers of its logs. Without a common deadline, a stop would
-/// take a second for each log and process.
+/// Returns how long this process, which is about to exit, may still wait for the readers of its logs. Without a common
+/// deadline, a stop would take a second for each log and process.
 pub(crate) fn last_flush_timeout() -> Duration {
     LAST_FLUSH_TIMEOUT.saturating_sub(LAST_FLUSH.get_or_init(Instant::now).elapsed())
 }
@@ -425,12 +425,12 @@ pub(crate) fn output_rate() -> u64 {
     OUTPUT_RATE.load(Ordering::Relaxed)
 }
 
-/// The size of the queue for a slow reader (`--log-queue`).
+/// Returns the size of the queue for a slow reader (`--log-queue`).
 pub(crate) fn queue_limit() -> usize {
     sink().limit
 }
 
-/// The log's descriptor, which children keep open.
+/// Returns the log's descriptor, which children keep open.
 pub(crate) fn descriptor() -> RawFd {
     fd().as_raw_fd()
 }
@@ -443,7 +443,7 @@ fn fd() -> BorrowedFd<'static> {
     }
 }
 
-/// A copy of the log's descriptor for the standard output and error of other code, whose writes must block.
+/// Returns a copy of the log's descriptor for the standard output and error of other code, whose writes must block.
 ///
 /// # Errors
 /// Fails if no descriptor is available.

@@ -89,12 +89,12 @@ impl ByteLimit {
         Admission { left_out: if is_admitted { self.end() } else { self.tick(now) }, is_admitted }
     }
 
-    /// The count, if its report is due.
+    /// Returns the count, if its report is due.
     pub(crate) fn tick(&mut self, now: Elapsed) -> Option<LeftOut> {
         if self.due.is_some_and(|due| due <= now) { self.end() } else { None }
     }
 
-    /// The count, whether or not its report is due.
+    /// Returns the count, whether or not its report is due.
     pub(crate) fn end(&mut self) -> Option<LeftOut> {
         self.due = None;
         Some(std::mem::take(&mut self.left_out)).filter(|left_out| left_out.lines > 0)
@@ -163,7 +163,7 @@ impl SiteLimits {
         false
     }
 
-    /// The samples that are due to be logged.
+    /// Returns the samples that are due to be logged.
     pub(super) fn tick(&mut self, now: Elapsed) -> Vec<Sample> {
         self.sites.values_mut().filter(|state| state.due <= now).filter_map(|state| state.sample.take()).collect()
     }

@@ -90,7 +90,7 @@ impl Inherited {
         detached
     }
 
-    /// The sidecar that left this process behind, if it can be determined.
+    /// Returns the sidecar that left this process behind, if it can be determined.
     fn sidecar_of(
         &self,
         process: Process,

@@ -57,7 +57,7 @@ impl Closing {
         self.sockets.as_ref().is_none_or(listen::Closing::is_dry)
     }
 
-    /// How long the master's loop may wait.
+    /// Returns how long the master's loop may wait.
     pub(super) fn due_in(&self) -> Option<Duration> {
         self.is_under_way().then_some(POLL_INTERVAL)
     }

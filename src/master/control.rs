@@ -82,7 +82,7 @@ impl Control {
         Self { listener, clients: Vec::new(), next: 1, paused_until: Uptime::ZERO, refusals: ByteLimit::new(1) }
     }
 
-    /// The saved form, for the next master in an upgrade. A client with too many unsent bytes is left out.
+    /// Returns the saved form, for the next master in an upgrade. A client with too many unsent bytes is left out.
     pub(crate) fn save(&self) -> Option<SavedControl> {
         let listener = self.listener.as_ref()?;
         let clients = self.clients.iter().filter(|client| !client.gone && client.unsent.len() <= MAX_SAVED);
@@ -111,7 +111,7 @@ impl Control {
         }
     }
 
-    /// The descriptors for the master's `poll`, in the order that [`Control::attend`] expects.
+    /// Returns the descriptors for the master's `poll`, in the order that [`Control::attend`] expects.
     pub(crate) fn watched(&self, now: Uptime) -> Vec<PollFd<'_>> {
         let mut watched: Vec<PollFd<'_>> =
             self.clients.iter().map(|client| PollFd::new(client.stream.as_fd(), client.interest())).collect();
@@ -121,7 +121,7 @@ impl Control {
         watched
     }
 
-    /// The time at which [`Control::attend`] is due without an event.
+    /// Returns the time at which [`Control::attend`] is due without an event.
     pub(crate) fn next_deadline(&self, now: Uptime) -> Option<Uptime> {
         let clients = self.clients.iter().filter(|client| client.is_timed()).map(|client| client.deadline);
         clients.chain((self.paused_until > now).then_some(self.paused_until)).min()
@@ -230,7 +230,7 @@ impl Control {
         }
     }
 
-    /// The waiting clients.
+    /// Returns the waiting clients.
     pub(crate) fn waiting(&self) -> Vec<(ClientId, Waiting)> {
         let waiting = self.clients.iter().filter(|client| client.waiting != Waiting::No);
         waiting.map(|client| (client.id, client.waiting)).collect()

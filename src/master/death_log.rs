@@ -111,7 +111,7 @@ fn in_flight(row: &Snapshot) -> String {
     named.join(", ")
 }
 
-/// The field of the log line that lists the requests that the process was running.
+/// Returns the field of the log line that lists the requests that the process was running.
 fn requests_at_its_end(
     culprit: Option<&str>,
     running: Option<&[String]>,

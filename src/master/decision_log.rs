@@ -33,7 +33,7 @@ impl Master {
         }
     }
 
-    /// The hint in the death record of the last process that ended; with `pid`, only if that process was `pid`.
+    /// Returns the hint in the death record of the last process that ended; with `pid`, only if that process was `pid`.
     fn hint_of(&self, pid: Option<Pid>) -> Option<&str> {
         let DeathRecord { hint, pid: of, .. } = &self.death_record;
         Some(hint.as_str()).filter(|hint| !hint.is_empty() && (pid.is_none() || pid == *of))

@@ -183,7 +183,7 @@ impl Master {
         }
     }
 
-    /// The process groups that must end with the master.
+    /// Returns the process groups that must end with the master.
     fn groups(&self) -> BTreeSet<i32> {
         let programs = self.children.iter().filter(|(_, child)| !child.is_worker()).map(|(pid, _)| *pid);
         let sidecars = self.sidecars.living().into_iter().map(|living| living.pid);

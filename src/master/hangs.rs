@@ -47,7 +47,7 @@ impl Hangs {
         self.timeout = timeout;
     }
 
-    /// The time at which [`Hangs::is_due`] or [`Hangs::overdue`] next has a result.
+    /// Returns the time at which [`Hangs::is_due`] or [`Hangs::overdue`] next has a result.
     pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         let look = (!self.timeout.is_zero()).then_some(self.next_look);
         self.dying.values().copied().chain(look).min()

@@ -68,7 +68,7 @@ impl Master {
         }
     }
 
-    /// The reason for the operator, if the shared memory is damaged and must not be used.
+    /// Returns the reason for the operator, if the shared memory is damaged and must not be used.
     pub(super) fn why_not_use_memory(&self) -> Option<String> {
         let why = self.spawner.segment.damage()?;
         Some(format!(

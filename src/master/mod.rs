@@ -374,7 +374,8 @@ impl Master {
         }
     }
 
-    /// The one wait point. Returns whether a connection waits while there is no worker, and the events of the control socket.
+    /// Returns the one wait point. Returns whether a connection waits while there is no worker, and the events of the
+    /// control socket.
     fn wait(&self) -> (bool, Vec<PollFlags>) {
         let now = self.now();
         let deadlines = [

@@ -31,8 +31,8 @@ impl OomKills {
         Self { source, is_own, count, rose_at: None }
     }
 
-    /// The cause for the log, if the kernel killed a worker for lack of memory. Must be called when a worker is found to have died of a
-    /// SIGKILL that the master did not send.
+    /// Returns the cause for the log, if the kernel killed a worker for lack of memory. Must be called when a worker is
+    /// found to have died of a SIGKILL that the master did not send.
     pub(crate) fn explain(&mut self, now: Uptime) -> Option<&'static str> {
         let count = fs::read_to_string(&self.source).ok().and_then(|text| count_in(&text));
         self.counted(count.unwrap_or(self.count), now).then(|| self.cause())
@@ -51,8 +51,8 @@ impl OomKills {
     }
 }
 
-/// The counter file of a cgroup, given the text of `/proc/PID/cgroup`. If cgroup version 1 accounts for memory, the version 2 cgroup
-/// has no counter.
+/// Returns the counter file of a cgroup, given the text of `/proc/PID/cgroup`. If cgroup version 1 accounts for memory,
+/// the version 2 cgroup has no counter.
 fn events_of(text: &str) -> Option<String> {
     let of_version_1 = text.lines().find_map(|line| {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
@@ -65,7 +65,7 @@ fn events_of(text: &str) -> Option<String> {
     })
 }
 
-/// The counter has the same name in all of these files.
+/// Returns the counter has the same name in all of these files.
 fn count_in(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
 }

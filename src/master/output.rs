@@ -78,7 +78,7 @@ impl Output {
         output
     }
 
-    /// The saved form, for the next master in an upgrade. `pid` is the process that writes the output.
+    /// Returns the saved form, for the next master in an upgrade. `pid` is the process that writes the output.
     pub(crate) fn save(&self, pid: Pid) -> SavedOutput {
         let (fd, partial) = (self.as_fd().as_raw_fd(), self.reader.partial.clone());
         SavedOutput { slot: self.slot, pid: pid.as_raw(), fd, partial }
@@ -96,12 +96,12 @@ impl Output {
         open
     }
 
-    /// The last line, truncated if it is long.
+    /// Returns the last line, truncated if it is long.
     pub(crate) fn last_line(&self) -> String {
         self.filter.repeats.last.chars().take(LAST_LINE).collect()
     }
 
-    /// The time at which [`Output::tick`] has something to log.
+    /// Returns the time at which [`Output::tick`] has something to log.
     pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         self.filter.due()
     }
@@ -133,7 +133,7 @@ impl AsFd for LineReader {
     }
 }
 
-/// Number of bytes to read from each of `processes` in one iteration: 0 while the log's reader is slow.
+/// Returns the number of bytes to read from each of `processes` in one iteration: 0 while the log's reader is slow.
 pub(crate) fn share(processes: usize) -> usize {
     if logging::is_slow_for().is_some() {
         return 0;
@@ -231,7 +231,7 @@ impl LineFilter {
         is_admitted
     }
 
-    /// The time at which [`LineFilter::tick`] has something to log.
+    /// Returns the time at which [`LineFilter::tick`] has something to log.
     pub(super) fn due(&self) -> Option<Uptime> {
         [self.repeats.due, self.limit.due()].into_iter().flatten().min()
     }

@@ -148,13 +148,13 @@ fn stat_in(text: &str) -> Option<Stat> {
     })
 }
 
-/// All processes of the machine, or of the container.
+/// Returns all processes of the machine, or of the container.
 pub(super) fn all() -> impl Iterator<Item = Pid> {
     let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw)
 }
 
-/// The children of all threads of a process.
+/// Returns the children of all threads of a process.
 pub(super) fn children_of(pid: Pid) -> Vec<Pid> {
     let mut children = Vec::new();
     for thread in threads_of(pid) {
@@ -164,7 +164,7 @@ pub(super) fn children_of(pid: Pid) -> Vec<Pid> {
     children
 }
 
-/// The children of the current process, which must be single-threaded.
+/// Returns the children of the current process, which must be single-threaded.
 pub(super) fn own_children() -> Vec<Pid> {
     let listed = fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
     listed.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
@@ -324,13 +324,13 @@ mod lists {
         }
     }
 
-    /// The address of a Unix socket: the last column, if it is present.
+    /// Returns the address of a Unix socket: the last column, if it is present.
     pub(super) fn unix(list: &str, inode: &str) -> Option<String> {
         let line = list.lines().find(|line| line.split_ascii_whitespace().nth(6) == Some(inode))?;
         line.split_ascii_whitespace().nth(7).map(str::to_owned)
     }
 
-    /// The local port of a TCP connection.
+    /// Returns the local port of a TCP connection.
     pub(super) fn tcp(list: &str, inode: &str) -> Option<u16> {
         let line = list.lines().find(|line| line.split_ascii_whitespace().nth(9) == Some(inode))?;
         let near = line.split_ascii_whitespace().nth(1)?;
@@ -338,7 +338,8 @@ mod lists {
     }
 }
 
-/// The processes in the trees under `roots` that serve connections, without their descendants, which belong to their requests.
+/// Returns the processes in the trees under `roots` that serve connections, without their descendants, which belong to
+/// their requests.
 pub(super) fn servers_under(roots: &[Pid], listener: &Listener) -> Vec<(Pid, Observed)> {
     let (mut servers, mut left, mut looks) = (Vec::new(), roots.to_vec(), 0);
     while let Some(pid) = left.pop() {
@@ -353,8 +354,8 @@ pub(super) fn servers_under(roots: &[Pid], listener: &Listener) -> Vec<(Pid, Obs
     servers
 }
 
-/// The processes below `pid` that have the socket open: the topmost process of each branch, and the serving processes below a topmost
-/// process that may itself be a wrapper.
+/// Returns the processes below `pid` that have the socket open: the topmost process of each branch, and the serving
+/// processes below a topmost process that may itself be a wrapper.
 pub(super) fn holders_under(pid: Pid, listener: &Listener) -> Vec<Pid> {
     let (mut holders, mut left, mut looks) = (Vec::new(), children_of(pid), 0);
     while let Some(pid) = left.pop() {
@@ -416,7 +417,7 @@ mod tests {
         Listener::bind(&bind.parse::<Bind>().unwrap(), 8, None, true).unwrap()
     }
 
-    /// A Python program with the socket as its standard input. It exits when its standard output is closed.
+    /// Returns a Python program with the socket as its standard input. It exits when its standard output is closed.
     fn python(listener: &Listener, text: &str) -> Child {
         let text = format!("import os, select, socket, time\ns = socket.socket(fileno=0)\n{text}");
         let mut command = Command::new("python3");

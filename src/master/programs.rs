@@ -140,7 +140,7 @@ impl Programs {
         [self.next_look, self.next_count].into_iter().flatten().min()
     }
 
-    /// Time between two checks of starting programs.
+    /// Returns the time between two checks of starting programs.
     pub(super) fn pace(&self, now: Uptime) -> Duration {
         if now < self.quick_until { QUICK_POLL_INTERVAL } else { POLL_INTERVAL }
     }
@@ -377,8 +377,8 @@ impl Master {
         self.programs.check_soon(now);
     }
 
-    /// Children that this process did not start but inherited when their parents exited. Children from before the server's start are
-    /// not included.
+    /// Returns the children that this process did not start but inherited when their parents exited. Children from
+    /// before the server's start are not included.
     pub(super) fn orphans(&self) -> Vec<Pid> {
         let mut orphans = procfs::own_children();
         orphans.retain(|&pid| {
@@ -451,7 +451,7 @@ fn has_socket(pid: Pid, listener: &crate::net::listen::Listener) -> bool {
     procfs::family_of(&[pid]).into_iter().any(|pid| procfs::of(pid, listener) != Observed::Apart)
 }
 
-/// A hint for the operator about the exit of a program that was not ready.
+/// Returns a hint for the operator about the exit of a program that was not ready.
 pub(super) fn hint(ending: Ending) -> &'static str {
     match ending {
         Ending::Exited(0) => {

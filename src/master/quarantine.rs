@@ -95,7 +95,7 @@ impl Quarantine {
         self.config = config;
     }
 
-    /// The saved form, for the next master in an upgrade.
+    /// Returns the saved form, for the next master in an upgrade.
     pub(crate) fn save(&self, now: Uptime) -> Vec<SavedRefusal> {
         let save = |(request, record): (&String, &Record)| SavedRefusal {
             request: request.clone(),
@@ -140,7 +140,7 @@ impl Quarantine {
         Vec::new()
     }
 
-    /// The request that is guilty of the last death, if there is one.
+    /// Returns the request that is guilty of the last death, if there is one.
     fn find_culprit(&self, key_of: Key) -> Option<String> {
         let (_, last) = self.deaths.back()?;
         let enough = self.config.deaths as usize;
@@ -191,12 +191,12 @@ impl Quarantine {
         verdicts
     }
 
-    /// The time at which [`Quarantine::tick`] is due.
+    /// Returns the time at which [`Quarantine::tick`] is due.
     pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         self.records.values().map(|record| record.until).min()
     }
 
-    /// The refused requests, the longest remaining time first.
+    /// Returns the refused requests, the longest remaining time first.
     pub(crate) fn list(&self, now: Uptime) -> Vec<Listed> {
         let refused = self.records.iter().filter(|(_, record)| record.refused);
         let listed = |(key, record): (&String, &Record)| {
@@ -221,7 +221,7 @@ impl Quarantine {
 }
 
 impl Death {
-    /// The requests that may have caused the death.
+    /// Returns the requests that may have caused the death.
     fn evidence(&self, key_of: Key) -> BTreeSet<&str> {
         match (&self.culprit, &self.running) {
             (Some(culprit), _) => key_of(culprit).into_iter().collect(),

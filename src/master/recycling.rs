@@ -60,13 +60,14 @@ impl Recycling {
         self.lives.remove(&pid);
     }
 
-    /// The time of the next check; `None` if no limit is set.
+    /// Returns the time of the next check, or `None` if no limit is set.
     pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         let look = self.max_memory.filter(|_| !self.lives.is_empty()).map(|_| self.next_look);
         self.lives.values().filter_map(|life| life.ends).chain(look).min()
     }
 
-    /// The workers that have become too old, each returned once. A worker that is not ready is checked again later.
+    /// Returns the workers that have become too old, each returned once. A worker that is not ready is checked again
+    /// later.
     pub(crate) fn too_old(&mut self, is_ready: impl Fn(Pid) -> bool, now: Uptime) -> Vec<Pid> {
         let mut old = Vec::new();
         for (&pid, life) in &mut self.lives {
@@ -82,7 +83,7 @@ impl Recycling {
         old
     }
 
-    /// The worker whose memory is to be checked now.
+    /// Returns the worker whose memory is to be checked now.
     pub(crate) fn turn(&mut self, now: Uptime) -> Option<Pid> {
         if self.max_memory.is_none() || now < self.next_look {
             return None;
@@ -104,8 +105,8 @@ impl Recycling {
     }
 }
 
-/// A process's memory in bytes: its own, and its share of the memory that it shares with other forks of the master. Excludes the shared
-/// memory segment, since the page cache does not depend on the worker.
+/// Returns a process's memory in bytes: its own, and its share of the memory that it shares with other forks of the
+/// master. Excludes the shared memory segment, since the page cache does not depend on the worker.
 pub(crate) fn own_memory(pid: Pid) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     own_memory_in(&text)

@@ -73,7 +73,7 @@ impl Relay {
         Self { socket, state: State::None, breaker: Breaker::default() }
     }
 
-    /// The path by which programs reach the publish socket. `None` if they cannot reach it.
+    /// Returns the path by which programs reach the publish socket. `None` if they cannot reach it.
     pub(super) fn seen_by_programs(&self, config: &Config) -> Option<PathBuf> {
         let socket = self.socket.as_ref()?;
         let seen = socket.seen_from(config.privileges.chroot.as_deref());
@@ -100,7 +100,7 @@ impl Relay {
         Some(SavedPublish { fd: socket.raw(), asked, path, file: socket.file() })
     }
 
-    /// The pid of the running relay.
+    /// Returns the pid of the running relay.
     pub(super) fn pid(&self) -> Option<Pid> {
         match &self.state {
             State::Works(Process { pid, .. }) | State::Ends { pid, .. } => Some(*pid),
@@ -113,7 +113,7 @@ impl Relay {
         self.state = State::Ends { pid, deadline: Some(now + STOP_TIMEOUT) };
     }
 
-    /// The descriptor to watch for input.
+    /// Returns the descriptor to watch for input.
     pub(super) fn watched(&self, now: Uptime) -> Option<BorrowedFd<'_>> {
         match &self.state {
             State::None => {
@@ -267,7 +267,8 @@ fn has_come(socket: &PublishSocket) -> bool {
     poll(&mut watched, PollTimeout::ZERO).is_ok() && watched[0].any().unwrap_or(false)
 }
 
-/// A number that changes whenever the process does anything: the sum of its processor time and its context switches.
+/// Returns a number that changes whenever the process does anything: the sum of its processor time and its context
+/// switches.
 fn work_of(pid: Pid) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();

@@ -184,7 +184,7 @@ impl Master {
         errors
     }
 
-    /// The log files of running workers and of future processes, each once.
+    /// Returns the log files of running workers and of future processes, each once.
     fn log_files(&self) -> Vec<Arc<LogFiles>> {
         let to_come = self.spawner.in_use().map(|settings| &settings.log_files);
         let living = self.children.values().filter_map(|child| child.log_files.as_ref());

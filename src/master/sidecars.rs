@@ -200,7 +200,7 @@ impl Sidecars {
         (self.programs, self.privileges, self.events) = (programs, privileges, events);
     }
 
-    /// The programs and time limits, for the log.
+    /// Returns the programs and time limits, for the log.
     pub(super) fn describe(&self) -> String {
         format!("{} {:?}", self.sidecars.describe(), self.programs)
     }
@@ -233,7 +233,7 @@ impl Sidecars {
         limits.chain(self.sidecars.next_deadline()).min()
     }
 
-    /// The descriptors to watch for output.
+    /// Returns the descriptors to watch for output.
     pub(super) fn watched(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.processes.values().filter(|process| process.open).map(|process| process.output.as_fd())
     }
@@ -247,7 +247,7 @@ impl Sidecars {
         self.processes.iter().map(living).collect()
     }
 
-    /// The time of the last check for due jobs, in Unix milliseconds, for the next master in an upgrade.
+    /// Returns the time of the last check for due jobs, in Unix milliseconds, for the next master in an upgrade.
     pub(super) fn looked_at_ms(&self) -> Option<i64> {
         self.sidecars.looked_at().map(Timestamp::as_millisecond)
     }
@@ -519,7 +519,7 @@ mod tests {
 
     use super::*;
 
-    /// The sidecars that these flags configure.
+    /// Returns the sidecars that these flags configure.
     fn sidecars(flags: &[&str]) -> Sidecars {
         let arguments: Vec<std::ffi::OsString> = [&["x"], flags].concat().into_iter().map(Into::into).collect();
         let crate::cli::Invocation::Serve(request) =

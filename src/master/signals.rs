@@ -88,7 +88,7 @@ impl SignalInbox {
         flags.any(|(_, flag)| flag.load(Ordering::SeqCst))
     }
 
-    /// The signals that have arrived since the last call, each once.
+    /// Returns the signals that have arrived since the last call, each once.
     pub(crate) fn take(&mut self) -> Vec<Meaning> {
         let mut wakes = [0; 64];
         while matches!(self.socket.read(&mut wakes), Ok(read) if read == wakes.len()) {}

@@ -154,7 +154,8 @@ impl Spawner {
         })
     }
 
-    /// The settings of processes for a different configuration, and for a different program if `program` is set.
+    /// Returns the settings of processes for a different configuration, and for a different program if `program` is
+    /// set.
     ///
     /// # Errors
     /// Returns a message for the operator if processes cannot have the configured privileges.
@@ -194,17 +195,17 @@ impl Spawner {
         self.next.take().map(|(_, settings)| settings)
     }
 
-    /// The settings of a generation.
+    /// Returns the settings of a generation.
     fn settings(&self, generation: u64) -> &SpawnSettings {
         self.next.as_ref().filter(|(from, _)| generation >= *from).map_or(&self.current, |(_, settings)| settings)
     }
 
-    /// All settings for new processes, the newest last.
+    /// Returns all settings for new processes, the newest last.
     pub(crate) fn in_use(&self) -> impl Iterator<Item = &SpawnSettings> {
         [&self.current].into_iter().chain(self.next.as_ref().map(|(_, settings)| settings)).chain(&self.read)
     }
 
-    /// The descriptors of both ends of the lifeline.
+    /// Returns the descriptors of both ends of the lifeline.
     pub(crate) fn lifeline(&self) -> (RawFd, RawFd) {
         (self.lifeline.0.as_raw_fd(), self.lifeline.1.as_raw_fd())
     }
@@ -217,7 +218,7 @@ impl Spawner {
         }
     }
 
-    /// A descriptor that replaces closed sockets.
+    /// Returns a descriptor that replaces closed sockets.
     pub(crate) fn stand_in(&self) -> &OwnedFd {
         &self.lifeline.0
     }
@@ -336,7 +337,7 @@ impl Spawner {
     }
 }
 
-/// The reason why a program did not start. The step that failed has written its flag to the output.
+/// Returns the reason why a program did not start. The step that failed has written its flag to the output.
 pub(super) fn explain(
     error: &io::Error,
     output: BorrowedFd<'_>,
@@ -352,7 +353,8 @@ pub(super) fn explain(
     })
 }
 
-/// The memory for a process that may outlive the workers, without their lock on its file, because the next start needs that lock.
+/// Returns the memory for a process that may outlive the workers, without their lock on its file, because the next
+/// start needs that lock.
 pub(super) fn to_pass(segment: &Segment) -> io::Result<OwnedFd> {
     segment.fd_without_lock().or_else(|error| {
         log::debug!("programs share the cache file's lock: cannot open the file a second time: {error}");
@@ -389,7 +391,7 @@ impl Child {
         matches!(self.link, Link::Worker { .. })
     }
 
-    /// The state of the external program, if the child is one.
+    /// Returns the state of the external program, if the child is one.
     pub(crate) fn program(&self) -> Option<ProgramState> {
         match &self.link {
             Link::Program(program) => Some(program.clone()),
@@ -397,7 +399,7 @@ impl Child {
         }
     }
 
-    /// The descriptors to watch for the child: its reports, and its output if `with_output`.
+    /// Returns the descriptors to watch for the child: its reports, and its output if `with_output`.
     pub(crate) fn watched(&self, with_output: bool) -> impl Iterator<Item = BorrowedFd<'_>> {
         let report = match &self.link {
             Link::Worker { report, open, .. } => open.then(|| report.as_fd()),

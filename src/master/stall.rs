@@ -43,7 +43,7 @@ impl Stall {
 mod tests {
     use super::*;
 
-    /// The index and the time of the check at which the process is found to be stalled.
+    /// Returns the index and the time of the check at which the process is found to be stalled.
     fn stalled_at(looks: &[(bool, Option<u64>)]) -> Option<(usize, Uptime)> {
         let mut stall = Stall::new(Duration::ZERO);
         looks.iter().enumerate().find_map(|(index, &(something_waits, work))| {

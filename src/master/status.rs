@@ -80,12 +80,12 @@ impl Master {
     }
 }
 
-/// The resident memory of process `pid`.
+/// Returns the resident memory of process `pid`.
 fn resident_bytes(pid: i32) -> Option<u64> {
     sys::process_kib(Pid::from_raw(pid), "VmRSS:")?.checked_mul(1024)
 }
 
-/// An event in the form of a log line, for control clients.
+/// Returns an event in the form of a log line, for control clients.
 pub(super) fn line_of(event: &str, fields: &dyn Source) -> String {
     format!("{event}{}", Fields::of(fields))
 }

@@ -204,8 +204,8 @@ impl Supervisor {
         self.mode == Mode::Running && self.target == 0
     }
 
-    /// The time at which [`SupervisorEvent::Tick`] is due without another event. After a tick, always later than that
-    /// tick.
+    /// Returns the time at which [`SupervisorEvent::Tick`] is due without another event. After a tick, always later
+    /// than that tick.
     pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         let slots = self.slots.iter().filter_map(|slot| match slot.state {
             State::Starting { deadline, .. } => Some(deadline),
@@ -244,7 +244,7 @@ impl Supervisor {
         self.proven || self.reached_full_strength
     }
 
-    /// The slot and generation of a running process.
+    /// Returns the slot and generation of a running process.
     #[cfg(test)]
     fn place_of(&self, pid: Pid) -> Option<(u32, u64)> {
         let index = self.find(pid)?;
@@ -534,12 +534,12 @@ impl Supervisor {
         self.actions.push(Action::Spawn { slot: number(index), generation });
     }
 
-    /// How many processes there should be: more than the target while processes are being replaced.
+    /// Returns how many processes there should be: more than the target while processes are being replaced.
     fn wanted(&self) -> u32 {
         self.target + self.surge()
     }
 
-    /// How many of the wanted processes neither exist nor are delayed.
+    /// Returns how many of the wanted processes neither exist nor are delayed.
     fn missing(&self) -> u32 {
         // A process that is killed because its start took too long keeps its place until its death is reported. The death counts as a
         // failure, after which no other process is spawned for a while.
@@ -547,7 +547,7 @@ impl Supervisor {
         self.wanted().saturating_sub(self.strength() + waiting)
     }
 
-    /// Number of processes that serve or will serve.
+    /// Returns the number of processes that serve or will serve.
     fn strength(&self) -> u32 {
         self.count(State::counts)
     }

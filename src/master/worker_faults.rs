@@ -40,7 +40,7 @@ impl Faults {
         }
     }
 
-    /// The saved form, for the next master in an upgrade.
+    /// Returns the saved form, for the next master in an upgrade.
     pub(crate) fn save(&self, now: Uptime) -> Vec<SavedRefusal> {
         self.quarantine.save(now)
     }
@@ -56,7 +56,7 @@ impl Faults {
         self.hangs.told_to_die(pid, now);
     }
 
-    /// The cause for the log, if the kernel killed a worker that died of SIGKILL because memory ran out.
+    /// Returns the cause for the log, if the kernel killed a worker that died of SIGKILL because memory ran out.
     pub(super) fn ran_out_of_memory(&mut self, now: Uptime) -> Option<&'static str> {
         self.oom_kills.explain(now)
     }
@@ -203,7 +203,7 @@ impl Master {
         self.faults.announce(&verdicts, now);
     }
 
-    /// The requests that are refused now.
+    /// Returns the requests that are refused now.
     pub(super) fn quarantined(&self) -> Vec<Listed> {
         self.faults.quarantine.list(self.now())
     }

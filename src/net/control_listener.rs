@@ -29,12 +29,12 @@ impl ControlListener {
         &self.path
     }
 
-    /// Device and inode of the socket file that this server created.
+    /// Returns the device and inode of the socket file that this server created.
     pub(crate) fn file(&self) -> Option<(u64, u64)> {
         self.file
     }
 
-    /// The message for the operator if the control socket cannot be created.
+    /// Returns the message for the operator if the control socket cannot be created.
     pub(crate) fn fail(path: &Path, cause: &str) -> String {
         format!("cannot create the control socket {}: {cause}", path.display())
     }

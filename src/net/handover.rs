@@ -131,12 +131,12 @@ impl Channel {
         Self { send, receive }
     }
 
-    /// The end into which connections are passed.
+    /// Returns the end into which connections are passed.
     pub(crate) fn sender(&self) -> BorrowedFd<'_> {
         self.send.as_fd()
     }
 
-    /// The end from which connections are taken.
+    /// Returns the end from which connections are taken.
     pub(crate) fn receiver(&self) -> BorrowedFd<'_> {
         self.receive.as_fd()
     }

@@ -201,7 +201,7 @@ impl Listener {
         Ok(self)
     }
 
-    /// Device and inode of the socket file that this server created.
+    /// Returns the device and inode of the socket file that this server created.
     pub(crate) fn file(&self) -> Option<(u64, u64)> {
         *self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -229,7 +229,7 @@ impl Listener {
         })
     }
 
-    /// A second descriptor of the same socket.
+    /// Returns a second descriptor of the same socket.
     ///
     /// # Errors
     /// Fails if no descriptor is available.
@@ -357,15 +357,15 @@ fn inherit(fd: RawFd, protocol: Protocol) -> Result<Listener, String> {
     Ok(Listener::new(protocol, Address::Inherited(fd), family, socket, None))
 }
 
-/// Device and inode of the listening socket that is open as descriptor `fd`; they are the same for each descriptor of the
-/// socket.
+/// Returns the device and inode of the listening socket that is open as descriptor `fd`; they are the same for each
+/// descriptor of the socket.
 pub(crate) fn identity_of(fd: RawFd) -> Option<(u64, u64)> {
     let socket = sys::descriptor(fd)?;
     let found = nix::sys::stat::fstat(&socket).ok()?;
     socket::getsockopt(&socket, sockopt::AcceptConn).ok()?.then_some((found.st_dev, found.st_ino))
 }
 
-/// The family of a listening socket.
+/// Returns the family of a listening socket.
 ///
 /// # Errors
 /// Returns the rest of a sentence about the socket, as in `is not a listening socket`.

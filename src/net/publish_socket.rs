@@ -96,12 +96,12 @@ impl PublishSocket {
         self.file.map_or(Ok(()), |file| listen::give_socket_file_of(&self.path, file, from, to))
     }
 
-    /// The path in `--events-socket`.
+    /// Returns the path in `--events-socket`.
     pub(crate) fn asked(&self) -> Option<&Path> {
         self.asked.as_deref()
     }
 
-    /// The directory that was created for the socket.
+    /// Returns the directory that was created for the socket.
     pub(crate) fn own_directory(&self) -> Option<&Path> {
         if self.asked.is_none() { self.path.parent() } else { None }
     }
@@ -110,7 +110,7 @@ impl PublishSocket {
         &self.path
     }
 
-    /// Device and inode of the socket file that this server created.
+    /// Returns the device and inode of the socket file that this server created.
     pub(crate) fn file(&self) -> Option<(u64, u64)> {
         self.file
     }
@@ -119,7 +119,8 @@ impl PublishSocket {
         self.socket.as_raw_fd()
     }
 
-    /// The path for programs with the root directory `chroot`. `None` if the socket is outside of that directory.
+    /// Returns the path for programs with the root directory `chroot`. `None` if the socket is outside of that
+    /// directory.
     pub(crate) fn seen_from(&self, chroot: Option<&Path>) -> Option<PathBuf> {
         let Some(root) = chroot else { return Some(self.path.clone()) };
         let root = std::path::absolute(root).ok()?;

@@ -43,7 +43,8 @@ impl QueueDepth {
         Self { diagnosis: socket::socket(family, kind, flags, SockProtocol::NetlinkSockDiag).ok() }
     }
 
-    /// Number of connections in this listener's queue; where the kernel does not count them, 1 if there are any.
+    /// Returns the number of connections in this listener's queue; where the kernel does not count them, 1 if there are
+    /// any.
     pub(crate) fn of(&self, listener: &Listener) -> u32 {
         self.counted(listener).unwrap_or_else(|| u32::from(is_readable(listener)))
     }
@@ -75,7 +76,7 @@ fn unix_queue(diagnosis: &OwnedFd, listener: &Listener) -> io::Result<u32> {
     queue_in(&answer[..length.min(answer.len())], inode).ok_or(Errno::ENOENT.into())
 }
 
-/// A `struct nlmsghdr` and a `struct unix_diag_req` for one socket, with any cookie.
+/// Returns a `struct nlmsghdr` and a `struct unix_diag_req` for one socket, with any cookie.
 fn question(inode: u32) -> Vec<u8> {
     const LENGTH: u32 = 40;
     const REQUEST: u16 = 1;

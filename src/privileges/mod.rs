@@ -78,7 +78,7 @@ impl Privileges {
         Self::examine(config, executes).map_err(|causes| causes.join("; "))
     }
 
-    /// The steps for the process in `slot`, in order.
+    /// Returns the steps for the process in `slot`, in order.
     ///
     /// # Errors
     /// Returns a message for the operator if a processor of `--cpu-affinity` is not available.
@@ -87,7 +87,7 @@ impl Privileges {
         Ok(affinity.into_iter().chain(self.steps.iter().cloned()).collect())
     }
 
-    /// The steps for a process without a slot: the same, except for a processor that depends on the slot.
+    /// Returns the steps for a process without a slot: the same, except for a processor that depends on the slot.
     ///
     /// # Errors
     /// Fails as [`steps`](Self::steps) does.
@@ -233,7 +233,7 @@ fn standing() -> io::Result<Standing> {
     })
 }
 
-/// The hard limits of all resources that the kernel supports.
+/// Returns the hard limits of all resources that the kernel supports.
 fn hard_limits() -> Vec<(Resource, u64)> {
     let all = crate::config::privileges::resources();
     all.filter_map(|resource| Some((resource, getrlimit(resource).ok()?.1))).collect()

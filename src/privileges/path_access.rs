@@ -28,7 +28,8 @@ impl Visitor {
         Some(Self { user: user.uid.as_raw(), groups })
     }
 
-    /// The outermost directory on the path to directory `path` that this user cannot pass through; `None` if the modes show none.
+    /// Returns the outermost directory on the path to directory `path` that this user cannot pass through, or `None` if
+    /// the modes show none.
     pub(crate) fn barred_at(&self, path: &Path) -> Option<PathBuf> {
         let path = path.canonicalize().ok()?;
         let mut above: Vec<&Path> = path.ancestors().collect();

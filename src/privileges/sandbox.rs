@@ -130,7 +130,7 @@ fn restrict_files(config: &SandboxConfig) -> Result<(), String> {
     Ok(())
 }
 
-/// The filters, in the order in which they are installed. The kernel applies the strictest of their results.
+/// Returns the filters, in the order in which they are installed. The kernel applies the strictest of their results.
 fn filters() -> Result<Vec<BpfProgram>, String> {
     let machine = std::env::consts::ARCH;
     if !["x86_64", "aarch64"].contains(&machine) {
@@ -157,7 +157,7 @@ fn filters() -> Result<Vec<BpfProgram>, String> {
     ])
 }
 
-/// The calls that are allowed with certain arguments only.
+/// Returns the calls that are allowed with certain arguments only.
 fn conditional() -> Result<[(i64, Vec<SeccompRule>); 3], seccompiler::BackendError> {
     let word = |argument, operator, value: i32| {
         SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, u64::from(value.cast_unsigned()))

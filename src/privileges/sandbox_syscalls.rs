@@ -357,17 +357,17 @@ const REFUSED: &[Named] = named![
 /// The highest number known when the lists were written: `file_setattr`, of Linux 6.17.
 const NEWEST: u64 = 469;
 
-/// The numbers of all allowed calls.
+/// Returns the numbers of all allowed calls.
 pub(super) fn allowed() -> impl Iterator<Item = i64> {
     ALLOWED.iter().chain(ALLOWED_OLD).map(|&(number, _)| number)
 }
 
-/// The errno of a refused call.
+/// Returns the errno of a refused call.
 pub(super) fn errno_of(number: u64) -> i32 {
     if number > NEWEST { libc::ENOSYS } else { libc::EPERM }
 }
 
-/// The name of a call that is refused, for all or for some of its arguments.
+/// Returns the name of a call that is refused, for all or for some of its arguments.
 pub(super) fn name_of(number: u64) -> Option<&'static str> {
     let number = i64::try_from(number).ok()?;
     let mut known = REFUSED.iter().chain(ALLOWED).chain(ALLOWED_OLD);

@@ -74,7 +74,7 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    /// The flag that requested the step.
+    /// Returns the flag that requested the step.
     pub(crate) fn flag(&self) -> &'static str {
         match self {
             Self::Limit { .. } => "--rlimit",
@@ -91,7 +91,7 @@ impl Step {
         }
     }
 
-    /// Text added to the flag in the message if the step fails.
+    /// Returns the text added to the flag in the message if the step fails.
     pub(crate) fn detail(&self) -> &'static str {
         match self {
             Self::Limit { resource, .. } => name_of(*resource),
@@ -100,7 +100,8 @@ impl Step {
     }
 }
 
-/// All steps for a process, in order, except the processors it is bound to, which depend on its slot: [`affinity`].
+/// Returns all steps for a process, in order, except the processors it is bound to, which depend on its slot:
+/// [`affinity`].
 ///
 /// `executes` means that the process will execute a program.
 ///
@@ -129,7 +130,7 @@ pub(crate) fn steps(config: &PrivilegesConfig, standing: &Standing, executes: bo
     if causes.is_empty() { Ok(steps) } else { Err(causes) }
 }
 
-/// The steps that change the user and groups of a process, and take away its capabilities.
+/// Returns the steps that change the user and groups of a process, and take away its capabilities.
 fn identity_steps(config: &PrivilegesConfig, standing: &Standing, executes: bool) -> Result<Vec<Step>, String> {
     let identity = identity(config, standing)?;
     if identity.groups.is_some() || identity.group.is_some() {
@@ -272,7 +273,7 @@ fn check_sandbox(config: &PrivilegesConfig, standing: &Standing) -> Result<(), S
     Ok(())
 }
 
-/// The step that binds the process in `slot` to processors; `None` if none are configured.
+/// Returns the step that binds the process in `slot` to processors, or `None` if none are configured.
 ///
 /// # Errors
 /// Returns a message for the operator if a processor is not available.
@@ -302,7 +303,7 @@ fn text(path: &Path, flag: &str) -> Result<CString, String> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| format!("{flag}: a path cannot contain a null byte"))
 }
 
-/// The names of capabilities.
+/// Returns the names of capabilities.
 fn names(set: u64) -> String {
     let mut names: Vec<String> =
         caps::all().iter().filter(|one| one.bitmask() & set != 0).map(ToString::to_string).collect();

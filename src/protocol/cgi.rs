@@ -60,7 +60,7 @@ pub(crate) enum CgiError {
 }
 
 impl CgiError {
-    /// The status of the response.
+    /// Returns the status of the response.
     pub(crate) fn status(self) -> StatusCode {
         match self {
             Self::Connect => StatusCode::NOT_IMPLEMENTED,

@@ -265,13 +265,13 @@ impl FastCgiDecoder {
         matches!(self.place, Place::Header | Place::Skip { left: 0 }) && self.assembled().next().is_none()
     }
 
-    /// The requests with incomplete parameters: their ids, and whether to keep the connection.
+    /// Returns the requests with incomplete parameters: their ids, and whether to keep the connection.
     pub(crate) fn assembled(&self) -> impl Iterator<Item = (RequestId, bool)> {
         let open = self.open.iter().filter(|open| matches!(open.phase, Phase::Params(_)));
         open.map(|open| (open.id, open.keep_connection))
     }
 
-    /// Number of open requests, and of parameter bytes held for them.
+    /// Returns the number of open requests, and of parameter bytes held for them.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn held(&self) -> (usize, usize) {
         let params = self.open.iter().map(|open| match &open.phase {

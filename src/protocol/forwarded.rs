@@ -133,8 +133,7 @@ fn client_of_rfc7239(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -
     client
 }
 
-/// The elements of a list header, from last to first; several lines form one list (RFC 9110,
-/// section 5.3).
+/// Returns the elements of a list header, from last to first; several lines form one list (RFC 9110, section 5.3).
 fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &[u8]> {
     let lines = headers.get_all(name).into_iter().rev();
     lines.flat_map(|line| FromRight::new(line.as_bytes(), b',')).filter(|element| !element.is_empty())

@@ -9,7 +9,7 @@ pub(crate) fn parse_digits(text: &[u8]) -> Option<u64> {
     rest.iter().try_fold(digit(*first)?, |number, &byte| number.checked_mul(10)?.checked_add(digit(byte)?))
 }
 
-/// The elements of a header whose value is a list of tokens (RFC 9110, section 5.6.1).
+/// Returns the elements of a header whose value is a list of tokens (RFC 9110, section 5.6.1).
 pub(crate) fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &[u8]> {
     let elements = headers.get_all(name).into_iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
     elements.map(<[u8]>::trim_ascii).filter(|element| !element.is_empty())

@@ -54,7 +54,7 @@ impl Params {
         Self { raw: raw.freeze(), form: Form::Lengths }
     }
 
-    /// The value of the variable `name`. If it occurs several times, the last value, as in PHP.
+    /// Returns the value of the variable `name`. If it occurs several times, the last value, as in PHP.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&[u8]> {
         self.iter().filter(|(other, _)| *other == name.as_bytes()).last().map(|(_, value)| value)
@@ -66,7 +66,7 @@ impl Params {
         self.raw.is_empty()
     }
 
-    /// All names and values, in the order in which they were received.
+    /// Returns all names and values, in the order in which they were received.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         let (mut rest, form): (&[u8], _) = (&self.raw, self.form);
         std::iter::from_fn(move || {
@@ -76,7 +76,7 @@ impl Params {
         })
     }
 
-    /// A name or value of [`Params::iter`], sharing the memory of the parameters.
+    /// Returns a name or value of [`Params::iter`], sharing the memory of the parameters.
     pub(crate) fn share(&self, part: &[u8]) -> Bytes {
         self.raw.slice_ref(part)
     }

@@ -113,9 +113,9 @@ impl ScgiDecoder {
         event
     }
 
-    /// The minimum number of bytes that are missing, after the `waiting` bytes that were read but not processed, until
-    /// the request is complete. 1 only if exactly one byte is missing; 0 if the request is complete; `None` if the body
-    /// ends with the stream.
+    /// Returns the minimum number of bytes that are missing, after the `waiting` bytes that were read but not
+    /// processed, until the request is complete. 1 only if exactly one byte is missing; 0 if the request is complete;
+    /// `None` if the body ends with the stream.
     pub(crate) fn to_come(&self, waiting: usize) -> Option<u64> {
         let to_come = match self.place {
             Place::Size => MIN_LENGTH.saturating_sub(waiting).max(2) as u64,

@@ -39,7 +39,7 @@ impl Complaints {
         self.last = why.to_string();
     }
 
-    /// Time until the next line is due, if nothing more happens.
+    /// Returns the time until the next line is due, if nothing more happens.
     pub(super) fn due_in(&self, now: Duration) -> Option<Duration> {
         (self.unreported > 0).then(|| self.not_before.saturating_sub(now))
     }

@@ -106,12 +106,12 @@ impl Activity {
         step(&self.under_way, -1);
     }
 
-    /// Number of bodies with a waiting reader.
+    /// Returns the number of bodies with a waiting reader.
     pub(super) fn bodies(&self) -> &AtomicU32 {
         &self.bodies
     }
 
-    /// The bodies that a reader has waited for.
+    /// Returns the bodies that a reader has waited for.
     pub(super) fn slow_bodies(&self) -> MutexGuard<'_, Vec<Arc<SlowBody>>> {
         // Code under the lock cannot panic.
         self.slow_bodies.lock().unwrap_or_else(PoisonError::into_inner)

@@ -50,7 +50,7 @@ impl SlowBody {
         }
     }
 
-    /// Number of ticks since enough bytes were last read.
+    /// Returns the number of ticks since enough bytes were last read.
     pub(super) fn ticks(&self) -> u32 {
         self.ticks.load(Relaxed)
     }

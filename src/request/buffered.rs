@@ -29,7 +29,7 @@ pub(crate) fn set_limit(bytes: u64) {
     LIMIT.store(bytes, Relaxed);
 }
 
-/// Number of bytes above the limit, or above a fraction of it, in eighths.
+/// Returns the number of bytes above the limit, or above a fraction of it, in eighths.
 fn excess(eighths: u64) -> u64 {
     match LIMIT.load(Relaxed) {
         0 => 0,
@@ -47,7 +47,7 @@ pub(crate) fn is_tight() -> bool {
     excess(4) > 0
 }
 
-/// Number of bytes to free when the limit is exceeded.
+/// Returns the number of bytes to free when the limit is exceeded.
 pub(crate) fn too_much() -> u64 {
     if is_full() { excess(6) } else { 0 }
 }

@@ -44,7 +44,7 @@ pub(crate) fn admits<B>(limit: Duration, request: &mut Request<B>, is_trusted: b
     left.is_some()
 }
 
-/// The response to a request that has waited too long.
+/// Returns the response to a request that has waited too long.
 pub(crate) fn shed<B: From<&'static str>>() -> Response<B> {
     count();
     let mut response = Response::new(B::from("503: the request has waited too long\n"));
@@ -64,8 +64,7 @@ pub(crate) fn count() {
     }
 }
 
-/// How long ago the proxy in front received the request; `None` without a header, or with an
-/// invalid one.
+/// Returns how long ago the proxy in front received the request, or `None` without a header, or with an invalid one.
 fn since_start(headers: &HeaderMap, now: Duration) -> Option<Duration> {
     let starts = ["x-request-start", "x-queue-start"].into_iter().filter_map(|name| headers.get(name));
     let waited = starts.filter_map(|value| Some(now.saturating_sub(parse(value.to_str().ok()?)?)));

@@ -25,7 +25,7 @@ pub(crate) struct Conflict {
 }
 
 impl Conflict {
-    /// All conflicts, as one message for the operator.
+    /// Returns all conflicts, as one message for the operator.
     pub(crate) fn join(conflicts: &[Conflict]) -> String {
         conflicts.iter().map(|conflict| conflict.text.as_str()).collect::<Vec<_>>().join("; ")
     }

@@ -16,7 +16,7 @@ const PER_WORKER: u64 = 3;
 /// The output of a program.
 const PER_PROGRAM: u64 = 1;
 
-/// The number of descriptors that a master with this many processes may have open.
+/// Returns the number of descriptors that a master with this many processes may have open.
 fn needed(config: &Config, runs_programs: bool, processes: u32) -> u64 {
     let per_process = if runs_programs { PER_PROGRAM } else { PER_WORKER };
     let clients = if config.control.socket.is_some() { OF_CLIENTS } else { 0 };

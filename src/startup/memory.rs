@@ -18,14 +18,14 @@ use crate::upgrade::Takeover;
 /// the number of workers changes a little.
 const ROWS_STEP: u32 = 64;
 
-/// Layout of the segment.
+/// Returns the layout of the segment.
 pub(crate) fn plan(config: &Config) -> Plan {
     let CacheConfig { bytes, max_entry, .. } = config.cache;
     let rows = config.slots().checked_next_multiple_of(ROWS_STEP).unwrap_or(u32::MAX);
     Plan { cache_bytes: bytes, rows, max_entry, events_bytes: config.events.bytes }
 }
 
-/// The highest number of workers for which [`plan`] needs at most `rows` rows.
+/// Returns the highest number of workers for which [`plan`] needs at most `rows` rows.
 fn workers_for(rows: u32) -> u32 {
     let usable = rows - rows % ROWS_STEP;
     usable.saturating_sub(SPARE_SLOTS) / SLOTS_PER_WORKER

@@ -86,12 +86,12 @@ impl PidFile {
         Ok(created)
     }
 
-    /// The saved form, for the next master in an upgrade.
+    /// Returns the saved form, for the next master in an upgrade.
     pub(crate) fn saved(&self) -> SavedPidFile {
         SavedPidFile { fd: self.file.as_raw_fd(), path: self.path.clone() }
     }
 
-    /// The file to remove if the start is aborted.
+    /// Returns the file to remove if the start is aborted.
     pub(crate) fn leftover(&self) -> Option<Leftover> {
         let ours = self.file.metadata().ok()?;
         Leftover::file(&self.path, (ours.dev(), ours.ino()))
@@ -125,7 +125,7 @@ fn is_locked(file: &File) -> bool {
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut flock)).is_ok() && i32::from(flock.l_type) == libc::F_WRLCK
 }
 
-/// A lock on the whole file.
+/// Returns a lock on the whole file.
 fn flock_of(kind: libc::c_int) -> libc::flock {
     let kind = libc::c_short::try_from(kind).unwrap_or(0);
     let whence = libc::c_short::try_from(libc::SEEK_SET).unwrap_or(0);
@@ -183,7 +183,7 @@ fn refuse_second(path: &Path) -> Result<(), String> {
     }
 }
 
-/// The pid of the running master that uses the file.
+/// Returns the pid of the running master that uses the file.
 ///
 /// # Errors
 /// Returns a message for the operator if it is not a pid file.

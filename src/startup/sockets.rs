@@ -59,8 +59,8 @@ pub(crate) fn open(
     }
 }
 
-/// The control socket: a former master's socket if it has the same path, otherwise a new one. A former master's socket at
-/// a different path is removed. An upgrade check does not take the socket over.
+/// Returns the control socket: a former master's socket if it has the same path, otherwise a new one. A former master's
+/// socket at a different path is removed. An upgrade check does not take the socket over.
 ///
 /// # Errors
 /// Returns a message for the operator if the socket cannot be created.
@@ -81,9 +81,9 @@ pub(crate) fn open_control(
     Ok(wanted.map(ControlListener::bind).transpose()?)
 }
 
-/// The publish socket: a former master's socket if its path is still the configured path, otherwise a new one. `None`
-/// without an event log, or if no path is configured and no place is suitable. A former master's socket at a different path
-/// is removed. An upgrade check does not take the socket over.
+/// Returns the publish socket: a former master's socket if its path is still the configured path, otherwise a new one.
+/// `None` without an event log, or if no path is configured and no place is suitable. A former master's socket at a
+/// different path is removed. An upgrade check does not take the socket over.
 ///
 /// # Errors
 /// Returns a message for the operator if the socket cannot be created.

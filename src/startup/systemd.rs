@@ -15,7 +15,8 @@ const FIRST: RawFd = 3;
 /// Upper bound, higher than any real number of descriptors.
 const MOST: RawFd = 1024;
 
-/// The numbers and names of the descriptors that were passed to this process; in an upgrade check, to its parent.
+/// Returns the numbers and names of the descriptors that were passed to this process; in an upgrade check, to its
+/// parent.
 fn passed() -> Vec<(RawFd, String)> {
     let variable = |name: &str| std::env::var(name).ok();
     let me = if upgrade::is_check() { nix::unistd::getppid() } else { nix::unistd::getpid() };
@@ -33,7 +34,7 @@ fn read(variable: impl Fn(&str) -> Option<String>, me: i32) -> Vec<(RawFd, Strin
     (FIRST..FIRST + count).map(|fd| (fd, names.next().unwrap_or_default())).collect()
 }
 
-/// The default of `--bind`: one address for each name.
+/// Returns the default of `--bind`: one address for each name.
 pub(crate) fn binds() -> Vec<Bind> {
     binds_for(passed())
 }
@@ -49,7 +50,7 @@ fn binds_for(passed: Vec<(RawFd, String)>) -> Vec<Bind> {
     binds
 }
 
-/// The protocol that a name begins with; otherwise HTTP.
+/// Returns the protocol that a name begins with; otherwise HTTP.
 fn protocol_of(name: &str) -> Protocol {
     match name {
         name if name.starts_with("fastcgi") => Protocol::FastCgi,
@@ -58,7 +59,7 @@ fn protocol_of(name: &str) -> Protocol {
     }
 }
 
-/// The descriptors of the sockets with this name; of all passed sockets, if `None`.
+/// Returns the descriptors of the sockets with this name; of all passed sockets, if `None`.
 ///
 /// # Errors
 /// Returns a message for the operator if there is no such socket.
@@ -80,8 +81,8 @@ pub(crate) fn sockets(name: Option<&str>) -> Result<Vec<RawFd>, String> {
     })
 }
 
-/// The shared memory that a former start stored. Must be called only once. If several descriptors have its name, the last is
-/// returned and the others are closed.
+/// Returns the shared memory that a former start stored. Must be called only once. If several descriptors have its
+/// name, the last is returned and the others are closed.
 pub(crate) fn stored_segment() -> Option<OwnedFd> {
     let stored: Vec<RawFd> = passed().into_iter().filter(|(_, name)| name == SEGMENT).map(|(fd, _)| fd).collect();
     sys::take_over(&stored).into_values().last()

@@ -40,13 +40,13 @@ fn close_range(first: u32, last: u32, flags: u32) -> io::Result<()> {
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The argument for [`set_close_on_exec_from`]: empty if close_range(2) is available, otherwise the descriptors that are open
-/// here. Must be called before a fork, because it allocates.
+/// Returns the argument for [`set_close_on_exec_from`]: empty if close_range(2) is available, otherwise the descriptors
+/// that are open here. Must be called before a fork, because it allocates.
 pub(super) fn numbers_without_close_range() -> Vec<RawFd> {
     if has_close_range() { Vec::new() } else { open_or_possible() }
 }
 
-/// The descriptors that are open here, or may be open.
+/// Returns the descriptors that are open here, or may be open.
 fn open_or_possible() -> Vec<RawFd> {
     open_descriptors().unwrap_or_else(|_| {
         // /proc is not mounted here: all numbers up to the limit, within reason.
@@ -110,8 +110,8 @@ pub(crate) fn open_descriptors() -> io::Result<Vec<RawFd>> {
     Ok(listed.into_iter().filter(|&fd| descriptor_flags(fd).is_some()).collect())
 }
 
-/// The open descriptors that this program opened itself: Rust opens every descriptor close-on-exec, and inherited
-/// descriptors are not.
+/// Returns the open descriptors that this program opened itself: Rust opens every descriptor close-on-exec, and
+/// inherited descriptors are not.
 ///
 /// # Errors
 /// Fails as [`open_descriptors`] does.
@@ -121,20 +121,21 @@ pub(crate) fn own_descriptors() -> io::Result<Vec<RawFd>> {
     Ok(open)
 }
 
-/// The flags of a descriptor by its number; `None` if nothing is open there.
+/// Returns the flags of a descriptor by its number, or `None` if nothing is open there.
 fn descriptor_flags(fd: RawFd) -> Option<FdFlag> {
     // SAFETY: F_GETFD accepts any number, and returns -1 if nothing is open there.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
     (flags >= 0).then(|| FdFlag::from_bits_retain(flags))
 }
 
-/// The identity of the file behind descriptor `fd`, for comparison; `None` if it is not open.
+/// Returns the identity of the file behind descriptor `fd`, for comparison, or `None` if it is not open.
 pub(crate) fn identity(fd: RawFd) -> Option<(u64, u64)> {
     let status = nix::sys::stat::fstat(descriptor(fd)?).ok()?;
     Some((status.st_dev, status.st_ino))
 }
 
-/// A copy of descriptor `fd`, above standard error and close-on-exec; `None` if `fd` is not open in this process.
+/// Returns a copy of descriptor `fd`, above standard error and close-on-exec, or `None` if `fd` is not open in this
+/// process.
 pub(crate) fn descriptor(fd: RawFd) -> Option<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC accepts any number and returns EBADF if nothing is open there.
     let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };

@@ -135,7 +135,8 @@ impl Registration {
     }
 }
 
-/// The epoll instances of this process in which a descriptor with this number is registered, each with its token.
+/// Returns the epoll instances of this process in which a descriptor with this number is registered, each with its
+/// token.
 fn registrations_of(fd: RawFd) -> Vec<(RawFd, u64)> {
     let mut found = Vec::new();
     for epoll in super::open_descriptors().unwrap_or_default() {

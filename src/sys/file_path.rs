@@ -27,13 +27,13 @@ pub(crate) enum Links {
     Keep,
 }
 
-/// The directory that contains `path`.
+/// Returns the directory that contains `path`.
 pub(crate) fn directory_of(path: &Path) -> &Path {
     path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// The metadata of the existing file at `path`; `None` if a file can be created there. `flag` is the flag that chose the
-/// path.
+/// Returns the metadata of the existing file at `path`, or `None` if a file can be created there. `flag` is the flag
+/// that chose the path.
 ///
 /// # Errors
 /// Returns a message for the operator if no file can have this path, or no file can be created there.
@@ -98,7 +98,7 @@ pub(crate) fn examine_directory(path: &Path, flag: &str) -> Result<(), String> {
     }
 }
 
-/// The kind of the file, if it is neither a regular file nor a symbolic link.
+/// Returns the kind of the file, if it is neither a regular file nor a symbolic link.
 pub(crate) fn special(found: &Metadata) -> Option<&'static str> {
     let kind = found.file_type();
     match () {
@@ -110,7 +110,7 @@ pub(crate) fn special(found: &Metadata) -> Option<&'static str> {
     }
 }
 
-/// The path without symbolic links, even if no file exists there yet.
+/// Returns the path without symbolic links, even if no file exists there yet.
 pub(crate) fn leads_to(path: &Path) -> PathBuf {
     const MAX_LINKS: usize = 40;
     let mut path = std::path::absolute(path).unwrap_or_else(|_: io::Error| path.to_owned());

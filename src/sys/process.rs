@@ -34,7 +34,7 @@ pub(crate) enum Ending {
 }
 
 impl Ending {
-    /// The same ending as the standard library's type, without the flag for a core dump.
+    /// Returns the same ending as the standard library's type, without the flag for a core dump.
     pub(crate) fn status(self) -> ExitStatus {
         match self {
             Self::Exited(status) => ExitStatus::from_raw(status << 8),
@@ -42,7 +42,7 @@ impl Ending {
         }
     }
 
-    /// The exit status, for the log.
+    /// Returns the exit status, for the log.
     pub(crate) fn exit_status(self) -> Option<i32> {
         match self {
             Self::Exited(status) => Some(status),
@@ -50,7 +50,7 @@ impl Ending {
         }
     }
 
-    /// The name of the signal without `SIG`, for the log.
+    /// Returns the name of the signal without `SIG`, for the log.
     pub(crate) fn signal_name(self) -> Option<String> {
         match self {
             Self::Exited(_) => None,
@@ -129,7 +129,7 @@ pub(crate) fn clone_with_descriptors(name: &CStr, child: impl FnOnce() -> u8) ->
     Ok(pid)
 }
 
-/// The name of this thread, with a null byte at its end. Async-signal-safe.
+/// Returns the name of this thread, with a null byte at its end. Async-signal-safe.
 pub(crate) fn thread_name() -> [u8; 16] {
     let mut name = [0; 16];
     // SAFETY: the kernel writes at most 16 bytes.
@@ -137,7 +137,7 @@ pub(crate) fn thread_name() -> [u8; 16] {
     name
 }
 
-/// A descriptor of process `pid` that becomes readable when the process has ended.
+/// Returns a descriptor of process `pid` that becomes readable when the process has ended.
 ///
 /// # Errors
 /// Returns the error of `pidfd_open(2)`.
@@ -273,8 +273,8 @@ pub(crate) fn die_with_parent(master: Pid) -> io::Result<()> {
     if getppid() == master { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
 }
 
-/// A child that has ended but is not reaped yet, if any. This includes processes that this process inherited because
-/// their parent died. Until the child is reaped, its pid is not reused.
+/// Returns a child that has ended but is not reaped yet, if any. This includes processes that this process inherited
+/// because their parent died. Until the child is reaped, its pid is not reused.
 pub(crate) fn ended_child() -> Option<Pid> {
     let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     // Calls libc, not nix: nix has no names for real-time signals, so it reports a process terminated by one as an

@@ -8,7 +8,7 @@ pub(crate) fn process_status(pid: Pid, name: &str) -> Option<String> {
     status.lines().find_map(|line| line.strip_prefix(name)).map(|rest| rest.trim().to_owned())
 }
 
-/// A field that is an amount of memory, in KiB.
+/// Returns a field that is an amount of memory, in KiB.
 pub(crate) fn process_kib(pid: Pid, name: &str) -> Option<u64> {
     process_status(pid, name)?.strip_suffix("kB")?.trim().parse().ok()
 }

@@ -49,13 +49,13 @@ pub(crate) fn receive_with_descriptors<const MOST: usize>(
     if is_cut || descriptors.len() > MOST { Err(cut_short()) } else { Ok((bytes, descriptors)) }
 }
 
-/// The error for a message that arrived without all of its descriptors.
+/// Returns the error for a message that arrived without all of its descriptors.
 fn cut_short() -> io::Error {
     let why = "a message arrived without all of its descriptors (if too many are open, raise ulimit -n)";
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
-/// The descriptors in truncated control data, which starts with a complete header (cmsg(3)) or is all zeroes.
+/// Returns the descriptors in truncated control data, which starts with a complete header (cmsg(3)) or is all zeroes.
 fn descriptors_in(control: &[u8]) -> Vec<OwnedFd> {
     let header = size_of::<libc::cmsghdr>();
     let number = |at: usize| Some(i32::from_ne_bytes(control.get(at..at + size_of::<RawFd>())?.try_into().ok()?));

@@ -111,7 +111,7 @@ impl Delivery<'_> {
         self.info().map_or(0, |info| unsafe { info.si_addr() }.addr())
     }
 
-    /// The process that sent the signal, if it was sent by kill(2), tgkill(2) or sigqueue(3).
+    /// Returns the process that sent the signal, if it was sent by kill(2), tgkill(2) or sigqueue(3).
     pub(crate) fn sender(&self) -> Option<c_int> {
         let info =
             self.info().filter(|info| [libc::SI_USER, libc::SI_TKILL, libc::SI_QUEUE].contains(&info.si_code))?;
@@ -119,7 +119,7 @@ impl Delivery<'_> {
         Some(unsafe { info.si_pid() })
     }
 
-    /// The addresses of the interrupted instruction and of the stack.
+    /// Returns the addresses of the interrupted instruction and of the stack.
     pub(crate) fn registers(&self) -> Option<(usize, usize)> {
         // SAFETY: null, or the interrupted context, which is valid during the call of the handler.
         let context = unsafe { self.context.cast::<ucontext_t>().as_ref() }?;
@@ -161,7 +161,8 @@ pub(crate) fn at_exit(function: extern "C" fn()) {
     unsafe { libc::atexit(function) };
 }
 
-/// The size in bytes of the stack on which this thread's handlers run; `None` if they run on the thread's own stack. Async-signal-safe.
+/// Returns the size in bytes of the stack on which this thread's handlers run, or `None` if they run on the thread's
+/// own stack. Async-signal-safe.
 pub(crate) fn handler_stack_size() -> Option<usize> {
     current_stack().filter(|stack| stack.ss_flags & libc::SS_DISABLE == 0).map(|stack| stack.ss_size)
 }

@@ -31,13 +31,13 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<So
     Ok((socket, address.as_ref().and_then(peer_address)))
 }
 
-/// The address of a client. An IPv4 client has an IPv4 address even if a dual-stack socket accepted it.
+/// Returns the address of a client. An IPv4 client has an IPv4 address even if a dual-stack socket accepted it.
 pub(crate) fn peer_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     let address = internet_address(address)?;
     Some(SocketAddr::new(address.ip().to_canonical(), address.port()))
 }
 
-/// The IPv4 or IPv6 address; `None` for other families.
+/// Returns the IPv4 or IPv6 address, or `None` for other families.
 pub(crate) fn internet_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
         (Some(&address), _) => Some(SocketAddr::V4(address.into())),
@@ -46,7 +46,7 @@ pub(crate) fn internet_address(address: &SockaddrStorage) -> Option<SocketAddr> 
     }
 }
 
-/// The number of connections in the queue of a listening TCP socket.
+/// Returns the number of connections in the queue of a listening TCP socket.
 ///
 /// # Errors
 /// Returns the error of `getsockopt(2)`; `InvalidInput` if the socket does not listen.
@@ -57,7 +57,7 @@ pub(crate) fn tcp_queue(listener: BorrowedFd<'_>) -> io::Result<u32> {
     if info.tcpi_state == LISTEN { Ok(info.tcpi_unacked) } else { Err(io::ErrorKind::InvalidInput.into()) }
 }
 
-/// The time since the last bytes were received on a TCP connection.
+/// Returns the time since the last bytes were received on a TCP connection.
 ///
 /// # Errors
 /// Returns the error of `getsockopt(2)`.

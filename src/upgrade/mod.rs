@@ -17,7 +17,7 @@ pub(crate) use self::takeover::{Takeover, Ties, is_check};
 /// The variables of an upgrade. They are for the master only, and are not passed on.
 pub(crate) const VARIABLES: [&str; 2] = [STATE, CHECK];
 
-/// The line that the check of a new build prints when it has succeeded.
+/// Returns the line that the check of a new build prints when it has succeeded.
 pub(crate) fn password() -> String {
     format!("forkyard: this build can take over (state format {FORMAT})")
 }

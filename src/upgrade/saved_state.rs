@@ -275,12 +275,12 @@ impl Saved {
         Duration::from_millis(passed)
     }
 
-    /// The descriptors that the new program needs to start at all: those of the upgrade check.
+    /// Returns the descriptors that the new program needs to start at all: those of the upgrade check.
     pub(crate) fn foundation(&self) -> Vec<RawFd> {
         self.listeners.iter().map(|listener| listener.fd).chain([self.segment.fd]).collect()
     }
 
-    /// All descriptors that the state names.
+    /// Returns all descriptors that the state names.
     pub(crate) fn descriptors(&self) -> Vec<RawFd> {
         let of_child = |child: &SavedChild| {
             let report = match child.link {

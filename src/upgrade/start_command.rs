@@ -61,13 +61,14 @@ impl StartCommand {
         Ok(Self { program, directory, arguments: env::args_os().collect() })
     }
 
-    /// The arguments, with the name by which the program was called.
+    /// Returns the arguments, with the name by which the program was called.
     pub(crate) fn arguments(&self) -> Vec<OsString> {
         if self.arguments.is_empty() { env::args_os().collect() } else { self.arguments.clone() }
     }
 }
 
-/// The original path of a file that was replaced after its execution: the kernel appends " (deleted)" to its path.
+/// Returns the original path of a file that was replaced after its execution: the kernel appends " (deleted)" to its
+/// path.
 fn place_of(executable: PathBuf) -> PathBuf {
     match executable.as_os_str().as_bytes().strip_suffix(b" (deleted)") {
         Some(path) if !executable.exists() => PathBuf::from(OsStr::from_bytes(path)),

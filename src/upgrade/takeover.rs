@@ -75,9 +75,9 @@ impl Takeover {
         Ok(Some(Self { saved, binds, descriptors, check }))
     }
 
-    /// The sockets that were created for this `--bind`, with the device and inode of their files. There may be several if
-    /// systemd passed them or if a name was resolved to several addresses; otherwise at most one. Each of several binds to
-    /// port 0 gets its own socket.
+    /// Returns the sockets that were created for this `--bind`, with the device and inode of their files. There may be
+    /// several if systemd passed them or if a name was resolved to several addresses; otherwise at most one. Each of
+    /// several binds to port 0 gets its own socket.
     pub(crate) fn listeners(&mut self, bind: &Bind) -> Vec<(OwnedFd, Option<(u64, u64)>)> {
         let text = bind.to_string();
         let most = if bind.address.may_be_several() { usize::MAX } else { 1 };
@@ -85,7 +85,7 @@ impl Takeover {
         ours.into_iter().filter_map(|one| Some((self.claim(one.fd)?, one.file))).collect()
     }
 
-    /// The shared memory, and the path of its file if it has one.
+    /// Returns the shared memory, and the path of its file if it has one.
     pub(crate) fn segment(&mut self) -> Option<(OwnedFd, Option<PathBuf>)> {
         Some((self.claim(self.saved.segment.fd)?, self.saved.segment.file.clone()))
     }
@@ -94,8 +94,8 @@ impl Takeover {
         Ties { lifeline: self.lifeline(), handover: self.handover(listeners) }
     }
 
-    /// The channel on which the old workers hand connections over, if `listeners` are the former master's sockets in the same
-    /// order: a connection in the channel identifies its listener by index.
+    /// Returns the channel on which the old workers hand connections over, if `listeners` are the former master's
+    /// sockets in the same order: a connection in the channel identifies its listener by index.
     fn handover(&mut self, listeners: &[Listener]) -> Option<Channel> {
         let (send, receive) = self.saved.handover?;
         let now = listeners.iter().map(|listener| listener.bind.to_string());
@@ -108,7 +108,7 @@ impl Takeover {
         Some(Channel::resume((self.claim(send)?, self.claim(receive)?)))
     }
 
-    /// The control socket; `None` in a check.
+    /// Returns the control socket, or `None` in a check.
     pub(crate) fn control(&mut self) -> Option<ControlListener> {
         let saved = self.saved.control.as_ref()?;
         let (path, fd, file) = (saved.path.clone(), saved.fd, saved.file);
@@ -139,7 +139,7 @@ impl Takeover {
         self.saved.publish.as_ref().is_some_and(|saved| saved.asked.as_deref() == asked)
     }
 
-    /// The path of the pid file, and its descriptor. The descriptor is `None` in a check.
+    /// Returns the path of the pid file, and its descriptor. The descriptor is `None` in a check.
     pub(crate) fn pid_file(&mut self) -> Option<(PathBuf, Option<OwnedFd>)> {
         let SavedPidFile { fd, path } = self.saved.pid_file.take()?;
         Some((path, self.claim(fd)))

@@ -93,7 +93,7 @@ struct Ended {
 }
 
 impl EventLoopNotifier {
-    /// The notifier of this thread's event loop.
+    /// Returns the notifier of this thread's event loop.
     pub(super) fn of_this_thread() -> Option<Arc<Self>> {
         NOTIFIER.with_borrow(Clone::clone)
     }

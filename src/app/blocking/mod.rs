@@ -170,7 +170,7 @@ struct Panicked;
 trait Job: Send + Sync {
     /// Runs the function, unless the client has disconnected.
     fn run(&self);
-    /// The response, if it is ready.
+    /// Returns the response, if it is ready.
     fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>>;
     /// Refuses the request because it has waited too long, unless it is running.
     fn shed(&self);
@@ -182,7 +182,7 @@ trait Job: Send + Sync {
     fn is_waiting(&self) -> bool;
     /// Whether the function is running.
     fn is_running(&self) -> bool;
-    /// The notifier of the event loop that waits for the response.
+    /// Returns the notifier of the event loop that waits for the response.
     fn notifier(&self) -> Option<&Arc<EventLoopNotifier>>;
 }
 

@@ -93,14 +93,14 @@ pub(crate) async fn one_hangs() -> String {
     }
 }
 
-/// Number of functions that hang.
+/// Returns the number of functions that hang.
 pub(super) fn hung() -> usize {
     let now = Instant::now();
     running().iter().filter(|one| one.hangs_at().is_some_and(|at| at <= now)).count()
 }
 
-/// Number of functions that a draining worker no longer waits for, and the time at which the next
-/// function joins them unless it returns first.
+/// Returns the number of functions that a draining worker no longer waits for, and the time at which the next function
+/// joins them unless it returns first.
 pub(super) fn outstaying() -> (usize, Option<Instant>) {
     let now = Instant::now();
     let ends = running().into_iter().filter_map(|one| one.ends());
@@ -108,7 +108,7 @@ pub(super) fn outstaying() -> (usize, Option<Instant>) {
     (over.len(), will.into_iter().min())
 }
 
-/// The abandoned functions that are still running. Empty if functions never count as hanging.
+/// Returns the abandoned functions that are still running. Empty if functions never count as hanging.
 fn running() -> Vec<Overrun> {
     if patience().is_zero() {
         return Vec::new();

@@ -51,12 +51,12 @@ impl BodyOutcome {
     /// The body was read to its end without an error.
     const WHOLE: u8 = 4;
 
-    /// The status that replaces the application's response, if any.
+    /// Returns the status that replaces the application's response, if any.
     pub(crate) fn status(&self) -> Option<StatusCode> {
         self.cause().map(|(status, _)| status).filter(|&status| status != StatusCode::BAD_REQUEST)
     }
 
-    /// The status and the reason for a body that failed because of the client.
+    /// Returns the status and the reason for a body that failed because of the client.
     pub(crate) fn cause(&self) -> Option<(StatusCode, &'static str)> {
         match self.0.load(Ordering::Relaxed) {
             Self::TOO_LARGE => Some((StatusCode::PAYLOAD_TOO_LARGE, "a body larger than --max-body")),

@@ -130,7 +130,7 @@ impl Drop for Writer {
 }
 
 impl Reader {
-    /// The next chunk; `None` at the end.
+    /// Returns the next chunk, or `None` at the end.
     pub(crate) fn poll_next(&self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Cut>>> {
         let mut shared = lock(&self.0);
         let next = shared.queue.pop_front();

@@ -30,12 +30,12 @@ impl Frame {
         Self { bytes: bytes.freeze(), rest }
     }
 
-    /// The frame for a subscriber of this topic only.
+    /// Returns the frame for a subscriber of this topic only.
     pub(super) fn whole(&self) -> Bytes {
         self.bytes.clone()
     }
 
-    /// The frame for a subscriber of several topics, which needs an id of its own.
+    /// Returns the frame for a subscriber of several topics, which needs an id of its own.
     pub(super) fn with_id(&self, id: &Cursor) -> Bytes {
         let mut bytes = BytesMut::with_capacity(self.bytes.len() + 21 * id.ids.len());
         put_id(&mut bytes, id);

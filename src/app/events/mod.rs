@@ -78,7 +78,7 @@ impl Events {
         self.hub.log().publish(topic, &name, &data).map_err(EventsError::NotPublished)
     }
 
-    /// The id of the most recent event in `topic`, or 0 if there is none.
+    /// Returns the id of the most recent event in `topic`, or 0 if there is none.
     ///
     /// If the log has dropped topics, the result for an unknown topic is the id after which the numbering of that topic
     /// would continue.
@@ -87,7 +87,7 @@ impl Events {
         self.hub.log().last_id(topic)
     }
 
-    /// The number of subscribers in this worker.
+    /// Returns the number of subscribers in this worker.
     #[must_use]
     pub fn subscribers(&self) -> usize {
         self.hub.subscribers()
@@ -170,25 +170,25 @@ impl Published {
         Self(Arc::new(Inner { topic, id, name, data: data.into(), epoch, frame: OnceLock::new() }))
     }
 
-    /// The topic that the event was published to.
+    /// Returns the topic that the event was published to.
     #[must_use]
     pub fn topic(&self) -> &str {
         &self.0.topic
     }
 
-    /// The event's id: one more than the id of the previous event of the topic.
+    /// Returns the event's id: one more than the id of the previous event of the topic.
     #[must_use]
     pub fn id(&self) -> u64 {
         self.0.id
     }
 
-    /// The event's name; empty if it has none.
+    /// Returns the event's name; empty if it has none.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// The event's data.
+    /// Returns the event's data.
     #[must_use]
     pub fn data(&self) -> &Bytes {
         &self.0.data

@@ -3,8 +3,8 @@
 /// Name of the event that notifies clients of missed events.
 pub(crate) const GAP: &str = "gap";
 
-/// Why the name is invalid, as a phrase whose subject is the name; `None` if it is valid. An empty
-/// name is valid.
+/// Returns why the name is invalid, as a phrase whose subject is the name, or `None` if it is valid. An empty name is
+/// valid.
 pub(crate) fn fault(name: &str) -> Option<&'static str> {
     if name == GAP {
         Some("is reserved for notices of missed events")

@@ -370,7 +370,7 @@ impl Stream {
         bytes.extend_from_slice(b"\n");
     }
 
-    /// The last bytes before the worker exits.
+    /// Returns the last bytes before the worker exits.
     fn farewell(&mut self) -> Bytes {
         let mut bytes = BytesMut::new();
         put_retry(&mut bytes, between(BACK_AFTER_DRAIN_MS.0, BACK_AFTER_DRAIN_MS.1));
@@ -379,7 +379,7 @@ impl Stream {
     }
 }
 
-/// A random number from `least` to `most`.
+/// Returns a random number from `least` to `most`.
 fn between(least: u64, most: u64) -> u64 {
     // Without random numbers, all clients reconnect at the same time, which is no reason to fail.
     let random = getrandom::u64().unwrap_or(0);

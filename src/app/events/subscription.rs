@@ -93,7 +93,7 @@ impl Subscription {
         })
     }
 
-    /// The subscriber's position after the messages yielded so far, to be passed to
+    /// Returns the subscriber's position after the messages yielded so far, to be passed to
     /// [`Events::subscribe`](super::Events::subscribe) in any worker.
     #[must_use]
     pub fn last_event_id(&self) -> String {

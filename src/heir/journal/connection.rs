@@ -83,7 +83,7 @@ impl ConnHandle {
         }
     }
 
-    /// The output position after `waiting` unwritten bytes.
+    /// Returns the output position after `waiting` unwritten bytes.
     #[expect(clippy::cast_possible_truncation, reason = "positions wrap around")]
     pub(crate) fn output(&self, waiting: usize) -> u32 {
         self.position(|record| &record.written).wrapping_add(waiting as u32)
@@ -96,7 +96,8 @@ impl ConnHandle {
         }
     }
 
-    /// The number of bytes read and not yet handled; negative while a part of the input being handled has not arrived.
+    /// Returns the number of bytes read and not yet handled; negative while a part of the input being handled has not
+    /// arrived.
     pub(crate) fn unfinished(&self) -> i32 {
         self.position(|record| &record.read).wrapping_sub(self.position(|record| &record.clean)).cast_signed()
     }

@@ -126,12 +126,12 @@ impl Intent {
         Op::from_word(self.op.load(Acquire))
     }
 
-    /// The connection of the operation.
+    /// Returns the connection of the operation.
     pub(super) fn fd(&self) -> RawFd {
         self.fd.load(Acquire)
     }
 
-    /// The position in the connection's input or output at which the operation began.
+    /// Returns the position in the connection's input or output at which the operation began.
     pub(super) fn base(&self) -> u32 {
         self.base.load(Acquire)
     }
@@ -156,14 +156,14 @@ impl Intent {
         self.op.store(Op::Read as u32, Release);
     }
 
-    /// Number of bytes that the last message moved.
+    /// Returns the number of bytes that the last message moved.
     pub(super) fn moved(&self) -> u32 {
         // SAFETY: only the owner of the intent record, and the kernel on its behalf, write there. Any value is valid.
         let message = unsafe { self.message.get().read_volatile() };
         message.msg_len
     }
 
-    /// Number of the moved bytes that are input of the connection.
+    /// Returns the number of the moved bytes that are input of the connection.
     pub(super) fn came(&self) -> u32 {
         self.moved().saturating_sub(self.skip.load(Acquire))
     }
@@ -265,7 +265,7 @@ impl Intent {
         look(unsafe { std::slice::from_raw_parts(self.read_buffer.get().cast(), length) })
     }
 
-    /// The received message: its header and the rest. `None` if the message is shorter than its header.
+    /// Returns the received message: its header and the rest. `None` if the message is shorter than its header.
     pub(super) fn message(&self) -> Option<Vec<u8>> {
         let early = self.moved().checked_sub(u32::try_from(HEADER).ok()?)?;
         // SAFETY: only this thread writes there, and any bytes are valid.
@@ -280,7 +280,7 @@ impl Intent {
         message.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) == 0
     }
 
-    /// The descriptor that was received with the message.
+    /// Returns the descriptor that was received with the message.
     pub(super) fn ancillary_descriptor(&self) -> Option<RawFd> {
         // SAFETY: only this thread, and the kernel on its behalf, write there. Any bytes are valid.
         let rights = unsafe { self.rights.get().read_volatile() };

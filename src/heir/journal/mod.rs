@@ -303,13 +303,13 @@ impl Journal {
         }
     }
 
-    /// The descriptors that may have a record.
+    /// Returns the descriptors that may have a record.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = RawFd> {
         let top = self.intent().top.load(Acquire).min(u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX));
         (0..top.cast_signed()).filter(|&fd| self.read_record(fd).is_some())
     }
 
-    /// The state of a connection; `None` if it has no record.
+    /// Returns the state of a connection, or `None` if it has no record.
     pub(crate) fn read_record(&self, fd: RawFd) -> Option<ConnRecord> {
         let (record, intent) = (self.record(fd)?, self.intent());
         let wire_protocol = WireProtocol::from_word(record.wire_protocol.load(Acquire));

@@ -24,7 +24,7 @@ fn silent(in_flight: &[&str], elsewhere: &[&str]) -> Death {
     Death { in_flight, complete: true, culprit: None, running: None, by_itself: true, live_workers: 1, elsewhere }
 }
 
-/// A death without last words, in which threads were working on `running` while many other requests waited.
+/// Returns a death without last words, in which threads were working on `running` while many other requests waited.
 fn at_work_on(running: &[&str], elsewhere: &[&str]) -> Death {
     Death { running: Some(suspects(running)), complete: false, ..silent(&["GET /popular"; 16], elsewhere) }
 }
@@ -43,7 +43,7 @@ fn refused(verdicts: &[Verdict]) -> Vec<&str> {
         .collect()
 }
 
-/// The verdicts on these deaths, which are a second apart.
+/// Returns the verdicts on these deaths, which are a second apart.
 fn verdicts(deaths: &[Death]) -> Vec<Verdict> {
     let mut quarantine = Quarantine::new(config());
     deaths.iter().zip(1..).flat_map(|(death, second)| quarantine.died(death.clone(), SECOND * second)).collect()

@@ -210,7 +210,7 @@ impl SidecarSupervisor {
         index
     }
 
-    /// Time left for a process to stop, if it was asked to.
+    /// Returns the time left for a process to stop, if it was asked to.
     pub(crate) fn stop_left(&self, pid: Pid) -> Option<Duration> {
         match self.sidecars[self.find(pid)?].state {
             State::Stopping { deadline, .. } => Some(deadline.saturating_sub(self.now)),
@@ -263,7 +263,7 @@ impl SidecarSupervisor {
         now_at
     }
 
-    /// The settings, for the log.
+    /// Returns the settings, for the log.
     pub(crate) fn describe(&self) -> String {
         let schedules = self.sidecars.iter().filter_map(|sidecar| match &sidecar.kind {
             Kind::Job { schedule, .. } => Some(schedule.to_string()),
@@ -276,7 +276,7 @@ impl SidecarSupervisor {
         )
     }
 
-    /// The state of a job, with its deadline according to the current time limit.
+    /// Returns the state of a job, with its deadline according to the current time limit.
     fn timed(&self, state: State) -> State {
         match state {
             State::Running { pid, since, before, .. } => {
@@ -288,7 +288,7 @@ impl SidecarSupervisor {
         }
     }
 
-    /// The time of the last check for due jobs, for the next master in an upgrade. `None` if jobs do not run.
+    /// Returns the time of the last check for due jobs, for the next master in an upgrade. `None` if jobs do not run.
     pub(crate) fn looked_at(&self) -> Option<Timestamp> {
         (self.mode == Mode::Running).then_some(self.wall)
     }
@@ -343,7 +343,7 @@ impl SidecarSupervisor {
         self.sidecars.iter().all(|sidecar| sidecar.state.pid().is_none())
     }
 
-    /// The time at which [`SidecarEvent::Tick`] is due without another event.
+    /// Returns the time at which [`SidecarEvent::Tick`] is due without another event.
     pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         let of_states = self.sidecars.iter().filter_map(|sidecar| match sidecar.state {
             State::Running { deadline, .. } => deadline,

@@ -117,7 +117,7 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// A description for the log.
+    /// Returns a description for the log.
     pub(crate) fn verb(self) -> &'static str {
         match self {
             Self::Drain => "drain and stop",

@@ -12,7 +12,7 @@ use crate::upgrade::saved_processes::{Roster, SavedSlot, SavedSlotState};
 const MAX_SLOTS: u32 = 1 << 16;
 
 impl Supervisor {
-    /// The state for the next master; `None` while the server stops, because no upgrade takes place then.
+    /// Returns the state for the next master, or `None` while the server stops, because no upgrade takes place then.
     pub(crate) fn save(&self, now: Uptime) -> Option<Roster> {
         if self.mode != Mode::Running {
             return None;

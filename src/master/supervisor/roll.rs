@@ -51,7 +51,7 @@ impl Supervisor {
         }
     }
 
-    /// The generation of the next process; `None` if it must wait for the canary.
+    /// Returns the generation of the next process, or `None` if it must wait for the canary.
     pub(super) fn next_generation(&self) -> Option<u64> {
         let Some(Roll { generation, proven, .. }) = self.roll else { return Some(self.generation) };
         if proven {
@@ -65,7 +65,7 @@ impl Supervisor {
         (!has_canary).then_some(generation)
     }
 
-    /// Number of processes above the target, while others are being replaced.
+    /// Returns the number of processes above the target, while others are being replaced.
     pub(super) fn surge(&self) -> u32 {
         let outdated = self.count_slots(|slot| slot.state.counts() && self.is_outdated(slot));
         let leaving = self.count_slots(|slot| slot.replaced && slot.state.pid().is_some());

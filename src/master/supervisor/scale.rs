@@ -92,7 +92,7 @@ impl Scaler {
         target
     }
 
-    /// The time of the next sample; `None` if nothing is to be decided.
+    /// Returns the time of the next sample, or `None` if nothing is to be decided.
     pub(super) fn sample_at(&self, target: u32) -> Option<Uptime> {
         (self.min < self.max && target > 0).then_some(self.sample_at)
     }

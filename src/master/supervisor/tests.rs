@@ -453,7 +453,7 @@ fn a_process_that_will_not_leave_is_asked_again_and_then_killed() {
     assert_eq!(world.exited, Some(true));
 }
 
-/// The pids of some starting processes.
+/// Returns the pids of some starting processes.
 fn starting(world: &World) -> Vec<Pid> {
     let starting = world.processes.iter().filter(|(_, life)| **life == Life::Starting);
     starting.map(|(&pid, _)| Pid::from_raw(pid)).collect()

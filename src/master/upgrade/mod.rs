@@ -121,7 +121,7 @@ impl Check {
         });
     }
 
-    /// The refusal, for a check that ended in this way.
+    /// Returns the refusal, for a check that ended in this way.
     fn failure(self, ending: Ending) -> Refusal {
         let failed = "the new build failed its check";
         let why = match (self.cut_short, ending) {
@@ -279,7 +279,8 @@ impl Master {
         })
     }
 
-    /// The message for a failed start. It names a remedy only if the program, and not the machine, is the cause.
+    /// Returns the message for a failed start. It names a remedy only if the program, and not the machine, is the
+    /// cause.
     fn cannot_start(&self, error: &io::Error) -> String {
         let is_machine =
             matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::EAGAIN | libc::ENOMEM));

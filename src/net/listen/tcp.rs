@@ -54,7 +54,7 @@ fn is_absent(errno: Errno) -> bool {
     matches!(errno, Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)
 }
 
-/// All addresses of `HOST:PORT`.
+/// Returns all addresses of `HOST:PORT`.
 ///
 /// # Errors
 /// Returns a message for the operator if the name cannot be resolved.

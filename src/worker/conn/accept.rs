@@ -67,7 +67,7 @@ pub(crate) trait Serve {
     /// Serves the connection until it ends.
     fn serve(&self, socket: Socket, arrival: Arrival) -> impl Future<Output = ()> + 'static;
 
-    /// The protocol of a listener's connections.
+    /// Returns the protocol of a listener's connections.
     fn wire_protocol(&self, listener: u16) -> WireProtocol;
 }
 
@@ -422,7 +422,7 @@ impl Acceptor {
         matches!(self.source, Source::Listener { .. })
     }
 
-    /// The index of the listener; `None` for the channel.
+    /// Returns the index of the listener, or `None` for the channel.
     fn listener(&self) -> Option<u16> {
         match self.source {
             Source::Listener { index, .. } => Some(index),

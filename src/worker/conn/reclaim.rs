@@ -11,8 +11,8 @@ pub(crate) struct Idle {
     pub(crate) ticks: u32,
 }
 
-/// Number of connections to close at a time, for a limit of `limit` connections. Closing one at a time would search all
-/// connections for every slot.
+/// Returns the number of connections to close at a time, for a limit of `limit` connections. Closing one at a time
+/// would search all connections for every slot.
 pub(crate) fn share(limit: u32) -> usize {
     usize::try_from(limit / 32).unwrap_or(usize::MAX).max(1)
 }

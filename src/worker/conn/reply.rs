@@ -35,12 +35,12 @@ where
         Self { body: Box::pin(body), over }
     }
 
-    /// The request that this reply answers.
+    /// Returns the request that this reply answers.
     pub(crate) fn guard(&mut self) -> Option<&mut RequestGuard> {
         self.body.as_mut().guard_pinned()
     }
 
-    /// The next chunk of the body; `None` at its end.
+    /// Returns the next chunk of the body, or `None` at its end.
     ///
     /// # Errors
     /// If the body fails, which has already been logged.

@@ -96,7 +96,7 @@ impl Socket {
         self.asks_wait.set(true);
     }
 
-    /// The connection's handle in the journal.
+    /// Returns the connection's handle in the journal.
     pub(crate) fn conn(&self) -> &ConnHandle {
         &self.conn
     }

@@ -135,7 +135,7 @@ impl Drain {
         }
     }
 
-    /// How long the application's last output may take, and how long the client may take to read it.
+    /// Returns how long the application's last output may take, and how long the client may take to read it.
     pub(crate) fn farewell(&self) -> Duration {
         FAREWELL.min(self.0.timeout / 8)
     }
@@ -180,7 +180,7 @@ impl Drain {
         self.0.stranded.notified().await;
     }
 
-    /// Number of connections that were handed over.
+    /// Returns the number of connections that were handed over.
     pub(crate) fn passed_on(&self) -> u64 {
         self.0.passed_on.get()
     }

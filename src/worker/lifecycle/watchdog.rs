@@ -317,8 +317,8 @@ mod tests {
         upgraded: Duration::ZERO,
     };
 
-    /// Number of ticks that a connection survives if `each` runs before each tick; 100 if it
-    /// survives them all.
+    /// Returns the number of ticks that a connection survives if `each` runs before each tick; 100 if it survives them
+    /// all.
     fn ticks(mut each: impl FnMut(&Activity)) -> u32 {
         ticks_of(move |activity| each(activity))
     }
@@ -357,8 +357,8 @@ mod tests {
         assert_eq!(ticks(write(1024)), 100, "it is slow, but it gets on: that is not idle");
     }
 
-    /// Number of ticks for which a reader may wait for a body if this many bytes and further requests arrive before
-    /// each tick; 100 if the body survives them all. The connection continues.
+    /// Returns the number of ticks for which a reader may wait for a body if this many bytes and further requests
+    /// arrive before each tick; 100 if the body survives them all. The connection continues.
     fn body_ticks(bytes: usize, others: u32, waits: impl Fn(u32) -> bool) -> u32 {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());

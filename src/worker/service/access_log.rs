@@ -211,7 +211,7 @@ impl AccessLogEntry {
         })
     }
 
-    /// A line for a request that could not be read.
+    /// Returns a line for a request that could not be read.
     pub(crate) fn of_unread(log: &Rc<AccessLog>, protocol: Protocol, from: Option<SocketAddr>) -> Box<Self> {
         let mut entry = Self::begin::<()>(log, protocol, None);
         entry.address = from.map(|from| from.ip());

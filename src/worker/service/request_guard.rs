@@ -87,7 +87,7 @@ impl RequestGuard {
         current_request::enter(Some(self.in_flight.cell()), code)
     }
 
-    /// The request as shown in messages: "GET /path".
+    /// Returns the request as shown in messages: "GET /path".
     pub(crate) fn what(&self) -> String {
         self.in_flight.what()
     }
@@ -151,7 +151,7 @@ impl RequestGuard {
         }
     }
 
-    /// The client, if it can make the request fail.
+    /// Returns the client, if it can make the request fail.
     pub(super) fn client(&self) -> Option<&ClientFaults> {
         self.client.as_deref()
     }

@@ -104,7 +104,7 @@ impl<S> Application<S> {
 }
 
 impl Protection {
-    /// How long the quarantine will continue to refuse this request; `None` if it does not refuse it.
+    /// Returns how long the quarantine will continue to refuse this request, or `None` if it does not refuse it.
     fn refuses(&self, method: &Method, target: &str) -> Option<Duration> {
         let quarantine = self.quarantine.as_ref().filter(|quarantine| !quarantine.is_empty())?;
         let suspect = RequestKey::of(&request_text(method.as_str(), target), self.by);
@@ -162,7 +162,7 @@ where
         !self.protection.max_queue_time.is_zero()
     }
 
-    /// The configured limit that a request exceeds, if any.
+    /// Returns the configured limit that a request exceeds, if any.
     fn beyond_limits(&self, request: &Request<Body>, protocol: Protocol) -> Option<(StatusCode, &'static str)> {
         let limits = &self.limits;
         if request.uri().path_and_query().is_some_and(|target| target.as_str().len() > limits.max_uri) {
@@ -219,7 +219,7 @@ impl<S> Application<S> {
     }
 }
 
-/// Size of the headers, computed as in HTTP/2 (RFC 9113, section 6.5.2).
+/// Returns the size of the headers, computed as in HTTP/2 (RFC 9113, section 6.5.2).
 fn length_of(headers: &HeaderMap) -> usize {
     headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
 }
@@ -285,7 +285,7 @@ impl<S: Service<Request<Body>>, B> ResponseFuture<S, B> {
         Self { stage, is_head: false, switch: Switch::No, guard: Some(guard), deadline: None, begun: None }
     }
 
-    /// The request, until its response is available.
+    /// Returns the request, until its response is available.
     pub(crate) fn guard(self: Pin<&mut Self>) -> Option<&mut RequestGuard> {
         let answer = self.project();
         answer.begun.as_mut().map(|begun| &mut begun.guard).or(answer.guard.as_mut())
@@ -421,7 +421,7 @@ fn why_not_interim(status: StatusCode, switch: Switch) -> &'static str {
     }
 }
 
-/// The response for a request that the application did not answer.
+/// Returns the response for a request that the application did not answer.
 fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, guard: RequestGuard) -> Response<Served<B>> {
     match failure {
         Failure::Refused(status, again_after) => {
@@ -475,7 +475,7 @@ fn apply_forwarded_headers(trust: &Trust, request: &mut Request<Body>) -> bool {
     true
 }
 
-/// A response with a status and its name as the body.
+/// Returns a response with a status and its name as the body.
 pub(crate) fn refusal<B>(status: StatusCode, mut guard: RequestGuard) -> Response<Served<B>> {
     guard.answered(status);
     let text = format!("{status}\n");

@@ -24,7 +24,7 @@ struct World {
     fails_to_spawn: bool,
 }
 
-/// The first sidecars are daemons, the others are jobs with this schedule.
+/// Returns the first sidecars are daemons, the others are jobs with this schedule.
 fn world(daemons: usize, schedules: &[&str], cron_timeout: Duration) -> World {
     let daemons = (0..daemons).map(|number| SidecarConfig::daemon(&format!("d{number}=x")).unwrap());
     let jobs = schedules.iter().enumerate().map(|(number, text)| {

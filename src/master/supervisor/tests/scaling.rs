@@ -36,7 +36,7 @@ impl World {
         places.map(|(_, generation)| generation).collect()
     }
 
-    /// The numbers of workers that demand has led to, in order.
+    /// Returns the numbers of workers that demand has led to, in order.
     fn scaled(&self) -> Vec<u32> {
         let to = |notice: &Notice| if let Notice::Scaled { to, .. } = notice { Some(*to) } else { None };
         self.notices.iter().filter_map(to).collect()

@@ -193,7 +193,7 @@ impl Requests {
         self.upgrade.replace(Some(upgrade));
     }
 
-    /// The upgrade that the connection switched to.
+    /// Returns the upgrade that the connection switched to.
     pub(super) fn take_upgrade(&self) -> Option<AcceptedUpgrade> {
         self.upgrade.take()
     }
@@ -263,8 +263,8 @@ impl Drop for OpenRequest {
     }
 }
 
-/// Length of the head at the beginning of `input`, if it is complete and each of its lines ends in CRLF. hyper accepts
-/// other line endings too.
+/// Returns the length of the head at the beginning of `input`, if it is complete and each of its lines ends in CRLF.
+/// hyper accepts other line endings too.
 fn head_length(input: &[u8]) -> Option<u32> {
     let mut from = 0;
     loop {

@@ -96,8 +96,8 @@ pub(super) fn is_event_stream<B>(response: &Response<B>) -> bool {
         && !response.headers().contains_key(header::CONTENT_LENGTH)
 }
 
-/// The `Content-Length` that the application has set for the body of a response. An invalid value
-/// is removed, because servers would interpret it differently.
+/// Returns the `Content-Length` that the application has set for the body of a response. An invalid value is removed,
+/// because servers would interpret it differently.
 pub(super) fn promised<B>(response: &mut Response<B>, guard: &RequestGuard) -> Option<u64> {
     if cgi::has_no_body(response.status()) {
         return None;

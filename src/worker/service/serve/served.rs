@@ -67,7 +67,7 @@ impl<B> Served<B> {
         (Self { content: Content::Nothing, guard: None }, self.guard)
     }
 
-    /// The request, unless it continues in an upgrade.
+    /// Returns the request, unless it continues in an upgrade.
     pub(crate) fn guard_mut(&mut self) -> Option<&mut RequestGuard> {
         self.guard.as_mut()
     }
