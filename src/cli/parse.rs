@@ -74,7 +74,7 @@ pub(super) fn read(command: &mut Command, arguments: &[OsString], serving: &[&st
     let (additions, of_file) = file::read(path, grammar, given);
     mistakes.lines.extend(of_file.lines);
     mistakes.settings.extend(of_file.settings);
-    // Before all given arguments, but after the program's name and the sub-command.
+    // The settings from the file come after the program's name and the sub-command, and before all other arguments.
     let (before, after) = arguments.split_at(arguments.len().min(1 + usize::from(name.is_some())));
     let mut all = [before, &additions.flags, after].concat();
     if !additions.command.is_empty() {
@@ -107,7 +107,7 @@ fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsStr
         removed = true;
     }
     if !removed {
-        // The value came from a variable.
+        // The value came from an environment variable.
         let forget = |check: Command| {
             check.mut_args(|argument| {
                 if argument.get_long() == Some(flag) {
@@ -128,7 +128,8 @@ fn without(error: &clap::Error, command: &mut Command, arguments: &mut Vec<OsStr
         mistakes.lines.push(format!("{long}: {}", file::explain(error)));
         mistakes.settings.push(flag.to_owned());
     }
-    // Each call removes a value, so the caller's loop terminates.
+    // A call that returns true has removed a value or a variable. There are finitely many, so the caller's loop
+    // terminates.
     removed || is_new
 }
 
@@ -142,7 +143,7 @@ pub(super) fn conclude(
 ) -> Result<Invocation, clap::Error> {
     let request = Box::new(request);
     if checked {
-        // An error that is a consequence of a setting that could not be read is not reported.
+        // If a setting could not be read, errors that result from its absence are not reported.
         let is_unread = |setting: &&str| mistakes.settings.iter().any(|unread| unread == setting);
         wrong.retain(|mismatch| !mismatch.settings.iter().any(is_unread));
         let wrong = wrong.into_iter().map(|mismatch| mismatch.text);

@@ -1,4 +1,4 @@
-//! Checks the headers of proxies against forged headers of a client.
+//! Checks that headers forged by a client cannot override the headers that proxies write.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -9,8 +9,8 @@ use crate::protocol::forwarded::{ForwardedClient, ForwardingHeaders, client, rem
 
 const PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
 
-/// Reads the bytes as headers sent by a client. The proxy then appends its own, and only these may
-/// count. For an untrusted peer, none of the headers may remain.
+/// Reads the bytes as headers sent by a client. The proxy then appends its own headers, and only these may take effect.
+/// For an untrusted peer, none of the headers may remain.
 ///
 /// # Panics
 /// If a check fails.
@@ -36,15 +36,15 @@ pub fn forwarded(data: &[u8]) {
     let said = client(&headers, family, is_trusted);
     assert!(said.host.is_none_or(|host| host.as_bytes().len() <= data.len()));
 
-    // The elements of the proxy, and of a second proxy after it.
+    // Header name, element that the proxy appends, and element that a second proxy behind the first appends.
     let words: &[(&'static str, &str, &str)] = match family {
         ForwardingHeaders::X => &[
             ("x-forwarded-for", "192.0.2.7", "10.0.0.1"),
             ("x-forwarded-proto", "https", "http"),
             ("x-forwarded-host", "good.example", "inner.example"),
         ],
-        // Each element of this list describes one hop: no other element supplies what it leaves
-        // out.
+        // Each element of a `Forwarded` header describes one hop: a parameter that is missing in one element is not
+        // taken from another.
         ForwardingHeaders::Rfc7239 if sparse => {
             &[("forwarded", "for=192.0.2.7", "for=10.0.0.1;proto=http;host=inner.example")]
         }

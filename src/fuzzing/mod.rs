@@ -2,9 +2,8 @@
 //! any bytes and panics if a property does not hold; `fuzz/` and `docs/fuzzing.md` document how to
 //! run them.
 //!
-//! The functions are here, and not in `fuzz/`, because they use private items, and so that `cargo
-//! test` runs them too. No other code may use them: the module exists in tests and with `--cfg
-//! fuzzing` only.
+//! The functions are in this module rather than in `fuzz/`, because they use private items and because `cargo test`
+//! runs them too. No other code may use the functions: the module exists only in tests and with `--cfg fuzzing`.
 //!
 //! The expectations do not use the codecs' own helpers: the encoders and parsers here are
 //! independent implementations.
@@ -25,13 +24,13 @@ pub use params::params;
 pub use proxy::proxy;
 pub use scgi::{scgi, scgi_script};
 
-/// Checks stored pages in the cache's memory, which any process may have written, and the clients'
-/// headers about the page (`Accept-Encoding`, `If-None-Match`).
+/// Checks pages as they are stored in the cache's memory, to which any process may have written, with the clients'
+/// headers that select a response (`Accept-Encoding`, `If-None-Match`).
 #[cfg(fuzzing)]
 pub use forkyard_shm::fuzzing::page;
 
-/// Makes choices from the fuzzer's bytes; after the last byte every choice is 0. So a mutation of
-/// one byte changes one choice, and a shorter input is a simpler script.
+/// Turns the fuzzer's bytes into choices. When the bytes are used up, every further choice is 0. A mutation of one byte
+/// therefore changes one choice, and a shorter input is a simpler script.
 struct Dice<'a>(&'a [u8]);
 
 impl<'a> Dice<'a> {
@@ -54,7 +53,7 @@ impl<'a> Dice<'a> {
         self.byte() % sides == 1
     }
 
-    /// Up to 255 bytes; the next byte is their number.
+    /// Returns up to 255 bytes; the byte before them is their number.
     fn bytes(&mut self) -> &'a [u8] {
         let length = usize::from(self.byte()).min(self.0.len());
         self.take(length)
@@ -67,8 +66,8 @@ impl<'a> Dice<'a> {
     }
 }
 
-/// Cuts bytes into pieces. The cuts depend only on the bytes, so that a finding can be replayed,
-/// and any change of the bytes results in different cuts.
+/// Cuts bytes into pieces. The cuts depend only on the bytes, so that a finding can be replayed; any change to the
+/// bytes changes the cuts.
 struct Pieces {
     state: u64,
     longest: u64,
@@ -84,7 +83,7 @@ impl Pieces {
         for &byte in rest {
             state = (state ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3).rotate_left(29);
         }
-        // Single bytes, pieces of up to 8 or 60 bytes, or few pieces in all.
+        // Maximum length of a piece: 1, 8 or 60 bytes, or the whole input.
         let longest = [1, 8, 60, bytes.len() as u64];
         let longest = longest[usize::from(state.to_le_bytes()[0] % 4)].max(1);
         Self { state: state | 1, longest }

@@ -188,7 +188,7 @@ pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
     Ok(Heir { journal, lines, end: heir.ok(), retained })
 }
 
-/// Returns the main function of the heir. Signals stay blocked, as they were when the worker was forked.
+/// Runs the heir; returns its exit status. Signals stay blocked, as they were when the worker was forked.
 fn run(worker: Pid, heritage: &Heritage, journal: Journal, lines: Option<LineBuffer>, retained: &RetainedFds) -> u8 {
     let Some(end) = &retained.worker else { return 0 };
     retained.await_death(worker, end);

@@ -1,14 +1,15 @@
-//! The log: where its lines go, and which process writes each line.
+//! Sends log lines to their destination, and determines which process writes each line.
 //!
 //! ```text
 //! log::info!  in any process ──▶ the log's descriptor ──▶ standard error, or --log-file
 //! println!    in a worker or program ──▶ a pipe ──▶ the master ──▶ log::info!(slot, pid; "…")
 //! ```
 //!
-//! Every process writes its own lines, each with one write(2), so no line depends on another running process. The descriptor is a copy of
-//! the master's standard error, or the file that the master has opened, because a worker's own standard error is a pipe. Workers need no
-//! permission to open any file: after USR1 the master reopens the files, and passes them to the workers ([`files`]). A reload may change
-//! all of this ([`prepare`]); existing workers keep their levels and their line format.
+//! Every process writes its own lines, each with one write(2), so no line depends on another running process. The
+//! descriptor is a copy of the master's standard error, or the file that the master has opened, because a worker's own
+//! standard error is a pipe. Workers need no permission to open any file: after USR1 the master reopens the files, and
+//! passes them to the workers ([`files`]). A reload may change the destination, the format and the levels
+//! ([`prepare`]); existing workers keep their levels and their line format.
 //!
 //! No process ever waits for the log's reader ([`destination`]), and no client can flood the log: a worker logs a limited number of lines
 //! per second from each place in the source, and a limited number of bytes per second of the application's lines ([`rate`]).
@@ -46,13 +47,13 @@ use crate::sys;
 
 /// The target of lines that are output from application processes.
 pub(crate) const OUTPUT: &str = "app";
-/// The module that logs those lines.
+/// The module that logs the lines of [`OUTPUT`].
 const OUTPUT_FROM: &str = concat!(env!("CARGO_CRATE_NAME"), "::master::output");
 /// Prefix of the targets of Forkyard's own lines.
 const OURS: &str = concat!(env!("CARGO_CRATE_NAME"), "::");
 /// How long a process that is about to exit waits for the readers of its logs, in total.
 const LAST_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// When that wait began.
+/// When the wait of [`LAST_FLUSH_TIMEOUT`] began.
 static LAST_FLUSH: OnceLock<Instant> = OnceLock::new();
 
 /// The log's descriptor. It is never closed; the file behind it may change.
@@ -113,8 +114,8 @@ impl Sink {
             Outcome::Queued => self.notify_pending(),
             Outcome::Lost => {}
             Outcome::Failed(why) if self.is_file => {
-                // For example, the disk is full. A worker's standard error leads to the master, which may still be able to
-                // write.
+                // For example, the disk is full. A worker's standard error is a pipe to the master, which may still be
+                // able to write the log.
                 if !std::mem::replace(&mut self.is_failing, true) {
                     let message =
                         format!("cannot write to the log file, its lines go to standard error: {why} (--log-file)");
@@ -126,7 +127,7 @@ impl Sink {
         }
     }
 
-    /// Called after a successful write: reports lost lines, and the end of a failure.
+    /// Reports lost lines, and the end of a failure. Called after a successful write.
     fn report_recovery(&mut self) {
         let lost = self.queue.as_mut().and_then(Queue::take_lost);
         if let Some(lost) = lost {
@@ -173,8 +174,8 @@ impl Sink {
         admission.is_admitted
     }
 
-    /// Logs how much was left out, if the report is due by `now`: one line for each place in the source, and one for the
-    /// application's lines.
+    /// Logs how many lines were left out, if the report is due by `now`: one report for each place in the source, and
+    /// one for the application's lines.
     fn report_left_out(&mut self, now: Elapsed) {
         let Some(limits) = &mut self.limits else { return };
         let (samples, left_out) = (limits.sites.tick(now), limits.application.tick(now));
@@ -192,7 +193,7 @@ impl Sink {
         self.put(&own_line(Level::Warn, message, &[("lines", lines), ("bytes", bytes)]));
     }
 
-    /// Does the work that is due. Returns when to call this again, if work is left.
+    /// Does the work that is due. Returns the time after which to call this function again, if work is left.
     fn tick(&mut self) -> Option<Duration> {
         let now = self.now();
         self.report_left_out(now);
@@ -220,8 +221,8 @@ fn sink() -> MutexGuard<'static, Sink> {
     SINK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A logger that can be replaced by one with other filters. Forks happen on the only thread, so no child inherits
-/// the lock in a held state.
+/// A logger that can be replaced by one with other filters. The process has only one thread when it forks, so no child
+/// inherits a held lock.
 struct Replaceable(RwLock<Option<env_logger::Logger>>);
 
 impl Replaceable {
@@ -371,8 +372,8 @@ fn own_line(level: Level, message: &str, fields: &dyn Source) -> Vec<u8> {
     line(level, module_path!(), message, &Fields::of(fields), false)
 }
 
-/// For a child that was just forked and becomes a worker: leaves queued lines to the master, and limits the worker's own lines from now
-/// on.
+/// Prepares the log of a child that was just forked and becomes a worker: leaves queued lines to the master, and limits
+/// the worker's own lines from now on.
 pub(crate) fn begin_worker(config: &LogConfig) {
     let mut sink = sink();
     sink.queue = None;
@@ -386,7 +387,8 @@ pub(crate) fn on_pending(call: impl Fn() + Send + 'static) {
     sink().on_pending = Some(Box::new(call));
 }
 
-/// Writes queued lines, and logs how much was left out, if that is due. Returns when to call this again, if work is left.
+/// Writes queued lines, and logs how many lines were left out, if that report is due. Returns the time after which to
+/// call this function again, if work is left.
 pub(crate) fn tick() -> Option<Duration> {
     sink().tick()
 }
@@ -396,14 +398,14 @@ pub(crate) fn waits_for() -> Option<BorrowedFd<'static>> {
     sink().queue.as_ref().filter(|queue| !queue.is_empty()).map(|_| fd())
 }
 
-/// Returns how long processes that fill the log should be slowed down, if the log's reader is slow. `None` if the
-/// reader has stopped: lines are then dropped, so that the service does not stop.
+/// Returns how long processes that fill the log should be slowed down, if the log's reader is slow. Returns `None` if
+/// the reader has stopped: lines are then dropped, so that the service continues.
 pub(crate) fn is_slow_for() -> Option<Duration> {
     sink().queue.as_ref().and_then(Queue::is_slow_for)
 }
 
-/// Returns how long this process, which is about to exit, may still wait for the readers of its logs. Without a common
-/// deadline, a stop would take a second for each log and process.
+/// Returns how long this process, which is about to exit, may still wait for the readers of its logs. All waits for
+/// readers share one deadline. Without it, shutdown would wait up to a second for each log of each process.
 pub(crate) fn last_flush_timeout() -> Duration {
     LAST_FLUSH_TIMEOUT.saturating_sub(LAST_FLUSH.get_or_init(Instant::now).elapsed())
 }
@@ -474,7 +476,7 @@ fn replace(opened: OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes text to standard error, whatever the log's destination. Never waits for a reader.
+/// Writes text to standard error, regardless of the log's destination. Never waits for a reader.
 pub(crate) fn to_standard_error(text: &[u8]) {
     if DESCRIPTOR.get().is_some() && !is_file() {
         return sink().put(text); // the log is standard error

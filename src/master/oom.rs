@@ -51,8 +51,8 @@ impl OomKills {
     }
 }
 
-/// Returns the counter file of a cgroup, given the text of `/proc/PID/cgroup`. If cgroup version 1 accounts for memory,
-/// the version 2 cgroup has no counter.
+/// Returns the counter file of a cgroup, given the text of `/proc/PID/cgroup`. If memory is accounted for by cgroup v1,
+/// the cgroup v2 directory has no counter.
 fn events_of(text: &str) -> Option<String> {
     let of_version_1 = text.lines().find_map(|line| {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
@@ -65,7 +65,7 @@ fn events_of(text: &str) -> Option<String> {
     })
 }
 
-/// Returns the counter has the same name in all of these files.
+/// Returns the value of the counter, which has the same name in all of these files.
 fn count_in(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
 }

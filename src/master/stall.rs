@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use super::supervisor::Uptime;
 
-/// Time between two checks: while no work is waiting, and while work is waiting.
+/// Time until the next check: the first value if the last check found no work waiting, the second if it found some.
 const APART: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
-/// Number of consecutive checks at which work is waiting and the process has done nothing since the previous check.
+/// Number of consecutive checks after which a process counts as stalled, if each of them finds work waiting and `work`
+/// unchanged since the previous check.
 const LOOKS: u32 = 3;
 
 #[derive(Debug)]
@@ -28,8 +29,8 @@ impl Stall {
         self.next_look
     }
 
-    /// Records a check. `work` changes while the process does anything; `None` if it is unknown. Returns true if the process is
-    /// stalled.
+    /// Records a check. `work` is a number that changes whenever the process does something, or `None` if that number
+    /// is unknown. Returns true if the process is stalled.
     pub(super) fn look(&mut self, now: Uptime, something_waits: bool, work: Option<u64>) -> bool {
         self.next_look = now + if something_waits { APART.1 } else { APART.0 };
         let work = work.filter(|_| something_waits);

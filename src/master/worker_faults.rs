@@ -114,7 +114,7 @@ impl Master {
         let verdicts = self.faults.quarantine.tick(now);
         self.faults.announce(&verdicts, now);
         for pid in self.faults.hangs.overdue(now) {
-            // A kill while the kernel writes the core dump would truncate the dump.
+            // SIGKILL during a core dump would truncate the dump.
             if self.children.contains_key(&pid) && sys::process_status(pid, "CoreDumping:").as_deref() != Some("1") {
                 let _ = kill(pid, Signal::SIGKILL); // the child has not been reaped yet, so the pid is still its own
             }
@@ -151,7 +151,7 @@ impl Master {
             slot = child.slot, pid = pid.as_raw(), in_flight = serving.join(", ");
             "worker hangs: its event loop has not yielded for longer than --hang-timeout; it is killed and replaced"
         );
-        // The signal is sent to the thread of the event loop, if the row contains it, because that thread hangs.
+        // The event loop's thread hangs, so the signal is sent to that thread if the row contains its number.
         let thread = row.and_then(|row| i32::try_from(row.loop_thread).ok()).filter(|thread| *thread > 0);
         let is_signaled = thread.is_some_and(|thread| sys::signal_thread(pid, thread, libc::SIGABRT).is_ok());
         if !is_signaled && let Err(errno) = kill(pid, Signal::SIGABRT) {
@@ -160,8 +160,8 @@ impl Master {
         self.faults.hangs.told_to_die(pid, now);
     }
 
-    /// Handles a worker's report that a blocking function hangs. For the quarantine this counts as one death
-    /// because of `request`.
+    /// Handles a worker's report that a blocking function hangs. For the quarantine, the report counts as one death
+    /// caused by `request`.
     pub(super) fn hung_thread(&mut self, pid: Pid, request: &str) {
         if let Some(child) = self.children.get_mut(&pid).filter(|child| child.is_worker() && !child.asked_to_leave)
             && !std::mem::replace(&mut child.has_hung_thread, true)
@@ -174,7 +174,7 @@ impl Master {
         self.wear_out(pid, EndOfLife { request: Some(request), ..EndOfLife::because("hung-thread") });
     }
 
-    /// Evaluates the end of a process.
+    /// Evaluates the death of a process.
     pub(super) fn take_evidence(&mut self, slot: u32, pid: Pid, postmortem: Postmortem) {
         let now = self.now();
         self.faults.hangs.ended(pid);
@@ -194,7 +194,8 @@ impl Master {
         let in_flight = postmortem.in_flight.iter().map(|what| RequestKey::of(what, by)).collect();
         let culprit = postmortem.culprit.as_deref().map(|what| RequestKey::of(what, by));
         let running = postmortem.running.map(|running| running.iter().map(|what| RequestKey::of(what, by)).collect());
-        // If a worker serves more requests than its row shows, the remaining requests are unknown.
+        // A scoreboard row lists a limited number of requests. If a worker serves more, the requests that its row does
+        // not list are unknown.
         let all_known = rows.iter().all(|row| usize::try_from(row.in_flight) == Ok(row.serving.len()));
         let live_workers = if all_known { rows.len() } else { 0 };
         let (complete, by_itself) = (postmortem.complete, postmortem.by_itself);

@@ -1,9 +1,9 @@
 //! Reads the headers that proxies add to a request: `X-Forwarded-For`, `-Proto` and `-Host`, or
 //! `Forwarded` (RFC 7239).
 //!
-//! Each proxy appends its information, and a client can send anything. So the headers are read from the right, where
-//! the last proxy wrote, and only as far as the writers are trusted: elements further to the left may be forged by the
-//! client.
+//! Each proxy appends its information, and a client can send anything. The headers are therefore read from the right,
+//! where the last proxy wrote, and only as far as the writers are trusted. The client may have forged the elements
+//! further to the left.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -30,7 +30,8 @@ const ALL: [HeaderName; 10] = [
     HeaderName::from_static("x-real-ip"),
 ];
 
-/// The headers that trusted proxies write. They forward the other family's headers as received from clients.
+/// The headers that trusted proxies write. The proxies forward the headers of the other family as received from
+/// clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ForwardingHeaders {
     /// `X-Forwarded-For`, `-Proto`, `-Host`.
@@ -42,8 +43,8 @@ pub(crate) enum ForwardingHeaders {
 /// Information about the client according to the trusted proxies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ForwardedClient {
-    /// `None` if the proxies do not name the client; `Some(None)` if they report the client as unknown, or hide it. The
-    /// port is 0 if they do not name it.
+    /// `None` if the proxies do not report the client's address; `Some(None)` if they report the client as unknown, or
+    /// hide the address. The port is 0 if they do not report it.
     pub(crate) address: Option<Option<SocketAddr>>,
     pub(crate) is_https: Option<bool>,
     /// The client's `Host`. May be any valid header value.
@@ -62,8 +63,8 @@ pub(crate) fn client(
     }
 }
 
-/// Removes untrusted headers: all proxy headers or, if the peer is trusted, the headers of the family that it does not
-/// write.
+/// Removes untrusted headers: all proxy headers or, if the peer is trusted, the headers of the family that the peer
+/// does not write.
 pub(crate) fn remove(headers: &mut HeaderMap, trusted: Option<ForwardingHeaders>) {
     let names: Vec<HeaderName> =
         headers.keys().filter(|name| is_not_believed(name.as_str().as_bytes(), trusted)).cloned().collect();
@@ -72,8 +73,8 @@ pub(crate) fn remove(headers: &mut HeaderMap, trusted: Option<ForwardingHeaders>
     }
 }
 
-/// Like [`remove`], for CGI variables, which are headers in another spelling. `None` if there is
-/// nothing to remove.
+/// Like [`remove`], for CGI variables, which are headers in another spelling. Returns `None` if there is nothing to
+/// remove.
 pub(crate) fn without(params: &Params, trusted: Option<ForwardingHeaders>) -> Option<Params> {
     let is_theirs = |name: &[u8]| name.strip_prefix(b"HTTP_").is_some_and(|name| is_not_believed(name, trusted));
     let any = params.iter().any(|(name, _)| is_theirs(name));
@@ -102,8 +103,8 @@ fn client_of_x(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Forw
             break;
         }
     }
-    // If a list is shorter than this, its first element is used. It comes from a proxy closer to this server than the
-    // client.
+    // If the list has fewer than `depth` elements, its first element is used. A proxy between the client and this
+    // server wrote that element.
     let at_depth = |name| elements(headers, name).take(depth.max(1)).last();
     client.is_https = at_depth(X_PROTO).and_then(is_https);
     client.host = at_depth(X_HOST).and_then(|host| HeaderValue::from_bytes(host).ok());
@@ -177,8 +178,8 @@ fn unquoted(value: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// Splits at separators outside quotes, from the right: a quote that a client left open further to the left cannot hide
-/// what a proxy appended after it.
+/// Splits text at separators outside quotes, starting from the right. A proxy appends its element to the client's text,
+/// so a quote that the client has left open cannot hide the proxy's element.
 struct FromRight<'a> {
     rest: Option<&'a [u8]>,
     separator: u8,
@@ -219,7 +220,7 @@ mod tests {
         lines.iter().map(pair).collect()
     }
 
-    /// The trusted addresses are 10.x.
+    /// Whether the address is trusted: the tests trust 10.0.0.0/8.
     fn ten(address: IpAddr) -> bool {
         matches!(address, IpAddr::V4(address) if address.octets()[0] == 10)
     }
@@ -267,7 +268,7 @@ mod tests {
         ];
         let client = x(&made_up);
         assert_eq!((client.is_https, client.host), (Some(true), Some(HeaderValue::from_static("good"))));
-        // A proxy that overwrites instead of appending.
+        // A proxy that overwrites the header instead of appending to it.
         let client = x(&[("x-forwarded-for", "192.0.2.7, 10.0.0.2"), ("x-forwarded-proto", "HTTPS")]);
         assert_eq!((client.is_https, client.host), (Some(true), None));
         let client = x(&[("x-forwarded-proto", "http, wss")]);

@@ -9,7 +9,8 @@ pub(crate) fn pairs(query: &str) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, 
     pairs.map(|pair| pair.split_once('=').unwrap_or((pair, ""))).map(|(name, value)| (decode(name), decode(value)))
 }
 
-/// Returns a percent sign that is not followed by two hexadecimal digits is kept, and invalid UTF-8 becomes U+FFFD.
+/// Decodes one name or value. A percent sign that is not followed by two hexadecimal digits is kept, and invalid UTF-8
+/// becomes U+FFFD.
 fn decode(text: &str) -> Cow<'_, str> {
     if !text.bytes().any(|byte| matches!(byte, b'%' | b'+')) {
         return Cow::Borrowed(text);

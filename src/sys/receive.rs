@@ -1,8 +1,8 @@
 //! Receives descriptors that another process sends along with a message (SCM_RIGHTS, unix(7)).
 //!
-//! Every received descriptor is owned from the first moment; descriptors that do not fit, or are not expected, are closed. A message that
-//! arrives without all of its descriptors is an error: the kernel drops descriptors if there is no space for them, or if this process has
-//! no free numbers.
+//! Every received descriptor is owned from the first moment; descriptors for which there is no space, or which are not
+//! expected, are closed. A message that arrives without all of its descriptors is an error: the kernel drops
+//! descriptors if there is no space for them, or if this process has no free numbers.
 #![expect(unsafe_code, reason = "descriptors by number")]
 
 use std::io;
@@ -10,10 +10,10 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-/// Reads once from a Unix socket, and receives a descriptor if one is attached. The descriptor is close-on-exec.
+/// Reads once from a Unix socket and receives the attached descriptor, if any. The descriptor is close-on-exec.
 ///
 /// # Errors
-/// Returns the error of `recvmsg(2)`; or [`cut_short`] if there is no space for the attached descriptors.
+/// Returns the error from `recvmsg(2)`, or [`cut_short`] if there is no space for the attached descriptors.
 pub(crate) fn receive_with_descriptor(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
     let (bytes, descriptors) = receive_with_descriptors::<1>(socket, into, MsgFlags::empty())?;
     Ok((bytes, descriptors.into_iter().next()))
@@ -35,7 +35,8 @@ pub(crate) fn receive_with_descriptors<const MOST: usize>(
     let (bytes, is_cut) = (message.bytes, message.flags.contains(MsgFlags::MSG_CTRUNC));
     let mut descriptors = Vec::new();
     if is_cut {
-        // The kernel has created the descriptors that fit. nix refuses to read the control data of such a message.
+        // The kernel has already created the descriptors for which there was space. nix returns an error for truncated
+        // control data, so the descriptors are read here.
         descriptors.extend(descriptors_in(&room));
     } else {
         for control in message.cmsgs()? {

@@ -1,4 +1,4 @@
-//! Reads and writes one connection and keeps its journal record up to date.
+//! Reads from and writes to one connection, and keeps the connection's journal record up to date.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
@@ -24,7 +24,7 @@ pub(crate) struct ConnHandle {
 pub(crate) struct RequestIndex(u8);
 
 impl ConnHandle {
-    /// `None` for a connection without a record, or a closed connection.
+    /// Returns the connection's record, or `None` if the connection is closed or has no record.
     fn record(&self) -> Option<&ConnCells> {
         self.journal.record(self.fd).filter(|record| record.epoch.load(Acquire) == self.epoch)
     }
@@ -36,7 +36,7 @@ impl ConnHandle {
     /// Reads up to `most` bytes. Returns the number of bytes read; 0 at the end of the stream.
     ///
     /// # Errors
-    /// The error of `recvmmsg(2)`.
+    /// Returns the error from `recvmmsg(2)`.
     pub(crate) fn read(&self, socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>, most: usize) -> io::Result<usize> {
         let base = self.position(|record| &record.read);
         let intent = self.journal.intent();
@@ -51,7 +51,7 @@ impl ConnHandle {
     /// Writes without blocking, as `send(2)` does. Returns the number of bytes written.
     ///
     /// # Errors
-    /// The error of `sendmmsg(2)`.
+    /// Returns the error from `sendmmsg(2)`.
     pub(crate) fn write(&self, socket: BorrowedFd<'_>, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         let slices = &slices[..slices.len().min(SLICES)];
         let offered: usize = slices.iter().map(|slice| slice.len()).sum();
@@ -96,8 +96,8 @@ impl ConnHandle {
         }
     }
 
-    /// Returns the number of bytes read and not yet handled; negative while a part of the input being handled has not
-    /// arrived.
+    /// Returns the number of bytes that were read and have not been handled yet. The result is negative while a part of
+    /// the input being handled has not arrived.
     pub(crate) fn unfinished(&self) -> i32 {
         self.position(|record| &record.read).wrapping_sub(self.position(|record| &record.clean)).cast_signed()
     }
@@ -212,7 +212,8 @@ impl ConnHandle {
     /// process.
     ///
     /// # Errors
-    /// `WouldBlock` if the channel is full, or another error of the channel. The connection stays with this worker.
+    /// Returns `WouldBlock` if the channel is full, or another error of the channel. In either case the connection
+    /// stays with this worker.
     pub(crate) fn hand_off(&self, channel: BorrowedFd<'_>, early: &[u8]) -> io::Result<()> {
         let Some(record) = self.record() else { return Err(io::ErrorKind::Unsupported.into()) };
         let listener = u16::try_from(record.listener.load(Acquire)).unwrap_or(u16::MAX);

@@ -83,10 +83,11 @@ impl PreparedCall<'_> {
     /// Sends the message through a socket.
     fn send(self, through: RawFd) -> io::Result<u32> {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: `prepare` has written the message. No other message has been written since, because only `prepare` creates `self`, and
-        // this call consumes it. `self` borrows the array that the message points to. Each entry names memory that the caller of `prepare`
-        // lends for longer than this call: `Intent::send` uses slices that it borrows. The ancillary data belong to the intent record. The
-        // heir shares this memory, but does not write to it while the worker lives (`heir/mod.rs`).
+        // SAFETY: `prepare` has written the message. No other message has been written since, because only `prepare`
+        // creates `self`, and this call consumes it. `self` borrows the array that the message points to. Each entry
+        // points to memory that stays borrowed until this call returns: `Intent::send` holds the slices. The ancillary
+        // data belong to the intent record. The heir shares this memory, but does not write to it while the worker
+        // lives (`heir/mod.rs`).
         let sent = unsafe { libc::sendmmsg(through, self.intent.message.get(), 1, flags) };
         self.intent.outcome(sent)
     }
@@ -94,9 +95,10 @@ impl PreparedCall<'_> {
     /// Receives a message from a socket.
     fn receive(self, from: RawFd, flags: i32) -> io::Result<u32> {
         let (message, flags) = (self.intent.message.get(), (flags | libc::MSG_DONTWAIT) as _);
-        // SAFETY: the message and the array are valid for the reasons given in `send`. The entries name the header and the read
-        // buffer of the intent record, and do not exceed their lengths (`Intent::read`, `Intent::receive_message`). No reference
-        // to either exists now: `with_read_buffer` lends them only to a function that has no access to the intent record.
+        // SAFETY: the message and the array are valid for the reasons given in `send`. The entries point to the header
+        // and the read buffer of the intent record, and stay within both (`Intent::read`, `Intent::receive_message`).
+        // No reference to the header or the read buffer exists now: `with_read_buffer` lends the buffer only to a
+        // function that has no access to the intent record.
         let received = unsafe { libc::recvmmsg(from, message, 1, flags, std::ptr::null_mut()) };
         self.intent.outcome(received)
     }
@@ -110,7 +112,7 @@ pub(super) struct Intent {
     base: AtomicU32,
     /// Number of bytes at the start of the message that are not input of the connection.
     skip: AtomicU32,
-    /// One more than the highest descriptor that has ever had a record.
+    /// Highest descriptor that has ever had a record, plus one.
     pub(super) top: AtomicU32,
     message: UnsafeCell<libc::mmsghdr>,
     rights: UnsafeCell<Rights>,
@@ -148,7 +150,7 @@ impl Intent {
         self.op.store(Op::Nothing as u32, Release);
     }
 
-    /// Makes the received message, except its header, count as input read from connection `fd`.
+    /// Records the received message, except its header, as input read from connection `fd`.
     pub(super) fn take_as_read(&self, fd: RawFd) {
         self.fd.store(fd, Release);
         self.base.store(0, Release);
@@ -158,7 +160,8 @@ impl Intent {
 
     /// Returns the number of bytes that the last message moved.
     pub(super) fn moved(&self) -> u32 {
-        // SAFETY: only the owner of the intent record, and the kernel on its behalf, write there. Any value is valid.
+        // SAFETY: only the owner of the intent record, and the kernel on behalf of the owner, write to `message`. Any
+        // value is valid.
         let message = unsafe { self.message.get().read_volatile() };
         message.msg_len
     }
@@ -168,8 +171,9 @@ impl Intent {
         self.moved().saturating_sub(self.skip.load(Acquire))
     }
 
-    /// Lays out a message, of which no byte has been moved yet. The return value borrows `slices`, to which the message points, and only
-    /// the return value can make the system calls. The compiler therefore rejects a call that outlives `slices`.
+    /// Lays out a message; no byte of it has been sent or received yet. The message points to `slices`, and the return
+    /// value borrows them. Only the return value can make the system calls, so the compiler rejects a call that
+    /// outlives `slices`.
     fn prepare<'a>(
         &'a self,
         op: Op,
@@ -210,7 +214,7 @@ impl Intent {
     /// Sends `pieces` through the socket `through`, as a part of `op` on connection `fd`. Returns the number of bytes sent.
     ///
     /// # Errors
-    /// The error of `sendmmsg(2)`. No byte was sent, and the intent record is clear.
+    /// Returns the error from `sendmmsg(2)`. No byte was sent, and the intent record is clear.
     pub(super) fn send(
         &self,
         op: Op,
@@ -231,16 +235,17 @@ impl Intent {
     /// Reads up to `most` bytes from connection `fd` into the read buffer. Returns the number of bytes read.
     ///
     /// # Errors
-    /// The error of `recvmmsg(2)`. No byte was read, and the intent record is clear.
+    /// Returns the error from `recvmmsg(2)`. No byte was read, and the intent record is clear.
     pub(super) fn read(&self, fd: RawFd, base: u32, most: usize) -> io::Result<u32> {
         let mut slices = [libc::iovec { iov_base: self.read_buffer.get().cast(), iov_len: most.min(READ_BUFFER) }];
         self.prepare(Op::Read, (fd, base), &mut slices, Ancillary::Nothing).receive(fd, 0)
     }
 
-    /// Receives a handoff message from `channel`: its header, and the rest into the read buffer. Returns its length.
+    /// Receives a handoff message from `channel`. The message's header goes to `header`, and the rest to the read
+    /// buffer. Returns the length of the message.
     ///
     /// # Errors
-    /// The error of `recvmmsg(2)`. No message was received, and the intent record is clear.
+    /// Returns the error from `recvmmsg(2)`. No message was received, and the intent record is clear.
     pub(super) fn receive_message(&self, channel: RawFd) -> io::Result<u32> {
         let header = libc::iovec { iov_base: self.header.get().cast(), iov_len: HEADER };
         let read_buffer = libc::iovec { iov_base: self.read_buffer.get().cast(), iov_len: READ_BUFFER };
@@ -260,29 +265,30 @@ impl Intent {
     /// Passes the first `length` bytes of the read buffer to `look`.
     pub(super) fn with_read_buffer<T>(&self, length: u32, look: impl FnOnce(&[u8]) -> T) -> T {
         let length = (length as usize).min(READ_BUFFER);
-        // SAFETY: the read buffer has at least `length` bytes, all initialised. Only reads and messages of this thread write to
-        // it, and none is made during `look`, which has no access to the intent record.
+        // SAFETY: the read buffer has at least `length` bytes, all initialized. Only the read and receive calls of this
+        // thread write to the buffer, and `look` cannot make such a call, because it has no access to the intent
+        // record.
         look(unsafe { std::slice::from_raw_parts(self.read_buffer.get().cast(), length) })
     }
 
-    /// Returns the received message: its header and the rest. `None` if the message is shorter than its header.
+    /// Returns the received message, header included, or `None` if the message is shorter than its header.
     pub(super) fn message(&self) -> Option<Vec<u8>> {
         let early = self.moved().checked_sub(u32::try_from(HEADER).ok()?)?;
-        // SAFETY: only this thread writes there, and any bytes are valid.
+        // SAFETY: only this thread, and the kernel on behalf of this thread, write to `header`. Any bytes are valid.
         let header = unsafe { self.header.get().read_volatile() };
         Some(self.with_read_buffer(early, |landed| [&header[..], landed].concat()))
     }
 
     /// Whether the message was received without truncation.
     pub(super) fn is_whole(&self) -> bool {
-        // SAFETY: only this thread, and the kernel on its behalf, write there. Any value is valid.
+        // SAFETY: only this thread, and the kernel on behalf of this thread, write to `message`. Any value is valid.
         let message = unsafe { self.message.get().read_volatile() };
         message.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) == 0
     }
 
     /// Returns the descriptor that was received with the message.
     pub(super) fn ancillary_descriptor(&self) -> Option<RawFd> {
-        // SAFETY: only this thread, and the kernel on its behalf, write there. Any bytes are valid.
+        // SAFETY: only this thread, and the kernel on behalf of this thread, write to `rights`. Any bytes are valid.
         let rights = unsafe { self.rights.get().read_volatile() };
         let is_one = rights.header.cmsg_level == libc::SOL_SOCKET && rights.header.cmsg_type == libc::SCM_RIGHTS;
         is_one.then_some(rights.fd)

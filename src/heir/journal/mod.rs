@@ -7,15 +7,17 @@
 //! - **Positions, not flags.** Input and output of a connection are counted in bytes, and each request holds the positions at which its
 //!   response begins and ends. Comparing a position with the number of bytes written shows whether a response has been sent, even if one
 //!   write sent several responses.
-//! - **The intent record.** Before each system call that moves bytes, the worker stores the planned operation in the intent record.
-//!   `recvmmsg(2)` and `sendmmsg(2)` store the number of bytes that they moved in the caller's memory, inside the system call; no signal
-//!   can terminate the process between the move and the store. That memory is part of the intent record. So the heir can determine for each
-//!   byte whether the worker took it, even if the call never returned to the worker.
+//! - **The intent record.** Before each system call that moves bytes, the worker stores the planned operation in the
+//!   intent record. `recvmmsg(2)` and `sendmmsg(2)` store the number of bytes that they moved in the caller's memory,
+//!   inside the system call; no signal can terminate the process between the move and the store. That memory is part of
+//!   the intent record. The heir can therefore determine for each byte whether the worker sent or received it, even if
+//!   the call never returned to the worker.
 //! - **The read buffer.** Bytes are read into shared memory and copied from there. Input that the worker had read but not yet examined is
 //!   not lost with the worker.
 //!
-//! While a request is served, the journal must not allocate and must make no system call except the one that it records. The heir must not
-//! trust the journal further than its own safety allows, because a faulty worker may have overwritten it.
+//! While a request is served, the journal must not allocate and must make no system call except the one that it
+//! records. A faulty worker may have overwritten the journal, so no content of the journal may compromise the heir
+//! itself.
 #![expect(unsafe_code, reason = "shared memory")]
 
 use std::io;
@@ -70,7 +72,7 @@ struct ConnCells {
     /// The input up to this position has been handled completely.
     clean: AtomicU32,
     written: AtomicU32,
-    /// Begin of the unwritten output: a boundary between protocol records.
+    /// Start of the unwritten output: a boundary between protocol records.
     batch: AtomicU32,
     /// End of the unwritten output: a boundary between protocol records.
     queued: AtomicU32,
@@ -148,7 +150,8 @@ pub(crate) struct ConnRecord {
     pub(crate) overflow: bool,
     pub(crate) origin: PackedOrigin,
     pub(crate) requests: Vec<RequestRecord>,
-    /// The last bytes that were read, and the position of the first one. It is unknown whether the worker examined them.
+    /// The last bytes that were read, and the position of the first of these bytes. It is unknown whether the worker
+    /// examined them.
     pub(crate) landed: Option<(u32, Vec<u8>)>,
 }
 
@@ -171,7 +174,7 @@ impl Journal {
     /// Creates a journal. Memory is allocated only as it is used.
     ///
     /// # Errors
-    /// The error of `mmap(2)`.
+    /// Returns the error from `mmap(2)`.
     pub(crate) fn create() -> io::Result<Self> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -182,8 +185,8 @@ impl Journal {
         }
         // The mapping is zeroed, which is a valid `Region`, page-aligned, and never unmapped.
         let region: NonNull<Region> = NonNull::new(region.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        // The kernel must be able to store there even for a process that is being killed. mlock(2) is optional and may fail.
-        // SAFETY: the intent record is a part of the mapping.
+        // The kernel must be able to write to the intent record even while the process is being killed. mlock(2) is
+        // optional and may fail. SAFETY: the intent record is a part of the mapping.
         unsafe { libc::mlock(region.as_ptr().cast(), Intent::VITAL) };
         Ok(Self { region })
     }
@@ -200,10 +203,11 @@ impl Journal {
         records.get(usize::try_from(fd).ok()?)
     }
 
-    /// Accepts a connection, like [`sys::accept`]. The caller must then open a record for it ([`Self::enter`]).
+    /// Accepts a connection, like [`sys::accept`]. The caller must then open a record for the connection
+    /// ([`Self::enter`]).
     ///
     /// # Errors
-    /// The error of [`sys::accept`].
+    /// Returns the error from [`sys::accept`].
     pub(crate) fn accept(&self, listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
         self.intent().set(Op::Accept, -1);
         let accepted = sys::accept(listener);
@@ -213,14 +217,15 @@ impl Journal {
         accepted
     }
 
-    /// Takes over a connection that another worker passed on. The caller must then open a record for it, and then
-    /// handle its bytes.
+    /// Takes over a connection that another worker passed on. The caller must then open a record for the connection,
+    /// and only then process the bytes of the message.
     ///
     /// # Errors
-    /// `WouldBlock` if there is no message; `InvalidData` for a message without a connection.
+    /// Returns `WouldBlock` if there is no message, and `InvalidData` for a message without a connection.
     pub(crate) fn take_over(&self, channel: BorrowedFd<'_>) -> io::Result<(OwnedFd, Handoff)> {
         let intent = self.intent();
-        // Fails if no descriptor is free, because the kernel would then deliver the message and drop the connection.
+        // This duplication fails if no descriptor is free. Without this check, the kernel would deliver the message and
+        // drop the connection.
         drop(channel.try_clone_to_owned()?);
         intent.receive_message(channel.as_raw_fd())?;
         // The kernel has just created this descriptor in this process.

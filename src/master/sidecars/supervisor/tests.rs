@@ -24,7 +24,7 @@ struct World {
     fails_to_spawn: bool,
 }
 
-/// Returns the first sidecars are daemons, the others are jobs with this schedule.
+/// Creates a world with this many daemons, followed by one job for each schedule.
 fn world(daemons: usize, schedules: &[&str], cron_timeout: Duration) -> World {
     let daemons = (0..daemons).map(|number| SidecarConfig::daemon(&format!("d{number}=x")).unwrap());
     let jobs = schedules.iter().enumerate().map(|(number, text)| {
@@ -326,7 +326,7 @@ fn a_job_that_became_due_during_an_upgrade_is_run_once() {
     assert_eq!(second.starts, [1, 0], "once");
 }
 
-/// One history from a seed: the assertions in `feed` hold after every event, and the history terminates.
+/// Runs one history from a seed. The assertions in `feed` hold after every event, and the history terminates.
 fn history(seed: u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     let timeout = S * random.u32(0..3) * 40;

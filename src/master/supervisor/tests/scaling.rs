@@ -5,7 +5,8 @@ use super::*;
 const S: Duration = Duration::from_secs(1);
 
 impl World {
-    /// Advances the time, including each deadline in it. All processes react to their signals immediately.
+    /// Advances the clock by `time`, and stops at each deadline on the way to feed a tick. All processes react to their
+    /// signals immediately.
     fn pass(&mut self, time: Duration) {
         let end = self.now + time;
         while let Some(deadline) = self.supervisor.next_deadline().filter(|&deadline| deadline <= end) {
@@ -36,7 +37,7 @@ impl World {
         places.map(|(_, generation)| generation).collect()
     }
 
-    /// Returns the numbers of workers that demand has led to, in order.
+    /// Returns the worker counts to which demand has scaled, in order.
     fn scaled(&self) -> Vec<u32> {
         let to = |notice: &Notice| if let Notice::Scaled { to, .. } = notice { Some(*to) } else { None };
         self.notices.iter().filter_map(to).collect()
@@ -237,7 +238,7 @@ fn after_a_failed_reload_the_dead_are_replaced_by_their_own_generation() {
     world.settle();
     let old = world.all(Life::Ready);
     world.feed(SupervisorEvent::Command(Command::Reload));
-    // An old process dies while the canary starts: it is replaced at once, and not by a second canary.
+    // An old process dies while the canary starts: it is replaced immediately, and not by a second canary.
     world.die(Pid::from_raw(old[0]), AfterExit::Replace);
     let new = world.all(Life::Starting);
     assert_eq!(world.generations(), [1, 1, 2, 1]);
