@@ -1,5 +1,4 @@
-//! Turns a command line into a running master: the common part of [`crate::run`] and the `forkyard`
-//! command.
+//! Turns a command line into a running master. [`crate::run`] and the `forkyard` command share this code.
 
 use std::cell::RefCell;
 use std::io;
@@ -43,7 +42,7 @@ use crate::sys::BoxError;
 use crate::upgrade::{StartCommand, Takeover};
 use crate::{control, logging, sys, worker};
 
-/// Answers one CGI request and writes the response to the descriptor.
+/// Answers one CGI request, and writes the response to the given descriptor.
 type CgiMain = Box<dyn Fn(&Config, Segment, OwnedFd) -> Result<(), BoxError>>;
 /// Reads the command line and the configuration file.
 type Parse = Box<dyn Fn() -> Result<Invocation, clap::Error>>;
@@ -133,11 +132,11 @@ impl Builder {
 
     /// Runs `load` once in the master, before the first fork.
     ///
-    /// All workers share what it reads into memory (statics, for example), copy-on-write. Files that it opens stay open
-    /// in the workers, as do files opened by `main`.
+    /// All workers share, copy-on-write, the data that `load` stores in memory (in statics, for example). Files that
+    /// `load` opens stay open in the workers, as do files opened by `main`.
     ///
-    /// `load` must leave no thread running and must not use tokio: neither survives a fork, and the master refuses to
-    /// fork while it has more than one thread.
+    /// `load` must leave no thread running and must not use tokio: neither threads nor a tokio runtime survive a fork,
+    /// and the master refuses to fork while it has more than one thread.
     pub fn preload(mut self, load: impl FnOnce() -> Result<(), BoxError> + 'static) -> Self {
         self.preload = Some(Box::new(load));
         self
@@ -145,12 +144,12 @@ impl Builder {
 
     /// Runs `hook` in the master before each worker is forked, on the master's only thread.
     ///
-    /// Use it to refresh data that all further workers share. The hook must not block, because nothing is supervised
-    /// while it runs, and it must leave no thread running, as with [`preload`](Self::preload). Descriptors that it
-    /// opens are closed in the workers.
+    /// Use the hook to refresh data that all later workers share. The hook must not block, because nothing is
+    /// supervised while it runs. As with [`preload`](Self::preload), it must leave no thread running. Descriptors that
+    /// the hook opens are closed in the workers.
     ///
-    /// If the hook returns an error or panics, that worker is not created; the master logs the reason and tries again a
-    /// little later.
+    /// If the hook returns an error or panics, that worker is not created. The master logs the reason and tries again
+    /// after a delay.
     ///
     /// ```no_run
     /// # use forkyard::http::{Request, Response};
@@ -180,22 +179,23 @@ impl Builder {
         self
     }
 
-    /// Runs `hook` in each worker when it can serve (its factory and `--health-path` have succeeded), just before the
-    /// worker reports to the master that it is ready.
+    /// Runs `hook` in each worker that can serve (the factory and the request to `--health-path` have succeeded), just
+    /// before the worker reports to the master that it is ready.
     ///
-    /// The hook runs on the event loop: nothing is served until it returns, and the worker is killed after
-    /// `--start-timeout`. If it returns an error or panics, the worker exits; this counts as a failed start.
+    /// The hook runs on the event loop: nothing is served until the hook returns, and a worker that is not ready within
+    /// `--start-timeout` is killed. If the hook returns an error or panics, the worker exits; this counts as a failed
+    /// start.
     pub fn on_ready(mut self, hook: impl Fn(WorkerId) -> Result<(), BoxError> + Send + Sync + 'static) -> Self {
         self.hooks.of_worker.on_ready = Some(Box::new(hook));
         self
     }
 
-    /// Runs `hook` in a worker that has been asked to exit. The second argument is the time the worker has to drain
-    /// (`--drain-timeout`).
+    /// Runs `hook` in a worker that has been asked to exit. The second argument of `hook` is the time within which the
+    /// worker must drain (`--drain-timeout`).
     ///
-    /// [`Context::draining`] already returns true. The hook runs on the event loop, which serves nothing until the hook
-    /// returns: use this hook to ask threads to stop, and [`on_exit`](Self::on_exit) to wait for them. A panic is
-    /// logged.
+    /// By then, [`Context::draining`] returns true. The hook runs on the event loop, and nothing is served until the
+    /// hook returns: use this hook to ask threads to stop, and [`on_exit`](Self::on_exit) to wait for the threads. A
+    /// panic is logged.
     pub fn on_drain(mut self, hook: impl Fn(WorkerId, Duration) + Send + Sync + 'static) -> Self {
         self.hooks.of_worker.on_drain = Some(Box::new(move |(worker, within)| hook(worker, within)));
         self
@@ -204,15 +204,14 @@ impl Builder {
     /// Runs `hook` in a worker that has drained, as the last step before the worker exits: all requests have been
     /// answered, and the event loop has stopped.
     ///
-    /// The hook has whatever time remains of the drain. It does not run in a worker that crashes, is killed, or fails
-    /// to start. A panic is logged.
+    /// The hook may take the time that remains of `--drain-timeout`. It does not run in a worker that crashes, is
+    /// killed, or fails to start. A panic is logged.
     pub fn on_exit(mut self, hook: impl Fn(WorkerId) + Send + Sync + 'static) -> Self {
         self.hooks.of_worker.on_exit = Some(Box::new(hook));
         self
     }
 
-    /// Runs `hook` in the master after each worker has ended, whatever the cause, and before a new worker takes its
-    /// place.
+    /// Runs `hook` in the master each time a worker has exited or was killed, before a new worker takes its place.
     ///
     /// The hook must not block, because no process is supervised while it runs. A panic is logged.
     pub fn on_worker_exit(mut self, hook: impl FnMut(WorkerExit) + 'static) -> Self {
@@ -220,16 +219,17 @@ impl Builder {
         self
     }
 
-    /// Reads this program's command line and serves until a stop is requested.
+    /// Reads this program's command line and serves until the server is asked to stop.
     ///
-    /// If a web server has started the program as a CGI program, answers only that request, in this process.
+    /// If a web server has started the program as a CGI program, answers that single CGI request in this process
+    /// instead.
     ///
-    /// Returns 0 after a requested stop or an answered CGI request, 1 after a failure, and 2 if the command line
-    /// is invalid. Error messages go to standard error.
+    /// Returns 0 after a requested shutdown or an answered CGI request, 1 after a failure, and 2 if the command line is
+    /// invalid. Error messages go to standard error.
     pub fn run(self) -> ExitCode {
         let begun = Instant::now();
-        // From here on, signals are blocked until their handlers are installed: if this is process
-        // 1, the kernel would discard a signal without a handler.
+        // From here on, signals are blocked until their handlers are installed: if this process has pid 1, the kernel
+        // discards signals that have no handler.
         let mask = sys::block_signals();
         let Self { worker, cgi, preload, hooks, app_info } = self;
         let arguments = cgi_invocation::trusted(std::env::args_os().collect());
@@ -274,7 +274,7 @@ fn finish(
         }
         Ok(Invocation::Task(task)) => return perform(&task),
         Err(error) => {
-            // --help and --version arrive here too, with status 0.
+            // clap also returns the text of --help and --version as an error, with exit status 0.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
@@ -345,8 +345,8 @@ fn reread(running: &Config, parse: Parse) -> Reread {
     })
 }
 
-/// Binds, maps, preloads, forks and supervises. If a running master is checking whether this build
-/// can replace it, does only the steps before the first fork.
+/// Binds, maps, preloads, forks and supervises. If a running master is checking whether this build can replace it,
+/// takes only the steps before the first fork.
 fn serve(
     request: ServeRequest,
     launch: Launch,
@@ -379,8 +379,8 @@ fn serve(
             memory::open(&config, takeover.as_mut())
         })
         .and_then(|segment| {
-            // After a takeover, a signal must not terminate this process: the event loop lets the
-            // former master's workers finish their requests.
+            // After a takeover, a signal must not terminate this process during the preload: the event loop handles the
+            // signal later, and lets the former master's workers finish their requests.
             let may_end = takeover.as_ref().is_none_or(|left| left.check);
             let made = || leftovers(&listeners, pid_file.as_ref(), control.as_ref(), publish.as_ref());
             Ok((segment, run_preload(preload, may_end.then(made))?))
@@ -389,7 +389,7 @@ fn serve(
     let is_check = takeover.as_ref().is_some_and(|left| left.check);
     let asked_to_end = signals.asks_for_end();
     if is_check || (asked_to_end && takeover.is_none()) {
-        // The running master still uses the adopted sockets.
+        // If this is a check, the running master still uses the adopted sockets.
         listeners.iter().filter(|listener| !listener.is_adopted()).for_each(Listener::remove_file);
         pid_file.into_iter().for_each(PidFile::remove);
         return outcome.and_then(|(segment, _)| end_early(segment, is_check, asked_to_end));
@@ -424,8 +424,8 @@ fn serve(
     });
     listeners.iter().for_each(Listener::remove_file);
     pid_file.into_iter().for_each(PidFile::remove);
-    // Dropping the control socket notifies clients that wait for this master to exit. By then all
-    // its files have been removed.
+    // Dropping the control socket notifies clients that wait for this master to exit. All files of this master have
+    // been removed by then.
     let (ended, control) = outcome?;
     drop(control);
     Ok(ended)
@@ -433,8 +433,8 @@ fn serve(
 
 /// Opens the log, unless a different setting names the same file.
 fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
-    // Makes a write above the file size limit fail like a write to a full disk. This is an empty
-    // handler rather than `SIG_IGN`, because programs would inherit `SIG_IGN`.
+    // With this handler, a write above the file size limit fails like a write to a full disk. The handler is empty
+    // rather than `SIG_IGN`, because programs would inherit `SIG_IGN`.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
     if !conflicts.iter().any(|conflict| conflict.flags.contains(&"--log-file")) {
         logging::start(&config.logs)?;
@@ -442,7 +442,7 @@ fn start_log(config: &Config, conflicts: &[Conflict]) -> Result<(), BoxError> {
     if conflicts.is_empty() { Ok(()) } else { Err(Conflict::join(conflicts).into()) }
 }
 
-/// Ends a start that must not serve: it was a check of this build, or a stop was requested.
+/// Ends startup without serving, because this process only checked its build, or because the server was asked to stop.
 fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<StopReason, BoxError> {
     match (is_check, asked_to_end) {
         (true, true) => return Err("it received a signal to stop".into()),
@@ -463,7 +463,7 @@ fn show(config: &Config, listeners: &[Listener], launch: &Launch) {
     banner::show(config, listeners, program.as_deref());
 }
 
-/// Returns the files that this start has created.
+/// Returns the files that this startup has created.
 fn leftovers(
     listeners: &[Listener],
     pid_file: Option<&PidFile>,
@@ -500,8 +500,8 @@ fn cannot_preload(error: BoxError) -> BoxError {
     format!("the application's preload failed: {error}").into()
 }
 
-/// Returns the cache of a CGI process: the one in the configured file, shared with other CGI processes and with a
-/// server. If the file cannot be used, the request is answered without a shared cache.
+/// Returns the cache of a CGI process: the cache in the configured file, which other CGI processes and a server share.
+/// If the file cannot be used, the request is answered without a shared cache.
 fn join_segment(config: &Config) -> Result<Segment, BoxError> {
     let CacheConfig { bytes, file, .. } = &config.cache;
     if let Some(path) = file.as_ref().filter(|_| *bytes > 0) {
@@ -513,8 +513,8 @@ fn join_segment(config: &Config) -> Result<Segment, BoxError> {
     Ok(Segment::create(&Plan { rows: 1, ..Plan::default() })?)
 }
 
-/// Runs the application's preload and returns the descriptors that it left open. With `leftovers`,
-/// a termination signal may terminate the process during the preload and remove these files.
+/// Runs the application's preload and returns the descriptors that the preload left open. If `leftovers` is `Some`, a
+/// termination signal during the preload removes these files and terminates the process.
 fn run_preload(preload: Option<Preload>, leftovers: Option<Vec<Leftover>>) -> Result<Vec<RawFd>, BoxError> {
     let Some(preload) = preload else { return Ok(Vec::new()) };
     let before = sys::open_descriptors()?;

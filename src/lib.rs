@@ -1,6 +1,6 @@
 //! Forkyard is a prefork server: a master process binds the sockets, forks worker processes that run your application,
-//! supervises them, and replaces those that crash. All workers share a page cache and an event log in shared memory, and
-//! the application can be reached over HTTP/1, HTTP/2, FastCGI, SCGI or CGI without a change to its code.
+//! supervises the workers, and replaces those that crash. All workers share a page cache and an event log in shared
+//! memory, and the application can be reached over HTTP/1, HTTP/2, FastCGI, SCGI or CGI without a change to its code.
 //!
 //! Linux only (4.5 or later). An application is any [`tower_service::Service`], such as an axum router, or a plain
 //! function that may block.
@@ -40,13 +40,13 @@
 //! hello --help
 //! ```
 //!
-//! `--help` lists all flags, with the default and the `FORKYARD_…` environment variable of each. They can also be set in
+//! `--help` lists all flags, each with its default and its `FORKYARD_…` environment variable. Flags can also be set in
 //! a configuration file. Applications in other languages use the `forkyard` command instead of this crate.
 //!
 //! # A function that blocks
 //!
 //! Each worker has one event loop, on one thread; code that blocks in an async handler stalls the whole worker.
-//! [`blocking()`] makes an application out of a function, and runs it on the worker's `--threads`:
+//! [`blocking()`] turns a function into an application and runs the function on the worker's threads (`--threads`):
 //!
 //! ```no_run
 //! use forkyard::Body;
@@ -104,8 +104,8 @@
 //! # Events
 //!
 //! An event published in any worker reaches the subscribers of all workers. [`sse`] answers a request with a stream of
-//! Server-Sent Events, or with the next events if the client uses long polling; a client that reconnects, to whichever
-//! worker, resumes where it left off.
+//! Server-Sent Events, or with the next events if the client uses long polling. A client that reconnects resumes where
+//! it left off, even if it reconnects to a different worker.
 //!
 //! ```no_run
 //! use axum::Router;
@@ -132,8 +132,8 @@
 //!
 //! # Loading data before the fork, and hooks
 //!
-//! [`Builder`] takes the same factory as [`run`]. It adds data that is loaded once and shared copy-on-write, and hooks
-//! for each step in a worker's life:
+//! [`Builder`] takes the same factory as [`run`]. In addition, it loads data once, which all workers share
+//! copy-on-write, and it runs hooks at each step in a worker's life:
 //!
 //! ```no_run
 //! use std::process::ExitCode;
@@ -162,13 +162,13 @@
 //!
 //! # Fork safety
 //!
-//! - `preload` may read files into memory and open files; it must leave no thread running and must not use tokio.
-//! - Start threads in the factory or in `after_fork`: threads do not survive a fork, and the master does not fork while
-//!   it has more than one thread, including threads started by `main`.
-//! - Open connections to databases and other servers in the factory: a connection opened before the fork would be one
-//!   socket shared by all workers.
-//! - Thread-local random number generators are seeded again in each worker. A generator in a static, or captured by the
-//!   factory, is copied by the fork; seed it in the factory.
+//! - `preload` may read files into memory and keep files open. It must leave no thread running and must not use tokio.
+//! - Start threads in the factory or in `after_fork`. Threads do not survive a fork, and the master does not fork while
+//!   it has more than one thread; threads started by `main` count.
+//! - Open connections to databases and other servers in the factory. All workers would share the socket of a connection
+//!   that was opened before the fork.
+//! - Thread-local random number generators are seeded again in each worker. A generator that is in a static, or that
+//!   the factory captures, is copied by the fork: seed such a generator in the factory.
 //! - `before_fork` and `on_worker_exit` run on the master's only thread. They must not block, because nothing is
 //!   supervised while they run.
 //!

@@ -57,16 +57,16 @@ impl Error for CollectError {
     }
 }
 
-/// Creates the response to a GET or HEAD request with these headers from a page.
+/// Creates a response from a page, for a GET or HEAD request with these headers.
 ///
 /// The response is the result of [`Page::negotiate`], with a `Content-Length`; or the 304 of [`Page::not_modified`], if
 /// `If-None-Match` lists the page's `ETag` (RFC 9110 §13.1.2). Other conditional headers and ranges are ignored, and no
-/// `Age` is sent. The response to a HEAD request contains the body too; the server omits it. A status that HTTP does
-/// not allow becomes 500, and headers that HTTP does not allow are omitted; both are logged. Neither occurs in pages
-/// from the cache.
+/// `Age` is sent. The response contains the body even for a HEAD request; the server does not send it. A status that
+/// HTTP does not allow becomes 500, and headers that HTTP does not allow are omitted; both are logged. Pages from the
+/// cache contain neither.
 ///
 /// # Errors
-/// [`CorruptPage`] if the stored page is damaged. Render it again, as after a miss.
+/// Returns [`CorruptPage`] if the stored page is damaged. Render the page again, as after a miss.
 pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<Bytes>, CorruptPage> {
     let accept_encoding = list(request_headers, header::ACCEPT_ENCODING);
     let known = list(request_headers, header::IF_NONE_MATCH).is_some_and(|tags| page.matches(&tags));
@@ -94,12 +94,12 @@ pub fn to_response(page: Page, request_headers: &HeaderMap) -> Result<Response<B
 
 /// Creates a page from a response, with up to `limit` bytes of body.
 ///
-/// Waits for the complete body, however long that takes, so it is not suitable for event streams. A body whose
-/// announced length exceeds `limit` is rejected before any of it is read. Trailers, extensions and the HTTP version are
-/// dropped. [`Page::storable`] determines whether the page may be stored.
+/// This function waits for the complete body, however long that takes, so it is not suitable for event streams. A body
+/// whose announced length exceeds `limit` is rejected before any of it is read. Trailers, extensions and the HTTP
+/// version are dropped. [`Page::storable`] determines whether the page may be stored.
 ///
 /// # Errors
-/// [`CollectError`] if the body is longer than `limit`, or reading it fails.
+/// Returns [`CollectError`] if the body is longer than `limit`, or if reading the body fails.
 pub async fn from_response<B>(response: Response<B>, limit: usize) -> Result<Page, CollectError>
 where
     B: HttpBody<Error: Into<BoxError>>,
@@ -137,7 +137,7 @@ fn list(headers: &HeaderMap, name: impl AsHeaderName) -> Option<Cow<'_, [u8]>> {
     Some(values.fold(first, |list, value| Cow::Owned([&list, value].join(&b", "[..]))))
 }
 
-/// Adds a header; returns the name if HTTP does not allow the name or the value, or if there are
+/// Adds a header. Returns the header's name as an error if HTTP does not allow the name or the value, or if there are
 /// too many headers.
 fn add(headers: &mut HeaderMap, name: Vec<u8>, value: Vec<u8>) -> Result<(), Vec<u8>> {
     let made = HeaderName::from_bytes(&name).ok().zip(HeaderValue::from_maybe_shared(Bytes::from(value)).ok());

@@ -9,7 +9,7 @@ use super::events::Events;
 
 /// The application's view of the worker it runs in: the shared cache and event log, and the worker's identity.
 ///
-/// The factory receives it in each worker. Cheap to clone.
+/// The factory receives a context in each worker. A context is cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Context {
     slot: u32,
@@ -50,7 +50,7 @@ impl Context {
 
     /// Whether this worker has been asked to finish its requests and exit.
     ///
-    /// A health check can report it, and a long task can stop at a suitable point.
+    /// A health check can report that the worker is draining, and a long task can stop at a suitable point.
     #[must_use]
     pub fn draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)

@@ -1,7 +1,7 @@
 //! Calls the application's hooks when workers are forked, become ready, drain and exit.
 //!
-//! The master's hooks run in the master, between its events; a worker's hooks run in the worker. A
-//! panic in a hook does not terminate the process.
+//! The master's hooks run in the master, between two events of its loop; a worker's hooks run in the worker. A panic in
+//! a hook does not terminate the process.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -37,7 +37,7 @@ pub struct WorkerExit {
     pub pid: u32,
     /// The exit status, or the signal that terminated the worker.
     pub status: ExitStatus,
-    /// Whether the worker had been asked to exit. It may still have crashed while draining: see `status`.
+    /// Whether the worker had been asked to exit. Such a worker may have crashed while draining: see `status`.
     pub asked: bool,
     /// Number of requests served, as counted by the worker itself.
     pub served: u64,
@@ -76,7 +76,7 @@ impl MasterHooks {
     /// Calls the hook before a worker is forked.
     ///
     /// # Errors
-    /// If the hook fails or panics.
+    /// Fails if the hook fails or panics.
     pub(crate) fn before_fork(&self, worker: WorkerId) -> io::Result<()> {
         let Some(hook) = &self.before_fork else { return Ok(()) };
         call("before_fork", || (hook.borrow_mut())(worker))
@@ -95,7 +95,7 @@ impl WorkerHooks {
     /// Calls the hook in a new worker.
     ///
     /// # Errors
-    /// If the hook fails or panics.
+    /// Fails if the hook fails or panics.
     pub(crate) fn after_fork(&self, worker: WorkerId) -> io::Result<()> {
         self.after_fork.as_ref().map_or(Ok(()), |hook| call("after_fork", || hook(worker)))
     }
@@ -103,7 +103,7 @@ impl WorkerHooks {
     /// Calls the hook when the worker can serve.
     ///
     /// # Errors
-    /// If the hook fails or panics.
+    /// Fails if the hook fails or panics.
     pub(crate) fn on_ready(&self, worker: WorkerId) -> io::Result<()> {
         self.on_ready.as_ref().map_or(Ok(()), |hook| call("on_ready", || hook(worker)))
     }

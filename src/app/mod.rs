@@ -1,5 +1,4 @@
-//! The application's interface: requests and their bodies, blocking functions, pages, events and
-//! hooks.
+//! Provides the interface of the application: request bodies, blocking functions, pages, events and hooks.
 
 pub(crate) mod blocking;
 pub(crate) mod body;

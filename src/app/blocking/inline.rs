@@ -1,17 +1,16 @@
-//! Connects blocking functions to the event loop. At the end of an iteration of the loop, pool
-//! threads are woken. At the beginning of an iteration, the futures whose responses are ready are
-//! woken. Between two iterations, inline functions run.
+//! Connects blocking functions to the event loop. At the beginning of each iteration of the loop, this module wakes the
+//! futures whose responses are ready; at the end of each iteration, it wakes threads of the pool. Between two
+//! iterations, it runs inline functions.
 //!
-//! Passing a request to another thread and its response back costs several times as much as a quick
-//! function. A function declared quick by its author ([`super::Blocking::inline`]) therefore runs
-//! on the event loop's thread, once its recent runs have been quick. It does not run within the
-//! loop, because there it would run inside tokio (a database client with its own runtime would
-//! panic), but between two iterations: when inline jobs are waiting, the loop returns, the jobs
-//! run, and the loop continues.
+//! Passing a request to another thread and the response back costs several times as much as a quick function. A
+//! function declared quick by its author ([`super::Blocking::inline`]) therefore runs on the event loop's thread, once
+//! its recent runs have been quick. Such a function runs between two iterations of the loop: when inline jobs are
+//! waiting, the loop returns, the jobs run, and the loop continues. Within the loop, the function would run inside
+//! tokio, where a database client with its own runtime would panic.
 //!
-//! While such a job runs, the loop does not. [`InlinePolicy`] makes this rare even if the
-//! declaration is wrong: a function runs inline after a number of consecutive quick runs, stops
-//! doing so after a single slow run, and then needs twice as many quick runs.
+//! The loop stands still while an inline job runs. [`InlinePolicy`] limits long pauses even if a function is wrongly
+//! declared quick: the function runs inline only after a number of consecutive quick runs; after a single slow run it
+//! returns to the threads, and then needs twice as many quick runs.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -22,12 +21,12 @@ use std::time::Duration;
 
 use super::{Job, pool};
 
-/// A run that takes up to this long is quick. Passing a request to another thread and its response back costs about as
-/// much.
+/// A run that takes up to this long is quick. Passing a request to another thread and the response back takes about as
+/// long.
 const QUICK_RUN: Duration = Duration::from_micros(50);
-/// A run that holds up the loop for at least this long moves the function back to the threads.
+/// A run that blocks the loop for at least this long moves the function back to the threads.
 const SLOW_RUN: Duration = Duration::from_millis(1);
-/// Number of consecutive quick runs required at first, and at most.
+/// Number of consecutive quick runs required before a function runs inline: initially, and at most.
 const RUNS_REQUIRED: (u32, u32) = (32, 1 << 20);
 
 /// Recent run times of a function.
@@ -48,8 +47,8 @@ impl InlinePolicy {
         self.quick_in_a_row.load(Ordering::Relaxed) >= self.asked_for.load(Ordering::Relaxed)
     }
 
-    /// Records a run; returns true if this run ends inline execution. If two threads record a run
-    /// at the same time, one may be lost, which is harmless because the policy is a heuristic.
+    /// Records a run. Returns true if this run ends inline execution. If two threads record a run at the same time, one
+    /// of the runs may be lost; this is harmless because the policy is a heuristic.
     pub(super) fn took(&self, time: Duration) -> bool {
         let row = self.quick_in_a_row.load(Ordering::Relaxed);
         let asked_for = self.asked_for.load(Ordering::Relaxed);
@@ -74,12 +73,12 @@ thread_local! {
     /// outside would cost a system call each time.
     static WAKE_LATER: RefCell<Vec<Waker>> = const { RefCell::new(Vec::new()) };
     static BETWEEN_TURNS: Cell<bool> = const { Cell::new(false) };
-    /// Jobs were started in this iteration.
+    /// Whether jobs were started in this iteration.
     static ENDS_WITH_CALL: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Reports finished jobs from the threads to the event loop. The first report wakes the loop;
-/// further reports do not, until the loop has read them.
+/// Reports finished jobs from the threads to the event loop. The first report wakes the loop. Further reports do not
+/// wake it again until it has read all pending reports.
 #[derive(Debug)]
 pub(super) struct EventLoopNotifier(Mutex<Ended>);
 
@@ -107,7 +106,7 @@ impl EventLoopNotifier {
         }
     }
 
-    /// Reports that a thread is free again after all were occupied.
+    /// Reports that a thread is free again after all threads were occupied.
     pub(super) fn one_is_free(&self) {
         self.change(|ended| ended.one_is_free = true);
     }
@@ -148,8 +147,8 @@ impl EventLoopNotifier {
     }
 }
 
-/// Makes the loop finish its iteration, because threads are woken at the end. Returns false if this
-/// thread has no loop that polls [`jobs_wait`].
+/// Makes the loop finish its iteration, because the pool's threads are woken at the end of an iteration. Returns false
+/// if this thread has no loop that polls [`jobs_wait`].
 pub(super) fn ends_later() -> bool {
     NOTIFIER.with_borrow(|notifier| {
         let Some(notifier) = notifier else { return false };
@@ -161,7 +160,7 @@ pub(super) fn ends_later() -> bool {
     })
 }
 
-/// Runs the job after this iteration. Returns it if this thread has no loop that polls
+/// Schedules the job to run after this iteration. Returns the job as an error if this thread has no loop that polls
 /// [`jobs_wait`].
 pub(super) fn run_inline(job: Arc<dyn Job>) -> Result<(), Arc<dyn Job>> {
     NOTIFIER.with_borrow(|notifier| match notifier {
@@ -180,8 +179,8 @@ pub(super) fn run_inline(job: Arc<dyn Job>) -> Result<(), Arc<dyn Job>> {
     })
 }
 
-/// Must be polled by the event loop's main future; returns true if the loop must return so that
-/// [`run_jobs`] can run.
+/// Returns true if the loop must return so that [`run_jobs`] can run. The event loop's main future must poll this
+/// function.
 pub(crate) fn jobs_wait(context: &Context<'_>) -> bool {
     for waker in WAKE_LATER.take() {
         waker.wake();

@@ -1,10 +1,10 @@
 //! Turns plain functions into services: [`blocking`] runs them on a bounded pool of threads.
 //!
-//! The event loop of a worker stays free while they run, so idle connections and event streams cost
-//! no thread. Each worker has `--threads` threads; up to `--queue` requests may wait for a thread,
-//! and further requests get 503 immediately. A function that blocks delays no other request while a
-//! thread is free. A function whose author declares that it never blocks ([`Blocking::inline`])
-//! runs on the event loop's own thread, between two iterations of the loop.
+//! A worker's event loop stays free while the functions run, so idle connections and event streams occupy no thread.
+//! Each worker has `--threads` threads; up to `--queue` requests may wait for a thread, and further requests are
+//! answered with 503 immediately. A function that blocks delays no other request as long as a thread is free. A
+//! function whose author declares that it never blocks ([`Blocking::inline`]) runs on the event loop's own thread,
+//! between two iterations of the loop.
 //!
 //! - [`pool`] runs the threads.
 //! - [`overdue`] watches functions that are still running after their request was abandoned.
@@ -40,8 +40,8 @@ use crate::request::queue_time::BeginBy;
 /// Inline runs of at least this length are logged.
 const LONG_FOR_THE_LOOP: Duration = Duration::from_millis(100);
 
-/// Makes a service from a function that may block. The function runs on the worker's `--threads` and never on the event
-/// loop, however quick it is.
+/// Makes a service from a function that may block. The function runs on the worker's threads (`--threads`), and never
+/// on the event loop, however quick it is.
 ///
 /// Up to `--queue` requests wait for a free thread; any further request is immediately answered with 503.
 ///
@@ -70,16 +70,16 @@ pub struct Blocking<F> {
 impl<F> Blocking<F> {
     /// Declares that the function never waits, and runs it on the event loop's own thread.
     ///
-    /// This saves passing each request to another thread and the response back, which costs several times as much as a
-    /// function that answers from memory. But the function must not wait for anything: a disk, a database,
-    /// another server, a lock that may be held for long, or another worker, as
-    /// [`get_or_render`](crate::Cache::get_or_render) does while another worker renders the page. **While the function
-    /// waits, everything else in its worker waits too:** no connection is accepted, no other response is sent,
-    /// `--request-timeout` cannot send its 504, and the worker is killed after `--hang-timeout`.
+    /// This avoids passing each request to another thread and the response back, which costs several times as much as a
+    /// function that answers from memory. The function must not wait for anything: a disk, a database, another server,
+    /// a lock that may be held for long, or another worker ([`get_or_render`](crate::Cache::get_or_render) waits while
+    /// another worker renders the page). **While the function waits, everything else in its worker waits too:** no
+    /// connection is accepted, no other response is sent, `--request-timeout` cannot send its 504, and the worker is
+    /// killed after `--hang-timeout`.
     ///
-    /// The function runs on threads until 32 runs in a row have taken at most 50 µs each. A run of a millisecond or
-    /// more moves it back to the threads, until twice as many runs in a row have been that quick. A request whose body
-    /// is still arriving always runs on a thread.
+    /// The function runs on threads until 32 consecutive runs have taken at most 50 µs each. A run of a millisecond or
+    /// more moves the function back to the threads, until twice as many consecutive runs have been that quick. A
+    /// request whose body is still arriving always runs on a thread.
     ///
     /// ```no_run
     /// use forkyard::http::{Request, Response};
@@ -120,8 +120,8 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> BlockingFuture {
-        // The event loop receives the rest of the body: waiting for it on the loop's own thread
-        // would never end.
+        // The event loop receives the rest of the body, so a wait for the body on the loop's own thread would never
+        // end.
         let all_has_come = || request.body().is_end_stream() && !FilterData::is_coming(request.extensions());
         let quick = self.is_inline && self.shared.policy.is_quick() && all_has_come();
         let begin_by = request.extensions().get::<BeginBy>().map(|&BeginBy(at)| Box::pin(sleep_until(at.into())));
@@ -141,15 +141,14 @@ where
     }
 }
 
-/// One call of a function. Holds its request until a thread takes it, and its response until the
-/// event loop takes it.
+/// One call of a function. Holds the request until a thread takes it, and the response until the event loop takes it.
 struct Call<F> {
     shared: Arc<Shared<F>>,
-    /// The request's cell in the scoreboard, while its response is waited for.
+    /// The request's cell in the scoreboard, as long as the response is waited for.
     cell: Option<usize>,
     /// The notifier of the event loop that waits for the response.
     notifier: Option<Arc<EventLoopNotifier>>,
-    /// The call runs on the event loop's thread.
+    /// Whether the call runs on the event loop's thread.
     is_quick: bool,
     progress: Mutex<Progress>,
 }
@@ -158,7 +157,7 @@ struct Call<F> {
 struct Progress {
     request: Option<Request<Body>>,
     outcome: Option<Result<Response<Body>, Panicked>>,
-    /// An outcome was stored; it may have been taken since.
+    /// Whether an outcome was stored. It may have been taken since.
     is_over: bool,
     waker: Option<Waker>,
 }
@@ -170,9 +169,9 @@ struct Panicked;
 trait Job: Send + Sync {
     /// Runs the function, unless the client has disconnected.
     fn run(&self);
-    /// Returns the response, if it is ready.
+    /// Returns the response if it is ready. Otherwise, registers the task to be woken.
     fn poll(&self, context: &Context<'_>) -> Poll<Result<Response<Body>, Panicked>>;
-    /// Refuses the request because it has waited too long, unless it is running.
+    /// Refuses the request because it has waited too long, unless the function is running.
     fn shed(&self);
     /// Refuses the request because no thread will become free for it.
     fn refuse(&self);
@@ -231,7 +230,8 @@ where
                     "an inline function (Blocking::inline) blocked the event loop; from now on it runs on threads again"
                 );
             }
-            // This must precede storing the response: right after that, the cell may belong to another request.
+            // This must precede storing the response: as soon as the response is stored, the cell may be reused for
+            // another request.
             current_request::switch_to(None);
             self.put(outcome.map_err(|_| Panicked));
         });
@@ -300,7 +300,7 @@ where
     }
 }
 
-/// The future of [`Blocking`]: resolves to the response.
+/// The future returned by [`Blocking`], which resolves to the response.
 pub struct BlockingFuture {
     job: Arc<dyn Job>,
     /// Time at which the request is abandoned if no thread has begun it.
@@ -325,7 +325,7 @@ impl Future for BlockingFuture {
         }
         match ready!(self.job.poll(context)) {
             Ok(response) => Poll::Ready(Ok(response)),
-            // Resume the panic here, where the worker turns it into a 500 response.
+            // The panic is resumed here, where the worker turns it into a 500 response.
             Err(Panicked) => std::panic::resume_unwind(Box::new(Panicked)),
         }
     }

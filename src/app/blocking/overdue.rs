@@ -1,8 +1,8 @@
 //! Watches functions that are still running although nothing waits for their response any more.
 //!
-//! A draining worker waits for such a function for up to `--hang-timeout`. If the function is still running that long
-//! after the deadline of its request (`--request-timeout`), it counts as hanging, and the worker requests its own
-//! replacement, whether the client got the 504 or had disconnected before.
+//! A draining worker waits for such a function for up to `--hang-timeout`. If the function is still running
+//! `--hang-timeout` after the deadline of its request (`--request-timeout`), the function counts as hanging, and the
+//! worker requests its own replacement. This applies whether the client received the 504 or had disconnected before.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -13,7 +13,7 @@ use tokio::time::sleep_until;
 
 use super::{Job, pool};
 
-/// How long an abandoned function may keep running; zero means forever.
+/// How long an abandoned function may continue to run; zero means no limit.
 static HANG_TIMEOUT: OnceLock<Duration> = OnceLock::new();
 /// Abandoned functions that are still running, and some that have returned.
 static OVERRUNS: Mutex<Vec<Overrun>> = Mutex::new(Vec::new());
@@ -29,27 +29,26 @@ thread_local! {
 #[derive(Clone)]
 struct Overrun {
     job: Weak<dyn Job>,
-    /// When the wait for its response ended.
+    /// When the wait for the function's response ended.
     since: Instant,
-    /// Its request, and the request's deadline, at which the 504 was due. `None` without a
-    /// deadline.
+    /// The request, and the deadline at which the 504 response was due. `None` if the request had no deadline.
     over: Option<(Arc<str>, Instant)>,
     is_reported: bool,
 }
 
 impl Overrun {
-    /// When a draining worker stops waiting for this function.
+    /// Returns the time at which a draining worker stops waiting for this function.
     fn ends(&self) -> Option<Instant> {
         self.since.checked_add(patience())
     }
 
-    /// When the function counts as hanging, so that its worker must be replaced.
+    /// Returns the time from which the function counts as hanging, so that its worker must be replaced.
     fn hangs_at(&self) -> Option<Instant> {
         self.over.as_ref()?.1.checked_add(patience())
     }
 }
 
-/// Sets how long an abandoned function may keep running. Called once, in a new worker.
+/// Sets how long an abandoned function may continue to run. Called once, in a new worker.
 pub(crate) fn set_hang_timeout(timeout: Duration) {
     let _ = HANG_TIMEOUT.set(timeout);
 }
@@ -58,7 +57,7 @@ fn patience() -> Duration {
     HANG_TIMEOUT.get().copied().unwrap_or_default()
 }
 
-/// Runs `drop`, which drops the response to a request whose deadline `over` has passed.
+/// Runs `drop`, which drops the response future of the request `what`. The request's deadline, `over`, has passed.
 pub(crate) fn give_up(what: String, over: Instant, drop: impl FnOnce()) {
     GIVEN_UP.set(Some((what.into(), over)));
     drop();
@@ -99,8 +98,8 @@ pub(super) fn hung() -> usize {
     running().iter().filter(|one| one.hangs_at().is_some_and(|at| at <= now)).count()
 }
 
-/// Returns the number of functions that a draining worker no longer waits for, and the time at which the next function
-/// joins them unless it returns first.
+/// Returns the number of functions that a draining worker no longer waits for, and the time at which the worker stops
+/// waiting for the next function.
 pub(super) fn outstaying() -> (usize, Option<Instant>) {
     let now = Instant::now();
     let ends = running().into_iter().filter_map(|one| one.ends());
@@ -108,7 +107,7 @@ pub(super) fn outstaying() -> (usize, Option<Instant>) {
     (over.len(), will.into_iter().min())
 }
 
-/// Returns the abandoned functions that are still running. Empty if functions never count as hanging.
+/// Returns the abandoned functions that are still running, or none if functions never count as hanging.
 fn running() -> Vec<Overrun> {
     if patience().is_zero() {
         return Vec::new();

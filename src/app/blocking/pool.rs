@@ -1,9 +1,9 @@
 //! Runs blocking functions on a bounded pool of threads.
 //!
-//! Waking a thread costs a system call, and so does waking the event loop. Both are therefore
-//! batched: one wake-up covers all jobs that an iteration of the loop starts, or finds finished. A
-//! thread that is awake takes further jobs by itself. Sleeping threads are woken at the end of the
-//! iteration ([`end_turn`]), and each of them wakes the next one if another job is waiting.
+//! Waking a thread costs a system call, and so does waking the event loop. Wake-ups are therefore batched: one wake-up
+//! covers all jobs that an iteration of the loop starts, or all jobs that have finished since the last iteration. A
+//! thread that is awake takes further jobs by itself. At the end of the iteration, one sleeping thread is woken
+//! ([`end_turn`]), and each woken thread wakes the next one if another job is waiting.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,7 +23,7 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 pub(super) struct Pool {
     threads: u32,
-    /// Number of threads that exist: fewer than `threads` while the system does not allow more.
+    /// Number of threads that exist. It is less than `threads` if the system does not allow more.
     started: AtomicU32,
     /// Time of the last attempt to create threads.
     attempted: Mutex<Option<Instant>>,
@@ -38,10 +38,10 @@ pub(super) struct Pool {
     is_reported: AtomicBool,
     reporting: Mutex<()>,
     one_is_free: Notify,
-    /// [`finish`] is waiting.
+    /// Whether [`finish`] is waiting.
     is_finishing: AtomicBool,
     one_has_ended: (Mutex<()>, Condvar),
-    /// All threads hung at the last check.
+    /// Whether all threads hung at the last check.
     is_stuck: AtomicBool,
     /// Number of hanging threads in the last notice. Written under `reporting`.
     hung: AtomicU32,
@@ -56,8 +56,8 @@ struct Waiting {
     called: u32,
 }
 
-/// The values of `--threads` and `--queue`, and the scoreboard field from which siblings read
-/// whether this worker is occupied.
+/// The values of `--threads` and `--queue`, and the scoreboard field that shows siblings whether this worker is
+/// occupied.
 static SIZE: OnceLock<(u32, u32, Option<Occupancy>)> = OnceLock::new();
 static POOL: OnceLock<Pool> = OnceLock::new();
 static POOL_IS_FULL: Notify = Notify::const_new();
@@ -67,7 +67,7 @@ pub(crate) fn pool_is_full() -> bool {
     POOL.get().is_some_and(Pool::is_occupied)
 }
 
-/// Returns when a thread becomes free after all were occupied. Changes before the call are not
+/// Returns when a thread becomes free after all threads were occupied. A thread that became free before the call is not
 /// reported.
 pub(crate) async fn one_is_free() {
     match POOL.get() {
@@ -76,7 +76,8 @@ pub(crate) async fn one_is_free() {
     }
 }
 
-/// Returns when a job next takes the last free thread. Changes before the call are not reported.
+/// Returns when a job next takes the last free thread. A job that took the last free thread before the call is not
+/// reported.
 pub(crate) async fn pool_became_full() {
     POOL_IS_FULL.notified().await;
 }
@@ -109,8 +110,8 @@ pub(crate) fn finish() -> usize {
     }
 }
 
-/// Called when a function hangs. If all threads hang, the waiting requests and all later ones get
-/// 503.
+/// Checks whether all threads hang. If so, the waiting requests and all later ones are answered with 503. Called when a
+/// function hangs.
 pub(super) fn look_whether_stuck() {
     let Some(pool) = POOL.get() else { return };
     pool.report_hung();
@@ -128,8 +129,7 @@ pub(super) fn look_whether_stuck() {
     jobs.iter().for_each(|job| job.refuse());
 }
 
-/// Called at the end of an event loop iteration in which jobs were started: wakes a thread and
-/// notifies siblings.
+/// Wakes a thread and notifies siblings. Called at the end of each event loop iteration in which jobs were started.
 pub(super) fn end_turn() {
     if let Some(pool) = POOL.get() {
         pool.wake_one();
@@ -168,12 +168,11 @@ pub(super) fn pool() -> &'static Pool {
 }
 
 impl Pool {
-    /// Queues a job. Returns false if too many jobs are waiting already, or no thread exists. If
-    /// this thread has an event loop, a sleeping pool thread is woken at the end of the loop's
-    /// iteration.
+    /// Queues a job. Returns false if too many jobs are already waiting, or if no thread exists. If this thread has an
+    /// event loop, a sleeping pool thread is woken at the end of the loop's iteration.
     ///
-    /// The first call starts the threads, so neither the master nor a worker without blocking
-    /// functions has any.
+    /// The first call starts the threads, so neither the master nor a worker without blocking functions has pool
+    /// threads.
     pub(super) fn start(&'static self, job: Arc<dyn Job>) -> bool {
         if self.started.load(Ordering::SeqCst) < self.threads && !self.start_threads() {
             return false;
@@ -195,8 +194,7 @@ impl Pool {
         true
     }
 
-    /// Starts the missing threads, as far as the system allows. Returns whether at least one
-    /// exists.
+    /// Starts the missing threads, as far as the system allows. Returns whether at least one thread exists.
     fn start_threads(&'static self) -> bool {
         let mut attempted = self.attempted.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.started.load(Ordering::SeqCst);
@@ -329,7 +327,7 @@ impl Pool {
 }
 
 impl Waiting {
-    /// Returns whether a thread must be woken, and counts it as notified.
+    /// Returns whether a thread must be woken. If so, counts that thread as notified.
     fn call(&mut self) -> bool {
         let is_called = !self.jobs.is_empty() && self.asleep > 0;
         self.asleep -= u32::from(is_called);
@@ -352,7 +350,7 @@ fn work(pool: &Pool) {
     current_request::register_thread();
     loop {
         let job = pool.next();
-        // A panic of the function itself is caught where it is called. This catches panics of
+        // A panic of the function itself is caught where the function is called. The call below catches panics of
         // destructors.
         let _ = catch_unwind(AssertUnwindSafe(|| job.run()));
         pool.one_ended(&job);

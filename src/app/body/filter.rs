@@ -10,10 +10,11 @@ use super::Body;
 /// The file that a FastCGI server sends to a filter: an extension of each request whose [`crate::Role`] is `Filter`
 /// (FastCGI specification 1.0, section 6.4).
 ///
-/// The parameters `FCGI_DATA_LENGTH` and `FCGI_DATA_LAST_MOD` of [`crate::ClientInfo::params`] hold its length in bytes and
-/// its modification time; an application that can answer from these alone need not take the file. The file arrives
-/// after the request's body: read the body first, or drop it. `--max-body` does not apply, because the server chose the
-/// file. If less of the file arrives than was announced, it ends with [`crate::BodyError::Cut`].
+/// The parameters `FCGI_DATA_LENGTH` and `FCGI_DATA_LAST_MOD` of [`crate::ClientInfo::params`] hold its length in bytes
+/// and its modification time; an application that can answer from these parameters alone need not take the file. The
+/// file arrives after the request's body: read the body first, or drop it. `--max-body` does not apply, because the
+/// server chose the file. If less of the file arrives than was announced, reading it ends with
+/// [`crate::BodyError::Cut`].
 #[derive(Clone, Debug)]
 pub struct FilterData(Arc<Mutex<Option<Body>>>);
 

@@ -26,8 +26,8 @@ use crate::sys::BoxError;
 
 /// The body of a request; also usable as the body of a response.
 ///
-/// It implements [`http_body::Body`] with [`Bytes`] as its data. A request's body is read in chunks as it arrives, with
-/// at most about 64 KiB buffered. A blocking function reads it through [`Body::reader`].
+/// It implements [`http_body::Body`] with [`Bytes`] as its data. The body of a request is read in chunks as they
+/// arrive; at most about 64 KiB are buffered. A blocking function reads a body through [`Body::reader`].
 #[derive(Debug)]
 pub struct Body {
     kind: Kind,
@@ -39,8 +39,8 @@ pub struct Body {
     wait: Option<BodyWait>,
 }
 
-/// How the reading of a body ended. The worker derives the response from this, whatever the application
-/// made of an error.
+/// How reading a body ended. The worker derives the response from this outcome, regardless of how the application
+/// handled the error.
 #[derive(Debug, Default)]
 pub(crate) struct BodyOutcome(AtomicU8);
 
@@ -66,12 +66,12 @@ impl BodyOutcome {
         }
     }
 
-    /// Whether the body has not been read to its end, so that it may still fail.
+    /// Whether the body may still fail, because it has not been read to its end.
     pub(crate) fn may_still_fail(&self) -> bool {
         self.0.load(Ordering::Relaxed) != Self::WHOLE
     }
 
-    /// Only the first call has an effect.
+    /// Stores the outcome. Only the first call has an effect.
     fn set(&self, outcome: u8) {
         let _ = self.0.compare_exchange(0, outcome, Ordering::Relaxed, Ordering::Relaxed);
     }
@@ -80,8 +80,8 @@ impl BodyOutcome {
 #[derive(Debug)]
 enum Kind {
     Full(Bytes),
-    /// The body from a FastCGI, SCGI or CGI connection, and how much of the announced length has
-    /// not arrived yet.
+    /// The body from a FastCGI, SCGI or CGI connection, and the number of announced bytes that have not arrived yet, if
+    /// a length was announced.
     Stdin(pipe::Reader, Option<u64>),
     Http(Unread),
     Other(UnsyncBoxBody<Bytes, BoxError>),
@@ -94,7 +94,7 @@ enum Kind {
 struct Unread {
     /// `None` only during the drop.
     incoming: Option<Incoming>,
-    /// A read has failed.
+    /// Whether a read has failed.
     is_broken: bool,
     rest: Option<oneshot::Sender<UnreadBody>>,
 }
@@ -103,7 +103,7 @@ struct Unread {
 #[derive(Debug)]
 pub(crate) struct UnreadBody {
     pub(crate) incoming: Incoming,
-    /// A read has failed.
+    /// Whether a read has failed.
     pub(crate) is_broken: bool,
 }
 
@@ -181,7 +181,7 @@ impl Body {
         Self::from_kind(Kind::Stdin(reader, length), allowed)
     }
 
-    /// Creates the body of an HTTP request, and a receiver for the unread rest in case the body is
+    /// Creates the body of an HTTP request, and a receiver that returns the unread part of the body if the body is
     /// dropped early.
     pub(crate) fn http(incoming: Incoming, allowed: u64) -> (Self, Option<oneshot::Receiver<UnreadBody>>) {
         let (sender, rest) = if incoming.is_end_stream() { (None, None) } else { pair(oneshot::channel()) };
@@ -189,7 +189,7 @@ impl Body {
         (Self::from_kind(Kind::Http(unread), allowed), rest)
     }
 
-    /// Makes the body record in its connection's activity when a reader is waiting for a chunk.
+    /// Makes the body record in its connection's [`Activity`] when a reader is waiting for a chunk.
     pub(crate) fn with_activity(mut self, activity: &Arc<Activity>) -> Self {
         self.wait = Some(BodyWait::new(activity));
         self
@@ -231,8 +231,8 @@ impl http_body::Body for Body {
                     *announced = announced.map(|announced| announced.saturating_sub(bytes.len() as u64));
                     Some(Ok(Frame::data(bytes)))
                 }
-                // A body shorter than announced means that the client failed (FastCGI
-                // specification, sections 6.2 and 6.4).
+                // If the body is shorter than announced, the client has failed (FastCGI specification, sections 6.2 and
+                // 6.4).
                 None if announced.is_none_or(|announced| announced == 0) => None,
                 None | Some(Err(pipe::Cut)) => Some(Err(BodyError::Cut)),
             }),
@@ -296,7 +296,7 @@ impl http_body::Body for Body {
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
             Kind::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            // The body may be longer than announced: the end of the stream decides.
+            // The body may be longer than announced: it ends where the stream ends.
             Kind::Stdin(_, length) => {
                 let mut hint = SizeHint::new();
                 hint.set_lower(length.unwrap_or(0));

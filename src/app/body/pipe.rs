@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 
 use crate::request::buffered;
 
-/// Number of unread bytes at which the connection stops reading; one more read may exceed it.
+/// Number of unread bytes at which the connection stops reading. The last read may exceed this number.
 const CAPACITY: usize = 64 << 10;
 /// Like [`CAPACITY`], while memory is tight.
 const LESS: usize = 4 << 10;
@@ -24,11 +24,11 @@ const WORTH_SHARING: usize = 4096;
 #[derive(Debug, Default)]
 struct Shared {
     queue: VecDeque<Bytes>,
-    /// Read after the queue.
+    /// Small chunks, joined. They are read after the queue.
     tail: BytesMut,
     bytes: usize,
     end: End,
-    /// The reader has been dropped: input is discarded.
+    /// Whether the reader has been dropped. Input is then discarded.
     abandoned: bool,
     reader: Option<Waker>,
     writer: Option<Waker>,
@@ -51,7 +51,7 @@ pub(crate) struct Writer(Arc<Mutex<Shared>>);
 #[derive(Debug)]
 pub(crate) struct Reader(Arc<Mutex<Shared>>);
 
-/// The body was cut short.
+/// The error for a body that was cut short.
 #[derive(Debug)]
 pub(crate) struct Cut;
 
@@ -93,7 +93,7 @@ impl Writer {
         }
     }
 
-    /// Whether the reader has been dropped. This wakes a writer that waits for room.
+    /// Whether the reader has been dropped. Dropping the reader wakes a writer that waits for room.
     pub(crate) fn is_abandoned(&self) -> bool {
         lock(&self.0).abandoned
     }
@@ -103,7 +103,7 @@ impl Writer {
         self.end(End::Whole);
     }
 
-    /// Ready when there is room, or the reader has been dropped.
+    /// Becomes ready when there is room, or when the reader has been dropped.
     pub(crate) fn poll_room(&self, context: &mut Context<'_>) -> Poll<()> {
         let capacity = if buffered::is_tight() { LESS } else { CAPACITY };
         let mut shared = lock(&self.0);

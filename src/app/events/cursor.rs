@@ -1,8 +1,8 @@
 //! Encodes and decodes the id of an SSE event: a subscriber's position in each of its topics. Pure:
 //! text to numbers and back.
 //!
-//! `9f3a61c2-17` is event 17 of a single topic, in the log whose epoch is `9f3a61c2`;
-//! `9f3a61c2-17.4` has the ids of two topics, in the order of the subscription.
+//! `9f3a61c2-17` is event 17 of a single topic, in the log whose epoch is `9f3a61c2`; `9f3a61c2-17.4` contains the ids
+//! of two topics, in the order of the subscription.
 
 use std::fmt;
 
@@ -14,7 +14,7 @@ pub(super) struct Cursor {
 }
 
 impl Cursor {
-    /// `None` if this type would not have written the text.
+    /// Parses the text. Returns `None` if this type would not have written the text.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let (epoch, ids) = text.split_once('-')?;
         let is_hex = epoch.len() == 8 && epoch.bytes().all(|byte| byte.is_ascii_hexdigit());

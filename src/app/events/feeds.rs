@@ -1,9 +1,9 @@
 //! Holds a worker's latest events in its own memory, and the subscribers that wait for further
 //! events.
 //!
-//! An event is stored once, however many subscribers receive it. A subscriber has no queue, only a
-//! position from which it reads on. If events at that position are no longer stored here, the
-//! subscriber reads them from the log. So a subscriber that does not read costs nothing.
+//! An event is stored once, however many subscribers receive it. A subscriber has no queue, only a position from which
+//! it reads on. If events at that position are no longer stored here, the subscriber reads them from the log. A
+//! subscriber that does not read therefore costs nothing.
 //!
 //! Makes no system call and uses no clock or shared memory: the caller passes in the events of the
 //! log.
@@ -41,7 +41,7 @@ pub(super) struct Feeds {
 struct Feed {
     /// Id of the latest known event.
     last: u64,
-    /// The event after id `leap.0` has id `leap.1 + 1`: the log had dropped the topic in between.
+    /// The event after the event with id `leap.0` has id `leap.1 + 1`: the log had dropped the topic in between.
     leap: (u64, u64),
     /// Consecutive events with ids up to `last`.
     recent: VecDeque<Published>,
@@ -59,7 +59,7 @@ pub(super) enum Found {
     /// There is no further event.
     Nothing,
     Events(Vec<Published>),
-    /// The subscriber is too far behind: the log may still have the events, up to this id.
+    /// The subscriber is too far behind to read from memory. The log may still contain the events up to this id.
     InLog(u64),
 }
 
@@ -144,7 +144,7 @@ impl Feeds {
         }
     }
 
-    /// Handles missed events: subscribers find the new events of their topics in the log.
+    /// Handles missed events: subscribers read the new events of their topics from the log.
     pub(super) fn skip(&mut self, last_id: impl Fn(&str) -> u64, wakers: &mut Vec<Waker>) {
         self.order.clear();
         self.bytes = 0;
@@ -253,8 +253,8 @@ mod tests {
         assert!(matches!(feeds.find("a", 1, 9), Found::InLog(3)));
     }
 
-    /// Subscribers are added, read, wait and are removed while events are published, some of them
-    /// missed. Each subscriber gets every event once, and waiting subscribers are woken.
+    /// Subscribers are added, read, wait and are removed while events are published; some events are missed. Each
+    /// subscriber receives every event once, and waiting subscribers are woken.
     #[test]
     fn in_any_history_each_gets_every_event_once() {
         for seed in 0..200 {
@@ -323,7 +323,7 @@ mod tests {
         }
     }
 
-    /// One read of a subscriber; true if it found something.
+    /// Performs one read of a subscriber. Returns true if the read found something.
     fn read(
         feeds: &Feeds,
         log: &BTreeMap<Arc<str>, u64>,
@@ -338,7 +338,7 @@ mod tests {
                 Found::Nothing => {}
                 Found::InLog(end) => {
                     assert!(*at < end && end <= log[name], "seed {seed}");
-                    (*at, any) = (*at + 1, true); // the log has every event
+                    (*at, any) = (*at + 1, true); // the log contains every event
                 }
                 Found::Events(events) => {
                     for event in events {

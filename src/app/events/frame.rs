@@ -1,8 +1,7 @@
 //! Encodes events as lines of `text/event-stream` (HTML standard, 9.2.5). Pure: bytes in, bytes
 //! out.
 //!
-//! Any content of a name or data stays within its field, because lines are split exactly where a
-//! browser splits them.
+//! No name or data can break out of its field, because lines are split exactly where a browser splits them.
 
 use std::fmt::Write as _;
 
@@ -13,7 +12,7 @@ use super::cursor::Cursor;
 /// A comment, which browsers ignore and which keeps the connection from looking idle.
 pub(super) const COMMENT: &[u8] = b":\n\n";
 
-/// An encoded event: its id, and the rest, which is encoded once for all receivers.
+/// An encoded event: its id, and the remaining lines, which are encoded once for all receivers.
 #[derive(Debug)]
 pub(super) struct Frame {
     bytes: Bytes,
@@ -30,12 +29,12 @@ impl Frame {
         Self { bytes: bytes.freeze(), rest }
     }
 
-    /// Returns the frame for a subscriber of this topic only.
+    /// Returns the frame for a subscriber to this topic only.
     pub(super) fn whole(&self) -> Bytes {
         self.bytes.clone()
     }
 
-    /// Returns the frame for a subscriber of several topics, which needs an id of its own.
+    /// Returns the frame for a subscriber to several topics, whose events have their own ids.
     pub(super) fn with_id(&self, id: &Cursor) -> Bytes {
         let mut bytes = BytesMut::with_capacity(self.bytes.len() + 21 * id.ids.len());
         put_id(&mut bytes, id);
@@ -44,7 +43,7 @@ impl Frame {
     }
 }
 
-/// Writes the id of the event that the next empty line ends. Without an event, the id only updates
+/// Writes the id of the event that the next empty line ends. If no event precedes the empty line, the id only updates
 /// the client's position.
 pub(super) fn put_id(bytes: &mut BytesMut, id: &Cursor) {
     put_fmt(bytes, format_args!("id: {id}\n"));

@@ -1,13 +1,12 @@
 //! Reads the event log once for all subscribers of a worker.
 //!
-//! The first subscription starts a thread that sleeps until something is published, and that exits
-//! within a second of the end of the last subscription. The thread wakes the event loop and then
-//! waits until the loop has read the log. So a busy loop is woken only once, and publishers need no
-//! system call to wake it. The loop reads each event once, in batches; subscribers run between
-//! batches.
+//! The first subscription starts a thread that sleeps until something is published, and that exits within a second of
+//! the end of the last subscription. The thread wakes the event loop and then waits until the loop has read the log. A
+//! busy loop is therefore woken only once, and publishers need no system call to wake the loop. The loop reads each
+//! event once, in batches; subscribers run between batches.
 //!
-//! The lock is local to this process. The event loop holds it for one batch or lookup at a time, a
-//! subscription on another thread only briefly.
+//! The lock is local to this process. The event loop holds the lock for one batch or lookup at a time; a subscription
+//! on another thread holds it only briefly.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
@@ -45,9 +44,9 @@ struct State {
     feeds: Feeds,
     /// Present while there are subscribers.
     tail: Option<Tail>,
-    /// The thread is running.
+    /// Whether the thread is running.
     is_watched: bool,
-    /// The loop was woken and has not read the whole log yet.
+    /// Whether the loop was woken and has not read the whole log yet.
     is_due: bool,
     /// The log's sequence number when the loop last finished reading the whole log.
     seen: u32,
@@ -59,7 +58,7 @@ pub(super) enum NextEvents {
     Nothing,
     /// Events of the topic with this number.
     Events(usize, Vec<Published>),
-    /// The log may have events of the topic with this number, up to this id.
+    /// The log may contain events of the topic with this number, up to this id.
     InLog(usize, u64),
     /// There will be no more events: the worker is draining.
     Over,
@@ -93,8 +92,7 @@ impl Hub {
         self.state().feeds.count()
     }
 
-    /// Adds a subscriber, which receives everything published from now on. Also returns the latest
-    /// id of each topic.
+    /// Adds a subscriber, which receives all events published from now on. Also returns the latest id of each topic.
     pub(super) fn subscribe(self: &Arc<Self>, topics: &[Arc<str>]) -> Result<(Key, Vec<u64>), EventsError> {
         let mut state = self.state();
         if state.feeds.count() >= self.max_subscribers as usize {
@@ -110,8 +108,8 @@ impl Hub {
             state.seen = self.log.sequence();
             state.tail = Some(self.log.tail());
         }
-        // The tail must be set first, and the lock that guards its reads must be held, so that no
-        // event is missed.
+        // The tail must be set before the ids are read, and the lock that guards reads from the tail must be held, so
+        // that no event is missed.
         let last_ids = topics.iter().map(|topic| self.log.last_id(topic)).collect();
         Ok((state.feeds.add(topics, |topic| self.log.last_id(topic)), last_ids))
     }

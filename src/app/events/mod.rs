@@ -8,7 +8,7 @@
 //!
 //! - [`name`] validates event names. [`cursor`] and [`frame`] encode ids and events. [`feeds`]
 //!   holds recent events and waiting subscribers. All four are pure.
-//! - [`hub`] has the thread and the worker's only reader of the log.
+//! - [`hub`] contains the thread and the worker's only reader of the log.
 //! - [`subscription`] is the event sequence of one subscriber. [`sse`] is its response.
 
 mod cursor;
@@ -39,7 +39,7 @@ use crate::config::events::EventsConfig;
 #[doc = include_str!("../../../docs/events.md")]
 struct Document;
 
-/// Maximum number of topics of one subscription.
+/// Maximum number of topics in one subscription.
 const MAX_TOPICS: usize = 32;
 
 /// The event log that all workers share: an event published in any worker reaches the subscribers of all workers.
@@ -80,8 +80,8 @@ impl Events {
 
     /// Returns the id of the most recent event in `topic`, or 0 if there is none.
     ///
-    /// If the log has dropped topics, the result for an unknown topic is the id after which the numbering of that topic
-    /// would continue.
+    /// If the log has dropped topics, the result for a topic that is not in the log is the id after which the numbering
+    /// of that topic would continue.
     #[must_use]
     pub fn last_id(&self, topic: &str) -> u64 {
         self.hub.log().last_id(topic)
@@ -93,7 +93,7 @@ impl Events {
         self.hub.subscribers()
     }
 
-    /// Subscribes to topics: from now on, or after `last_event_id`.
+    /// Subscribes to topics, starting with the next event, or with the first event after `last_event_id`.
     ///
     /// `last_event_id` is the result of [`Subscription::last_event_id`] for a subscription to the same topics in the
     /// same order.
@@ -108,8 +108,8 @@ impl Events {
         Subscription::new(&self.hub, topics.into_iter().map(|topic| Arc::from(topic.as_ref())).collect(), last_event_id)
     }
 
-    /// Delivers published events to this process's subscribers. Must run forever, as a task of the
-    /// event loop.
+    /// Delivers published events to this process's subscribers. Must run as a task of the event loop for as long as the
+    /// process lives.
     pub(crate) async fn deliver(self) {
         self.hub.deliver().await;
     }
@@ -128,7 +128,7 @@ pub struct Event {
 }
 
 impl Event {
-    /// Creates an event without a name. Browsers deliver it as `message`.
+    /// Creates an event without a name. Browsers deliver such an event as `message`.
     pub fn new(data: impl Into<Bytes>) -> Self {
         Self { name: String::new(), data: data.into() }
     }
@@ -176,7 +176,7 @@ impl Published {
         &self.0.topic
     }
 
-    /// Returns the event's id: one more than the id of the previous event of the topic.
+    /// Returns the event's id, which is one more than the id of the previous event in the topic.
     #[must_use]
     pub fn id(&self) -> u64 {
         self.0.id
@@ -231,7 +231,7 @@ pub enum EventsError {
         /// The name.
         name: String,
     },
-    /// The log did not accept the event.
+    /// The log rejected the event.
     NotPublished(PublishError),
     /// The subscription has no topics, or more than 32.
     TopicCount,

@@ -9,7 +9,7 @@ pub(crate) fn fault(name: &str) -> Option<&'static str> {
     if name == GAP {
         Some("is reserved for notices of missed events")
     } else if name.contains(char::is_control) {
-        Some("contains control characters") // the name is a line of an event stream
+        Some("contains control characters") // the name is one line of an event stream
     } else {
         None
     }

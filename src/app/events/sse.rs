@@ -1,7 +1,7 @@
-//! Sends a subscription as a response: a `text/event-stream` until one side disconnects, or one
-//! batch of events for a client that polls. `docs/events.md` describes the protocol.
+//! Sends a subscription as a response: as a `text/event-stream` until one side disconnects, or as one batch of events
+//! if the client uses long polling. `docs/events.md` describes the protocol.
 //!
-//! No function blocks: the response is created immediately, on any thread, and its connection polls its
+//! No function blocks: the response is created immediately, on any thread, and the connection then polls the response's
 //! body.
 
 use std::convert::Infallible;
@@ -24,24 +24,24 @@ use crate::protocol::query;
 
 /// Content type of these responses.
 pub(crate) const TYPE: &str = "text/event-stream";
-/// Response extension: the response ends when its worker drains, and its client resumes at another
-/// worker. (Neither applies to an event stream that the application produces itself.)
+/// Response extension for a response that ends when its worker drains and that the client resumes at another worker. An
+/// event stream that the application produces itself does not carry this extension.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct EndsWithWorker;
 const LAST_EVENT_ID: &str = "last-event-id";
 const SIMULATE: &str = "x-event-source-simulate";
-/// Reconnection delay of clients of a draining worker, spread over this range.
+/// Range of the random reconnection delay of a draining worker's clients.
 const BACK_AFTER_DRAIN_MS: (u64, u64) = (100, 2000);
 /// Number of filtered messages after which the stream yields to other tasks.
 const HELD_BACK: usize = 64;
-/// Number of bytes at which the batch for a poll is full; its last message may exceed it.
+/// Number of bytes at which the batch for a poll is full. The last message of the batch may exceed this number.
 const BATCH: usize = 64 << 10;
 
-/// Answers a request with the events of some topics, as Server-Sent Events; or with the next events, if the client uses
-/// long polling.
+/// Answers a request with the events in some topics: as Server-Sent Events or, if the client uses long polling, with
+/// the next events only.
 ///
-/// The client resumes where it left off if the request carries the id of the last event it received: in the header
-/// `Last-Event-ID`, or in the query as `lastEventId` or `last-event-id`.
+/// The client resumes where it left off if the request carries the id of the last event that the client received, in
+/// the header `Last-Event-ID` or in the query as `lastEventId` or `last-event-id`.
 ///
 /// ```no_run
 /// use forkyard::http::{Request, Response};
@@ -90,7 +90,7 @@ fn polls(headers: &HeaderMap) -> bool {
     simulates || (says && !streams)
 }
 
-/// Builds the response to a subscriber: see [`sse`].
+/// Builds the response to a subscriber. Created by [`sse`].
 #[must_use = "it is `response()` that answers"]
 #[derive(Debug)]
 pub struct Sse {
@@ -102,7 +102,7 @@ pub struct Sse {
     choice: Choice,
 }
 
-/// Selects and changes the events that this client gets.
+/// Selects and changes the events that this client receives.
 struct Choice {
     filter: Option<Box<Filter>>,
     map: Option<Box<Map>>,
@@ -118,19 +118,20 @@ impl fmt::Debug for Choice {
 }
 
 impl Sse {
-    /// How long a browser waits before it reconnects after the connection breaks (default 2 s). Each client is given a
-    /// random time of up to half as much more or less, so that clients do not all reconnect at once.
+    /// Sets how long a browser waits before it reconnects after the connection breaks (default 2 s). Each client is
+    /// given a random time between half and one and a half times this value, so that clients do not all reconnect at
+    /// the same moment.
     pub fn retry(self, retry: Duration) -> Self {
         Self { retry, ..self }
     }
 
-    /// After this long without an event, sends a message that keeps intermediaries from treating the connection as dead
-    /// (default 15 s). Zero disables it.
+    /// Sets how long a stream may be silent before a comment is sent, which keeps intermediaries from treating the
+    /// connection as dead (default 15 s). Zero disables these comments.
     pub fn keep_alive(self, keep_alive: Duration) -> Self {
         Self { keep_alive, ..self }
     }
 
-    /// The long-poll timeout: how long a polling client waits for an event (default 25 s).
+    /// Sets the long-poll timeout: how long a polling client waits for an event (default 25 s).
     pub fn poll_timeout(self, poll_timeout: Duration) -> Self {
         Self { poll_timeout, ..self }
     }
@@ -142,7 +143,8 @@ impl Sse {
         self
     }
 
-    /// Sends the event that `map` returns in place of each event, or nothing if it returns `None`; ids do not change.
+    /// Replaces each event by the event that `map` returns, or omits the event if `map` returns `None`. Ids do not
+    /// change.
     ///
     /// `map` runs on the event loop, once for each event and client. Events that are not mapped are encoded once for
     /// all clients of a worker.
@@ -212,7 +214,7 @@ struct Stream {
     stage: Stage,
     alarm: Option<Pin<Box<Sleep>>>,
     sent_at: Option<Instant>,
-    /// The subscriber's position is ahead of the last id sent to the client.
+    /// Whether the subscriber's position is ahead of the last id that was sent to the client.
     is_id_due: bool,
 }
 
@@ -267,7 +269,7 @@ impl Stream {
         self.poll_alarm(context)
     }
 
-    /// Collects the available events for a poll; empty if there are none.
+    /// Collects the available events for a poll. The result is empty if there are none.
     fn batch(&mut self, context: Option<&Context<'_>>) -> BytesMut {
         let mut bytes = BytesMut::new();
         let mut held_back = 0;
@@ -275,8 +277,8 @@ impl Stream {
             match self.subscription.advance(context) {
                 Poll::Ready(Some(message)) => match self.encode(&message) {
                     Some(frame) => bytes.extend_from_slice(&frame),
-                    // So many filtered messages would delay other tasks: send the position, and let
-                    // the client poll again for the rest.
+                    // Filtering still more messages would delay other tasks. Send the position, and let the client poll
+                    // again for the remaining events.
                     None if held_back == 16 * HELD_BACK => {
                         self.put_whole_id(&mut bytes);
                         break;
@@ -293,7 +295,7 @@ impl Stream {
         bytes
     }
 
-    /// Called when there is nothing to send; sends a keep-alive, or ends the poll, when it is due.
+    /// Sends a keep-alive comment, or ends the poll, when that is due. Called when there is nothing else to send.
     fn poll_alarm(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         if self.every.is_zero() && !self.polls {
             return Poll::Pending;
@@ -370,7 +372,7 @@ impl Stream {
         bytes.extend_from_slice(b"\n");
     }
 
-    /// Returns the last bytes before the worker exits.
+    /// Returns the bytes that end the stream before the worker exits.
     fn farewell(&mut self) -> Bytes {
         let mut bytes = BytesMut::new();
         put_retry(&mut bytes, between(BACK_AFTER_DRAIN_MS.0, BACK_AFTER_DRAIN_MS.1));
@@ -381,7 +383,7 @@ impl Stream {
 
 /// Returns a random number from `least` to `most`.
 fn between(least: u64, most: u64) -> u64 {
-    // Without random numbers, all clients reconnect at the same time, which is no reason to fail.
+    // If no random numbers are available, all clients reconnect at the same time, which is no reason to fail.
     let random = getrandom::u64().unwrap_or(0);
     least + random % (most - least).saturating_add(1)
 }

@@ -17,12 +17,12 @@ use super::{EventsError, MAX_TOPICS, Message, Published};
 /// Maximum number of events taken at a time from the worker's memory, and in the first read from
 /// the log.
 const MAX_BATCH: usize = 16;
-/// Limits of one read from the log, in bytes and events, because the copies are for this subscriber
-/// alone.
+/// Maximum number of bytes and of events in one read from the log. The copies are for this subscriber alone, so they
+/// must stay small.
 const COPIED: (usize, usize) = (64 << 10, 256);
 
-/// The events of some topics, as a [`Stream`]. The stream ends when the worker is about to exit; dropping it ends the
-/// subscription.
+/// The events of some topics, as a [`Stream`]. The stream ends when the worker is about to exit. Dropping the stream
+/// ends the subscription.
 #[derive(Debug)]
 pub struct Subscription {
     hub: Arc<Hub>,
@@ -33,9 +33,9 @@ pub struct Subscription {
     /// Messages taken and not yet yielded, each with its topic's number and the position in the
     /// topic after the message.
     waiting: VecDeque<(usize, u64, Message)>,
-    /// Position after the yielded messages.
+    /// The subscriber's position after the messages yielded so far.
     cursor: Cursor,
-    /// The topic that is read first.
+    /// Number of the topic that is read first.
     turn: usize,
     /// Number of events requested in one read from the log.
     stride: usize,
@@ -108,8 +108,8 @@ impl Subscription {
         &self.topics
     }
 
-    /// Returns the next message to a task. After many messages in one poll of the task, returns
-    /// Pending although there are more, so that other tasks can run: tokio's budget decides when.
+    /// Returns the next message to a task. After many messages in one poll of the task, returns Pending although more
+    /// messages are available, so that other tasks can run; tokio's budget determines when.
     pub(super) fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Message>> {
         let turn = ready!(poll_proceed(context));
         let message = self.advance(Some(context));
@@ -119,8 +119,7 @@ impl Subscription {
         message
     }
 
-    /// Returns the next message, or Pending if there is none; with `context`, the next message
-    /// wakes the task.
+    /// Returns the next message, or Pending if there is none. With `context`, the next message then wakes the task.
     pub(super) fn advance(&mut self, context: Option<&Context<'_>>) -> Poll<Option<Message>> {
         loop {
             if let Some((number, at, message)) = self.waiting.pop_front() {
@@ -144,8 +143,8 @@ impl Subscription {
         }
     }
 
-    /// Reads from the log, because the next event of this topic is not in the worker's memory. The
-    /// topic has events up to `end`.
+    /// Reads from the log, because the next event in this topic is not in the worker's memory. `end` is the id of the
+    /// latest event in the topic.
     fn read_log(&mut self, number: usize, end: u64) {
         let (topic, after) = (Arc::clone(&self.taken[number].0), self.taken[number].1);
         self.places.resize(self.taken.len(), 0);
@@ -194,7 +193,7 @@ mod tests {
         Events::new(&segment, EventsConfig { bytes: 4 << 20, backlog: 256, max_subscribers: 4 })
     }
 
-    /// Returns everything that a subscriber gets in one poll of its task.
+    /// Returns all messages that a subscriber receives in one poll of its task.
     async fn turn(subscription: &mut Subscription) -> Vec<(String, u64)> {
         poll_fn(|context| {
             let mut got = Vec::new();
