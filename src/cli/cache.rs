@@ -21,7 +21,7 @@ pub(super) struct CacheOptions {
 }
 
 impl CacheOptions {
-    /// Without `bytes`, the size depends on the available memory.
+    /// Returns the settings of the cache. If `bytes` is `None`, the size depends on the memory limit.
     pub(super) fn cache(self, bytes: Option<u64>) -> CacheConfig {
         let sized = match bytes {
             Some(bytes) => CacheConfig { bytes, ..CacheConfig::default() },

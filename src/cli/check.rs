@@ -1,5 +1,5 @@
-//! `check`: tests whether the settings can be used on this machine. Creates, binds and starts nothing, and reports all errors,
-//! not only the first.
+//! Implements `check`, which tests whether the settings can be used on this machine. It creates, binds and starts
+//! nothing, and reports all errors rather than only the first.
 
 use forkyard_shm::Segment;
 

@@ -178,14 +178,15 @@ pub(super) enum CacheCommand {
     Clear(Socket),
 }
 
-/// Refuses an empty value: as a prefix it would match every page, and in a script it is usually an unset variable.
+/// Rejects an empty value: an empty prefix would match every page, and an empty value in a script usually comes from an
+/// unset variable.
 fn some_text() -> impl TypedValueParser<Value = OsString> {
     OsStringValueParser::new().try_map(|text| {
         if text.is_empty() { Err("the value is empty ('cache clear' purges all pages)") } else { Ok(text) }
     })
 }
 
-/// The task of a sub-command that does not serve.
+/// The task of a sub-command other than those that serve.
 #[derive(Debug)]
 pub(crate) enum Task {
     /// Send a request to a master.
@@ -206,10 +207,11 @@ impl Socket {
 }
 
 impl Operation {
-    /// `command` is the whole command line, for completions and the manual.
+    /// Converts the sub-command to its task. `command` describes the whole command line, for completions and the
+    /// manual.
     ///
     /// # Errors
-    /// Returns an error of clap if the sub-command of a manual page does not exist.
+    /// Returns an error from clap if the sub-command of a manual page does not exist.
     pub(super) fn task(self, command: &mut Command) -> Result<Task, clap::Error> {
         Ok(match self {
             Self::Status(socket) => socket.ask(ControlCommand::Ask(ControlRequest::Status)),

@@ -26,7 +26,8 @@ pub(super) struct EventsOptions {
 }
 
 impl EventsOptions {
-    /// Most subscribers hold a connection each; the default leaves a quarter of the connections for other requests.
+    /// Returns the settings of the event log. Most subscribers hold a connection each, so the default limit on
+    /// subscribers leaves a quarter of the connections for other requests.
     pub(super) fn config(&self, max_connections: u32) -> EventsConfig {
         let default = (max_connections - max_connections / 4).max(1);
         let max_subscribers = self.max_subscribers.unwrap_or(default);

@@ -1,7 +1,7 @@
 //! The configuration file: TOML whose keys are the names of the flags, turned into command-line arguments.
 //!
-//! There is no separate list of names, types or limits: a key is the flag of that name, and the flag's own parser checks its
-//! value. Flags and FORKYARD_* variables override the file.
+//! There is no separate list of names, types or limits: each key stands for the flag with the same name, and that
+//! flag's parser checks the value. Flags and FORKYARD_* variables override the file.
 
 use std::any::TypeId;
 use std::error::Error as _;
@@ -18,7 +18,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::refused_flags;
 
-/// The key for the arguments after `--` on the command line.
+/// The key that stands for the arguments after `--` on the command line.
 const COMMAND: &str = "command";
 /// Flags that cannot be set in a file.
 const NEVER: [&str; 3] = ["config", "help", "version"];
@@ -28,9 +28,9 @@ const MAX_SIZE: u64 = 1 << 20;
 /// The arguments that a file adds to the command line.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Additions {
-    /// Before the other arguments.
+    /// Flags, which come before the other arguments.
     pub(super) flags: Vec<OsString>,
-    /// After `--`.
+    /// The arguments after `--`.
     pub(super) command: Vec<OsString>,
 }
 
@@ -62,7 +62,7 @@ pub(super) fn read(path: &Path, command: &Command, matches: &ArgMatches) -> (Add
 
 fn text_of(path: &Path) -> Result<String, String> {
     let metadata = std::fs::metadata(path).map_err(|error| error.to_string())?;
-    // A pipe would block, and a device may be endless.
+    // Reading a pipe could block, and a device may be endless.
     if !metadata.is_file() {
         return Err("it is not a regular file".to_owned());
     }
@@ -78,9 +78,9 @@ struct Reading<'a> {
     command: &'a Command,
     matches: &'a ArgMatches,
     additions: Additions,
-    /// Parts that could not be parsed: the placeholder values there are not checked.
+    /// Parts of the text that could not be parsed. The parser's placeholder values for these parts are not checked.
     broken: Vec<Range<usize>>,
-    /// Offset in the text, and error.
+    /// Each error, with its offset in the text.
     mistakes: Vec<(usize, String)>,
     /// The settings that are not used because of an error.
     settings: Vec<String>,
@@ -90,7 +90,8 @@ impl Reading<'_> {
     fn read(&mut self) {
         let (table, errors) = DeTable::parse_recoverable(self.text);
         let unclosed = table.get_ref().iter().find_map(|(key, value)| self.unclosed(key.get_ref(), value, &errors));
-        // After an unclosed list, the parser reads every line as an element of the list, and reports an error for each.
+        // After an unclosed list, the parser reads every further line as an element of the list, and reports an error
+        // for each line.
         let end = unclosed.as_ref().map_or(usize::MAX, |(at, _)| *at);
         for error in errors.iter().filter(|error| error.span().unwrap_or_default().start < end) {
             let at = error.span().unwrap_or_default();
@@ -141,7 +142,7 @@ impl Reading<'_> {
             message.starts_with("unclosed ") || message.starts_with("unexpected `=` in array")
         };
         errors.iter().filter(within).find(is_sign)?;
-        // The first line after it that looks like a setting.
+        // The first line after the unclosed list or table that looks like a setting.
         let text = self.text.get(begin..)?;
         let is_setting = |line: &str| line.split_once('=').is_some_and(|(name, _)| is_name(name.trim()));
         let next = text.lines().skip(1).position(is_setting).map(|lines| self.line_of(begin) + lines + 1);
@@ -290,7 +291,7 @@ fn plain(value: &DeValue<'_>) -> Option<String> {
     match value {
         DeValue::String(text) => Some(text.to_string()),
         DeValue::Integer(number) if number.radix() == 10 => Some(number.as_str().to_owned()),
-        // A file mode, written as 0o660.
+        // An octal number such as 0o660 is a file mode.
         DeValue::Integer(number) if number.radix() == 8 => Some(number.as_str().to_owned()),
         DeValue::Integer(_)
         | DeValue::Float(_)

@@ -56,7 +56,7 @@ pub(super) fn improve(
         _ => None,
     };
     if let Some(tip) = tip {
-        // clap would also print this suggestion, which is for a different flag.
+        // clap would also print its own suggestion, which is for a different flag.
         error.remove(ContextKind::SuggestedArg);
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![StyledStr::from(tip)]));
     }

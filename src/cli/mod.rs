@@ -3,8 +3,8 @@
 //! Two commands share the serving flags: `forkyard run … -- COMMAND`, for an application in any language, and
 //! every binary that calls [`crate::run`], for the application linked into it. Both have the same other sub-commands.
 //!
-//! - Each group of flags has a file of its own. The flags of sockets, start and stop are in this file.
-//! - [`control`]: the sub-commands. [`file`]: the configuration file. [`check`]: what `check` tests.
+//! - Each group of flags has its own file. The flags for sockets, startup and shutdown are in this file.
+//! - [`control`]: the sub-commands. [`file`]: the configuration file. [`check`]: the tests of `check`.
 //! - [`parse`]: reads arguments, variables and file. [`refused_flags`]: flags of the other command. [`hints`]: tips for
 //!   invalid command lines.
 
@@ -73,7 +73,7 @@ Signals to the master:
 Exit status: 0 stopped as requested, 1 failure, 2 wrong usage.
 A worker that was ready and exits with status 125 is not replaced.";
 
-/// `forkyard run` takes one FastCGI address, and has no default address.
+/// Help for `--bind` in `forkyard run`, which takes one FastCGI address and has no default address.
 const BIND_OF_RUN: [&str; 2] = [
     "Listen on this address, as in fastcgi:unix:/run/app.sock",
     "\
@@ -162,7 +162,7 @@ struct ServeOptions {
 }
 
 impl ServeOptions {
-    /// Sockets that systemd passes take precedence over other defaults of `--bind`.
+    /// Makes the sockets that systemd passes take precedence over the other defaults of `--bind`.
     fn bind_what_is_passed(&mut self) {
         if self.bind.is_empty() {
             self.bind = systemd::binds();
@@ -298,7 +298,7 @@ struct RunOptions {
 #[derive(Debug)]
 pub(crate) struct ServeRequest {
     pub(crate) config: Config,
-    /// Whether to serve one CGI request, from the environment and standard input.
+    /// Whether to serve a single CGI request, which is read from the environment and standard input.
     pub(crate) cgi: bool,
     /// The external program and its arguments; `None` for a linked application.
     pub(crate) program: Option<Vec<OsString>>,
@@ -312,11 +312,11 @@ pub(crate) enum Invocation {
         request: Box<ServeRequest>,
         mistakes: Vec<String>,
     },
-    /// The configuration file has these errors.
+    /// Report these errors in the configuration file, and exit.
     Broken {
         mistakes: Vec<String>,
     },
-    /// A sub-command that does not serve.
+    /// Perform the task of a sub-command that does not serve.
     Task(Task),
 }
 
@@ -330,14 +330,15 @@ pub(crate) struct AppInfo {
 /// Reads the command line of a binary with a linked application.
 ///
 /// # Errors
-/// Returns an error of clap, which can also be the text of `--help` or `--version`.
+/// Returns an error from clap, which can also be the text of `--help` or `--version`.
 pub(crate) fn parse_linked(arguments: &[OsString], app_info: &AppInfo) -> Result<Invocation, clap::Error> {
     let name =
         arguments.first().and_then(|path| Path::new(path).file_name()).map(|name| name.to_string_lossy().into_owned());
     let run = RunOptions::augment_args(Command::new("run"));
     let mut command = refused_flags::add(Linked::command(), &run, ServingCommand::Linked);
     command = command.mut_subcommand("check", |check| refused_flags::add(check, &run, ServingCommand::Linked));
-    // The application's version: clap would otherwise print this library's version after the application's name.
+    // This is the application's version. Otherwise clap would print this library's version after the application's
+    // name.
     command = command.version(app_info.version.clone().unwrap_or_default());
     if let Some(about) = &app_info.about {
         command = command.about(about.clone());
@@ -397,7 +398,7 @@ fn linked_request(mut linked: LinkedOptions) -> (ServeRequest, Vec<Mismatch>) {
 /// Reads the command line of `forkyard`.
 ///
 /// # Errors
-/// Returns an error of clap, which can also be the text of `--help` or `--version`.
+/// Returns an error from clap, which can also be the text of `--help` or `--version`.
 pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap::Error> {
     let linked = LinkedOptions::augment_args(Command::new("linked"));
     let mut command = Forkyard::command().bin_name("forkyard");
@@ -437,7 +438,7 @@ fn run_request(mut run: RunOptions) -> (ServeRequest, Vec<Mismatch>) {
     (ServeRequest { config, cgi: false, program: Some(run.command) }, wrong)
 }
 
-/// An external program has one socket, which uses FastCGI.
+/// Checks that there is one FastCGI socket: an external program accepts connections from a single socket.
 fn check_run(binds: &[Bind]) -> Result<(), String> {
     const FORM: &str = "as in --bind fastcgi:unix:/run/app.sock";
     match binds {
@@ -454,7 +455,7 @@ fn check_run(binds: &[Bind]) -> Result<(), String> {
     }
 }
 
-/// Settings that exist only for workers of linked applications.
+/// The settings that exist only for workers of linked applications.
 #[derive(Default)]
 struct OfWorkers {
     threads: u32,
@@ -466,7 +467,7 @@ struct OfWorkers {
     access_log: AccessLogOptions,
 }
 
-/// Adds contradictory settings to `wrong`.
+/// Builds the configuration. Adds contradictory settings to `wrong`.
 fn config(
     serve: ServeOptions,
     scaling: Scaling,

@@ -37,7 +37,7 @@ pub(super) struct Read {
 /// the sub-commands that take the serving flags.
 ///
 /// # Errors
-/// Returns an error of clap. For `check`, invalid values are among the mistakes instead.
+/// Returns an error from clap. For `check`, invalid values are among the mistakes instead.
 pub(super) fn read(command: &mut Command, arguments: &[OsString], serving: &[&str]) -> Result<Read, clap::Error> {
     let mut mistakes = Mistakes::default();
     let mut arguments = arguments.to_vec();

@@ -1,12 +1,12 @@
-//! Flags that only one of the two serving commands has. The other command refuses them and gives a reason, on the
-//! command line and in the configuration file.
+//! Rejects the flags that only the other serving command has, and gives the reason, on the command line and in the
+//! configuration file.
 //!
 //! There is no list of these flags: they are the difference between the flags of the two commands.
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
-/// Prefix of the ids of refused arguments.
+/// Prefix of the ids of rejected arguments.
 const PREFIX: &str = "refused-";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +60,7 @@ impl ServingCommand {
     }
 }
 
-/// Adds the flags of `other` that `command` lacks, as hidden arguments that will be refused.
+/// Adds the flags of `other` that `command` lacks, as hidden arguments that will be rejected.
 pub(super) fn add(command: Command, other: &Command, serving: ServingCommand) -> Command {
     let has = |command: &Command, name: &str| command.get_arguments().any(|argument| argument.get_long() == Some(name));
     let names = other.get_arguments().filter_map(|argument| argument.get_long().filter(|_| !argument.is_hide_set()));
@@ -72,12 +72,12 @@ pub(super) fn add(command: Command, other: &Command, serving: ServingCommand) ->
     })
 }
 
-/// Returns the reason why a flag is refused, if it is.
+/// Returns the reason why a flag is rejected, or `None` if it is not.
 pub(super) fn reason(argument: &Arg) -> Option<String> {
     argument.get_id().as_str().starts_with(PREFIX).then(|| argument.get_help().map(ToString::to_string)).flatten()
 }
 
-/// Returns one error for each refused flag that was given.
+/// Returns one error for each rejected flag that was given.
 pub(super) fn given(command: &Command, matches: &ArgMatches) -> Vec<String> {
     let refused = command.get_arguments().filter_map(|argument| Some((argument, reason(argument)?)));
     let given = refused

@@ -29,7 +29,7 @@ impl fmt::Display for Protocol {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Address {
-    /// `HOST:PORT`; port 0 lets the system choose.
+    /// `HOST:PORT`; with port 0, the system chooses the port.
     Tcp(String),
     /// `unix:PATH`.
     Path(PathBuf),
@@ -62,7 +62,8 @@ pub(crate) struct Bind {
 }
 
 impl Address {
-    /// Whether it can stand for several sockets: those that systemd passes, or the addresses of a host name.
+    /// Whether the address can stand for several sockets: those that systemd passes, or one for each address of a host
+    /// name.
     pub(crate) fn may_be_several(&self) -> bool {
         match self {
             Self::Tcp(address) => address.parse::<SocketAddr>().is_err(),
@@ -73,8 +74,8 @@ impl Address {
 }
 
 impl Bind {
-    /// Whether its socket must be IPv6 only, given all addresses that are bound: `[::]` without an IPv4 address at the
-    /// same port accepts both.
+    /// Whether the socket must accept IPv6 connections only, given all addresses that are bound. A socket on `[::]`
+    /// accepts IPv4 connections too, unless an IPv4 address with the same port is bound.
     pub(crate) fn leaves_ipv4(&self, all: &[Bind]) -> bool {
         let literal = |bind: &Bind| match &bind.address {
             Address::Tcp(address) => address.parse::<SocketAddr>().ok(),
@@ -143,7 +144,7 @@ impl FromStr for Bind {
     }
 }
 
-/// Returns a correction of an invalid address, for an error message.
+/// Returns the address that was probably meant by an invalid address, for an error message.
 fn address_of(text: &str) -> Option<String> {
     let is_path = |text: &str| text.starts_with(['/', '.']) || text.ends_with(".sock");
     if let Some(rest) = text.strip_prefix("//") {
@@ -162,7 +163,7 @@ fn address_of(text: &str) -> Option<String> {
     None
 }
 
-/// Returns a correction of a value without a valid protocol.
+/// Returns the value that was probably meant by a value without a valid protocol, for an error message.
 fn whole_of(text: &str) -> Option<String> {
     let (first, rest) = text.split_once(':').unwrap_or((text, ""));
     match first {

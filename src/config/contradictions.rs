@@ -1,4 +1,4 @@
-//! Settings that are valid on their own but contradict each other.
+//! Finds settings that are valid on their own but contradict each other.
 
 use super::Config;
 
@@ -6,7 +6,8 @@ use super::Config;
 const OTHER_DESCRIPTORS: u64 = 64;
 
 impl Config {
-    /// Returns a message for the operator for each contradiction. `descriptors` is the descriptor limit of a worker, if it is known.
+    /// Returns a message for the operator for each contradiction. `descriptors` is the descriptor limit of a worker, if
+    /// that is known.
     pub(crate) fn contradictions(&self, descriptors: Option<u64>) -> Vec<String> {
         let limits = &self.limits;
         let connections = limits.max_connections;

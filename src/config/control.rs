@@ -14,11 +14,11 @@ pub(crate) struct ControlConfig {
 }
 
 /// Returns the configuration after a reload: `read`, but with the settings of `running` where a running master cannot
-/// change them. Also returns the flags of these settings, if `read` changes them. `slots` is the number of processes
-/// for which the master has space.
+/// change them. Also returns the flags of these settings, if `read` changes them. `slots` is the maximum number of
+/// processes for which the master has space.
 ///
-/// The sockets and the shared memory are created once and shared with running processes; other programs find this master by
-/// its pid file and control socket.
+/// The sockets and the shared memory are created once and shared with running processes; the pid file and the control
+/// socket stay as they are, because other programs find this master by them.
 pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, Vec<String>) {
     let mut fixed = Vec::new();
     let mut differs = |flag: &str, differs: bool| {

@@ -2,19 +2,20 @@
 
 use std::time::Duration;
 
-/// Zero disables a time limit. The quarantine is disabled if its number of deaths is zero.
+/// A time limit of zero is disabled. The quarantine is disabled if its number of deaths is zero.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Failures {
-    /// Time limit for the head of the response; after it, the request gets 504.
+    /// Time limit for the head of the response. After this time, the request is answered with 504.
     pub(crate) request_timeout: Duration,
-    /// Time for which an event loop may run without yielding, and a blocking function after its request has timed out.
+    /// How long an event loop may run without yielding, and how long a blocking function may continue to run after its
+    /// request has timed out.
     pub(crate) hang_timeout: Duration,
     /// Age at which a request is logged with a backtrace.
     pub(crate) slow_request: Duration,
     pub(crate) quarantine: QuarantineConfig,
 }
 
-/// The conditions under which a request is refused because workers died while serving it.
+/// The conditions under which a request is refused because workers have died while serving it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct QuarantineConfig {
     /// Number of deaths after which the request is refused.

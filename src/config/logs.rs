@@ -6,16 +6,16 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LogConfig {
     pub(crate) filters: Filters,
-    /// Standard error if `None`.
+    /// The log file; standard error if `None`.
     pub(crate) file: Option<PathBuf>,
     pub(crate) format: LogFormat,
-    /// No access log if `None`.
+    /// The access log; `None` disables it.
     pub(crate) access: Option<AccessConfig>,
-    /// Bytes of the log that each process queues while its reader is slow.
+    /// Bytes of log lines that each process queues while the log's reader is slow.
     pub(crate) queue: u64,
-    /// Lines per second that a worker logs from each place in the source; 0 is no limit.
+    /// Maximum number of lines per second that a worker logs from each place in the source; 0 means no limit.
     pub(crate) rate: u32,
-    /// Bytes per second of each process's output that are logged; 0 is no limit.
+    /// Maximum number of bytes per second of each process's output that are logged; 0 means no limit.
     pub(crate) output_rate: u64,
 }
 
@@ -41,7 +41,7 @@ pub(crate) enum LogFormat {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct AccessConfig {
-    /// Standard output if `None`.
+    /// The file; standard output if `None`.
     pub(crate) file: Option<PathBuf>,
     pub(crate) format: AccessFormat,
 }
@@ -61,7 +61,7 @@ pub(crate) struct Filters(String);
 
 /// The levels, starting with the quietest.
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
-/// The general level, if only levels of modules are given.
+/// The general level if only the levels of modules are given.
 const DEFAULT: &str = "info";
 /// Names that other programs use for levels.
 const OTHER_NAMES: [(&str, &str); 19] = [
@@ -87,8 +87,8 @@ const OTHER_NAMES: [(&str, &str); 19] = [
 ];
 
 impl Filters {
-    /// Parses `LEVEL`, `MODULE=LEVEL`, or a comma-separated list of them. `env_logger` itself would take any word for
-    /// the name of a module, and then log nothing else.
+    /// Parses `LEVEL`, `MODULE=LEVEL`, or a comma-separated list of them. `env_logger` itself would accept any word as
+    /// the name of a module, and would then log nothing from other modules.
     ///
     /// # Errors
     /// Returns a message for the operator if the text is not a valid filter.
@@ -117,7 +117,7 @@ impl Filters {
         Ok(Self(directives.join(",")))
     }
 
-    /// Returns the filter in the syntax of `env_logger`.
+    /// Returns the filters in the syntax of `env_logger`.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }

@@ -1,4 +1,4 @@
-//! The configuration: every limit and choice, parsed and checked once, then never changed.
+//! Holds the configuration: every limit and choice, parsed and checked once, and never changed afterwards.
 //!
 //! No other part of the runtime reads flags, variables or defaults.
 
@@ -36,7 +36,7 @@ pub(crate) struct Config {
     pub(crate) scaling: Scaling,
     /// Threads per worker that run blocking functions.
     pub(crate) threads: u32,
-    /// Requests per worker that may wait for such a thread.
+    /// Requests per worker that may wait for one of these threads.
     pub(crate) queue: u32,
     pub(crate) cache: CacheConfig,
     pub(crate) events: events::EventsConfig,
@@ -66,11 +66,11 @@ pub(crate) struct Config {
     pub(crate) upgrade: upgrade::UpgradeConfig,
 }
 
-/// The proxies whose headers name the client.
+/// The proxies whose headers identify the client.
 #[derive(Clone, Debug)]
 pub(crate) struct Trust {
     pub(crate) peers: Peers,
-    /// The headers that they write.
+    /// The headers that these proxies write.
     pub(crate) family: ForwardingHeaders,
 }
 
@@ -79,11 +79,11 @@ pub(crate) struct Trust {
 pub(crate) struct CacheConfig {
     /// Size; 0 disables the cache.
     pub(crate) bytes: u64,
-    /// Largest page; 0 for the default of the cache.
+    /// Maximum size of a page; 0 means the cache's default.
     pub(crate) max_entry: u64,
     /// The file that keeps the cache across restarts.
     pub(crate) file: Option<PathBuf>,
-    /// The memory limit for which the default size was reduced, if it was.
+    /// The memory limit because of which the default size was reduced, or `None` if it was not reduced.
     pub(crate) shrunk_for: Option<u64>,
 }
 
@@ -91,8 +91,8 @@ pub(crate) struct CacheConfig {
 pub(crate) const DEFAULT_CACHE: u64 = 64 << 20;
 
 impl CacheConfig {
-    /// The default size: at most a quarter of the memory. `limit` is the memory limit of this process and its children. It is
-    /// the same at the next start, so that a stored cache still fits.
+    /// Chooses the default size, which is at most a quarter of `limit`, the memory limit of this process and its
+    /// children. The limit is the same at the next startup, so a stored cache still fits.
     pub(crate) fn sized_for(limit: Option<u64>) -> Self {
         const MEBIBYTE: u64 = 1 << 20;
         let quarter = limit.map_or(u64::MAX, |limit| (limit / 4 / MEBIBYTE * MEBIBYTE).max(MEBIBYTE));
@@ -104,49 +104,50 @@ impl CacheConfig {
 /// Limits that apply to the clients of a worker.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Limits {
-    /// Bytes of a request's body.
+    /// Maximum number of bytes in a request's body.
     pub(crate) max_body: u64,
-    /// Bytes of a request's head: FastCGI parameters, HTTP request line and headers.
+    /// Maximum number of bytes in a request's head: the FastCGI parameters, or the HTTP request line and headers.
     pub(crate) max_params: usize,
-    /// Connections per worker; a worker at the limit leaves new connections to its siblings.
+    /// Maximum number of connections per worker. A worker at the limit leaves new connections to its siblings.
     pub(crate) max_connections: u32,
-    /// Connections per worker from one address; 0 is no limit.
+    /// Maximum number of connections per worker from one address; 0 means no limit.
     pub(crate) max_connections_per_address: u32,
-    /// Bytes of request heads and bodies that a worker buffers; 0 is no limit.
+    /// Maximum number of bytes of request heads and bodies that a worker buffers; 0 means no limit.
     pub(crate) max_buffered: u64,
-    /// Headers of a request.
+    /// Maximum number of headers in a request.
     pub(crate) max_headers: usize,
-    /// Bytes of a request's path and query.
+    /// Maximum number of bytes in a request's path and query.
     pub(crate) max_uri: usize,
-    /// Concurrent requests on one FastCGI or HTTP/2 connection.
+    /// Maximum number of concurrent requests on one FastCGI or HTTP/2 connection.
     pub(crate) max_multiplexed: usize,
-    /// Requests after which an HTTP connection is closed; 0 is no limit.
+    /// Number of requests after which an HTTP connection is closed; 0 means no limit.
     pub(crate) max_requests_per_connection: u32,
     pub(crate) timeouts: Timeouts,
 }
 
-/// Time limits for clients, with a resolution of a second. Zero is no limit.
+/// Time limits for clients, with a resolution of one second. Zero means no limit.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Timeouts {
-    /// Until the next request on a kept connection.
+    /// Time until the next request on a keep-alive connection.
     pub(crate) idle: Duration,
-    /// For the whole head of a request.
+    /// Time for the whole head of a request.
     pub(crate) header: Duration,
-    /// For the next 4 KiB of a request's body, while the application waits for them.
+    /// Time for the next 4 KiB of a request's body, counted while the application waits for them.
     pub(crate) body: Duration,
-    /// To read the next 4 KiB of a response.
+    /// Time for the client to read the next 4 KiB of a response.
     pub(crate) write: Duration,
-    /// For the next byte on an upgraded connection, in either direction.
+    /// Time until the next byte on an upgraded connection, in either direction.
     pub(crate) upgraded: Duration,
 }
 
-/// Factor between workers and slots: old workers may still finish long requests while all workers are replaced.
+/// Number of slots for each worker: while all workers are being replaced, the old workers may still be finishing long
+/// requests.
 pub(crate) const SLOTS_PER_WORKER: u32 = 2;
-/// Additional slots for TTIN.
+/// Additional slots for workers that SIGTTIN adds.
 pub(crate) const SPARE_SLOTS: u32 = 16;
 
 impl Config {
-    /// Returns the maximum number of processes at one time.
+    /// Returns the maximum number of processes that may exist at one time.
     pub(crate) fn slots(&self) -> u32 {
         self.workers.max.saturating_mul(SLOTS_PER_WORKER).saturating_add(SPARE_SLOTS)
     }
@@ -203,7 +204,7 @@ impl Program {
         Self::find(command, chroot.as_deref())?.with_path_for(chdir.as_deref().filter(|_| chroot.is_none()))
     }
 
-    /// The same program, with a path that is also valid when the program is started in `directory`.
+    /// Makes the program's path valid even if the program is started in `directory`.
     ///
     /// # Errors
     /// Fails if the working directory of this process no longer exists.
@@ -226,7 +227,7 @@ fn is_executable(path: &std::path::Path) -> bool {
     path.is_file() && nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok()
 }
 
-/// Reads a size: bytes, or with K, M, G or T (powers of 1024).
+/// Reads a size: a number of bytes, or a number followed by K, M, G or T (powers of 1024).
 ///
 /// # Errors
 /// Returns a message with the expected form.
@@ -246,7 +247,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(expected)
 }
 
-/// Formats a size the way [`parse_size`] reads it, in the largest unit without a remainder.
+/// Formats a size in the form that [`parse_size`] reads, in the largest unit that leaves no remainder.
 pub(crate) fn format_size(bytes: u64) -> String {
     let units = ["", " KiB", " MiB", " GiB", " TiB"];
     let (mut rest, mut unit) = (bytes, 0);
@@ -262,7 +263,7 @@ pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Reads a duration: seconds, or a number with ms, s, m or h.
+/// Reads a duration: a number of seconds, or a number followed by ms, s, m or h.
 ///
 /// # Errors
 /// Returns a message with the expected form.
@@ -284,7 +285,7 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
 /// Like [`parse_duration`], for a duration that must not be zero.
 ///
 /// # Errors
-/// Fails as [`parse_duration`] does, or with a message that names the minimum.
+/// Fails as [`parse_duration`] does, or returns a message that states the minimum if the value is too small.
 pub(crate) fn parse_positive_duration(text: &str) -> Result<Duration, String> {
     let time = parse_duration(text)?;
     if time.is_zero() {
@@ -293,13 +294,13 @@ pub(crate) fn parse_positive_duration(text: &str) -> Result<Duration, String> {
     Ok(time)
 }
 
-/// Shortest interval between checks: with a shorter interval, a process would do nothing but check.
+/// Minimum interval between checks. With a shorter interval, the checks could take up all of a process's time.
 const MIN_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Like [`parse_duration`], for an interval between checks.
 ///
 /// # Errors
-/// Fails as [`parse_duration`] does, or with a message that names the minimum.
+/// Fails as [`parse_duration`] does, or returns a message that states the minimum if the value is too small.
 pub(crate) fn parse_interval(text: &str) -> Result<Duration, String> {
     let time = parse_duration(text)?;
     if time < MIN_INTERVAL {
@@ -308,7 +309,7 @@ pub(crate) fn parse_interval(text: &str) -> Result<Duration, String> {
     Ok(time)
 }
 
-/// Like [`parse_interval`]; 0 disables.
+/// Like [`parse_interval`], but also accepts 0, which disables the checks.
 ///
 /// # Errors
 /// Fails as [`parse_interval`] does.

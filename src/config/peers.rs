@@ -18,18 +18,20 @@ pub(crate) enum PeerPattern {
 pub(crate) struct Peers(Vec<PeerPattern>);
 
 impl Peers {
-    /// `None` if no peer is named, which is different from an empty set.
+    /// Creates a set of these peers. Returns `None` if no peer is listed, which differs from a set that contains no
+    /// peer.
     pub(crate) fn new(members: Vec<PeerPattern>) -> Option<Self> {
         (!members.is_empty()).then_some(Self(members))
     }
 
-    /// Returns the web servers that may connect to a FastCGI application: `FCGI_WEB_SERVER_ADDRS`, a comma-separated
-    /// list of IPv4 addresses (FastCGI specification 1.0, section 3.2). IPv6 addresses are accepted too, and so are
-    /// host names, because web servers are configured with them; `resolve` finds the addresses of a name. Peers on Unix
-    /// sockets are never in the set. `None` if the variable is empty.
+    /// Returns the web servers that may connect to a FastCGI application, or `None` if `variable` is empty. `variable`
+    /// is the value of `FCGI_WEB_SERVER_ADDRS`, a comma-separated list of IPv4 addresses (FastCGI specification 1.0,
+    /// section 3.2). IPv6 addresses and host names are accepted too, because web servers are configured with them;
+    /// `resolve` returns the addresses of a name. Peers on Unix sockets are never in the set.
     ///
     /// # Errors
-    /// Returns a message for the operator if an element is invalid: an incomplete list would admit or refuse the wrong peers.
+    /// Returns a message for the operator if an element is invalid, because an incomplete list would admit or refuse
+    /// the wrong peers.
     pub(crate) fn web_servers(variable: &str, resolve: impl Fn(&str) -> Vec<IpAddr>) -> Result<Option<Self>, String> {
         let one = |address: IpAddr| {
             let address = address.to_canonical();
@@ -114,7 +116,7 @@ impl FromStr for PeerPattern {
             IpAddr::V4(address) => u128::from(u32::from(address)),
             IpAddr::V6(address) => address.into(),
         };
-        // Probably a typo, which would admit more peers than intended.
+        // Bits beyond the prefix are probably a typo, which would admit more peers than intended.
         if network & 1_u128.checked_shl(size - bits).map_or(u128::MAX, |above| above - 1) != 0 {
             return Err(format!("'{text}' names an address within the network, not its first one ({FORM})"));
         }

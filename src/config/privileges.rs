@@ -1,8 +1,7 @@
-//! The privileges of the application's processes, as configured: each setting is parsed, looked up and checked on its
-//! own.
+//! Parses the configured privileges of the application's processes. Each setting is looked up and checked on its own.
 //!
-//! The master resolves names of users and groups here, before any fork, so that a child that changes its user does not look up
-//! names. `privileges` decides whether the settings are possible in combination.
+//! The master resolves names of users and groups here, before any fork, because a child that changes its user must not
+//! look up names. The module `privileges` checks whether the combination of settings can be applied.
 
 use std::ffi::CString;
 use std::fmt;
@@ -37,7 +36,7 @@ pub(crate) struct PrivilegesConfig {
 }
 
 impl PrivilegesConfig {
-    /// Whether the descriptor limit is configured. If not, a worker raises it.
+    /// Whether the descriptor limit is configured. If it is not, each worker raises its own limit.
     pub(crate) fn limits_descriptors(&self) -> bool {
         self.limits.iter().any(|limit| limit.resource == Resource::RLIMIT_NOFILE)
     }
@@ -50,24 +49,24 @@ impl PrivilegesConfig {
         )
     }
 
-    /// Returns the descriptor limit of a worker, if it is known.
+    /// Returns the descriptor limit of a worker, if that is known.
     pub(crate) fn most_descriptors(&self) -> Option<u64> {
         let set = self.limits.iter().rev().find(|limit| limit.resource == Resource::RLIMIT_NOFILE);
         set.map(|limit| limit.soft).or_else(sys::hard_descriptor_limit)
     }
 
-    /// Returns the owner that socket files get; unchanged if `None`.
+    /// Returns the owner to set for socket files, or `None` if it stays unchanged.
     pub(crate) fn owner_of_sockets(&self) -> Option<Owner> {
         self.socket_owner.or_else(|| self.owner_of_files())
     }
 
-    /// Returns the owner that files of the workers get; unchanged if `None`.
+    /// Returns the owner to set for files that workers use, or `None` if it stays unchanged.
     pub(crate) fn owner_of_files(&self) -> Option<Owner> {
         let user = self.user.as_ref()?;
         Some(Owner { user: user.uid, group: self.group.or(user.gid)? })
     }
 
-    /// Returns the variables that are set for the application. Those of `--env` come last, and override the others.
+    /// Returns the variables to set for the application. The variables from `--env` come last and override the others.
     pub(crate) fn environment(&self) -> Vec<Variable> {
         let account = self.user.iter().filter_map(|user| Some((user.name.as_ref()?, user.home.as_ref()?)));
         let account = account.flat_map(|(name, home)| {
@@ -78,14 +77,14 @@ impl PrivilegesConfig {
     }
 }
 
-/// Whether user 0 is root of the machine: in a user namespace, user 0 can be any user.
+/// Whether user 0 is root on the machine. In a user namespace, user 0 can be any user.
 fn is_root_of_machine() -> bool {
     let Ok(map) = std::fs::read_to_string("/proc/self/uid_map") else { return true };
     let of_root = map.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
     of_root.into_iter().all(|fields| fields.first() != Some(&"0") || fields.get(1) == Some(&"0"))
 }
 
-/// A user, with its entry in the system's accounts.
+/// A user, with its entry in the system's account database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Account {
     pub(crate) uid: Uid,
@@ -141,7 +140,7 @@ impl fmt::Debug for Variable {
     }
 }
 
-/// Files that a sandboxed worker may use, in addition to those that every program needs.
+/// The files that a sandboxed worker may use in addition to those that every program needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SandboxConfig {
     /// Whether a kernel without Landlock is an error.
@@ -270,18 +269,18 @@ impl ResourceLimit {
             .contains(&self.resource)
     }
 
-    /// Returns the name in `--rlimit`.
+    /// Returns the name that `--rlimit` uses for the resource.
     pub(crate) fn name(&self) -> &'static str {
         name_of(self.resource)
     }
 }
 
-/// Returns all resources of `--rlimit`.
+/// Returns all resources that `--rlimit` accepts.
 pub(crate) fn resources() -> impl Iterator<Item = Resource> {
     RESOURCES.iter().map(|(_, resource)| *resource)
 }
 
-/// Returns the name of a resource in `--rlimit`.
+/// Returns the name that `--rlimit` uses for a resource.
 pub(crate) fn name_of(resource: Resource) -> &'static str {
     RESOURCES.iter().find(|(_, known)| *known == resource).map_or("", |(name, _)| name)
 }
@@ -289,7 +288,7 @@ pub(crate) fn name_of(resource: Resource) -> &'static str {
 /// Reads `NAME=SOFT[:HARD]`.
 ///
 /// # Errors
-/// Returns a message for the operator if it is not a valid limit.
+/// Returns a message for the operator if the text is not a valid limit.
 pub(crate) fn parse_limit(text: &str) -> Result<ResourceLimit, String> {
     const FORM: &str = "expected NAME=SOFT or NAME=SOFT:HARD, as in nofile=4096 or core=0:unlimited";
     let (name, values) = text.split_once('=').ok_or(format!("'{text}' is not a limit ({FORM})"))?;
@@ -313,7 +312,7 @@ pub(crate) fn parse_limit(text: &str) -> Result<ResourceLimit, String> {
 /// Reads `spread`, or numbers and ranges of processors as in `0-3,8`.
 ///
 /// # Errors
-/// Returns a message for the operator if it is not a valid list.
+/// Returns a message for the operator if the text is not a valid list.
 pub(crate) fn parse_affinity(text: &str) -> Result<Affinity, String> {
     if text == "spread" {
         return Ok(Affinity::Spread);

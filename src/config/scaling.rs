@@ -1,4 +1,4 @@
-//! The number of workers and their replacement: types of the flags, and their parsers.
+//! Defines and parses the settings for the number of workers and their replacement.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,13 +13,13 @@ const MOST: u32 = 1024;
 pub(crate) struct Scaling {
     /// Maximum number of workers that are replaced at a time, for any reason.
     pub(crate) max_unavailable: Share,
-    /// Time for which workers may fail to start while none has ever been ready; zero is no limit.
+    /// How long workers may fail to start while none has ever been ready; zero means no limit.
     pub(crate) give_up_after: Duration,
     /// Time after which a worker that is not needed is stopped.
     pub(crate) scale_down_after: Duration,
     /// Requests after which a worker is replaced.
     pub(crate) max_requests: Option<Jittered<u64>>,
-    /// Bytes of a worker's own memory above which the worker is replaced.
+    /// Size of a worker's own memory, in bytes, above which the worker is replaced.
     pub(crate) max_memory: Option<u64>,
     /// Time between checks of each worker's memory.
     pub(crate) memory_interval: Duration,
@@ -27,7 +27,7 @@ pub(crate) struct Scaling {
     pub(crate) max_age: Option<Jittered<Duration>>,
     /// Path that a new worker requests from its application before it is ready.
     pub(crate) health_path: Option<String>,
-    /// Time that a request may wait before the application begins to process it; zero is no limit.
+    /// How long a request may wait before the application begins to process it; zero means no limit.
     pub(crate) max_queue_time: Duration,
 }
 
@@ -89,9 +89,9 @@ pub(crate) struct Jittered<T> {
 }
 
 impl Jittered<u64> {
-    /// Draws the limit of one worker.
+    /// Draws the limit for one worker.
     pub(crate) fn draw(self) -> u64 {
-        // If no random numbers are available, all workers have the same limit: this must not prevent the start.
+        // If no random numbers are available, all workers have the same limit; this must not prevent startup.
         let random = getrandom::u64().unwrap_or(0);
         let room = u128::from(self.jitter) + 1;
         self.limit.saturating_add(u64::try_from(u128::from(random) % room).unwrap_or(0))
@@ -99,13 +99,13 @@ impl Jittered<u64> {
 }
 
 impl Jittered<Duration> {
-    /// Draws the limit of one worker, in milliseconds.
+    /// Draws the limit for one worker, with a resolution of a millisecond.
     pub(crate) fn draw(self) -> Duration {
         Duration::from_millis(Jittered { limit: millis(self.limit), jitter: millis(self.jitter) }.draw())
     }
 }
 
-/// Reads `N` or `N~JITTER`; 0 is no limit.
+/// Reads `N` or `N~JITTER`; 0 means no limit.
 ///
 /// # Errors
 /// Returns a message with the expected form.
@@ -116,7 +116,7 @@ pub(crate) fn parse_max_requests(text: &str) -> Result<Jittered<u64>, String> {
     ))
 }
 
-/// Reads `TIME` or `TIME~JITTER`; 0 is no limit.
+/// Reads `TIME` or `TIME~JITTER`; 0 means no limit.
 ///
 /// # Errors
 /// Returns a message with the expected form.
@@ -133,7 +133,7 @@ fn jittered<T: Default>(text: &str, parse: impl Fn(&str) -> Option<T>) -> Option
     }
 }
 
-/// Reads a size of memory of at least 1M; 0 is no limit.
+/// Reads a size of memory of at least 1M; 0 means no limit.
 ///
 /// # Errors
 /// Returns a message with the expected form.

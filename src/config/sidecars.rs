@@ -1,4 +1,4 @@
-//! The programs that run alongside the workers: daemons, and jobs that run at certain times.
+//! Parses the settings of the programs that run alongside the workers: daemons, and jobs that run at certain times.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -79,7 +79,7 @@ impl SidecarConfig {
         Ok(Self { name: parse_name(name)?, schedule: Some(schedule), command: parse_command(command)? })
     }
 
-    /// Finds the program as it will be seen with this root directory and working directory.
+    /// Finds the program as a process with this root directory and working directory will see it.
     ///
     /// # Errors
     /// Returns a message for the operator, with the flag, if the program cannot be executed.
@@ -108,7 +108,7 @@ impl Schedule {
             format!("'{text}' is not a schedule: {error} (expected minute, hour, day, month, day of the week, as in */5 * * * *)")
         })?;
         let schedule = Self { cron, zone };
-        // For example, February 30.
+        // An example is February 30.
         let never = || format!("the schedule '{text}' never occurs (check day and month)");
         schedule.after(Timestamp::now()).ok_or_else(never)?;
         Ok(schedule)
@@ -117,7 +117,7 @@ impl Schedule {
     /// Returns the first time after `time`, or `None` if there is none.
     pub(crate) fn after(&self, time: Timestamp) -> Option<Timestamp> {
         let next = self.cron.find_next_occurrence(&time.to_zoned(self.zone.clone()), false).ok()?.timestamp();
-        // A time that is not later would be due forever.
+        // If the next time were not later than `time`, the job would be due forever.
         (next > time).then_some(next)
     }
 }
@@ -204,10 +204,10 @@ mod tests {
         let zone = TimeZone::get("Europe/Berlin").unwrap();
         let daily = Schedule::parse("30 2 * * *", zone.clone()).unwrap();
         assert_eq!(daily.after(time("2026-01-10T00:00:00Z")), Some(time("2026-01-10T01:30:00Z")));
-        // On March 29 there is no 2:30: the job runs after the clock has jumped.
+        // On March 29, the time 2:30 does not exist: the job runs after the clock has jumped.
         let jumped = daily.after(time("2026-03-28T12:00:00Z")).unwrap();
         assert!((time("2026-03-29T00:59:00Z")..time("2026-03-29T02:00:00Z")).contains(&jumped), "{jumped}");
-        // On October 25 there are two times 2:30.
+        // On October 25, the time 2:30 occurs twice.
         let first = daily.after(time("2026-10-24T12:00:00Z")).unwrap();
         assert_eq!(first, time("2026-10-25T00:30:00Z"));
         assert_eq!(daily.after(first), Some(time("2026-10-26T01:30:00Z")));

@@ -1,7 +1,7 @@
 //! Inspects and purges the page cache from outside the server.
 //!
-//! The master only passes the descriptor of the shared memory. This process then attaches to the segment, as a worker does. Its
-//! death at any instruction does no harm to the segment.
+//! The master only passes the descriptor of the shared memory. This process then attaches to the segment, as a worker
+//! does. The segment stays intact even if this process dies at any instruction.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
@@ -29,7 +29,8 @@ pub(crate) enum CacheOperation {
 /// Runs the operation, and writes its output to `out`.
 ///
 /// # Errors
-/// Returns a message for the operator if the master does not pass the memory, the page does not exist, or the output cannot be written.
+/// Returns a message for the operator if the master does not pass the descriptor, the page does not exist, or the
+/// output cannot be written.
 pub(crate) fn run(
     endpoint: &ControlEndpoint,
     operation: &CacheOperation,
@@ -159,7 +160,7 @@ fn get(cache: &Cache, key: &OsStr, headers: bool, json: bool, out: &mut dyn Writ
     printed(written)
 }
 
-/// Formats bytes as text: unchanged if they are UTF-8, otherwise escaped.
+/// Formats bytes as text. Valid UTF-8 is unchanged; anything else is escaped.
 fn name(bytes: &[u8]) -> String {
     std::str::from_utf8(bytes).map_or_else(|_| bytes.escape_ascii().to_string(), ToOwned::to_owned)
 }

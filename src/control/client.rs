@@ -1,4 +1,4 @@
-//! A connection to a master's control socket: one request and its replies.
+//! Connects to a master's control socket, sends one request and receives the replies.
 //!
 //! Every wait has a limit ([`ControlEndpoint::timeout`]), because the kernel accepts connections even for a master that
 //! is stopped or has hung. Ctrl-C ends only the client; the master completes the command.
@@ -24,14 +24,14 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 #[derive(Clone, Debug)]
 pub(crate) struct ControlEndpoint {
     pub(crate) socket: PathBuf,
-    /// Time for which the master may be silent; `None` for no limit.
+    /// How long the master may be silent; `None` means no limit.
     pub(crate) timeout: Option<Duration>,
 }
 
 /// A connection on which one request was sent.
 pub(crate) struct Connection {
     stream: BufReader<UnixStream>,
-    /// The received part of the next reply.
+    /// The part of the next reply that has been received.
     unfinished: Vec<u8>,
     /// The path of the socket, for messages.
     at: String,
@@ -42,7 +42,7 @@ impl Connection {
     /// Connects to the master at `endpoint`, and sends the request.
     ///
     /// # Errors
-    /// Returns a message for the operator if there is no master, or it does not accept the connection.
+    /// Returns a message for the operator if there is no master, or if the master does not accept the connection.
     pub(crate) fn ask(endpoint: &ControlEndpoint, request: &ControlRequest) -> Result<Self, String> {
         let ControlEndpoint { socket, timeout } = endpoint;
         let at = socket.display().to_string();
@@ -59,7 +59,8 @@ impl Connection {
         };
         let limited = stream.set_read_timeout(*timeout).and_then(|()| stream.set_write_timeout(*timeout));
         limited.map_err(|error| explain(&error, &at))?;
-        // A master that refuses the client closes without reading; its reply can still be read.
+        // A master that refuses the client closes the connection without reading the request. The write then fails, but
+        // the master's reply can still be read.
         let _ = (&stream).write_all(&wire::line(request));
         Ok(Self { stream: BufReader::new(stream), unfinished: Vec::new(), at, timeout: *timeout })
     }
@@ -78,7 +79,7 @@ impl Connection {
         self.next_in_time()?.ok_or_else(|| self.silence())
     }
 
-    /// Returns the next reply, or `None` after a timeout. The received part is kept.
+    /// Returns the next reply, or `None` after a timeout. In that case, the part that has been received is kept.
     ///
     /// # Errors
     /// Returns a message for the operator if the connection is lost, or the reply is invalid.
@@ -129,10 +130,10 @@ impl Connection {
             .map_err(|error| format!("unexpected response from the master at {}: {error}", self.at))
     }
 
-    /// Returns when the master has closed the connection: after a stop, when the master has exited.
+    /// Returns when the master has closed the connection. After a stop request, that is when the master has exited.
     ///
     /// # Errors
-    /// Returns a message for the operator if the master does not close it in time.
+    /// Returns a message for the operator if the master does not close the connection in time.
     pub(crate) fn wait_for_close(mut self) -> Result<(), String> {
         match io::copy(&mut self.stream, &mut io::sink()) {
             Err(error) if is_timeout(&error) => {
@@ -145,7 +146,7 @@ impl Connection {
     /// Receives the outcome, with a descriptor.
     ///
     /// # Errors
-    /// Fails as [`Connection::next`] does, or with the master's reason for a refusal.
+    /// Fails as [`Connection::next`] does, or with the master's reason if the master refuses the request.
     pub(crate) fn descriptor(self) -> Result<OwnedFd, String> {
         let mut line = vec![0; 4096];
         let received = sys::receive_with_descriptor(self.stream.get_ref().as_fd(), &mut line);
@@ -180,7 +181,8 @@ pub(crate) fn status(endpoint: &ControlEndpoint) -> Result<MasterStatus, String>
     }
 }
 
-/// Connects; `None` if the socket's queue stays full for this time. A blocking connect(2) would wait forever.
+/// Connects to the socket. Returns `None` if the socket's queue stays full for `timeout`. A blocking connect(2) would
+/// wait forever.
 fn reach(path: &Path, timeout: Option<Duration>) -> io::Result<Option<UnixStream>> {
     let deadline = timeout.map(|timeout| Instant::now() + timeout);
     let address = UnixAddr::new(path)?;

@@ -1,7 +1,7 @@
-//! The sub-commands that contact a running master. Each returns when the outcome is known.
+//! Runs the sub-commands that contact a running master. Each sub-command returns when its outcome is known.
 //!
-//! Exit status: 0 success, 1 failure (with an error on standard error), 2 wrong usage, which is detected earlier. It is not
-//! a failure if the reader closes the output early (`top | head`).
+//! The exit status is 0 on success, 1 on failure (with an error on standard error), and 2 on wrong usage, which is
+//! detected before a sub-command runs. It is not a failure if the reader closes the output early (`top | head`).
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub(crate) struct ControlTask {
 #[derive(Clone, Debug)]
 pub(crate) enum ControlCommand {
     Ask(ControlRequest),
-    /// Show the status repeatedly; `rounds` times, if given.
+    /// Show the status repeatedly: `rounds` times, or forever if `None`.
     Top {
         interval: Duration,
         rounds: Option<u32>,
@@ -34,9 +34,9 @@ pub(crate) enum ControlCommand {
     Quarantine,
 }
 
-/// Returns the number of consecutive timeouts, each of this request and of a status request, after which the client
-/// fails. A new build that takes over replies to no request until it is loaded, so an upgrade may take several
-/// timeouts.
+/// Returns the number of consecutive timeouts after which the client fails. After each timeout, the client sends a
+/// status request; if that times out too, one timeout is counted. A new build that is taking over does not reply until
+/// it has loaded, so an upgrade may take several timeouts.
 fn max_timeouts(request: &ControlRequest) -> u32 {
     if *request == ControlRequest::Upgrade { 6 } else { 1 }
 }
@@ -75,8 +75,8 @@ fn quarantined(endpoint: &ControlEndpoint, json: bool) -> Result<String, String>
     String::from_utf8(lines).map_err(|error| error.to_string())
 }
 
-/// Prints progress until the outcome is known. If the master is silent for the timeout, this sends it a status request:
-/// if the master replies, it is still working.
+/// Sends the request, and prints progress until the outcome is known. If the master is silent for the timeout, sends a
+/// status request; a reply shows that the master is still working on the first request.
 fn ask(endpoint: &ControlEndpoint, request: &ControlRequest, json: bool) -> Result<(), String> {
     let mut connection = Connection::ask(endpoint, request)?;
     let (mut is_read, mut silent) = (true, 0);

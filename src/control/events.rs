@@ -1,7 +1,7 @@
 //! Publishes, lists and follows events from outside the server.
 //!
-//! As for the cache, the master only passes the descriptor of the shared memory. [`Follow`] selects the events to show, without
-//! I/O.
+//! The master only passes the descriptor of the shared memory, as for the cache. [`Follow`] selects the events to show,
+//! without I/O.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -33,7 +33,7 @@ pub(crate) enum EventsOperation {
     List,
 }
 
-/// The id of the first event to show: `17`, or with the epoch of its log, as in an event stream, `9f3a61c2-17`.
+/// The id of the first event to show: `17`, or `9f3a61c2-17` with the epoch of the log, as in an event stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FirstId {
     epoch: Option<u32>,
@@ -72,7 +72,7 @@ impl FirstId {
 
 /// Number of events of a topic per read.
 const CHUNK: usize = 256;
-/// Interval between checks whether the output is still open and the master is still alive.
+/// Interval at which this process checks that the output is still open and the master is still alive.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs the operation, and writes its output to standard output.
@@ -114,7 +114,7 @@ fn publish(
     }
     let mut read = Vec::new();
     let data = if data == "-" {
-        // One byte more than the maximum, so that the log refuses it.
+        // Up to one byte more than the maximum is read, so that the log rejects data that is too long.
         let most = events.max_event().saturating_add(1);
         let input = io::stdin().lock().take(most).read_to_end(&mut read);
         input.map_err(|error| format!("event not published: cannot read standard input: {error}"))?;
@@ -157,7 +157,7 @@ enum End {
     NoMaster,
 }
 
-/// Prints events until a signal arrives, the count is reached, or the reader or the master is gone.
+/// Prints events until a signal arrives, the count is reached, the reader closes the output, or the master exits.
 fn tail(
     events: &Events,
     topics: &[String],
@@ -170,7 +170,7 @@ fn tail(
         signal_hook::flag::register(signal, Arc::clone(&enough))?;
     }
     let is_enough = || enough.load(Ordering::SeqCst);
-    // Follow the end first, then read past events: events that come from both are recognized by their ids.
+    // The tail is opened first, and past events are read afterwards. An event that both return is recognized by its id.
     let mut tail = events.tail();
     let mut follow = Follow::new(topics);
     let before = if from.is_some() && !topics.is_empty() {
@@ -239,7 +239,7 @@ fn is_output_closed() -> bool {
 #[derive(Debug, PartialEq, Eq)]
 enum Shown {
     Event(Event),
-    /// This many events are no longer in the log.
+    /// This many events in the topic are no longer in the log.
     Gap {
         topic: String,
         missed: u64,
@@ -249,7 +249,7 @@ enum Shown {
 /// The last shown id of each topic, so that no event is shown twice and gaps are reported.
 #[derive(Debug)]
 struct Follow {
-    /// The topics to show; all, if empty.
+    /// The topics to show; all topics if this is empty.
     wanted: Vec<String>,
     topics: HashMap<String, Known>,
     gaps: u64,
@@ -258,7 +258,7 @@ struct Follow {
 #[derive(Debug)]
 struct Known {
     last: u64,
-    /// Gaps in the log before that id.
+    /// The number of gaps at the end of the log that were known when `last` was shown.
     gaps: u64,
 }
 
@@ -267,7 +267,7 @@ impl Follow {
         Self { wanted: wanted.to_vec(), topics: HashMap::new(), gaps: 0 }
     }
 
-    /// Makes events of the topic after this id the next ones to show.
+    /// Records `last` as the id of the topic's last shown event, so that later events are shown next.
     fn start(&mut self, topic: &str, last: u64) {
         self.topics.insert(topic.to_owned(), Known { last, gaps: self.gaps });
     }
@@ -276,7 +276,8 @@ impl Follow {
         self.topics.get(topic).map_or(0, |known| known.last)
     }
 
-    /// Events of a topic that the log still has after the last shown id, preceded by the number of lost events.
+    /// Returns the events in a topic that the log still contains after the last shown id, preceded by the number of
+    /// lost events.
     fn since(&mut self, topic: &str, missed: u64, events: Vec<Event>) -> Vec<Shown> {
         let last = events.last().map_or(self.last(topic) + missed, |event| event.id);
         self.start(topic, last);
@@ -284,12 +285,12 @@ impl Follow {
         gap.into_iter().chain(events.into_iter().map(Shown::Event)).collect()
     }
 
-    /// Records that events, of unknown topics, were lost at the end of the log.
+    /// Records that events in unknown topics were lost at the end of the log.
     fn gap(&mut self) {
         self.gaps += 1;
     }
 
-    /// Returns the next event at the end of the log.
+    /// Returns what to show for the next event at the end of the log: nothing, the event, or a gap and the event.
     fn next(&mut self, event: Event) -> Vec<Shown> {
         let topic = &*event.topic;
         if !self.wanted.is_empty() && !self.wanted.iter().any(|wanted| wanted == topic) {
@@ -301,7 +302,8 @@ impl Follow {
             return Vec::new();
         }
         let missed = event.id - last - 1;
-        // Without a gap, the log had evicted the topic, and its ids continue from a higher number.
+        // If ids are missing although the log has no gap, the log had evicted the topic, whose ids then continue from a
+        // higher number.
         let is_lost = missed > 0 && known.map_or(0, |known| known.gaps) < self.gaps;
         let gap = is_lost.then(|| Shown::Gap { topic: topic.to_owned(), missed });
         let (topic, id) = (topic.to_owned(), event.id);

@@ -1,8 +1,8 @@
-//! The client side of the control socket, and its messages.
+//! Implements the client side of the control socket, and the messages that both sides exchange.
 //!
 //! - `wire`: requests and replies (no I/O).
-//! - `client`: a connection to a master. `show`: its status as a table. `cache`, `events`: the page cache and the event
-//!   log, which this process attaches to. `commands`: the sub-commands.
+//! - `client`: a connection to a master. `show`: the master's status as a table. `cache`, `events`: the page cache and
+//!   the event log, to which this process attaches. `commands`: the sub-commands.
 //!
 //! Must not depend on `master`, or run in a master.
 

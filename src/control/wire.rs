@@ -1,5 +1,5 @@
-//! The messages of the control socket. The client sends one request, a line of JSON. The master sends replies, each a line
-//! of JSON, the last of which is the outcome, and closes the connection.
+//! Defines the messages of the control socket. The client sends one request, which is a line of JSON. The master sends
+//! one or more replies, each of which is a line of JSON, and then closes the connection. The last reply is the outcome.
 //!
 //! No I/O. Masters and sub-commands of different versions must understand each other: fields are added, never renamed, and
 //! the reply to an unknown request is a failure.
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// Longest request in bytes, including the newline.
 pub(crate) const MAX_REQUEST: usize = 4096;
-/// Longest reply that a client reads, in bytes: twice the status of a thousand workers.
+/// Longest reply that a client reads, in bytes: twice the size of a status with a thousand workers.
 pub(crate) const MAX_REPLY: u64 = 4 << 20;
 /// Maximum number of requests in flight that a status lists, over all workers.
 pub(crate) const MAX_SERVING: usize = 2048;
@@ -31,13 +31,13 @@ pub(crate) enum ControlRequest {
     },
     /// Reopen the log files.
     ReopenLogs,
-    /// Release a quarantined request, named as in the status; all requests, if `null`.
+    /// Release the quarantined request that the status lists under this name, or all requests if `null`.
     Release {
         // Makes the field mandatory.
         #[serde(deserialize_with = "Option::deserialize")]
         request: Option<String>,
     },
-    /// Pass the descriptor of the shared memory with the outcome, for the cache.
+    /// Pass the descriptor of the shared memory with the outcome, for access to the page cache.
     Segment,
     /// Like `Segment`, for the event log.
     Events,
@@ -63,7 +63,7 @@ pub(crate) struct MasterStatus {
     /// The master's pid, in its own pid namespace.
     pub(crate) pid: i32,
     pub(crate) uptime_ms: u64,
-    /// 1 at the start; each reload adds 1.
+    /// 1 at startup; each reload adds 1.
     pub(crate) generation: u64,
     /// Target number of workers.
     pub(crate) target: u32,
@@ -85,7 +85,7 @@ pub(crate) struct MasterStatus {
 pub(crate) struct BindStatus {
     pub(crate) protocol: String,
     pub(crate) address: String,
-    /// Connections in the kernel's queue; where the kernel does not count them, 1 if there are any.
+    /// Number of connections in the kernel's queue. If the kernel does not count them, 1 means that there are some.
     #[serde(default)]
     pub(crate) waiting: u32,
 }
@@ -96,11 +96,12 @@ pub(crate) struct QuarantinedStatus {
     /// Method and path, or pattern, as in `GET /items/*`.
     pub(crate) request: String,
     pub(crate) left_ms: u64,
-    /// Number of times that the request was quarantined in this series, including this time.
+    /// Number of times that the request has been quarantined in this series, including the current quarantine.
     pub(crate) times: u32,
 }
 
-/// A worker, or a slot that waits for one. `None` means unknown: external programs report nothing.
+/// A worker, or a slot that waits for a worker. In the fields below, `None` means unknown, because external programs
+/// report nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct WorkerStatus {
     pub(crate) slot: u32,
@@ -179,7 +180,8 @@ impl ControlReply {
 
 /// Returns the message as it is sent, including the newline.
 pub(crate) fn line(message: &impl Serialize) -> Vec<u8> {
-    // Both types can always be serialized; if not, the empty line would be an invalid message.
+    // Requests and replies can always be serialized. If serialization failed, the message would be an empty line, which
+    // is invalid.
     let mut line = serde_json::to_vec(message).unwrap_or_default();
     line.push(b'\n');
     line

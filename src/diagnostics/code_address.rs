@@ -1,5 +1,5 @@
-//! Formats addresses of code so that other processes can read them: relative to the file that contains the code, as in
-//! `app+0x1234`. `addr2line -fipe app 0x1234` converts that to a function name and a line.
+//! Formats code addresses so that other processes can interpret them: relative to the file that contains the code, as
+//! in `app+0x1234`. The command `addr2line -fipe app 0x1234` converts this address to a function name and a line.
 
 use std::fmt::{self, Write};
 use std::fs;
@@ -21,7 +21,7 @@ struct Module {
 }
 
 impl Modules {
-    /// The modules of this process now; none if `/proc` is not mounted.
+    /// Reads the files that this process has mapped now. The result is empty if `/proc` is not mounted.
     pub(crate) fn own() -> Self {
         Self::parse(&fs::read_to_string("/proc/self/maps").unwrap_or_default())
     }
@@ -48,7 +48,7 @@ impl Modules {
         Self(modules)
     }
 
-    /// Writes an address, in plain form if it is in no file. Async-signal-safe if `out` is.
+    /// Writes an address, as a plain number if no mapped file contains it. Async-signal-safe if `out` is.
     pub(crate) fn write(&self, out: &mut impl Write, address: usize) -> fmt::Result {
         match self.0.iter().find(|module| (module.base..module.end).contains(&address)) {
             Some(Module { name, base, .. }) => write!(out, "{name}+{:#x}", address - base),
@@ -71,7 +71,7 @@ impl Modules {
 /// Returns the functions at these addresses, the innermost first, each with its source location if the files contain
 /// it.
 ///
-/// Slow, and allocates: never in a signal handler.
+/// This function is slow and allocates memory. It must not be called in a signal handler.
 pub(crate) fn names_of(addresses: impl Iterator<Item = usize>) -> Vec<String> {
     let mut names = Vec::new();
     for address in addresses {
@@ -79,7 +79,8 @@ pub(crate) fn names_of(addresses: impl Iterator<Item = usize>) -> Vec<String> {
         // `resolve` expects a return address, which is one byte further.
         backtrace::resolve(std::ptr::without_provenance_mut(address.wrapping_add(1)), |symbol| {
             let Some(name) = symbol.name() else { return };
-            // The standard library's sources are named by their build directory, which helps no reader.
+            // The paths of the standard library's sources begin with its build directory, and are of no use to the
+            // reader.
             let file = symbol.filename().filter(|file| !file.starts_with("/rustc/"));
             let place = file.zip(symbol.lineno());
             let place = place.map_or_else(String::new, |(file, line)| format!(" {}:{line}", file.display()));

@@ -1,16 +1,17 @@
-//! The crash handler of a worker: the crashing thread writes a report.
+//! Handles the crash of a worker: the crashing thread writes a report.
 //!
-//! On SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGSYS, SIGTRAP and SIGXCPU, the handler writes a line with the location and the reason
-//! to the report pipe, then a line with a backtrace in addresses. Then the process dies as it would have without this handler: by the
-//! same signal, with the same core dump. This module does not symbolize addresses; a child of the master does.
+//! On SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGSYS, SIGTRAP and SIGXCPU, the handler writes a line with the
+//! location and the reason to the report pipe, then a line with a backtrace in addresses. Then the process dies as it
+//! would have without this handler, by the same signal and with the same core dump. The addresses are symbolized by a
+//! child of the master, not by this module.
 //!
-//! - The first line is written before anything is tried that might not return. If the backtrace hangs (the unwinder is not designed for
-//!   signal handlers), SIGALRM terminates the process; if the backtrace faults, the kernel terminates the process, because the signal
-//!   is blocked.
+//! - The first line is written before any step that might not return. If the backtrace hangs (the unwinder is not
+//!   designed for signal handlers), SIGALRM terminates the process; if the backtrace faults, the kernel terminates the
+//!   process, because the signal is blocked.
 //! - The standard library's handler, which recognizes a stack overflow, and a handler that the application set before the fork are
 //!   called first, and may recover. A handler that the application sets later replaces this one.
 //! - SIGBUS caused by a truncated cache file is not a crash: the page is replaced, and the instruction runs again.
-//! - Only the worker itself reports: a child that the application forks reports nothing.
+//! - Only the worker itself writes a report; a child that the application forks does not.
 //!
 //! The handlers must not allocate, lock or panic.
 #![expect(unsafe_code, reason = "signal handlers, which promise to be async-signal-safe")]
@@ -41,18 +42,18 @@ const SIGNALS: [Signal; 8] = [
     Signal::SIGTRAP,
     Signal::SIGXCPU,
 ];
-/// Signals caused by an instruction that runs again when the handler returns. Their address is the accessed address, or the
-/// instruction's own.
+/// Signals caused by an instruction that runs again when the handler returns. The address in such a signal is the
+/// accessed address, or the address of the instruction.
 const FAULTS: [Signal; 4] = [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL];
 /// Size in bytes of the handler stack in this crate's threads. The standard library's own stack has space only for the first
 /// line.
 const STACK_SIZE: usize = 64 << 10;
-/// Size of the buffer of the longest line. A pipe accepts a write of this size in one piece.
+/// Size of the buffer for a line, in bytes. A write of this size to a pipe is atomic.
 const MAX_LINE: usize = 2048;
 /// Time limit for the backtrace, in seconds.
 const BACKTRACE_TIMEOUT: u32 = 2;
 
-/// The state that the handlers need, created before they are installed.
+/// The state that the handlers need, created before the handlers are installed.
 struct CrashContext {
     process: i32,
     report: OwnedFd,
@@ -64,17 +65,18 @@ static CONTEXT: OnceLock<CrashContext> = OnceLock::new();
 static PREVIOUS: [OnceLock<ActionOfSignal>; SIGNALS.len()] = [const { OnceLock::new() }; SIGNALS.len()];
 /// The thread that is writing its report.
 static DYING: AtomicI32 = AtomicI32::new(0);
-/// The first signal of that thread: the standard library turns a stack overflow into an abort.
+/// The signal that this thread received first. A second one may follow, because the standard library turns a stack
+/// overflow into an abort.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 static ADDRESS: AtomicUsize = AtomicUsize::new(0);
 static CODE: AtomicI32 = AtomicI32::new(0);
-/// The process that sent that signal; this process, if no other process did.
+/// The process that sent the first signal, or this process if no other process sent it.
 static SENDER: AtomicI32 = AtomicI32::new(0);
 static INSTRUCTION: AtomicUsize = AtomicUsize::new(0);
 static STACK_POINTER: AtomicUsize = AtomicUsize::new(0);
 
-/// Makes crashes of this process write to `report`, and record the request of the crashing thread in the scoreboard. The
-/// request is also recorded for a thread that calls `exit(3)`. Called once, in a new worker.
+/// Installs the crash handler: a crash of this process writes to `report`, and records the crashing thread's request in
+/// the scoreboard. The request of a thread that calls `exit(3)` is recorded too. Called once, in a new worker.
 ///
 /// # Errors
 /// Returns the error from `sigaction(2)`.
@@ -91,8 +93,8 @@ pub(crate) fn install(report: OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs when the application calls `exit(3)` on this thread. The worker itself exits by `_exit`, which does not run
-/// this.
+/// Runs when the application calls `exit(3)` on this thread. The worker itself exits through `_exit`, which does not
+/// run this function.
 extern "C" fn on_exit() {
     if CONTEXT.get().is_some_and(|context| context.process == getpid().as_raw()) {
         current_request::accuse();
@@ -151,7 +153,7 @@ unsafe impl HandleSignal for Crash {
     }
 }
 
-/// Stores what the report needs, because the previous handler may abort.
+/// Stores the data for the report, because the previous handler may abort.
 fn record(signal: Signal, delivery: &Delivery<'_>, process: i32) {
     ADDRESS.store(delivery.address(), Ordering::Relaxed);
     CODE.store(delivery.code(), Ordering::Relaxed);
@@ -173,11 +175,11 @@ fn call_previous(signal: Signal, delivery: &Delivery<'_>) -> bool {
 fn die_of(signal: Signal, repeats: bool) {
     signal_handler::reset_handler(signal);
     if !repeats {
-        let _ = raise(signal); // it stays pending until this handler has returned
+        let _ = raise(signal); // the signal stays pending until this handler has returned
     }
 }
 
-/// Writes the report: first the request, then the line that is safe to write, then the backtrace.
+/// Writes the report: records the request, writes the line that is always safe to write, and then writes the backtrace.
 fn report(context: &CrashContext) {
     current_request::accuse();
     let sender = SENDER.load(Ordering::Relaxed);
@@ -214,7 +216,7 @@ fn report_backtrace(context: &CrashContext, at: usize) {
     if signal_handler::set_handler::<BacktraceTimeout>(Signal::SIGALRM, SaFlags::empty()).is_err() {
         return;
     }
-    let _ = only(Signal::SIGALRM).thread_unblock(); // the arguments are valid, so it cannot fail
+    let _ = only(Signal::SIGALRM).thread_unblock(); // the arguments are valid, so this cannot fail
     alarm::set(BACKTRACE_TIMEOUT);
     let mut frames = [0; unwind::MAX_FRAMES];
     let frames = unwind::unwind(at, &mut frames);
@@ -265,7 +267,7 @@ impl<const ROOM: usize> Line<ROOM> {
         line
     }
 
-    /// If the pipe is full or closed, the line is lost.
+    /// Sends the line. If the pipe is full or closed, the line is lost.
     fn send(mut self, pipe: &OwnedFd) {
         let length = self.length.min(ROOM - 1);
         self.bytes[length] = b'\n';

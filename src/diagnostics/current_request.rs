@@ -1,5 +1,6 @@
-//! Records which request each thread of this worker is running. Readers are signal handlers, the thread that looks for
-//! slow requests, and the master, which reads the worker's row of the scoreboard even after the worker was killed.
+//! Records which request each thread of this worker is running. The records are read by signal handlers, by the thread
+//! that looks for slow requests, and by the master, which can read the worker's row in the scoreboard even after the
+//! worker was killed.
 //!
 //! Must not lock or allocate: this code is in the path of every request.
 
@@ -52,7 +53,7 @@ pub(crate) fn thread_of(cell: usize) -> Option<i32> {
 /// Records that this thread runs the request in `cell` while `work` runs.
 pub(crate) fn enter<T>(cell: Option<usize>, work: impl FnOnce() -> T) -> T {
     let Some(slot) = THREAD_SLOT.get() else { return work() };
-    // Restored even if `work` panics.
+    // The previous request is restored even if `work` panics.
     let _return = Return { slot, before: slot.switch_to(cell) };
     work()
 }
@@ -64,13 +65,14 @@ pub(crate) fn switch_to(cell: Option<usize>) {
     }
 }
 
-/// Prepares for the reuse of `cell` by another request. Threads that still run the request in it keep a copy of its text.
+/// Prepares for the reuse of `cell` by another request. Threads that are still running the previous request keep a copy
+/// of its text.
 pub(crate) fn forget(cell: usize) {
     taken().for_each(|(_, slot)| slot.keep_text_of(cell));
 }
 
-/// Records that this process is about to die because of this thread: stores in the scoreboard the thread's request, or that it has none.
-/// Async-signal-safe.
+/// Records that this process is about to die because of this thread: stores the thread's request in the scoreboard, or
+/// the fact that the thread has no request. Async-signal-safe.
 pub(crate) fn accuse() {
     match (THREAD_SLOT.get(), BEAT.get()) {
         (Some(slot), _) => slot.accuse(),

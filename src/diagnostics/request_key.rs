@@ -1,7 +1,7 @@
-//! The key of a request for the quarantine: pure, and the same in masters and workers. The master counts deaths by this
-//! key, and workers refuse requests by it.
+//! Derives the key of a request for the quarantine. The master counts deaths by this key, and workers refuse requests
+//! by it, so both derive it with this code. No I/O.
 //!
-//! It is derived from the text in the scoreboard, "GET /path?query", which is truncated to 112 bytes.
+//! The key is derived from the text in the scoreboard, such as "GET /path?query", which is truncated to 112 bytes.
 
 use crate::config::failures::QuarantineBy;
 
@@ -13,7 +13,8 @@ const MIN_ID: usize = 8;
 pub(crate) struct RequestKey {
     /// Method and path: `GET /users/17`.
     pub(crate) path: String,
-    /// The same for all requests that differ only in numbers and ids: `GET /users/*`. `None` with [`QuarantineBy::Path`].
+    /// Pattern that is the same for all requests that differ only in numbers and ids: `GET /users/*`. `None` with
+    /// [`QuarantineBy::Path`].
     pub(crate) pattern: Option<String>,
 }
 

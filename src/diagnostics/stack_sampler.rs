@@ -1,7 +1,7 @@
-//! Samples the stack of another thread of this process: a signal interrupts the thread, and its handler stores the
-//! addresses of the instructions.
+//! Samples the stack of another thread of this process. A signal interrupts the thread, and the signal's handler stores
+//! the addresses of the instructions.
 //!
-//! The signal is SIGURG: it is ignored if no handler is installed, and few programs use it.
+//! The signal is SIGURG, because it is ignored if no handler is installed, and because few programs use it.
 //!
 //! The handler must not allocate, lock or panic.
 #![expect(unsafe_code, reason = "a signal handler, which promises to be async-signal-safe")]
@@ -92,7 +92,7 @@ mod tests {
                 number.store(gettid().as_raw(), Ordering::SeqCst);
                 spin_on_purpose(&stop);
             });
-            // Some instructions of the loop belong to no line of the source.
+            // Some instructions of the loop belong to no source line, so the sample is retried.
             let deadline = Instant::now() + Duration::from_secs(60);
             let mut named = String::new();
             while !named.contains(".rs:") && Instant::now() < deadline {

@@ -4,13 +4,13 @@
 /// Maximum number of functions in a backtrace.
 pub(crate) const MAX_FRAMES: usize = 48;
 
-/// Prepares the unwinder, which initializes itself at its first use. A handler must not be that first use.
+/// Prepares the unwinder, which initializes itself at its first use. The first use must not be in a signal handler.
 pub(crate) fn initialize() {
     backtrace::trace(|_| true);
 }
 
 /// Returns the addresses of the instructions that this thread is executing, the innermost first, without those of the
-/// handler: `at` is the interrupted instruction. For a caller, the address is that of its call.
+/// signal handler. `at` is the address of the interrupted instruction. For a caller, the address is that of its call.
 pub(crate) fn unwind(at: usize, frames: &mut [usize; MAX_FRAMES]) -> &[usize] {
     let (mut count, mut begun) = (0, false);
     // SAFETY: the function is unsynchronized with respect to symbolization only, which is not done here.

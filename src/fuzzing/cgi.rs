@@ -8,13 +8,13 @@ use super::Dice;
 use crate::protocol::cgi::{self, ClientInfo};
 use crate::protocol::params::Params;
 
-/// Reads the bytes as variables, strings that each end in a NUL, and creates a request from them.
+/// Reads the bytes as variables (strings that each end in a NUL), and creates a request from them.
 ///
 /// # Panics
-/// If the request has a header that a client must not set, an invalid header, or a different path
+/// Panics if the request has a header that a client must not set, an invalid header, or a different path
 /// or length than the variables.
 pub fn cgi_request(data: &[u8]) {
-    // Any bytes are pairs, with one or two NULs appended.
+    // With one or two NULs appended, any sequence of bytes consists of pairs.
     let mut raw = Vec::with_capacity(data.len() + 2);
     raw.extend_from_slice(data);
     raw.push(0);
@@ -66,7 +66,7 @@ fn check_headers(said: &Params, headers: &HeaderMap) {
     }
 }
 
-/// Checks that the URI is REQUEST_URI, or without it, has the path of the other variables.
+/// Checks that the URI is REQUEST_URI or, if that is missing, contains the path from the other variables.
 fn check_uri(said: &Params, request: &Request<Option<u64>>) {
     let uri = request.uri().to_string();
     assert!(uri.bytes().all(|byte| byte > b' ' && byte != 0x7f), "{uri:?}");
@@ -129,7 +129,7 @@ const SPECIAL: [&str; 17] = [
 /// Writes the head of a response chosen by the bytes, and reads it like a web server.
 ///
 /// # Panics
-/// If a line is broken, if there is not exactly one status, or if the headers differ from the
+/// Panics if a line is broken, if there is not exactly one status, or if the headers differ from the
 /// input.
 pub fn cgi_response(data: &[u8]) {
     let mut dice = Dice(data);
@@ -192,7 +192,7 @@ fn is_of_connection(name: &HeaderName, headers: &HeaderMap) -> bool {
     KNOWN.contains(&name.as_str()) || named()
 }
 
-/// Takes a line of a head: a name and a value. `None` at the empty line.
+/// Takes a line from a head. Returns the name and the value, or `None` at the empty line.
 fn line<'a>(rest: &mut &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
     let Some(end) = rest.iter().position(|&byte| byte == b'\n') else { panic!("no line ends in {rest:?}") };
     let (line, after) = rest.split_at(end + 1);

@@ -6,14 +6,14 @@ use super::Pieces;
 use crate::protocol::fastcgi::{FastCgiDecoder, FastCgiError, FastCgiEvent, Fault, HEADER, RequestId};
 use crate::protocol::role::Role;
 
-/// Small, so that requests soon reach the limits.
+/// A small limit, so that short inputs reach it.
 const MAX_PARAMS: usize = 256;
 const MAX_REQUESTS: usize = 3;
 
-/// Decodes arbitrary bytes at once and in pieces.
+/// Decodes arbitrary bytes twice: as a whole, and in pieces.
 ///
 /// # Panics
-/// If the requests, bodies, replies or the error differ, if events are in an invalid order, if a
+/// Panics if the requests, bodies, replies or errors of the two runs differ, if events are in an invalid order, if a
 /// reply does not consist of records, or if the decoder holds more than the limits allow.
 pub fn fastcgi(data: &[u8]) {
     let whole = Connection::receive(data, None);
@@ -21,8 +21,8 @@ pub fn fastcgi(data: &[u8]) {
     assert_eq!(whole, cut, "at once, and in pieces");
 }
 
-/// The events in two parts that are cheap to compare: the kind and length of each event, and the
-/// content. Adjacent pieces of a stream are joined.
+/// The events of one run, in two parts that are cheap to compare: the kind and length of each event, and the content of
+/// all events. Adjacent pieces of a stream are joined.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Transcript {
     lines: Vec<Line>,
@@ -71,7 +71,7 @@ struct Exchange {
     id: RequestId,
     stdin: bool,
     data: bool,
-    /// The request was refused or aborted: no further event is allowed.
+    /// Whether the request was refused or aborted. No further event is allowed then.
     over: bool,
 }
 
@@ -79,7 +79,7 @@ struct Connection {
     decoder: FastCgiDecoder,
     input: BytesMut,
     exchanges: Vec<Exchange>,
-    /// According to the decoder this request has no body, so its end must come next.
+    /// The request that has no body according to the decoder. The end of its body must be the next event.
     bodiless: Option<RequestId>,
     transcript: Transcript,
 }
@@ -116,7 +116,7 @@ impl Connection {
                 self.check_limits();
             }
             self.check_limits();
-            // The decoder waits for whole records of two types only, and one of them has 16 bytes.
+            // The decoder waits for complete records of only two types, one of which has 16 bytes.
             let get_values = self.input.get(1) == Some(&9);
             let longest = HEADER + if get_values { usize::from(u16::MAX) } else { 8 };
             assert!(self.input.len() < longest, "{} bytes are left", self.input.len());
@@ -154,7 +154,7 @@ impl Connection {
             FastCgiEvent::Stdin { id, bytes } => {
                 assert!(!bytes.is_empty() && self.open(id).stdin, "{id}");
                 match self.answers_at_body(id) {
-                    // The amount received by then depends on the pieces.
+                    // How much of the request has been received at this point depends on the pieces.
                     true => self.finish(id),
                     false => self.transcript.note(id, What::Stdin, &bytes),
                 }

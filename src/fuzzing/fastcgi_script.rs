@@ -18,14 +18,14 @@ const GET_VALUES: u8 = 9;
 /// decodes them in pieces. Then writes responses and reads them.
 ///
 /// # Panics
-/// If the decoded requests or responses differ from the input.
+/// Panics if the decoded requests or responses differ from the input.
 pub fn fastcgi_script(data: &[u8]) {
     let mut dice = Dice(data);
     let mut servers: Vec<Server<'_>> = Vec::with_capacity(3);
     for number in 1..=1 + dice.below(3) {
         servers.push(Server::new(number, &mut dice));
     }
-    // As much as the first request needs, or one byte less.
+    // Sometimes the limit is what the first request needs, or one byte less.
     let max_params = match dice.below(4) {
         0 => servers[0].params.len(),
         1 => servers[0].params.len().saturating_sub(1),
@@ -47,7 +47,7 @@ struct Server<'a> {
     params: Vec<u8>,
     stdin: &'a [u8],
     data: &'a [u8],
-    /// Bytes written of the current stream.
+    /// Number of bytes of the current stream that have been written.
     written: usize,
     next: Next,
     came: Came,
@@ -75,7 +75,7 @@ struct Came {
 impl<'a> Server<'a> {
     fn new(number: usize, dice: &mut Dice<'a>) -> Self {
         let role = [Role::Responder, Role::Authorizer, Role::Filter][dice.below(3)];
-        // All ids differ: their remainders modulo 4 do.
+        // All ids differ, because their remainders modulo 4 differ.
         let id = u16::try_from(number + 4 * dice.below(256) * 63).unwrap_or(1);
         let pairs: Vec<_> = (0..dice.below(8)).map(|_| (dice.bytes(), dice.bytes())).collect();
         let mut params = Vec::with_capacity(256);
@@ -162,12 +162,11 @@ fn record(wire: &mut Vec<u8>, kind: u8, id: u16, content: &[u8], dice: &mut Dice
     wire.resize(wire.len() + usize::from(padding), 0xEE);
 }
 
-/// Writes all requests, each in order. Returns the bytes, and the number of replies that the
-/// records in between require.
+/// Writes all requests, each in order. Returns the bytes, and the number of replies that the unrelated records require.
 fn write(servers: &mut [Server<'_>], dice: &mut Dice<'_>) -> (Vec<u8>, usize) {
     let (mut wire, mut replies) = (Vec::with_capacity(1024), 0);
     loop {
-        // Records of no request: ids of requests are never divisible by 4, as these are.
+        // Records that belong to no request: their ids are divisible by 4, and the ids of requests are not.
         let other = dice.below(16);
         replies += usize::from(matches!(other, 1 | 2));
         match other {

@@ -13,7 +13,7 @@ const PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
 /// For an untrusted peer, none of the headers may remain.
 ///
 /// # Panics
-/// If a check fails.
+/// Panics if a check fails.
 pub fn forwarded(data: &[u8]) {
     let mut dice = Dice(data);
     let (family, chain, same_line, sparse) = (dice.coin(2), dice.coin(3), dice.coin(2), dice.coin(4));

@@ -4,11 +4,11 @@ use bytes::Bytes;
 
 use crate::protocol::params::Params;
 
-/// Reads arbitrary bytes as pairs in both formats. Accepted pairs are written and read again, and
-/// must stay the same. An independent reader must also refuse refused bytes.
+/// Reads arbitrary bytes as pairs in both formats. If the bytes are accepted, the pairs are written and read again, and
+/// must stay the same. If the bytes are rejected, an independent reader must reject them too.
 ///
 /// # Panics
-/// If a check fails.
+/// Panics if a check fails.
 pub fn params(data: &[u8]) {
     let raw = Bytes::copy_from_slice(data);
     let lengths = Params::parse(raw.clone());
@@ -44,7 +44,7 @@ fn check(params: &Params) {
     }
 }
 
-/// An independent reader of lengths (FastCGI 3.4), which counts in 64 bits.
+/// Whether the bytes end at the end of a pair. This independent reader of lengths (FastCGI 3.4) counts in 64 bits.
 fn ends_with_a_pair(data: &[u8]) -> bool {
     let mut at = 0_u64;
     let end = data.len() as u64;

@@ -9,8 +9,8 @@ use crate::protocol::proxy::{Header, Opening, Source, decode};
 /// chosen by the bytes, and reads it.
 ///
 /// # Panics
-/// If the result for a prefix contradicts a later one, if a header is longer than the input, or if
-/// the written header is not read back unchanged.
+/// Panics if the result for a prefix contradicts the result for a longer prefix, if a header is longer than the input,
+/// or if the written header is not read back unchanged.
 pub fn proxy(data: &[u8]) {
     let whole = decode(data);
     match whole {

@@ -5,15 +5,14 @@ use bytes::BytesMut;
 use super::{Dice, Pieces};
 use crate::protocol::scgi::{ScgiDecoder, ScgiError, ScgiEvent};
 
-/// Small, so that requests soon reach the limit.
+/// A small limit, so that short inputs reach it.
 const MAX_PARAMS: usize = 512;
 
-/// Decodes arbitrary bytes at once and in pieces.
+/// Decodes arbitrary bytes twice: as a whole, and in pieces.
 ///
 /// # Panics
-/// If the request, its body or the error differ, if the decoder holds more than the limit allows,
-/// or if `to_come` was wrong: the server leaves a request's last byte in the socket and relies on
-/// that.
+/// Panics if the request, its body or the error differ, if the decoder holds more than the limit allows, or if a result
+/// of `to_come` was wrong. The server relies on `to_come` when it leaves a request's last byte in the socket.
 pub fn scgi(data: &[u8]) {
     let whole = receive(data, None);
     let cut = receive(data, Some(Pieces::of(data)));
@@ -61,7 +60,7 @@ impl Transcript {
 fn receive(data: &[u8], mut pieces: Option<Pieces>) -> Transcript {
     let (mut decoder, mut input) = (ScgiDecoder::new(MAX_PARAMS), BytesMut::new());
     let mut transcript = Transcript::default();
-    // The results of `to_come`, each with the number of bytes read before.
+    // The results of `to_come`, each with the number of bytes that had been read.
     let mut promises: Vec<(usize, u64)> = Vec::new();
     let mut rest = data;
     while !rest.is_empty() && transcript.error.is_none() && transcript.ends == 0 {
@@ -89,7 +88,7 @@ fn receive(data: &[u8], mut pieces: Option<Pieces>) -> Transcript {
         }
     }
     if let Some(&(end, 0)) = promises.last().filter(|_| transcript.ends > 0) {
-        // The last piece may be longer than the request: its end is known exactly only if the piece
+        // The last piece may extend beyond the request. The end of the request is known exactly only if the last piece
         // was a single byte.
         let is_exact = promises.len() > 1 && promises.iter().rev().nth(1).is_some_and(|&(before, _)| before + 1 == end);
         for &(at, to_come) in &promises {
@@ -106,7 +105,7 @@ fn receive(data: &[u8], mut pieces: Option<Pieces>) -> Transcript {
 /// Writes a request chosen by the bytes, and decodes it in pieces.
 ///
 /// # Panics
-/// If the decoded request differs from the input.
+/// Panics if the decoded request differs from the input.
 pub fn scgi_script(data: &[u8]) {
     let mut dice = Dice(data);
     let has_length = !dice.coin(8);
@@ -123,7 +122,7 @@ pub fn scgi_script(data: &[u8]) {
         }
         number += 1;
         if !dice.is_empty() {
-            // The first letter makes the name differ from those two, and from an empty name.
+            // The first letter makes the name differ from CONTENT_LENGTH and SCGI, and from an empty name.
             strings.push(b'x');
             for string in [dice.bytes(), dice.bytes()] {
                 strings.extend(string.iter().map(|&byte| byte.max(1)));

@@ -1,5 +1,5 @@
-//! Runs the checks of all targets on their seeds and on a few thousand random changes of these, so
-//! that the checks run and compile without a fuzzer. The fuzzer finds more.
+//! Runs the checks of all targets on their seeds and on a few thousand random mutations of the seeds, so that the
+//! checks compile and run without a fuzzer. The fuzzer covers more inputs.
 
 use std::fs;
 use std::path::Path;

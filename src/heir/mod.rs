@@ -157,7 +157,7 @@ fn lacks_call(error: &io::Error) -> bool {
 /// Creates the heir of the calling process, a worker with one thread. On failure, the worker runs without an heir.
 ///
 /// # Errors
-/// If there is no memory for the journal, or no descriptor available for the worker itself.
+/// Fails if there is no memory for the journal, or no descriptor available for the worker itself.
 pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
     let journal = Journal::create()?;
     let lines = heritage.log_files.has_access_log().then(LineBuffer::create).transpose()?;

@@ -73,7 +73,7 @@ impl Kind {
 /// Writes as much as possible without waiting.
 ///
 /// # Errors
-/// Returns `WouldBlock`, or the error of the system call.
+/// Returns `WouldBlock`, or the error from the system call.
 fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> {
     loop {
         let written = match kind {

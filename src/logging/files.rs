@@ -108,7 +108,7 @@ impl LogFiles {
     /// Sends the current files to a worker.
     ///
     /// # Errors
-    /// Returns `WouldBlock` if the worker has not received the previous files, or another error of the channel.
+    /// Returns `WouldBlock` if the worker has not received the previous files, or another error from the channel.
     pub(crate) fn hand_out(&self, channel: BorrowedFd<'_>) -> io::Result<()> {
         let files = self.files();
         let control = [ControlMessage::ScmRights(&files)];
@@ -120,8 +120,8 @@ impl LogFiles {
     /// Replaces the old files with those waiting in the channel. Returns false if the master has closed the channel.
     ///
     /// # Errors
-    /// Returns `WouldBlock` if none are waiting, or the error of the system call. If this process has no free descriptors, the files stay
-    /// in the channel.
+    /// Returns `WouldBlock` if no files are waiting, or the error from the system call. If this process has no free
+    /// descriptors, the files stay in the channel.
     pub(crate) fn take_in(&self, channel: BorrowedFd<'_>) -> io::Result<bool> {
         let mut byte = [0];
         let mut receive =

@@ -36,7 +36,7 @@ impl LineBuffer {
     /// Creates a buffer that children of this process share. The buffer exists until the last of these processes has exited.
     ///
     /// # Errors
-    /// Returns the error of `mmap(2)`.
+    /// Returns the error from `mmap(2)`.
     pub(crate) fn create() -> io::Result<Self> {
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
         // SAFETY: a new mapping at an address that the kernel chooses.

@@ -89,7 +89,7 @@ impl Relay {
     /// Changes the owner of the publish socket.
     ///
     /// # Errors
-    /// Returns the error of the system call.
+    /// Returns the error from the system call.
     pub(super) fn give_socket(&self, from: Uid, to: Owner) -> io::Result<()> {
         self.socket.as_ref().map_or(Ok(()), |socket| socket.give(from, to))
     }

@@ -145,7 +145,7 @@ impl Channel {
 /// Sends a connection into the channel; the caller must close its own descriptor next.
 ///
 /// # Errors
-/// Returns `WouldBlock` if too many connections are in transit already, or another error of the channel.
+/// Returns `WouldBlock` if too many connections are in transit already, or another error from the channel.
 pub(crate) fn hand_off(channel: BorrowedFd<'_>, connection: BorrowedFd<'_>, message: &[u8]) -> io::Result<()> {
     use std::os::fd::AsRawFd as _;
     let descriptors = [connection.as_raw_fd()];

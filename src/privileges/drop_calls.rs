@@ -19,7 +19,7 @@ use crate::config::privileges::CapabilitySet;
 /// Carries out one step.
 ///
 /// # Errors
-/// Returns the error of the system call.
+/// Returns the error from the system call.
 pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
     match step {
         Step::Limit { resource, soft, hard } => setrlimit(*resource, *soft, *hard)?,
@@ -47,7 +47,7 @@ pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
 /// The nice value of this process.
 ///
 /// # Errors
-/// Returns the error of `getpriority(2)`.
+/// Returns the error from `getpriority(2)`.
 pub(super) fn nice() -> io::Result<i32> {
     nix::errno::Errno::clear(); // -1 is a valid result too
     // SAFETY: plain system call with integers.
@@ -110,7 +110,7 @@ fn outcome(returned: libc::c_long) -> io::Result<()> {
 /// Makes each system call that the sandbox traps return an error, and logs the name of the call: once per call and process.
 ///
 /// # Errors
-/// Returns the error of `sigaction(2)`.
+/// Returns the error from `sigaction(2)`.
 pub(super) fn report_refused_calls() -> io::Result<()> {
     // SAFETY: all zeroes is a valid sigaction.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };

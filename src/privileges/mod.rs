@@ -155,7 +155,7 @@ impl Privileges {
 /// Carries out `steps` between fork and exec; async-signal-safe. The flag of a step that fails is written to standard error.
 ///
 /// # Errors
-/// Returns the error of that step's system call.
+/// Returns the error from that step's system call.
 pub(crate) fn carry_out_before_exec(steps: &[Step]) -> io::Result<()> {
     for step in steps {
         drop_calls::carry_out(step).inspect_err(|_| {
@@ -172,7 +172,7 @@ pub(crate) fn carry_out_before_exec(steps: &[Step]) -> io::Result<()> {
 /// directory that others can write to, a name may lead anywhere.
 ///
 /// # Errors
-/// Returns the error of the system call.
+/// Returns the error from the system call.
 pub(crate) fn give(file: BorrowedFd<'_>, owner: Owner) -> io::Result<()> {
     give_of(file, nix::unistd::geteuid(), owner)
 }
@@ -180,7 +180,7 @@ pub(crate) fn give(file: BorrowedFd<'_>, owner: Owner) -> io::Result<()> {
 /// Like [`give`], for a file that was given to `from` before.
 ///
 /// # Errors
-/// Returns the error of the system call.
+/// Returns the error from the system call.
 pub(crate) fn give_of(file: BorrowedFd<'_>, from: Uid, owner: Owner) -> io::Result<()> {
     let status = fstat(file)?;
     let kind = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT;

@@ -110,7 +110,7 @@ struct Variables<'a> {
 /// and receives the announced length, if any.
 ///
 /// # Errors
-/// [`CgiError`]: the method, URI or a header is missing or invalid, or two lengths differ.
+/// Returns [`CgiError`] if the method, the URI or a header is missing or invalid, or if two lengths differ.
 pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) -> Result<Request<B>, CgiError> {
     let mut variables = Variables::default();
     let mut headers = HeaderMap::with_capacity(12);

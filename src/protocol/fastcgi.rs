@@ -182,7 +182,7 @@ impl FastCgiDecoder {
     /// are needed.
     ///
     /// # Errors
-    /// [`FastCgiError`]: the peer violated the protocol.
+    /// Returns [`FastCgiError`] if the peer violated the protocol.
     pub(crate) fn decode(&mut self, input: &mut BytesMut) -> Result<Option<FastCgiEvent>, FastCgiError> {
         loop {
             match self.place {

@@ -71,7 +71,7 @@ impl std::error::Error for ProxyError {}
 /// Decodes the first bytes of a connection.
 ///
 /// # Errors
-/// [`ProxyError`]: the bytes begin like a header but are not valid.
+/// Returns [`ProxyError`] if the bytes begin like a header but are not a valid one.
 pub(crate) fn decode(bytes: &[u8]) -> Result<Opening, ProxyError> {
     if bytes.starts_with(START_V1) {
         return version_1(bytes);

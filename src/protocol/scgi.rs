@@ -104,7 +104,7 @@ impl ScgiDecoder {
     /// are needed, or the request is complete.
     ///
     /// # Errors
-    /// [`ScgiError`]: the request is invalid. Further input is ignored.
+    /// Returns [`ScgiError`] if the request is invalid. Further input is ignored.
     pub(crate) fn decode(&mut self, input: &mut BytesMut) -> Result<Option<ScgiEvent>, ScgiError> {
         let event = self.next(input);
         if event.is_err() {

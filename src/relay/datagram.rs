@@ -40,7 +40,7 @@ impl<'a> Datagram<'a> {
     /// Splits a datagram into its parts.
     ///
     /// # Errors
-    /// [`Malformed`] if the datagram is invalid. (The log validates the topic.)
+    /// Returns [`Malformed`] if the datagram is invalid. (The log validates the topic.)
     pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
         let mut parts = bytes.splitn(3, |&byte| byte == b'\n');
         let (Some(topic), Some(name), Some(data)) = (parts.next(), parts.next(), parts.next()) else {

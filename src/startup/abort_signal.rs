@@ -39,7 +39,7 @@ impl Drop for AbortHandler {
 /// nothing.
 ///
 /// # Errors
-/// Returns the error of `sigaction(2)`.
+/// Returns the error from `sigaction(2)`.
 pub(crate) fn abort_start_on(signal: i32) -> io::Result<signal_hook::SigId> {
     let action = move || {
         let steps = ABORT_STEPS.load(Ordering::SeqCst);

@@ -102,7 +102,7 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
 /// The numbers of all descriptors that are open in this process.
 ///
 /// # Errors
-/// Returns the error of reading `/proc/self/fd`.
+/// Returns the error from reading `/proc/self/fd`.
 pub(crate) fn open_descriptors() -> io::Result<Vec<RawFd>> {
     let listed: Vec<RawFd> =
         fs::read_dir("/proc/self/fd")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
@@ -147,7 +147,7 @@ pub(crate) fn descriptor(fd: RawFd) -> Option<OwnedFd> {
 /// process's lifetime. If `fd` is above standard error, it is close-on-exec afterwards.
 ///
 /// # Errors
-/// Returns the error of `dup3(2)`.
+/// Returns the error from `dup3(2)`.
 pub(crate) fn replace(fd: RawFd, file: &OwnedFd) -> io::Result<()> {
     let flags = if fd > 2 { libc::O_CLOEXEC } else { 0 };
     // SAFETY: `file` is open. Users and owners of `fd` still have an open descriptor afterwards.

@@ -47,7 +47,7 @@ impl Exclusive {
     /// Registers a descriptor with the event loop.
     ///
     /// # Errors
-    /// Returns the error of `epoll_ctl(2)`.
+    /// Returns the error from `epoll_ctl(2)`.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         let strangers = registrations_of(fd.as_raw_fd());
         let fd = super::register(fd, Interest::READABLE)?;
@@ -81,7 +81,7 @@ impl Exclusive {
     /// Lets events arrive again, each at one of the waiting processes.
     ///
     /// # Errors
-    /// Returns the error of `epoll_ctl(2)`.
+    /// Returns the error from `epoll_ctl(2)`.
     pub(crate) fn resume(&self) -> io::Result<()> {
         let Some(Registration { epoll, token }) = self.registration.as_ref().filter(|_| self.is_paused.get()) else {
             return Ok(());

@@ -18,7 +18,7 @@ use super::Ending;
 /// [`process_descriptor`]: super::process_descriptor
 ///
 /// # Errors
-/// Returns the error of `pidfd_getfd(2)`: the kernel requires the rights of a debugger.
+/// Returns the error from `pidfd_getfd(2)`: the kernel requires the rights of a debugger.
 pub(crate) fn descriptor_of(process: &OwnedFd, fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: plain system call with three integers.
     let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) };

@@ -69,8 +69,8 @@ impl Ending {
 /// [`unblock_signals`] after it has set its own dispositions.
 ///
 /// # Errors
-/// Returns the error of `fork(2)`: `EAGAIN` when a limit on processes is reached, `ENOMEM`. Also fails if this process has more
-/// than one thread: the child could inherit a lock that is never released.
+/// Returns the error from `fork(2)`: `EAGAIN` if a limit on processes is reached, or `ENOMEM`. Also fails if this
+/// process has more than one thread, because the child could inherit a lock that is never released.
 pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     expect_one_thread()?;
     // Buffered output would be written twice, once by each process.
@@ -105,7 +105,7 @@ pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
 /// The child has the name `name` from its creation on, before it first runs, and a process group of its own.
 ///
 /// # Errors
-/// Returns the error of `clone(2)` or `prctl(2)`.
+/// Returns the error from `clone(2)` or `prctl(2)`.
 pub(crate) fn clone_with_descriptors(name: &CStr, child: impl FnOnce() -> u8) -> io::Result<Pid> {
     expect_one_thread()?;
     // A child begins with its parent's name.
@@ -140,7 +140,7 @@ pub(crate) fn thread_name() -> [u8; 16] {
 /// Returns a descriptor of process `pid` that becomes readable when the process has ended.
 ///
 /// # Errors
-/// Returns the error of `pidfd_open(2)`.
+/// Returns the error from `pidfd_open(2)`.
 pub(crate) fn process_descriptor(pid: Pid) -> io::Result<OwnedFd> {
     // SAFETY: plain system call with two integers.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
@@ -154,7 +154,7 @@ pub(crate) fn process_descriptor(pid: Pid) -> io::Result<OwnedFd> {
 /// which must be async-signal-safe.
 ///
 /// # Errors
-/// Returns the error of `fork(2)`, `execve(2)` or `prepare`. The standard library's pipe transfers the latter two.
+/// Returns the error from `fork(2)`, `execve(2)` or `prepare`. The standard library's pipe transfers the latter two.
 pub(crate) fn spawn(
     command: &mut Command,
     pass: &[RawFd],

@@ -26,7 +26,7 @@ pub(crate) fn restore_signals(mask: &SigSet) {
 /// Sends a signal to one thread of a process.
 ///
 /// # Errors
-/// Returns `ESRCH` if that process has no such thread, or another error of `tgkill(2)`.
+/// Returns `ESRCH` if that process has no such thread, or another error from `tgkill(2)`.
 pub(crate) fn signal_thread(process: Pid, thread: i32, signal: i32) -> io::Result<()> {
     // SAFETY: plain system call with three integers. The kernel checks that the thread belongs to that process.
     let outcome = unsafe { libc::syscall(libc::SYS_tgkill, process.as_raw(), thread, signal) };
@@ -42,7 +42,7 @@ pub(crate) fn unblock_signals() {
 /// `limit`, even if its event loop hangs and there is no master to kill it.
 ///
 /// # Errors
-/// Returns the error of `sigaction(2)`.
+/// Returns the error from `sigaction(2)`.
 pub(crate) fn alarm_on_term(limit: Duration) -> io::Result<()> {
     let seconds = u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).saturating_add(2);
     // SAFETY: `alarm` is async-signal-safe (signal-safety(7)) and accesses no memory of this program.

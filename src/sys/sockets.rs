@@ -13,7 +13,7 @@ use tokio::io::unix::AsyncFd;
 /// Accepts a connection: non-blocking, close-on-exec. Also returns the peer's address if it is an internet address.
 ///
 /// # Errors
-/// Returns the error of `accept4(2)`; `WouldBlock` if no connection is waiting.
+/// Returns the error from `accept4(2)`; `WouldBlock` if no connection is waiting.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
     // SAFETY: all zeroes is a valid sockaddr_storage.
     let mut address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
@@ -49,7 +49,7 @@ pub(crate) fn internet_address(address: &SockaddrStorage) -> Option<SocketAddr> 
 /// Returns the number of connections in the queue of a listening TCP socket.
 ///
 /// # Errors
-/// Returns the error of `getsockopt(2)`; `InvalidInput` if the socket does not listen.
+/// Returns the error from `getsockopt(2)`; `InvalidInput` if the socket does not listen.
 pub(crate) fn tcp_queue(listener: BorrowedFd<'_>) -> io::Result<u32> {
     const LISTEN: u8 = 10; // TCP_LISTEN, of the kernel's net/tcp_states.h
     let info = tcp_info(listener)?;
@@ -60,7 +60,7 @@ pub(crate) fn tcp_queue(listener: BorrowedFd<'_>) -> io::Result<u32> {
 /// Returns the time since the last bytes were received on a TCP connection.
 ///
 /// # Errors
-/// Returns the error of `getsockopt(2)`.
+/// Returns the error from `getsockopt(2)`.
 pub(crate) fn since_last_received(connection: BorrowedFd<'_>) -> io::Result<Duration> {
     Ok(Duration::from_millis(tcp_info(connection)?.tcpi_last_data_recv.into()))
 }
@@ -79,7 +79,7 @@ fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
 /// Registers a descriptor with the event loop, to wait until it is readable.
 ///
 /// # Errors
-/// Returns the error of `epoll_ctl(2)`.
+/// Returns the error from `epoll_ctl(2)`.
 pub(crate) fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor is open, and stays open because its owner is part of the returned value.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 /// not affected.
 ///
 /// # Errors
-/// Returns the error of `setsockopt(2)`.
+/// Returns the error from `setsockopt(2)`.
 pub(crate) fn drop_syn_segments(listener: BorrowedFd<'_>) -> io::Result<()> {
     const FLAGS: u32 = 13; // offset of the flags in a TCP header, with which the filter's data begins
     const SYN_ACK: u32 = 0x12;

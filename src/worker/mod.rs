@@ -308,7 +308,7 @@ async fn sweep(cache: Cache, connections: Rc<Connections>, row: Row) {
 /// Runs `work` on a thread of its own. tokio's `spawn_blocking` panics if no thread can be created.
 ///
 /// # Errors
-/// If no thread can be created, or the work panics.
+/// Fails if no thread can be created, or the work panics.
 async fn on_thread<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     let (done, outcome) = oneshot::channel();
     let thread = std::thread::Builder::new().name(name.to_owned());

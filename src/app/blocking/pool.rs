@@ -224,8 +224,7 @@ impl Pool {
         started > 0
     }
 
-    /// Number of threads that take jobs, or 1 if no thread exists, in which case no job waits
-    /// either.
+    /// Returns the number of threads that take jobs, or 1 if no thread exists; no job is waiting then.
     fn capacity(&self) -> u32 {
         self.started.load(Ordering::SeqCst).max(1)
     }

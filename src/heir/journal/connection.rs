@@ -212,7 +212,7 @@ impl ConnHandle {
     /// process.
     ///
     /// # Errors
-    /// Returns `WouldBlock` if the channel is full, or another error of the channel. In either case the connection
+    /// Returns `WouldBlock` if the channel is full, or another error from the channel. In either case the connection
     /// stays with this worker.
     pub(crate) fn hand_off(&self, channel: BorrowedFd<'_>, early: &[u8]) -> io::Result<()> {
         let Some(record) = self.record() else { return Err(io::ErrorKind::Unsupported.into()) };

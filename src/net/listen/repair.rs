@@ -39,7 +39,7 @@ impl Listener {
     /// Makes accept(2) block again.
     ///
     /// # Errors
-    /// Returns the error of `fcntl(2)`.
+    /// Returns the error from `fcntl(2)`.
     pub(crate) fn make_blocking(&self) -> io::Result<()> {
         set_blocking(&self.socket, true)
     }

@@ -271,7 +271,7 @@ impl Acceptor {
     /// Accepts from a listener; `index` is its position among the listeners.
     ///
     /// # Errors
-    /// If no descriptor is available, or epoll refuses the registration.
+    /// Fails if no descriptor is available, or epoll refuses the registration.
     pub(crate) fn of_listener(
         index: u16,
         listener: &Listener,
@@ -290,7 +290,7 @@ impl Acceptor {
     /// Accepts the connections that other workers hand over.
     ///
     /// # Errors
-    /// If no descriptor is available, or epoll refuses the registration.
+    /// Fails if no descriptor is available, or epoll refuses the registration.
     pub(crate) fn of_channel(channel: &Channel, connections: &Rc<Connections>, journal: Journal) -> io::Result<Self> {
         let ready_listener = ReadyListener::new(channel.receiver().try_clone_to_owned()?, true)?;
         Ok(Self { ready_listener, source: Source::Channel, connections: Rc::clone(connections), journal })
@@ -515,7 +515,7 @@ fn is_of_this_system(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }
 
-/// Displays an error of `accept(2)`, with an explanation where its text does not suffice.
+/// Displays an error from `accept(2)`, with an explanation where its text does not suffice.
 struct Explained<'a>(&'a io::Error);
 
 impl std::fmt::Display for Explained<'_> {

@@ -49,7 +49,7 @@ const PIECE: usize = 64 << 10;
 /// server's workers; this process has its own.
 ///
 /// # Errors
-/// If the response could not be written, or its body failed.
+/// Fails if the response could not be written, or its body failed.
 pub(crate) fn run<F, S, B>(factory: &F, config: &Config, segment: Segment, stdout: OwnedFd) -> Result<(), BoxError>
 where
     F: Fn(Context) -> S,

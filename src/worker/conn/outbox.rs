@@ -54,7 +54,7 @@ impl Outbox {
     /// Writes until everything is written or the socket is full.
     ///
     /// # Errors
-    /// An error of the socket, or `WriteZero` if it accepts no byte.
+    /// Returns the error from the socket, or `WriteZero` if the socket accepts no byte.
     pub(crate) fn poll_write<W: AsyncWrite>(
         &mut self,
         mut socket: Pin<&mut W>,

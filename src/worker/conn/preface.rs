@@ -28,8 +28,8 @@ const PEEK: MsgFlags = MsgFlags::MSG_PEEK.union(MsgFlags::MSG_DONTWAIT);
 /// kernel's queue: SCGI needs the last byte of its request there.
 ///
 /// # Errors
-/// An error or the end of the socket; or the header is missing or malformed, or does not arrive
-/// within `time` (zero means no limit).
+/// Fails if reading from the socket fails, if the stream ends, or if the header is missing or malformed, or does not
+/// arrive within `time` (zero means no limit).
 pub(crate) async fn read_proxy_header(socket: &mut Socket, origin: &mut ClientInfo, time: Duration) -> io::Result<()> {
     let mut seen = vec![0; MAX_PROXY_HEADER]; // on the heap, not in the future, which every connection has
     let looking = poll_fn(|context| socket.poll_try(context, |fd| look(fd, &mut seen)));
@@ -68,7 +68,7 @@ fn has_ended(fd: BorrowedFd<'_>) -> bool {
 /// Detects HTTP/2 as soon as the bytes differ from HTTP/1.
 ///
 /// # Errors
-/// An error of the socket. (The end of the stream is left for the next read.)
+/// Returns the error from the socket. (The end of the stream is left for the next read.)
 pub(crate) async fn speaks_http2(socket: &mut Socket) -> io::Result<bool> {
     // The bytes stay with the socket: the connection may be handed over before this function returns.
     while socket.early().len() < HTTP2_PREFACE.len() && HTTP2_PREFACE.starts_with(socket.early()) {

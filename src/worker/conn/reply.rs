@@ -43,7 +43,7 @@ where
     /// Returns the next chunk of the body, or `None` at its end.
     ///
     /// # Errors
-    /// If the body fails, which has already been logged.
+    /// Fails if the body fails, which has already been logged.
     pub(crate) fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         while !self.over {
             match ready!(self.body.as_mut().poll_frame(context)) {

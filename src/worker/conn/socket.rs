@@ -61,7 +61,7 @@ thread_local! {
 /// Reads the available bytes, at most [`BLOCK`], like [`Socket::poll_bytes`]; an empty buffer is the end of the stream.
 ///
 /// # Errors
-/// An error of `io`.
+/// Returns the error from `io`.
 pub(crate) fn poll_block(io: Pin<&mut impl AsyncRead>, context: &mut Context<'_>) -> Poll<io::Result<BytesMut>> {
     BLOCK_OF_THREAD.with_borrow_mut(|block| {
         if block.capacity() < ROOM {
@@ -120,7 +120,7 @@ impl Socket {
     /// Reads the next bytes and keeps them to be read again. Returns their number.
     ///
     /// # Errors
-    /// An error of the socket.
+    /// Returns the error from the socket.
     pub(crate) async fn look_ahead(&mut self) -> io::Result<usize> {
         poll_fn(|context| {
             let mut early = std::mem::take(&mut self.early); // otherwise these bytes would be read again here
@@ -139,7 +139,7 @@ impl Socket {
     /// because they keep the whole block allocated.
     ///
     /// # Errors
-    /// An error of the socket, or `TimedOut`.
+    /// Returns the error from the socket, or `TimedOut` if the peer took too long.
     pub(crate) fn poll_bytes(&mut self, context: &mut Context<'_>) -> Poll<io::Result<BytesMut>> {
         poll_block(Pin::new(self), context)
     }

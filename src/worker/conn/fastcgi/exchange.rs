@@ -51,7 +51,8 @@ where
     /// Advances until the exchange waits, has ended, or has filled the output.
     ///
     /// # Errors
-    /// If the response failed, which has already been logged: only closing the connection signals this to the peer.
+    /// Fails if the response has failed. The failure has already been logged; only closing the connection signals it to
+    /// the peer.
     pub(super) fn poll(
         &mut self,
         context: &mut Context<'_>,

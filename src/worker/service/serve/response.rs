@@ -72,7 +72,7 @@ where
 /// Prepares a response that switches protocols.
 ///
 /// # Errors
-/// If it does not name the protocol.
+/// Fails if it does not name the protocol.
 pub(super) fn prepare_switch<B>(response: &mut Response<B>) -> Result<(), &'static str> {
     let is_upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
