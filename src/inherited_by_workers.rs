@@ -1,7 +1,7 @@
 //! Lists everything that a worker inherits from the master, by name.
 //!
-//! A freshly forked worker closes every descriptor that is not listed here, and uses nothing else from the master. The modules of the
-//! master and the worker do not import each other; this module is their only link.
+//! A freshly forked worker closes every descriptor that is not listed here, and uses nothing else from the master.
+//! Neither the master's nor the worker's modules import the others; this module is their only link.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -44,12 +44,13 @@ pub(crate) struct Heritage {
     pub(crate) hooks: Arc<WorkerHooks>,
 }
 
-/// A worker's report to the master, one line each. The master must not trust it.
+/// A worker's report to the master, sent as one line. The master must not trust the report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Report {
     /// The worker accepts connections.
     Ready,
-    /// The worker has reached the end of its lifetime, for this reason. It continues to serve until another worker replaces it.
+    /// The worker has reached the end of its lifetime, for this reason. The worker continues to serve until another
+    /// worker replaces it.
     Recycle(String),
     /// Like [`Report::Recycle`]; the reason is a blocking function that hangs, called for this request.
     HungThread(String),
@@ -62,7 +63,7 @@ pub(crate) enum Report {
 }
 
 impl Report {
-    /// Returns the report as one line, with its line end.
+    /// Returns the report as one line, including the line feed.
     pub(crate) fn line(&self) -> String {
         match self {
             Self::Ready => "ready\n".to_owned(),
@@ -74,7 +75,7 @@ impl Report {
         }
     }
 
-    /// Parses a line without its end. A line of any other form is treated as last words.
+    /// Parses a line without its line feed. A line that has none of the other forms is treated as last words.
     pub(crate) fn parse(line: &str) -> Self {
         match line.split_once(' ') {
             None if line == "ready" => Self::Ready,
@@ -92,8 +93,9 @@ impl Report {
 pub(crate) type WorkerMain = Box<dyn Fn(Heritage) -> u8>;
 
 impl Heritage {
-    /// Drops the privileges that this slot must not have. Must be called once, after the fork and before any application code.
-    /// The process and all its children keep the reduced privileges, so a process that needs more must be forked before.
+    /// Drops the privileges that the process in this slot must not have. Must be called once, after the fork and before
+    /// any application code. The process and all its children keep the reduced privileges, so a process that needs more
+    /// privileges must be forked before this call.
     ///
     /// # Errors
     /// Returns a message for the operator, with the flag, if a privilege cannot be dropped.
@@ -108,11 +110,11 @@ impl Heritage {
     /// Reports to the master why this worker cannot continue. Returns the worker's exit status.
     pub(crate) fn fail(&self, why: &impl std::fmt::Display) -> u8 {
         let line = Report::LastWords(why.to_string()).line();
-        let _ = nix::unistd::write(&self.report, line.as_bytes()); // fails if the master has exited; nothing can be done then
+        let _ = nix::unistd::write(&self.report, line.as_bytes()); // fails if the master has exited
         1
     }
 
-    /// The descriptors that stay open in the worker, in addition to the standard ones.
+    /// Returns the descriptors that stay open in the worker, in addition to the standard ones.
     pub(crate) fn descriptors(&self) -> Vec<RawFd> {
         let listeners = self.listeners.iter().map(|listener| listener.as_fd().as_raw_fd());
         let [send, receive] = [self.handover.sender(), self.handover.receiver()].map(|fd| fd.as_raw_fd());

@@ -6,7 +6,8 @@ use super::wire::{MasterStatus, QuarantinedStatus, WorkerStatus};
 
 const HEAD: [&str; 9] = ["SLOT", "PID", "GEN", "STATE", "AGE", "REQUESTS", "CONNS", "BUSY", "RSS"];
 
-/// A line for the master, its sockets, a row for each worker, the requests in flight and the quarantined requests.
+/// Formats a line for the master, a line for each socket, a row for each worker, the requests in flight and the
+/// quarantined requests.
 pub(crate) fn table(status: &MasterStatus) -> String {
     let MasterStatus { version, pid, generation, target, min, max, state, .. } = status;
     let range = if min == max { String::new() } else { format!(" ({min}..{max})") };

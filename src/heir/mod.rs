@@ -1,24 +1,24 @@
-//! The heir: a process alongside each worker that takes over the worker's connections when the worker dies.
+//! Implements the heir: a process alongside each worker that takes over the worker's connections when the worker dies.
 //!
 //! ```text
 //! worker dies ─▶ every request in flight: 502 ─▶ kept-alive connections: to another worker ─▶ the rest: closed
 //! ```
 //!
-//! An heir is a clone of its worker that shares only the journal and the worker's descriptor table (`clone(2)`, CLONE_FILES). It sleeps
-//! while the worker lives, and adds no system call to a connection. When the worker dies, from any signal, the table and all connections in
-//! it stay open. The [`journal`] shows the state of each connection, and [`settlement`] decides what happens to it.
+//! An heir is a clone of its worker that shares only the journal and the worker's descriptor table (`clone(2)`,
+//! CLONE_FILES). The heir sleeps while the worker lives, and adds no system call to a connection. When the worker dies,
+//! from whatever signal, the table and all connections in it stay open. The [`journal`] shows the state of each
+//! connection, and [`settlement`] decides what happens to the connection.
 //!
 //! - The heir is created right after the fork, while the worker has one thread, and before any application code runs. It
 //!   never touches the application's memory, the page cache or tokio.
-//! - After the worker's death, the heir first closes all descriptors that are not connections, because a lock held through such a
-//!   descriptor is taken as a sign that the worker is alive.
-//! - The heir has no exit signal, so the application's wait(2) calls do not return it. After the worker's death, the heir becomes a child
-//!   of the master, which reaps it.
+//! - After the worker's death, the heir first closes all descriptors that are not connections, because other processes
+//!   take a lock that is held through such a descriptor as a sign that the worker is alive.
+//! - The heir has no exit signal, so the application's wait(2) calls do not report it. After the worker's death, the
+//!   heir becomes a child of the master, which reaps it.
 //! - If only the heir is killed, no connection is lost, and its worker requests its own replacement. If the heir is
 //!   killed together with its worker, the kernel closes the connections.
 //!
-//! The heir must not trust the journal further than its own safety allows, and must not wait for a peer longer than
-//! [`PEER_TIMEOUT`].
+//! The heir must stay safe whatever the journal contains, and must not wait for a peer longer than [`PEER_TIMEOUT`].
 
 pub(crate) mod journal;
 pub(crate) mod settlement;
@@ -46,26 +46,27 @@ use crate::net::handover::{self, Channel, Handoff, PackedOrigin};
 use crate::net::listen::{Closing, Listener};
 use crate::{logging, sys};
 
-/// The name of the process: in `ps`, and for the master, which recognizes the heirs of dead workers by it.
+/// The name of the process, as shown in `ps`. The master recognizes the heirs of dead workers by this name.
 pub(crate) const NAME: &CStr = c"heir";
 
-/// How long the heir reads from peers after it has written its last bytes to them. If the heir closed a connection on which the peer is
-/// still sending, the kernel would reset it, and the peer could lose those bytes.
+/// How long the heir reads from peers after it has written its last bytes to them. If the heir closed a connection on
+/// which the peer is still sending, the kernel would reset the connection, and the peer could lose the heir's last
+/// bytes.
 const PEER_TIMEOUT: Duration = Duration::from_secs(2);
-/// Like [`PEER_TIMEOUT`], for an immediate stop or a dead master.
+/// Like [`PEER_TIMEOUT`], if the server stops immediately or the master is dead.
 const STOP_PEER_TIMEOUT: Duration = Duration::from_millis(250);
 /// When the master is dead: how long a worker may take to accept queued connections before its sockets are closed.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(1);
 /// When the master is dead: the interval at which the queues are checked.
 const QUEUE_POLL_INTERVAL_MS: u8 = 5;
 
-/// The worker's side of its heir.
+/// What a worker holds for its heir.
 #[derive(Debug)]
 pub(crate) struct Heir {
     pub(crate) journal: Journal,
     /// Buffer for access log lines. `None` without an access log.
     pub(crate) lines: Option<LineBuffer>,
-    /// Readable when the heir is dead. `None` without an heir.
+    /// Becomes readable when the heir has died. `None` without an heir.
     pub(crate) end: Option<OwnedFd>,
     /// Descriptors that the heir uses: they must stay open as long as the worker lives.
     pub(crate) retained: RetainedFds,
@@ -89,8 +90,8 @@ impl RetainedFds {
         listeners.iter().for_each(|listener| listener.give_up(&self.lifeline));
     }
 
-    /// Returns when the worker is dead. If the master dies first, the heir closes the listening sockets, because a worker whose event loop
-    /// is busy may take long to close them.
+    /// Returns when the worker is dead. If the master dies first, this function closes the listening sockets, because a
+    /// worker whose event loop is busy may take long to do so.
     fn await_death(&self, worker: Pid, end: &OwnedFd) {
         let is_lifeline = identity_of(self.lifeline.as_fd());
         let mut has_master = true;
@@ -110,7 +111,8 @@ impl RetainedFds {
             let (of_worker, of_lifeline) = (said_of(0), said_of(1));
             if !of_lifeline.is_empty() {
                 has_master = false;
-                // The application may have closed the lifeline, and its number may now belong to another file.
+                // The application may have closed the lifeline, and the lifeline's number may now belong to another
+                // file.
                 if is_lifeline.is_some() && identity_of(self.lifeline.as_fd()) == is_lifeline {
                     closing = Some(Closing::begin(&self.listeners, QUEUE_TIMEOUT, Duration::ZERO));
                 }
@@ -124,7 +126,8 @@ impl RetainedFds {
             }
             closing = closing.filter(|sockets| !sockets.is_over());
             match polled {
-                // The number may belong to another file now. In that case the worker is still the parent process.
+                // The descriptor's number may now belong to another file. In that case the worker is still this
+                // process's parent.
                 Ok(_) if of_worker.contains(PollFlags::POLLIN) && !is_alive() => return,
                 Ok(_) if of_worker.is_empty() => {}
                 Err(nix::errno::Errno::EINTR) => {}
@@ -157,11 +160,11 @@ fn lacks_call(error: &io::Error) -> bool {
 /// Creates the heir of the calling process, a worker with one thread. On failure, the worker runs without an heir.
 ///
 /// # Errors
-/// Fails if there is no memory for the journal, or no descriptor available for the worker itself.
+/// Fails if no memory is available for the journal or the line buffer, or if the worker itself has no free descriptor.
 pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
     let journal = Journal::create()?;
     let lines = heritage.log_files.has_access_log().then(LineBuffer::create).transpose()?;
-    // Must be read before the fork, because an heir may already be an orphan when it reads its parent's pid.
+    // The pid must be read before the clone: the heir may already be an orphan when it reads its parent's pid.
     let worker = nix::unistd::getpid();
     let end_of_worker = sys::process_descriptor(worker);
     let mut retained = RetainedFds {
@@ -178,7 +181,7 @@ pub(crate) fn spawn(heritage: &Heritage) -> io::Result<Heir> {
     });
     match &heir {
         Ok(_) => {}
-        // The master has logged this once.
+        // The master has already logged this.
         Err(error) if lacks_call(error) => log::debug!(slot = heritage.slot; "a worker has no heir: {error}"),
         Err(error) => log::warn!(
             slot = heritage.slot;
@@ -213,9 +216,9 @@ fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
 /// The connections of a dead worker.
 struct OpenConnections<'a> {
     heritage: &'a Heritage,
-    /// Its other end closes when the master is dead or stops immediately. `None` from then on.
+    /// The lifeline, whose other end closes when the master has died or stops immediately. `None` from then on.
     lifeline: Option<BorrowedFd<'a>>,
-    /// The system-wide limit of connections in transit has been reached.
+    /// Whether the system-wide limit on connections in transit has been reached.
     crowded: bool,
     passed_on: u32,
     /// Connections to be passed on, with their messages.
@@ -267,7 +270,8 @@ impl<'a> OpenConnections<'a> {
         settlement
     }
 
-    /// Connections that were accepted but have no record, with their handoff messages. There is at most one.
+    /// Returns connections that were accepted but have no record, with their handoff messages. There is at most one
+    /// such connection.
     fn unrecorded(&self, records: &BTreeMap<RawFd, ConnRecord>) -> Vec<(RawFd, Vec<u8>)> {
         let candidates = sys::open_descriptors().unwrap_or_else(|_| (3..1 << 16).collect()); // no /proc here
         let has_page = |fd: &RawFd| usize::try_from(*fd).is_ok_and(|fd| fd < MAX_CONNECTIONS);
@@ -275,7 +279,7 @@ impl<'a> OpenConnections<'a> {
         unknown.filter_map(|fd| Some((fd, self.fresh(fd)?))).collect()
     }
 
-    /// The handoff message for `fd`, if it is a connection of this server's listeners.
+    /// Returns the handoff message for `fd` if `fd` is a connection that one of this server's listeners accepted.
     fn fresh(&self, fd: RawFd) -> Option<Vec<u8>> {
         let ours: SockaddrStorage = getsockname(fd).ok()?;
         let peer: SockaddrStorage = getpeername(fd).ok()?; // a listener has no peer
@@ -299,7 +303,7 @@ impl<'a> OpenConnections<'a> {
                 self.leaving.push(connection);
             }
             FinalStep::PassOn(_) | FinalStep::Close | FinalStep::Reset => {
-                // With a reset, the peer cannot mistake the end of the connection for the end of a response.
+                // The connection is reset, so that the peer cannot mistake its end for the end of a response.
                 let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
                 let _ = setsockopt(&connection, sockopt::Linger, &at_once);
             }
@@ -374,17 +378,19 @@ impl<'a> OpenConnections<'a> {
         }
         events.extend(self.leaving.iter().map(|connection| PollFd::new(connection.as_fd(), PollFlags::POLLIN)));
         let timeout = match self.leaving.len() {
-            // No event reports that the system-wide limit permits one more connection in transit.
+            // No event occurs when the system-wide limit permits one more connection in transit, so the heir tries
+            // again soon.
             _ if self.crowded => PollTimeout::from(20_u8),
             0 => PollTimeout::NONE,
             _ => PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX),
         };
-        let _ = poll(&mut events, timeout); // if it fails, the next round just comes earlier
+        let _ = poll(&mut events, timeout); // if it fails, the next round begins earlier
         self.lifeline.is_none() || !events.first().and_then(PollFd::any).unwrap_or(false)
     }
 }
 
-/// The protocol that the heir assumes for a listener's connections until the worker has detected it.
+/// Returns the protocol that the heir assumes for a listener's connections until the worker has detected the actual
+/// one.
 pub(crate) fn wire_protocol_of(protocol: Protocol) -> WireProtocol {
     match protocol {
         Protocol::FastCgi => WireProtocol::FastCgi,

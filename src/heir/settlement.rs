@@ -22,11 +22,11 @@ use crate::protocol::fastcgi::{self, FastCgiDecoder, FastCgiEvent};
 
 /// The response body for a request whose worker died.
 const BAD_GATEWAY: &[u8] = b"502 Bad Gateway\n";
-/// HTTP/2 GOAWAY with INTERNAL_ERROR (RFC 9113, section 6.8). Its last stream id excludes no stream, because any stream may have had an
-/// effect.
+/// HTTP/2 GOAWAY with INTERNAL_ERROR (RFC 9113, section 6.8). Its last stream id covers all streams, because any stream
+/// may have had an effect.
 const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 2];
 
-/// The decision about one connection.
+/// The decision about a connection.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Settlement {
     /// Bytes to write first.
@@ -34,7 +34,7 @@ pub(crate) struct Settlement {
     pub(crate) then: FinalStep,
     /// Number of requests that get a 502.
     pub(crate) answered: u32,
-    /// Number of requests whose response is cut off, or whose state is unknown.
+    /// Number of requests whose response is cut short, or whose state is unknown.
     pub(crate) cut: u32,
 }
 
@@ -101,7 +101,8 @@ enum Input {
     Whole,
     /// The input ends with these bytes, which the worker has not examined.
     Early(Vec<u8>),
-    /// Some requests in the last bytes read have an entry; those in `unseen` have none. `ends_whole`: the bytes end at a record boundary.
+    /// Some requests in the last bytes read have an entry in the journal; those in `unseen` have none. `ends_whole` is
+    /// true if the bytes end at a record boundary.
     Looked { unseen: Vec<RequestRecord>, ends_whole: bool },
     /// A part of the input is lost.
     Lost,
@@ -121,7 +122,7 @@ fn input(record: &ConnRecord) -> Input {
     }
 }
 
-/// Decodes input of which the worker has entered some requests, but possibly not all.
+/// Decodes input whose requests the worker had begun to enter in the journal, but possibly not all of them.
 fn examined(record: &ConnRecord, bytes: &[u8]) -> Input {
     let mut decoder = FastCgiDecoder::new(bytes.len(), usize::from(u16::MAX));
     let mut rest = BytesMut::from(bytes);
@@ -168,7 +169,7 @@ fn go_on(record: &ConnRecord, input: &Input) -> FinalStep {
     }
 }
 
-/// Whether the connection closes after one of its requests.
+/// Whether the connection is to be closed after one of its requests.
 fn is_ending(record: &ConnRecord) -> bool {
     record.requests.iter().any(|request| request.is_last)
 }
@@ -179,7 +180,7 @@ fn has_left(record: &ConnRecord, request: &RequestRecord) -> bool {
     whole && request.to.is_some_and(|to| !is_beyond(to, record.written))
 }
 
-/// Whether `position` comes after `other`.
+/// Whether `position` comes after `other`. Positions wrap around.
 fn is_beyond(position: u32, other: u32) -> bool {
     position.wrapping_sub(other).cast_signed() > 0
 }

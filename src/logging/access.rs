@@ -1,7 +1,7 @@
 //! Formats a line of the access log. Pure.
 //!
-//! Clients choose much of its content. Control characters, quotes and non-ASCII characters are escaped, so that an entry is
-//! one line, and each field is truncated, so that a line is never longer than [`LONGEST`].
+//! Clients choose much of a line's content. Control characters, quotes and non-ASCII characters are escaped, so that
+//! each entry is one line. Each field is truncated, so that no line is longer than [`LONGEST`].
 
 use std::io::Write as _;
 use std::net::IpAddr;

@@ -1,12 +1,12 @@
 //! Writes log lines to their destination, without ever waiting for a reader.
 //!
-//! A log that is not read (a paused terminal, a pipe whose reader has stopped) must not stop the master, which supervises,
-//! or a worker's event loop. So a line that cannot be written immediately waits in this process's queue, up to a limit.
-//! Further lines are lost and counted; the count is logged as soon as the log is read again.
+//! A log that is not being read (a paused terminal, a pipe whose reader has stopped) must not block the master or a
+//! worker's event loop. A line that cannot be written immediately therefore waits in this process's queue, whose size
+//! is limited. Further lines are lost and counted; the count is logged as soon as the log is being read again.
 //!
-//! A pipe or a terminal on standard error is shared with other programs, and making it non-blocking would affect them too.
-//! Such a destination is reopened through `/proc/self/fd`, which gives this program its own file description. Where that is
-//! not permitted, `poll(2)` is called before each write, and the write stays below PIPE_BUF.
+//! A pipe or a terminal on standard error is shared with other programs, and making it non-blocking would affect them
+//! too. Such a destination is reopened through `/proc/self/fd`, which gives this program its own file description. If
+//! reopening is not permitted, `poll(2)` is called before each write, and no write is larger than PIPE_BUF.
 //!
 //! Must not log, or wait.
 
@@ -25,7 +25,8 @@ use nix::sys::stat::{SFlag, fstat, makedev};
 
 use crate::sys::file_path::{self, Links};
 
-/// A destination that has accepted nothing for this long is considered stopped: processes that fill the queue are no longer slowed down.
+/// A destination that has accepted nothing for this long is considered stopped. Processes that fill the queue are then
+/// no longer slowed down.
 const STALL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How a write is prevented from blocking.
@@ -46,7 +47,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// Returns the kind of `fd`, and the descriptor to use in its place, if it is a different one.
+    /// Returns the kind of `fd`, and the descriptor to use instead of `fd`, if any.
     pub(crate) fn of(fd: BorrowedFd<'_>) -> (Self, Option<OwnedFd>) {
         let kind = fstat(fd).map_or(SFlag::S_IFREG, |status| SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT);
         match kind {
@@ -64,7 +65,7 @@ impl Kind {
         }
     }
 
-    /// Returns the maximum number of bytes in one write that lines of other processes do not interrupt.
+    /// Returns the maximum size of a write that other processes' lines cannot interrupt.
     fn most(self) -> usize {
         if self == Self::File { usize::MAX } else { libc::PIPE_BUF }
     }
@@ -83,7 +84,8 @@ fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> 
             Kind::SharedPipe | Kind::SharedTerminal => {
                 match poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::ZERO) {
                     Ok(0) => Err(Errno::EAGAIN),
-                    // Another process may have filled the pipe since; a write of that size waits for at most one read.
+                    // Another process may have filled the pipe since then. A write of that size waits for at most one
+                    // read by the reader.
                     Ok(_) => {
                         let write = || nix::unistd::write(fd, bytes.get(..libc::PIPE_BUF).unwrap_or(bytes));
                         if kind == Kind::SharedTerminal { from_the_background(write) } else { write() }
@@ -99,9 +101,9 @@ fn write_now(fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> io::Result<usize> 
     }
 }
 
-/// Makes a write to a terminal succeed whatever job this process belongs to. With `stty tostop` the kernel sends SIGTTOU to a
-/// background job that writes, unless the thread blocks that signal. The master would treat SIGTTOU as a command from the
-/// operator, and the write would be restarted forever.
+/// Makes a write to a terminal succeed even if this process belongs to a background job. With `stty tostop`, the kernel
+/// sends SIGTTOU to a background job that writes, unless the writing thread blocks that signal. The master would treat
+/// SIGTTOU as a command from the operator, and the write would be restarted forever.
 fn from_the_background<T>(write: impl FnOnce() -> T) -> T {
     let before = SigSet::from(Signal::SIGTTOU).thread_swap_mask(SigmaskHow::SIG_BLOCK);
     let outcome = write();
@@ -111,8 +113,8 @@ fn from_the_background<T>(write: impl FnOnce() -> T) -> T {
     outcome
 }
 
-/// Writes lines, in groups that stay in one piece. Returns the number of bytes written, and why the rest was not
-/// written.
+/// Writes lines, in groups that other writers cannot interrupt. Returns the number of bytes written, and the reason if
+/// not all of them were written.
 pub(crate) fn write_lines(fd: BorrowedFd<'_>, kind: Kind, lines: &[u8]) -> (usize, io::Result<()>) {
     let mut written = 0;
     while written < lines.len() {
@@ -125,7 +127,7 @@ pub(crate) fn write_lines(fd: BorrowedFd<'_>, kind: Kind, lines: &[u8]) -> (usiz
     (written, Ok(()))
 }
 
-/// Like [`write_lines`], but waits for a reader, up to `limit`. For a process that is about to exit.
+/// Like [`write_lines`], but waits for a reader, up to `limit`. Used by a process that is about to exit.
 pub(crate) fn write_lines_within(
     fd: BorrowedFd<'_>,
     kind: Kind,
@@ -147,7 +149,8 @@ pub(crate) fn write_lines_within(
     }
 }
 
-/// The length of the complete lines at the beginning, up to `most` bytes; or of the first line, if it is longer.
+/// Returns the length of the complete lines among the first `most` bytes or, if the first line is longer than that, the
+/// length of the first line.
 fn whole_lines(lines: &[u8], most: usize) -> usize {
     let is_end = |&byte: &u8| byte == b'\n';
     let within = lines.iter().take(most).rposition(is_end);
@@ -162,7 +165,7 @@ pub(super) enum Outcome {
     Queued,
     /// The line is lost: the queue is full, or the log will never be read.
     Lost,
-    /// The destination fails with this error; the line is not written.
+    /// The destination failed with this error. The line is not written.
     Failed(String),
 }
 
@@ -216,7 +219,8 @@ impl Queue {
 
     fn write(&mut self, fd: BorrowedFd<'_>, kind: Kind, bytes: &[u8]) -> (usize, io::Result<()>) {
         if self.is_torn && kind == Kind::File {
-            // The file ends with the beginning of a line whose rest was written elsewhere.
+            // The file ends with the beginning of a line. The remainder of that line was written elsewhere, so the line
+            // is ended here.
             match write_now(fd, kind, b"\n") {
                 Ok(_) => self.is_torn = false,
                 Err(error) => return (0, Err(error)),
@@ -230,7 +234,7 @@ impl Queue {
     /// Writes as much of the queue as possible without waiting.
     ///
     /// # Errors
-    /// Fails if the destination fails; a full destination is not a failure.
+    /// Fails if the destination fails. A destination that is full for now is not a failure.
     pub(super) fn flush(&mut self, fd: BorrowedFd<'_>, kind: Kind) -> io::Result<()> {
         if self.is_empty() {
             return Ok(());
@@ -261,20 +265,20 @@ impl Queue {
         std::mem::take(&mut self.bytes).split_off(written)
     }
 
-    /// Returns the number of lines that were lost since the last call, if the log is read again.
+    /// Returns the number of lines that were lost since the last call, if the log is being read again.
     pub(super) fn take_lost(&mut self) -> Option<u64> {
         if self.is_empty() { Some(std::mem::take(&mut self.lost)).filter(|&lost| lost > 0) } else { None }
     }
 
-    /// Returns how long processes that add lines should be slowed down, if the reader is slow but has not stopped.
+    /// Returns for how long to slow down processes that add lines, if the reader is slow but has not stopped.
     pub(super) fn is_slow_for(&self) -> Option<Duration> {
         let since = self.last_progress.filter(|_| !self.is_empty())?;
         STALL_TIMEOUT.checked_sub(since.elapsed()).filter(|left| !left.is_zero())
     }
 }
 
-/// Opens a file for appending, and creates it if it does not exist. The file belongs to the master's user: workers do not
-/// open it. The names of standard output and standard error stand for these streams, whatever they are.
+/// Opens a file for appending, and creates it if it does not exist. The file belongs to the master's user; workers do
+/// not open it. A path such as `/dev/stderr` stands for the stream itself, whatever the stream leads to.
 ///
 /// # Errors
 /// Returns a message for the operator if the file cannot be opened, or cannot be a log.
@@ -287,10 +291,11 @@ pub(super) fn open(path: &Path, flag: &str) -> Result<OwnedFd, String> {
     open_file(path, true).map_err(|error| fail(explain(&error, kind, flag)))
 }
 
-/// Checks a log without creating its file. Returns a note if the outcome of a start depends on a condition that cannot be checked.
+/// Checks the path of a log without creating the file. Returns a note if it depends on a condition that cannot be
+/// checked whether startup would succeed.
 ///
 /// # Errors
-/// Returns the error that a start would report.
+/// Returns the error that startup would report.
 pub(crate) fn examine(path: &Path, flag: &str) -> Result<Option<String>, String> {
     if standard_stream(path).is_some() {
         return open(path, flag).map(|_| None);
@@ -299,7 +304,7 @@ pub(crate) fn examine(path: &Path, flag: &str) -> Result<Option<String>, String>
     let kind = kind_at(path, flag).map_err(fail)?;
     match kind {
         None => Ok(None),
-        // Opening and closing the FIFO would look to its reader like a writer that has disconnected.
+        // To the FIFO's reader, opening and closing it here would look like a writer that has disconnected.
         Some(kind) if kind.is_fifo() => {
             let allowed = nix::unistd::access(path, nix::unistd::AccessFlags::W_OK);
             allowed.map_err(|errno| fail(explain(&errno.into(), Some(kind), flag)))?;
@@ -325,7 +330,7 @@ fn kind_at(path: &Path, flag: &str) -> Result<Option<FileType>, String> {
     }
 }
 
-/// Does not wait for a reader if the file is a FIFO.
+/// Opens the file. Does not wait for a reader if the file is a FIFO.
 fn open_file(path: &Path, create: bool) -> io::Result<OwnedFd> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let opened = OpenOptions::new().append(true).create(create).mode(0o640).custom_flags(flags).open(path);
@@ -341,8 +346,8 @@ fn explain(error: &io::Error, kind: Option<FileType>, flag: &str) -> String {
     }
 }
 
-/// Returns a copy of standard output or standard error, if `path` is one of their names. Opening the path fails if they
-/// are sockets, or belong to another user.
+/// Returns a copy of standard output or standard error, if `path` is one of their names. Opening such a path would fail
+/// if the stream is a socket or belongs to another user.
 fn standard_stream(path: &Path) -> Option<io::Result<OwnedFd>> {
     let number = match path.to_str()? {
         "/dev/stdout" | "/dev/fd/1" | "/proc/self/fd/1" => 1,

@@ -1,8 +1,9 @@
-//! The files of the log and the access log: opened by the master, and reopened after a rotation.
+//! Opens the files of the log and the access log in the master, and reopens them after a rotation.
 //!
-//! Workers may lack permission to open them (`--user`, `--chroot`, `--sandbox`), so each worker receives the new files from the master
-//! through a socket. It replaces the old files under the same descriptor numbers: a concurrent write goes to the old or to the new
-//! file, and the worker's heir, which shares the descriptor table, uses the new files too.
+//! Workers may lack permission to open the files (`--user`, `--chroot`, `--sandbox`), so each worker receives the new
+//! files from the master through a socket. The worker replaces the old files under the same descriptor numbers. A
+//! concurrent write therefore goes either to the old or to the new file, and the worker's heir, which shares the
+//! descriptor table, uses the new files too.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
@@ -50,8 +51,9 @@ impl LogFiles {
         self.access.is_some()
     }
 
-    /// Writes lines to the access log: all in one write to a file; to a pipe, only as many as stay in one piece. Never waits
-    /// for a reader. Returns the number of bytes written, and why the rest was not written.
+    /// Writes lines to the access log. All lines go to a file in one write; a write to a pipe contains only as many
+    /// lines as other writers cannot interrupt. Never waits for a reader. Returns the number of bytes written, and the
+    /// reason if not all of them were written.
     pub(crate) fn write_access(&self, lines: &[u8]) -> (usize, io::Result<()>) {
         match &self.access {
             Some(access) => destination::write_lines(access.as_fd(), self.access_kind, lines),
@@ -73,12 +75,13 @@ impl LogFiles {
         [super::descriptor()].into_iter().chain(self.access.as_ref().map(|access| access.as_raw_fd()))
     }
 
-    /// Returns the files of a different configuration: the same files if their settings are equal.
+    /// Returns the files for a new configuration. These are the same files if the settings are equal.
     ///
     /// # Errors
     /// Fails as [`LogFiles::open`] does.
     pub(crate) fn reconfigured(self: &Arc<Self>, config: &LogConfig) -> Result<Arc<Self>, String> {
-        // Workers depend only on whether there is a log file, and on all settings of the access log.
+        // Workers depend on whether there is a log file, but not on its path; and they depend on all settings of the
+        // access log.
         let same = self.config.file == config.file && self.config.access == config.access;
         if same { Ok(Arc::clone(self)) } else { Self::open(config).map(Arc::new) }
     }
@@ -93,7 +96,8 @@ impl LogFiles {
         sys::replace(access, &opened).map_err(|error| format!("--access-log: {}: {error}", path.display()))
     }
 
-    /// Creates a channel that passes the files to one worker: the master's end and the worker's. `None` if there are no files.
+    /// Creates a channel that passes the files to one worker. Returns the master's end and the worker's end, or `None`
+    /// if there are no files.
     ///
     /// # Errors
     /// Fails if no sockets are available.
@@ -108,7 +112,7 @@ impl LogFiles {
     /// Sends the current files to a worker.
     ///
     /// # Errors
-    /// Returns `WouldBlock` if the worker has not received the previous files, or another error from the channel.
+    /// Returns `WouldBlock` if the worker has not yet received the previous files, or another error from the channel.
     pub(crate) fn hand_out(&self, channel: BorrowedFd<'_>) -> io::Result<()> {
         let files = self.files();
         let control = [ControlMessage::ScmRights(&files)];
@@ -117,7 +121,8 @@ impl LogFiles {
         Ok(())
     }
 
-    /// Replaces the old files with those waiting in the channel. Returns false if the master has closed the channel.
+    /// Replaces the old files with the files that are waiting in the channel. Returns false if the master has closed
+    /// the channel.
     ///
     /// # Errors
     /// Returns `WouldBlock` if no files are waiting, or the error from the system call. If this process has no free
@@ -126,7 +131,7 @@ impl LogFiles {
         let mut byte = [0];
         let mut receive =
             |flags| sys::receive_with_descriptors::<2>(channel, &mut byte, MsgFlags::MSG_DONTWAIT | flags);
-        // Peeks first: receiving a message without space for its descriptors would lose them.
+        // The message is peeked at first: receiving it while no descriptor is free would lose the files.
         drop(receive(MsgFlags::MSG_PEEK)?);
         let (bytes, taken) = receive(MsgFlags::empty())?;
         let mut taken = taken.into_iter();

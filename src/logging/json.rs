@@ -1,6 +1,6 @@
 //! Writes lines of JSON: one object per line, with its fields in the order in which they are added.
 //!
-//! Must not depend on the meaning of the fields.
+//! This module must not depend on the meaning of the fields.
 
 use std::fmt::Display;
 use std::io::Write as _;

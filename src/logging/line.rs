@@ -1,7 +1,7 @@
 //! Formats a line of the log. Pure: the time is passed as text, and nothing is written here.
 //!
-//! A line has a message and the fields of its record ([`log::kv`]). As text they are `message key=value key="a value"`; in JSON each field
-//! has its own key.
+//! A line consists of a message and the fields of its record ([`log::kv`]). In text form, this is
+//! `message key=value key="a value"`; in JSON, each field has its own key.
 
 use std::borrow::Cow;
 use std::fmt::{self, Display, Formatter};
@@ -23,14 +23,16 @@ pub(crate) struct Line<'a> {
     pub(crate) target: &'a str,
     pub(crate) message: &'a str,
     pub(crate) fields: &'a Fields,
-    /// Whether the message is output of an application process. As text it then follows the fields: `slot=S pid=P | MESSAGE`.
+    /// Whether the message is output of an application process. In text form, such a message follows the fields:
+    /// `slot=S pid=P | MESSAGE`.
     pub(crate) is_output: bool,
 }
 
 /// Placeholder for the time, which [`stamp`] overwrites.
 pub(crate) const NO_TIME: &str = "0000-00-00T00:00:00.000Z";
 
-/// Writes a time since 1970 over [`NO_TIME`]. Allocates nothing, so that a signal handler may call it.
+/// Overwrites [`NO_TIME`] with a time, given as the time since 1970. Allocates nothing, so a signal handler may call
+/// it.
 pub(crate) fn stamp(since_1970: Duration, into: &mut [u8]) {
     let (days, second) = (since_1970.as_secs() / 86400, since_1970.as_secs() % 86400);
     // Years are counted from March, so that the leap day is the last day of a year. 400 years have 146097 days.
@@ -75,7 +77,7 @@ enum Value {
 
 /// Keys of a line in JSON that are not fields.
 const RESERVED: [&str; 4] = ["time", "level", "target", "message"];
-/// JSON readers represent integers up to this one exactly.
+/// The highest integer up to which JSON readers represent all integers exactly.
 const MAX_EXACT: u64 = 1 << 53;
 
 impl Fields {
@@ -85,7 +87,7 @@ impl Fields {
         fields
     }
 
-    /// In bytes, without separators.
+    /// Returns the size of the fields in bytes, without separators.
     pub(crate) fn size(&self) -> usize {
         self.0.iter().map(|(key, Value::Plain(value) | Value::Text(value))| key.len() + value.len()).sum()
     }
@@ -96,7 +98,7 @@ impl Fields {
 }
 
 impl Display for Fields {
-    /// ` key=value key="a value"`, with a space before each field.
+    /// Writes the fields as ` key=value key="a value"`, with a space before each field.
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|(key, value)| match value {
             Value::Text(text) if needs_quotes(text) => write!(f, " {}={text:?}", key.escape_debug()),
@@ -169,7 +171,8 @@ impl Line<'_> {
         out.push(b'\n');
     }
 
-    /// The key `pid` is the process that the line describes, from the field of that name; without it, the process that writes the line.
+    /// Writes the line as JSON. The key `pid` contains the process that the line describes, if the line has a field
+    /// with that name, and otherwise the process that writes the line.
     pub(crate) fn write_json(&self, out: &mut Vec<u8>) {
         let level = self.level.as_str().to_ascii_lowercase();
         let fields = &self.fields.0;
@@ -182,7 +185,8 @@ impl Line<'_> {
         object.text("target", self.target);
         object.text("message", self.message);
         for (index, (key, value)) in fields.iter().enumerate() {
-            // An application may log any key. Each key must occur once; the last field with a key is written.
+            // An application may log any key, but each key must occur only once in the object. Of several fields with
+            // the same key, the last one is written.
             if RESERVED.contains(&key.as_str()) || fields[index + 1..].iter().any(|(later, _)| later == key) {
                 continue;
             }

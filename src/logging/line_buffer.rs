@@ -1,10 +1,10 @@
 //! Buffers lines of the access log in memory that a worker shares with its heir. If the worker is killed, the heir
-//! writes them.
+//! writes the buffered lines.
 //!
-//! One thread of the worker uses the buffer while the worker lives, and the heir afterwards. If a worker is killed between the
-//! write of its lines and the store that records it, the lines are written twice.
+//! One thread of the worker uses the buffer while the worker lives, and the heir afterwards. If a worker is killed
+//! between the write of its lines and the store that records this write, the lines are written twice.
 //!
-//! Must not lock, or be read by other processes.
+//! The code must not lock. No other process may read the buffer.
 #![expect(unsafe_code, reason = "memory shared with another process")]
 
 use std::cell::UnsafeCell;
@@ -29,7 +29,7 @@ pub(crate) struct LineBuffer {
     region: NonNull<Region>,
 }
 
-// SAFETY: it is passed from the thread that creates it to the thread that uses it. The memory is never freed.
+// SAFETY: the buffer is passed from the thread that creates it to the thread that uses it. Its memory is never freed.
 unsafe impl Send for LineBuffer {}
 
 impl LineBuffer {
@@ -44,12 +44,12 @@ impl LineBuffer {
         if region == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // All zeroes, which is a valid `Region`, page-aligned, and never unmapped.
+        // The mapping is zeroed, which is a valid `Region`, page-aligned, and never unmapped.
         let region = NonNull::new(region.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self { region })
     }
 
-    /// Adds a line. Returns false if there is no space for it.
+    /// Adds a line. Returns false if there is no space for the line.
     pub(crate) fn push(&self, line: &[u8]) -> bool {
         let length = self.length();
         if line.len() > ROOM - length {
@@ -58,9 +58,11 @@ impl LineBuffer {
         let bytes = self.region().bytes.get().cast::<u8>();
         // SAFETY: `length` is at most ROOM, so the result is within the array.
         let place = unsafe { bytes.add(length) };
-        // SAFETY: there is space for the line, as checked, and no other code reads or writes there now.
+        // SAFETY: the check above has shown that there is space for the line, and no other code accesses this space
+        // now.
         unsafe { std::ptr::copy_nonoverlapping(line.as_ptr(), place, line.len()) };
-        // Stored after the bytes: a line that a killed worker had not completed is not part of the buffer.
+        // The length is stored after the bytes, so a line that a killed worker had not completed is not part of the
+        // buffer.
         self.region().length.store(length + line.len(), Ordering::Release);
         true
     }
@@ -69,18 +71,18 @@ impl LineBuffer {
         self.written() == self.length()
     }
 
-    /// Passes the lines to `write`, and drops as many bytes as it returns. Space for new lines becomes available when all
-    /// are written.
+    /// Passes the lines to `write`, and drops as many bytes as `write` returns. Space for new lines becomes available
+    /// when all lines are written.
     pub(crate) fn write_out(&self, write: impl FnOnce(&[u8]) -> usize) {
         let (length, written) = (self.length(), self.written());
         let bytes = self.region().bytes.get().cast::<u8>();
         // SAFETY: `written` is at most `length`, which is within the array.
         let first = unsafe { bytes.add(written) };
-        // SAFETY: within the array, in which every byte is valid; nothing writes there while `write` runs, because only one thread of
-        // the worker uses the buffer, and the worker is dead when the heir uses it.
+        // SAFETY: the range is within the array, in which every byte is valid. No code writes to it while `write` runs,
+        // because only one thread of the worker uses the buffer, and the worker is dead when the heir uses it.
         let count = write(unsafe { std::slice::from_raw_parts(first, length - written) });
         if count >= length - written {
-            // In this order, no line is written twice if the worker is killed in between.
+            // With this order of the two stores, no line is written twice if the worker is killed between them.
             self.region().length.store(0, Ordering::Release);
             self.region().written.store(0, Ordering::Release);
         } else {
@@ -98,7 +100,8 @@ impl LineBuffer {
         lines
     }
 
-    /// Limited to the capacity, whatever another process wrote there.
+    /// Returns the number of buffered bytes. The result is limited to the capacity, even if another process has
+    /// overwritten the length.
     fn length(&self) -> usize {
         self.region().length.load(Ordering::Acquire).min(ROOM)
     }

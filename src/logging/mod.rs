@@ -62,7 +62,7 @@ static SINK: Mutex<Sink> = Mutex::new(Sink::new());
 static IS_JSON: AtomicBool = AtomicBool::new(false);
 /// The logger of this process, unless the application has set its own.
 static LOGGER: Replaceable = Replaceable(RwLock::new(None));
-/// Bytes per second of each process's output; 0 is no limit.
+/// Maximum number of bytes per second of each process's output that are logged; 0 means no limit.
 static OUTPUT_RATE: AtomicU64 = AtomicU64::new(0);
 
 /// The log of this process.
@@ -260,22 +260,22 @@ pub(crate) fn start(config: &LogConfig) -> Result<(), String> {
         open_as_log(opened);
     }
     describe(config);
-    // If the application has set its own logger, that logger stays.
+    // If the application has set its own logger, that logger stays in place.
     if log::set_logger(&LOGGER).is_ok() {
         filter(config);
     }
     Ok(())
 }
 
-/// A different configuration of the log, for which every step that can fail is complete.
+/// A new configuration of the log. All steps that can fail have been completed for it.
 #[derive(Debug)]
 pub(crate) struct Change {
     config: LogConfig,
-    /// The new file for the log's descriptor, if it changes.
+    /// The new file for the log's descriptor, if the file changes.
     opened: Option<OwnedFd>,
 }
 
-/// Opens the file that a different configuration needs. `running` is the current configuration.
+/// Opens the file that a new configuration needs. `running` is the current configuration.
 ///
 /// # Errors
 /// Returns a message for the operator if the file cannot be opened, or standard error is closed.
@@ -288,12 +288,12 @@ pub(crate) fn prepare(running: &LogConfig, config: &LogConfig) -> Result<Change,
     Ok(Change { config: config.clone(), opened })
 }
 
-/// Applies a different configuration to this process's log. Returns true if the log's destination changes.
+/// Applies a new configuration to this process's log. Returns true if the log's destination changes.
 pub(crate) fn change(Change { config, opened }: Change) -> bool {
     let moved = opened.is_some();
     if let Some(opened) = opened {
         if DESCRIPTOR.get().is_none() {
-            // Standard error was closed at the start, so descriptor 2 must not become the log now.
+            // Standard error was closed at startup, so descriptor 2 must not become the log now.
             open_as_log(opened);
         } else if let Err(error) = replace(opened) {
             log::error!("cannot redirect the log, its destination is unchanged: {error} (--log-file)");
@@ -422,7 +422,7 @@ pub(crate) fn finish() {
     }
 }
 
-/// Bytes per second of each process's output that are logged; 0 is no limit.
+/// Returns the maximum number of bytes per second of each process's output that are logged; 0 means no limit.
 pub(crate) fn output_rate() -> u64 {
     OUTPUT_RATE.load(Ordering::Relaxed)
 }
@@ -484,7 +484,7 @@ pub(crate) fn to_standard_error(text: &[u8]) {
     write_to_standard_error(text);
 }
 
-/// Text that cannot be written immediately is lost. Must not lock the sink.
+/// Writes text to standard error. Text that cannot be written immediately is lost. Must not lock the sink.
 fn write_to_standard_error(text: &[u8]) {
     let stderr = io::stderr();
     let (kind, own) = Kind::of(stderr.as_fd());

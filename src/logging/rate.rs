@@ -1,4 +1,5 @@
-//! Limits how much is logged, with token buckets, and counts the lines that are left out. Pure: the time is passed in.
+//! Limits the amount of logging with token buckets, and counts the lines that are left out. Pure: the time is passed
+//! in.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -12,16 +13,16 @@ pub(crate) type Elapsed = Duration;
 
 /// Interval between reports of the lines that were left out.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
-/// The capacity of a bucket, in seconds of its rate: a burst of that size is logged completely.
+/// The capacity of a bucket is its rate times this number of seconds. A burst of that size is logged completely.
 const BURST_SECONDS: u32 = 8;
 
-/// Admits `rate` per second on average, and bursts of up to [`BURST_SECONDS`] times that.
+/// Admits `rate` tokens per second on average, and bursts of up to [`BURST_SECONDS`] times `rate`.
 #[derive(Clone, Copy, Debug)]
 struct Bucket {
-    /// 0 is no limit.
+    /// Tokens per second; 0 means no limit.
     rate: u64,
     burst: u64,
-    /// When the bucket will be full if nothing more is taken.
+    /// When the bucket will be full if no more tokens are taken.
     full_at: Elapsed,
 }
 
@@ -72,7 +73,7 @@ pub(crate) struct ByteLimit {
 }
 
 impl ByteLimit {
-    /// `rate` is in bytes per second; 0 is no limit.
+    /// Creates a limit of `rate` bytes per second; 0 means no limit.
     pub(crate) fn new(rate: u64) -> Self {
         let bucket = Bucket::new(rate, rate.saturating_mul(u64::from(BURST_SECONDS)));
         Self { bucket, left_out: LeftOut::default(), due: None }
@@ -89,12 +90,12 @@ impl ByteLimit {
         Admission { left_out: if is_admitted { self.end() } else { self.tick(now) }, is_admitted }
     }
 
-    /// Returns the count, if its report is due.
+    /// Returns the lines and bytes left out, if their report is due.
     pub(crate) fn tick(&mut self, now: Elapsed) -> Option<LeftOut> {
         if self.due.is_some_and(|due| due <= now) { self.end() } else { None }
     }
 
-    /// Returns the count, whether or not its report is due.
+    /// Returns the lines and bytes left out, even if their report is not due yet.
     pub(crate) fn end(&mut self) -> Option<LeftOut> {
         self.due = None;
         Some(std::mem::take(&mut self.left_out)).filter(|left_out| left_out.lines > 0)
@@ -108,7 +109,7 @@ impl ByteLimit {
 /// The place in the source that logs a line.
 pub(super) type Site = (&'static str, u32);
 
-/// A line that was left out, and the number of further such lines.
+/// A line that was left out, and the number of further lines that were left out with it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Sample {
     pub(super) level: Level,
@@ -118,11 +119,11 @@ pub(super) struct Sample {
     pub(super) more: u64,
 }
 
-/// Limits the lines from each place in the source, so that no client can flood the log through any of them. The last line
-/// that was left out is kept as a sample.
+/// Limits the lines from each place in the source, so that no client can flood the log through any of these places. For
+/// each place, the last line that was left out is kept as a sample.
 #[derive(Debug)]
 pub(super) struct SiteLimits {
-    /// Lines per second of each place; 0 is no limit.
+    /// Maximum number of lines per second from each place; 0 means no limit.
     rate: u32,
     sites: HashMap<Site, SiteState>,
 }
@@ -139,7 +140,8 @@ impl SiteLimits {
         Self { rate, sites: HashMap::new() }
     }
 
-    /// Whether a line is logged; otherwise it is kept as a sample. `sample` is not called if the line is logged.
+    /// Whether a line is logged. A line that is not logged is kept as a sample; `sample` is called only for such a
+    /// line.
     pub(super) fn admits(&mut self, site: Site, now: Elapsed, sample: impl FnOnce() -> Sample) -> bool {
         if self.rate == 0 {
             return true;
@@ -168,7 +170,7 @@ impl SiteLimits {
         self.sites.values_mut().filter(|state| state.due <= now).filter_map(|state| state.sample.take()).collect()
     }
 
-    /// When the next sample is due, even if no line is logged.
+    /// Returns the time at which the next sample is due. It may become due without another line.
     pub(super) fn due(&self) -> Option<Elapsed> {
         self.sites.values().filter(|state| state.sample.is_some()).map(|state| state.due).min()
     }

@@ -1,10 +1,12 @@
-//! Finds the processes that daemons and jobs have left behind. A daemon that puts itself into the background exits immediately with 0 while
-//! its background process serves: restarting the daemon would start a second instance.
+//! Finds the processes that daemons and jobs have left behind. If a daemon puts itself into the background, its first
+//! process exits immediately with 0 while its background process serves. Restarting such a daemon would start a second
+//! instance.
 //!
-//! A process's environment names the sidecar that started it (`FORKYARD_NAME`), unless the process has overwritten its environment, as
-//! programs do that change their text in `ps`. A process with an overwritten environment is attributed to the daemon that exited last, if
-//! the process has its own session and is younger than the daemon. During exec a process shows no environment: it is examined again later,
-//! at the latest when the daemon would be restarted. A process whose environment equals that of the master comes from a worker, and is
+//! The environment of a process contains the name of the sidecar that started it (`FORKYARD_NAME`), unless the process
+//! has overwritten its environment, as programs do that change their title in `ps`. A process with an overwritten
+//! environment is attributed to the daemon that exited last, if the process has its own session and is younger than the
+//! daemon. A process that is in the middle of exec shows no environment, and is examined again later, at the latest
+//! when the daemon would be restarted. A process whose environment equals the master's was started by a worker and is
 //! about to call exec.
 
 use std::time::{Duration, Instant};
@@ -16,7 +18,7 @@ use super::procfs::{self, Environment, Process};
 
 /// How long a background process must live to count as the daemon itself: a little less than the delay before the daemon is restarted.
 const LASTING: Duration = Duration::from_millis(90);
-/// How long after a daemon's exit its background process may still be found.
+/// How long after a daemon's exit to look for its background process.
 const SUSPECT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
@@ -40,7 +42,7 @@ struct Found {
     /// `None` until the sidecar is known.
     sidecar: Option<usize>,
     since: Instant,
-    /// The process is a daemon running in the background.
+    /// Whether the process is a daemon running in the background.
     detached: bool,
 }
 
@@ -55,8 +57,8 @@ impl Inherited {
         self.suspects.iter().any(|suspect| suspect.ended.elapsed() < SUSPECT)
     }
 
-    /// Examines `orphans`, the children that this process did not start. `names` are the sidecars' names, in order. Returns the sidecars
-    /// that run in the background, each with its process.
+    /// Examines `orphans`, the children that this process did not start. `names` contains the sidecars' names, in
+    /// order. Returns the sidecars that run in the background, each with its process.
     pub(super) fn take(&mut self, orphans: &[Pid], names: &[&str]) -> Vec<(usize, Pid)> {
         self.suspects.retain(|suspect| suspect.ended.elapsed() < SUSPECT);
         self.found.retain(|found| found.process.lives());
@@ -111,7 +113,7 @@ impl Inherited {
         self.suspects.last().filter(|suspect| suspect.may_have_made(process)).map(|suspect| suspect.sidecar)
     }
 
-    /// Whether a sidecar left this process, or one of its ancestors, behind.
+    /// Whether this process, or one of its ancestors, was left behind by a sidecar.
     pub(super) fn has(&self, pid: Pid) -> bool {
         let is_found = |found: &Found| found.process.pid() == pid && found.sidecar.is_some() && found.process.lives();
         self.found.iter().any(is_found) || procfs::environment_of(pid).variable("FORKYARD_NAME").is_some()
@@ -120,13 +122,13 @@ impl Inherited {
     /// Asks daemons in the background to exit, since they are being restarted.
     pub(super) fn end_detached(&mut self) {
         for found in self.found.iter().filter(|found| found.detached && found.process.lives()) {
-            let _ = kill(found.process.pid(), Signal::SIGTERM); // it may just have exited
+            let _ = kill(found.process.pid(), Signal::SIGTERM); // the process may just have exited
         }
     }
 }
 
 impl EndedSidecar {
-    /// Whether the process is young enough to have been started by this sidecar.
+    /// Whether the process is young enough that this sidecar may have started it.
     fn may_have_made(&self, process: Process) -> bool {
         let Ok(Some(ticks)) = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK) else { return false };
         let Some(now) = uptime() else { return false };
@@ -161,7 +163,7 @@ mod tests {
         if let Some(name) = name {
             command.env("FORKYARD_NAME", name);
         }
-        // setsid forks if it is a group leader; otherwise it becomes the command.
+        // setsid(1) forks if it is the leader of a process group; otherwise it becomes the command.
         command.spawn().unwrap()
     }
 
@@ -204,7 +206,7 @@ mod tests {
         let young = sleeping(None);
         is_up(&young);
         let mut inherited = Inherited::default();
-        inherited.suspect(0, Duration::from_secs(60)); // ended before the start of the young process, however long that took
+        inherited.suspect(0, Duration::from_secs(60)); // ended before the young process started
         assert_eq!(lasting(&mut inherited, &[pid_of(&young)]), [(0, pid_of(&young))]);
         inherited.suspects[0].lived = Duration::ZERO;
         let process = Process::of(orphans[0]).unwrap();
@@ -242,7 +244,8 @@ mod tests {
             let Some(sidecar) = inherited.found[0].sidecar else {
                 seen_in_exec += 1;
                 inherited.found[0].since = inherited.found[0].since.checked_sub(LASTING).unwrap();
-                // The next examination takes place later. The process's time is measured from the first examination.
+                // The next examination takes place later, but the time of the process is measured from the first
+                // examination.
                 inherited.suspect(1, Duration::ZERO);
                 while inherited.found[0].sidecar.is_none() {
                     let detached = inherited.take(&[pid], &["a", "b"]);

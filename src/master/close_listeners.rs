@@ -5,9 +5,10 @@
 //!                                programs accept what is queued, and are asked to exit when it is empty
 //! ```
 //!
-//! A worker that is asked to exit accepts the queued connections and then closes its listening sockets. A program that is asked to exit
-//! accepts no further connections, so it is asked only when the queue is empty. Half of `--drain-timeout` is reserved for the queue, the
-//! rest for accepted connections. Sockets that the server did not bind (systemd, fd:N) are left as they are.
+//! A worker that is asked to exit accepts the queued connections and then closes its listening sockets. A program that
+//! is asked to exit accepts no further connections, so the master asks it only when the queue is empty. Half of
+//! `--drain-timeout` is reserved for the queue, the rest for accepted connections. Sockets that the server did not bind
+//! (systemd, fd:N) are left unchanged.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -23,23 +24,25 @@ use crate::net::listen::{self, Listener};
 
 /// How often the queues are checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
-/// How long programs may stay in accept(2) after they were asked to exit. When the socket closes, accept fails: a program that sees the
-/// failure first might report it as an error, and a program manager might start other processes.
+/// How long programs may stay in accept(2) after they were asked to exit. When the socket closes, accept fails. A
+/// program that notices the failure before the request to exit might report an error, and a program manager might start
+/// other processes.
 const IDLE_TIME: Duration = Duration::from_millis(200);
-/// A program that is found idle this many times, once a second, is killed.
+/// A program that is found idle in this many checks, one per second, is killed.
 const FOUND_IDLE: u32 = 3;
 
 /// The progress of closing the listening sockets.
 #[derive(Default)]
 pub(super) struct Closing {
     sockets: Option<listen::Closing>,
-    /// Whether not to wait for the queues: the server stops immediately, or no process is left to accept.
+    /// Whether to stop waiting for the queues, because the server stops immediately or because no process is left to
+    /// accept.
     hurries: bool,
     /// Programs to ask to exit when the queues are empty.
     held: Vec<Pid>,
     /// Indexes of sockets that were found not to be listening and have been logged.
     not_listening: BTreeSet<usize>,
-    /// How many times each program was found idle after it was asked to exit.
+    /// Number of times that each program was found idle after it was asked to exit.
     found_idle: HashMap<Pid, u32>,
 }
 
@@ -52,7 +55,7 @@ impl Closing {
         self.sockets.as_ref().is_some_and(|sockets| !sockets.is_over())
     }
 
-    /// Whether the master waits for no queue.
+    /// Whether the master is not waiting for any queue.
     pub(super) fn is_dry(&self) -> bool {
         self.sockets.as_ref().is_none_or(listen::Closing::is_dry)
     }
@@ -64,8 +67,8 @@ impl Closing {
 }
 
 impl Master {
-    /// Stops new connections from entering the queues of the sockets that the server bound. With `at_once`, does not wait until the queues
-    /// are empty.
+    /// Stops new connections from entering the queues of the sockets that the server bound. With `at_once`, the master
+    /// does not wait until the queues are empty.
     pub(super) fn close_sockets(&mut self, at_once: bool) {
         self.closing.hurries |= at_once;
         if let Some(sockets) = &mut self.closing.sockets {
@@ -114,8 +117,9 @@ impl Master {
             if self.closing.is_under_way() {
                 return;
             }
-            // The next start can use the names from now on. While this process holds a socket, the inode number of its file is not reused,
-            // so a file that the next start creates is not mistaken for it.
+            // From now on, the next server can use the names. The inode number of a socket's file is not reused while
+            // this process holds the socket, so a file that the next server creates cannot be mistaken for this
+            // server's file.
             self.spawner.listeners.iter().for_each(Listener::remove_file);
             for listener in self.spawner.listeners.iter().filter(|listener| listener.is_abstract()) {
                 listener.give_up(self.spawner.stand_in());
@@ -131,8 +135,8 @@ impl Master {
         }
     }
 
-    /// Checks, after an unexpected exit, whether the sockets still listen: shutdown(2) by any process that holds a socket ends listening
-    /// for all.
+    /// Checks whether the sockets are still listening, because any process that holds a socket can end this for all
+    /// processes with shutdown(2). Called after an unexpected exit.
     pub(super) fn look_whether_sockets_listen(&mut self) {
         if self.closing.has_begun() {
             return;
@@ -160,8 +164,8 @@ impl Master {
         }
     }
 
-    /// Reminds a process that has not exited a second after it was asked to. While the server stops, a program that serves no request is
-    /// killed after several checks.
+    /// Sends the request to exit again to a process that has not exited within a second. While the server is stopping,
+    /// a program that serves no request is killed after several checks.
     pub(super) fn remind_or_end(&mut self, pid: Pid) {
         if self.closing.held.contains(&pid) {
             return;

@@ -1,10 +1,11 @@
-//! The control socket: accepts clients, checks their permission, reads their requests, and sends the replies.
+//! Serves the control socket: accepts clients, checks their permission, reads their requests, and sends the replies.
 //!
-//! It is a Unix stream socket of mode 0600. The kernel must report that the client's process runs as root or as the user of the master. A
-//! client sends one line and receives lines up to the outcome; for a command that takes time, the client waits. All buffers and counts are
-//! bounded, and no client can block the master: a client that sends no line, or does not read its replies, is disconnected.
+//! The control socket is a Unix stream socket of mode 0600. The kernel must report that the client's process runs as
+//! root or as the user of the master. A client sends one line and receives lines up to the outcome; for a command that
+//! takes time, the client waits. All buffers and counts are bounded, and no client can block the master: a client that
+//! sends no line, or does not read its replies, is disconnected.
 //!
-//! Must not block, and must not decide what a request does: `operator.rs` does that.
+//! This module must not block, and must not decide what a request does; `operator.rs` decides that.
 
 use std::io::{self, ErrorKind, IoSlice, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -23,16 +24,16 @@ use crate::upgrade::saved_state::{SavedClient, SavedControl, SavedWaiting};
 
 /// Maximum number of clients that are not waiting for an outcome. Further clients wait in the kernel's queue.
 const MAX_CLIENTS: usize = 16;
-/// Maximum number of all clients. Waiting clients are not included in [`MAX_CLIENTS`], so that the master
-/// still answers status requests.
+/// Maximum number of clients, including those that are waiting. Waiting clients do not count toward [`MAX_CLIENTS`], so
+/// that the master can still answer status requests.
 const MAX_CLIENTS_AND_WAITING: usize = 64;
-/// Time for a client to send its line, or to read the next part of its replies.
+/// How long a client may take to send its line, or to read the next part of its replies.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of unsent bytes per client. The longest status fits.
 const MAX_UNSENT: usize = 4 << 20;
 /// Maximum number of unsent bytes that are saved for the next master in an upgrade.
 const MAX_SAVED: usize = 64 << 10;
-/// Pause after a failed accept, for example when descriptors have run out.
+/// How long to wait after a failed accept, for example because no descriptor is free.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The control socket and its clients. Dropping it removes the socket's file, and then closes all connections.
@@ -42,11 +43,11 @@ pub(crate) struct Control {
     clients: Vec<Client>,
     next: ClientId,
     paused_until: Uptime,
-    /// Limits the log lines about users without permission to one a second, with short bursts.
+    /// Limits the log lines about users without permission to one a second on average, with short bursts.
     refusals: ByteLimit,
 }
 
-/// Identifies a client for the life of the master.
+/// Identifies a client; unique over the master's lifetime.
 pub(crate) type ClientId = u64;
 
 /// What a client waits for.
@@ -67,12 +68,12 @@ struct Client {
     stream: UnixStream,
     unread: Vec<u8>,
     unsent: Vec<u8>,
-    /// Whether the request was read, or reading has failed: nothing more is read.
+    /// Whether the request was read, or reading has failed. Nothing more is read then.
     asked: bool,
     /// Whether `unsent` contains the outcome. The connection closes when it has been sent.
     ending: bool,
     gone: bool,
-    /// Time limit for the client to send or read something.
+    /// The time by which the client must have sent or read something.
     deadline: Uptime,
     waiting: Waiting,
 }
@@ -82,7 +83,7 @@ impl Control {
         Self { listener, clients: Vec::new(), next: 1, paused_until: Uptime::ZERO, refusals: ByteLimit::new(1) }
     }
 
-    /// Returns the saved form, for the next master in an upgrade. A client with too many unsent bytes is left out.
+    /// Returns the state to save for the next master in an upgrade. A client with too many unsent bytes is left out.
     pub(crate) fn save(&self) -> Option<SavedControl> {
         let listener = self.listener.as_ref()?;
         let clients = self.clients.iter().filter(|client| !client.gone && client.unsent.len() <= MAX_SAVED);
@@ -137,7 +138,7 @@ impl Control {
             {
                 asked.push((client.id, request));
             }
-            // A client that has closed its end reads no replies. Its command still continues.
+            // A client that has closed its end does not read the replies, but its command continues.
             client.gone |= events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR);
             client.send(now);
         }
@@ -149,8 +150,7 @@ impl Control {
         asked
     }
 
-    /// Closes the connections of clients that have received their outcome, have disconnected, or have exceeded the time
-    /// limit.
+    /// Closes the connections of clients that have received their outcome, have disconnected, or have taken too long.
     pub(crate) fn sweep(&mut self, now: Uptime) {
         self.clients.retain(|client| {
             let is_late = client.is_timed() && client.deadline <= now;
@@ -208,7 +208,7 @@ impl Control {
     pub(crate) fn hand_over(&mut self, id: ClientId, fd: BorrowedFd<'_>, answer: &ControlReply, now: Uptime) {
         let Some(client) = self.clients.iter_mut().find(|client| client.id == id) else { return };
         let line = wire::line(answer);
-        // Nothing was sent to this client before, so the whole line fits the socket's buffer.
+        // Nothing was sent to this client before, so the whole line fits into the socket's buffer.
         let sent = sendmsg::<()>(
             client.stream.as_raw_fd(),
             &[IoSlice::new(&line)],
@@ -274,12 +274,13 @@ impl Client {
         interest
     }
 
-    /// The time limit does not apply to a client that waits for its outcome and has read all replies so far.
+    /// Whether the time limit applies to this client. It does not apply to a client that is waiting for its outcome and
+    /// has read all replies so far.
     fn is_timed(&self) -> bool {
         !self.asked || !self.unsent.is_empty()
     }
 
-    /// Reads until there is a line, and parses it as the request. A client may send only one line.
+    /// Reads until a whole line has arrived, and parses the line as the request. A client may send only one line.
     fn read_child(&mut self, now: Uptime) -> Option<ControlRequest> {
         while !self.asked {
             let mut piece = [0; 512];

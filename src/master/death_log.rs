@@ -1,4 +1,4 @@
-//! Writes the death record: one log line for each process that ended, with all known facts about its death.
+//! Writes the death record of each process: one log line with all known facts about the death.
 
 use forkyard_shm::{Scoreboard, Snapshot, State};
 use log::kv::{Source, ToValue as _, Value};
@@ -28,12 +28,12 @@ pub(crate) struct Postmortem {
     /// The requests that all threads were working on; `None` if they are unknown, or if the crashing thread is known to have been working
     /// on no request.
     pub(crate) running: Option<Vec<String>>,
-    /// Whether the process's own actions caused its death, rather than a limit of the whole process or the system.
+    /// Whether the code that was running caused the death, rather than a limit on the whole process or the system.
     pub(crate) by_itself: bool,
     /// Where the process crashed; empty if that is unknown.
     pub(crate) trace: String,
     pub(crate) death_record: DeathRecord,
-    /// Number of requests that it had served.
+    /// Number of requests that the process had served.
     pub(crate) served: u64,
 }
 
@@ -49,8 +49,9 @@ pub(crate) struct DeathRecord {
     pub(crate) hint: String,
 }
 
-/// Signals by which the kernel and the standard library terminate a process for its own actions. KILL is not among them: if an operator
-/// sends it, the process is not to blame. `oom.rs` detects a KILL that the kernel sent because memory ran out.
+/// Signals by which the kernel and the standard library terminate a process for its own actions. SIGKILL is not among
+/// them: if an operator has sent it, the process is not to blame. `oom.rs` detects a SIGKILL that the kernel sent
+/// because memory ran out.
 const CRASHES: [i32; 9] = [
     libc::SIGSEGV,
     libc::SIGBUS,
@@ -63,7 +64,8 @@ const CRASHES: [i32; 9] = [
     libc::SIGXFSZ,
 ];
 
-/// Returns false if a limit of the whole process or of the system was reached, because the work at that moment is then weak evidence.
+/// Whether the code that was running caused the death. If a limit on the whole process or the system was reached, the
+/// work at that moment is only weak evidence.
 fn is_by_itself(ending: Ending) -> bool {
     ![libc::SIGKILL, libc::SIGXCPU].map(Ending::Signaled).contains(&ending)
 }
@@ -76,7 +78,7 @@ fn is_crash(ending: Ending, child: &Child, no_memory: bool) -> bool {
     child.is_worker() && (child.hung || (unasked && !child.asked_to_leave && child.sent_by.is_none()))
 }
 
-/// Whether the process had not become ready. Must be called before its row is marked as dead.
+/// Whether the process had not become ready. Must be called before the process's row is marked as dead.
 pub(crate) fn is_starting(pid: Pid, child: &Child, scoreboard: &Scoreboard) -> bool {
     match child.program() {
         Some(program) => !program.started,
@@ -86,7 +88,8 @@ pub(crate) fn is_starting(pid: Pid, child: &Child, scoreboard: &Scoreboard) -> b
     }
 }
 
-/// Names the limits that may have prevented a start. Empty if the last words name a different cause.
+/// Returns a hint that lists the limits that may have prevented startup. The hint is empty if the last words contain a
+/// different cause.
 fn hint_on_limits(limits: &[ResourceLimit], last_words: &str) -> String {
     // Messages from the kernel, the standard library and the loader.
     const OF_LIMITS: [&str; 8] =
@@ -127,7 +130,7 @@ fn requests_at_its_end(
     }
 }
 
-/// Logs an event. Returns its line, for control clients.
+/// Logs an event. Returns the log line, for control clients.
 fn log_event(level: Level, event: &str, fields: &dyn Source) -> String {
     if level <= log::STATIC_MAX_LEVEL && level <= log::max_level() {
         log::logger().log(
@@ -143,8 +146,9 @@ fn log_event(level: Level, event: &str, fields: &dyn Source) -> String {
     line_of(event, fields)
 }
 
-/// Logs the death. `no_memory` is the cause if the kernel killed the process because memory ran out. The scoreboard row was written by the
-/// dead process, so it is bounded, and used as text only. `limits` are those of `--rlimit`, for a process that had not become ready.
+/// Logs the death. `no_memory` is the cause if the kernel killed the process because memory ran out. `limits` contains
+/// the limits from `--rlimit` if the process had not become ready. The dead process wrote the scoreboard row, so the
+/// row's content is bounded and used as text only.
 pub(crate) fn publish(
     pid: Pid,
     ending: Ending,
@@ -154,9 +158,9 @@ pub(crate) fn publish(
     limits: Option<&[ResourceLimit]>,
 ) -> Postmortem {
     let (slot, generation, lived) = (child.slot, child.generation, child.since.elapsed().as_millis());
-    // For a hanging worker the sender is the master itself.
+    // If the worker was hanging, the master itself sent the signal.
     let sent_by = child.sent_by.filter(|_| !child.hung);
-    // The row belongs to the child only if the child had claimed it. A program has no row.
+    // The row belongs to the child only if the child had claimed it. External programs have no row.
     let row = scoreboard.read(slot).filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw()));
     let served = row.as_ref().map(|row| row.requests);
     let in_flight = row.as_ref().filter(|row| row.in_flight > 0).map(in_flight);

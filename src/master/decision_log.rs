@@ -15,7 +15,7 @@ pub(super) const RELOAD_STARTED: &str = "reload started";
 pub(super) const RELOAD_DONE: &str = "reload done";
 
 impl Master {
-    /// Reports to systemd the notices that concern it.
+    /// Reports a notice to systemd if it concerns systemd.
     fn notify_systemd(&mut self, notice: Notice) {
         match notice {
             Notice::FullStrength | Notice::ReloadDone { .. } => self.notify.ready("serving"),
@@ -33,7 +33,8 @@ impl Master {
         }
     }
 
-    /// Returns the hint in the death record of the last process that ended; with `pid`, only if that process was `pid`.
+    /// Returns the hint in the latest death record. If `pid` is given, returns the hint only if the record describes
+    /// that process.
     fn hint_of(&self, pid: Option<Pid>) -> Option<&str> {
         let DeathRecord { hint, pid: of, .. } = &self.death_record;
         Some(hint.as_str()).filter(|hint| !hint.is_empty() && (pid.is_none() || pid == *of))

@@ -11,8 +11,8 @@ use super::supervisor::{Demand, Supervisor};
 use crate::net::listen::Listener;
 use crate::net::queue_depth::QueueDepth;
 
-/// Upper bound for the requests in flight that one worker reports, so that a false report cannot start an unbounded number of
-/// workers.
+/// Upper bound on the number of requests in flight that one worker can report, so that a false report cannot start too
+/// many workers.
 const MOST: u32 = 1 << 16;
 
 /// Takes one sample of the demand.
@@ -30,13 +30,14 @@ pub(crate) fn sample(
             demand.connections = demand.connections.saturating_add(row.as_ref().map_or(0, |row| row.connections));
             row.map_or((0, 0), |row| (row.in_flight.min(MOST), row.streams))
         } else {
-            // A wrapper may have several serving processes below it.
+            // A wrapper may have several serving processes as descendants.
             let servers = listeners.first().map(|listener| procfs::servers_under(&[pid], listener)).unwrap_or_default();
             let serving = servers.iter().filter(|(_, observed)| *observed == Observed::Serving).count();
             (u32::try_from(serving).unwrap_or(MOST).min(MOST), 0)
         };
         demand.in_flight = demand.in_flight.saturating_add(serving);
-        // Event streams are not work. But if their worker exited, their clients would reconnect immediately.
+        // Event streams do not count as requests in flight. But a worker that holds some is busy: if it exited, their
+        // clients would reconnect immediately.
         if serving > 0 || streams > 0 {
             demand.busy.push(child.slot);
         }

@@ -1,12 +1,13 @@
-//! Records the children that this process already had when the server started, and their descendants: for example the log collector of an
-//! entry script that called exec to become the server (`exec SERVER 2> >(cat)`). They are reaped, and otherwise left alone.
+//! Records the children that this process already had when the server started, and their descendants: for example the
+//! log collector of an entry script that called exec to become the server (`exec SERVER 2> >(cat)`). These processes
+//! are reaped, and otherwise left alone.
 
 use nix::unistd::{Pid, getpgrp};
 
 use super::procfs::{self, Process};
 use crate::upgrade::saved_state::SavedProcess;
 
-/// The processes found at the start, whether they are still running or not.
+/// The processes that were found at startup, including those that have exited since.
 #[derive(Debug, Default)]
 pub(crate) struct EarlierChildren(Vec<Process>);
 
@@ -24,8 +25,8 @@ impl EarlierChildren {
         Self(saved.iter().map(|&process| process.into()).collect())
     }
 
-    /// Whether the process is a recorded process, or descends from one, which means that it is in a recorded process's group or in the
-    /// master's. Each process that the master starts has its own group.
+    /// Whether the process is a recorded process, or appears to descend from one because it is in the process group of
+    /// a recorded process or of the master. (Each process that the master starts has its own group.)
     pub(super) fn has(&self, pid: Pid) -> bool {
         if self.0.is_empty() {
             return false;

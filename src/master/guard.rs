@@ -1,4 +1,5 @@
-//! The guard: a process that outlives a killed master, and then kills what remains of its programs, daemons and jobs.
+//! Implements the guard: a process that outlives a killed master and then kills the remaining processes of its
+//! programs, daemons and jobs.
 //!
 //! ```text
 //! a program, between fork and exec ── its pid ──▶ the link, a pair of sockets ──▶ the guard
@@ -10,20 +11,21 @@
 //! programs started: with `sh -c 'php-cgi; true'` the shell dies, and php-cgi continues to serve. The messages stay in the link until they
 //! are read, so the guard receives the pid of every program that ran, at whatever moment the master dies.
 //!
-//! The guard kills process groups, and only groups that certainly belong to the server. A group keeps its number as long as one of its
-//! processes exists; afterwards the number may be reused. So the guard forgets a group when the master reports that the group's last
-//! process was reaped. That message precedes any message about the next group with the same number. No message is sent if a different
-//! process reaped the group's last process. So the guard also checks that a group is in the same session as before, and that its leader,
-//! if it still exists, is the announced process.
+//! The guard kills whole process groups, and only groups that certainly belong to the server. A group keeps its number
+//! as long as one of its processes exists; afterwards the number may be reused. The guard therefore forgets a group
+//! when the master reports that it has reaped the group's last process. This message precedes any message about the
+//! next group with the same number. If a different process reaped the group's last process, no message is sent. The
+//! guard therefore also checks that a group is in the same session as before, and that the group's leader, if it still
+//! exists, is the announced process.
 //!
-//! A daemon that puts itself into the background is announced as a process, because it may create its group only after it is found. The
-//! guard kills it, and its group if it leads one.
+//! A daemon that puts itself into the background is announced as a single process, because it may create its group only
+//! after the master has found it. The guard kills this process, and the group that it leads, if any.
 //!
 //! When the master stops on its own, it kills the guard after all other processes have ended. A guard that dies is replaced, and a guard
 //! that is stopped is continued. A new guard starts with the groups that exist then. After an upgrade, the new build starts its own guard
 //! before it kills the guard of the old build; the link stays open through the exec.
 //!
-//! Must not wait for anything but the link, and must not run application code.
+//! The guard must not wait for anything but the link, and must not run application code.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -44,14 +46,15 @@ use crate::logging;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved_state::SavedGuard;
 
-/// If a guard that has lived this long dies, the cause of its death is not expected to affect the next guard.
+/// If a guard dies after it has lived this long, the delay before the next guard is the shortest one, because the cause
+/// of the death is not expected to affect the next guard.
 const STEADY_TIME: Duration = Duration::from_secs(1);
 /// How long the guard waits to be reparented: the kernel closes a dying process's descriptors before it reparents its children.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// Maximum number of processes that are named in the log.
 const NAMED: usize = 16;
-/// The consequence of a missing guard, for the log.
+/// The consequence of running without a guard, for the log.
 const UNGUARDED: &str = "without a guard, processes started by programs would outlive a killed master";
 
 /// The current guard, and the guards that it has replaced.
@@ -90,7 +93,7 @@ impl Guard {
         self.put(Some(Process { pid, since: Instant::now(), link }));
     }
 
-    /// Continues the guard if another process has stopped it.
+    /// Sends SIGCONT to the guard if another process has stopped it.
     pub(super) fn look(&self) {
         let Some(Process { pid, .. }) = self.process else { return };
         let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG;
@@ -130,7 +133,7 @@ impl Guard {
         }
     }
 
-    /// Kills the guard, because the master is stopping on its own, and all other processes have ended.
+    /// Kills the guard, because the master is exiting and all other processes have ended.
     pub(super) fn stop(&mut self) {
         self.wanted = false;
         self.put(None);
@@ -140,7 +143,7 @@ impl Guard {
     fn put(&mut self, process: Option<Process>) {
         sys::announce_by(process.as_ref().map(|process| process.link.as_raw_fd()));
         if let Some(Process { pid, link, .. }) = std::mem::replace(&mut self.process, process) {
-            // The kill comes first: at the end of its link the guard would kill all groups.
+            // The guard is killed before its link is closed: at the end of the link, it would kill all groups.
             let _ = kill(pid, Signal::SIGKILL);
             self.replaced.insert(pid);
             drop(link);
@@ -149,8 +152,8 @@ impl Guard {
 }
 
 impl Master {
-    /// Keeps a guard running if there is anything to guard. As PID 1 the master needs none, because the kernel kills all processes of the
-    /// container when PID 1 dies.
+    /// Keeps a guard running if there are processes to guard. A master with pid 1 needs no guard, because the kernel
+    /// kills all processes of the container when pid 1 dies.
     pub(super) fn keep_guard(&mut self) {
         let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
         self.guard.wanted = (runs_programs || self.sidecars.has_any()) && getpid() != Pid::from_raw(1);
@@ -191,8 +194,9 @@ impl Master {
         let (session, own_group) = (own_session(), getpgrp().as_raw());
         let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
         for pid in procfs::family_of(&self.orphans()) {
-            // The groups of processes that workers have left behind are not announced, because workers that still serve may belong to them.
-            // The process that started the server may be in the master's own group.
+            // The groups of processes that workers have left behind are not announced, because workers that are still
+            // serving may belong to these groups. The master's own group is not announced, because the process that
+            // started the server may belong to it.
             if let Some(stat) = procfs::stat(pid).filter(|stat| stat.group != own_group)
                 && (self.sidecars.has_left(pid) || (runs_programs && stat.session == session))
             {
@@ -209,7 +213,7 @@ fn start(groups: Groups, spawner: &Spawner, signals: &super::SignalInbox) -> io:
     let pid = sys::fork(|| {
         signals.leave(); // all signals stay blocked: a signal to every process of a service must not terminate the guard early
         let _ = nix::sys::prctl::set_name(c"guard"); // for `ps`
-        let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // else a signal to the master's group terminates both
+        let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // a signal to the master's group must not terminate it
         logging::begin_worker(&spawner.config.logs);
         let logs = spawner.current.log_files.descriptors();
         let keep: Vec<_> = [0, 1, 2, end.as_raw_fd()].into_iter().chain(logs).collect();
@@ -219,7 +223,7 @@ fn start(groups: Groups, spawner: &Spawner, signals: &super::SignalInbox) -> io:
     Ok(Process { pid, since: Instant::now(), link })
 }
 
-/// The main function of the guard.
+/// Runs the guard; returns its exit status.
 fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
     loop {
         let mut message = [[0; size_of::<i32>()]; 2];
@@ -254,7 +258,7 @@ fn live(master: Pid, link: &OwnedFd, mut groups: Groups) -> u8 {
     0
 }
 
-/// The process with this pid, if it is the one that started at this time.
+/// Returns the process with this pid, if that process started at this time.
 fn process_of(pid: i32, started: u64) -> Option<procfs::Stat> {
     procfs::stat(Pid::from_raw(pid)).filter(|stat| stat.started == started)
 }
@@ -270,11 +274,11 @@ struct Groups {
     processes: BTreeMap<i32, u64>,
 }
 
-/// Identifies a group even if its number is reused.
+/// Identifies a group even if the group's number is reused.
 #[derive(Debug)]
 struct Group {
     session: i32,
-    /// Start time of its leader; `None` if the leader had already exited.
+    /// Start time of the group's leader; `None` if the leader had already exited.
     leader: Option<u64>,
 }
 
@@ -303,7 +307,7 @@ impl Groups {
         self.groups.insert(group, Group { session, leader: leader.map(|leader| leader.started) });
     }
 
-    /// The running processes of these groups, by group, with their names.
+    /// Returns the running processes in these groups, by group, each with its name.
     fn left(&self) -> BTreeMap<i32, Vec<(i32, String)>> {
         let mut left: BTreeMap<i32, Vec<(i32, String)>> = BTreeMap::new();
         for pid in procfs::all() {
@@ -312,7 +316,7 @@ impl Groups {
                 left.entry(stat.group).or_default().push((pid.as_raw(), stat.name));
             }
         }
-        // A group with a different leader only has the same number.
+        // A group with a different leader is a different group with the same number.
         left.retain(|&number, _| {
             let leader = procfs::stat(Pid::from_raw(number)).map(|leader| leader.started);
             leader.is_none() || self.groups.get(&number).is_some_and(|group| group.leader == leader)
@@ -329,7 +333,7 @@ impl Groups {
             if stat.group == *pid {
                 self.add(*pid);
             } else if let Some(group) = self.groups.get_mut(&stat.group).filter(|group| group.leader.is_none()) {
-                group.session = stat.session; // its leader has ended, and this process is known to belong to the server
+                group.session = stat.session; // the leader has ended, and this process is known to belong to the server
             }
         }
         let mut killed = Vec::new();
@@ -399,7 +403,7 @@ mod tests {
         let mut groups = Groups::default();
         groups.read_child(gone);
         groups.read_child(left);
-        // The number now belongs to a different group, which is otherwise indistinguishable.
+        // The number now belongs to a different group, which only this message distinguishes from the old one.
         groups.read_child(-gone);
         leader.kill().unwrap();
         leader.wait().unwrap();

@@ -1,8 +1,8 @@
 //! Detects hanging workers from their rows in the scoreboard, without a system call.
 //!
-//! An event loop records when it starts work and when it sleeps, and counts its progress. It hangs if five consecutive checks, a quarter of
-//! the timeout apart, find it at the same work without progress. Checks are counted, rather than time measured, so that no worker is found
-//! to hang after the machine was suspended.
+//! An event loop records when it starts work and when it sleeps, and counts its progress. The event loop hangs if five
+//! consecutive checks, a quarter of the timeout apart, find it at the same work without progress. The module counts
+//! checks instead of measuring time, so that no worker appears to hang after the machine was suspended.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -11,12 +11,12 @@ use nix::unistd::Pid;
 
 use super::supervisor::Uptime;
 
-/// Number of consecutive checks, after the first, that find the worker unchanged.
+/// Number of consecutive checks, after the first one, that must find the worker unchanged.
 const LOOKS: u32 = 4;
-/// Time from the signal that makes a hanging worker log its position to the signal that kills it.
+/// Time between SIGABRT, which makes a hanging worker log its position and terminate, and SIGKILL.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// The state of a worker in its row.
+/// The state of a worker according to its row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Work {
     /// Start of the event loop's current work; `None` if the loop sleeps, or the worker is exempt.
@@ -26,11 +26,11 @@ pub(crate) struct Work {
 
 #[derive(Debug)]
 pub(crate) struct Hangs {
-    /// The time after which an unchanged worker hangs; zero disables the check.
+    /// The time after which a worker without progress counts as hanging; zero disables the check.
     timeout: Duration,
     next_look: Uptime,
     seen: HashMap<Pid, (Work, u32)>,
-    /// Workers that were signalled to die, and when to kill them.
+    /// Workers that were sent SIGABRT, and the time at which to kill them.
     dying: HashMap<Pid, Uptime>,
 }
 
@@ -70,12 +70,12 @@ impl Hangs {
         hangs.map(|(&pid, _)| pid).collect()
     }
 
-    /// Records that the worker was signalled to die.
+    /// Records that the worker was sent SIGABRT.
     pub(crate) fn told_to_die(&mut self, pid: Pid, now: Uptime) {
         self.dying.insert(pid, now + LAST_WORDS);
     }
 
-    /// Workers that should be dead by now. A worker that stays alive is returned again later.
+    /// Returns workers that should be dead by now. A worker that stays alive is returned again later.
     pub(crate) fn overdue(&mut self, now: Uptime) -> Vec<Pid> {
         let overdue = self.dying.iter_mut().filter(|(_, until)| **until <= now);
         overdue
@@ -86,7 +86,7 @@ impl Hangs {
             .collect()
     }
 
-    /// Records the death of a worker. Returns true if it was signalled to die.
+    /// Records the death of a worker. Returns true if the worker had been sent SIGABRT.
     pub(crate) fn ended(&mut self, pid: Pid) -> bool {
         self.seen.remove(&pid);
         self.dying.remove(&pid).is_some()
@@ -110,7 +110,7 @@ mod tests {
             let mut hangs = Hangs::new(TIMEOUT);
             let mut now = Duration::from_secs(random.u64(1..1000));
             let mut work: Vec<Work> = vec![Work { since_ms: None, pulse: 0 }; 8];
-            // How many times each worker was seen at the same work.
+            // Number of times that each worker was seen at the same work.
             let mut stuck = [0_u32; 8];
             for _ in 0..300 {
                 now += Duration::from_millis(random.u64(0..20_000));

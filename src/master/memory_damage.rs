@@ -1,10 +1,11 @@
-//! Detects damage to the shared memory by a process that has overwritten it or truncated its file. The check runs once a second and logs
-//! damage once; the next reload replaces the memory.
+//! Detects damage to the shared memory, which any process can overwrite or whose file it can truncate. The check runs
+//! once a second and logs damage once; the next reload replaces the memory.
 //!
-//! The workers continue to serve, because they trust no value in the memory that could harm them. But pages are not cached, events are not
-//! delivered, and the scoreboard is not available. The new generation gets new memory; the old workers keep theirs until they have exited.
+//! The workers continue to serve, because they do not trust values in the memory that could harm them. But pages are
+//! not cached, events are not delivered, and the scoreboard is not available. The new generation gets new memory; the
+//! old workers keep theirs until they have exited.
 //!
-//! Must not lock anything in the memory, or write to it.
+//! This module must not take a lock in the memory, or write to it.
 
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) struct Damage {
     looked_at: Uptime,
     found: Option<&'static str>,
-    /// The number of parts that were emptied because they were inconsistent.
+    /// The number of times that a part of the memory was emptied because it was inconsistent.
     restarts: u64,
 }
 
@@ -68,7 +69,7 @@ impl Master {
         }
     }
 
-    /// Returns the reason for the operator, if the shared memory is damaged and must not be used.
+    /// Returns the reason, for the operator, why the shared memory must not be used, or `None` if it is not damaged.
     pub(super) fn why_not_use_memory(&self) -> Option<String> {
         let why = self.spawner.segment.damage()?;
         Some(format!(

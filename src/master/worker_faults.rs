@@ -51,7 +51,7 @@ impl Faults {
         self.publish(now);
     }
 
-    /// Records that a former master sent this worker a signal to die. The worker may be unable to react to it.
+    /// Records that a former master sent SIGABRT to this worker. The worker may be unable to react to the signal.
     pub(crate) fn told_to_die(&mut self, pid: Pid, now: Uptime) {
         self.hangs.told_to_die(pid, now);
     }

@@ -193,7 +193,7 @@ impl Hub {
         !is_all
     }
 
-    /// The thread's main function.
+    /// Runs the thread that waits for events.
     fn watch(&self) {
         crash::give_stack();
         let mut seen = self.state().seen;
