@@ -1,14 +1,16 @@
-//! The master: one thread, one `poll(2)` loop. Events go in, actions come out.
+//! Runs the master: one thread with one `poll(2)` loop, which turns events into actions.
 //!
-//! The master spawns processes, detects when they are ready, reaps them, and carries out the decisions of the [`supervisor`]. It runs no
-//! application code except hooks, does not use tokio, and takes no lock in shared memory. In shared memory it reads the scoreboard and
-//! checks for damage, marks the rows of dead workers as dead, and writes the list of refused requests, and nothing else. It trusts nothing
-//! that a child reports: each report is bounded, and matched against the pid that it came from.
+//! The master spawns processes, detects when they are ready, reaps them, and carries out the decisions of the
+//! [`supervisor`]. It runs no application code except hooks, does not use tokio, and takes no lock in shared memory.
+//! The only things that it does in shared memory are to read the scoreboard, to check for damage, to mark the rows of
+//! dead workers as dead, and to write the list of refused requests. It does not trust what a child reports: each report
+//! is bounded, and matched against the pid of its sender.
 //!
 //! Modules that decide, without a system call:
 //! - [`supervisor`]: which processes should run.
 //! - [`sidecars`]'s supervisor: which daemons and jobs should run.
-//! - [`hangs`] and [`quarantine`]: which workers hang, and which requests kill their workers. [`worker_faults`] collects the evidence.
+//! - [`hangs`] and [`quarantine`]: which workers hang, and which requests kill their workers. [`worker_faults`]
+//!   collects the evidence for both.
 //! - [`demand`] and [`recycling`]: how much work there is, and which workers have reached the end of their lifetime.
 //!
 //! Modules for processes:
@@ -21,8 +23,8 @@
 //!
 //! Modules for operators:
 //! - [`signals`] and [`control`] receive commands, [`operator`] carries them out, and [`decision_log`] logs their outcome.
-//! - [`reload`] applies a changed configuration, [`upgrade`] replaces this process with another build of the program, and
-//!   [`close_listeners`] closes the listening sockets at a stop.
+//! - [`reload`] applies a changed configuration, [`upgrade`] replaces this process with another build of the program,
+//!   and [`close_listeners`] closes the listening sockets when the server stops.
 //! - [`status`] describes the state, and [`sd_notify`] reports it to systemd.
 
 mod background_daemons;
@@ -102,7 +104,7 @@ use crate::sys;
 use crate::upgrade::saved_state::SavedPidFile;
 use crate::upgrade::{StartCommand, Takeover, Ties};
 
-/// How long to wait when poll(2) fails.
+/// How long to wait after poll(2) has failed.
 const POLL_RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How long to wait for the heirs of the last workers: a little longer than an heir needs.
@@ -115,11 +117,11 @@ pub(crate) struct Operators {
     pub(crate) publish: Option<PublishSocket>,
     pub(crate) reread: Reread,
     pub(crate) log_files: Arc<LogFiles>,
-    /// The caller keeps the file open.
+    /// The pid file, which the caller keeps open.
     pub(crate) pid_file: Option<SavedPidFile>,
 }
 
-/// Rereads the configuration, given the current one. `None` if there is no configuration file.
+/// Rereads the configuration file, given the current configuration. Returns `None` if there is no configuration file.
 ///
 /// # Errors
 /// Returns a message for the operator if the configuration is invalid.
@@ -127,7 +129,7 @@ pub(crate) type Reread = Box<dyn Fn(&Config) -> Result<Option<Reloaded>, String>
 
 /// A configuration that was reread.
 pub(crate) struct Reloaded {
-    /// Settings that cannot change without a restart have their old values.
+    /// The new configuration. Settings that cannot change without a restart keep their old values.
     pub(crate) config: Config,
     /// The external program, if there is one.
     pub(crate) program: Option<Program>,
@@ -139,9 +141,9 @@ pub(crate) struct Reloaded {
 #[derive(Clone, Copy)]
 struct EndOfLife<'a> {
     reason: &'a str,
-    /// The size in bytes of a worker that is too large.
+    /// The memory size of the worker in bytes, if the worker is too large.
     memory: Option<u64>,
-    /// The request for which a function hangs.
+    /// The request of a hanging function, if that is the reason.
     request: Option<&'a str>,
 }
 
@@ -155,7 +157,7 @@ struct Master {
     supervisor: Supervisor,
     control: Option<Control>,
     reread: Reread,
-    /// The latest death record, for clients that wait for a reload and must receive the reason for its failure.
+    /// The latest death record. Clients that wait for a reload receive it as the reason if the reload fails.
     death_record: DeathRecord,
     spawner: Spawner,
     signals: SignalInbox,
@@ -181,16 +183,16 @@ struct Master {
     closing: Closing,
     /// Whether the server is stopping because no worker ever became ready.
     gave_up: bool,
-    /// Set when the last worker has ended: whether the operator requested the stop.
+    /// Set when the last worker has ended. True if the operator asked the server to stop.
     emptied: Option<bool>,
-    /// Set when the last process has ended: whether the operator requested the stop.
+    /// Set when the last process has ended. True if the operator asked the server to stop.
     ended: Option<bool>,
 }
 
 /// Why a master ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StopReason {
-    /// The operator requested the stop.
+    /// The operator asked the server to stop.
     Asked,
     /// All workers exited with the status that requests no replacement.
     Retired,
@@ -198,11 +200,11 @@ pub(crate) enum StopReason {
     NeverReady,
 }
 
-/// The circumstances of a start.
+/// The circumstances under which a master starts.
 #[derive(Debug)]
 pub(crate) struct Start {
     pub(crate) begun: Instant,
-    /// Receives signals from the beginning of the start.
+    /// Receives signals from the beginning of startup.
     pub(crate) signals: SignalInbox,
     pub(crate) start_command: StartCommand,
     /// Children that existed before the server started any.
@@ -211,7 +213,7 @@ pub(crate) struct Start {
     pub(crate) takeover: Option<Takeover>,
 }
 
-/// Runs the master until it is stopped or gives up, and every process has ended.
+/// Runs the master until it has been stopped or has given up, and every process has ended.
 ///
 /// `application` are the descriptors that the application opened, which workers keep. Returns the control socket, to be closed
 /// last.
@@ -229,7 +231,8 @@ pub(crate) fn run(
 ) -> io::Result<(StopReason, Option<Control>)> {
     let Start { begun, signals, start_command, earlier, mut takeover } = start;
     let ties = takeover.as_mut().map_or_else(Ties::default, |left| left.ties(&listeners));
-    // Signals were blocked until now, so that none arrived too early. The parent process may also have blocked some: the mask is inherited.
+    // Signals were blocked until now, so that none was handled too early. The parent process may have blocked signals
+    // too, because the mask is inherited; these are unblocked as well.
     sys::unblock_signals();
     // Orphans among the descendants become children of this process, as they would of PID 1, and are reaped here.
     nix::sys::prctl::set_child_subreaper(true)?;
@@ -298,7 +301,7 @@ pub(crate) fn run(
     Ok((master.stop_reason(), master.control))
 }
 
-/// The supervisor's part of the configuration.
+/// Returns the part of the configuration that the supervisor needs.
 fn policy(config: &Config) -> Policy {
     Policy {
         workers: (config.workers.min, config.workers.max),
@@ -318,12 +321,12 @@ fn policy(config: &Config) -> Policy {
 }
 
 impl Master {
-    /// Stores the shared memory in systemd for the next start, if that start can use it.
+    /// Stores the shared memory in systemd for the next startup, if the next server can use it.
     fn store_segment(&mut self) {
         if memory::is_worth_storing(&self.spawner.config) {
             self.notify.store(systemd::SEGMENT, self.spawner.segment.fd());
         } else {
-            self.notify.forget(systemd::SEGMENT); // memory of an earlier start
+            self.notify.forget(systemd::SEGMENT); // memory of an earlier server
         }
     }
 
@@ -338,7 +341,8 @@ impl Master {
     /// Performs the last steps, after the last worker and sidecar.
     fn shut_down(&mut self) {
         self.relay.stop();
-        // The heirs must end first, because all processes of the server must have ended when a client reads that the master has stopped.
+        // The master waits for the heirs first, because all processes of the server must have ended by the time a
+        // client reads that the master has stopped.
         self.await_heirs();
         self.relay.end();
         self.end_leftovers();
@@ -359,7 +363,8 @@ impl Master {
         self.sidecars.announce_publish_socket(events);
     }
 
-    /// Waits for the heirs of the last workers, and for the relay, for as long as heirs may take. An immediate stop shortens this time.
+    /// Waits for the heirs of the last workers, and for the relay, up to the time that heirs may take. An operator who
+    /// stops the server immediately shortens this wait.
     fn await_heirs(&mut self) {
         if self.programs.at_once {
             self.spawner.end_lifeline();
@@ -374,8 +379,8 @@ impl Master {
         }
     }
 
-    /// Returns the one wait point. Returns whether a connection waits while there is no worker, and the events of the
-    /// control socket.
+    /// Waits for events; this is the only place where the master waits. Returns whether a connection is waiting while
+    /// there is no worker, and the events of the control socket.
     fn wait(&self) -> (bool, Vec<PollFlags>) {
         let now = self.now();
         let deadlines = [
@@ -401,12 +406,13 @@ impl Master {
         for due in due.into_iter().flatten() {
             timeout = Some(timeout.map_or(due, |timeout| timeout.min(due)));
         }
-        // While the log's reader is slow, output stays in its pipes, which slows down the processes that write it.
+        // While the log's reader is slow, the master leaves output in the pipes, which slows down the processes that
+        // write the output.
         let slow_log = logging::is_slow_for();
         if let Some(left) = slow_log {
             timeout = Some(timeout.map_or(left, |timeout| timeout.min(left)));
         }
-        // One more millisecond, because otherwise poll would return just before the deadline.
+        // One millisecond is added, because poll would otherwise return just before the deadline.
         let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
             PollTimeout::try_from(timeout.as_millis() + 1).unwrap_or(PollTimeout::MAX)
         });
@@ -429,7 +435,7 @@ impl Master {
             // Without a result, no descriptor has events.
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => {
-                // ENOMEM: nothing is lost, but the loop must not spin.
+                // The error may be ENOMEM. No event is lost, but the loop must not spin.
                 log::error!("the master cannot poll: {errno}");
                 std::thread::sleep(POLL_RETRY_INTERVAL);
             }
@@ -505,7 +511,7 @@ impl Master {
         }
     }
 
-    /// Requests the replacement of a healthy process, which serves until its replacement is ready.
+    /// Requests the replacement of a healthy process. The process continues to serve until its replacement is ready.
     fn wear_out(&mut self, pid: Pid, EndOfLife { reason, memory, request }: EndOfLife<'_>) {
         let Some(child) = self.children.get(&pid) else { return };
         let (slot, lived) = (child.slot, child.since.elapsed().as_millis());
@@ -523,7 +529,8 @@ impl Master {
         self.feed(SupervisorEvent::Tick);
     }
 
-    /// Runs the guard, daemons and jobs. The master exits when the last worker and all daemons and jobs have ended.
+    /// Runs the guard, the daemons and the jobs. The master exits when the last worker and all daemons and jobs have
+    /// ended.
     fn run_sidecars(&mut self) {
         self.keep_guard();
         if self.emptied.is_some() && self.programs.is_empty() {

@@ -1,8 +1,8 @@
 //! Detects whether the kernel killed a worker because memory ran out. The kernel sends SIGKILL, as an operator might, but counts its kills.
 //!
-//! The counter of the process's cgroup covers the processes in that cgroup. Without such a counter, the counter of the whole system is
-//! used, which the death of another process may have raised at the same moment. The cause is then a guess, and code that depends on it must
-//! also be correct if the guess is wrong.
+//! The counter of the process's cgroup covers the processes in that cgroup. Without such a counter, the counter of the
+//! whole system is used. The death of another process may have raised that counter at the same moment, so the cause is
+//! then a guess, and code that depends on the cause must also be correct if the guess is wrong.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::supervisor::Uptime;
 
-/// A death within this time after the counter rose is attributed to lack of memory.
+/// A death within this time after an increase of the counter is attributed to lack of memory.
 const SAME_MOMENT: Duration = Duration::from_secs(1);
 
 pub(crate) struct OomKills {
@@ -31,8 +31,8 @@ impl OomKills {
         Self { source, is_own, count, rose_at: None }
     }
 
-    /// Returns the cause for the log, if the kernel killed a worker for lack of memory. Must be called when a worker is
-    /// found to have died of a SIGKILL that the master did not send.
+    /// Returns the cause, for the log, if the kernel killed a worker for lack of memory. Must be called when a worker
+    /// is found to have died of a SIGKILL that the master did not send.
     pub(crate) fn explain(&mut self, now: Uptime) -> Option<&'static str> {
         let count = fs::read_to_string(&self.source).ok().and_then(|text| count_in(&text));
         self.counted(count.unwrap_or(self.count), now).then(|| self.cause())

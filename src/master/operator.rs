@@ -1,7 +1,7 @@
 //! Carries out the requests from the control socket and reports their outcome.
 //!
-//! A command is passed to the supervisor, as if from a signal. The client waits until the supervisor's notices or state show the outcome.
-//! If the client disconnects before that, the command continues.
+//! A command is passed to the supervisor in the same form as a signal. The client waits until the supervisor's notices
+//! or state show the outcome. If the client disconnects before that, the command continues.
 
 use std::os::fd::AsFd as _;
 
@@ -21,7 +21,8 @@ use crate::control::wire::{ControlReply, ControlRequest};
 const STOPPING: &str = "the master is stopping";
 
 impl Master {
-    /// Reads the requests of the control clients and carries them out. `events` are the results of `poll` for them.
+    /// Reads the requests of the control clients and carries them out. `events` are the results of `poll` for the
+    /// control socket and its clients.
     pub(super) fn read_operators(&mut self, events: &[PollFlags]) {
         let now = self.now();
         let Some(control) = &mut self.control else { return };
@@ -32,7 +33,8 @@ impl Master {
             self.answer(client, request);
         }
         self.end_waits();
-        // Clients that have just received their outcome are waiting for the connection to close, and no event may wake the loop soon.
+        // Clients that have just received their outcome are waiting for the connection to close. It is closed now,
+        // because the next event may take long to arrive.
         let now = self.now();
         if let Some(control) = &mut self.control {
             control.sweep(now);
@@ -68,7 +70,7 @@ impl Master {
                 self.reply(client, &ControlReply::failed(STOPPING));
             }
             ControlRequest::Reload => {
-                // Must come before the reload begins, so that this client receives all messages about it.
+                // Must come before the reload begins, so that this client receives all messages about the reload.
                 self.keep_waiting(client, Waiting::Reload);
                 if let Err(why) = self.reload() {
                     self.reply(client, &ControlReply::failed(why));
@@ -146,7 +148,7 @@ impl Master {
         self.feed(SupervisorEvent::Ready { pid });
     }
 
-    /// Handles the end of a process.
+    /// Handles the death of a process.
     pub(super) fn left(&mut self, death_record: DeathRecord) {
         self.reply_to_movers(&death_record.line);
         self.reply_to_waiting(Waiting::Stop, &ControlReply::Progress { text: death_record.line.clone() });
@@ -198,7 +200,7 @@ impl Master {
         }
     }
 
-    /// Sends the last replies: the last process has ended.
+    /// Sends the last replies, because the last process has ended.
     pub(super) fn farewell(&mut self) {
         for (client, waiting) in self.waiting() {
             let answer =
@@ -224,7 +226,7 @@ impl Master {
                 Waiting::Scale(workers) if view.target != workers => {
                     Some(ControlReply::failed(format!("superseded: the target is now {} workers", view.target)))
                 }
-                // Exactly this many workers are ready, and no other process has yet to exit.
+                // The outcome: exactly this many workers are ready, and no other process is left.
                 Waiting::Scale(workers) => {
                     let settled = view.ready() == workers as usize && view.slots.len() == workers as usize;
                     settled.then(|| ControlReply::done(line_of("scaled", &("workers", workers))))

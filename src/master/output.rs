@@ -1,7 +1,7 @@
 //! Logs the output of workers and programs, line by line.
 //!
-//! A process that floods its output must not block the master: each iteration of the loop reads a bounded number of bytes, and the writer
-//! waits. No line must be lost without a log line about the loss.
+//! A process that floods its output must not block the master: each iteration of the loop reads a bounded number of
+//! bytes, and the writer waits. Every loss of a line must be logged.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -22,9 +22,9 @@ const CONTINUED: &str = " [continued]";
 const READ_BUDGET: usize = 64 << 10;
 /// Minimum and maximum number of bytes read from one process in one iteration.
 const SHARE: (usize, usize) = (1 << 10, 16 << 10);
-/// Maximum number of bytes read from a dead process's pipe: more than a pipe holds.
+/// Maximum number of bytes read from a dead process's pipe. A pipe holds less than this.
 pub(super) const MAX_REST: usize = 1 << 20;
-/// A repeated line is logged this many times; further repetitions are counted.
+/// A line that is repeated is logged this many times; further repetitions are only counted.
 const MAX_REPEATS: u32 = 10;
 /// Interval at which the number of repetitions is logged.
 const REPEATS_INTERVAL: Uptime = Uptime::from_secs(1);
@@ -33,7 +33,8 @@ const LAST_LINE: usize = 500;
 /// Maximum number of dead processes whose output is still read.
 const MAX_ORPHANED: usize = 64;
 
-/// The process that writes a line of output. Identifies the process in the log line's fields; a field without a value is left out.
+/// The process that writes a line of output. The log line's fields identify the process; a field without a value is
+/// left out.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Writer<'a> {
     slot: Option<u32>,
@@ -66,19 +67,19 @@ pub(crate) struct Output {
 }
 
 impl Output {
-    /// `pipe` must be non-blocking.
+    /// Creates the output of a new process. `pipe` must be non-blocking.
     pub(crate) fn new(slot: u32, pipe: OwnedFd) -> Self {
         Self { slot, pid: None, reader: LineReader::new(pipe), filter: LineFilter::new() }
     }
 
-    /// Continues an output that a former master has read so far.
+    /// Continues an output that a former master has been reading.
     pub(crate) fn resume(slot: u32, pipe: OwnedFd, partial: Vec<u8>) -> Self {
         let mut output = Self::new(slot, pipe);
         output.reader.partial = partial;
         output
     }
 
-    /// Returns the saved form, for the next master in an upgrade. `pid` is the process that writes the output.
+    /// Returns the state to save for the next master in an upgrade. `pid` is the process that writes the output.
     pub(crate) fn save(&self, pid: Pid) -> SavedOutput {
         let (fd, partial) = (self.as_fd().as_raw_fd(), self.reader.partial.clone());
         SavedOutput { slot: self.slot, pid: pid.as_raw(), fd, partial }
@@ -111,7 +112,7 @@ impl Output {
         self.filter.tick(Writer::worker(self.slot, pid), now);
     }
 
-    /// Logs the remaining output, even without a line end.
+    /// Logs the remaining output, even if its last line has no line feed.
     fn end(&mut self, now: Uptime) {
         let Some(pid) = self.pid else { return };
         let Self { slot, reader, filter, .. } = self;
@@ -146,7 +147,7 @@ pub(crate) fn share(processes: usize) -> usize {
 pub(crate) struct OrphanedOutputs(Vec<Output>);
 
 impl OrphanedOutputs {
-    /// Takes over the output of the dead process `pid`. Returns its last line.
+    /// Takes over the output of the dead process `pid`. Returns the last line of the output.
     pub(crate) fn adopt(&mut self, mut output: Output, pid: Pid, now: Uptime) -> String {
         if !output.read(pid, MAX_REST, now) {
             return output.last_line();
@@ -165,7 +166,7 @@ impl OrphanedOutputs {
         last_line
     }
 
-    /// The saved form, for the next master in an upgrade.
+    /// Returns the state to save for the next master in an upgrade.
     pub(crate) fn save(&self) -> Vec<SavedOutput> {
         self.0.iter().filter_map(|output| Some(output.save(output.pid?))).collect()
     }
@@ -215,7 +216,7 @@ impl LineFilter {
         }
     }
 
-    /// Whether a line is to be logged. First logs how many lines were omitted before it.
+    /// Whether a line is to be logged. Before that line, logs how many lines were omitted.
     fn admits(&mut self, writer: Writer<'_>, line: &str, now: Uptime) -> bool {
         let Verdict { count, log } = self.repeats.take(line, now);
         if let Some(count) = count {
@@ -269,7 +270,7 @@ fn log_left_out(writer: Writer<'_>, LeftOut { lines, bytes }: LeftOut) {
 #[derive(Debug, Default)]
 struct Repeats {
     last: String,
-    /// How many times in a row the last line was received.
+    /// Number of consecutive times that the last line was received.
     row: u32,
     /// Number of repetitions that have not been logged.
     held: u64,
@@ -356,7 +357,7 @@ impl LineReader {
         self.open
     }
 
-    /// Calls `line` for the last line, if it has no line end.
+    /// Calls `line` for the last line if that line has no line feed.
     pub(super) fn finish(&mut self, line: &mut impl FnMut(&str, bool)) {
         if !self.partial.is_empty() {
             self.emit(line, true);
@@ -365,7 +366,7 @@ impl LineReader {
 
     fn take(&mut self, mut bytes: &[u8], line: &mut impl FnMut(&str, bool)) {
         while !bytes.is_empty() {
-            // A former build of this program may have left a longer partial line.
+            // The partial line from a former build of this program may be longer than MAX_LINE.
             let room = MAX_LINE.saturating_sub(self.partial.len());
             let end = bytes.iter().take(room + 1).position(|&byte| byte == b'\n');
             let taken = end.unwrap_or(bytes.len().min(room));
@@ -381,7 +382,7 @@ impl LineReader {
     }
 
     fn emit(&mut self, line: &mut impl FnMut(&str, bool), is_whole: bool) {
-        // If the text is UTF-8, a part ends between two characters.
+        // If the text is UTF-8, a part must end between two characters.
         let cut = match std::str::from_utf8(&self.partial) {
             Err(error) if !is_whole && error.error_len().is_none() && error.valid_up_to() > 0 => error.valid_up_to(),
             _ => self.partial.len(),

@@ -1,7 +1,8 @@
-//! Reads facts from `/proc` that other processes do not report: their children, and their use of the listening socket.
+//! Reads from `/proc` what other processes do not report: their children, and their use of the listening socket.
 //!
-//! This requires the right to trace those processes (ptrace(2)). A master has this right over its own programs, unless they run as a
-//! different user while the master is not root, or the kernel forbids it. [`Observed::Hidden`] means that nothing can be read.
+//! Reading these facts requires the right to trace the process (ptrace(2)). A master has this right over its own
+//! programs, unless they run as a different user while the master is not root, or the kernel forbids tracing.
+//! [`Observed::Hidden`] means that nothing can be read.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -27,7 +28,7 @@ const MAX_ENVIRONMENT: usize = 1 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Process {
     pub(super) pid: i32,
-    /// Start time, in ticks since the boot of the machine.
+    /// Start time, in ticks since the system booted.
     pub(super) started: u64,
 }
 
@@ -50,13 +51,13 @@ pub(super) struct Stat {
     pub(super) group: i32,
     pub(super) session: i32,
     pub(super) started: u64,
-    /// The process has exited and has not been reaped yet.
+    /// Whether the process has exited and has not been reaped yet.
     pub(super) is_zombie: bool,
     has_empty_environment: bool,
 }
 
 impl Stat {
-    /// Whether the process is an heir. If it is a child of the master, its worker is dead.
+    /// Whether the process is an heir. If an heir is a child of the master, the heir's worker is dead.
     pub(super) fn is_heir(&self) -> bool {
         self.name.as_bytes() == heir::NAME.to_bytes()
     }
@@ -65,7 +66,7 @@ impl Stat {
 /// The environment that a process was started with.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Environment {
-    /// The environment as the process shows it. A process can overwrite its environment.
+    /// The environment, as `/proc` shows it. The process may have overwritten it.
     Shown(Vec<u8>),
     /// The process is in the middle of exec: it has its new name, and no environment yet.
     InExec,
@@ -73,8 +74,8 @@ pub(super) enum Environment {
     Hidden,
 }
 
-/// How long an environment that reads as empty may mean that the process is in the middle of exec: the kernel shows no environment while it
-/// writes the new one.
+/// How long an empty environment is taken to mean that the process is in the middle of exec. The kernel shows no
+/// environment while it writes the new one.
 const EMPTY_IN_EXEC: Duration = Duration::from_millis(90);
 
 /// A process's use of the listening socket.
@@ -82,11 +83,11 @@ const EMPTY_IN_EXEC: Duration = Duration::from_millis(90);
 pub(super) enum Observed {
     /// The process sleeps in accept.
     Accepting,
-    /// The process has the socket in an epoll instance.
+    /// The process has registered the socket with an epoll instance.
     Watching,
     /// The process, or one of its ancestors, has accepted a connection from the socket.
     Serving,
-    /// The process has the socket open, and may be waiting for connections in a way that is not visible.
+    /// The process has the socket open, and may be waiting for connections in a way that `/proc` does not show.
     Holding,
     /// The process does not have the socket open.
     Apart,
@@ -107,7 +108,7 @@ impl Observed {
 }
 
 impl Process {
-    /// `None` if no such process exists, or if it has exited.
+    /// Identifies the process with this pid. Returns `None` if no such process exists, or if it has exited.
     pub(super) fn of(pid: Pid) -> Option<Self> {
         let stat = stat(pid).filter(|stat| !stat.is_zombie)?;
         Some(Self { pid: pid.as_raw(), started: stat.started })
@@ -130,7 +131,7 @@ fn stat_in(text: &str) -> Option<Stat> {
     // The name may contain any character.
     let (head, rest) = text.rsplit_once(')')?;
     let name = head.split_once('(')?.1.to_owned();
-    // The list begins with the third field.
+    // `fields` begins with the third field of the file.
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     let state = *fields.first()?;
     let started = fields.get(22 - 3)?.parse().ok()?;
@@ -175,7 +176,7 @@ fn threads_of(pid: Pid) -> Vec<i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).take(MAX_PROCESSES).collect()
 }
 
-/// These processes and all their running descendants.
+/// Returns these processes and all their running descendants.
 pub(super) fn family_of(roots: &[Pid]) -> Vec<Pid> {
     let mut family: Vec<Pid> = roots.to_vec();
     let mut at = 0;
@@ -197,7 +198,7 @@ struct Descriptors {
 }
 
 impl Descriptors {
-    /// `None` if the descriptors cannot be read.
+    /// Reads the descriptors of `pid`. Returns `None` if they cannot be read.
     fn of(pid: Pid, listener: &Listener) -> Option<Self> {
         let socket = format!("socket:[{}]", fstat(listener.as_fd()).ok()?.st_ino);
         let entries = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
@@ -236,7 +237,7 @@ impl Descriptors {
     }
 }
 
-/// How `pid` uses the socket.
+/// Returns how `pid` uses the socket.
 pub(super) fn of(pid: Pid, listener: &Listener) -> Observed {
     match Descriptors::of(pid, listener) {
         None => Observed::Hidden,
@@ -248,15 +249,15 @@ pub(super) fn of(pid: Pid, listener: &Listener) -> Observed {
     }
 }
 
-/// Whether TERM loses no request: none is in flight, or the process handles TERM and accepts connections while it serves others (with an
-/// event loop, or threads).
+/// Whether SIGTERM loses no request: either no request is in flight, or the process handles SIGTERM and accepts
+/// connections while it serves others (with an event loop, or with threads).
 pub(super) fn can_be_asked(pid: Pid, listener: &Listener) -> bool {
     let Some(descriptors) = Descriptors::of(pid, listener) else { return false };
     if !descriptors.has_connection(listener) {
         return true;
     }
     let is_accepting = descriptors.is_accepting();
-    // If the only thread sleeps in accept, any connection that the process holds is inherited.
+    // If the process has one thread, which sleeps in accept, any connection that the process holds was inherited.
     (is_accepting && threads_of(pid).len() == 1)
         || ((is_accepting || descriptors.is_watching()) && handles(pid, Signal::SIGTERM))
 }
@@ -293,7 +294,7 @@ fn is_connection(pid: Pid, process: Option<&OwnedFd>, fd: RawFd, link: &str, lis
     use std::os::fd::AsRawFd as _;
     match process.and_then(|process| sys::descriptor_of(process, fd).ok()) {
         Some(socket) => getsockname::<SockaddrStorage>(socket.as_raw_fd()).is_ok_and(|near| listener.accepts_at(&near)),
-        // The kernel is too old, or forbids copying the descriptor: use the kernel's list of sockets.
+        // The kernel is too old, or forbids copying the descriptor. In this case, use the kernel's list of sockets.
         None => link
             .strip_prefix("socket:[")
             .and_then(|rest| rest.strip_suffix(']'))
@@ -338,8 +339,8 @@ mod lists {
     }
 }
 
-/// Returns the processes in the trees under `roots` that serve connections, without their descendants, which belong to
-/// their requests.
+/// Returns the processes in the trees under `roots` that serve connections. Descendants of these processes are not
+/// included, because they belong to requests.
 pub(super) fn servers_under(roots: &[Pid], listener: &Listener) -> Vec<(Pid, Observed)> {
     let (mut servers, mut left, mut looks) = (Vec::new(), roots.to_vec(), 0);
     while let Some(pid) = left.pop() {
@@ -376,7 +377,7 @@ pub(super) fn holders_under(pid: Pid, listener: &Listener) -> Vec<Pid> {
 pub(super) fn environment_of(pid: Pid) -> Environment {
     let Ok(mut file) = File::open(format!("/proc/{pid}/environ")) else { return Environment::Hidden };
     let mut bytes = vec![0; MAX_ENVIRONMENT];
-    // Read in a single call, because an exec between two reads would truncate the environment.
+    // The environment is read in a single call, because an exec between two reads would truncate it.
     match file.read(&mut bytes) {
         Err(_) => Environment::Hidden,
         Ok(0) if stat(pid).is_some_and(|stat| !stat.is_zombie && !stat.has_empty_environment) => Environment::InExec,
@@ -388,7 +389,8 @@ pub(super) fn environment_of(pid: Pid) -> Environment {
 }
 
 impl Environment {
-    /// The conclusion from an environment that a process has shown for `seen_for`.
+    /// Interprets an environment that a process has shown for `seen_for`: an empty one may mean that the process is in
+    /// the middle of exec.
     pub(super) fn seen_for(self, seen_for: Duration) -> Self {
         match self {
             Self::Shown(bytes) if bytes.is_empty() && seen_for < EMPTY_IN_EXEC => Self::InExec,
@@ -417,7 +419,8 @@ mod tests {
         Listener::bind(&bind.parse::<Bind>().unwrap(), 8, None, true).unwrap()
     }
 
-    /// Returns a Python program with the socket as its standard input. It exits when its standard output is closed.
+    /// Starts a Python program with the socket as its standard input. The program exits when its standard output is
+    /// closed.
     fn python(listener: &Listener, text: &str) -> Child {
         let text = format!("import os, select, socket, time\ns = socket.socket(fileno=0)\n{text}");
         let mut command = Command::new("python3");
@@ -500,7 +503,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let ours = listener(directory.path());
         let Address::Path(path) = &ours.address else { panic!("it has a path") };
-        // A wrapper that waits for a server. The server serves, and has started a process that has its socket and connection.
+        // A wrapper that waits for a server. The server is serving, and has started a process that holds the server's
+        // socket and connection.
         let text = "if os.fork() == 0:\n  s.setblocking(True)\n  c, _ = s.accept()\n  os.set_inheritable(c.fileno(), True)\n  \
                     if os.fork() == 0: os.execvp('sleep', ['sleep', '600'])\n  print('up', flush=True)\n  time.sleep(600)\nos.wait()";
         let mut program = python(&ours, text);

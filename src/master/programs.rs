@@ -1,19 +1,22 @@
-//! Observes external programs, which send no reports: reads their state from `/proc`, decides which of their processes get signals, and
-//! terminates the processes that they leave behind.
+//! Observes external programs, which send no reports: reads their state from `/proc`, decides to which of their
+//! processes signals are sent, and terminates the processes that they leave behind.
 //!
-//! A program is one process, or a wrapper around the processes that serve (`sh -c 'php-cgi; …'`, php-cgi with PHP_FCGI_CHILDREN,
-//! FCGI::ProcManager). Descendants of the serving processes belong to requests, and no graceful stop affects them, because a page may be
-//! waiting for such a process, or the process is a background job. The rules are:
+//! A program is one process, or a wrapper around the processes that serve (`sh -c 'php-cgi; …'`, php-cgi with
+//! PHP_FCGI_CHILDREN, FCGI::ProcManager). Descendants of the serving processes belong to requests. A graceful shutdown
+//! does not affect them, because a page may be waiting for such a process, or the process may be a background job. The
+//! rules are:
 //!
-//! - TERM is sent to the program's own process. If that process serves, no other process ever gets TERM.
-//! - If it does not serve, the processes below it that have the socket are recorded before the TERM. They get TERM while they wait in
-//!   accept, when no request can be lost: a second after the wrapper got TERM, or when the wrapper has exited. If the TERM itself
-//!   terminated the wrapper, the wrapper did not pass it on to these processes. They then also get TERM when they have no connection.
-//!   Processes that handle TERM get it while they serve: immediately if they accept connections at the same time, otherwise after half of
-//!   the drain timeout.
-//! - KILL is sent to the program's whole process group when the program has crashed or was killed.
-//! - A process that is left behind and still accepts connections is a stray. It gets TERM in the same way, and is killed after the drain
-//!   timeout. The server does not exit before its strays.
+//! - SIGTERM is sent to the program's own process. If that process serves, SIGTERM is never sent to any other process.
+//! - If the program's own process is a wrapper that does not serve, its descendants that have the socket are recorded
+//!   before SIGTERM is sent to the wrapper. Each of these servers is sent SIGTERM while it waits in accept, so that no
+//!   request is lost: a second after the wrapper was sent SIGTERM, or when the wrapper has exited. If SIGTERM itself
+//!   terminated the wrapper, the wrapper did not pass the signal on. In that case, SIGTERM is also sent to a server
+//!   that has no connection and, if it handles SIGTERM, to a server that is serving: immediately if the server accepts
+//!   connections at the same time, otherwise after half of the drain timeout.
+//! - SIGKILL is sent to the program's whole process group when the program has crashed or was killed.
+//! - A process that is left behind and still accepts connections is a stray. A stray is sent SIGTERM under the same
+//!   conditions as a server below a wrapper, and is killed after the drain timeout. The server does not exit before its
+//!   strays have exited.
 
 use std::time::Duration;
 
@@ -29,43 +32,45 @@ use crate::config::millis;
 use crate::sys::Ending;
 use crate::upgrade::saved_state::{SavedProgram, SavedStray};
 
-/// How long a program must run to count as ready, if it was never seen to accept and `--settle` is not set.
+/// How long a program must run to count as ready, if no program was ever seen to accept connections and `--settle` is
+/// not set.
 const SETTLE_TIME: Duration = Duration::from_secs(1);
 /// Time between two checks of starting programs.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
-/// The same after a program has exited with status 0 without having been observed to be ready, because a program may serve its share of
-/// requests between two checks.
+/// Time between two checks of starting programs after a program has exited with status 0 without having been observed
+/// to be ready. A program may serve its share of requests between two checks.
 const QUICK_POLL_INTERVAL: Duration = Duration::from_millis(1);
-/// How long the shorter interval applies after such an exit.
+/// How long [`QUICK_POLL_INTERVAL`] applies after such an exit.
 const QUICK_POLL_TIME: Duration = Duration::from_secs(2);
-/// How often to look for strays after a program has exited.
+/// Interval at which to look for strays after a program has exited.
 const STRAYS_INTERVAL: Duration = Duration::from_millis(50);
-/// How often to look for strays while there are orphans that may become strays.
+/// Interval at which to look for strays while there are orphans that may become strays.
 const ORPHANS_INTERVAL: Duration = Duration::from_secs(1);
-/// Time after which a stray that waits for connections gets TERM again.
+/// Time after which SIGTERM is sent again to a stray that waits for connections.
 const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
-/// How often to check for waiting connections.
+/// Interval at which to check for waiting connections.
 const QUEUE_INTERVAL: Duration = Duration::from_secs(1);
 /// Time after which waiting connections count as unserved, if no program was ever seen to accept.
 const UNSERVED_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why a program that no longer has the socket cannot serve.
+/// Why a program that no longer has the socket open cannot serve.
 const SOCKET_CLOSED: &str = "it has closed the listening socket, which was its standard input: does it bind a socket of \
                              its own? (php-fpm does; php-cgi accepts from standard input)";
 
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ProgramState {
-    /// The program counts as ready.
+    /// Whether the program counts as ready.
     pub(crate) started: bool,
-    /// The program, or a process below it, was seen to accept connections.
+    /// Whether the program, or a descendant of it, was seen to accept connections.
     pub(crate) seen: bool,
-    /// The program got its first signal to exit, and must have exited by this time.
+    /// The time by which the program must have exited, if it was sent a signal to exit.
     leave_by: Option<Uptime>,
-    /// The program's descriptors could not be read when it got that signal.
+    /// Whether the program's descriptors could not be read when the first signal to exit was sent.
     hidden: bool,
-    /// The processes below the program that had the socket when the program got that signal, if the program does not serve itself.
+    /// If the program does not serve itself: its descendants that had the socket when the first signal to exit was
+    /// sent.
     servers: Vec<Process>,
-    /// The program got TERM some time ago, and is still running.
+    /// Whether the program is still running some time after it was sent SIGTERM.
     reminded: bool,
     /// Why the program cannot serve; empty if no cause is known.
     pub(crate) trouble: &'static str,
@@ -109,29 +114,30 @@ struct Stray {
     process: Process,
     deadline: Uptime,
     asked: Option<Uptime>,
-    /// TERM terminated the wrapper of this process, and was not sent to the process itself.
+    /// Whether SIGTERM terminated this process's wrapper and was not sent to the process itself.
     unasked: bool,
 }
 
-/// The state of all programs together.
+/// The state that all programs share.
 #[derive(Debug, Default)]
 pub(super) struct Programs {
-    /// A program was seen to accept connections, so further programs must be seen to do so before they count as ready.
+    /// Whether a program was seen to accept connections. Further programs must then be seen to accept connections
+    /// before they count as ready.
     pub(super) seen: bool,
-    /// A program was seen to sleep in accept, so the socket must be blocking.
+    /// Whether a program was seen to sleep in accept. The socket must then be blocking.
     sleeps_in_accept: bool,
-    /// End of the time in which programs are checked at the shorter interval.
+    /// The time until which programs are checked at [`QUICK_POLL_INTERVAL`].
     quick_until: Uptime,
     strays: Vec<Stray>,
     next_look: Option<Uptime>,
-    /// End of the time in which strays are looked for at the shorter interval.
+    /// The time until which strays are looked for at [`STRAYS_INTERVAL`].
     stray_until: Uptime,
     /// When to check for waiting connections.
     next_count: Option<Uptime>,
     /// Time since which connections have been waiting while no program accepts them.
     unserved_since: Option<Uptime>,
     unserved_said: bool,
-    /// The operator has requested that all programs be terminated immediately.
+    /// Whether the operator has requested that all programs be terminated immediately.
     pub(super) at_once: bool,
 }
 
@@ -140,7 +146,7 @@ impl Programs {
         [self.next_look, self.next_count].into_iter().flatten().min()
     }
 
-    /// Returns the time between two checks of starting programs.
+    /// Returns the current time between two checks of starting programs.
     pub(super) fn pace(&self, now: Uptime) -> Duration {
         if now < self.quick_until { QUICK_POLL_INTERVAL } else { POLL_INTERVAL }
     }
@@ -192,8 +198,9 @@ impl Child {
 }
 
 impl Master {
-    /// Marks programs as ready. A program is ready when it, or a process below it, is seen to accept connections; otherwise after
-    /// `--settle` (default [`SETTLE_TIME`], unless other programs were seen to accept), if it still has the socket.
+    /// Marks programs as ready. A program is ready when the program, or a descendant of it, is seen to accept
+    /// connections. Without being seen, it is ready after `--settle` if it still has the socket. (The default of
+    /// `--settle` is [`SETTLE_TIME`], unless another program was seen to accept connections.)
     pub(super) fn check_programs(&mut self) {
         let settle = self.spawner.config.settle;
         let listener = &self.spawner.listeners[0];
@@ -201,7 +208,8 @@ impl Master {
         for (&pid, child) in &mut self.children {
             let lived = child.since.elapsed();
             let Link::Program(program) = &mut child.link else { continue };
-            // A program that got TERM or KILL cannot be observed, which does not mean that it is ready.
+            // A program that was sent SIGTERM or SIGKILL may have no descriptors that can be read. This does not mean
+            // that the program is ready.
             if program.started || child.asked_to_leave {
                 continue;
             }
@@ -238,7 +246,8 @@ impl Master {
         let pids: Vec<Pid> = self.children.keys().copied().collect();
         let servers = procfs::servers_under(&pids, listener);
         if self.programs.unserved_said || !servers.is_empty() {
-            // The program was slow to start. Since it was seen to accept, further programs must be seen to do so, too.
+            // The program was slow to start. Because it was seen to accept connections, further programs must be seen
+            // to do so too.
             self.programs.seen |= !servers.is_empty();
             for (&pid, child) in &mut self.children {
                 if let Link::Program(program) = &mut child.link {
@@ -248,7 +257,7 @@ impl Master {
             self.programs.next_count = None;
             return;
         }
-        // A program that counted as ready because it held the socket long enough may still close it.
+        // A program that counts as ready because it held the socket long enough may still close the socket.
         for (&pid, child) in &mut self.children {
             if let Link::Program(program) = &mut child.link
                 && program.started
@@ -273,7 +282,8 @@ impl Master {
         }
     }
 
-    /// Repairs the listening socket before a program is started: a process that has it open may have changed it.
+    /// Repairs the listening socket before a program is started, because any process that has the socket open may have
+    /// changed it.
     ///
     /// # Errors
     /// Returns a message for the operator if the socket cannot be repaired.
@@ -289,7 +299,7 @@ impl Master {
             })?;
             log::warn!(socket:% = listener; "recreated the listening socket: {cause} had shut it down");
         }
-        // A program with an event loop sets O_NONBLOCK itself, and needs it.
+        // A program with an event loop sets O_NONBLOCK itself, and needs it to stay set.
         let now = self.begun.elapsed();
         let suspect = self.programs.sleeps_in_accept || self.children.is_empty() || now < self.programs.quick_until;
         if suspect && !listener.is_blocking() {
@@ -326,9 +336,10 @@ impl Master {
         }
     }
 
-    /// Sends TERM again to a program that is still running and sleeps in accept: it may have missed the first TERM between its check for
-    /// signals and accept. A program that serves may take a second TERM as a request to exit at once. Workers miss no signal. From now on,
-    /// the servers below a wrapper that is still running are treated like strays.
+    /// Sends SIGTERM again to a program that is still running and sleeps in accept: the first SIGTERM may have arrived
+    /// between the program's check for signals and accept. A program that is serving is not sent a second SIGTERM,
+    /// because it may take this as a request to exit immediately. Workers do not miss signals. If the program is a
+    /// wrapper that is still running, the servers below it are treated like strays from now on.
     pub(super) fn remind(&mut self, pid: Pid) {
         let now = self.now();
         let listener = &self.spawner.listeners[0];
@@ -348,7 +359,7 @@ impl Master {
             return;
         };
         let signal = match ending {
-            // The program may be the wrapper of processes that cannot be observed and did not get the TERM.
+            // The program may be the wrapper of processes that cannot be observed and that were not sent SIGTERM.
             Ending::Signaled(libc::SIGTERM) if *asked && program.hidden => Some(Signal::SIGTERM),
             Ending::Exited(_) | Ending::Signaled(libc::SIGTERM) if *asked => None,
             Ending::Exited(0 | super::reap::STAY_DOWN) if program.started || self.programs.seen => None,
@@ -359,7 +370,8 @@ impl Master {
         }
     }
 
-    /// Handles the exit of a program. Its remaining servers, which may still accept connections, must exit too.
+    /// Handles the exit of a program. The program's remaining servers, which may still accept connections, must exit
+    /// too.
     pub(super) fn program_ended(&mut self, program: ProgramState, ending: Ending) {
         let now = self.now();
         if !program.started && ending == Ending::Exited(0) {
@@ -377,8 +389,8 @@ impl Master {
         self.programs.check_soon(now);
     }
 
-    /// Returns the children that this process did not start but inherited when their parents exited. Children from
-    /// before the server's start are not included.
+    /// Returns the children that this process did not start but inherited when their parents exited. Children that
+    /// existed before the server started are not included.
     pub(super) fn orphans(&self) -> Vec<Pid> {
         let mut orphans = procfs::own_children();
         orphans.retain(|&pid| {
@@ -446,7 +458,7 @@ impl Master {
     }
 }
 
-/// Whether any process of a program has the socket; true if that is unknown.
+/// Whether any process of a program has the socket open; true if this is unknown.
 fn has_socket(pid: Pid, listener: &crate::net::listen::Listener) -> bool {
     procfs::family_of(&[pid]).into_iter().any(|pid| procfs::of(pid, listener) != Observed::Apart)
 }

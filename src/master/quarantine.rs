@@ -1,17 +1,19 @@
 //! Decides which requests are refused for a while because they have killed workers, without a system call.
 //!
-//! Each crash brings evidence: the request that the crashing thread was working on, if the last words contain it; otherwise the requests
-//! that all threads were working on, if they are known; otherwise all requests in flight, if all are known.
-//! A request is found guilty in one of these cases:
-//! - It alone was the evidence of N deaths within the window, or of one death shortly after its release. This does not apply if the worker
-//!   was killed for its use of a resource such as memory, because the request that runs at that moment need not be the one that used it.
-//! - It was among the evidence of each of the last N deaths, was not in flight in any surviving worker at those moments, and no other
-//!   request meets both conditions. So a popular request that is in flight at each death is not refused, because other workers serve it as
-//!   well. Without other workers, this rule finds no request guilty.
+//! Each crash provides evidence: the request that the crashing thread was working on, if the last words contain this
+//! request; otherwise the requests that all threads were working on, if these are known; otherwise all requests in
+//! flight, if all of them are known. A request is found guilty in one of these cases:
+//! - The request was the only evidence for N deaths within the window, or for one death shortly after the request's
+//!   release. A death is not counted if the worker was killed for its use of a resource such as memory, because the
+//!   request that was running at that moment need not be the one that used the resource.
+//! - The request was among the evidence for each of the last N deaths, it was not in flight in any surviving worker
+//!   when they occurred, and no other request meets both conditions. A popular request that is in flight at each death
+//!   is therefore not refused, because other workers are serving it as well. If there are no other workers, this rule
+//!   finds no request guilty.
 //!
-//! Paths are examined first. If no path is guilty, requests that differ only in their numbers count as the same request, and are examined
-//! again. The requests in flight were reported by the dead worker: a false report can cause requests to be refused, but cannot make memory
-//! grow.
+//! Paths are examined first. If no path is guilty, requests that differ only in numbers and ids count as the same
+//! request, and are examined again. The requests in flight were reported by the dead worker: a false report can cause
+//! requests to be refused, but cannot make memory grow.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -37,13 +39,13 @@ pub(crate) struct Death {
     pub(crate) complete: bool,
     /// The request that the crashing thread was working on.
     pub(crate) culprit: Option<RequestKey>,
-    /// The requests that all threads were working on, if they are known and the culprit is not.
+    /// The requests that all threads were working on, if these are known and the culprit is unknown.
     pub(crate) running: Option<Vec<RequestKey>>,
-    /// Whether the worker died of its own action, rather than of the resources that it had used before.
+    /// Whether the code that was running caused the death, rather than the resources that the worker had used before.
     pub(crate) by_itself: bool,
     /// The number of surviving workers; 0 if their requests are not all known.
     pub(crate) live_workers: usize,
-    /// The requests that the surviving workers serve.
+    /// The requests that the surviving workers were serving.
     pub(crate) elsewhere: Vec<RequestKey>,
 }
 
@@ -59,7 +61,7 @@ pub(crate) enum Verdict {
 pub(crate) struct Listed {
     pub(crate) key: String,
     pub(crate) left: Duration,
-    /// Number of times that the request has been refused in this series, including this time.
+    /// Number of times that the request has been quarantined in this series, including the current quarantine.
     pub(crate) times: u32,
 }
 
@@ -70,11 +72,11 @@ pub(crate) struct Quarantine {
     records: BTreeMap<String, Record>,
 }
 
-/// A request that was found guilty, until it has caused no death for long enough.
+/// A request that was found guilty. The record is kept until the request has caused no death for long enough.
 #[derive(Debug)]
 struct Record {
     refused: bool,
-    /// The time of its release; once released, the time at which the record is dropped.
+    /// The time at which the request is released; after the release, the time at which the record is dropped.
     until: Uptime,
     time: Duration,
     times: u32,
@@ -107,7 +109,7 @@ impl Quarantine {
         self.records.iter().map(save).collect()
     }
 
-    /// Restores the records of a former master. Its deaths are not saved.
+    /// Restores the records of a former master. The deaths that the former master remembered are not saved.
     pub(crate) fn restore(&mut self, saved: Vec<SavedRefusal>, now: Uptime) {
         for SavedRefusal { request, refused, left_ms, time_ms, times } in saved.into_iter().take(RECORDS) {
             let until = now.saturating_add(Duration::from_millis(left_ms));
@@ -117,7 +119,7 @@ impl Quarantine {
 
     /// Records that a worker crashed, and decides whether a request must be refused.
     pub(crate) fn died(&mut self, death: Death, now: Uptime) -> Vec<Verdict> {
-        // Without a request that can be named, there is no evidence.
+        // There is no evidence without a request that can be identified.
         let is_evidence =
             death.culprit.is_some() || death.running.is_some() || (death.complete && !death.in_flight.is_empty());
         if self.config.deaths == 0 || !is_evidence {
@@ -179,7 +181,8 @@ impl Quarantine {
         Verdict::Refused { key, time, times }
     }
 
-    /// Releases requests whose refusal has expired, and drops the records of requests that have caused no death since.
+    /// Releases requests whose quarantine has expired, and drops the records of requests that have caused no death for
+    /// long enough after their release.
     pub(crate) fn tick(&mut self, now: Uptime) -> Vec<Verdict> {
         let mut verdicts = Vec::new();
         self.records.retain(|_, record| record.refused || record.until > now);
@@ -208,7 +211,7 @@ impl Quarantine {
         list
     }
 
-    /// Releases one request, and clears its earlier refusals. Returns false if it was not refused.
+    /// Releases one request, and clears its earlier quarantines. Returns false if the request was not quarantined.
     pub(crate) fn release(&mut self, key: &str) -> bool {
         self.records.remove(key).is_some_and(|record| record.refused)
     }
@@ -230,7 +233,7 @@ impl Death {
         }
     }
 
-    /// Whether a request is to blame if it is the only evidence.
+    /// Whether a request that is the only evidence is certainly to blame.
     fn is_certain(&self) -> bool {
         self.culprit.is_some() || self.by_itself
     }

@@ -1,4 +1,5 @@
-//! Reaps the master's children: determines what each child was, kills what must end with it, and notifies the component that started it.
+//! Reaps the master's children: determines what each child was, kills the processes that must end with it, and notifies
+//! the component that started it.
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -44,7 +45,7 @@ impl Master {
         }
     }
 
-    /// Reaps all children that have exited: one SIGCHLD may stand for many.
+    /// Reaps all children that have exited. One SIGCHLD may stand for several exits.
     pub(super) fn reap(&mut self) {
         self.guard.look();
         while let Some(pid) = sys::ended_child() {
@@ -66,8 +67,8 @@ impl Master {
         }
     }
 
-    /// Kills the remaining processes in the group of a child, where they must not outlive it. The child has not been reaped yet, so its pid
-    /// cannot be another group's number.
+    /// Kills the remaining processes in the group of a child if they must not outlive the child. The child has not been
+    /// reaped yet, so its pid cannot be another group's number.
     fn end_group(&mut self, kind: Kind, pid: Pid) {
         let ending = sys::ending_of(pid);
         match (kind, ending) {
@@ -120,13 +121,13 @@ impl Master {
             None if !asked => self.look_whether_sockets_listen(),
             None => {}
         }
-        self.check_closing(); // it may have exited because the queue is empty
+        self.check_closing(); // the process may have exited because the queue is empty
         self.feed(SupervisorEvent::Exited { pid, after_exit });
     }
 }
 
-/// The effect of an exit status. A program may be a wrapper: `env`, `timeout` and `docker run` return 125 when they themselves fail. So 125
-/// takes effect only for a process that was ready.
+/// Returns the reaction to the end of a process. A program may be a wrapper: `env`, `timeout` and `docker run` return
+/// 125 when they themselves fail. Status 125 therefore takes effect only for a process that was ready.
 pub(super) fn after_exit(ending: Ending, was_ready: bool) -> AfterExit {
     match ending {
         Ending::Exited(0) => AfterExit::Restart,

@@ -50,7 +50,7 @@ impl Recycling {
         log::debug!(part = "recycling", max_memory, interval:? = interval, max_age:? = max_age; "settings");
     }
 
-    /// Records that a process exists and has this age.
+    /// Records that a process exists, and its age.
     pub(crate) fn spawned(&mut self, pid: Pid, age: Duration, now: Uptime) {
         let ends = self.max_age.map(|max| (now + max.draw()).saturating_sub(age));
         self.lives.insert(pid, Life { ends, strikes: 0 });
@@ -66,7 +66,7 @@ impl Recycling {
         self.lives.values().filter_map(|life| life.ends).chain(look).min()
     }
 
-    /// Returns the workers that have become too old, each returned once. A worker that is not ready is checked again
+    /// Returns the workers that have become too old, each of them once. A worker that is not ready is checked again
     /// later.
     pub(crate) fn too_old(&mut self, is_ready: impl Fn(Pid) -> bool, now: Uptime) -> Vec<Pid> {
         let mut old = Vec::new();
@@ -96,7 +96,7 @@ impl Recycling {
         next
     }
 
-    /// Whether the worker was too large several times in a row. Returns true once.
+    /// Records the size of a worker. Returns true once, when the worker was too large several times in a row.
     pub(crate) fn is_too_large(&mut self, pid: Pid, bytes: u64) -> bool {
         let Some(life) = self.lives.get_mut(&pid) else { return false };
         let is_large = self.max_memory.is_some_and(|max| bytes > max);
@@ -105,8 +105,9 @@ impl Recycling {
     }
 }
 
-/// Returns a process's memory in bytes: its own, and its share of the memory that it shares with other forks of the
-/// master. Excludes the shared memory segment, since the page cache does not depend on the worker.
+/// Returns the memory of a process in bytes: the memory that is its own, and its share of the memory that it shares
+/// with other forks of the master. The shared memory segment is excluded, because the size of the page cache does not
+/// depend on the worker.
 pub(crate) fn own_memory(pid: Pid) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     own_memory_in(&text)
@@ -158,7 +159,7 @@ mod tests {
             assert_eq!(recycling.turn(now), None, "one at a time");
             looked_at.push(pid.as_raw());
             let round = looked_at.len() / 3;
-            // 7 is always too large, 8 every other time, 9 never.
+            // Worker 7 is always too large, worker 8 every other time, worker 9 never.
             let bytes = [101, 100 + u64::try_from(round % 2).unwrap(), 100][usize::try_from(pid.as_raw() - 7).unwrap()];
             if recycling.is_too_large(pid, bytes) {
                 named.push((second, pid.as_raw()));
@@ -181,7 +182,7 @@ mod tests {
             assert!(deadline > now, "the deadline has passed");
             now = deadline;
             assert_eq!(recycling.turn(now), None);
-            // One worker is not ready for a long time.
+            // One worker is not ready until late.
             let old = recycling.too_old(|pid| pid.as_raw() != 1 || now > 200 * S, now);
             if !old.is_empty() {
                 moments.insert(now);

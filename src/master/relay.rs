@@ -1,9 +1,10 @@
-//! Starts and supervises the relay process. The master starts a relay when a datagram is waiting in the publish socket and no relay is
-//! running. The master kills a relay that makes no progress while datagrams wait, for example because it was stopped: publishers would
-//! otherwise wait forever. [`crate::relay`] contains the relay's own code.
+//! Starts and supervises the relay process. The master starts a relay when a datagram is waiting in the publish socket
+//! and no relay is running. The master kills a relay that makes no progress while datagrams are waiting, for example
+//! because a signal has stopped it; otherwise publishers would wait forever. [`crate::relay`] contains the code that
+//! the relay runs.
 //!
-//! The master never reads the socket. It checks whether a datagram is waiting: continuously while there is no relay, and periodically while
-//! there is one.
+//! The master never reads from the socket. It only checks whether a datagram is waiting: continuously while no relay is
+//! running, and periodically while one is running.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -31,7 +32,7 @@ use crate::upgrade::saved_state::SavedPublish;
 
 /// Maximum number of bytes of the relay's output that are read in one iteration of the master's loop.
 const READ_BUDGET: usize = 4 << 10;
-/// How long a relay may take to exit by itself.
+/// How long a relay may take to exit on request.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The publish socket and the current relay process.
@@ -73,7 +74,7 @@ impl Relay {
         Self { socket, state: State::None, breaker: Breaker::default() }
     }
 
-    /// Returns the path by which programs reach the publish socket. `None` if they cannot reach it.
+    /// Returns the path by which programs reach the publish socket, or `None` if they cannot reach it.
     pub(super) fn seen_by_programs(&self, config: &Config) -> Option<PathBuf> {
         let socket = self.socket.as_ref()?;
         let seen = socket.seen_from(config.privileges.chroot.as_deref());
@@ -205,7 +206,7 @@ impl Relay {
         }
     }
 
-    /// Ends the relay after a change of its environment. The next datagram starts a new relay.
+    /// Ends the relay after its environment has changed. The next datagram starts a new relay.
     pub(super) fn renew(&mut self, now: Uptime) {
         if let State::Works(Process { pid, .. }) = &self.state {
             // Dropping the process closes the lifeline.
@@ -272,7 +273,7 @@ fn has_come(socket: &PublishSocket) -> bool {
 fn work_of(pid: Pid) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
-    // Fields 14 and 15 of proc_pid_stat(5). The list here begins with the third field.
+    // Fields 14 and 15 of proc_pid_stat(5). `fields` begins with the third field.
     let ticks = [11, 12].into_iter().map(|field| fields.get(field)?.parse::<u64>().ok()).sum::<Option<u64>>()?;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let switches = status.lines().filter(|line| line.contains("ctxt_switches:"));
@@ -288,7 +289,8 @@ fn start(socket: &PublishSocket, spawner: &Spawner, signals: &SignalInbox, now: 
     let privileges = Privileges::resolve(&spawner.current.config.privileges, false).map_err(io::Error::other)?;
     let segment = &spawner.segment;
     let pid = sys::fork(|| {
-        // The handlers stay installed, and do nothing: a signal to all processes of a service must not terminate the relay early.
+        // The signal handlers stay installed and do nothing, because a signal to all processes of a service must not
+        // terminate the relay early.
         signals.leave();
         logging::begin_worker(&spawner.config.logs);
         if [1, 2].into_iter().try_for_each(|fd| sys::replace(fd, &write)).is_err() {

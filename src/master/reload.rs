@@ -1,4 +1,4 @@
-//! Reloads the configuration: reads and checks all of it, and then applies either all of it or nothing.
+//! Reloads the configuration: reads and checks the whole configuration, and then applies either all of it or nothing.
 //!
 //! ```text
 //! read ─▶ prepare: users, programs, log files ──▶ take over ─▶ roll ─▶ done: daemons, jobs and the relay change too
@@ -6,8 +6,8 @@
 //! ```
 //!
 //! - Settings of the master itself (number of workers, timeouts, the log) take effect immediately.
-//! - Settings of the serving processes take effect for the new generation. Processes that replace older ones before the new generation is
-//!   proven, or after it has failed, use the old settings.
+//! - Settings of the serving processes take effect for the new generation. Processes that replace older ones use the
+//!   old settings until the new generation is proven, and again if it has failed.
 //! - Settings that cannot change are logged ([`crate::config::control::reloaded`]).
 
 use std::io;
@@ -27,7 +27,7 @@ use crate::startup::conflicts::{self, Conflict};
 use crate::{logging, privileges};
 
 impl Master {
-    /// Rereads the configuration, and replaces the workers.
+    /// Rereads the configuration and replaces the workers.
     ///
     /// # Errors
     /// Returns a message for the operator if the configuration is invalid. In this case nothing has changed.
@@ -45,7 +45,7 @@ impl Master {
         Ok(())
     }
 
-    /// Applies a configuration. No step after the first change can fail.
+    /// Applies a configuration. After the first change, no step can fail.
     fn take_over(&mut self, read: Reloaded) -> Result<(), String> {
         let Reloaded { config, program, fixed } = read;
         let conflicts = conflicts::find_among_files(&config);
@@ -101,12 +101,12 @@ impl Master {
         let before = Arc::clone(&self.spawner.current.config);
         if self.spawner.begin(generation) {
             let now = Arc::clone(&self.spawner.config);
-            // The first new process may publish immediately.
+            // The first new process may publish events immediately, so the owner of the socket must change now.
             self.give_files(&before.privileges, &now.privileges);
         }
     }
 
-    /// Handles the end of a reload: all processes are of the new generation.
+    /// Handles the completion of a reload: all processes are of the new generation.
     fn reload_done(&mut self) {
         self.sidecars.reloaded();
         if let Some(before) = self.spawner.finish()
@@ -184,7 +184,7 @@ impl Master {
         errors
     }
 
-    /// Returns the log files of running workers and of future processes, each once.
+    /// Returns the log files of running workers and of future processes, without duplicates.
     fn log_files(&self) -> Vec<Arc<LogFiles>> {
         let to_come = self.spawner.in_use().map(|settings| &settings.log_files);
         let living = self.children.values().filter_map(|child| child.log_files.as_ref());

@@ -1,9 +1,10 @@
 //! Terminates or logs the processes that remain when the server exits.
 //!
-//! The kernel reparents orphaned descendants to the master, so the master can list the remaining processes. Processes in the master's
-//! session end with the master: they are first asked to exit, then killed. Processes with their own session (setsid) are meant to outlive
-//! the server, and are only logged; processes that daemons have left behind are terminated in any case. The sockets that this server has
-//! bound stop listening, even if another process still holds them.
+//! The kernel reparents orphaned descendants to the master, so the master can list the remaining processes. Processes
+//! in the master's session end with the master: the master first asks them to exit, and then kills them. Processes with
+//! their own session (setsid) are meant to outlive the server, and are only logged, except that processes left behind
+//! by daemons are always terminated. The sockets that this server has bound stop listening, even if another process
+//! still has them open.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd as _;
@@ -21,7 +22,8 @@ use crate::sys;
 const GRACE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long killed processes may take to disappear.
 const KILL_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often to look for remaining processes: the kernel may reparent an orphan to the master a moment later.
+/// Interval at which to look for remaining processes. The kernel may reparent an orphan to the master only a moment
+/// later.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 impl Master {
@@ -38,7 +40,7 @@ impl Master {
             let (ours, apart): (Vec<Pid>, Vec<Pid>) =
                 family.into_iter().partition(|&pid| self.ends_with_us(pid, session));
             let is_over = begun.elapsed() >= GRACE_TIMEOUT;
-            // It is unknown which daemon started a process while the process is in the middle of exec.
+            // While a process is in the middle of exec, it is unknown which daemon started it.
             let is_in_exec = |&pid: &Pid| procfs::environment_of(pid).seen_for(begun.elapsed()) == Environment::InExec;
             let is_undecided = || apart.iter().any(is_in_exec);
             if ours.is_empty() && !is_undecided() || begun.elapsed() >= GRACE_TIMEOUT + KILL_TIMEOUT {

@@ -1,5 +1,5 @@
-//! Sends notifications to the service manager (`sd_notify(3)`): datagrams to the socket named by `NOTIFY_SOCKET`, without waiting. Without
-//! that variable nothing is sent.
+//! Sends notifications to the service manager (`sd_notify(3)`): datagrams to the socket named by `NOTIFY_SOCKET`,
+//! without waiting. If that variable is not set, nothing is sent.
 //!
 //! The existing crates send blocking datagrams. The master must not block outside its one wait point, so this module sends the datagrams
 //! itself.
@@ -16,10 +16,11 @@ use nix::time::{ClockId, clock_gettime};
 
 /// The variables of this protocol. They are for the master only, and are not passed on.
 pub(crate) const VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
-/// How often to report progress during a stop or a reload, and by how much each report extends the manager's time limit.
+/// How often to report progress during shutdown or a reload, and by how much each report extends the manager's time
+/// limit.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 const EXTEND_TIMEOUT_US: u64 = 20_000_000;
-/// When the manager's queue is full: how often to retry, and how many states are kept.
+/// How often to retry while the manager's queue is full.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 const MAX_UNSENT: usize = 8;
 
@@ -36,7 +37,7 @@ enum Phase {
 #[derive(Debug)]
 pub(crate) struct Notify {
     socket: Option<(OwnedFd, UnixAddr)>,
-    /// Interval of the watchdog messages: half of what the manager allows.
+    /// Interval between watchdog messages: half of the time that the manager allows.
     watchdog: Option<Duration>,
     phase: Phase,
     next_watchdog: Option<Instant>,
@@ -44,7 +45,7 @@ pub(crate) struct Notify {
     /// States that did not fit into the manager's queue, the oldest first.
     unsent: VecDeque<String>,
     next_try: Option<Instant>,
-    /// Whether the last message failed. The first failure in a row is logged.
+    /// Whether the last message could not be sent. Only the first of several consecutive failures is logged.
     is_unreachable: bool,
 }
 
@@ -97,19 +98,19 @@ impl Notify {
         self.send(&format!("STATUS={text}"), true);
     }
 
-    /// Stores the shared memory in the service manager for the next start of the service.
+    /// Stores the shared memory in the service manager for the next startup of the service.
     pub(crate) fn store(&mut self, name: &str, memory: BorrowedFd<'_>) {
-        // Remove what a former start stored under this name, because the manager would otherwise keep both.
+        // Remove what a former server stored under this name, because the manager would otherwise keep both.
         let _ = self.try_send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
         let _ = self.try_send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(memory)); // systemd keeps it only with FDPOLL=0
     }
 
-    /// Removes what a former start stored under this name.
+    /// Removes what a former server stored under this name.
     pub(crate) fn forget(&mut self, name: &str) {
         self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), true);
     }
 
-    /// When [`Notify::tick`] is due.
+    /// Returns the time until [`Notify::tick`] is due.
     pub(crate) fn due_in(&self, now: Instant) -> Option<Duration> {
         let due = [self.next_watchdog, self.next_progress, self.next_try].into_iter().flatten().min();
         due.map(|due| due.saturating_duration_since(now))
@@ -139,7 +140,8 @@ impl Notify {
         self.next_progress = matches!(phase, Phase::Reloading | Phase::Stopping).then(Instant::now);
     }
 
-    /// With `keep`, a message that does not fit is sent later. Watchdog messages are not kept, since the next one follows soon.
+    /// Sends a message. With `keep`, a message that does not fit into the manager's queue is sent later. Watchdog
+    /// messages are not kept, because the next one follows soon.
     fn send(&mut self, text: &str, keep: bool) {
         if self.unsent.is_empty() && self.try_send(text, None) != Err(Errno::EAGAIN) {
             return;

@@ -32,7 +32,7 @@ use crate::sys::{self, Ending};
 /// All sidecars, and the settings with which they are started.
 pub(super) struct Sidecars {
     sidecars: SidecarSupervisor,
-    /// In the order of the configuration.
+    /// The sidecars, in the order of the configuration.
     programs: Vec<Sidecar>,
     processes: HashMap<Pid, Process>,
     inherited: Inherited,
@@ -41,7 +41,7 @@ pub(super) struct Sidecars {
     segment: Segment,
     /// The path by which programs reach the publish socket.
     events: Option<PathBuf>,
-    /// Settings that a reload has read, applied when the reload is done.
+    /// Settings that a reload has read. They are applied when the reload is done.
     read: Option<Settings>,
     begun: Instant,
 }
@@ -76,7 +76,7 @@ impl Label {
         self.kind == "daemon"
     }
 
-    /// What the log calls such a sidecar.
+    /// Returns the word for such a sidecar in the log.
     fn noun(&self) -> &'static str {
         if self.is_daemon() { "daemon" } else { "job" }
     }
@@ -101,9 +101,10 @@ struct Process {
 pub(super) struct Living<'a> {
     pub(super) name: &'a str,
     pub(super) pid: Pid,
-    /// The read end of its output pipe. It must stay open: otherwise the process would be terminated by its next write.
+    /// The read end of the process's output pipe. It must stay open, because otherwise the next write would terminate
+    /// the process.
     pub(super) output: BorrowedFd<'a>,
-    /// The unfinished line.
+    /// The unfinished line of the output.
     pub(super) partial: &'a [u8],
     /// Time since the process started.
     pub(super) age: Duration,
@@ -144,7 +145,7 @@ fn warn_of_sandbox(config: &Config) {
 
 impl Sidecars {
     /// # Errors
-    /// Fails if a program is missing or cannot have the configured privileges.
+    /// Fails if a program is missing, or if it cannot have the configured privileges.
     pub(super) fn new(config: &Config, segment: Segment, begun: Instant) -> io::Result<Self> {
         let (programs, privileges) = resolve(config).map_err(io::Error::other)?;
         let sidecars = SidecarSupervisor::new(&config.sidecars, config.drain_timeout, Timestamp::now());
@@ -185,7 +186,7 @@ impl Sidecars {
 
     fn change(&mut self, settings: Settings) {
         let Settings { programs, privileges, config, stop_timeout, events } = settings;
-        // A sidecar that is no longer wanted may be wanted again before its process has exited.
+        // A sidecar that was removed from the configuration may be added again before its process has exited.
         let leaving = |label: &Label| {
             self.processes.values().find(|process| process.label == *label).map(|process| process.sidecar)
         };
@@ -218,7 +219,7 @@ impl Sidecars {
         self.sidecars.is_empty()
     }
 
-    /// Whether any sidecar is configured or running.
+    /// Whether any sidecar is configured or still running.
     pub(super) fn has_any(&self) -> bool {
         let read = self.read.as_ref().is_some_and(|settings| !settings.programs.is_empty());
         read || !self.programs.is_empty() || !self.processes.is_empty()
@@ -259,8 +260,9 @@ impl Sidecars {
         }
     }
 
-    /// Takes over a child that a former master started. If no sidecar of that name is configured, the child is asked to stop. The child has
-    /// run for `age`. If it was already asked to stop, `stop_left` is the time that it has left.
+    /// Takes over a child that a former master started. If no sidecar with that name is configured, the child is asked
+    /// to stop. `age` is how long the child has run. If the child was already asked to stop, `stop_left` is the time
+    /// that it has left.
     pub(super) fn adopt(
         &mut self,
         name: &str,
@@ -338,8 +340,8 @@ impl Sidecars {
         self.feed(SidecarEvent::Exited { pid, after_exit: super::reap::after_exit(ending, true) });
     }
 
-    /// Whether the remaining processes in the group of this process are not killed. A daemon that has exited early with 0 may be putting
-    /// itself into the background, and its background process may not have left the group yet.
+    /// Whether the remaining processes in this process's group must not be killed. A daemon that has exited early with
+    /// 0 may be putting itself into the background, and its background process may not have left the group yet.
     pub(super) fn spares(&self, pid: Pid, ending: Ending) -> bool {
         self.processes.get(&pid).is_some_and(|process| {
             let is_early = process.since.elapsed() < STEADY_TIME && !process.asked_to_leave;
@@ -347,7 +349,7 @@ impl Sidecars {
         })
     }
 
-    /// Whether a sidecar exited recently in such a way that it may be continuing in the background.
+    /// Whether a sidecar has recently exited in a way that suggests that it continues in the background.
     pub(super) fn has_suspects(&self) -> bool {
         self.inherited.has_suspects()
     }
@@ -359,12 +361,12 @@ impl Sidecars {
             if let Ok(group) = getpgid(Some(pid)) {
                 sys::announce(group);
             }
-            sys::announce_process(pid); // it may still create another group
+            sys::announce_process(pid); // the process may still create another group
             self.feed(SidecarEvent::Detached { sidecar, pid });
         }
     }
 
-    /// Whether a sidecar left this process behind.
+    /// Whether this process was left behind by a sidecar.
     pub(super) fn has_left(&self, pid: Pid) -> bool {
         self.inherited.has(pid)
     }
@@ -410,7 +412,7 @@ impl Sidecars {
 
     fn start(&self, label: &Label, program: &Program) -> io::Result<(Pid, OwnedFd)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        // Non-blocking is a property of each end, and the program's end must block.
+        // O_NONBLOCK is set for each end separately, and the program's end must block.
         let write = blocking(write)?;
         let segment = to_pass(&self.segment)?;
         let mut command = Command::new(&program.path);
@@ -504,7 +506,7 @@ impl Process {
         }
     }
 
-    /// Logs the remaining output, even without a line end.
+    /// Logs the remaining output, even if its last line has no line feed.
     fn end_output(&mut self, pid: Pid, now: Uptime) {
         let Self { label, output, filter, .. } = self;
         let writer = label.writer(pid);

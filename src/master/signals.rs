@@ -1,10 +1,10 @@
 //! Makes the master's signals readable: a flag for each signal, and one socket that the loop's `poll` watches.
 //!
-//! The inbox is opened at the very beginning of a start. Signals that arrive before the loop runs are kept, each signal once. TERM, INT and
-//! QUIT abort the start; during `preload` they abort it immediately: see `abort.rs`.
+//! The inbox is opened at the very beginning of startup. Signals that arrive before the loop runs are kept, each signal
+//! once. SIGTERM, SIGINT and SIGQUIT abort startup; during `preload` they abort it immediately (see `abort.rs`).
 //!
-//! A forked child inherits the handlers and the socket. It must call [`SignalInbox::leave`] before it unblocks signals: otherwise a signal
-//! for the child would wake the master and not terminate the child.
+//! A forked child inherits the handlers and the socket. It must call [`SignalInbox::leave`] before it unblocks signals:
+//! otherwise a signal to the child would wake the master instead of terminating the child.
 
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -59,7 +59,8 @@ impl SignalInbox {
         let (socket, wake) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
         let mut inbox = Self { socket, flags: Default::default(), registered: Vec::new() };
-        // Without blocking, a signal between two registrations would run only some of its actions, and be lost.
+        // If signals were not blocked, a signal between two registrations would run only some of its actions, and would
+        // be lost.
         let mask = sys::block_signals();
         let registered = inbox.register(&wake);
         sys::restore_signals(&mask);
@@ -71,7 +72,7 @@ impl SignalInbox {
             self.registered.push(crate::startup::abort_signal::abort_start_on(signal)?);
         }
         for ((signal, _), flag) in MEANINGS.iter().zip(&self.flags) {
-            // The flag is registered first: it must be set when the socket wakes the loop.
+            // The flag is registered before the socket, because the flag must be set when the socket wakes the loop.
             self.registered.push(flag::register(*signal, Arc::clone(flag))?);
             self.registered.push(low_level::pipe::register(*signal, wake.try_clone()?)?);
         }
@@ -96,8 +97,8 @@ impl SignalInbox {
         came.map(|((_, meaning), _)| *meaning).collect()
     }
 
-    /// Raises again each signal that was not taken. Must be called with all signals blocked, before exec: the signals stay
-    /// pending for the new program, or for this one if exec fails.
+    /// Raises again each signal that was not taken. Must be called with all signals blocked, before exec: the signals
+    /// then stay pending for the new program, or for this program if exec fails.
     pub(crate) fn hand_on(&mut self) {
         for meaning in self.take() {
             let signal = MEANINGS.iter().find(|(_, other)| *other == meaning);

@@ -31,7 +31,8 @@ use crate::{heir, logging, sys};
 
 /// Environment variables for the master only. They are not passed on.
 pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &sd_notify::VARIABLES, &systemd::VARIABLES];
-/// The number of children that php-cgi forks. The master would not supervise them, so the default is 0 (`--env` changes it).
+/// Variable for the number of children that php-cgi forks. The master would not supervise these children, so it sets
+/// the variable to 0 unless `--env` sets it.
 const PHP_CHILDREN: &str = "PHP_FCGI_CHILDREN";
 /// Maximum number of bytes of a worker's last words, and of a line of its reports.
 const LAST_WORDS: usize = 4096;
@@ -70,7 +71,7 @@ pub(crate) struct Spawner {
     pub(crate) segment: Segment,
     pub(crate) launch: Launch,
     pub(crate) handover: Arc<Channel>,
-    /// Both ends of the pipe whose closing shows workers and heirs that the master is dead.
+    /// Both ends of a pipe. When it closes, workers and heirs detect that the master is dead.
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
     worker_hooks: Arc<WorkerHooks>,
@@ -83,20 +84,21 @@ pub(crate) struct Child {
     pub(crate) since: Instant,
     /// Whether the child was asked to exit, so that its exit is expected.
     pub(crate) asked_to_leave: bool,
-    /// Whether the child hangs and was signalled to die.
+    /// Whether the child hangs and was sent SIGABRT.
     pub(crate) hung: bool,
-    /// Whether a function hangs in the child, which has therefore requested its replacement.
+    /// Whether the child has requested its replacement because a function hangs in it.
     pub(crate) has_hung_thread: bool,
-    /// The process that sent the signal that killed this child, if a different process sent it.
+    /// The process that sent the signal that killed this child, if another process sent the signal.
     pub(crate) sent_by: Option<i32>,
     pub(crate) link: Link,
     /// The output of the child, until end of file.
     pub(crate) output: Option<Output>,
     /// The socket over which the process receives the reopened log files.
     pub(crate) files: Option<OwnedFd>,
-    /// The log files of the child. `None` if a former master started it; it is then assumed to have the current files.
+    /// The log files of the child. `None` if a former master started the child, which is then assumed to have the
+    /// current files.
     pub(crate) log_files: Option<Arc<LogFiles>>,
-    /// The last line of its output, once the output has ended.
+    /// The last line of the child's output, once the output has ended.
     pub(crate) last_line: String,
 }
 
@@ -107,7 +109,7 @@ pub(crate) enum Link {
 }
 
 impl Spawner {
-    /// `ties` connect the running workers of a former master to this one.
+    /// Creates a spawner. `ties` connect the running workers of a former master to this master.
     ///
     /// # Errors
     /// Fails if no pipe is available, or if processes cannot have the configured privileges.
@@ -154,8 +156,7 @@ impl Spawner {
         })
     }
 
-    /// Returns the settings of processes for a different configuration, and for a different program if `program` is
-    /// set.
+    /// Returns the settings of processes for a new configuration, and for a new program if `program` is set.
     ///
     /// # Errors
     /// Returns a message for the operator if processes cannot have the configured privileges.
@@ -176,8 +177,8 @@ impl Spawner {
         self.read = Some(settings);
     }
 
-    /// Begins a reload: processes from this generation on use the stored settings. Replacements of older processes use the old settings.
-    /// Returns true if there are stored settings.
+    /// Begins a reload: from this generation on, processes use the stored settings. Processes of older generations, and
+    /// their replacements, use the old settings. Returns true if there are stored settings.
     pub(crate) fn begin(&mut self, generation: u64) -> bool {
         let Some(settings) = self.read.take() else { return false };
         self.next = Some((generation, settings));
@@ -190,7 +191,7 @@ impl Spawner {
         Some(std::mem::replace(&mut self.current, settings))
     }
 
-    /// Ends a failed reload. Returns the settings that were tried.
+    /// Ends a failed reload. Returns the settings that the reload tried.
     pub(crate) fn give_up(&mut self) -> Option<SpawnSettings> {
         self.next.take().map(|(_, settings)| settings)
     }
@@ -212,13 +213,13 @@ impl Spawner {
 
     /// Closes the lifeline, so that the heirs of the last workers behave as if the master were dead.
     pub(crate) fn end_lifeline(&mut self) {
-        // If no pipe is available, the heirs take a little longer.
+        // If no pipe is available, the old one stays open, and the heirs take a little longer.
         if let Ok(pipe) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK) {
             self.lifeline = pipe;
         }
     }
 
-    /// Returns a descriptor that replaces closed sockets.
+    /// Returns a descriptor that takes the place of closed sockets.
     pub(crate) fn stand_in(&self) -> &OwnedFd {
         &self.lifeline.0
     }
@@ -229,7 +230,7 @@ impl Spawner {
     /// Fails if no pipe is available, or if fork or exec fails.
     pub(crate) fn spawn(&self, slot: u32, generation: u64, signals: &SignalInbox) -> io::Result<(Pid, Child)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        // Non-blocking is a property of each end, and the process's end must block.
+        // O_NONBLOCK is set for each end separately, and the process's end must block.
         let write = blocking(write)?;
         let settings = self.settings(generation);
         let (pid, link, files) = match &self.launch {
@@ -291,7 +292,8 @@ impl Spawner {
             if let Some(socket) = &settings.events {
                 sys::set_environment(publish_socket::VARIABLE, socket);
             }
-            // Must come after the privileges are dropped, because the kernel resets the setting when the user changes.
+            // This must come after the privileges are dropped, because the kernel resets the parent-death signal when
+            // the user changes.
             if grouped.is_err() || sys::die_with_parent(heritage.master).is_err() {
                 return 1;
             }
@@ -337,7 +339,8 @@ impl Spawner {
     }
 }
 
-/// Returns the reason why a program did not start. The step that failed has written its flag to the output.
+/// Returns the reason why a program did not start. The step that failed has written the flag that requested it to the
+/// output.
 pub(super) fn explain(
     error: &io::Error,
     output: BorrowedFd<'_>,
@@ -353,8 +356,8 @@ pub(super) fn explain(
     })
 }
 
-/// Returns the memory for a process that may outlive the workers, without their lock on its file, because the next
-/// start needs that lock.
+/// Returns the memory for a process that may outlive the workers. The descriptor does not hold the workers' lock on the
+/// file, because the next server needs that lock.
 pub(super) fn to_pass(segment: &Segment) -> io::Result<OwnedFd> {
     segment.fd_without_lock().or_else(|error| {
         log::debug!("programs share the cache file's lock: cannot open the file a second time: {error}");
@@ -369,7 +372,7 @@ pub(super) fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
 }
 
 impl Child {
-    /// A new child without output, log files or reports.
+    /// Creates a child without output, log files or reports.
     pub(crate) fn new(slot: u32, generation: u64, link: Link) -> Self {
         Self {
             slot,
@@ -391,7 +394,7 @@ impl Child {
         matches!(self.link, Link::Worker { .. })
     }
 
-    /// Returns the state of the external program, if the child is one.
+    /// Returns the state of the external program, if the child runs one.
     pub(crate) fn program(&self) -> Option<ProgramState> {
         match &self.link {
             Link::Program(program) => Some(program.clone()),
@@ -425,7 +428,8 @@ impl Child {
         }
         let mut said = [0; LAST_WORDS];
         let mut reports = Vec::new();
-        // Reads at most as much as a pipe holds, so that a child that reports without end does not block the master.
+        // At most as much as a pipe holds is read, so that a child that never stops reporting does not block the
+        // master.
         for _ in 0..16 {
             let Ok(count) = report.read(&mut said) else { break };
             *open = count > 0;
@@ -461,7 +465,7 @@ impl Child {
     }
 }
 
-/// Appends a line to a worker's last words, as far as it fits.
+/// Appends a line to a worker's last words, as far as there is space.
 fn keep(last_words: &mut String, line: &str) {
     let separator = if last_words.is_empty() { "" } else { "; " };
     let room = LAST_WORDS.saturating_sub(last_words.len() + separator.len());

@@ -1,6 +1,7 @@
 //! Describes the state of the server for operators: the supervisor's state, and the workers' rows in the scoreboard.
 //!
-//! The rows are untrusted: they are bounded, used as text and numbers only, and omitted if they belong to another process. Must not lock.
+//! The rows are untrusted: their content is bounded, used only as text and numbers, and omitted if a row belongs to
+//! another process. This module must not take a lock.
 
 use log::kv::Source;
 use nix::unistd::Pid;
@@ -85,7 +86,7 @@ fn resident_bytes(pid: i32) -> Option<u64> {
     sys::process_kib(Pid::from_raw(pid), "VmRSS:")?.checked_mul(1024)
 }
 
-/// Returns an event in the form of a log line, for control clients.
+/// Formats an event as a log line, for control clients.
 pub(super) fn line_of(event: &str, fields: &dyn Source) -> String {
     format!("{event}{}", Fields::of(fields))
 }

@@ -1,5 +1,5 @@
-//! Tests the rules of the quarantine one by one, and with random sites, generated from a seed, that have a fatal request among their
-//! routes.
+//! Tests the rules of the quarantine one by one, and with random sites, generated from a seed, one of whose routes is
+//! fatal.
 
 use super::*;
 use crate::config::failures::QuarantineBy;
@@ -18,7 +18,7 @@ fn suspects(whats: &[&str]) -> Vec<RequestKey> {
     whats.iter().map(|what| suspect(what)).collect()
 }
 
-/// A death without information about the crashing thread.
+/// Returns a death without information about the crashing thread.
 fn silent(in_flight: &[&str], elsewhere: &[&str]) -> Death {
     let (in_flight, elsewhere) = (suspects(in_flight), suspects(elsewhere));
     Death { in_flight, complete: true, culprit: None, running: None, by_itself: true, live_workers: 1, elsewhere }

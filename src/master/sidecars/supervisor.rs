@@ -14,12 +14,14 @@
 //! The rules:
 //! - A sidecar has at most one process.
 //! - No sidecar runs before the first worker is ready. Daemons continue while the workers drain, but no job is started then.
-//! - A daemon that exits is restarted: immediately if it had run for a second, otherwise after its breaker's delay. It is not restarted
-//!   before the next reload if it has exited with 125 after a second, if it has exited with 0 within a second too many times in a row, or
-//!   if it has put itself into the background.
-//! - At the end of a reload, each daemon is asked to stop, and restarted when it has stopped.
-//! - A job runs when it is due. If it became due several times while the machine was suspended, it runs once. If it is still running when
-//!   it is due again, that run is skipped. When the wall clock is set back, the next time is computed again.
+//! - A daemon that exits is restarted: immediately if it had run for at least a second, otherwise after the delay of
+//!   its circuit breaker. A daemon is not restarted before the next reload if it exited with 125 after running for at
+//!   least a second, if it exited with 0 within a second too many times in a row, or if it has put itself into the
+//!   background.
+//! - At the end of a reload, each daemon is asked to stop, and is restarted when it has stopped.
+//! - A job runs when it is due. If a job became due several times while the machine was suspended, it runs once. If it
+//!   is still running when it becomes due again, the new run is skipped. When the wall clock is set back, the time of
+//!   the next run is computed again.
 //! - A process that was asked to stop and does not stop in time is killed.
 
 use std::time::Duration;
@@ -30,11 +32,11 @@ use nix::unistd::Pid;
 use crate::config::sidecars::{Schedule, SidecarsConfig};
 use crate::master::supervisor::{AfterExit, Breaker, Uptime};
 
-/// Minimum lifetime of a daemon that counts as started.
+/// Minimum lifetime after which a daemon counts as started.
 pub(crate) const STEADY_TIME: Duration = Duration::from_secs(1);
-/// How often the wall clock is read, because the other clock stops while the machine is suspended.
+/// Interval at which the wall clock is read, because the other clock stops while the machine is suspended.
 const WALL_CLOCK_INTERVAL: Duration = Duration::from_secs(60);
-/// A step back by more than this is more than a correction of the wall clock.
+/// If the wall clock goes back by more than this, it was set back; a smaller step is a correction.
 const SET_BACK: SignedDuration = SignedDuration::from_secs(60);
 
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +59,7 @@ pub(crate) enum SidecarEvent {
     Closing,
     /// The workers have exited.
     Stop,
-    /// Everything must be terminated now.
+    /// All processes must be terminated now.
     Halt,
 }
 
@@ -76,11 +78,12 @@ pub(crate) enum SidecarAction {
 /// A notice for the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SidecarNotice {
-    /// A daemon exited right after its start, this many times in a row.
+    /// A daemon exited right after it started, this many times in a row.
     Failing { failures: u32, delay: Duration },
     /// A daemon has requested not to be restarted before a reload.
     Retired,
-    /// A daemon is not restarted before a reload, because it exited with 0 right after its start this many times in a row.
+    /// A daemon is not restarted before a reload, because it exited with 0 right after it started this many times in a
+    /// row.
     GivenUp { tries: u32 },
     /// A daemon is not restarted before a reload, because it runs in the background.
     Detached { pid: Pid },
@@ -102,7 +105,7 @@ struct Sidecar {
 enum Kind {
     Daemon {
         breaker: Breaker,
-        /// How many times in a row the daemon has exited with 0 right after its start.
+        /// Number of consecutive times that the daemon has exited with 0 right after it started.
         done: u32,
     },
     Job {
@@ -116,12 +119,12 @@ enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Idle,
-    /// The process is being created: the shell reports the result before the next event.
+    /// The process is being created. The caller reports the result before the next event.
     Starting,
     Running {
         pid: Pid,
         since: Uptime,
-        /// How long the process ran under a former master.
+        /// How long the process had run under a former master.
         before: Duration,
         deadline: Option<Uptime>,
     },
@@ -154,7 +157,7 @@ pub(crate) struct SidecarSupervisor {
     sidecars: Vec<Sidecar>,
     mode: Mode,
     cron_timeout: Duration,
-    /// Maximum number of consecutive exits with 0 right after the start; 0 for no limit.
+    /// Maximum number of consecutive times that a daemon may exit with 0 right after it started; 0 means no limit.
     daemon_tries: u32,
     stop_timeout: Duration,
     now: Uptime,
@@ -165,7 +168,7 @@ pub(crate) struct SidecarSupervisor {
 }
 
 impl SidecarSupervisor {
-    /// `stop_timeout` is the time that a process has to stop after it was asked to.
+    /// Creates a supervisor. `stop_timeout` is how long a process may take to stop after it was asked to.
     pub(crate) fn new(config: &SidecarsConfig, stop_timeout: Duration, wall: Timestamp) -> Self {
         let kind = |schedule: &Option<Schedule>| match schedule {
             Some(schedule) => Kind::Job { schedule: Box::new(schedule.clone()), next: None },
@@ -185,8 +188,8 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Takes over a running process of a former master. `sidecar` is `None` if the process is no longer wanted; a second process of the
-    /// same sidecar is not wanted either. Returns the index of its sidecar.
+    /// Takes over a running process of a former master. `sidecar` is `None` if the process is no longer wanted; a
+    /// second process of the same sidecar is not wanted either. Returns the index of the process's sidecar.
     pub(crate) fn adopt(
         &mut self,
         sidecar: Option<usize>,
@@ -219,9 +222,9 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Applies a new configuration. `former` holds, for each sidecar in the new configuration, the index of the same sidecar among the
-    /// present sidecars. The next step asks sidecars to stop that are no longer configured. Returns the new index of each present sidecar;
-    /// `None` for a sidecar that was dropped.
+    /// Applies a new configuration. `former` contains, for each sidecar in the new configuration, the index of the same
+    /// sidecar among the present sidecars, if any. The next step asks sidecars that are no longer configured to stop.
+    /// Returns the new index of each present sidecar, or `None` for a sidecar that was dropped.
     pub(crate) fn reconfigure(
         &mut self,
         config: &SidecarsConfig,
@@ -293,7 +296,7 @@ impl SidecarSupervisor {
         (self.mode == Mode::Running).then_some(self.wall)
     }
 
-    /// Makes jobs that have become due since this time run once each.
+    /// Makes each job that has become due since this time run once.
     pub(crate) fn resume(&mut self, looked_at: Timestamp) {
         self.looked_at = Some(looked_at);
     }
@@ -303,7 +306,7 @@ impl SidecarSupervisor {
         // The wall clock may be set back a little at any time; that must not run a job twice.
         let was_set_back = self.wall.duration_since(wall) > SET_BACK;
         (self.now, self.wall) = (now, wall);
-        // These are the last events of an iteration, so all deaths have been handled.
+        // These are the last events in an iteration of the loop, so all deaths have been handled.
         let meets_deadlines = matches!(event, SidecarEvent::Tick | SidecarEvent::Begin);
         match event {
             SidecarEvent::Tick => {}
@@ -404,13 +407,13 @@ impl SidecarSupervisor {
                 sidecar.state = State::Retired;
                 self.notice(index, SidecarNotice::GivenUp { tries });
             }
-            // A wrapper such as env, timeout or docker run returns 125 when it fails itself.
+            // A wrapper such as env, timeout or docker run also returns 125 when the wrapper itself fails.
             AfterExit::Replace | AfterExit::Restart | AfterExit::StayDown => self.failed(index),
         }
     }
 
-    /// Prevents a second process of a daemon in the background. If the daemon is already running again, its next exit
-    /// decides.
+    /// Prevents a second process of a daemon that runs in the background. If the daemon is already running again, the
+    /// action follows its next exit.
     fn detached(&mut self, index: usize, pid: Pid) {
         if let Some(Sidecar { kind: Kind::Daemon { .. }, state }) = self.sidecars.get_mut(index)
             && let State::Backoff { .. } | State::Idle = state
@@ -420,7 +423,7 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Handles a process that could not be started, or that exited right after its start.
+    /// Handles a process that could not be started, or that exited right after it started.
     fn failed(&mut self, index: usize) {
         let sidecar = &mut self.sidecars[index];
         sidecar.state = State::Idle;
