@@ -1,4 +1,4 @@
-//! The supervisor: decides which processes should run, without a system call.
+//! Implements the supervisor, which decides without a system call which processes should run.
 //!
 //! ```text
 //!                 Spawn            Ready                Terminate            Kill
@@ -8,26 +8,30 @@
 //!     └─────────────────────────────────────────────────────────────┴──────────────────┘
 //! ```
 //!
-//! [`Supervisor::step`] takes one event and the time, and returns the actions. The shell around it (the master's loop) carries them out and
-//! reports back. Time is measured from the master's start and passed in, so that a test can simulate years of crashes in a second, from a
-//! seed.
+//! [`Supervisor::step`] takes one event and the time, and returns the actions. The master's loop carries the actions
+//! out and reports their results. Time is measured from the master's start and passed in, so that a test can simulate
+//! years of crashes in a second, from a seed.
 //!
 //! The rules:
 //! - A slot has at most one process. The slot number is unique among the running processes, and is the process's row in the scoreboard.
 //! - The number of processes that are starting or ready should be `target`. Draining processes are not included. [`scale`] changes the
 //!   target.
-//! - A process that dies after it was ready is replaced immediately, as long as fewer than `respawn_rate` were replaced within about a
-//!   second. Further replacements are delayed.
-//! - A process that dies before it is ready opens the breaker: no process is spawned until a delay has passed, which doubles with each
-//!   consecutive failure. Then a single process is tried; if it becomes ready, the breaker closes and the others are spawned. The delay is
-//!   a deadline and blocks nothing.
-//! - A process that exits with 0 before it was seen to be ready may have served its share of requests, and is replaced immediately.
-//!   After several consecutive such exits, the exit counts as a death before the process was ready, and a reload fails.
-//! - A running process that is replaced (reload, recycling) drains when its replacement is ready, and a budget limits the number of
-//!   processes that are being replaced at a time. If the new processes of a reload do not start, the old ones stay: see [`roll`].
-//! - A stop begins with the ready processes; the rest depends on the queues of the listening sockets: see [`stop`].
-//! - While a process drains, the supervisor reminds the shell of it every second, because a program may lose a signal between a check and
-//!   an `accept`. At its deadline the process is killed.
+//! - A process that dies after it was ready is replaced immediately, as long as fewer than `respawn_rate` processes
+//!   were replaced within about a second. Further replacements are delayed.
+//! - A process that dies before it is ready opens the circuit breaker: no process is spawned until a delay has passed.
+//!   The delay doubles with each consecutive failure. After the delay, a single process is tried; if it becomes ready,
+//!   the breaker closes and the other missing processes are spawned. The delay is a deadline and does not block the
+//!   master.
+//! - A process that exits with 0 before it was seen to be ready may have served its share of requests, and is replaced
+//!   immediately. After several consecutive exits of this kind, each further one counts as a death before the process
+//!   was ready, and a reload fails.
+//! - A running process that is replaced (reload, recycling) drains when its replacement is ready, and a budget limits
+//!   the number of processes that are being replaced at a time. If the new processes of a reload do not become ready,
+//!   the old ones stay: see [`roll`].
+//! - When the server stops, the ready processes are asked to exit first. When the other processes are asked depends on
+//!   the queues of the listening sockets: see [`stop`].
+//! - While a process is draining, the supervisor reminds the master's loop of it every second, because a program may
+//!   miss a signal that arrives between its check for signals and `accept`. At the deadline, the process is killed.
 
 mod breaker;
 mod messages;
@@ -52,7 +56,8 @@ pub(crate) use self::view::{Phase, SlotView};
 pub(crate) type Uptime = Duration;
 
 const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
-/// Maximum number of consecutive exits with 0 without being seen ready. A process that lived for [`UNSEEN_LONG`] counts as three.
+/// Maximum number of consecutive processes that may exit with 0 without having been seen to be ready. A process that
+/// lived for [`UNSEEN_LONG`] counts as three.
 const MAX_UNSEEN: u32 = 10;
 const UNSEEN_LONG: Duration = Duration::from_millis(100);
 
@@ -73,7 +78,8 @@ pub(crate) enum State {
         deadline: Uptime,
         ask_again: Uptime,
     },
-    /// `unready`: the process took too long to start, so its death counts as that of a process that never became ready.
+    /// `unready` is true if the process took too long to start. Its death then counts as that of a process that never
+    /// became ready.
     Killing {
         pid: Pid,
         unready: bool,
@@ -87,13 +93,13 @@ pub(crate) enum State {
 struct Slot {
     state: State,
     generation: u64,
-    /// When its process reached the end of its lifetime.
+    /// When the slot's process reached the end of its lifetime.
     worn: Option<Uptime>,
-    /// Whether its process is draining because a new process has replaced it.
+    /// Whether the slot's process is draining because a new process has replaced it.
     replaced: bool,
-    /// Whether its process was serving a request or an event stream at the last sample of demand.
+    /// Whether the slot's process was serving a request or an event stream at the last sample of demand.
     busy: bool,
-    /// Whether its process was ready during a stop, and accepts the queued connections.
+    /// Whether the slot's process was ready when the server began to stop, so that it accepts the queued connections.
     serves_queue: bool,
 }
 
@@ -106,7 +112,8 @@ impl Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Running,
-    /// `until`: the deadline of all processes. `queue`: connections are waiting, and must be served.
+    /// `until` is the deadline of all processes. `queue` is true if connections are waiting in a queue and must be
+    /// served.
     Stopping {
         success: bool,
         until: Uptime,
@@ -165,8 +172,8 @@ impl Supervisor {
     pub(crate) fn step(&mut self, event: SupervisorEvent, now: Uptime) -> Vec<Action> {
         self.now = now;
         match event {
-            // The last event of an iteration: a process whose report or death was read in the same iteration is not
-            // killed.
+            // This is the last event of an iteration, so a process whose report or death was read in the same iteration
+            // is not killed.
             SupervisorEvent::Tick => self.meet_deadlines(now),
             SupervisorEvent::Spawned { slot, pid } => self.spawned(slot, pid),
             SupervisorEvent::SpawnFailed { slot } => self.failed_start(slot, None, now),
@@ -204,17 +211,17 @@ impl Supervisor {
         self.mode == Mode::Running && self.target == 0
     }
 
-    /// Returns the time at which [`SupervisorEvent::Tick`] is due without another event. After a tick, always later
-    /// than that tick.
+    /// Returns the time at which [`SupervisorEvent::Tick`] is due without another event. After a tick, the result is
+    /// always later than that tick.
     pub(crate) fn next_deadline(&self) -> Option<Uptime> {
         let slots = self.slots.iter().filter_map(|slot| match slot.state {
             State::Starting { deadline, .. } => Some(deadline),
             State::Draining { deadline, ask_again, .. } => Some(deadline.min(ask_again)),
-            // During a stop, `SupervisorEvent::Queue` follows soon anyway.
+            // While the server is stopping, `SupervisorEvent::Queue` follows soon anyway.
             State::Backoff { until } => (self.mode == Mode::Running).then_some(until),
             State::Empty | State::Ready { .. } | State::Killing { .. } => None,
         });
-        // A slot that is empty while the breaker is open waits only for the breaker.
+        // A slot that is empty while the breaker is open is waiting only for the breaker.
         let breaker = (self.mode == Mode::Running && self.missing() > 0).then_some(self.breaker.open_until());
         let sample = (self.mode == Mode::Running).then(|| self.scaler.sample_at(self.target)).flatten();
         let given_up = (self.mode == Mode::Running).then(|| self.gives_up_at()).flatten();
@@ -222,24 +229,24 @@ impl Supervisor {
         slots.chain(others.filter(|&until| until > self.now)).min()
     }
 
-    /// When the supervisor gives up unless a process becomes ready before. Applies only while no process ever was ready
-    /// and starts fail.
+    /// Returns the time at which the supervisor gives up unless a process becomes ready before. Returns `None` if a
+    /// process has ever been ready, or if processes are not failing to start.
     fn gives_up_at(&self) -> Option<Uptime> {
         let after = Some(self.policy.give_up_after).filter(|after| !after.is_zero() && !self.proven);
         Some(self.breaker.failing_since()?.saturating_add(after?))
     }
 
-    /// Whether it is time to give up. A process that is already starting is allowed to finish first.
+    /// Whether it is time to give up. A process that is already starting may finish starting first.
     fn has_failed(&self, now: Uptime) -> bool {
         self.gives_up_at().is_some_and(|at| at <= now) && !self.is_starting()
     }
 
-    /// Whether the process serves and is not being replaced or stopped.
+    /// Whether the process is serving, and is not being replaced or stopped.
     pub(crate) fn is_ready(&self, pid: Pid) -> bool {
         self.find(pid).is_some_and(|index| matches!(self.slots[index].state, State::Ready { .. }))
     }
 
-    /// Whether a process has ever been ready, or none is needed for now.
+    /// Whether a process has ever been ready, or no process is needed for now.
     pub(crate) fn is_up(&self) -> bool {
         self.proven || self.reached_full_strength
     }
@@ -269,7 +276,7 @@ impl Supervisor {
     }
 
     fn ready(&mut self, pid: Pid) {
-        // A report is not trusted: one from a process that is no longer starting has no effect.
+        // Reports are not trusted: a report from a process that is no longer starting has no effect.
         let Some(index) = self.find(pid) else { return };
         match self.slots[index].state {
             State::Starting { .. } => {
@@ -296,7 +303,7 @@ impl Supervisor {
         let Slot { state, generation, serves_queue, .. } = self.slots[index];
         self.slots[index] = Slot::new(State::Empty, generation);
         match state {
-            // During a reload this means that the new generation has failed; the old processes stay.
+            // During a reload, such an exit means that the new generation has failed; the old processes stay.
             State::Starting { .. } if after_exit == AfterExit::StayDown && self.is_new(generation) => {
                 self.failed_start(slot, Some(pid), now);
             }
@@ -314,9 +321,9 @@ impl Supervisor {
         }
     }
 
-    /// Handles a process that exited with 0 and was never seen to be ready. It may have served its share of requests between two checks. If
-    /// that repeats and no process is ever seen, the program has failed. A process that lived longer was checked more often, and is
-    /// weighted higher.
+    /// Handles a process that exited with 0 and was never seen to be ready. The process may have served its share of
+    /// requests between two checks. If this happens repeatedly and no process is ever seen to be ready, the program has
+    /// failed. A process that lived longer was checked more often, and is given more weight.
     fn done_unseen(&mut self, slot: u32, pid: Pid, lived: Duration, now: Uptime) {
         let generation = self.slots[slot as usize].generation;
         let added = if lived < UNSEEN_LONG { 1 } else { 3 };
@@ -331,7 +338,7 @@ impl Supervisor {
         }
     }
 
-    /// Refills the slot, without a delay unless too many processes exit.
+    /// Replaces the process in the slot: immediately, or after a delay if too many processes exit.
     fn respawn(&mut self, slot: u32, now: Uptime) {
         if !self.replaces() {
             return;
@@ -389,7 +396,7 @@ impl Supervisor {
             }
             (Command::Remove, Mode::Running) => {
                 let (min, max) = self.scaler.limits();
-                // The last worker may be removed only if the minimum at the start was 0.
+                // The last worker may be removed only if the configured minimum is 0.
                 let lowest = self.policy.workers.0.min(1);
                 let fewer = max.saturating_sub(1).max(1);
                 let least = min.saturating_sub(1).max(lowest).min(fewer);
@@ -425,7 +432,7 @@ impl Supervisor {
         }
     }
 
-    /// Applies a different number of workers, as the operator requests.
+    /// Applies the number of workers that the operator has requested.
     fn retarget(&mut self, limits: (u32, u32), target: u32, now: Uptime) {
         let is_possible = limits.1 > 0 && limits.1 < self.policy.slots;
         if !is_possible || (limits == self.scaler.limits() && target == self.target) {
@@ -455,7 +462,7 @@ impl Supervisor {
         }
     }
 
-    /// Reports when all processes are ready for the first time, and requests the next sample of demand when it is due.
+    /// Reports once that all processes are ready, and requests the next sample of demand when it is due.
     fn look_ahead(&mut self, now: Uptime) {
         if !self.reached_full_strength && self.count_ready() >= self.target {
             self.reached_full_strength = true;
@@ -510,13 +517,14 @@ impl Supervisor {
         self.replace(now);
         while self.missing() > 0 && self.breaker.permits(self.is_starting(), now) {
             let Some(generation) = self.next_generation() else { break };
-            // Slots beyond the policy's number hold processes of a former master with more slots.
+            // Slots beyond the policy's number contain processes of a former master that had more slots.
             let mut slots = self.slots.iter().take(self.policy.slots as usize);
             let Some(index) = slots.position(|slot| slot.state == State::Empty) else { break };
             self.start(index, generation, now);
         }
         while self.strength() > self.wanted() {
-            // The order: processes that are not ready, then idle ones, then the oldest generation, then the highest slot.
+            // Processes are removed in this order: those that are not ready, then idle ones, then those of the oldest
+            // generation, then those in the highest slots.
             let candidates = (0..self.slots.len()).filter(|&index| self.slots[index].state.counts());
             let surplus = candidates.min_by_key(|&index| {
                 let Slot { state, busy, generation, .. } = self.slots[index];
@@ -539,10 +547,10 @@ impl Supervisor {
         self.target + self.surge()
     }
 
-    /// Returns how many of the wanted processes neither exist nor are delayed.
+    /// Returns how many of the wanted processes are missing: they do not exist, and their start is not delayed.
     fn missing(&self) -> u32 {
-        // A process that is killed because its start took too long keeps its place until its death is reported. The death counts as a
-        // failure, after which no other process is spawned for a while.
+        // A process that is killed because it took too long to start keeps its place until its death is reported. The
+        // death counts as a failure, after which no other process is spawned for a while.
         let waiting = self.count(|state| matches!(state, State::Backoff { .. } | State::Killing { unready: true, .. }));
         self.wanted().saturating_sub(self.strength() + waiting)
     }
@@ -586,7 +594,7 @@ impl State {
         matches!(self, Self::Starting { .. } | Self::Ready { .. })
     }
 
-    /// Whether it counts, or may have to be replaced when its death is reported.
+    /// Whether the process counts as running, or may have to be replaced when its death is reported.
     fn holds_place(&self) -> bool {
         self.counts() || matches!(self, Self::Killing { unready: true, .. })
     }

@@ -1,5 +1,5 @@
-//! Logs the function names for the addresses of a crash. A child process determines them, because the master must not read debug
-//! information.
+//! Logs the function names for the addresses of a crash. A child process looks the names up, because the master must
+//! not read debug information.
 //!
 //! At most one such child runs at a time. A few crashes wait for the next child; for further crashes only the addresses are logged.
 
@@ -14,7 +14,7 @@ use crate::{logging, sys};
 
 /// Maximum number of functions that are named.
 const NAMED: usize = 24;
-/// Time limit of the child. Files with much debug information take a while, but not this long.
+/// Time limit for the child. Reading files with much debug information takes a while, but less than this.
 const TIMEOUT_SECONDS: u32 = 30;
 /// Maximum number of crashes that wait.
 const WAITING: usize = 4;
@@ -33,7 +33,8 @@ struct Crash {
 }
 
 impl Symbolizer {
-    /// Logs the names of a dead worker's last instructions. The worker's trace is untrusted: it is parsed as numbers to look up.
+    /// Logs the function names for a dead worker's last instructions. The worker's trace is untrusted: it is only
+    /// parsed as addresses to look up.
     pub(crate) fn log(&mut self, slot: u32, pid: Pid, trace: String, signals: &SignalInbox) {
         if self.waiting.len() < WAITING {
             self.waiting.push_back(Crash { slot, pid, trace });

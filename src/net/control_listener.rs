@@ -1,4 +1,4 @@
-//! The control socket, to which operators connect.
+//! Creates the control socket, to which operators connect.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -42,7 +42,7 @@ impl ControlListener {
     /// Creates the socket and its file, and listens.
     ///
     /// # Errors
-    /// Returns a message for the operator if that fails.
+    /// Returns a message for the operator if the socket cannot be created.
     pub(crate) fn bind(path: &Path) -> Result<Self, String> {
         let fail = |cause: String| Self::fail(path, &cause);
         let (socket, file) = bind_file(path, Some(64), Some(0o600), "--control").map_err(fail)?;

@@ -1,13 +1,13 @@
 //! Hands connections over from one process to another.
 //!
-//! The master creates one channel: a pair of sockets, of which every worker has both ends. A worker that exits hands its
-//! open connections over, and the heir of a dead worker hands over the connections that can continue. Any worker with free
-//! capacity takes them, as it takes new connections from a listener. A connection in the channel belongs to no process,
-//! and survives its sender.
+//! The master creates one channel: a pair of sockets, of which every worker has both ends. A worker that exits hands
+//! over its open connections, and the heir of a dead worker hands over the connections that can continue. Any worker
+//! with free capacity takes connections from the channel, as it takes new connections from a listener. A connection in
+//! the channel belongs to no process, and survives the process that sent it.
 //!
 //! Each message is one connection: its descriptor and a [`Handoff`].
 //!
-//! Must not depend on the protocol of a connection.
+//! This module must not depend on the protocol of a connection.
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -20,8 +20,8 @@ use nix::sys::socket::{
 /// Size of a handoff's header, which precedes the connection's bytes.
 pub(crate) const HEADER: usize = 32;
 const MAGIC: [u8; 4] = *b"FYHO";
-/// Send buffer for connections in transit. With the kernel's overhead it holds some thousands of connections, if the
-/// kernel allows this size.
+/// Send buffer for connections in transit. If the kernel allows this size, the buffer holds some thousands of
+/// connections with the kernel's overhead.
 const BUFFER: usize = 4 << 20;
 
 /// The message that accompanies a connection.
@@ -46,7 +46,7 @@ impl Handoff {
         message
     }
 
-    /// `None` if the message is not a handoff.
+    /// Decodes a message. Returns `None` if the message is not a handoff.
     pub(crate) fn decode(message: &[u8]) -> Option<Self> {
         let (header, early) = message.split_first_chunk::<HEADER>()?;
         let (magic, rest) = header.split_first_chunk::<4>()?;
@@ -69,7 +69,7 @@ const IS_TLS: u64 = 1 << 18;
 const IS_ADMITTED: u64 = 1 << 19;
 
 impl PackedOrigin {
-    /// The origin of a connection from which nothing was read. `None` is a peer on a Unix socket.
+    /// Creates the origin of a connection from which nothing was read. `peer` is `None` for a peer on a Unix socket.
     pub(crate) fn of_peer(peer: Option<SocketAddr>) -> Self {
         let Some(peer) = peer else { return Self::default() };
         let (ip, is_v4) = match peer.ip() {
@@ -82,7 +82,7 @@ impl PackedOrigin {
         Self([HAS_ADDRESS | is_v4 | u64::from(peer.port()), high, low])
     }
 
-    /// The origin of a connection that passed access control. `is_tls`: whether the client used TLS.
+    /// Creates the origin of a connection that has passed access control. `is_tls` is true if the client used TLS.
     pub(crate) fn admitted(client: Option<SocketAddr>, is_tls: bool) -> Self {
         let Self([head, high, low]) = Self::of_peer(client);
         Self([head | IS_ADMITTED | if is_tls { IS_TLS } else { 0 }, high, low])
@@ -101,7 +101,7 @@ impl PackedOrigin {
         self.0[0] & IS_TLS != 0
     }
 
-    /// Whether the connection has passed access control: its next bytes are a request.
+    /// Whether the connection has passed access control, so that its next bytes are a request.
     pub(crate) fn is_admitted(self) -> bool {
         self.0[0] & IS_ADMITTED != 0
     }
@@ -142,7 +142,7 @@ impl Channel {
     }
 }
 
-/// Sends a connection into the channel; the caller must close its own descriptor next.
+/// Sends a connection into the channel. The caller must then close its own descriptor of the connection.
 ///
 /// # Errors
 /// Returns `WouldBlock` if too many connections are in transit already, or another error from the channel.

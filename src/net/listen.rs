@@ -1,8 +1,8 @@
 //! Creates listening sockets: from the text of `--bind PROTO:ADDR` to a descriptor that all workers inherit.
 //!
 //! One socket serves all workers, and its queue belongs to no process: a queued connection survives the death of any
-//! worker. (With SO_REUSEPORT each worker would have its own queue, and its death would reset the connections in that
-//! queue.)
+//! worker. (With SO_REUSEPORT, each worker would have its own queue, and the death of a worker would reset the
+//! connections in its queue.)
 
 mod closing;
 mod repair;
@@ -37,7 +37,7 @@ use crate::sys;
 /// Interval between two attempts to bind an address that is in use.
 const IN_USE_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The error of a `--bind`. The cause contains the remedy.
+/// The error for a `--bind` that failed. The cause contains the remedy.
 #[derive(Debug)]
 pub(crate) struct ListenError {
     bind: Bind,
@@ -58,7 +58,8 @@ impl ListenError {
     }
 }
 
-/// A bound, listening socket. Dropping it closes it; [`Listener::remove_file`] removes its file.
+/// A bound, listening socket. Dropping the listener closes the socket; [`Listener::remove_file`] removes the socket's
+/// file.
 #[derive(Debug)]
 pub(crate) struct Listener {
     pub(crate) protocol: Protocol,
@@ -97,10 +98,10 @@ impl fmt::Display for Listener {
 }
 
 impl Listener {
-    /// Binds and listens.
+    /// Binds a socket and makes it listen.
     ///
-    /// `backlog` is the length of the kernel's queue of connections that are not accepted yet. `mode` is the permissions of a
-    /// socket file. `blocking` is true for programs that call `accept` themselves.
+    /// `backlog` is the length of the kernel's queue of connections that are not accepted yet. `mode` contains the
+    /// permissions of a socket file. `blocking` is true for programs that call `accept` themselves.
     ///
     /// # Errors
     /// Fails if the address cannot be bound.
@@ -120,9 +121,9 @@ impl Listener {
         listener.prepared(bind)
     }
 
-    /// Like [`Listener::bind`], for all addresses of a name. Programs have one socket, for the first address.
-    /// `leaves_ipv4`: see [`Bind::leaves_ipv4`]. An address that this machine does not have is omitted if a different address of
-    /// the name is bound.
+    /// Like [`Listener::bind`], for all addresses of a name. If `blocking`, only the first address is bound, because
+    /// programs have one socket. `leaves_ipv4`: see [`Bind::leaves_ipv4`]. An address that this machine does not have
+    /// is omitted if another address of the name is bound.
     ///
     /// # Errors
     /// Fails as [`Listener::bind`] does. No address is bound in that case.
@@ -147,11 +148,11 @@ impl Listener {
     }
 
     /// Adopts a socket that a former master created for `bind`, with its `file`. Does not change whether the socket
-    /// blocks: this is a property of the socket, not of the descriptor, and the processes that accept on it depend on
-    /// it. (A program with an event loop may have changed it.)
+    /// blocks: O_NONBLOCK belongs to the socket rather than to a descriptor, and the processes that accept on the
+    /// socket depend on it. (A program with an event loop may have set it.)
     ///
     /// # Errors
-    /// Fails if it is not a listening socket, or if it blocks although `blocking` is false.
+    /// Fails if `socket` is not a listening socket, or if it blocks although `blocking` is false.
     pub(crate) fn adopt(
         bind: &Bind,
         socket: OwnedFd,
@@ -214,7 +215,7 @@ impl Listener {
         self.give_file_of(nix::unistd::geteuid(), owner)
     }
 
-    /// Like [`Listener::give_file`], for a file that was given to `from` before.
+    /// Like [`Listener::give_file`], for a file whose owner was changed to `from` before.
     ///
     /// # Errors
     /// Fails as [`Listener::give_file`] does.
@@ -273,7 +274,7 @@ pub(super) fn set_blocking(socket: &OwnedFd, blocking: bool) -> io::Result<()> {
 }
 
 /// Checks a `--bind` as far as possible without listening. Returns a note if the address is in use, because the process
-/// that uses it may be this service itself.
+/// that uses the address may be the running instance of this service.
 ///
 /// # Errors
 /// Returns a message for the operator if the address cannot be bound.
@@ -281,7 +282,8 @@ pub(crate) fn examine(bind: &Bind, all: &[Bind]) -> Result<Option<String>, Strin
     let found = match &bind.address {
         Address::Path(path) => examine_path(path, "--bind"),
         Address::Tcp(address) => examine_tcp(address, bind.leaves_ipv4(all)),
-        // The name is free, or in use by another process.
+        // Only the form of the name is checked: a name that is in use may belong to the running instance of this
+        // service.
         Address::Abstract(name) => abstract_address(name).map(|_| None),
         // The process that starts the server may pass different descriptors.
         Address::Inherited(fd) => {
@@ -292,8 +294,8 @@ pub(crate) fn examine(bind: &Bind, all: &[Bind]) -> Result<Option<String>, Strin
     found.map(|note| note.map(|note| format!("{bind}: {note}"))).map_err(|cause| format!("cannot bind {bind}: {cause}"))
 }
 
-/// Waits up to `timeout` while the address is in use: the workers of a server that was just killed may be about to
-/// release it.
+/// Waits up to `timeout` while the address is in use, because the workers of a server that was just killed may be about
+/// to release the address.
 pub(crate) fn await_address(bind: &Bind, timeout: Duration, leaves_ipv4: bool) {
     let begun = Instant::now();
     while is_in_use(bind, leaves_ipv4) && begun.elapsed() < timeout {
@@ -357,7 +359,7 @@ fn inherit(fd: RawFd, protocol: Protocol) -> Result<Listener, String> {
     Ok(Listener::new(protocol, Address::Inherited(fd), family, socket, None))
 }
 
-/// Returns the device and inode of the listening socket that is open as descriptor `fd`; they are the same for each
+/// Returns the device and inode of the listening socket that is open as descriptor `fd`; these are the same for each
 /// descriptor of the socket.
 pub(crate) fn identity_of(fd: RawFd) -> Option<(u64, u64)> {
     let socket = sys::descriptor(fd)?;
@@ -368,7 +370,7 @@ pub(crate) fn identity_of(fd: RawFd) -> Option<(u64, u64)> {
 /// Returns the family of a listening socket.
 ///
 /// # Errors
-/// Returns the rest of a sentence about the socket, as in `is not a listening socket`.
+/// Returns the predicate of a sentence about the socket, as in `is not a listening socket`.
 fn family_of(socket: &OwnedFd) -> Result<SocketFamily, String> {
     if !socket::getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err("is not a listening socket (call listen on it before passing it on)".to_owned());
@@ -424,7 +426,7 @@ mod tests {
     fn adopting_a_socket_does_not_change_whether_it_blocks() {
         let bind: Bind = "fastcgi:127.0.0.1:0".parse().unwrap();
         let adopt = |made: &Listener, blocking| Listener::adopt(&bind, made.duplicate().unwrap(), None, blocking);
-        // Created for programs that block in accept; a program with an event loop changes that.
+        // The socket is created for programs that block in accept; a program with an event loop sets O_NONBLOCK.
         let made = Listener::bind(&bind, 8, None, true).unwrap();
         assert!(is_blocking(&made.socket).unwrap());
         let error = adopt(&made, false).unwrap_err().to_string();

@@ -1,8 +1,9 @@
-//! Creates the publish socket, to which programs in any language send events as datagrams. The relay receives them.
+//! Creates the publish socket, to which programs in any language send events as datagrams. The relay receives the
+//! datagrams.
 //!
-//! The socket has a file, so that file permissions decide which users may send. Without `--events-socket` the file is
-//! in a directory of its own, which is removed together with the file. If a master was killed, the next master that
-//! creates such a directory removes the old one. The directory is created in the first suitable place; if there is
+//! The socket has a file, so that file permissions decide which users may send. Without `--events-socket`, the file is
+//! in its own directory, which is removed together with the file. If a master was killed, the next master that creates
+//! such a directory removes the one left behind. The directory is created in the first suitable place; if there is
 //! none, programs cannot publish, and the server starts without the socket.
 
 use std::fs::DirBuilder;
@@ -20,10 +21,10 @@ use crate::privileges::Visitor;
 use crate::sys::file_path::examine_directory;
 use crate::sys::lock_file::LockFile;
 
-/// Environment variable with the path of the socket, which every program gets.
+/// Environment variable that contains the path of the socket. It is set for every program.
 pub(crate) const VARIABLE: &str = "FORKYARD_EVENTS";
 const FLAG: &str = "--events-socket";
-/// Prefix of the directories' names.
+/// Prefix of the names of such directories.
 const DIRECTORY: &str = "forkyard-events-";
 /// Name of the socket in such a directory.
 const NAME: &str = "socket";
@@ -56,7 +57,7 @@ impl PublishSocket {
         Ok(Some(made))
     }
 
-    /// Binds in a directory of its own, in the first suitable place.
+    /// Binds the socket in a new directory of its own, in the first suitable place.
     ///
     /// # Errors
     /// Returns a message for the operator if there is no such place.
@@ -119,7 +120,7 @@ impl PublishSocket {
         self.socket.as_raw_fd()
     }
 
-    /// Returns the path for programs with the root directory `chroot`. `None` if the socket is outside of that
+    /// Returns the path for programs with the root directory `chroot`. Returns `None` if the socket is outside of that
     /// directory.
     pub(crate) fn seen_from(&self, chroot: Option<&Path>) -> Option<PathBuf> {
         let Some(root) = chroot else { return Some(self.path.clone()) };
@@ -194,7 +195,7 @@ fn first_of<T>(
     ))
 }
 
-/// Checks the publish socket without creating anything. May return a note for the operator.
+/// Checks whether the publish socket can be created, without creating anything. May return a note for the operator.
 ///
 /// # Errors
 /// Returns a message for the operator if the configured path is unsuitable.
@@ -242,19 +243,19 @@ fn private_directory(place: &Path) -> io::Result<PathBuf> {
     getrandom::fill(&mut random).map_err(io::Error::other)?;
     let directory = place.join(format!("{DIRECTORY}{:016x}", u64::from_ne_bytes(random)));
     DirBuilder::new().mode(0o711).create(&directory)?;
-    // Overrides the umask.
+    // The permissions are set again, because the umask may have removed some.
     std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o711))?;
     Ok(directory)
 }
 
-/// Removes the directories that dead masters of this user left behind.
+/// Removes the directories that killed masters of this user have left behind.
 fn sweep(place: &Path) {
     let ours = nix::unistd::geteuid().as_raw();
     let entries = std::fs::read_dir(place).into_iter().flatten().filter_map(Result::ok);
     for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(DIRECTORY)) {
         let is_ours = entry.metadata().is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == ours);
         let socket = entry.path().join(NAME);
-        // A socket that is being created looks like one that a dead program left behind.
+        // The lock is needed because a socket that is being created looks like one that a dead program left behind.
         let turn = is_ours.then(|| LockFile::for_path(&socket));
         if turn.is_some() && listen::is_stale(&socket) && std::fs::remove_file(&socket).is_ok() {
             drop(turn); // the lock file is in the directory

@@ -1,11 +1,12 @@
 //! Counts the connections in the kernel's queue of a listening socket that have not been accepted yet.
 //!
 //! A TCP socket reports its own count. The count of a Unix socket is available only from the kernel's socket diagnosis
-//! (`NETLINK_SOCK_DIAG`), which requires no privilege; php-fpm and uWSGI show 0 for Unix sockets. Where the diagnosis is
-//! missing (a kernel without `unix_diag`, a socket from another network namespace), it is only possible to determine whether
-//! any connections wait.
+//! (`NETLINK_SOCK_DIAG`), which requires no privilege; php-fpm and uWSGI show 0 for Unix sockets. If this diagnosis is
+//! not available (a kernel without `unix_diag`, a socket from another network namespace), it can only be determined
+//! whether any connection is waiting.
 //!
-//! Must not block. The kernel puts its reply into the socket before `send` returns.
+//! This module must not block. It does not need to wait for a reply, because the kernel puts the reply into the socket
+//! before `send` returns.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
@@ -26,7 +27,7 @@ const SHOW_QUEUE: u32 = 0x10;
 const QUEUE: u16 = 4;
 /// Size of `struct nlmsghdr`.
 const HEADER: usize = 16;
-/// Size of the `struct unix_diag_msg` after it.
+/// Size of the `struct unix_diag_msg` that follows.
 const UNIX: usize = 16;
 
 /// Queries the kernel for the lengths of the queues.
@@ -43,14 +44,14 @@ impl QueueDepth {
         Self { diagnosis: socket::socket(family, kind, flags, SockProtocol::NetlinkSockDiag).ok() }
     }
 
-    /// Returns the number of connections in this listener's queue; where the kernel does not count them, 1 if there are
-    /// any.
+    /// Returns the number of connections in this listener's queue. If the kernel does not count them, returns 1 if
+    /// there are any.
     pub(crate) fn of(&self, listener: &Listener) -> u32 {
         self.counted(listener).unwrap_or_else(|| u32::from(is_readable(listener)))
     }
 
-    /// Like [`QueueDepth::of`], but `None` where the kernel does not count. Correct even for a socket that was shut down, which
-    /// polls as readable forever.
+    /// Like [`QueueDepth::of`], but returns `None` if the kernel does not count the connections. The result is correct
+    /// even for a Unix socket that was shut down, which poll(2) reports as readable forever.
     pub(crate) fn counted(&self, listener: &Listener) -> Option<u32> {
         match listener.family {
             SocketFamily::Tcp => sys::tcp_queue(listener.as_fd()).ok(),
@@ -68,7 +69,7 @@ fn unix_queue(diagnosis: &OwnedFd, listener: &Listener) -> io::Result<u32> {
     // The kernel identifies sockets by the number of their inode, truncated to 32 bits.
     let inode = fstat(listener.as_fd())?.st_ino & u64::from(u32::MAX);
     let inode = u32::try_from(inode).map_err(io::Error::other)?;
-    // Discard unread replies to an earlier request that failed before they were read.
+    // Discard replies to an earlier request that failed before its replies were read.
     let mut answer = [0; 512];
     while socket::recv(diagnosis.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT).is_ok() {}
     socket::send(diagnosis.as_raw_fd(), &question(inode), MsgFlags::MSG_DONTWAIT)?;
@@ -87,14 +88,14 @@ fn question(inode: u32) -> Vec<u8> {
     bytes.extend(REQUEST.to_ne_bytes());
     bytes.extend([0; 8]); // sequence and port: no other code uses this socket
     bytes.extend([family, 0, 0, 0]);
-    bytes.extend(u32::MAX.to_ne_bytes()); // in any state
+    bytes.extend(u32::MAX.to_ne_bytes()); // sockets in any state
     bytes.extend(inode.to_ne_bytes());
     bytes.extend(SHOW_QUEUE.to_ne_bytes());
     bytes.extend([0xff; 8]); // no cookie
     bytes
 }
 
-/// The queue length in the kernel's reply; `None` if it is not a reply about this socket.
+/// Returns the queue length in the kernel's reply, or `None` if the reply is not about this socket.
 fn queue_in(answer: &[u8], inode: u32) -> Option<u32> {
     let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
     let of = u32::from_ne_bytes(answer.get(HEADER + 4..HEADER + 8)?.try_into().ok()?);

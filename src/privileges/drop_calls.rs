@@ -1,6 +1,8 @@
-//! The fenced system calls with which a process drops privileges, and the signal handler that reports a refused call.
+//! Makes the system calls with which a process drops privileges, and contains the signal handler that reports a refused
+//! call. Part of the `unsafe` code.
 //!
-//! All functions can run between fork and exec: they allocate no memory and take no lock. This module decides nothing.
+//! All functions can run between fork and exec: they allocate no memory and take no lock. The module `steps` decides
+//! which calls are made.
 #![expect(unsafe_code, reason = "capset, setpriority, prctl and a signal's context have no safe form")]
 
 use std::fmt::Write as _;
@@ -44,7 +46,7 @@ pub(crate) fn carry_out(step: &Step) -> io::Result<()> {
     Ok(())
 }
 
-/// The nice value of this process.
+/// Returns the nice value of this process.
 ///
 /// # Errors
 /// Returns the error from `getpriority(2)`.
@@ -60,7 +62,7 @@ fn set_nice(nice: i32) -> io::Result<()> {
     outcome(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }.into())
 }
 
-/// Removes all capabilities but these from the bounding set, so that no program executed later can get them.
+/// Removes all capabilities but these from the bounding set, so that no program executed later can obtain the others.
 fn bound_capabilities(CapabilitySet(kept): CapabilitySet) -> io::Result<()> {
     for number in (0..64).filter(|number| kept & (1 << number) == 0) {
         // SAFETY: plain system call with integers.
@@ -72,7 +74,8 @@ fn bound_capabilities(CapabilitySet(kept): CapabilitySet) -> io::Result<()> {
     Ok(())
 }
 
-/// Keeps these capabilities and no others, as permitted and effective; if `ambient`, the next program that is executed keeps them too.
+/// Keeps only these capabilities, as permitted and effective ones. If `ambient`, the next program that is executed
+/// keeps them too.
 fn set_capabilities(CapabilitySet(kept): CapabilitySet, ambient: bool) -> io::Result<()> {
     /// As defined in `linux/capability.h`.
     const VERSION_3: u32 = 0x2008_0522;
@@ -107,7 +110,7 @@ fn outcome(returned: libc::c_long) -> io::Result<()> {
     if returned < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Makes each system call that the sandbox traps return an error, and logs the name of the call: once per call and process.
+/// Makes each system call that the sandbox traps return an error. The name of each call is logged once per process.
 ///
 /// # Errors
 /// Returns the error from `sigaction(2)`.
@@ -121,7 +124,7 @@ pub(super) fn report_refused_calls() -> io::Result<()> {
     outcome(unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) }.into())
 }
 
-/// One bit for each system call, by its number: whether the call was reported.
+/// One bit for each system call number, set if that call was reported.
 static REPORTED: [AtomicU64; 16] = [const { AtomicU64::new(0) }; 16];
 
 extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
@@ -141,8 +144,8 @@ extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
     // SAFETY: the kernel calls this with a valid siginfo_t, which is larger than `Trapped` and as strictly aligned.
     let trapped = unsafe { &*info.cast::<Trapped>() };
     let Some(number) = u64::try_from(trapped.number).ok().filter(|_| trapped.code == SYS_SECCOMP) else {
-        // SIGSYS was sent by a process: it ends this process, as it would without this handler.
-        // SAFETY: `_exit` is async-signal-safe, and never returns.
+        // SIGSYS was sent by a process: terminate this process, as SIGSYS would without this handler. SAFETY: `_exit`
+        // is async-signal-safe, and never returns.
         unsafe { libc::_exit(128 + libc::SIGSYS) }
     };
     let (word, bit) = (usize::try_from(number / 64).unwrap_or(usize::MAX), 1 << (number % 64));
@@ -167,7 +170,7 @@ fn set_result(context: &mut libc::ucontext_t, value: i64) {
     context.uc_mcontext.regs[0] = value.cast_unsigned();
 }
 
-/// No filter is created on other architectures, so nothing is refused.
+/// Does nothing: on other architectures no filter is created, so no call is refused.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn set_result(_: &mut libc::ucontext_t, _: i64) {}
 

@@ -1,6 +1,7 @@
-//! Explains, for the log, why a program could not be executed: the kernel's error alone names neither the file nor the user.
+//! Explains, for the log, why a program could not be executed. The kernel's error alone identifies neither the file nor
+//! the user.
 //!
-//! The checks run as the master, which may have more access than the user of the process.
+//! The checks run in the master, which may have more access than the user of the process.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
@@ -12,7 +13,7 @@ use crate::config::privileges::PrivilegesConfig;
 use crate::sys;
 use crate::sys::file_path::directory_of;
 
-/// A message with the command, the user, the directory and the cause.
+/// Returns a message with the command, the user, the directory and the cause.
 pub(super) fn explain(error: &io::Error, program: &Program, config: &PrivilegesConfig) -> String {
     let directory = match (&config.chdir, &config.chroot) {
         (Some(directory), _) => directory.clone(),

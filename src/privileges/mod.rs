@@ -42,10 +42,10 @@ pub(crate) struct Privileges {
 }
 
 impl Privileges {
-    /// Checks that `config` can be applied. `executes` means that each process executes a program.
+    /// Checks that `config` can be applied. `executes` is true if each process executes a program.
     ///
     /// # Errors
-    /// Returns a message for the operator for every setting that cannot be applied; each names the flag.
+    /// Returns a message for the operator for every setting that cannot be applied. Each message contains the flag.
     pub(crate) fn examine(config: &PrivilegesConfig, executes: bool) -> Result<Self, Vec<String>> {
         let standing =
             standing().map_err(|error| vec![format!("cannot determine the privileges of this process: {error}")])?;
@@ -99,8 +99,8 @@ impl Privileges {
     }
 
     /// Applies the privileges of its slot to this process, a worker that has just been forked and has one thread. Must
-    /// run before any application code. If the user changes, the kernel drops a parent-death signal that was requested
-    /// before.
+    /// run before any application code. If the user changes, the kernel cancels a parent-death signal that was
+    /// requested before.
     ///
     /// # Errors
     /// Returns the step that failed, with the flag that requested it.
@@ -133,12 +133,13 @@ impl Privileges {
         self.config.sandbox.as_ref().map_or(Ok(()), sandbox::enter).map_err(io::Error::other)
     }
 
-    /// Explains why `program` could not be executed with these privileges. The message names the command, the user and the directory.
+    /// Explains why `program` could not be executed with these privileges. The message contains the command, the user
+    /// and the directory.
     pub(crate) fn explain_exec(&self, error: &io::Error, program: &Program) -> String {
         exec_error::explain(error, program, &self.config)
     }
 
-    /// Whether the processes may be able to open different files than the master.
+    /// Whether the processes may be able to open other files than the master.
     pub(crate) fn change_access(&self) -> bool {
         !self.steps.is_empty() || self.config.sandbox.is_some()
     }
@@ -159,7 +160,7 @@ impl Privileges {
 pub(crate) fn carry_out_before_exec(steps: &[Step]) -> io::Result<()> {
     for step in steps {
         drop_calls::carry_out(step).inspect_err(|_| {
-            // The error itself is returned.
+            // Only the flag and the detail are written here; the error itself is returned.
             for word in [step.flag(), " ", step.detail()] {
                 let _ = nix::unistd::write(io::stderr(), word.as_bytes());
             }
@@ -168,8 +169,8 @@ pub(crate) fn carry_out_before_exec(steps: &[Step]) -> io::Result<()> {
     Ok(())
 }
 
-/// Changes the owner of an open file if it is a regular file or a socket, belongs to this user, and has only one name: in a
-/// directory that others can write to, a name may lead anywhere.
+/// Changes the owner of an open file if it is a regular file or a socket, belongs to this user, and has only one name.
+/// These conditions are necessary because, in a directory to which others can write, a name may lead to any file.
 ///
 /// # Errors
 /// Returns the error from the system call.
@@ -177,7 +178,7 @@ pub(crate) fn give(file: BorrowedFd<'_>, owner: Owner) -> io::Result<()> {
     give_of(file, nix::unistd::geteuid(), owner)
 }
 
-/// Like [`give`], for a file that was given to `from` before.
+/// Like [`give`], for a file whose owner was changed to `from` before.
 ///
 /// # Errors
 /// Returns the error from the system call.
@@ -239,8 +240,8 @@ fn hard_limits() -> Vec<(Resource, u64)> {
     all.filter_map(|resource| Some((resource, getrlimit(resource).ok()?.1))).collect()
 }
 
-/// The first user namespace contains all users, each under its own number (user_namespaces(7)). Without /proc, this process
-/// is assumed to be in that namespace.
+/// Whether this process is in the initial user namespace, in which every user has its own number (user_namespaces(7)).
+/// True if /proc is not mounted.
 fn is_in_first_namespace() -> bool {
     let Ok(map) = std::fs::read_to_string("/proc/self/uid_map") else { return true };
     map.split_ascii_whitespace().eq(["0", "0", "4294967295"])

@@ -1,4 +1,5 @@
-//! Determines whether processes of a different user can access a path: its parent directories may admit the master, but not that user.
+//! Determines whether processes of a different user can access a path. The path's parent directories may admit the
+//! master, but not that user.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt as _;
@@ -8,7 +9,7 @@ use caps::Capability;
 
 use crate::config::privileges::{CapabilitySet, PrivilegesConfig};
 
-/// The identity of the workers, if directories may exclude them but not the master.
+/// The identity of the workers, if there may be directories that the master can enter but the workers cannot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Visitor {
     user: u32,
@@ -28,8 +29,8 @@ impl Visitor {
         Some(Self { user: user.uid.as_raw(), groups })
     }
 
-    /// Returns the outermost directory on the path to directory `path` that this user cannot pass through, or `None` if
-    /// the modes show none.
+    /// Returns the outermost directory on the way to directory `path` that this user cannot pass through, or `None` if
+    /// the modes let the user pass.
     pub(crate) fn barred_at(&self, path: &Path) -> Option<PathBuf> {
         let path = path.canonicalize().ok()?;
         let mut above: Vec<&Path> = path.ancestors().collect();
@@ -42,7 +43,8 @@ impl Visitor {
         self.has_search_bit(found.mode(), found.uid(), found.gid())
     }
 
-    /// Only the bits of the first class to which the process belongs apply: owner, group, others (path_resolution(7)).
+    /// Whether the process may search a directory with this mode. Of the classes owner, group and others, only the bits
+    /// of the first class to which the process belongs apply (path_resolution(7)).
     fn has_search_bit(&self, mode: u32, owner: u32, group: u32) -> bool {
         let shift = match () {
             () if owner == self.user => 6,

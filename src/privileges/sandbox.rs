@@ -1,4 +1,5 @@
-//! The sandbox of a worker: Landlock for files, seccomp for system calls. Both apply permanently to the process and all its children.
+//! Implements the sandbox of a worker: Landlock restricts files, seccomp restricts system calls. Both apply permanently
+//! to the process and all its children.
 //!
 //! Landlock: files below `READ` and the paths of `--sandbox-read` can be read; files below `WRITE` and the paths of `--sandbox-write` can
 //! also be written; nothing else can be opened. Files that are already open stay usable: sockets, the segment, files that the application
@@ -6,7 +7,7 @@
 //!
 //! Seccomp: a list of allowed system calls. A refused call returns an error, and its name is logged.
 //!
-//! Must not run between fork and exec of a program, because it allocates.
+//! This code must not run between fork and exec of a program, because it allocates memory.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -60,8 +61,8 @@ const READ: [&str; 33] = [
 ];
 const WRITE: [&str; 3] = ["/dev/null", "/dev/zero", "/dev/full"];
 
-/// Checks that this kernel supports the sandbox, and that the paths that the operator named exist. Returns a message for each
-/// problem.
+/// Checks that this kernel supports the sandbox, and that the paths given by the operator exist. Returns a message for
+/// each problem.
 pub(super) fn check(config: &SandboxConfig, root: &Path) -> Vec<String> {
     let read = config.read.iter().map(|path| ("--sandbox-read", path));
     let named = read.chain(config.write.iter().map(|path| ("--sandbox-write", path)));
@@ -97,7 +98,7 @@ fn ruleset(required: bool) -> Result<RulesetCreated, landlock::RulesetError> {
     Ruleset::default()
         .set_compatibility(level)
         .handle_access(AccessFs::from_all(ABI::V3))?
-        // Features of later kernels are used if they are available.
+        // Features of later kernels are used only if they are available.
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(ABI::V6))?
         .handle_access(AccessNet::BindTcp)?
@@ -111,7 +112,7 @@ fn restrict_files(config: &SandboxConfig) -> Result<(), String> {
     let no_devices = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock;
     let write = AccessFs::from_all(ABI::V6) & !no_devices;
     let mut rules = ruleset(config.required).map_err(failed)?;
-    // Backtraces of a program read the program's own file.
+    // The program's own file is needed for its backtraces.
     let own = std::env::current_exe().ok();
     let system = READ.iter().map(Path::new).chain(own.as_deref());
     rules = rules.add_rules(landlock::path_beneath_rules(system, read)).map_err(failed)?;
@@ -130,7 +131,8 @@ fn restrict_files(config: &SandboxConfig) -> Result<(), String> {
     Ok(())
 }
 
-/// Returns the filters, in the order in which they are installed. The kernel applies the strictest of their results.
+/// Returns the filters, in the order in which they are installed. If their results differ, the kernel applies the
+/// strictest one.
 fn filters() -> Result<Vec<BpfProgram>, String> {
     let machine = std::env::consts::ARCH;
     if !["x86_64", "aarch64"].contains(&machine) {
@@ -142,7 +144,8 @@ fn filters() -> Result<Vec<BpfProgram>, String> {
         BpfProgram::try_from(filter).map_err(|error| error.to_string())
     };
     let whole = |calls: &[i64]| calls.iter().map(|&call| (call, Vec::new())).collect();
-    // The C library makes these calls where a signal could not report them, or only as a probe: they fail silently.
+    // The C library makes these calls as a probe, or in places where a signal could not report them. They fail
+    // silently.
     let errno = |number: i32| SeccompAction::Errno(number.cast_unsigned());
     let tried = [libc::SYS_clone3, libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
     let executed = [libc::SYS_execve, libc::SYS_execveat];

@@ -1,7 +1,8 @@
-//! The system calls of a sandboxed worker, by name: the calls that a web application, its runtime and the C library make.
+//! Lists the system calls that a sandboxed worker may make: those that a web application, its runtime and the C library
+//! need.
 //!
-//! A call that is not in the list is refused with EPERM and reported. A call that is newer than the list is refused with ENOSYS,
-//! so that a library that probes for it works without it. This module makes no system call.
+//! A call that is not in the list is refused with EPERM and reported. A call that is newer than the list is refused
+//! with ENOSYS, so that a library that probes for the new call does without it. This module makes no system call.
 
 /// A system call's number, and its name in libc.
 type Named = (libc::c_long, &'static str);
@@ -283,7 +284,7 @@ const ALLOWED_OLD: &[Named] = named![
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_OLD: &[Named] = &[];
 
-/// Refused calls that are logged with their name; other refused calls are logged with their number.
+/// Refused calls whose name is logged. Other refused calls are logged with their number.
 const REFUSED: &[Named] = named![
     SYS_ptrace,
     SYS_process_vm_readv,

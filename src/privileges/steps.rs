@@ -1,4 +1,5 @@
-//! Decides the order in which a process gives up privileges: pure, from the operator's settings to a list of [`Step`]s.
+//! Decides the order in which a process gives up privileges: turns the operator's settings into a list of [`Step`]s.
+//! Pure.
 //!
 //! Each step removes a privilege that later steps do not need:
 //!
@@ -34,7 +35,8 @@ pub(crate) struct Standing {
     pub(crate) group: Gid,
     /// Effective capabilities, one bit each.
     pub(crate) capabilities: u64,
-    /// Whether the process is in the initial user namespace. Capabilities in other namespaces do not override limits of the machine.
+    /// Whether the process is in the initial user namespace. Capabilities in other namespaces do not override
+    /// system-wide limits.
     pub(crate) in_first_namespace: bool,
     /// The processors that the process may run on, in order.
     pub(crate) processors: Vec<usize>,
@@ -45,7 +47,7 @@ pub(crate) struct Standing {
     pub(crate) most_descriptors: u64,
 }
 
-/// One change of a process. Carrying it out allocates no memory and takes no lock.
+/// One change to a process. Carrying it out allocates no memory and takes no lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     Limit {
@@ -64,7 +66,7 @@ pub(crate) enum Step {
     Groups(Vec<Gid>),
     Group(Gid),
     User(Uid),
-    /// Keeps these capabilities and no others; if `ambient`, also for the next program that is executed.
+    /// Keeps only these capabilities. If `ambient`, the next program that is executed keeps them too.
     Capabilities {
         kept: CapabilitySet,
         ambient: bool,
@@ -100,10 +102,10 @@ impl Step {
     }
 }
 
-/// Returns all steps for a process, in order, except the processors it is bound to, which depend on its slot:
-/// [`affinity`].
+/// Returns all steps for a process, in order, except the one that binds it to processors, which depends on the slot
+/// ([`affinity`]).
 ///
-/// `executes` means that the process will execute a program.
+/// `executes` is true if the process will execute a program.
 ///
 /// # Errors
 /// Returns a message for the operator for every step that is not possible, with the reason and the flag.
@@ -164,7 +166,7 @@ fn identity_steps(config: &PrivilegesConfig, standing: &Standing, executes: bool
     Ok(steps)
 }
 
-/// Whether this process may set the limit: setrlimit(2).
+/// Checks that this process may set the limit (setrlimit(2)).
 fn check_limit(limit: &ResourceLimit, standing: &Standing) -> Result<(), String> {
     let (name, hard) = (limit.name(), limit.hard);
     if limit.resource == Resource::RLIMIT_NOFILE && hard > standing.most_descriptors {
@@ -187,7 +189,7 @@ fn check_limit(limit: &ResourceLimit, standing: &Standing) -> Result<(), String>
     }
 }
 
-/// Whether this process may set the priority: setpriority(2).
+/// Checks that this process may set the priority (setpriority(2)).
 fn check_nice(nice: i32, standing: &Standing) -> Result<(), String> {
     // RLIMIT_NICE counts in the opposite direction, from 1 to 40.
     let limit = standing.hard_limits.iter().find(|(resource, _)| *resource == Resource::RLIMIT_NICE);
@@ -214,7 +216,7 @@ impl Standing {
         Err(format!("{flag}: this process cannot {what}: it lacks {capability} (start it as root, or omit {flag})"))
     }
 
-    /// Whether a limit of the machine does not apply to this process.
+    /// Whether this process may exceed a system-wide limit because of `capability`.
     fn may_exceed(&self, capability: Capability) -> bool {
         self.in_first_namespace && self.has(capability)
     }
@@ -245,7 +247,8 @@ fn identity(config: &PrivilegesConfig, standing: &Standing) -> Result<Identity, 
     let groups = groups.or_else(of_user).or_else(|| group.map(|_| Vec::new()));
     let user = config.user.as_ref().map(|user| user.uid).filter(|&user| user != standing.user);
     let group = group.filter(|&group| group != standing.group);
-    // A process that already runs as that user, and cannot change its groups, got its groups from the program that started it.
+    // If the process already runs as the configured user and cannot change its groups, it keeps the groups that the
+    // program that started it has set.
     let given = user.is_none() && group.is_none() && config.supplementary_groups.is_none();
     let groups = groups.filter(|_| !given || standing.has(Capability::CAP_SETGID));
     Ok(Identity { groups, group, user })
@@ -404,7 +407,7 @@ mod tests {
             Step::NoNewPrivileges,
         ];
         assert_eq!(steps(&config, &root(), false).unwrap(), expected);
-        // A process that was already started as that user has nothing to change, and needs no privileges.
+        // A process that was started as the configured user has nothing to change, and needs no privileges.
         let same = Standing { user: Uid::from_raw(33), group: gid, ..unprivileged() };
         assert_eq!(steps(&config, &same, false).unwrap(), expected[4..]);
         assert_eq!(steps(&PrivilegesConfig::default(), &root(), true), Ok(Vec::new()));

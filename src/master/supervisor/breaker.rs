@@ -1,5 +1,5 @@
-//! Limits how fast processes are started: the breaker for processes that fail to start, and the token bucket for processes that die while
-//! they serve.
+//! Limits how fast processes are started: the circuit breaker limits restarts of processes that fail to start, and the
+//! token bucket those of processes that die while they are serving.
 
 use std::time::Duration;
 
@@ -9,14 +9,15 @@ use super::Uptime;
 const MIN_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
-/// Opens, for a time that doubles, when a process dies before it is ready; afterwards a single process may be tried.
+/// A circuit breaker. It opens when a process dies before it is ready, each time for twice as long; after that time, a
+/// single process may be tried.
 #[derive(Debug, Default)]
 pub(in crate::master) struct Breaker {
     /// Number of consecutive processes that died before they were ready.
     failures: u32,
     /// No process is spawned before this time.
     open_until: Uptime,
-    /// When the first of these processes died.
+    /// When the first of these consecutive processes died.
     since: Option<Uptime>,
 }
 
@@ -25,7 +26,7 @@ impl Breaker {
         self.open_until
     }
 
-    /// Whether a process may be spawned. `trying`: another process is starting.
+    /// Whether a process may be spawned. `trying` is true if another process is starting.
     pub(super) fn permits(&self, trying: bool, now: Uptime) -> bool {
         now >= self.open_until && !(self.failures > 0 && trying)
     }
@@ -38,15 +39,16 @@ impl Breaker {
         self.since
     }
 
-    /// Resets the breaker, when a process has become ready or the operator has reloaded.
+    /// Resets the breaker, because a process has become ready or the operator has requested a reload.
     pub(in crate::master) fn close(&mut self) {
         *self = Self::default();
     }
 
-    /// Records a failure. Returns the number of consecutive failures and the delay; `None` if the failure belongs to the previous one.
+    /// Records a failure. Returns the number of consecutive failures and the delay, or `None` if the failure belongs to
+    /// the previous one.
     pub(in crate::master) fn fail(&mut self, now: Uptime) -> Option<(u32, Duration)> {
         if now < self.open_until {
-            return None; // a sibling that was started together with it
+            return None; // a sibling that was started at the same time has failed
         }
         self.failures = self.failures.saturating_add(1);
         self.since.get_or_insert(now);
@@ -56,11 +58,11 @@ impl Breaker {
     }
 }
 
-/// Permits a burst of `rate`, and `rate` a second.
+/// A token bucket that permits a burst of `rate` restarts, and then `rate` restarts per second.
 #[derive(Debug)]
 pub(super) struct TokenBucket {
     rate: u32,
-    /// When the bucket would be full if nothing more were taken.
+    /// When the bucket would be full if no more tokens were taken.
     full_at: Uptime,
 }
 
@@ -73,7 +75,7 @@ impl TokenBucket {
         self.rate = rate.max(1);
     }
 
-    /// Takes one token. If none is available, returns the time at which one will be.
+    /// Takes one token. If no token is available, returns the time at which one will be.
     pub(super) fn take(&mut self, now: Uptime) -> Option<Uptime> {
         self.full_at = self.full_at.max(now) + Duration::from_secs(1) / self.rate;
         let due = self.full_at.saturating_sub(Duration::from_secs(1));

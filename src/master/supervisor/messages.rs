@@ -1,4 +1,4 @@
-//! The supervisor's input and output: policy, events, commands, actions and notices.
+//! Defines the supervisor's input and output: policy, events, commands, actions and notices.
 //!
 //! Values only: nothing here decides.
 
@@ -13,7 +13,7 @@ pub(crate) struct Policy {
     pub(crate) workers: (u32, u32),
     /// Number of requests that a worker is meant to serve at a time.
     pub(crate) per_worker: u32,
-    /// How long a worker must have been unneeded before it may be removed.
+    /// How long a worker must not have been needed before it may be removed.
     pub(crate) scale_down_after: Duration,
     /// Maximum number of workers that are being replaced at a time, for any reason.
     pub(crate) max_unavailable: Budget,
@@ -44,7 +44,7 @@ impl Budget {
 
 #[derive(Clone, Debug)]
 pub(crate) enum SupervisorEvent {
-    /// Time has passed: something may be due.
+    /// Time has passed: a deadline may have been reached.
     Tick,
     /// The process for [`Action::Spawn`] exists.
     Spawned { slot: u32, pid: Pid },
@@ -64,7 +64,8 @@ pub(crate) enum SupervisorEvent {
     Arrival,
     /// A child was reaped.
     Exited { pid: Pid, after_exit: AfterExit },
-    /// The reply to [`Action::Close`], repeated until no connection is waiting: whether queued connections wait to be accepted.
+    /// The reply to [`Action::Close`], repeated until no connection is waiting. `waits` is true if queued connections
+    /// are waiting to be accepted.
     Queue { waits: bool },
     /// The operator has given a command.
     Command(Command),
@@ -90,8 +91,8 @@ pub(crate) struct Demand {
 pub(crate) enum AfterExit {
     /// The process crashed: replace it.
     Replace,
-    /// The process exited with 0 after it had done its share of work: replace it. This is not a failure, even if the process was never seen
-    /// to be ready, as long as other processes were.
+    /// The process exited with 0 after it had done its share of work: replace it. This is not a failure, even if the
+    /// process was never seen to be ready, as long as other processes were seen to be ready.
     Restart,
     /// The process exited with 125: do not replace it.
     StayDown,
@@ -137,7 +138,7 @@ pub(crate) enum Action {
     Spawn { slot: u32, generation: u64 },
     /// Ask the process to finish and exit.
     Terminate { pid: Pid },
-    /// The process has not exited: ask it again, if it may have missed the signal.
+    /// The process has not exited yet: ask it again if it may have missed the signal.
     Remind { pid: Pid },
     /// Kill the process.
     Kill { pid: Pid },
@@ -145,10 +146,10 @@ pub(crate) enum Action {
     Sample,
     /// The process hangs: make it log where it hangs, and kill it.
     Abort { pid: Pid },
-    /// Check whether the program's new build can take over, and if so, let it.
+    /// Check whether the program's new build can take over. If it can, let it take over.
     Upgrade,
-    /// The server stops: no further connection may be accepted, except queued ones, or not even those if `at_once`. Precedes the requests
-    /// to exit. The reply is [`SupervisorEvent::Queue`].
+    /// The server stops. No further connection may be accepted, except those that are already queued; if `at_once`, not
+    /// even these. This action precedes the requests to exit. The reply is [`SupervisorEvent::Queue`].
     Close { at_once: bool },
     /// Log a notice for the operator.
     Notice(Notice),
@@ -183,9 +184,9 @@ pub(crate) enum Notice {
         slot: u32,
         pid: Pid,
     },
-    /// The target number of workers has changed to this number.
+    /// The target number of workers has changed to this value.
     Target(u32),
-    /// The target number of workers is at a limit, and stays at this number.
+    /// The target number of workers is at a limit, and stays at this value.
     TargetLimit(u32),
     /// Demand has changed the target number of workers.
     Scaled {
@@ -200,14 +201,15 @@ pub(crate) enum Notice {
         in_flight: u32,
         waiting: u32,
     },
-    /// A reload has begun. It replaces a reload that was still under way, for which no further notice is sent.
+    /// A reload has begun. If another reload was still under way, this one replaces it, and no further notice is sent
+    /// for the other.
     ReloadStarted {
         generation: u64,
     },
     ReloadDone {
         generation: u64,
     },
-    /// A new worker did not become ready, and the old workers stay. Without `pid`, the worker could not be created.
+    /// A new worker did not become ready, and the old workers stay. `pid` is `None` if the worker could not be created.
     ReloadFailed {
         generation: u64,
         slot: u32,

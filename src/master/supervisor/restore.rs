@@ -8,11 +8,12 @@ use super::{Mode, Policy, Slot, State, Supervisor, TERMINATE_INTERVAL, Uptime, n
 use crate::config::millis;
 use crate::upgrade::saved_processes::{Roster, SavedSlot, SavedSlotState};
 
-/// More slots than any policy has.
+/// Upper bound on the number of slots; no policy has as many.
 const MAX_SLOTS: u32 = 1 << 16;
 
 impl Supervisor {
-    /// Returns the state for the next master, or `None` while the server stops, because no upgrade takes place then.
+    /// Returns the state for the next master, or `None` while the server is stopping, because no upgrade takes place
+    /// then.
     pub(crate) fn save(&self, now: Uptime) -> Option<Roster> {
         if self.mode != Mode::Running {
             return None;
@@ -49,8 +50,8 @@ impl Supervisor {
         })
     }
 
-    /// A supervisor for the processes that a former master left. Some may be in slots beyond this policy's number; those slots are not
-    /// reused.
+    /// Creates a supervisor for the processes that a former master has left. Some processes may be in slots beyond this
+    /// policy's number; these slots are not reused.
     pub(crate) fn restore(policy: Policy, roster: &Roster, now: Uptime) -> Self {
         let mut restored = Self::new(policy);
         restored.now = now;
@@ -74,7 +75,7 @@ impl Supervisor {
                     deadline: at(left_ms).min(now + policy.drain_timeout),
                     ask_again: now + TERMINATE_INTERVAL,
                 },
-                // The cause of the kill is not a failure of the new build.
+                // The process is not killed because of a failure of the new build.
                 SavedSlotState::Killing => State::Killing { pid, unready: false },
             };
             restored.proven |= matches!(state, State::Ready { .. });

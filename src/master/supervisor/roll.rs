@@ -1,11 +1,11 @@
-//! Replaces running workers, for a reload or at the end of their lifetime. Both follow the same rules and share one budget: the new
-//! worker is ready before the old one drains, and at most `max_unavailable` workers are being replaced at a time, counted from the
-//! start of the replacement to the exit of the old worker.
+//! Replaces running workers, for a reload or at the end of their lifetime. Both kinds of replacement follow the same
+//! rules and share one budget. The new worker is ready before the old one drains. At most `max_unavailable` workers are
+//! being replaced at a time; a replacement lasts from the start of the new worker to the exit of the old one.
 //!
-//! A reload begins with one process of the new generation, the canary. Until the canary is ready, a process of the old generation that dies
-//! is replaced by one of the old generation. After that, every started process is of the new generation. When a new process fails to start,
-//! the reload has failed: the old processes stay, and are later replaced by processes of the old generation; new processes that are ready
-//! stay, too.
+//! A reload begins with one process of the new generation, the canary. Until the canary is ready, a process of the old
+//! generation that dies is replaced by one of the old generation. After that, every started process is of the new
+//! generation. When a new process fails to start, the reload has failed. The old processes then stay, and are later
+//! replaced by processes of the old generation. New processes that are ready stay too.
 //!
 //! The supervisor distinguishes generations by number only.
 
@@ -16,7 +16,7 @@ use super::{Slot, State, Supervisor, Uptime};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Roll {
     pub(super) generation: u64,
-    /// A process of this generation has been ready.
+    /// Whether a process of this generation has been ready.
     pub(super) proven: bool,
     /// Number of consecutive processes of this generation that exited with 0 and were never seen to be ready.
     pub(super) unseen: u32,
@@ -65,7 +65,7 @@ impl Supervisor {
         (!has_canary).then_some(generation)
     }
 
-    /// Returns the number of processes above the target, while others are being replaced.
+    /// Returns the number of processes that may run above the target, because other processes are being replaced.
     pub(super) fn surge(&self) -> u32 {
         let outdated = self.count_slots(|slot| slot.state.counts() && self.is_outdated(slot));
         let leaving = self.count_slots(|slot| slot.replaced && slot.state.pid().is_some());
@@ -77,7 +77,7 @@ impl Supervisor {
     /// Drains one outdated process for each new process that is ready.
     pub(super) fn replace(&mut self, now: Uptime) {
         while self.count_ready() > self.target {
-            // A worker at the end of its lifetime drains before one that is only of an old generation.
+            // A worker at the end of its lifetime drains before a worker that is merely of an old generation.
             let outdated = (0..self.slots.len()).filter(|&index| {
                 matches!(self.slots[index].state, State::Ready { .. }) && self.is_outdated(&self.slots[index])
             });
@@ -86,7 +86,7 @@ impl Supervisor {
                 (slot.worn.is_none(), slot.worn, slot.generation, index)
             });
             let Some(index) = first else { break };
-            // If there are too many processes anyway, this one is not replaced.
+            // If there are more processes than wanted, this process is not replaced.
             self.slots[index].replaced = self.strength() <= self.wanted();
             self.drain(index, now);
         }
@@ -100,7 +100,8 @@ impl Supervisor {
         }
     }
 
-    /// Kills a hanging process without waiting for its replacement: it serves nothing, so nothing is lost with it.
+    /// Kills a hanging process without waiting for its replacement. The process serves no requests, so killing it loses
+    /// none.
     pub(super) fn hung(&mut self, pid: nix::unistd::Pid) {
         let Some(index) = self.find(pid) else { return };
         match self.slots[index].state {
@@ -108,7 +109,8 @@ impl Supervisor {
                 self.slots[index].state = State::Killing { pid, unready: false };
                 self.actions.push(Action::Abort { pid });
             }
-            // A starting process already has a deadline. The others do not exist or are dying.
+            // A starting process already has a deadline. In the other states, the process does not exist or is being
+            // killed.
             State::Starting { .. } | State::Empty | State::Killing { .. } | State::Backoff { .. } => {}
         }
     }
@@ -117,7 +119,8 @@ impl Supervisor {
     pub(super) fn wear_out(&mut self, pid: nix::unistd::Pid, now: Uptime) {
         let Some(index) = self.find(pid) else { return };
         let slot = &mut self.slots[index];
-        // A process that is not ready has not served yet. A draining one is being replaced, or is no longer wanted.
+        // A process that is not ready has not served yet. A draining process is already being replaced, or is no longer
+        // wanted.
         if matches!(slot.state, State::Ready { .. }) && slot.worn.is_none() {
             slot.worn = Some(now);
         }

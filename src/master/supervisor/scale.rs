@@ -1,15 +1,16 @@
 //! Decides how many workers there should be, between two limits, from samples of the demand.
 //!
-//! - Needed: one worker for each `per_worker` requests that are in flight or waiting, and one more for the next
+//! - Workers needed: one for each `per_worker` requests that are in flight or waiting, and one more for the next
 //!   request.
-//! - Too few workers: add 1, 2, 4, … up to 32 per sample; the rate returns to 1 when there are enough. If no connection is waiting yet,
-//!   workers are added only at the second such sample in a row.
-//! - Too many workers: for each worker, counted from the first, the time at which it was last needed is recorded. When the last worker has
-//!   not been needed for `after`, one worker is removed per sample.
-//! - No flapping: if another worker is needed soon after one was removed, `after` doubles, up to eightfold. It halves again in quiet
-//!   periods.
-//! - With a lower limit of 0, the last worker is removed, too, but only when it has no connections, since no other worker could take them
-//!   over. The next connection starts a worker again.
+//! - Too few workers: add 1, 2, 4, … up to 32 workers per sample; the rate returns to 1 when there are enough workers.
+//!   If no connection is waiting yet, workers are added only when two consecutive samples find too few.
+//! - Too many workers: for each rank (first worker, second worker, …), the time at which a worker of this rank was last
+//!   needed is recorded. When the worker of the highest rank has not been needed for `after`, one worker is removed per
+//!   sample.
+//! - No flapping: if another worker is needed soon after one was removed, `after` doubles, up to eight times its value.
+//!   It halves again if no removal turns out to be a mistake for some time.
+//! - If the lower limit is 0, the last worker is removed too, but only when it has no connections, because no other
+//!   worker could take them over. The next connection starts a worker again.
 
 use std::time::Duration;
 
@@ -22,9 +23,9 @@ const QUIET: Duration = Duration::from_secs(1);
 /// Maximum number of workers that are added at a time.
 const RATE: u32 = 32;
 const PENALTY: u32 = 8;
-/// The penalty halves after this many times `after` without a removal that was a mistake.
+/// The penalty (the factor of `after`) halves if no removal was a mistake for this many times `after`.
 const FORGIVEN: u32 = 10;
-/// How often to report that the maximum number of workers is not enough.
+/// Minimum interval between two reports that the maximum number of workers is not enough.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Computes the number of workers.
@@ -34,7 +35,7 @@ pub(super) struct Scaler {
     max: u32,
     per_worker: u32,
     after: Duration,
-    /// How many workers are added next time.
+    /// Number of workers that are added next time.
     rate: u32,
     /// Whether the last sample found too few workers.
     pressed: bool,
@@ -83,7 +84,7 @@ impl Scaler {
         (self.per_worker, self.after) = (per_worker.max(1), after);
     }
 
-    /// Sets different limits. Returns the target within these limits.
+    /// Sets new limits. Returns the target, adjusted to these limits.
     pub(super) fn set_limits(&mut self, (min, max): (u32, u32), target: u32, now: Uptime) -> u32 {
         (self.min, self.max) = (min, max.max(min));
         let target = target.clamp(self.min, self.max);
@@ -92,12 +93,12 @@ impl Scaler {
         target
     }
 
-    /// Returns the time of the next sample, or `None` if nothing is to be decided.
+    /// Returns the time of the next sample, or `None` if the number of workers cannot change.
     pub(super) fn sample_at(&self, target: u32) -> Option<Uptime> {
         (self.min < self.max && target > 0).then_some(self.sample_at)
     }
 
-    /// Postpones the next sample, since one is under way.
+    /// Postpones the next sample, because one is being taken.
     pub(super) fn sampled(&mut self, now: Uptime) {
         self.sample_at = now + BUSY;
     }
@@ -110,7 +111,7 @@ impl Scaler {
         1.min(self.max)
     }
 
-    /// Evaluates a sample. `may_grow`: started processes do become ready.
+    /// Evaluates a sample. `may_grow` is true if processes that are started do become ready.
     pub(super) fn decide(&mut self, demand: &Demand, target: u32, may_grow: bool, now: Uptime) -> Verdict {
         let requests = demand.in_flight.saturating_add(demand.waiting);
         let at_work = requests.div_ceil(self.per_worker).max(u32::try_from(demand.busy.len()).unwrap_or(u32::MAX));
@@ -146,7 +147,7 @@ impl Scaler {
         self.needed_at[..needed].fill(now);
     }
 
-    /// Records that workers are added. If one was removed shortly before, the removal was a mistake.
+    /// Records that workers are added. If a worker was removed shortly before, its removal was a mistake.
     fn regret(&mut self, now: Uptime) {
         let soon = self.after.saturating_mul(self.penalty);
         if self.lowered_at.take().is_some_and(|at| now.saturating_sub(at) < soon) {

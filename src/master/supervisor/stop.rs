@@ -1,10 +1,10 @@
 //! Stops processes: single ones, and all of them when the server stops.
 //!
-//! A drain first asks the ready processes to exit; they accept the queued connections before they do. While connections
-//! wait in a queue ([`SupervisorEvent::Queue`]), a process that exits is replaced in its slot, with the delays of every
-//! start, and its replacement is asked to exit as soon as it is ready. When no queue is being waited for any more,
-//! starting processes are asked to exit, too. All processes have the deadline of the stop, no matter when they were
-//! started.
+//! When the server drains, the ready processes are asked to exit first; they accept the queued connections before they
+//! exit. While connections are waiting in a queue ([`SupervisorEvent::Queue`]), a process that exits is replaced in its
+//! slot, with the usual delays, and the replacement is asked to exit as soon as it is ready. When the server no longer
+//! waits for any queue, starting processes are asked to exit too. All processes have the same deadline, no matter when
+//! they were started.
 //!
 //! [`SupervisorEvent::Queue`]: super::SupervisorEvent::Queue
 
@@ -12,7 +12,8 @@ use super::messages::Action;
 use super::{Mode, State, Supervisor, TERMINATE_INTERVAL, Uptime};
 
 impl Supervisor {
-    /// Begins a drain. `success`: the operator requested it. Otherwise no process can serve queued connections.
+    /// Begins to drain the server. `success` is true if the operator requested this. Otherwise, no process can serve
+    /// queued connections.
     pub(super) fn stop(&mut self, success: bool, now: Uptime) {
         self.mode = Mode::Stopping { success, until: now + self.policy.drain_timeout, queue: success };
         self.roll = None;
@@ -30,14 +31,14 @@ impl Supervisor {
         }
     }
 
-    /// Asks a ready process to exit during a stop; it accepts the queued connections first.
+    /// Asks a ready process to exit while the server is stopping. The process first accepts the queued connections.
     pub(super) fn finish_queue(&mut self, index: usize, now: Uptime) {
         self.slots[index].serves_queue = true;
         self.drain(index, now);
     }
 
-    /// Handles the state of the queues during a stop: while connections wait, processes that have exited are replaced; when none waits,
-    /// starting processes are asked to exit.
+    /// Handles the state of the queues while the server is stopping. As long as connections are waiting, processes that
+    /// have exited are replaced; when no connection is waiting, starting processes are asked to exit.
     pub(super) fn queue(&mut self, waits: bool, now: Uptime) {
         let Mode::Stopping { queue, .. } = &mut self.mode else { return };
         *queue &= waits;
@@ -88,8 +89,8 @@ impl Supervisor {
                 self.actions.push(Action::Terminate { pid });
             }
             State::Backoff { .. } => self.slots[index].state = State::Empty,
-            // Without a pid, the process is being created: the shell reports the result of each Spawn before the next
-            // event.
+            // Without a pid, the process is being created: the master's loop reports the result of each Spawn before
+            // the next event.
             State::Starting { pid: None, .. } | State::Empty | State::Draining { .. } | State::Killing { .. } => {}
         }
     }

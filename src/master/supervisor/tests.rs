@@ -1,4 +1,4 @@
-//! Tests the supervisor in simulated worlds, with random histories from a seed and with the rules one by one.
+//! Tests the supervisor in simulated worlds: with random histories from a seed, and each rule separately.
 
 mod scaling;
 mod stops;
@@ -44,9 +44,9 @@ struct World {
     next_pid: i32,
     spawned: u32,
     fork_fails: bool,
-    /// Connections are waiting during a stop.
+    /// Whether connections are waiting while the server is stopping.
     queue_waits: bool,
-    /// Number of requests, which are shared by the ready processes.
+    /// Number of requests, which the ready processes share.
     requests: u32,
     /// Number of connections of ready processes.
     connections: u32,
@@ -152,11 +152,11 @@ impl World {
         }
     }
 
-    /// Each ready process takes one request; the other requests wait.
+    /// Returns the demand: each ready process serves one request, and the other requests wait.
     fn demand(&self) -> Demand {
         let ready = self.processes.iter().filter(|(_, life)| **life == Life::Ready);
         let slots = ready.filter_map(|(&pid, _)| self.supervisor.place_of(Pid::from_raw(pid))).map(|(slot, _)| slot);
-        // The processes in the highest slots, which would be removed first if they were idle.
+        // The busy processes are those in the highest slots, which would be removed first if they were idle.
         let mut busy: Vec<u32> = slots.collect();
         busy.sort_unstable_by_key(|&slot| std::cmp::Reverse(slot));
         busy.truncate(self.requests as usize);
@@ -270,7 +270,7 @@ impl World {
         if random.u32(0..8) == 0 {
             let min = random.u32(0..6);
             let policy = range(min, min.max(1) + random.u32(0..6));
-            // A process that is already exiting cannot be called back when the budget shrinks.
+            // A process that is already exiting cannot be kept when the budget shrinks.
             let max_unavailable = self.supervisor.policy.max_unavailable;
             return self.feed(SupervisorEvent::Policy(Policy {
                 max_unavailable,
@@ -417,7 +417,7 @@ fn a_reload_replaces_one_by_one_and_never_serves_with_fewer() {
     }
 }
 
-/// Whether the reload to this generation failed because of this process.
+/// Whether this process made the reload to this generation fail.
 fn failed_with(world: &World, generation: u64, new: i32) -> bool {
     let failed = |notice: &&Notice| matches!(notice, Notice::ReloadFailed { .. });
     let notice = world.notices.iter().rfind(failed).expect("it failed");
@@ -497,7 +497,7 @@ fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_that_com
 
 #[test]
 fn a_reload_whose_new_processes_end_well_again_and_again_fails_and_the_old_ones_stay() {
-    // Processes that live longer are weighted higher, so fewer are enough.
+    // Processes that live longer are given more weight, so fewer of them are enough.
     for (lived, most) in [(MS, MAX_UNSEEN), (UNSEEN_LONG, 4)] {
         let mut world = World::new(policy(3));
         world.settle();
@@ -505,7 +505,8 @@ fn a_reload_whose_new_processes_end_well_again_and_again_fails_and_the_old_ones_
         world.feed(SupervisorEvent::Command(Command::Reload));
         while let Some(&pid) = starting(&world).first() {
             world.now += lived;
-            // Processes of the old generation recycle themselves and are seen; that does not prove the new generation.
+            // Processes of the old generation recycle themselves and are seen to be ready. This does not prove the new
+            // generation.
             world.die(pid, AfterExit::Restart);
         }
         assert_eq!(world.spawned - spawned, most);
@@ -595,7 +596,7 @@ fn the_server_stops_if_no_process_ever_became_ready_and_a_reload_restarts_the_ti
     let later = slow.step(SupervisorEvent::Tick, 100_000 * MS);
     assert!(!later.iter().any(|action| matches!(action, Action::Notice(Notice::GivenUp { .. }))), "{later:?}");
 
-    // If a process was ever ready, the supervisor never gives up.
+    // If a process has ever been ready, the supervisor never gives up.
     let mut proven = World::new(policy);
     proven.settle();
     let pid = Pid::from_raw(*proven.processes.keys().next().unwrap());

@@ -59,7 +59,7 @@ fn after_any_history_everybody_is_known_again_and_is_replaced() {
         let workers = random.u32(1..6);
         let (old, before, mut alive) = history(&mut random, policy(workers));
         let roster = old.save(before).expect("it runs");
-        // The next master may have other settings, and has its own clock.
+        // The next master may have different settings, and has its own clock.
         let now_workers = if random.bool() { workers } else { random.u32(1..6) };
         let mut new = Supervisor::restore(policy(now_workers), &roster, Uptime::ZERO);
         for &pid in &alive {

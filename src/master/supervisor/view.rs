@@ -62,7 +62,7 @@ impl View {
 impl State {
     pub(crate) const READY: &'static str = "ready";
 
-    /// `None` for an empty slot.
+    /// Returns the name of the state, or `None` for an empty slot.
     fn name(&self) -> Option<&'static str> {
         match self {
             Self::Empty => None,

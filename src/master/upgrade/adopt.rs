@@ -1,7 +1,7 @@
-//! Saves everything that a master holds, and restores it in the next master, by descriptor number.
+//! Saves all state of a master, and restores it in the next master. Descriptors are passed by number.
 //!
-//! Every descriptor, and all state about processes that continue to run, must be saved and restored here. The exec closes any other
-//! descriptor without a log line.
+//! Every descriptor, and all state about processes that continue to run, must be saved and restored here. Any other
+//! descriptor is closed by exec without a log line.
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ use crate::upgrade::saved_state::{
 };
 
 impl Master {
-    /// The whole state. `None` while the server stops, because no upgrade takes place then.
+    /// Returns the whole state, or `None` while the server is stopping, because no upgrade takes place then.
     pub(super) fn save(&self) -> Option<Saved> {
         let (spawner, now) = (&self.spawner, self.now());
         let sidecars = self.sidecars.living().into_iter().map(|one| SavedSidecar {
@@ -61,9 +61,9 @@ impl Master {
         })
     }
 
-    /// Takes over the children of the former program and replaces them. Processes that are not children of this process are dropped;
-    /// children that have exited are reaped as usual. A deadline that passed during the upgrade is handled last, when all deaths and
-    /// reports have been read.
+    /// Takes over the children of the former program and replaces them. Processes that are not children of this process
+    /// are dropped; children that have exited are reaped as usual. A deadline that passed during the upgrade is handled
+    /// last, after all deaths and reports have been read.
     pub(in crate::master) fn adopt(&mut self, mut left: Takeover) {
         let now = self.now();
         let passed = left.saved.catch_up(clock_ms());
@@ -120,7 +120,7 @@ impl Master {
         self.feed(SupervisorEvent::Tick);
     }
 
-    /// `passed` is the time since the former master wrote its state.
+    /// Takes over the children. `passed` is the time since the former master wrote its state.
     fn adopt_children(&mut self, left: &mut Takeover, passed: Duration) {
         let now = self.now();
         for saved in std::mem::take(&mut left.saved.children) {
@@ -131,7 +131,7 @@ impl Master {
                 if child.hung {
                     self.faults.told_to_die(pid, now.saturating_sub(passed));
                 }
-                // If one program was seen to accept connections, this build expects the same of further programs.
+                // If one program was seen to accept connections, further programs must be seen to do so too.
                 self.programs.seen |= child.program().is_some_and(|program| program.seen);
                 self.recycling.spawned(pid, child.since.elapsed(), now);
                 self.children.insert(pid, child);
@@ -184,7 +184,7 @@ impl Child {
         }
     }
 
-    /// `None` if the child's reports cannot be read.
+    /// Restores a child. Returns `None` if the child's reports cannot be read.
     fn restore(saved: SavedChild, left: &mut Takeover, now: Uptime) -> Option<Self> {
         let SavedChild { slot, generation, age_ms, asked_to_leave, hung, link, output, files, .. } = saved;
         let link = match link {

@@ -9,10 +9,11 @@
 //! the new build (builder.rs): takes over descriptors and children, unblocks signals, reloads: new workers, then the old drain
 //! ```
 //!
-//! The check runs alongside the loop: a child, a pipe and a deadline. Its output is untrusted, and truncated to 4 KiB.
+//! The check runs alongside the loop: a child, a pipe and a deadline. The check's output is untrusted, and truncated to
+//! 4 KiB.
 //!
-//! If the new build fails after the exec although it passed its check, there is no way back: the process exits; the workers see the end of
-//! the lifeline, finish their requests and exit.
+//! If the new build fails after the exec although it passed its check, there is no way back: the process exits. The
+//! workers then detect the end of the lifeline, finish their requests and exit.
 
 mod adopt;
 
@@ -51,7 +52,7 @@ pub(super) struct Refusal {
     why: String,
     /// How the check ended, if that is the reason.
     ending: Option<Ending>,
-    /// The end of the check's output; empty if there is none, or if it is not related to the reason.
+    /// The end of the check's output. Empty if there is no output, or if it is not related to the reason.
     output: String,
 }
 
@@ -77,7 +78,7 @@ pub(super) enum Upgrade {
     #[default]
     No,
     Checking(Check),
-    /// The check has passed. This build may be executed if its file has not changed since.
+    /// The check has passed. The build in this file may be executed if the file has not changed since.
     Passed(FileIdentity),
 }
 
@@ -88,15 +89,15 @@ pub(super) struct Check {
     open: bool,
     passed: bool,
     last_words: String,
-    /// When to stop the check, or to kill it after it was asked to exit. `None` after the kill.
+    /// When to ask the check to exit or, after that, when to kill it. `None` after the check was killed.
     deadline: Option<Instant>,
-    /// Why the check was asked to exit. It then exits without leaving anything behind.
+    /// Why the check was asked to exit, if it was. The check then exits without leaving anything behind.
     cut_short: Option<&'static str>,
     build: FileIdentity,
 }
 
 impl Check {
-    /// Sends TERM to the check. KILL follows later.
+    /// Sends SIGTERM to the check. SIGKILL follows later.
     fn ask_to_end(&mut self, why: &'static str) {
         self.cut_short = Some(why);
         self.deadline = Some(Instant::now() + ABORT_STEPS);
@@ -107,7 +108,7 @@ impl Check {
         let password = password();
         let (passed, last_words) = (&mut self.passed, &mut self.last_words);
         self.open = self.output.read(MAX_REST, &mut |line, _| {
-            // The line may begin with earlier output that had no line end.
+            // The line may begin with earlier output that did not end in a line feed.
             if line.ends_with(&password) {
                 *passed = true;
                 return;
@@ -121,7 +122,7 @@ impl Check {
         });
     }
 
-    /// Returns the refusal, for a check that ended in this way.
+    /// Returns the refusal for a check that has ended with `ending`.
     fn failure(self, ending: Ending) -> Refusal {
         let failed = "the new build failed its check";
         let why = match (self.cut_short, ending) {
@@ -182,7 +183,7 @@ impl Upgrade {
     /// Handles the exit of the check.
     ///
     /// # Errors
-    /// Returns why no upgrade takes place if the check has failed.
+    /// Returns the reason why no upgrade takes place if the check has failed.
     fn ended(&mut self, ending: Ending) -> Result<(), Refusal> {
         let Self::Checking(mut check) = std::mem::take(self) else { return Ok(()) };
         check.listen();
@@ -279,8 +280,8 @@ impl Master {
         })
     }
 
-    /// Returns the message for a failed start. It names a remedy only if the program, and not the machine, is the
-    /// cause.
+    /// Returns the message for a check that could not be started. The message suggests a remedy only if the cause is
+    /// the program rather than the machine.
     fn cannot_start(&self, error: &io::Error) -> String {
         let is_machine =
             matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::EAGAIN | libc::ENOMEM));

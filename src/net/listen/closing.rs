@@ -1,15 +1,16 @@
 //! Closes a listening socket permanently, without losing a queued connection.
 //!
-//! Closing a descriptor is not enough: other processes hold the socket too, and as long as one of them does, the kernel
-//! completes connections that no process will accept. shutdown(2) acts on the socket itself, for all holders. Its
-//! effect depends on the address family (Linux):
+//! Closing a descriptor is not enough: as long as any other process holds the socket, the kernel completes connections
+//! that no process will accept. shutdown(2) acts on the socket itself, for all processes that hold it. On Linux, the
+//! effect depends on the address family:
 //!
 //! - Unix: new connections are refused from that moment on; queued connections can still be accepted.
-//! - TCP: new connections are refused, and queued connections are reset. So a socket filter that drops SYN segments
-//!   first holds off new connections until the queue is empty (the client's kernel retransmits its SYN after a second).
+//! - TCP: new connections are refused, and queued connections are reset. Therefore, a socket filter that drops SYN
+//!   segments first holds off new connections until the queue is empty. (The client's kernel retransmits its SYN after
+//!   a second.)
 //!
-//! After a shutdown(2), a non-blocking `accept` returns EINVAL over TCP, and EAGAIN on a Unix socket, which polls as readable
-//! forever. A blocking `accept` returns EINVAL on both.
+//! After a shutdown(2), a blocking `accept` returns EINVAL. A non-blocking `accept` returns EINVAL over TCP but EAGAIN
+//! on a Unix socket, although poll(2) reports that socket as readable forever.
 //!
 //! Sockets that were passed to this server (systemd, fd:N) belong to other processes too, and are never shut down.
 
@@ -24,11 +25,11 @@ use super::{Listener, SocketFamily};
 use crate::config::address::Address;
 use crate::sys;
 
-/// How long the queue may take to empty if new connections cannot be held off.
+/// How long to wait for the queue to empty if new connections cannot be held off.
 const UNFILTERED: Duration = Duration::from_millis(200);
 
 impl Listener {
-    /// Whether this server bound the socket itself. No process outside this server needs it then.
+    /// Whether this server bound the socket itself. If it did, no process outside this server needs the socket.
     pub(crate) fn is_own(&self) -> bool {
         match self.bind.address {
             Address::Tcp(_) | Address::Path(_) | Address::Abstract(_) => true,
@@ -41,8 +42,8 @@ impl Listener {
         self.is_own() && matches!(self.address, Address::Abstract(_))
     }
 
-    /// Keeps new connections out of the queue; queued connections can still be accepted. Returns false if this is not
-    /// possible.
+    /// Keeps new connections out of the queue; queued connections can still be accepted. Returns false if new
+    /// connections cannot be kept out.
     pub(crate) fn hold_off(&self) -> bool {
         match self.family {
             SocketFamily::Tcp => sys::drop_syn_segments(self.as_fd()).is_ok(),
@@ -66,8 +67,8 @@ impl Listener {
         }
     }
 
-    /// Closes the socket in this process, and in processes that share its descriptor table. The descriptor number stays open
-    /// and refers to `stand_in` from now on.
+    /// Closes the socket in this process, and in processes that share this process's descriptor table. The descriptor
+    /// number stays open and refers to `stand_in` from now on.
     pub(crate) fn give_up(&self, stand_in: &OwnedFd) {
         if let Err(error) = sys::replace(self.socket.as_raw_fd(), stand_in) {
             log::warn!(bind:% = self.bind; "cannot close a listening socket in this process: {error}");
@@ -75,7 +76,7 @@ impl Listener {
     }
 }
 
-/// Whether a socket listens and was not shut down.
+/// Whether a socket listens and has not been shut down.
 pub(crate) fn is_listening(socket: BorrowedFd<'_>) -> bool {
     // A Unix socket that was shut down still reports that it accepts connections.
     let mut watched = [PollFd::new(socket, PollFlags::from_bits_retain(libc::POLLRDHUP))];
@@ -83,7 +84,8 @@ pub(crate) fn is_listening(socket: BorrowedFd<'_>) -> bool {
     !is_shut && socket::getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false)
 }
 
-/// Listening sockets that are being closed: new connections are held off, then the queues empty, then connections are refused.
+/// Listening sockets that are being closed: new connections are held off until the queues are empty, and are then
+/// refused.
 #[derive(Debug)]
 pub(crate) struct Closing {
     open: Vec<Open>,
@@ -91,25 +93,26 @@ pub(crate) struct Closing {
     linger: Duration,
 }
 
-/// A socket that does not refuse connections yet.
+/// A socket that is not refusing connections yet.
 #[derive(Debug)]
 struct Open {
     index: usize,
     /// When the wait for the queue to empty ends.
     until: Instant,
-    /// `None` during the wait for the queue to empty.
+    /// When to refuse connections; `None` during the wait for the queue to empty.
     refuses_at: Option<Instant>,
 }
 
 impl Closing {
-    /// Begins to close the `listeners` that this server bound. Their queues have `timeout` to empty. After that, processes that block
-    /// in accept(2) are left undisturbed for `linger`: a separate request makes them exit.
+    /// Begins to close those of the `listeners` that this server bound. The wait for their queues lasts at most
+    /// `timeout`. After that, the sockets stay open for `linger`, so that processes that block in accept(2) can exit on
+    /// a separate request before accept fails.
     pub(crate) fn begin(listeners: &[Listener], timeout: Duration, linger: Duration) -> Self {
         let now = Instant::now();
         let own = listeners.iter().enumerate().filter(|(_, listener)| listener.is_own());
         let open = own.map(|(index, listener)| {
             let is_held_off = match listener.address {
-                // Clients can no longer find the socket.
+                // Without the file, clients can no longer find the socket.
                 Address::Path(_) if !linger.is_zero() => {
                     listener.remove_file();
                     true
@@ -127,12 +130,12 @@ impl Closing {
         self.linger = Duration::ZERO;
         for Open { until, refuses_at, .. } in &mut self.open {
             *until = now;
-            *refuses_at = refuses_at.map(|_| now); // the rest of the queue has been counted
+            *refuses_at = refuses_at.map(|_| now); // what was left in the queue has been counted
         }
     }
 
-    /// Closes each socket whose queue is empty according to `queued`, or whose time has run out. Returns the number of
-    /// lost connections.
+    /// Advances the closing of each socket whose queue is empty according to `queued`, or whose time has run out.
+    /// Returns the number of lost connections.
     pub(crate) fn advance(&mut self, listeners: &[Listener], queued: impl Fn(&Listener) -> u32, now: Instant) -> u32 {
         let (mut lost, linger) = (0, self.linger);
         self.open.retain_mut(|Open { index, until, refuses_at }| {
@@ -202,7 +205,7 @@ mod tests {
             // A process that still holds the socket does not keep the port in use.
             bind(&format!("http:{address}"));
             drop(elsewhere);
-            // An accepted connection works, even if it inherited the filter.
+            // An accepted connection works even if it has inherited the filter.
             let mut accepted = TcpStream::from(socket);
             accepted.set_nonblocking(false).unwrap();
             accepted.write_all(b"hello").unwrap();

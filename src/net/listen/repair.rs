@@ -1,10 +1,11 @@
-//! Detects and repairs damage that other processes do to a listening socket. Programs and their children hold the socket as
-//! their standard input, and `O_NONBLOCK` and shutdown(2) act on the socket, not on a descriptor.
+//! Detects and repairs changes that other processes have made to a listening socket. Programs and their children hold
+//! the socket as their standard input, and both `O_NONBLOCK` and shutdown(2) act on the socket rather than on a
+//! descriptor.
 //!
-//! A socket that was shut down for reading no longer listens. Over TCP, listen(2) makes it listen again, but on a different
-//! port if it was bound to port 0; a Unix socket never listens again. So a socket that this server bound is replaced: a new
-//! socket is bound to the same address, under the descriptor number of the old socket. Only a TCP socket that was passed to
-//! the server is made to listen again with listen(2).
+//! A socket that was shut down for reading no longer listens. Over TCP, listen(2) makes it listen again, but on a
+//! different port if it was bound to port 0; a Unix socket never listens again. A socket that this server bound is
+//! therefore replaced: a new socket is bound to the same address, and takes the descriptor number of the old socket.
+//! listen(2) is used only for a TCP socket that was passed to the server.
 
 use std::io;
 use std::net::SocketAddr;
@@ -31,7 +32,7 @@ impl Listener {
         socket::getsockopt(&self.socket, sockopt::AcceptConn).unwrap_or(false) && !is_over
     }
 
-    /// Whether accept(2) blocks. True if this cannot be determined.
+    /// Whether accept(2) blocks on the socket; true if this cannot be determined.
     pub(crate) fn is_blocking(&self) -> bool {
         is_blocking(&self.socket).unwrap_or(true)
     }
@@ -47,7 +48,7 @@ impl Listener {
     /// Listens again after another process has shut the socket down. `blocking` is as for [`Listener::bind`].
     ///
     /// # Errors
-    /// Returns a message for the operator if that is not possible.
+    /// Returns a message for the operator if the socket cannot be repaired.
     pub(crate) fn repair(&self, config: &Config, blocking: bool) -> Result<(), String> {
         let backlog = config.backlog;
         let socket = match (&self.bind.address, &self.address) {
@@ -81,8 +82,8 @@ impl Listener {
         self.take_place(&socket, blocking)
     }
 
-    /// Binds a new socket to an abstract name. The name becomes free when the last process that holds the old socket closes it; this
-    /// process is one of them.
+    /// Binds a new socket to an abstract name. The name becomes free when the last process that holds the old socket
+    /// closes it. This process also holds the old socket, and must close it first.
     fn bind_abstract_again(&self, name: &str, backlog: u32, blocking: bool) -> Result<(), String> {
         let address = UnixAddr::new_abstract(name.as_bytes()).map_err(|errno| errno.desc().to_owned())?;
         self.take_place(&new_socket(AddressFamily::Unix, SockType::Stream)?, blocking)?;
@@ -98,8 +99,9 @@ impl Listener {
         taken.map_err(|error| error.to_string())
     }
 
-    /// Stops listening when the server ends, whichever process holds the socket, so that the address is free and clients are
-    /// refused. Has no effect on a socket that was passed to this server, because it belongs to other processes too.
+    /// Stops listening when the server exits, even if other processes hold the socket, so that the address becomes free
+    /// and clients are refused. Has no effect on a socket that was passed to this server, because it belongs to other
+    /// processes too.
     pub(crate) fn stop_listening(&self) {
         if !matches!(self.bind.address, Address::Inherited(_) | Address::Systemd(_)) {
             let _ = socket::shutdown(self.socket.as_raw_fd(), Shutdown::Both); // the socket may be shut down already

@@ -22,18 +22,18 @@ use crate::sys::lock_file::LockFile;
 /// A socket, with its file's device and inode.
 pub(crate) type SocketAndFile = (OwnedFd, Option<(u64, u64)>);
 
-/// Binds a datagram socket to a path. `flag` names the setting of the path.
+/// Binds a datagram socket to a path. `flag` is the flag that contains the path.
 ///
 /// # Errors
-/// Returns a message for the operator if that fails.
+/// Returns a message for the operator if the socket cannot be bound.
 pub(crate) fn bind_datagrams(path: &Path, mode: u32, flag: &str) -> Result<SocketAndFile, String> {
     bind_file(path, None, Some(mode), flag)
 }
 
-/// Binds a listening socket to a path; without `backlog`, a datagram socket.
+/// Binds a listening socket to a path or, without `backlog`, a datagram socket.
 ///
 /// # Errors
-/// Returns a message for the operator if that fails.
+/// Returns a message for the operator if the socket cannot be bound.
 pub(in crate::net) fn bind_file(
     path: &Path,
     backlog: Option<u32>,
@@ -42,7 +42,7 @@ pub(in crate::net) fn bind_file(
 ) -> Result<SocketAndFile, String> {
     let address = UnixAddr::new(path).map_err(|_| too_long(path, flag))?;
     file_path::examine(path, Links::Keep, flag)?;
-    // Until it listens, the new socket looks like one that a dead program left behind.
+    // The lock is needed because the new socket looks like one that a dead program left behind until it listens.
     let _turn = LockFile::for_path(path);
     clear_stale(path, flag)?;
     let kind = if backlog.is_some() { SockType::Stream } else { SockType::Datagram };
@@ -60,7 +60,7 @@ pub(in crate::net) fn bind_file(
     Ok((socket, file))
 }
 
-/// Removes the socket file of a program that has exited. Fails if a program listens there.
+/// Removes the socket file if the program that created it has exited. Fails if a program is listening on the socket.
 fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
     let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
     expect_socket(&metadata, flag)?;
@@ -70,7 +70,7 @@ fn clear_stale(path: &Path, flag: &str) -> Result<(), String> {
         Err(Errno::EACCES) => Err(format!(
             "permission denied for the existing socket (run as its owner, or choose another path with {flag})"
         )),
-        // A full queue (EAGAIN) also means a live listener.
+        // A full queue (EAGAIN) also means that a program is listening.
         Ok(_) | Err(_) => {
             Err(format!("another program is listening there (stop that program, or choose another path with {flag})"))
         }
@@ -90,7 +90,7 @@ pub(crate) fn is_stale(path: &Path) -> bool {
     probe(path) == Err(Errno::ECONNREFUSED)
 }
 
-/// Connects to the socket. Does not wait for space in a full queue, but returns EAGAIN.
+/// Connects to the socket. If the queue is full, returns EAGAIN instead of waiting for space.
 pub(super) fn probe(path: &Path) -> Result<(), Errno> {
     let kind = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket::socket(AddressFamily::Unix, SockType::Stream, kind, None)?;
@@ -102,7 +102,7 @@ fn too_long(path: &Path, flag: &str) -> String {
     format!("the path has {length} bytes, and the maximum for a Unix socket is 107 (choose a shorter path with {flag})")
 }
 
-/// Checks the length of a Unix socket's path. `flag` names the setting of the path.
+/// Checks the length of a Unix socket's path. `flag` is the flag that contains the path.
 ///
 /// # Errors
 /// Returns a message for the operator if the path is too long.
@@ -128,7 +128,7 @@ pub(crate) fn give_socket_file(path: &Path, ours: (u64, u64), owner: Owner) -> i
     give_socket_file_of(path, ours, nix::unistd::geteuid(), owner)
 }
 
-/// Like [`give_socket_file`], for a file that was given to `from` before.
+/// Like [`give_socket_file`], for a file whose owner was changed to `from` before.
 ///
 /// # Errors
 /// Fails if the file was replaced, or a system call fails.
@@ -154,8 +154,8 @@ fn file_identity(path: &Path) -> Option<(u64, u64)> {
     Some((metadata.dev(), metadata.ino()))
 }
 
-/// Checks a path as far as possible without creating a socket there. Returns a note if a program listens there now. `flag` names
-/// the setting of the path.
+/// Checks a path as far as possible without creating a socket there. Returns a note if a program is already listening
+/// there. `flag` is the flag that contains the path.
 ///
 /// # Errors
 /// Returns a message for the operator if no socket can be created there.

@@ -49,7 +49,8 @@ pub(super) fn bind_tcp(
     if listeners.is_empty() { Err(cause) } else { Ok(listeners) }
 }
 
-/// Whether the error means that this machine does not have the address. Such an address of a name is omitted.
+/// Whether the error means that this machine does not have the address. Such an address is omitted if a name has
+/// several addresses.
 fn is_absent(errno: Errno) -> bool {
     matches!(errno, Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)
 }
@@ -80,7 +81,7 @@ pub(super) fn bound_tcp(address: SocketAddr, leaves_ipv4: bool) -> Result<OwnedF
     let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&socket, sockopt::ReuseAddr, &true)?;
     if address.is_ipv6() {
-        // Overrides net.ipv6.bindv6only.
+        // This overrides the sysctl net.ipv6.bindv6only.
         setsockopt(&socket, sockopt::Ipv6V6Only, &leaves_ipv4)?;
     }
     socket::bind(socket.as_raw_fd(), &*storage)?;
