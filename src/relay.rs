@@ -1,17 +1,17 @@
-//! Runs the relay: a process alongside the workers that receives events as datagrams and publishes
-//! them, because the master must not do so.
+//! Runs the relay: a process alongside the workers that receives events as datagrams and publishes them. The master
+//! does not do this, because it must not take a lock in shared memory.
 //!
 //! ```text
 //! programs ── datagrams ──▶ the publish socket ──▶ relay ──▶ the event log
 //! ```
 //!
-//! The relay takes one datagram at a time, so that the remaining datagrams stay in the socket if it dies: at
-//! most the current datagram is lost, and none is published twice. The relay exits when its
-//! lifeline ends, after publishing the datagrams that it can publish without waiting: when the master
-//! exits, and when a new build replaces the master.
+//! The relay takes one datagram at a time. If the relay dies, the other datagrams stay in the socket: at most the
+//! current datagram is lost, and none is published twice. The relay's lifeline ends when the master exits, and when a
+//! new build replaces the master. The relay then publishes the datagrams that it can publish without waiting, and
+//! exits.
 //!
-//! The relay reports on standard error, which the master logs. It must not write to log files
-//! itself, because the relay does not reopen them. It must not depend on the master or the workers.
+//! The relay reports on standard error, which the master logs. The relay must not write to log files itself, because it
+//! does not reopen them. This module must not depend on the master or the workers.
 
 mod datagram;
 mod refused_datagrams;
@@ -32,7 +32,7 @@ pub(crate) use self::refused_datagrams::RefusedDatagrams;
 
 /// The first line that the relay writes.
 pub(crate) const READY: &str = "ready";
-/// Bytes of a datagram in addition to the event's: the topic, and two line ends.
+/// Number of bytes in a datagram in addition to the event's name and data: the topic, and two line feeds.
 const FRAME: usize = 128 + 2;
 /// Number of datagrams between two checks of the lifeline.
 const BATCH: usize = 64;
@@ -69,15 +69,15 @@ struct Relay<'a> {
     events: Events,
     begun: Instant,
     complaints: Complaints,
-    /// Zero after a wait that timed out, until an event can be published again.
+    /// How long to wait for the log. Zero after a wait that timed out, until an event can be published again.
     busy_timeout: Duration,
 }
 
-/// What was read from the socket.
+/// The result of a read from the socket.
 enum Received {
     Nothing,
     Whole(usize),
-    /// Longer than any event.
+    /// A datagram that is longer than any event.
     TooLong,
 }
 
@@ -106,7 +106,7 @@ impl Relay<'_> {
         }
     }
 
-    /// Returns `Break` if the lifeline ends while other processes hold the log's lock.
+    /// Publishes an event. Returns `Break` if the lifeline ends while other processes hold the log's lock.
     fn publish(&mut self, bytes: &[u8]) -> io::Result<ControlFlow<()>> {
         let Datagram { topic, name, data } = match Datagram::parse(bytes) {
             Ok(datagram) => datagram,
@@ -120,7 +120,7 @@ impl Relay<'_> {
             match self.events.publish(topic, name, data) {
                 Ok(_) => self.busy_timeout = BUSY_TIMEOUT,
                 Err(PublishError::Busy) if begun.elapsed() < self.busy_timeout => {
-                    // The senders wait during the sleep.
+                    // While the relay waits, the senders wait too.
                     if wait(self.lifeline, None, Some(BUSY_INTERVAL))? {
                         return Ok(ControlFlow::Break(()));
                     }

@@ -1,4 +1,5 @@
-//! The fence: safe functions around system calls that need `unsafe`, or that are sound only at one point of a process's lifetime.
+//! Provides safe functions around system calls that need `unsafe`, or that are sound only at one point in the lifetime
+//! of a process.
 //!
 //! Decides nothing: policy is in `master::supervisor`. Other files with `unsafe` are the signal handlers in
 //! `diagnostics/` and `startup/abort_signal.rs`, `logging/`, the heir's journal, and the steps between fork and exec in `privileges/`.

@@ -2,8 +2,8 @@
 //! response's head in CGI form.
 //!
 //! Section numbers refer to RFC 3875. FastCGI, SCGI and CGI use both directions. The web server in front implements
-//! HTTP, and this module does not undo its decisions: `REQUEST_URI` is used as received, and no variable is trusted
-//! beyond its meaning in CGI.
+//! HTTP, and this module does not undo the web server's decisions: `REQUEST_URI` is used as received, and no variable
+//! is trusted beyond its meaning in CGI.
 
 mod response;
 
@@ -22,32 +22,33 @@ use super::params::Params;
 
 /// The client that a request came from: an extension of each request.
 ///
-/// Over HTTP it describes the peer of the connection; over FastCGI, what the web server reports (`REMOTE_ADDR`,
-/// `REMOTE_PORT`, `HTTPS`, `REQUEST_SCHEME`). If that address is in `--trust`, it describes what that proxy reports
-/// about its own client. The host that the client asked for is always in the request's `Host` header.
+/// Over HTTP, this value describes the peer of the connection. Over FastCGI, SCGI and CGI, it contains what the web
+/// server reports (`REMOTE_ADDR`, `REMOTE_PORT`, `HTTPS`, `REQUEST_SCHEME`). If the address of that client is in
+/// `--trust`, the client is a proxy, and the value contains what this proxy reports about its own client. The host that
+/// the client asked for is always in the request's `Host` header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ClientInfo {
-    /// The client's address. `None` for a Unix socket, or if the web server does not report one. The port is 0 if only
-    /// the address is known.
+    /// The client's address. `None` if the client is on a Unix socket, or if the web server does not report an address.
+    /// The port is 0 if only the address is known.
     pub address: Option<SocketAddr>,
     /// Whether the client used HTTPS, as far as is known.
     pub is_https: bool,
     /// The CGI variables of the request, as sent by the web server; empty over HTTP.
     pub params: Params,
-    /// The address is missing because the peer is a Unix socket, on this machine or on the machine of the load
-    /// balancer.
+    /// Whether the address is missing because the client is on a Unix socket, on this machine or on the load balancer's
+    /// machine.
     pub(crate) over_unix: bool,
 }
 
 impl ClientInfo {
-    /// For a request without CGI variables. Without an address, the peer is a Unix socket.
+    /// Describes the client of a request without CGI variables. Without an address, the client is on a Unix socket.
     pub(crate) fn of_http(address: Option<SocketAddr>, is_https: bool) -> Self {
         Self { address, is_https, params: Params::default(), over_unix: address.is_none() }
     }
 }
 
-/// The head of a request is invalid. The web server or other peer is at fault.
+/// Why the head of a request is invalid. The web server or another peer is at fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CgiError {
     Method,
@@ -87,8 +88,8 @@ impl fmt::Display for CgiError {
 
 impl std::error::Error for CgiError {}
 
-/// Maximum number of header names in a request. A `HeaderMap` has space for half as many again, and panics when this
-/// server or the application inserts one more.
+/// Maximum number of header names in a request. A `HeaderMap` has space for one and a half times as many, so this
+/// server and the application can insert further headers. Inserting into a full map panics.
 const MAX_NAMES: usize = 16_384;
 
 /// The CGI variables of a request that this module needs, collected in one pass.
@@ -106,8 +107,8 @@ struct Variables<'a> {
     length: Option<u64>,
 }
 
-/// Creates a request from `params`, which become one of its extensions. `body` creates its body,
-/// and receives the announced length, if any.
+/// Creates a request from `params`, which become one of its extensions. `body` creates the request's body from the
+/// announced length, if any.
 ///
 /// # Errors
 /// Returns [`CgiError`] if the method, the URI or a header is missing or invalid, or if two lengths differ.
@@ -154,14 +155,14 @@ pub(crate) fn request<B>(params: Params, body: impl FnOnce(Option<u64>) -> B) ->
 }
 
 impl<'a> Variables<'a> {
-    /// Takes a variable without an `HTTP_` prefix. Returns whether it is a client's header nevertheless:
-    /// `CONTENT_TYPE`.
+    /// Takes a variable without an `HTTP_` prefix. Returns true for `CONTENT_TYPE`, which is a header of the client
+    /// even without the prefix.
     #[inline]
     fn take(&mut self, name: &[u8], value: &'a [u8]) -> Result<bool, CgiError> {
         if has_control(value) && !may_have_control(name, value) {
             return Err(CgiError::Variable);
         }
-        // Match the first letter first: most variables are none of these.
+        // The first letter is matched first, because most variables are none of these.
         match name.first() {
             Some(b'R') => match name {
                 b"REQUEST_METHOD" => self.method = value,
@@ -183,17 +184,18 @@ impl<'a> Variables<'a> {
             },
             Some(b'P') if name == b"PATH_INFO" => self.path_info = value,
             Some(b'Q') if name == b"QUERY_STRING" => self.query = value,
-            // Servers agree on HTTPS; REQUEST_SCHEME is specific to nginx. A server whose client uses plain HTTP omits
-            // HTTPS, or sets another value such as `off`.
+            // All web servers use HTTPS; REQUEST_SCHEME is specific to nginx. If the client uses plain HTTP, the web
+            // server omits HTTPS or sets it to a value such as `off`.
             Some(b'H') if name == b"HTTPS" => self.is_https |= value.eq_ignore_ascii_case(b"on") || value == b"1",
             _ => {}
         }
         Ok(false)
     }
 
-    /// Takes a CONTENT_LENGTH. Servers send an empty one if there is no body (4.1.2). An empty value cancels an earlier one, so that an
-    /// nginx configuration can override an included one. `-1` is ignored: lighttpd sends it for a body of unknown length, which then ends
-    /// with the stream. Any other value that is not digits is refused, and so are two different lengths.
+    /// Takes a CONTENT_LENGTH. Web servers send an empty value if there is no body (4.1.2). An empty value cancels an
+    /// earlier one, so that an nginx configuration can override an included configuration. `-1` is ignored: lighttpd
+    /// sends it for a body of unknown length, which ends with the stream. Any other value that does not consist of
+    /// digits is rejected, and so are two different lengths.
     fn length(&mut self, value: &[u8]) -> Result<(), CgiError> {
         match value {
             b"" => self.length = None,
@@ -210,8 +212,9 @@ impl<'a> Variables<'a> {
 }
 
 /// Whether a variable that is not a header may have this value, which contains a control character. RFC 3875 does not
-/// allow CR, LF or NUL in its own variables, except in a decoded path: `/a%0Ab` has an LF in SCRIPT_NAME or PATH_INFO.
-/// Variables that RFC 3875 does not define belong to the server: some are certificates of many lines.
+/// allow CR, LF or NUL in the variables that it defines, except in a decoded path: `/a%0Ab` results in an LF in
+/// SCRIPT_NAME or PATH_INFO. Variables that RFC 3875 does not define belong to the web server; some of them contain
+/// certificates of many lines.
 #[cold]
 fn may_have_control(name: &[u8], value: &[u8]) -> bool {
     match name {
@@ -232,8 +235,7 @@ fn has_control(bytes: &[u8]) -> bool {
     // Subtracting 0x20 sets the high bit of a byte below 0x20, and of a byte whose high bit was
     // already set.
     let below = |word: u64| word.wrapping_sub(LOW * 0x20) & !word & (LOW * 0x80);
-    // The last word overlaps the word before it. If there are fewer than eight bytes, the two halves overlap in the
-    // same way.
+    // The last word overlaps the word before it. If there are fewer than eight bytes, the two halves overlap instead.
     let found = match (bytes.last_chunk(), bytes.first_chunk(), bytes.last_chunk()) {
         (Some(&last), ..) => {
             let words = bytes.as_chunks().0.iter();
@@ -271,9 +273,9 @@ fn header_name(variable: &[u8]) -> Option<HeaderName> {
                 *to = if from == b'_' { b'-' } else { from.to_ascii_lowercase() };
             }
             return HeaderName::from_bytes(name).ok().filter(|name| {
-                // The first three would contradict the variables without HTTP_, or announce chunks
-                // that the server has already decoded. A client must not set Proxy ("httpoxy").
-                // This applies to any spelling of the variable.
+                // The first three would contradict the variables without HTTP_, or announce chunks that the web server
+                // has already decoded. A client must not be able to set Proxy ("httpoxy"). All four are left out in any
+                // spelling of the variable.
                 let contradicts =
                     matches!(*name, header::CONTENT_LENGTH | header::CONTENT_TYPE | header::TRANSFER_ENCODING);
                 !contradicts && name != "proxy"
@@ -291,7 +293,7 @@ fn version(protocol: &[u8]) -> Version {
     }
 }
 
-/// Parses the URI as the server forwarded it. Bytes that a URI must not have, but that clients send, are
+/// Parses the URI as the web server forwarded it. Bytes that clients send although a URI must not contain them are
 /// percent-encoded.
 fn request_uri(uri: Bytes) -> Result<Uri, CgiError> {
     let uri = Uri::from_maybe_shared(uri.clone()).or_else(|_| {
@@ -302,14 +304,14 @@ fn request_uri(uri: Bytes) -> Result<Uri, CgiError> {
     if uri.authority().is_none() {
         return Ok(uri);
     }
-    // A client may send its server the absolute URI; a host alone is only sent to proxies.
+    // A client may send an absolute URI to a server. A host alone is only sent to proxies.
     if uri.scheme().is_none() || !uri.authority().is_none_or(|authority| is_host(authority.as_str().as_bytes())) {
         return Err(CgiError::Uri);
     }
     Ok(uri.into_parts().path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/")).into())
 }
 
-/// Builds the URI from the decoded path, for servers that do not forward the URI.
+/// Builds the URI from the decoded path, for web servers that do not forward the URI.
 fn rebuilt_uri(script_name: &[u8], path_info: &[u8], query: &[u8]) -> Result<Uri, CgiError> {
     let mut uri = BytesMut::with_capacity(script_name.len() + path_info.len() + query.len() + 16);
     let path = if script_name.is_empty() { path_info } else { script_name };
@@ -382,7 +384,7 @@ mod tests {
         assert_eq!(origin.params.get("SCRIPT_NAME"), Some(&b"/a b"[..]));
     }
 
-    /// Found by fuzzing: only names in capitals were left out.
+    /// Found by fuzzing: a former version left out only names in capitals.
     #[test]
     fn headers_that_are_not_a_clients_to_say_are_left_out_however_they_are_written() {
         for name in ["HTTP_PROXY", "HTTP_Proxy", "HTTP_CONTENT-LENGTH", "HTTP_content_type", "HTTP_TRANSFER_ENCODiNG"] {

@@ -10,9 +10,9 @@
 //! and the parameters received so far. It never copies a body, and copies parameters only if they span several records.
 //! The same bytes always result in the same requests, bodies and replies, however they are split into chunks.
 //!
-//! Faults: if the specification defines a reply, the decoder returns a [`FastCgiEvent`] with the reply.
-//! If the start of the next record cannot be determined, or a record contradicts the state of its
-//! request, the decoder returns a [`FastCgiError`], and the connection must be closed.
+//! If the peer makes an error for which the specification defines a reply, the decoder returns a [`FastCgiEvent`] with
+//! the reply. If the start of the next record cannot be determined, or a record contradicts the state of its request,
+//! the decoder returns a [`FastCgiError`], and the connection must be closed.
 
 use std::fmt;
 
@@ -57,8 +57,8 @@ pub(crate) enum FastCgiEvent {
     /// A request whose parameters are complete. Its body follows as [`FastCgiEvent::Stdin`], and a filter's file as
     /// [`FastCgiEvent::Data`].
     Request { id: RequestId, keep_connection: bool, role: Role, params: Params },
-    /// A request that cannot be served because its parameters are too long or malformed. The rest
-    /// of the request is skipped; the request must be answered.
+    /// A request that cannot be served because its parameters are too long or malformed. The remaining records of the
+    /// request are skipped. The request must be answered.
     BadRequest { id: RequestId, keep_connection: bool, fault: Fault },
     /// A chunk of a request's body, never empty.
     Stdin { id: RequestId, bytes: Bytes },
@@ -68,10 +68,10 @@ pub(crate) enum FastCgiEvent {
     Data { id: RequestId, bytes: Bytes },
     /// The end of the file for a filter.
     DataEnd { id: RequestId },
-    /// The peer aborts this request (5.4).
+    /// The peer has aborted this request (5.4).
     Abort { id: RequestId },
-    /// A reply of the decoder itself, to be sent unchanged. `then_close` if the peer did not
-    /// request to keep the connection.
+    /// A reply from the decoder itself, to be sent unchanged. `then_close` is true if the peer did not ask to keep the
+    /// connection.
     Reply { bytes: Bytes, then_close: bool },
 }
 
@@ -84,7 +84,7 @@ pub(crate) enum Fault {
     ParamsMalformed,
 }
 
-/// The peer violated the protocol in a way that has no reply: the connection must be closed.
+/// A violation of the protocol for which there is no reply: the connection must be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FastCgiError {
     /// A record of a version other than 1.
@@ -151,8 +151,8 @@ struct Open {
 #[derive(Debug)]
 enum Phase {
     Params(BytesMut),
-    /// Which streams are still open. A filter's file comes after the body (6.4), but the streams
-    /// may also be mixed without loss.
+    /// Which streams are still open. A filter's file comes after the body (6.4), but the decoder also accepts
+    /// interleaved streams.
     Streams {
         stdin: bool,
         data: bool,
@@ -168,7 +168,7 @@ pub(crate) struct FastCgiDecoder {
     max_requests: usize,
     place: Place,
     open: Vec<Open>,
-    /// Some request's parameters share memory with the other bytes of the same read.
+    /// Whether a request's parameters share memory with the other bytes of the same read.
     shares: bool,
 }
 
@@ -178,8 +178,7 @@ impl FastCgiDecoder {
         Self { max_params, max_requests, place: Place::Header, open: Vec::new(), shares: false }
     }
 
-    /// Removes the bytes of the next event from `input` and returns the event. `None` if more bytes
-    /// are needed.
+    /// Removes the bytes of the next event from `input` and returns the event. Returns `None` if more bytes are needed.
     ///
     /// # Errors
     /// Returns [`FastCgiError`] if the peer violated the protocol.
@@ -223,8 +222,8 @@ impl FastCgiDecoder {
         }
     }
 
-    /// Copies partly received parameters if they share memory with the rest of a read. For a
-    /// connection that has to wait.
+    /// Copies partly received parameters if they share memory with the remaining bytes of a read. Called before a
+    /// connection waits, so that it does not keep that memory.
     pub(crate) fn unshare(&mut self) {
         if std::mem::take(&mut self.shares) {
             for open in &mut self.open {
@@ -235,8 +234,8 @@ impl FastCgiDecoder {
         }
     }
 
-    /// Ends a request after its END_REQUEST was sent. Further input for it is ignored (3.3:
-    /// "inactive"). Returns true if no further input can come, because its streams have ended.
+    /// Ends a request after its END_REQUEST was sent. Further input for it is ignored (3.3: "inactive"). Returns true
+    /// if no further input for the request can arrive, because its streams have ended.
     pub(crate) fn finish(&mut self, id: RequestId) -> bool {
         let whole =
             self.find(id).is_some_and(|open| matches!(open.phase, Phase::Streams { stdin: false, data: false }));
@@ -244,7 +243,7 @@ impl FastCgiDecoder {
         whole
     }
 
-    /// Whether the next record in `input`, the unprocessed rest of a read, shows that this request has no body.
+    /// Whether the next record in `input`, the unprocessed part of a read, shows that this request has no body.
     pub(crate) fn body_is_empty(&self, id: RequestId, input: &[u8]) -> bool {
         let padding = match self.place {
             Place::Header => 0,
@@ -265,7 +264,7 @@ impl FastCgiDecoder {
         matches!(self.place, Place::Header | Place::Skip { left: 0 }) && self.assembled().next().is_none()
     }
 
-    /// Returns the requests with incomplete parameters: their ids, and whether to keep the connection.
+    /// Returns the requests with incomplete parameters: for each, its id, and whether to keep the connection.
     pub(crate) fn assembled(&self) -> impl Iterator<Item = (RequestId, bool)> {
         let open = self.open.iter().filter(|open| matches!(open.phase, Phase::Params(_)));
         open.map(|open| (open.id, open.keep_connection))
@@ -333,9 +332,9 @@ impl FastCgiDecoder {
             kind => {
                 input.advance(HEADER);
                 self.place = Place::Skip { left: u32::from(content) + u32::from(padding) };
-                // An unknown management record has a reply (4.2), unless it is a reply itself: two
-                // peers that reply to replies would never stop. An application record of another
-                // type (an output stream, for example) has no reply, and the request continues.
+                // An unknown management record is answered (4.2), unless it is a reply itself: two peers that reply to
+                // replies would never stop. An application record of an unexpected type (an output stream, for example)
+                // is not answered, and the request continues.
                 let answered = id == 0 && !matches!(kind, GET_VALUES_RESULT | UNKNOWN_TYPE);
                 Ok(if answered { Progress::Event(unknown_type(kind)) } else { Progress::Continue })
             }
@@ -366,7 +365,7 @@ impl FastCgiDecoder {
     fn abort(&mut self, id: RequestId) -> Progress {
         let Some(open) = self.find(id) else { return Progress::Continue };
         if let Phase::Params(_) = open.phase {
-            // The application has not received the request: it ends here.
+            // The application has not received the request, so the request ends here.
             let then_close = !open.keep_connection;
             self.finish(id);
             let mut bytes = BytesMut::new();
@@ -382,7 +381,7 @@ impl FastCgiDecoder {
 
     fn content(&mut self, kind: u8, id: RequestId, bytes: BytesMut) -> Option<FastCgiEvent> {
         let max_params = self.max_params;
-        let open = self.find(id)?; // None: the request ended in the middle of the record
+        let open = self.find(id)?; // None if the request ended in the middle of the record
         match &mut open.phase {
             Phase::Params(params) if kind == PARAMS => {
                 if params.len() + bytes.len() > max_params {
@@ -430,7 +429,7 @@ impl FastCgiDecoder {
         }
     }
 
-    /// The reply to GET_VALUES (4.1): the requested values, as far as this server supports them.
+    /// Returns the reply to GET_VALUES (4.1): the requested values, as far as this server supports them.
     fn values(&self, asked: &[u8]) -> Bytes {
         let mut content = BytesMut::new();
         let asked = Params::parse(Bytes::copy_from_slice(asked));
@@ -442,7 +441,8 @@ impl FastCgiDecoder {
                 b"FCGI_MPXS_CONNS" => String::from(if self.max_requests > 1 { "1" } else { "0" }),
                 _ => continue,
             };
-            // Each name only once, however often it was requested, because the reply must fit in its record.
+            // Each name is included only once, however often it was requested, because the reply must fit into one
+            // record.
             if !content.windows(name.len()).any(|window| window == name) {
                 put_length(&mut content, name.len());
                 put_length(&mut content, value.len());
@@ -500,13 +500,14 @@ pub(crate) fn end_request(out: &mut BytesMut, id: RequestId, application: u32, s
 /// Writes eight bytes that are not a record, because their version is 0: the last bytes of a connection on which a
 /// response failed.
 ///
-/// If nginx does not keep the connection, it accepts a close as the end of a response without a length, and waits for
-/// the rest of a response with a length. After these bytes nginx fails the response in both cases.
+/// If nginx does not keep the connection, it accepts a close as the end of a response without a length, and it waits
+/// for the missing part of a response with a length. After these bytes, nginx treats the response as failed in both
+/// cases.
 pub(crate) fn break_off(out: &mut BytesMut) {
     out.put_slice(&[0; HEADER]);
 }
 
-/// UNKNOWN_TYPE (4.2): the reply to an unknown management record.
+/// Returns UNKNOWN_TYPE (4.2), the reply to an unknown management record.
 fn unknown_type(kind: u8) -> FastCgiEvent {
     let mut bytes = BytesMut::with_capacity(2 * HEADER);
     put_header(&mut bytes, UNKNOWN_TYPE, 0, 8);

@@ -1,4 +1,4 @@
-//! Tests the decoder: hand-written records, and the events that must result however the bytes are split.
+//! Tests the decoder with hand-written records, which must result in the same events however the bytes are split.
 
 use super::*;
 
@@ -145,7 +145,7 @@ fn params_split_inside_a_length_are_read_as_one() {
 
 #[test]
 fn a_length_beyond_the_end_is_the_peers_fault() {
-    // The sums from CVE-2025-23016: both lengths are near 2^31.
+    // The lengths from CVE-2025-23016, whose sum wraps around: both are near 2^31.
     for params in [&b"\x05\x05short"[..], b"\xff\xff\xff\xff\xff\xff\xff\xffx", b"\x7f", b"\x01\x80\0\0", b"\x80"] {
         let bytes = request(1, params, b"the body is skipped");
         let events = whole(&bytes);
@@ -444,7 +444,7 @@ fn an_application_record_of_no_known_type_leaves_its_request_alone() {
 
 #[test]
 fn a_refused_request_is_skipped_to_its_last_byte() {
-    // The id of its records is no longer in use.
+    // The id of the further records is no longer in use.
     for role in [0, 4, 0x0101, 0xffff] {
         let rest = [record(PARAMS, 5, b"\x7f", 9), record(PARAMS, 5, b"", 0), record(STDIN, 5, b"body", 0)].concat();
         let bytes = [begin(5, role, KEEP_CONN), rest, request(5, &pairs(&[("A", "1")]), b"")].concat();
@@ -492,7 +492,7 @@ fn streams_of_several_requests_may_be_mixed() {
 
 #[test]
 fn records_of_the_wrong_moment_are_ignored() {
-    // A body before the parameters are complete, and parameters after that.
+    // A body arrives before the parameters are complete, and the other parameters after it.
     let params = pairs(&[("A", "1")]);
     let bytes = [
         begin(1, RESPONDER, 0),

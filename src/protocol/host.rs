@@ -5,9 +5,9 @@ use std::net::Ipv6Addr;
 use super::grammar::parse_digits;
 
 /// Whether this is a host with or without a port (RFC 3986, sections 3.2.2 and 3.2.3), or empty, as in a request whose
-/// URI has no authority. `userinfo@` is not allowed, and neither is a port without a host.
+/// URI has no authority. Neither `userinfo@` nor a port without a host is allowed.
 pub(crate) fn is_host(host: &[u8]) -> bool {
-    // Nearly all hosts are a plain name, with or without a port.
+    // Nearly all values are a plain name, with or without a port.
     let plain = host.iter().take_while(|byte| is_plain(**byte)).count();
     match host.split_at(plain) {
         (_, []) => true,
@@ -30,12 +30,12 @@ fn is_after_name(rest: &[u8]) -> bool {
     }
 }
 
-/// Digits, possibly none, up to TCP's highest port.
+/// Whether the text is a port: digits, possibly none, up to TCP's highest port.
 fn is_port(port: &[u8]) -> bool {
     port.is_empty() || parse_digits(port).is_some_and(|number| number <= u64::from(u16::MAX))
 }
 
-/// An IPv6 address, or an address of a future IP version.
+/// Whether the text is an IPv6 address, or an address of a future IP version.
 fn is_ip_literal(literal: &[u8]) -> bool {
     match literal {
         [b'v' | b'V', future @ ..] => {
@@ -60,8 +60,8 @@ fn after_registered_name(mut name: &[u8]) -> &[u8] {
     }
 }
 
-/// Whether a byte is one of `unreserved` and `sub-delims` of RFC 3986. A table lookup, because every byte of every `Host`
-/// is checked.
+/// Whether a byte is one of `unreserved` and `sub-delims` of RFC 3986. This is a table lookup, because every byte of
+/// every `Host` is checked.
 fn is_plain(byte: u8) -> bool {
     /// One bit for each ASCII character.
     const PLAIN: u128 = {

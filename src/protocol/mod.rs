@@ -5,10 +5,9 @@
 //!   request, for the application.
 //! - [`scgi`]: the netstring, and the body after it.
 //! - [`cgi`]: CGI variables as an `http::Request`, and the head of a response.
-//! - [`host`]: valid values of `Host`. [`grammar`]: numbers and lists, which several of these use.
+//! - [`host`]: valid values of `Host`. [`grammar`]: numbers and lists, which several protocols use.
 //! - [`query`]: the pairs of a query.
-//! - [`proxy`]: the header of the PROXY protocol. [`forwarded`]: the client according to HTTP
-//!   headers.
+//! - [`proxy`]: the header of the PROXY protocol. [`forwarded`]: the client as reported in HTTP headers.
 //!
 //! hyper implements HTTP, so there is no module for it here.
 

@@ -24,13 +24,13 @@ enum Form {
 }
 
 impl Params {
-    /// Parses FastCGI name-value pairs (3.4). `None` if one extends beyond the end.
+    /// Parses FastCGI name-value pairs (3.4). Returns `None` if a pair extends beyond the end.
     pub(crate) fn parse(raw: Bytes) -> Option<Self> {
         Self::read(raw, Form::Lengths)
     }
 
-    /// Parses SCGI strings, each terminated by a NUL: name, value, name, value. `None` if their number is odd, or the
-    /// last one is not terminated.
+    /// Parses SCGI strings, each terminated by a NUL: name, value, name, value. Returns `None` if the number of strings
+    /// is odd, or if the last string is not terminated.
     pub(crate) fn from_strings(raw: Bytes) -> Option<Self> {
         Self::read(raw, Form::Strings)
     }
@@ -54,7 +54,8 @@ impl Params {
         Self { raw: raw.freeze(), form: Form::Lengths }
     }
 
-    /// Returns the value of the variable `name`. If it occurs several times, the last value, as in PHP.
+    /// Returns the value of the variable `name`. If the variable occurs several times, returns the last value, as PHP
+    /// does.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&[u8]> {
         self.iter().filter(|(other, _)| *other == name.as_bytes()).last().map(|(_, value)| value)
@@ -92,13 +93,13 @@ impl fmt::Debug for Params {
 
 type Pair<'a> = (&'a [u8], &'a [u8]);
 
-/// Reads a pair and returns it with the rest. `None` if there is no complete pair.
+/// Reads a pair, and returns it with the remaining bytes. Returns `None` if there is no complete pair.
 #[inline]
 fn take_pair(mut rest: &[u8], form: Form) -> Option<(Pair<'_>, &[u8])> {
     let (name, value) = match form {
         Form::Lengths => {
             let (name, value) = match rest {
-                // Both are usually short.
+                // Names and values are usually short.
                 [name, value, tail @ ..] if (name | value) < 0x80 => {
                     rest = tail;
                     (usize::from(*name), usize::from(*value))
@@ -131,8 +132,7 @@ pub(crate) fn put_length(out: &mut BytesMut, length: usize) {
     }
 }
 
-/// Reads a length of one byte, or of four bytes with the highest bit set. Both forms are legal for
-/// a short length.
+/// Reads a length of one byte, or of four bytes with the highest bit set. Both forms are valid for a short length.
 #[inline]
 fn take_length(rest: &mut &[u8]) -> Option<usize> {
     let (&first, tail) = rest.split_first()?;
@@ -166,8 +166,8 @@ mod tests {
             for value in lengths {
                 let four = |length: u32| (length | 0x8000_0000).to_be_bytes();
                 let params = [&four(name)[..], &four(value), b"ab"].concat();
-                // Two bytes are left. If the pair does not use both of them, the rest would have to be another pair,
-                // and it is not.
+                // Two bytes are left. If the pair does not use both of them, the remaining bytes would have to be
+                // another pair, which they are not.
                 let fits = u64::from(name) + u64::from(value) == 2;
                 assert_eq!(Params::parse(params.into()).is_some(), fits, "{name} + {value}");
             }

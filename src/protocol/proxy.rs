@@ -20,18 +20,18 @@ const CLIENT_SSL: u8 = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
-    /// Number of bytes.
+    /// Length of the header in bytes.
     pub(crate) length: usize,
     pub(crate) source: Source,
-    /// Whether the client uses TLS to the sender.
+    /// Whether the client uses TLS on its connection to the sender.
     pub(crate) is_tls: bool,
 }
 
 /// The source of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// The connection's own peer: for a health check (LOCAL), or if the sender has no other information (UNKNOWN,
-    /// UNSPEC).
+    /// The peer of the connection itself: in a health check (LOCAL), or if the sender has no other information
+    /// (UNKNOWN, UNSPEC).
     Itself,
     Inet(SocketAddr),
     /// A Unix socket on the sender's machine.
@@ -48,7 +48,7 @@ pub(crate) enum Opening {
     Other,
 }
 
-/// A malformed header: the sender's fault.
+/// Why a header is malformed. The sender is at fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ProxyError {
     TooLong,
@@ -116,9 +116,9 @@ fn text_port(text: &str) -> Result<u16, ProxyError> {
     Ok(port)
 }
 
-/// `rest` is the part after the signature.
+/// Decodes a version 2 header. `rest` is the part after the signature.
 fn version_2(rest: &[u8]) -> Result<Opening, ProxyError> {
-    // An invalid first byte is reported without waiting for the rest.
+    // An invalid first byte is reported without waiting for the remaining bytes.
     if rest.first().is_some_and(|first| !matches!(first, 0x20 | 0x21)) {
         return Err(ProxyError::Unknown);
     }
@@ -130,7 +130,7 @@ fn version_2(rest: &[u8]) -> Result<Opening, ProxyError> {
     }
     let Some(rest) = rest.get(..announced) else { return Ok(Opening::Incomplete) };
     if command == 0x20 {
-        // LOCAL: the rest must be skipped.
+        // LOCAL: the remainder of the header must be skipped.
         return Ok(Opening::Header(Header { length, source: Source::Itself, is_tls: false }));
     }
     // The address block: source, destination and, for internet addresses, their ports.
@@ -155,8 +155,8 @@ fn version_2(rest: &[u8]) -> Result<Opening, ProxyError> {
     Ok(Opening::Header(Header { length, source, is_tls: tells_tls(additions)? }))
 }
 
-/// Reads the TLVs (2.2) to find out whether the client uses TLS. A checksum is not verified, because TCP has already
-/// done so.
+/// Reads the TLVs (2.2) to find out whether the client uses TLS. A CRC-32C checksum is not verified, because TCP has
+/// already protected the data.
 fn tells_tls(mut rest: &[u8]) -> Result<bool, ProxyError> {
     let mut is_tls = false;
     while let Some((&[kind, high, low], tail)) = rest.split_first_chunk() {

@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 
-/// The pairs of a query, in order. The value of a pair without `=` is empty.
+/// Returns the pairs in a query, in order. The value of a pair without `=` is empty.
 pub(crate) fn pairs(query: &str) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
     let pairs = query.split('&').filter(|pair| !pair.is_empty());
     pairs.map(|pair| pair.split_once('=').unwrap_or((pair, ""))).map(|(name, value)| (decode(name), decode(value)))

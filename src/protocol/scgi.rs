@@ -8,9 +8,9 @@
 //!   └ its length                      └ ends each string
 //! ```
 //!
-//! A connection carries one request. The response has the format of CGI, ends with the stream, and is written
-//! elsewhere. The same bytes always result in the same events, however they are split into chunks. Nothing is allocated
-//! for a length that was only announced.
+//! A connection carries one request. The response has CGI form and ends with the stream; `worker/conn/scgi.rs` writes
+//! it. The same bytes always result in the same events, however they are split into chunks. Nothing is allocated for a
+//! length that was only announced.
 //!
 //! [`ScgiDecoder::to_come`] returns the minimum distance to the request's last byte, so that a caller
 //! can leave that byte in the kernel's queue: see `worker/conn/scgi.rs`.
@@ -48,8 +48,7 @@ pub(crate) enum ScgiError {
     Comma,
     /// The variables are not an even number of strings, each terminated by a NUL, with non-empty names.
     Strings,
-    /// The first variable is not CONTENT_LENGTH, or is not a number, or there is a second
-    /// CONTENT_LENGTH.
+    /// The first variable is not CONTENT_LENGTH, its value is not a number, or there is a second CONTENT_LENGTH.
     Length,
     /// There is no variable `SCGI=1`, or more than one named `SCGI`.
     Version,
@@ -100,8 +99,8 @@ impl ScgiDecoder {
         Self { max_params, place: Place::Size }
     }
 
-    /// Removes the bytes of the next event from `input` and returns the event. `None` if more bytes
-    /// are needed, or the request is complete.
+    /// Removes the bytes of the next event from `input` and returns the event. Returns `None` if more bytes are needed,
+    /// or if the request is complete.
     ///
     /// # Errors
     /// Returns [`ScgiError`] if the request is invalid. Further input is ignored.
@@ -113,9 +112,9 @@ impl ScgiDecoder {
         event
     }
 
-    /// Returns the minimum number of bytes that are missing, after the `waiting` bytes that were read but not
-    /// processed, until the request is complete. 1 only if exactly one byte is missing; 0 if the request is complete;
-    /// `None` if the body ends with the stream.
+    /// Returns the minimum number of bytes that are missing until the request is complete, after the `waiting` bytes
+    /// that were read but not processed. The result is 1 only if exactly one byte is missing, 0 if the request is
+    /// complete, and `None` if the body ends with the stream.
     pub(crate) fn to_come(&self, waiting: usize) -> Option<u64> {
         let to_come = match self.place {
             Place::Size => MIN_LENGTH.saturating_sub(waiting).max(2) as u64,
@@ -128,7 +127,7 @@ impl ScgiDecoder {
         Some(to_come)
     }
 
-    /// Whether no request has arrived that needs a response.
+    /// Whether no request that needs a response has arrived.
     pub(crate) fn is_untouched(&self) -> bool {
         matches!(self.place, Place::Size)
     }
@@ -186,7 +185,7 @@ fn piece(input: &mut BytesMut, length: usize) -> Option<ScgiEvent> {
     (length > 0).then(|| ScgiEvent::Body(input.split_to(length).freeze()))
 }
 
-/// Takes the length of a netstring and its colon. `None` if they are incomplete.
+/// Takes the length of a netstring and its colon. Returns `None` if these are incomplete.
 fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, ScgiError> {
     let mut size: usize = 0;
     for (at, &byte) in input.iter().enumerate() {
@@ -209,7 +208,7 @@ fn take_size(input: &mut BytesMut, most: usize) -> Result<Option<usize>, ScgiErr
 }
 
 /// Checks the variables that the specification requires and returns the length of the body. Other names may occur
-/// twice, although the specification forbids this, because servers pass repeated headers on in this way.
+/// twice, because web servers pass on repeated headers as repeated variables, although the specification forbids this.
 fn checked(params: &Params) -> Result<Option<u64>, ScgiError> {
     let of = |wanted: &'static [u8]| params.iter().filter(move |(name, _)| *name == wanted);
     if params.iter().any(|(name, _)| name.is_empty()) {
@@ -220,7 +219,7 @@ fn checked(params: &Params) -> Result<Option<u64>, ScgiError> {
         return Err(ScgiError::Length);
     }
     let length = match length {
-        // lighttpd sends this for a chunked body that it forwards as it arrives.
+        // lighttpd sends -1 for a chunked body that it forwards as it arrives.
         b"-1" => None,
         digits => Some(parse_digits(digits).ok_or(ScgiError::Length)?),
     };

@@ -1,5 +1,5 @@
-//! Parses a datagram of the publish socket: the topic, the event's name and its data. The topic and
-//! the name each end with a line end.
+//! Parses a datagram from the publish socket: the topic, the event's name and the event's data. The topic and the name
+//! each end in a line feed.
 //!
 //! No I/O.
 
@@ -10,16 +10,16 @@ use crate::app::events::name;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Datagram<'a> {
     pub(super) topic: &'a str,
-    /// May be empty.
+    /// The event's name, which may be empty.
     pub(super) name: &'a str,
-    /// The rest of the datagram: arbitrary bytes.
+    /// The remainder of the datagram: arbitrary bytes.
     pub(super) data: &'a [u8],
 }
 
 /// Why a datagram is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Malformed {
-    /// The datagram has fewer than two line ends.
+    /// The datagram contains fewer than two line feeds.
     Lines,
     Topic,
     /// The name is invalid; a phrase whose subject is the name.

@@ -1,5 +1,5 @@
-//! Reports datagrams that were not published: at most one line a second, with the number of datagrams since the line
-//! before.
+//! Reports datagrams that were not published, with at most one line a second. Each line contains the number of
+//! datagrams since the previous line.
 //!
 //! No I/O and no clock.
 
@@ -39,7 +39,7 @@ impl Complaints {
         self.last = why.to_string();
     }
 
-    /// Returns the time until the next line is due, if nothing more happens.
+    /// Returns the time until the next line is due, if no further datagram is refused.
     pub(super) fn due_in(&self, now: Duration) -> Option<Duration> {
         (self.unreported > 0).then(|| self.not_before.saturating_sub(now))
     }

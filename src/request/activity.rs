@@ -3,7 +3,7 @@
 //! long.
 //!
 //! The state counts the requests under way, so that several requests of one connection do not overwrite each other's
-//! state. This costs a few stores per request and never blocks. Any thread may record activity.
+//! state. Recording activity costs a few stores per request and never blocks. Any thread may record activity.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,22 +32,22 @@ pub(crate) enum Stage {
 /// The activity of a connection.
 #[derive(Debug, Default)]
 pub(crate) struct Activity {
-    /// Requests whose response is not complete.
+    /// Number of requests whose response is not complete.
     under_way: AtomicU32,
     /// Number of bodies with a waiting reader.
     bodies: AtomicU32,
-    /// The bodies that a reader waits for, or has waited for before.
+    /// The bodies for which a reader is waiting, or has waited before.
     slow_bodies: Mutex<Vec<Arc<SlowBody>>>,
-    /// Responses that wait for flow-control window of their streams (HTTP/2).
+    /// Number of responses that wait for flow-control window in their streams (HTTP/2).
     held_back: AtomicU32,
-    /// Number of requests under way whose streams end with the worker.
+    /// Number of requests under way whose responses are streams that end when the worker drains.
     streams: AtomicU32,
-    /// The last request was for an event stream and, as far as is known, all earlier responses had been written when it
-    /// began.
+    /// Whether the last request was for an event stream and, as far as is known, all earlier responses had been written
+    /// when that request began.
     ends_in_stream: AtomicBool,
-    /// Part of a request head has arrived.
+    /// Whether part of a request head has arrived.
     head_begun: AtomicBool,
-    /// The protocol reports heads itself, because it receives other input than requests.
+    /// Whether the protocol itself reports heads, because it also receives input other than requests.
     knows_heads: AtomicBool,
     is_writing: AtomicBool,
     /// Number of requests; wraps around.
@@ -56,11 +56,11 @@ pub(crate) struct Activity {
     written: AtomicU32,
     has_expired: AtomicBool,
     is_closed: AtomicBool,
-    /// Milliseconds that the first bytes waited in the kernel; taken by the first request.
+    /// How long the first bytes waited in the kernel, in milliseconds. The first request takes this value.
     waited_ms: AtomicU32,
     /// Received bytes that are held in memory.
     held: Held,
-    /// The protocol can announce the end of the connection.
+    /// Whether the protocol can announce the end of the connection.
     says_goodbye: AtomicBool,
     has_said_goodbye: AtomicBool,
     goodbye: Notify,
@@ -84,7 +84,7 @@ impl Activity {
         self.waited_ms.store(u32::try_from(time.as_millis()).unwrap_or(u32::MAX), Relaxed);
     }
 
-    /// Adds the wait to the first request's extensions.
+    /// Adds the time that the first bytes waited to the extensions of the first request.
     pub(crate) fn tell_waited<B>(&self, request: &mut Request<B>) {
         if self.waited_ms.load(Relaxed) > 0 {
             let waited = WaitedInKernel(Duration::from_millis(self.waited_ms.swap(0, Relaxed).into()));
@@ -128,7 +128,7 @@ impl Activity {
         over.len()
     }
 
-    /// Number of ticks for which the slowest body has been waited for.
+    /// Returns the number of ticks for which a reader has waited for the slowest body.
     pub(crate) fn slowest_body(&self) -> u32 {
         self.slow_bodies().iter().map(|body| body.ticks()).max().unwrap_or_default()
     }
@@ -152,8 +152,8 @@ impl Activity {
         self.requests.load(Relaxed)
     }
 
-    /// From now on only [`Activity::set_head_begun`] records heads. Until then, any bytes between requests begin a
-    /// head.
+    /// Makes [`Activity::set_head_begun`] the only way to record heads. Before this call, any bytes that arrive between
+    /// requests count as the beginning of a head.
     pub(crate) fn set_knows_heads(&self) {
         self.knows_heads.store(true, Relaxed);
         self.set_head_begun(false);
@@ -206,7 +206,7 @@ impl Activity {
         self.has_expired.load(Relaxed)
     }
 
-    /// From now on [`Activity::say_goodbye`] ends the connection gracefully.
+    /// Records that the protocol can announce the end of the connection, so that [`Activity::say_goodbye`] works.
     pub(crate) fn set_says_goodbye(&self) {
         self.says_goodbye.store(true, Relaxed);
     }
@@ -215,8 +215,8 @@ impl Activity {
         self.says_goodbye.load(Relaxed)
     }
 
-    /// Ends the connection gracefully when the requests that have begun are complete. Returns false
-    /// if its protocol cannot.
+    /// Ends the connection gracefully when the requests that have begun are complete. Returns false if the protocol
+    /// does not support this.
     pub(crate) fn say_goodbye(&self) -> bool {
         let can = self.says_goodbye();
         if can {
@@ -261,7 +261,7 @@ fn step(word: &AtomicU32, by: i32) {
     word.store(word.load(Relaxed).saturating_add_signed(by), Relaxed);
 }
 
-/// A wait for the connection's peer. Dropping it ends the wait.
+/// A wait for the connection's peer. Dropping this value ends the wait.
 #[derive(Debug)]
 pub(crate) struct Wait {
     activity: Arc<Activity>,
@@ -270,12 +270,12 @@ pub(crate) struct Wait {
 }
 
 impl Wait {
-    /// A wait for flow-control window in a stream.
+    /// Begins a wait for flow-control window in a stream.
     pub(crate) fn for_room(activity: &Arc<Activity>) -> Self {
         Self { activity: Arc::clone(activity), counter: |activity| &activity.held_back, waits: false }
     }
 
-    /// A wait for events to send, which is assumed to belong to the last request that has begun.
+    /// Begins a wait for events to send. The wait is assumed to belong to the last request that has begun.
     pub(crate) fn for_events(activity: &Arc<Activity>) -> Self {
         let mut stream = Self { activity: Arc::clone(activity), counter: |activity| &activity.streams, waits: false };
         stream.set(true);

@@ -1,8 +1,9 @@
-//! Limits the time that a client has to send more of a request body. Each body has its own limit: a stalled body ends
-//! neither its connection nor the connection's other requests.
+//! Limits the time that a client has to send more of a request body. Each body has its own limit, so a stalled body
+//! ends neither its connection nor the other requests on that connection.
 //!
-//! A body that has arrived before it is read does not use this. The first wait adds the body to its connection's
-//! [`Activity`], where the watchdog counts the ticks of all waits until enough bytes have arrived.
+//! This module is not involved if a body has arrived before it is read. The first wait for a body adds the body to its
+//! connection's [`Activity`]. The watchdog then counts the ticks of all waits for the body until enough bytes have
+//! arrived.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,7 +11,7 @@ use std::task::{Context, Waker};
 
 use super::activity::Activity;
 
-/// A body that a reader has waited for.
+/// A body for which a reader has waited.
 #[derive(Debug, Default)]
 pub(crate) struct SlowBody {
     /// The waiting reader.
@@ -41,7 +42,7 @@ impl SlowBody {
         ticks
     }
 
-    /// The client took too long: the reader gets an error.
+    /// Ends the wait with an error for the reader, because the client took too long.
     pub(super) fn expire(&self) {
         self.has_expired.store(true, Relaxed);
         let reader = self.reader().take();
@@ -60,7 +61,7 @@ impl SlowBody {
     }
 }
 
-/// The reader's side, one for each body of a request. Dropping it ends the wait.
+/// The reader's side of a wait; there is one for each request body. Dropping this value ends the wait.
 #[derive(Debug)]
 pub(crate) struct BodyWait {
     activity: Arc<Activity>,
@@ -74,7 +75,7 @@ impl BodyWait {
         Self { activity: Arc::clone(activity), waits: false, slow: None }
     }
 
-    /// The reader has to wait. Returns true if the client took too long.
+    /// Records that the reader has to wait. Returns true if the client took too long.
     pub(crate) fn begin(&mut self, context: &Context<'_>) -> bool {
         let slow = self.slow.get_or_insert_with(|| {
             let slow = Arc::<SlowBody>::default();
@@ -82,7 +83,7 @@ impl BodyWait {
             slow
         });
         let mut reader = slow.reader();
-        let is_over = slow.has_expired.load(Relaxed); // an expiry after this load finds the reader
+        let is_over = slow.has_expired.load(Relaxed); // an expiry after this load wakes the reader
         match &mut *reader {
             _ if is_over => {}
             Some(waker) => waker.clone_from(context.waker()),
@@ -93,7 +94,7 @@ impl BodyWait {
         is_over
     }
 
-    /// A chunk of the body, or its end, has arrived.
+    /// Records that a chunk of the body, or its end, has arrived.
     pub(crate) fn end(&mut self) {
         if let Some(slow) = &self.slow {
             slow.reader().take();

@@ -1,10 +1,10 @@
 //! Counts the memory that a worker holds for input from clients, summed over all connections, and compares it with its
 //! limit (`--max-buffered`).
 //!
-//! The count of a connection is the bytes received since it was last idle, minus the body bytes that the application
-//! has taken. These bytes are in this server's buffers, in hyper's, or in requests that are being served. The count is
-//! an upper bound. Small requests that arrive in one read are not counted: nearly all requests are small, and a
-//! connection holds at most [`SMALL`] bytes of one.
+//! The count of a connection is the number of bytes received since the connection was last idle, minus the body bytes
+//! that the application has taken. These bytes are in this server's buffers, in hyper's buffers, or in requests that
+//! are being served. The count is an upper bound. Small requests that arrive in one read are not counted: nearly all
+//! requests are small, and a connection holds at most [`SMALL`] bytes of one.
 //!
 //! No I/O, no clock.
 
@@ -15,8 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 pub(crate) const SMALL: usize = 4 << 10;
 /// Maximum count for one connection.
 const MAX_COUNT: u32 = 1 << 30;
-/// A connection whose body is being read holds at most this many bytes, whatever the protocol adds
-/// to the body.
+/// A connection whose body is being read holds at most this many bytes, including what the protocol adds to the body.
 const MAX_WITHOUT_BODY: u32 = 2 << 20;
 
 /// The sum over all connections of this process.
@@ -42,7 +41,7 @@ pub(crate) fn is_full() -> bool {
     excess(8) > 0
 }
 
-/// Whether bodies should use less memory than usual.
+/// Whether memory is so tight that bodies should use less of it than usual.
 pub(crate) fn is_tight() -> bool {
     excess(4) > 0
 }
@@ -56,7 +55,7 @@ pub(crate) fn too_much() -> u64 {
 #[derive(Debug, Default)]
 pub(crate) struct Held {
     bytes: AtomicU32,
-    /// Input is not held: it is passed to the application as fast as the application reads.
+    /// Whether counting has stopped, because input is passed on to the application as fast as the application reads it.
     is_over: AtomicBool,
 }
 
@@ -87,7 +86,7 @@ impl Held {
         }
     }
 
-    /// One of `requests` requests is complete.
+    /// Records that one of `requests` requests is complete.
     pub(crate) fn one_of(&self, requests: u32) {
         if self.bytes() > 0 {
             self.reduce(|held| held - held / requests.max(1));

@@ -1,9 +1,9 @@
-//! Measures how long a request has waited before the application begins, and sheds requests that have waited too long
-//! (`--max-queue-time`).
+//! Measures how long a request has waited before the application begins to process it, and sheds requests that have
+//! waited too long (`--max-queue-time`).
 //!
-//! The time before this worker read the request is measured in two ways: how long its last bytes had been in the kernel
-//! (over TCP), and when the proxy in front received the request, according to `X-Request-Start` or `X-Queue-Start`. The
-//! longer time is used.
+//! How long a request waited before this worker read it is measured in two ways: by the time that its last bytes had
+//! been in the kernel (over TCP), and by the time since the proxy in front received it, according to `X-Request-Start`
+//! or `X-Queue-Start`. The longer time is used.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -13,10 +13,10 @@ use http::{HeaderValue, Request, Response, StatusCode};
 
 /// Minimum time between two log lines about shed requests.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// A longer wait is ignored: the proxy's clock must be wrong.
+/// A longer wait is ignored, because the proxy's clock must be wrong.
 const MAX_WAIT: Duration = Duration::from_secs(3600);
 
-/// Request extension: latest time at which the application may begin.
+/// Request extension: the latest time at which the application may begin to process the request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BeginBy(pub(crate) Instant);
 
@@ -31,8 +31,8 @@ impl BeginBy {
     }
 }
 
-/// Sets the request's [`BeginBy`]. Returns false if that time has already passed. `is_trusted`: the
-/// proxy's headers are used.
+/// Sets the request's [`BeginBy`]. Returns false if that time has already passed. `is_trusted` is true if the proxy's
+/// headers are to be used.
 pub(crate) fn admits<B>(limit: Duration, request: &mut Request<B>, is_trusted: bool) -> bool {
     let in_kernel = request.extensions().get().map_or(Duration::ZERO, |&WaitedInKernel(time)| time);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

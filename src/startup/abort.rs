@@ -1,11 +1,11 @@
-//! Aborts a start: while the application's `preload` runs, a signal that stops the server terminates the process
+//! Aborts startup: while the application's `preload` is running, a signal that stops the server terminates the process
 //! immediately.
 //!
 //! `preload` is application code, runs on the only thread, and takes any amount of time, so no loop could check a flag.
-//! The signal handler itself removes the files that the start has created, and exits. It uses only memory that was
-//! prepared before, and async-signal-safe system calls.
+//! The signal handler itself removes the files that were created during startup, and exits. The handler uses only
+//! memory that was prepared before, and async-signal-safe system calls.
 //!
-//! The other parts of a start are short: signals are blocked or remembered, and handled when the start is complete.
+//! The other parts of startup are short: signals are blocked or remembered, and handled when startup is complete.
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt as _;
@@ -16,11 +16,12 @@ use log::Level;
 use crate::logging::{self, line};
 use crate::sys;
 
-/// A file or directory that is removed when the start is aborted.
+/// A file or directory that is removed when startup is aborted.
 #[derive(Debug)]
 pub(crate) struct Leftover {
     pub(crate) path: CString,
-    /// Device and inode, so that a different file at the path is not removed. `None` for a directory, which is removed if it is empty.
+    /// Device and inode, so that a different file at the same path is not removed. `None` for a directory, which is
+    /// removed if it is empty.
     pub(crate) file: Option<(u64, u64)>,
 }
 
@@ -35,7 +36,7 @@ impl Leftover {
     }
 }
 
-/// The path stays valid when the working directory changes.
+/// Makes the path absolute, so that it stays valid when the working directory changes.
 fn absolute(path: &Path) -> Option<CString> {
     CString::new(std::path::absolute(path).ok()?.as_os_str().as_bytes()).ok()
 }
@@ -43,7 +44,7 @@ fn absolute(path: &Path) -> Option<CString> {
 /// The steps of the signal handler.
 #[derive(Debug)]
 pub(crate) struct AbortSteps {
-    /// Removed in this order.
+    /// The files and directories to remove, in this order.
     pub(crate) leftovers: Vec<Leftover>,
     /// The log line, with space for the time at `time_at`; empty if nothing is logged.
     pub(crate) line: Vec<u8>,

@@ -1,4 +1,4 @@
-//! Implements the signal handler that aborts a start: see `abort.rs`.
+//! Implements the signal handler that aborts startup (see `abort.rs`).
 #![expect(unsafe_code, reason = "a signal's action, and the system calls that it makes")]
 
 use std::io;
@@ -17,7 +17,7 @@ static ABORT_STEPS: AtomicPtr<AbortSteps> = AtomicPtr::new(std::ptr::null_mut())
 pub(crate) struct AbortHandler(());
 
 impl AbortHandler {
-    /// Must be called, and dropped, with signals blocked.
+    /// Enables the handler. Must be called with signals blocked, and the value must be dropped with signals blocked.
     pub(crate) fn arm(steps: AbortSteps) -> Self {
         ABORT_STEPS.store(Box::into_raw(Box::new(steps)), Ordering::SeqCst);
         Self(())
@@ -28,8 +28,9 @@ impl Drop for AbortHandler {
     fn drop(&mut self) {
         let steps = ABORT_STEPS.swap(std::ptr::null_mut(), Ordering::SeqCst);
         if !steps.is_null() {
-            // SAFETY: the pointer comes from `Box::into_raw` in `arm`. No action uses it: signals are blocked in this thread,
-            // and an action in another thread of `preload` would end the process.
+            // SAFETY: the pointer comes from `Box::into_raw` in `arm`. No signal handler is using the pointer: signals
+            // are blocked in this thread, and a handler in another thread that `preload` started would have ended the
+            // process.
             drop(unsafe { Box::from_raw(steps) });
         }
     }
@@ -52,12 +53,12 @@ pub(crate) fn abort_start_on(signal: i32) -> io::Result<signal_hook::SigId> {
     unsafe { signal_hook::low_level::register(signal, action) }
 }
 
-/// Removes the files of the start, and terminates the process. Async-signal-safe: system calls and prepared memory
-/// only.
+/// Removes the files that were created during startup, and terminates the process. Async-signal-safe: system calls and
+/// prepared memory only.
 fn end_start(signal: i32, steps: &AbortSteps) {
     // SAFETY: getpid(2) is always sound.
     if unsafe { libc::getpid() } != steps.pid {
-        // A child that `preload` forked, before its exec.
+        // This process is a child that `preload` forked and that has not called exec.
         let _ = signal_hook::low_level::emulate_default_handler(signal);
         return;
     }
@@ -89,7 +90,8 @@ fn end_start(signal: i32, steps: &AbortSteps) {
         let since_1970 = seconds + Duration::from_nanos(u64::try_from(now.tv_nsec).unwrap_or(0));
         let time = line.get_mut(steps.time_at..).and_then(|rest| rest.get_mut(..NO_TIME.len()));
         stamp(since_1970, time.unwrap_or_default());
-        // SAFETY: `line` is valid for its length; write(2) takes any descriptor. No retry: the exit must not wait.
+        // SAFETY: `line` is valid for its length; write(2) takes any descriptor. The write is not retried, because the
+        // exit must not wait.
         unsafe { libc::write(steps.log, line.as_ptr().cast(), line.len()) };
     }
     exit_now(0);

@@ -1,6 +1,6 @@
-//! Prints messages for the operator outside the log: the banner, `ready in N ms`, and errors. They go to standard error, and
-//! also to the log if the log is a file. If the log is JSON, they go only to the log, so that standard error can be parsed; but
-//! errors go to standard error as well if the log is a file.
+//! Prints messages for the operator outside the log: the banner, `ready in N ms`, and errors. These messages go to
+//! standard error, and also to the log if the log is a file. If the log is JSON, they go only to the log, so that
+//! standard error can be parsed; but if the log is a file, errors go to standard error as well.
 
 use std::fmt::Display;
 use std::time::Duration;
@@ -40,9 +40,9 @@ pub(crate) fn ready(after: Duration) {
     write(&format!("ready in {} ms\n", after.as_millis()));
 }
 
-/// Reports to a running master that this build can take over. Always returns true: nothing failed.
+/// Reports to a running master that this build can take over. Always returns true, because nothing has failed.
 pub(crate) fn can_take_over() -> bool {
-    // Independent of the log: the master that started the check reads this process's standard error.
+    // This line does not go to the log, because the master that started the check reads this process's standard error.
     logging::to_standard_error(format!("{}\n", crate::upgrade::password()).as_bytes());
     true
 }

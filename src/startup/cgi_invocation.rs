@@ -20,8 +20,8 @@ fn is_described_by(variable: impl Fn(&str) -> Option<OsString>) -> bool {
     interface && variable("REQUEST_METHOD").is_some()
 }
 
-/// Returns the arguments without those that a web server may have taken from the query string, as it does if the query
-/// string contains no `=` (RFC 3875, 4.4): clients must not be able to set flags.
+/// Returns the arguments without those that a web server may have taken from the query string, because clients must not
+/// be able to set flags. A web server passes the query string as arguments if it contains no `=` (RFC 3875, 4.4).
 pub(crate) fn trusted(mut arguments: Vec<OsString>) -> Vec<OsString> {
     if is_one() && arguments_may_be_the_clients(std::env::var_os("QUERY_STRING").as_deref()) {
         arguments.truncate(1);

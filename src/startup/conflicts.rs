@@ -1,10 +1,11 @@
 //! Finds pairs of settings that name the same file, socket or port.
 //!
-//! A start checks this before it creates anything, because the second setting would truncate, replace or remove the
-//! file of the first. A reload and `check` report the same pairs. The log and the access log may share a file, because both
-//! append whole lines. Paths are compared after resolving symbolic links, `..`, hard links and bind mounts.
+//! The server checks this at startup before it creates anything, because the second setting would truncate, replace or
+//! remove the file of the first. A reload and `check` report the same pairs. The log and the access log may share a
+//! file, because both only append whole lines. Paths are compared after resolving symbolic links, `..`, hard links and
+//! bind mounts.
 //!
-//! Must not create or change anything.
+//! This module must not create or change anything.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::RawFd;
@@ -42,14 +43,14 @@ struct Claim {
 #[derive(Debug)]
 enum Place {
     File(FilePlace),
-    /// In the abstract namespace.
+    /// A name in the abstract namespace.
     Name(String),
     Descriptor {
         number: RawFd,
         /// Device and inode, if the descriptor is a listening socket.
         socket: Option<(u64, u64)>,
     },
-    /// The sockets with this name that systemd passes; all of its sockets if `None`.
+    /// The sockets with this name that systemd passes, or all sockets that it passes if `None`.
     Passed(Option<String>),
     Tcp {
         address: SocketAddr,
@@ -179,7 +180,7 @@ fn takes(ours: SocketAddr, leaves_ipv4: bool, other: SocketAddr) -> bool {
     match (ours.ip().to_canonical(), other.ip().to_canonical()) {
         (IpAddr::V6(our_ip), IpAddr::V4(_)) => our_ip.is_unspecified() && !leaves_ipv4,
         (our_ip @ IpAddr::V4(_), other_ip @ IpAddr::V4(_)) => our_ip.is_unspecified() || our_ip == other_ip,
-        // Link-local addresses differ by interface.
+        // Link-local addresses on different interfaces are different addresses.
         (our_ip @ IpAddr::V6(_), IpAddr::V6(_)) => our_ip.is_unspecified() || ours == other,
         (IpAddr::V4(_), IpAddr::V6(_)) => false,
     }
@@ -257,7 +258,8 @@ mod tests {
             [format!("--bind http:fd:{one} and --bind http:fd:{other} refer to the same socket (change one of them)")]
         );
         assert_eq!(conflicts(one, sockets[1].as_raw_fd()).count(), 0);
-        // Descriptors other than listening sockets are not compared: they can have another use, as in an upgrade.
+        // Descriptors other than listening sockets are not compared, because the number may have another use, for
+        // example in an upgrade.
         assert_eq!(conflicts(file.as_raw_fd(), file.try_clone().unwrap().as_raw_fd()).count(), 0);
     }
 

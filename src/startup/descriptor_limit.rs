@@ -1,13 +1,13 @@
-//! Checks the number of descriptors that the master needs before anything is bound: a start that fails is better than a server
-//! that cannot start half of its workers.
+//! Checks, before anything is bound, that the master may open as many descriptors as it needs. It is better to fail at
+//! startup than to run a server that cannot start half of its workers.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::Config;
 
-/// Descriptors of the master itself: the standard descriptors, the segment, both ends of the lifeline, the channel and the signal
-/// pipe, logs, pid file, sockets, the configuration file during a reload, and descriptors that are open briefly while a process is
-/// created.
+/// Descriptors of the master itself: the standard descriptors, the segment, both ends of the lifeline, of the channel
+/// and of the signal pipe, logs, pid file, sockets, the configuration file during a reload, and descriptors that are
+/// open briefly while a process is created.
 const OF_THE_MASTER: u64 = 40;
 /// Connections of control socket clients.
 const OF_CLIENTS: u64 = 16;
@@ -41,14 +41,14 @@ pub(crate) fn check(config: &Config, runs_programs: bool) -> Result<(), String> 
     ))
 }
 
-/// Checks the hard limit, and raises the soft limit if the master needs it. Programs get the original soft limit:
-/// [`crate::sys::spawn`].
+/// Checks the hard limit, and raises the soft limit if it is too low for the master. Programs get the original soft
+/// limit: [`crate::sys::spawn`].
 ///
 /// # Errors
 /// Fails as [`check`] does, or if the limit cannot be raised.
 pub(crate) fn ensure(config: &Config, runs_programs: bool) -> Result<(), String> {
     check(config, runs_programs)?;
-    // All processes may be replaced at the same time.
+    // All processes may be in the middle of a replacement at the same time.
     let wanted = needed(config, runs_programs, config.slots());
     match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((soft, hard)) if soft < wanted.min(hard) => {

@@ -1,4 +1,4 @@
-//! Opens the shared memory for a start: the memory of a former master or the memory that systemd stored, if it fits the
+//! Opens the shared memory at startup: the memory of a former master or the memory that systemd stored, if it fits the
 //! configuration; otherwise new memory, or a file.
 
 use std::io::ErrorKind;
@@ -31,7 +31,7 @@ fn workers_for(rows: u32) -> u32 {
     usable.saturating_sub(SPARE_SLOTS) / SLOTS_PER_WORKER
 }
 
-/// States which parts start empty if the memory of a former server is not used.
+/// Returns a phrase that states which parts start empty if the memory of a former server is not used.
 fn contents(config: &Config) -> &'static str {
     match (config.cache.bytes > 0, config.events.bytes > 0) {
         (true, true) => "the cache and the event log start empty",
@@ -53,7 +53,7 @@ pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<S
     }
     match Segment::adopt(left, &plan(config)) {
         Ok(segment) => Ok(segment),
-        // A file holds one segment at a time, and the old workers use it.
+        // A file can contain only one segment, and the old workers are still using it.
         Err(SegmentError::TooFewRows { rows, .. }) if file.is_some() => Err(format!(
             "--cache-file: the old workers still use the file, which has room for up to {} workers (choose --workers up to \
              that number to keep the cache, or stop and start the server, and the cache starts empty)",
@@ -72,7 +72,7 @@ pub(crate) fn open(config: &Config, takeover: Option<&mut Takeover>) -> Result<S
     }
 }
 
-/// Whether systemd should store the memory for the next start: only a cache that is not in a file.
+/// Whether systemd should store the memory for the next startup. This is useful only for a cache that is not in a file.
 pub(crate) fn is_worth_storing(config: &Config) -> bool {
     config.cache.bytes > 0 && config.cache.file.is_none()
 }
@@ -99,8 +99,8 @@ fn open_stored(config: &Config) -> Result<Segment, BoxError> {
     }
 }
 
-/// Creates new memory in place of a damaged segment. A file is unlinked and recreated; the old one exists until its last
-/// user has exited.
+/// Creates new memory in place of a damaged segment. If the segment is in a file, the file is unlinked and recreated;
+/// the old file exists until the last process that uses it has exited.
 ///
 /// # Errors
 /// Fails as [`open`] does.
@@ -148,7 +148,7 @@ fn create(config: &Config) -> Result<Segment, BoxError> {
 /// Checks, without reading the file, whether `--cache-file` names a file that can contain a cache.
 ///
 /// # Errors
-/// Returns a message for the operator if it does not.
+/// Returns a message for the operator if the file cannot contain a cache.
 pub(crate) fn examine_file(config: &Config) -> Result<(), String> {
     const FLAG: &str = "--cache-file";
     let CacheConfig { bytes, file: Some(path), .. } = &config.cache else { return Ok(()) };
@@ -170,7 +170,7 @@ fn explain(error: &SegmentError, config: &Config) -> String {
         SegmentError::EntryTooLarge { .. } => "--cache-max-entry or --cache",
         SegmentError::LogTooSmall { .. } => "--events",
         SegmentError::CacheTooSmall { .. } => "--cache",
-        // The larger consumer of the memory.
+        // The flag of the larger consumer of the memory.
         _ if config.events.bytes > bytes => "--events",
         _ => "--cache",
     };
@@ -201,7 +201,7 @@ fn note_on(config: &Config) -> Option<String> {
     ))
 }
 
-/// Checks, without reserving anything, whether the memory is available; may return a warning. [`examine_file`] reports
+/// Checks, without reserving anything, whether the memory is available. May return a warning. [`examine_file`] reports
 /// errors in the path of the file.
 ///
 /// # Errors
@@ -209,7 +209,7 @@ fn note_on(config: &Config) -> Option<String> {
 pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
     match &config.cache.file {
         None => plan(config).check_memory().map_err(|error| explain(&error, config))?,
-        // Otherwise `examine_file` has reported the error.
+        // If `examine_file` fails, it has already reported the error.
         Some(file) if examine_file(config).is_ok() => {
             Segment::examine(file, &plan(config)).map_err(|error| explain_file(&error, file, config))?;
         }
@@ -218,7 +218,8 @@ pub(crate) fn examine(config: &Config) -> Result<Option<String>, String> {
     Ok(note_on(config))
 }
 
-/// Marks a cache file as complete, so that the next start uses it. A cache in memory exists until its last process exits.
+/// Marks a cache file as complete, so that the next server uses it. A cache in memory exists until the last process
+/// that uses it exits.
 pub(crate) fn close(segment: Segment) {
     if let Err(error) = segment.close() {
         log::warn!("cannot mark the cache file as complete, the next start may drop its content: {error}");

@@ -1,4 +1,5 @@
-//! Starts the server, from the command line to a running master: creates everything that must exist before the first worker.
+//! Takes the server from the command line to a running master: creates everything that must exist before the first
+//! worker.
 
 pub(crate) mod abort;
 pub(crate) mod abort_signal;

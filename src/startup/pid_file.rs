@@ -1,9 +1,9 @@
 //! Writes the pid file: the master's pid for other programs, and a lock against a second master.
 //!
-//! The file is written under another name, locked, and moved into place, so that no reader sees a partial file. The lock
-//! ends with the master, so a file without a lock was left by a dead master. It is an fcntl(2) write lock, which a process
-//! that can only read the file cannot take, so such a process is not taken for a running master. The file must stay open
-//! until the master exits.
+//! The file is written under another name, locked, and moved into place, so that no reader sees a partial file. The
+//! lock ends with the master, so a file without a lock was left behind by a dead master. The lock is an fcntl(2) write
+//! lock. A process that can only read the file cannot take such a lock, and so cannot be mistaken for a running master.
+//! The file must stay open until the master exits.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -44,7 +44,8 @@ impl PidFile {
             path.file_name().ok_or_else(|| fail("the path names no file (name one with --pid-file)".to_owned()))?;
         let prefix = format!(".{}.", name.to_string_lossy());
         remove_leftovers(directory_of(path), &prefix);
-        // A random name, which neither a killed master with the same pid nor another user can have used.
+        // The temporary name is random, so that neither a killed master with the same pid nor another user can have
+        // used it.
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(|error| denied(io::Error::other(error)))?;
         let fresh = directory_of(path).join(format!("{prefix}{:016x}", u64::from_ne_bytes(random)));
@@ -62,8 +63,9 @@ impl PidFile {
         }
     }
 
-    /// The pid file at `path`: a former master's file, or a new file. A former master's file at a different path is removed.
-    /// `None` without a path, or if an upgrade check finds that the former master's file could be taken over.
+    /// Opens the pid file at `path`: takes over the former master's file, or creates a new one. A former master's file
+    /// at a different path is removed. Returns `None` without a path, or if an upgrade check finds that the former
+    /// master's file could be taken over.
     ///
     /// # Errors
     /// Fails as [`PidFile::create`] does.
@@ -86,12 +88,12 @@ impl PidFile {
         Ok(created)
     }
 
-    /// Returns the saved form, for the next master in an upgrade.
+    /// Returns the state to save for the next master in an upgrade.
     pub(crate) fn saved(&self) -> SavedPidFile {
         SavedPidFile { fd: self.file.as_raw_fd(), path: self.path.clone() }
     }
 
-    /// Returns the file to remove if the start is aborted.
+    /// Returns the file to remove if startup is aborted.
     pub(crate) fn leftover(&self) -> Option<Leftover> {
         let ours = self.file.metadata().ok()?;
         Leftover::file(&self.path, (ours.dev(), ours.ino()))
@@ -146,7 +148,7 @@ fn remove_leftovers(directory: &Path, prefix: &str) {
     }
 }
 
-/// Checks whether the pid file could be written, without writing it. Returns a warning if a running master uses it.
+/// Checks whether the pid file can be written, without writing it. Returns a warning if a running master uses it.
 ///
 /// # Errors
 /// Returns a message for the operator if the file cannot be written.
@@ -169,11 +171,11 @@ pub(crate) fn examine(path: &Path) -> Result<Option<String>, String> {
 fn is_full(directory: &Path) -> bool {
     let is_root = nix::unistd::geteuid().is_root();
     let free = |found: &Statvfs| if is_root { found.blocks_free() } else { found.blocks_available() };
-    // Some file systems do not count blocks.
+    // Some file systems do not count blocks, and report 0 blocks in total.
     statvfs(directory).is_ok_and(|found| found.blocks() > 0 && free(&found) == 0)
 }
 
-/// Fails if a running master uses the file, or if it is not a pid file.
+/// Fails if a running master uses the file, or if the file is not a pid file.
 fn refuse_second(path: &Path) -> Result<(), String> {
     match holder(path)? {
         None => Ok(()),
@@ -186,7 +188,7 @@ fn refuse_second(path: &Path) -> Result<(), String> {
 /// Returns the pid of the running master that uses the file.
 ///
 /// # Errors
-/// Returns a message for the operator if it is not a pid file.
+/// Returns a message for the operator if the file is not a pid file.
 fn holder(path: &Path) -> Result<Option<String>, String> {
     let Ok(metadata) = path.symlink_metadata() else { return Ok(None) };
     if !metadata.is_file() {
@@ -255,7 +257,7 @@ mod tests {
         assert!(PidFile::create(directory.path()).unwrap_err().contains("it is a directory, not a pid file"));
         assert!(PidFile::create(&path.join("b")).unwrap_err().contains("--pid-file"));
 
-        // A different file under the same name stays too.
+        // A different file under the same name is not removed either.
         std::fs::remove_file(&path).unwrap();
         let first = PidFile::create(&path).unwrap();
         std::fs::rename(&path, directory.path().join("b")).unwrap();

@@ -1,5 +1,5 @@
-//! Checks whether `--rlimit` allows a worker the minimum that it needs, as far as the minimum is known before the first worker
-//! starts.
+//! Checks that the limits of `--rlimit` allow a worker the minimum that it needs, as far as this minimum is known
+//! before the first worker starts.
 //!
 //! These are lower bounds: a worker needs more, and the application needs more still. The needs of an external program are
 //! not known.
@@ -38,7 +38,7 @@ fn too_low(limit: &ResourceLimit, config: &Config) -> Option<String> {
     let too_low = |least: u64| limit.soft < least;
     match limit.resource {
         Resource::RLIMIT_AS => {
-            // A worker is a copy of this process.
+            // A worker begins as a copy of this process.
             let shared = Segment::size(&memory::plan(config)).ok()?;
             let least = sys::process_kib(getpid(), "VmSize:")?.saturating_mul(1024).saturating_add(shared);
             too_low(least).then(|| {

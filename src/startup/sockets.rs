@@ -1,4 +1,5 @@
-//! Opens the sockets of a start: the sockets of a former master, the sockets that systemd passed, and new ones for the rest.
+//! Opens the sockets at startup: takes over the sockets of a former master and the sockets that systemd passed, and
+//! creates the others.
 
 use std::time::Duration;
 
@@ -11,12 +12,12 @@ use crate::net::publish_socket::PublishSocket;
 use crate::sys::BoxError;
 use crate::upgrade::Takeover;
 
-/// How long to wait for an address in use: a supervisor may restart the server as soon as the former master is dead, while
-/// the former workers still hold the address.
+/// How long to wait for an address that is in use. A service manager may restart the server as soon as the former
+/// master is dead, while the former workers are still using the address.
 const FORMER: Duration = Duration::from_secs(1);
 
-/// Adds the listeners of each `--bind` to `listeners`. After an error, the caller removes the files of the listeners that were
-/// added.
+/// Adds the listeners of each `--bind` to `listeners`. After an error, the caller must remove the files of the
+/// listeners that were added.
 ///
 /// # Errors
 /// Returns a message for the operator if an address cannot be bound or a socket cannot be used.
@@ -59,7 +60,7 @@ pub(crate) fn open(
     }
 }
 
-/// Returns the control socket: a former master's socket if it has the same path, otherwise a new one. A former master's
+/// Opens the control socket: a former master's socket if it has the same path, otherwise a new one. A former master's
 /// socket at a different path is removed. An upgrade check does not take the socket over.
 ///
 /// # Errors
@@ -81,9 +82,9 @@ pub(crate) fn open_control(
     Ok(wanted.map(ControlListener::bind).transpose()?)
 }
 
-/// Returns the publish socket: a former master's socket if its path is still the configured path, otherwise a new one.
-/// `None` without an event log, or if no path is configured and no place is suitable. A former master's socket at a
-/// different path is removed. An upgrade check does not take the socket over.
+/// Opens the publish socket: a former master's socket if its path is still the configured path, otherwise a new one.
+/// Returns `None` without an event log, or if no path is configured and no place is suitable. A former master's socket
+/// at a different path is removed. An upgrade check does not take the socket over.
 ///
 /// # Errors
 /// Returns a message for the operator if the socket cannot be created.

@@ -1,5 +1,6 @@
-//! Receives the descriptors that systemd, or a program with the same protocol, passes to a service at its start (`sd_listen_fds(3)`):
-//! listening sockets, and the memory that a former start stored. The descriptors are distinguished by their names.
+//! Receives the descriptors that systemd, or a program with the same protocol, passes to a service at startup
+//! (`sd_listen_fds(3)`): listening sockets, and the memory that a former server stored. The descriptors are
+//! distinguished by their names.
 
 use std::os::fd::{OwnedFd, RawFd};
 
@@ -15,7 +16,7 @@ const FIRST: RawFd = 3;
 /// Upper bound, higher than any real number of descriptors.
 const MOST: RawFd = 1024;
 
-/// Returns the numbers and names of the descriptors that were passed to this process; in an upgrade check, to its
+/// Returns the numbers and names of the descriptors that were passed to this process or, in an upgrade check, to its
 /// parent.
 fn passed() -> Vec<(RawFd, String)> {
     let variable = |name: &str| std::env::var(name).ok();
@@ -50,7 +51,7 @@ fn binds_for(passed: Vec<(RawFd, String)>) -> Vec<Bind> {
     binds
 }
 
-/// Returns the protocol that a name begins with; otherwise HTTP.
+/// Returns the protocol with which a name begins, or HTTP if it begins with none.
 fn protocol_of(name: &str) -> Protocol {
     match name {
         name if name.starts_with("fastcgi") => Protocol::FastCgi,
@@ -59,7 +60,7 @@ fn protocol_of(name: &str) -> Protocol {
     }
 }
 
-/// Returns the descriptors of the sockets with this name; of all passed sockets, if `None`.
+/// Returns the descriptors of the sockets with this name, or of all passed sockets if `name` is `None`.
 ///
 /// # Errors
 /// Returns a message for the operator if there is no such socket.
@@ -81,8 +82,8 @@ pub(crate) fn sockets(name: Option<&str>) -> Result<Vec<RawFd>, String> {
     })
 }
 
-/// Returns the shared memory that a former start stored. Must be called only once. If several descriptors have its
-/// name, the last is returned and the others are closed.
+/// Returns the shared memory that a former server stored. Must be called only once. If several descriptors have its
+/// name, the last one is returned and the others are closed.
 pub(crate) fn stored_segment() -> Option<OwnedFd> {
     let stored: Vec<RawFd> = passed().into_iter().filter(|(_, name)| name == SEGMENT).map(|(fd, _)| fd).collect();
     sys::take_over(&stored).into_values().last()

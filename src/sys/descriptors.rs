@@ -12,18 +12,19 @@ use nix::sys::resource::{Resource, getrlimit};
 
 /// Takes ownership of a descriptor whose owner was in a dead process; `None` if it is not open.
 ///
-/// For a process that shared its descriptors with the dead process, and for descriptors that no value in this process owns.
+/// May only be called in a process that shared its descriptors with the dead process, and for descriptors that no value
+/// in this process owns.
 pub(crate) fn own(fd: RawFd) -> Option<OwnedFd> {
     descriptor_flags(fd)?;
-    // SAFETY: it is open, and no value owns it, as the comment above requires.
+    // SAFETY: `fd` is open, and no value owns it, as the comment above requires.
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The original descriptor limit of this process, if it has raised the limit for itself.
+/// The original descriptor limit of this process, if the process has raised its limit.
 pub(super) static DESCRIPTOR_LIMIT: OnceLock<(u64, u64)> = OnceLock::new();
 
-/// Makes all programs start with this descriptor limit. This process is about to raise its own limit, and programs that use select(2)
-/// break with more than 1024 descriptors.
+/// Makes all programs start with this descriptor limit. This is necessary because this process is about to raise its
+/// own limit, and programs that use select(2) break with more than 1024 descriptors.
 pub(crate) fn note_descriptor_limit(soft: u64, hard: u64) {
     let _ = DESCRIPTOR_LIMIT.set((soft, hard)); // the first call sets the original limit
 }
@@ -35,28 +36,29 @@ fn has_close_range() -> bool {
 }
 
 fn close_range(first: u32, last: u32, flags: u32) -> io::Result<()> {
-    // SAFETY: plain system call with three integers. The caller is responsible for the descriptors that are closed.
+    // SAFETY: plain system call with three integers. The caller is responsible for closing only descriptors that are
+    // not in use.
     let outcome = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Returns the argument for [`set_close_on_exec_from`]: empty if close_range(2) is available, otherwise the descriptors
-/// that are open here. Must be called before a fork, because it allocates.
+/// Returns the argument for [`set_close_on_exec_from`]: nothing if close_range(2) is available, otherwise the
+/// descriptors that are open in this process. Must be called before a fork, because it allocates.
 pub(super) fn numbers_without_close_range() -> Vec<RawFd> {
     if has_close_range() { Vec::new() } else { open_or_possible() }
 }
 
-/// Returns the descriptors that are open here, or may be open.
+/// Returns the descriptors that are open in this process, or that may be open if this is unknown.
 fn open_or_possible() -> Vec<RawFd> {
     open_descriptors().unwrap_or_else(|_| {
-        // /proc is not mounted here: all numbers up to the limit, within reason.
+        // /proc is not mounted, so all numbers up to the limit are returned, within reason.
         let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard);
         (0..RawFd::try_from(limit.min(1 << 20)).unwrap_or(RawFd::MAX)).collect()
     })
 }
 
-/// Sets close-on-exec on all descriptors from `first` on. `open` lists the open descriptors if the kernel cannot enumerate them; it is
-/// empty otherwise. Async-signal-safe.
+/// Sets close-on-exec on all descriptors from `first` on. `open` lists the open descriptors if close_range(2) is not
+/// available, and is empty otherwise. Async-signal-safe.
 pub(super) fn set_close_on_exec_from(first: u32, open: &[RawFd]) -> io::Result<()> {
     if open.is_empty() {
         return close_range(first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
@@ -68,7 +70,7 @@ pub(super) fn set_close_on_exec_from(first: u32, open: &[RawFd]) -> io::Result<(
     Ok(())
 }
 
-/// Closes every descriptor that is not in `keep`. For a child that has just been forked.
+/// Closes every descriptor that is not in `keep`. May only be called in a child that has just been forked.
 pub(crate) fn close_all_except(keep: &[RawFd]) {
     let mut keep: Vec<u32> = keep.iter().filter_map(|&fd| u32::try_from(fd).ok()).collect();
     keep.sort_unstable();
@@ -76,7 +78,7 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
     if !has_close_range() {
         let is_kept = |fd: &RawFd| u32::try_from(*fd).is_ok_and(|fd| keep.binary_search(&fd).is_ok());
         for fd in open_or_possible().into_iter().filter(|fd| !is_kept(fd)) {
-            // SAFETY: only descriptors that the child does not use are closed, as below.
+            // SAFETY: only descriptors that the child does not use are closed, for the reason given below.
             unsafe { libc::close(fd) };
         }
         return;
@@ -89,8 +91,8 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
             None => Some(u32::MAX),
         };
         if let Some(last) = last.filter(|&last| first <= last) {
-            // Closes descriptors by number. The values that own them in this process are the master's, which the child never
-            // uses again: it exits by `_exit`.
+            // Closes descriptors by number. The values that own these descriptors in this process are the master's. The
+            // child never uses these values, because it exits through `_exit`.
             let _ = close_range(first, last, 0); // `has_close_range` has shown that it works
         }
         if let Some(fd) = fd {
@@ -99,19 +101,19 @@ pub(crate) fn close_all_except(keep: &[RawFd]) {
     }
 }
 
-/// The numbers of all descriptors that are open in this process.
+/// Returns the numbers of all descriptors that are open in this process.
 ///
 /// # Errors
 /// Returns the error from reading `/proc/self/fd`.
 pub(crate) fn open_descriptors() -> io::Result<Vec<RawFd>> {
     let listed: Vec<RawFd> =
         fs::read_dir("/proc/self/fd")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    // One of the numbers was the directory's own descriptor, which is closed by now.
+    // One of the numbers was the descriptor of the directory itself, which is closed by now.
     Ok(listed.into_iter().filter(|&fd| descriptor_flags(fd).is_some()).collect())
 }
 
-/// Returns the open descriptors that this program opened itself: Rust opens every descriptor close-on-exec, and
-/// inherited descriptors are not.
+/// Returns the open descriptors that this program opened itself. They are recognized because Rust opens every
+/// descriptor close-on-exec, and inherited descriptors are not close-on-exec.
 ///
 /// # Errors
 /// Fails as [`open_descriptors`] does.
@@ -158,8 +160,8 @@ pub(crate) fn replace(fd: RawFd, file: &OwnedFd) -> io::Result<()> {
 /// Takes ownership of the inherited descriptors among `numbers`. Descriptors that this program opened itself are not touched;
 /// they are recognized because Rust opens them close-on-exec. The descriptors are close-on-exec from now on.
 ///
-/// `numbers` come from the process that became this program or started it, and that opened the descriptors for it. Each number can
-/// be taken once.
+/// `numbers` come from the process that became this program or started it, and that opened the descriptors for this
+/// program. Each number can be taken once.
 pub(crate) fn take_over(numbers: &[RawFd]) -> BTreeMap<RawFd, OwnedFd> {
     let mut taken = BTreeMap::new();
     for &fd in numbers {
@@ -184,7 +186,7 @@ pub(crate) fn raise_descriptor_limit() {
     }
 }
 
-/// The hard descriptor limit of this process.
+/// Returns the hard descriptor limit of this process.
 pub(crate) fn hard_descriptor_limit() -> Option<u64> {
     use nix::sys::resource::{Resource, getrlimit};
     getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(_, hard)| hard)

@@ -1,23 +1,25 @@
-//! A descriptor of which each event wakes one waiting process instead of all: EPOLLEXCLUSIVE (epoll_ctl(2)), which tokio does not
-//! support.
+//! Makes each event on a descriptor wake one waiting process instead of all, with EPOLLEXCLUSIVE (epoll_ctl(2)), which
+//! tokio does not support.
 //!
 //! tokio registers a descriptor with its epoll instance under a token, and uses an event's token as the address of its record of
 //! the descriptor. `/proc/self/fdinfo` contains the token. This module removes the descriptor from the instance and adds it again
 //! with the same token and with EPOLLEXCLUSIVE.
 //!
 //! Such a token cannot dangle, whatever tokio uses it for:
-//! - An event loop must accept a descriptor's token from the moment it registers the descriptor until it removes it, which it
-//!   does when its `AsyncFd` is dropped. [`Exclusive`] owns the `AsyncFd`, does not hand it out, and is the only code that adds
-//!   the token to the instance: never before the registration, never after its end.
-//! - The token belongs to that registration and no other: the descriptor's number was in no epoll instance before it was
-//!   registered (existing entries are ignored), and there is exactly one token afterwards. Otherwise (an event loop without
-//!   epoll, for example, or one that registers a copy) there is no exclusive registration, and every process is woken.
+//! - An event loop must accept a descriptor's token from the moment it registers the descriptor until it removes the
+//!   registration, when the `AsyncFd` is dropped. [`Exclusive`] owns the `AsyncFd`, does not hand it out, and is the
+//!   only code that adds the token to the instance, and only while the registration exists.
+//! - The token belongs to that registration and no other: the descriptor's number was in no epoll instance before it
+//!   was registered (existing entries are ignored), and there is exactly one token afterwards. If there is not exactly
+//!   one token (the event loop does not use epoll, for example, or registers a copy of the descriptor), there is no
+//!   exclusive registration, and every process is woken.
 //! - The token is added to the instance in which it was found, through this module's own descriptor for that instance, not by a
 //!   number that may refer to another file by now.
 //! - An event loop that changed the token of an existing registration would use EPOLL_CTL_MOD, which the kernel refuses for an
 //!   exclusive registration (EINVAL) and for a paused one (ENOENT): the event loop would get an error.
 //!
-//! When an [`Exclusive`] is dropped, the descriptor is in the instance again, so that tokio removes it as usual.
+//! When an [`Exclusive`] is dropped, it first adds the descriptor to the instance again if it was paused, so that tokio
+//! can remove the descriptor as usual.
 #![expect(unsafe_code, reason = "epoll_ctl with a token")]
 
 use std::cell::Cell;
@@ -31,7 +33,7 @@ use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 #[derive(Debug)]
 pub(crate) struct Exclusive {
     fd: AsyncFd<OwnedFd>,
-    /// `None` if the registration was not found: then each event wakes all processes.
+    /// `None` if the registration was not found. Each event then wakes all processes.
     registration: Option<Registration>,
     is_paused: Cell<bool>,
 }
@@ -63,12 +65,12 @@ impl Exclusive {
         self.registration.is_some()
     }
 
-    /// Whether no events arrive until [`Exclusive::resume`].
+    /// Whether events are stopped until [`Exclusive::resume`] is called.
     pub(crate) fn is_paused(&self) -> bool {
         self.is_paused.get()
     }
 
-    /// Stops events from arriving, so that other processes get them.
+    /// Stops events from arriving in this process, so that other processes receive them.
     pub(crate) fn pause(&self) {
         let Some(Registration { epoll, .. }) = self.registration.as_ref().filter(|_| !self.is_paused.replace(true))
         else {
@@ -78,7 +80,7 @@ impl Exclusive {
         unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, self.fd.as_raw_fd(), std::ptr::null_mut()) };
     }
 
-    /// Lets events arrive again, each at one of the waiting processes.
+    /// Lets events arrive again, each of them at one of the waiting processes.
     ///
     /// # Errors
     /// Returns the error from `epoll_ctl(2)`.
@@ -89,9 +91,10 @@ impl Exclusive {
         let events = (libc::EPOLLIN | libc::EPOLLEXCLUSIVE).cast_unsigned();
         let mut event = libc::epoll_event { events, u64: *token };
         let (epoll, fd) = (epoll.as_raw_fd(), self.fd.as_raw_fd());
-        // SAFETY: `event` is valid for the whole call. Its token is the one under which `self.fd` is registered with this
-        // instance, and it stays there no longer than that: `self.fd` lives as long as `self`, and removes the descriptor from the
-        // instance when it is dropped, however it was added.
+        // SAFETY: `event` is valid for the whole call. Its token is the token under which tokio has registered
+        // `self.fd` with this instance. The token does not stay in the instance longer than that registration exists:
+        // `self.fd` lives as long as `self` and, when dropped, removes the descriptor from the instance, whichever code
+        // added it.
         let outcome = unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &raw mut event) };
         if outcome != 0 {
             return Err(io::Error::last_os_error());
@@ -127,7 +130,8 @@ impl Registration {
     fn find(fd: RawFd, strangers: &[(RawFd, u64)]) -> Option<Self> {
         let mut new = registrations_of(fd).into_iter().filter(|found| !strangers.contains(found));
         let (epoll, token) = new.next()?;
-        // tokio has two descriptors for its instance. Two instances would have two tokens.
+        // tokio has two descriptors for its one instance, so the same token may be found twice. Different tokens would
+        // belong to two instances.
         if new.any(|(_, other)| other != token) {
             return None;
         }
@@ -216,7 +220,7 @@ mod tests {
         // SAFETY: `event` is valid for the whole call, and no thread waits for events of that instance.
         let added = unsafe { libc::epoll_ctl(stranger.as_raw_fd(), libc::EPOLL_CTL_ADD, number, &raw mut event) };
         assert_eq!(added, 0);
-        let copy = before.try_clone().unwrap(); // keeps it registered, under a number that is free
+        let copy = before.try_clone().unwrap(); // the copy keeps the socket registered under a number that is free
         drop(before);
         let (ours, theirs) = pair();
         let ours = if ours.as_raw_fd() == number { ours } else { ours.try_clone().unwrap() };

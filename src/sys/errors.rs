@@ -8,7 +8,7 @@ use nix::sys::resource::{Resource, getrlimit};
 /// Any error that can be sent to another thread.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
 
-/// Formats a system error for the operator. If a limit has caused the error, names the setting to raise.
+/// Formats a system error for the operator. If a limit has caused the error, the text includes the setting to raise.
 pub(crate) fn explain(error: &io::Error) -> String {
     let hint = match error.raw_os_error() {
         Some(libc::EMFILE) => {

@@ -1,7 +1,7 @@
-//! Checks the file paths that settings name: what exists there, and whether a file can be created there.
+//! Checks the file paths in settings: what exists at the path, and whether a file can be created there.
 //!
-//! A start makes these checks before it creates a file, and `check` makes the same checks, so that both report the same reason. Each
-//! message ends with the remedy and names the flag.
+//! The server makes these checks at startup before it creates a file, and `check` makes the same checks, so that both
+//! report the same reason. Each message contains the flag and ends with the remedy.
 //!
 //! Must not create or change anything.
 
@@ -73,7 +73,7 @@ fn too_long(path: &[u8]) -> String {
 /// Checks whether a file can be created in the directory of `path`.
 ///
 /// # Errors
-/// Returns a message for the operator if it cannot.
+/// Returns a message for the operator if no file can be created there.
 pub(crate) fn examine_directory(path: &Path, flag: &str) -> Result<(), String> {
     let directory = directory_of(path);
     let remedy = format!("choose another path with {flag}");

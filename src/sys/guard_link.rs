@@ -1,9 +1,9 @@
-//! Announces each program to the guard (`master/guard.rs`). The program's process does this itself, between fork and exec, so that it
-//! never runs unannounced. When the master reaps the last process of a group, it announces the end of the group, because the
-//! group's number may then be reused.
+//! Announces each program to the guard (`master/guard.rs`). The program's process announces itself between fork and
+//! exec, so that no program ever runs unannounced. When the master reaps the last process of a group, it announces the
+//! end of the group, because the group's number may then be reused.
 //!
-//! A message is the number of a group that begins, or its negative when the group has ended. A pair of numbers, a pid and 0, is a
-//! process that the master has found and that may still change its group.
+//! A message is the number of a new group, or the negative number of a group that has ended. A pair of numbers, a pid
+//! and 0, announces a single process that the master has found and that may still change its group.
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -21,13 +21,14 @@ pub(crate) fn announce_by(link: Option<RawFd>) {
     LINK.store(link.unwrap_or(-1), Ordering::Relaxed);
 }
 
-/// Announces a process group. Async-signal-safe, and never waits. Has no effect without a guard; the next guard finds existing groups
-/// itself.
+/// Announces a process group. Async-signal-safe, and never waits. Has no effect without a guard: a new guard receives
+/// the existing groups from the master.
 pub(crate) fn announce(group: Pid) {
     send_message(&group.as_raw().to_ne_bytes());
 }
 
-/// Announces a process that may still leave its group and create another one, as daemons do that put themselves in the background.
+/// Announces a process that may still leave its group and create another one, as daemons that put themselves into the
+/// background do.
 pub(crate) fn announce_process(pid: Pid) {
     send_message([pid.as_raw().to_ne_bytes(), [0; 4]].as_flattened());
 }

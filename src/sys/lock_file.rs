@@ -1,9 +1,10 @@
-//! A lock that is held while a file is examined and replaced. Without it, two masters that start at the same time with the same
-//! socket path or pid file would each mistake the other's file for the file of a dead master.
+//! Provides a lock that is held while a file is examined and replaced. Without it, two masters that start at the same
+//! time with the same socket path or pid file would each mistake the other's file for the file of a dead master.
 //!
-//! The lock is flock(2) on a separate file next to the path, `.NAME.lock`, which only its owner can open. A lock on the directory
-//! itself could be held by any user, because flock(2) requires only a readable descriptor. The holder of the lock removes the file,
-//! so a process that gets a lock checks that the name still leads to the file that it locked.
+//! The lock is flock(2) on a separate file next to the path, `.NAME.lock`, which only its owner can open. Any user
+//! could hold a lock on the directory itself, because flock(2) requires only a readable descriptor. The holder of the
+//! lock removes the file, so a process that acquires the lock must check that the name still leads to the file that it
+//! has locked.
 //!
 //! ```text
 //! open or create ─▶ is it private? ─▶ flock ─▶ does the name still lead here? ─▶ use ─▶ unlink ─▶ close
@@ -11,8 +12,8 @@
 //!        └───────────────────────────────────────────────┘
 //! ```
 //!
-//! A lock that is not available does not prevent a start: the reason is logged and the start continues, because the race that
-//! the lock prevents is rare. The lock must not be held for longer than the replacement takes.
+//! If the lock is not available, the reason is logged and startup continues, because the race that the lock prevents is
+//! rare. The lock must not be held for longer than the replacement takes.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -51,7 +52,7 @@ impl LockFile {
                 Ok(file) => file,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    // If the directory is unusable, the code that needs it reports the error.
+                    // If the directory is unusable, the code that needs the directory reports the error.
                     if let Ok(found) = lock.symlink_metadata() {
                         log::warn!(
                             file:% = lock.display(), uid = found.uid(), path:% = path.display();
@@ -65,7 +66,7 @@ impl LockFile {
             };
             match file.try_lock() {
                 Ok(()) if leads_to(&lock, &file) => return Self { held: Some((lock, file)) },
-                Ok(()) => {} // its holder has removed it
+                Ok(()) => {} // the holder has removed the file
                 Err(TryLockError::WouldBlock) if begun.elapsed() < timeout => std::thread::sleep(LOCK_INTERVAL),
                 Err(TryLockError::WouldBlock) => {
                     log::warn!(
@@ -90,19 +91,20 @@ impl Drop for LockFile {
         if let Some((lock, file)) = self.held.take()
             && leads_to(&lock, &file)
         {
-            // No other process removes it while this one holds the lock, so it is still the locked file.
-            let _ = std::fs::remove_file(&lock); // if it stays, the next start uses it
+            // No other process removes the file while this one holds the lock, so the name still leads to the locked
+            // file.
+            let _ = std::fs::remove_file(&lock); // if the file stays, the next server uses it
         }
     }
 }
 
-/// Opens the file. Fails if another user owns or can open it, because that user could hold a lock on it.
+/// Opens the file. Fails if another user owns the file or can open it, because that user could hold a lock on it.
 fn open(lock: &Path) -> io::Result<File> {
     let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
     let file = OpenOptions::new().read(true).write(true).create(true).mode(0o600).custom_flags(flags).open(lock)?;
     let found = file.metadata()?;
     let ours = found.uid() == nix::unistd::geteuid().as_raw() && found.nlink() <= 1 && found.mode() & 0o077 == 0;
-    // A file without a name has just been removed, which the caller detects.
+    // A file without any name left has just been removed; the caller detects this.
     if found.is_file() && ours { Ok(file) } else { Err(io::Error::other("another user can open it")) }
 }
 
@@ -161,7 +163,7 @@ mod tests {
         assert!(LockFile::for_path(&path).held.is_none());
         std::fs::remove_file(&lock).unwrap();
 
-        // The target of the link is neither examined nor touched.
+        // The target of the link is neither examined nor changed.
         std::fs::write(directory.path().join("b"), "b").unwrap();
         std::os::unix::fs::symlink("b", &lock).unwrap();
         assert!(LockFile::for_path(&path).held.is_none());

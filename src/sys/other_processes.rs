@@ -1,4 +1,4 @@
-//! Reads state of other processes by system calls that have no safe form: part of the fence around `unsafe`.
+//! Reads the state of other processes with system calls that need `unsafe`.
 
 #![expect(
     unsafe_code,
@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use super::Ending;
 
-/// A copy of descriptor `fd` of another process, identified by `process` (see [`process_descriptor`]).
+/// Returns a copy of descriptor `fd` in another process, which `process` identifies (see [`process_descriptor`]).
 ///
 /// [`process_descriptor`]: super::process_descriptor
 ///
@@ -27,8 +27,8 @@ pub(crate) fn descriptor_of(process: &OwnedFd, fd: RawFd) -> io::Result<OwnedFd>
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
-/// Returns how a child ended that is not reaped yet, or `None` if it is running. The child stays unreaped, so that
-/// neither its pid nor the number of its process group can be reused.
+/// Returns how a child has ended that is not reaped yet, or `None` if the child is running. The child stays unreaped,
+/// so that neither its pid nor the number of its process group can be reused.
 pub(crate) fn ending_of(pid: Pid) -> Option<Ending> {
     let flags = (WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT).bits();
     let id = libc::id_t::try_from(pid.as_raw()).ok()?;

@@ -1,7 +1,7 @@
 //! Forks, executes, terminates and reaps processes.
 //!
-//! [`fork`] requires a single thread (it checks this), and every signal to be blocked. The child can neither return into
-//! the caller's code nor run its destructors: it ends in `_exit`.
+//! [`fork`] requires a single thread (it checks this), and every signal to be blocked. The child can neither return
+//! into the caller's code nor run the caller's destructors, because it ends in `_exit`.
 #![expect(unsafe_code, reason = "part of the fence: see `sys.rs`")]
 
 use std::ffi::{CStr, CString, OsString};
@@ -27,14 +27,14 @@ use super::{announce, block_signals, guard_link, restore_signals, unblock_signal
 /// How a child process ended, as reported by `waitpid(2)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// It called `exit` with this status.
+    /// The process exited with this status.
     Exited(i32),
-    /// The signal with this number terminated it.
+    /// The signal with this number terminated the process.
     Signaled(i32),
 }
 
 impl Ending {
-    /// Returns the same ending as the standard library's type, without the flag for a core dump.
+    /// Converts the ending to the standard library's type, without the flag for a core dump.
     pub(crate) fn status(self) -> ExitStatus {
         match self {
             Self::Exited(status) => ExitStatus::from_raw(status << 8),
@@ -64,9 +64,9 @@ impl Ending {
 
 /// Forks a child that runs `child` and exits with the status it returns.
 ///
-/// All signals are blocked in both processes during the fork, so that no handler of the parent runs
-/// in a half-initialized child. The child's closure starts with signals still blocked: it calls
-/// [`unblock_signals`] after it has set its own dispositions.
+/// All signals are blocked in both processes during the fork, so that no handler of the parent runs in a
+/// half-initialized child. `child` starts with signals still blocked, and calls [`unblock_signals`] after it has set
+/// its own dispositions.
 ///
 /// # Errors
 /// Returns the error from `fork(2)`: `EAGAIN` if a limit on processes is reached, or `ENOMEM`. Also fails if this
@@ -76,8 +76,8 @@ pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     // Buffered output would be written twice, once by each process.
     io::stdout().flush()?;
     let before = block_signals();
-    // SAFETY: this process has one thread (checked above), so the child inherits no lock in a held state and
-    // may allocate. It exits by `_exit` below and so never unwinds into the parent's frames.
+    // SAFETY: this process has one thread (checked above), so the child inherits no lock in a held state and may
+    // allocate. The child exits through `_exit` below, so it never unwinds into the parent's frames.
     let forked = unsafe { nix::unistd::fork() };
     match forked {
         Ok(ForkResult::Parent { child }) => {
@@ -108,12 +108,12 @@ pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
 /// Returns the error from `clone(2)` or `prctl(2)`.
 pub(crate) fn clone_with_descriptors(name: &CStr, child: impl FnOnce() -> u8) -> io::Result<Pid> {
     expect_one_thread()?;
-    // A child begins with its parent's name.
+    // A child begins with its parent's name, so the parent temporarily takes the child's name.
     let own_name = thread_name();
     prctl::set_name(name)?;
-    // Not the C library's `fork`: its handlers would close descriptors that the parent continues to use.
-    // SAFETY: as in `fork`; without a stack of its own the child continues with a copy of this one. Every further argument
-    // is zero, whatever the order of arguments on this architecture.
+    // The system call is used instead of the C library's `fork`, whose handlers would close descriptors that the parent
+    // continues to use. SAFETY: as in `fork`; without a stack of its own the child continues with a copy of this one.
+    // Every further argument is zero, whatever the order of arguments on this architecture.
     let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) };
     if pid == 0 {
         let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0)); // cannot fail
@@ -124,7 +124,7 @@ pub(crate) fn clone_with_descriptors(name: &CStr, child: impl FnOnce() -> u8) ->
         prctl::set_name(own_name)?;
     }
     let pid = Pid::from_raw(cloned?);
-    // In the parent too, because the child may not have run yet. If this fails, the child has exited.
+    // The parent sets the group too, because the child may not have run yet. If this call fails, the child has exited.
     let _ = setpgid(pid, pid);
     Ok(pid)
 }
@@ -154,7 +154,8 @@ pub(crate) fn process_descriptor(pid: Pid) -> io::Result<OwnedFd> {
 /// which must be async-signal-safe.
 ///
 /// # Errors
-/// Returns the error from `fork(2)`, `execve(2)` or `prepare`. The standard library's pipe transfers the latter two.
+/// Returns the error from `fork(2)`, `execve(2)` or `prepare`. The standard library transfers the last two errors from
+/// the child through a pipe.
 pub(crate) fn spawn(
     command: &mut Command,
     pass: &[RawFd],
@@ -170,8 +171,8 @@ pub(crate) fn spawn(
             setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?; // before `prepare`, which may set a different limit
         }
         prepare()?;
-        // After `prepare`, because the kernel resets this when the user changes.
-        // SIGKILL, because a foreign program may ignore SIGTERM, and no program may outlive the master.
+        // This call comes after `prepare`, because the kernel resets the parent-death signal when the user changes. The
+        // signal is SIGKILL, because a program may ignore SIGTERM, and no program may outlive the master.
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
         if getppid() != master {
             return Err(io::Error::from_raw_os_error(libc::ESRCH)); // the master died before the line above
@@ -182,8 +183,8 @@ pub(crate) fn spawn(
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
-        // The mask survives exec, and the standard library leaves it unchanged: without this, a program would never
-        // receive TERM.
+        // The mask survives exec, and the standard library leaves it unchanged: without this call, a program would
+        // never receive SIGTERM.
         unblock_signals();
         Ok(())
     };
@@ -194,7 +195,7 @@ pub(crate) fn spawn(
     let spawned = command.spawn();
     restore_signals(&before);
     if spawned.is_err() {
-        announce(Pid::from_raw(0)); // the child may have announced itself, and the standard library has reaped it
+        announce(Pid::from_raw(0)); // the child may have announced itself before the standard library reaped it
     }
     spawned
 }
@@ -202,7 +203,7 @@ pub(crate) fn spawn(
 /// Replaces this process with another program, which inherits standard input, output and error and the descriptors of `keep`,
 /// and starts in `directory`. Returns only on failure; in that case nothing has changed.
 ///
-/// Must be called with all signals blocked: a signal must not arrive before the other program has installed its handlers.
+/// Must be called with all signals blocked: no signal may arrive before the new program has installed its handlers.
 pub(crate) fn exec(
     program: &Path,
     arguments: &[OsString],
@@ -248,7 +249,7 @@ fn try_exec(
     Ok(nix::unistd::execve(&program, &arguments, &environment)?)
 }
 
-/// Whether `pid` is a child of this process that is running, or dead but not reaped.
+/// Whether `pid` is a child of this process that is running, or that has ended and is not reaped yet.
 pub(crate) fn is_child(pid: Pid) -> bool {
     let flags = (WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT).bits();
     let Ok(id) = libc::id_t::try_from(pid.as_raw()) else { return false };
@@ -273,12 +274,12 @@ pub(crate) fn die_with_parent(master: Pid) -> io::Result<()> {
     if getppid() == master { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
 }
 
-/// Returns a child that has ended but is not reaped yet, if any. This includes processes that this process inherited
+/// Returns a child that has ended and is not reaped yet, if any. Children include processes that this process inherited
 /// because their parent died. Until the child is reaped, its pid is not reused.
 pub(crate) fn ended_child() -> Option<Pid> {
     let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-    // Calls libc, not nix: nix has no names for real-time signals, so it reports a process terminated by one as an
-    // error, and the pid would be lost.
+    // This code calls libc rather than nix. nix has no names for real-time signals, so it reports a process that was
+    // terminated by one as an error, and the pid would be lost.
     loop {
         // SAFETY: all zeroes is a valid siginfo_t.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
@@ -295,7 +296,8 @@ pub(crate) fn ended_child() -> Option<Pid> {
     }
 }
 
-/// Reaps a child that has ended, which frees its pid. If its process group has ended too, announces that to the guard.
+/// Reaps a child that has ended, which frees its pid. If the child's process group has ended too, announces this to the
+/// guard.
 pub(crate) fn reap(pid: Pid) -> Option<Ending> {
     let groups = guard_link::groups_of(pid);
     loop {
@@ -319,7 +321,7 @@ pub(crate) fn reap(pid: Pid) -> Option<Ending> {
 /// Checks that this process has one thread.
 ///
 /// # Errors
-/// Fails if it has more than one, or if `/proc` is not mounted.
+/// Fails if this process has more than one thread, or if `/proc` is not mounted.
 pub(crate) fn expect_one_thread() -> io::Result<()> {
     let mut threads = 0;
     // A thread that was joined may still be visible for a moment.

@@ -2,7 +2,7 @@
 //!
 //! Every received descriptor is owned from the first moment; descriptors for which there is no space, or which are not
 //! expected, are closed. A message that arrives without all of its descriptors is an error: the kernel drops
-//! descriptors if there is no space for them, or if this process has no free numbers.
+//! descriptors if there is no space for them, or if this process has no free descriptor numbers.
 #![expect(unsafe_code, reason = "descriptors by number")]
 
 use std::io;
@@ -66,7 +66,7 @@ fn descriptors_in(control: &[u8]) -> Vec<OwnedFd> {
         return Vec::new();
     }
     let numbers = (header..length).step_by(size_of::<RawFd>()).map_while(number);
-    // The kernel has just created these descriptors, and only complete numbers are below the length that it wrote.
+    // The kernel has just created these descriptors. Only complete numbers are within the length that the kernel wrote.
     numbers.filter_map(super::own).collect()
 }
 

@@ -1,7 +1,8 @@
-//! Signal handlers as safe functions.
+//! Makes safe functions usable as signal handlers.
 //!
-//! A handler runs between any two instructions of its thread: it must be async-signal-safe (signal-safety(7)). It must not allocate,
-//! take a lock or panic. The functions here keep to this, and so do the wrappers of plain system calls in `nix`.
+//! A handler may run between any two instructions of its thread, so it must be async-signal-safe (signal-safety(7)): it
+//! must not allocate, take a lock or panic. The functions in this module comply with this rule, and so do the wrappers
+//! of plain system calls in `nix`.
 #![expect(unsafe_code, reason = "part of the fence: see `sys.rs`")]
 
 use std::marker::PhantomData;
@@ -100,12 +101,14 @@ impl Delivery<'_> {
         unsafe { self.info.as_ref() }
     }
 
-    /// `si_code`: the reason for the signal; 0 if unknown. It is positive if the kernel sent the signal.
+    /// Returns `si_code`, the reason for the signal, or 0 if it is unknown. It is positive if the kernel sent the
+    /// signal.
     pub(crate) fn code(&self) -> c_int {
         self.info().map_or(0, |info| info.si_code)
     }
 
-    /// For a fault: the accessed address, or the address of the instruction. Meaningless for other signals.
+    /// Returns the address of a fault: the accessed address, or the address of the instruction. The result is
+    /// meaningless for other signals.
     pub(crate) fn address(&self) -> usize {
         // SAFETY: the field overlaps others, all of which are plain integers.
         self.info().map_or(0, |info| unsafe { info.si_addr() }.addr())
@@ -155,7 +158,7 @@ extern "C" fn on_signal<H: HandleSignal>(signal: c_int, info: *mut siginfo_t, co
     unsafe { *errno = before };
 }
 
-/// Registers a function that runs when any thread calls `exit(3)`. If that fails, it is not called.
+/// Registers a function that runs when any thread calls `exit(3)`. If registration fails, the function is never called.
 pub(crate) fn at_exit(function: extern "C" fn()) {
     // SAFETY: the function may be called at any time; it is never unloaded.
     unsafe { libc::atexit(function) };

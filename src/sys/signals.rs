@@ -7,8 +7,9 @@ use std::time::Duration;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use nix::unistd::Pid;
 
-/// Blocks every signal in this thread and returns the previous mask. SIGBUS is not blocked: a shared-memory file may be
-/// truncated at any moment, and the kernel kills a process that blocks the signal of its own fault.
+/// Blocks every signal except SIGBUS in this thread, and returns the previous mask. SIGBUS stays unblocked because a
+/// shared-memory file may be truncated at any moment, and the kernel kills a process that blocks the signal of its own
+/// fault.
 pub(crate) fn block_signals() -> SigSet {
     let (mut before, mut all) = (SigSet::empty(), SigSet::all());
     all.remove(Signal::SIGBUS);
@@ -38,8 +39,8 @@ pub(crate) fn unblock_signals() {
     restore_signals(&SigSet::empty());
 }
 
-/// Makes each SIGTERM start the timer of `alarm(2)`: SIGALRM ends this process if it is still running two seconds after
-/// `limit`, even if its event loop hangs and there is no master to kill it.
+/// Makes each SIGTERM start the timer of `alarm(2)`. SIGALRM ends this process if it is still running two seconds after
+/// `limit`, even if its event loop has hung and there is no master to kill the process.
 ///
 /// # Errors
 /// Returns the error from `sigaction(2)`.

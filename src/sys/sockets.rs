@@ -10,7 +10,8 @@ use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Accepts a connection: non-blocking, close-on-exec. Also returns the peer's address if it is an internet address.
+/// Accepts a connection, which is non-blocking and close-on-exec. Also returns the peer's address if it is an internet
+/// address.
 ///
 /// # Errors
 /// Returns the error from `accept4(2)`; `WouldBlock` if no connection is waiting.

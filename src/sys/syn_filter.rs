@@ -1,4 +1,4 @@
-//! A filter on a listening TCP socket that keeps new connections out of its queue.
+//! Installs a filter on a listening TCP socket that keeps new connections out of the socket's queue.
 #![expect(unsafe_code, reason = "setsockopt with a program")]
 
 use std::io;

@@ -1,8 +1,9 @@
 //! Transfers a master's state to the program that replaces it under the same pid: the saved data, the descriptors that it names,
 //! and the build to execute.
 //!
-//! An upgrade is a form of start, so this module lies below the master: the code that creates sockets, the segment and the pid
-//! file first looks here for existing ones. [`master::upgrade`](crate::master::upgrade) performs the upgrade.
+//! An upgrade is a form of startup, so the master depends on this module: the code that creates sockets, the segment
+//! and the pid file first looks for existing ones in the saved state. [`master::upgrade`](crate::master::upgrade)
+//! performs the upgrade.
 
 pub(crate) mod saved_processes;
 pub(crate) mod saved_state;

@@ -1,4 +1,4 @@
-//! The processes that one master leaves to the next, in the saved form.
+//! Defines the saved form of the processes that one master leaves to the next.
 
 use serde::{Deserialize, Serialize};
 
@@ -26,10 +26,10 @@ pub(crate) struct SavedSlot {
     pub(crate) generation: u64,
     pub(crate) pid: i32,
     pub(crate) phase: SavedSlotState,
-    /// The process has reached the end of its lifetime.
+    /// Whether the process has reached the end of its lifetime.
     #[serde(default)]
     pub(crate) worn: bool,
-    /// The process is leaving, because another process has replaced it.
+    /// Whether the process is draining because another process has replaced it.
     #[serde(default)]
     pub(crate) replaced: bool,
 }

@@ -1,7 +1,7 @@
 //! Saves the state of a master for the program that replaces it, as JSON in a sealed memory file.
 //!
-//! The two programs may be builds of different ages. So a field that a later build adds must have a default
-//! (`#[serde(default)]`), and a build ignores unknown fields. Any other change requires a new [`FORMAT`]: a build then fails
+//! The two programs may be different builds. A field that a later build adds must therefore have a default
+//! (`#[serde(default)]`), and a build ignores unknown fields. Any other change requires a new [`FORMAT`]: a build fails
 //! its upgrade check if the state has a different format.
 
 use std::fs::File;
@@ -21,8 +21,8 @@ use crate::config::millis;
 
 /// The format that this build writes, and the only one that it reads.
 pub(crate) const FORMAT: u32 = 1;
-/// Larger than almost any state: 4096 processes with 4 KiB of last words each, escaped. Unfinished lines of output can
-/// briefly exceed the limit.
+/// Maximum size of the state in bytes, larger than almost any state: enough for 4096 processes with 4 KiB of escaped
+/// last words each. Unfinished lines of output can briefly make the state larger.
 const MAX_STATE: u64 = 64 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +38,7 @@ pub(crate) struct Saved {
     pub(crate) start_command: StartCommand,
     pub(crate) listeners: Vec<SavedListener>,
     pub(crate) segment: SavedSegment,
-    /// Both ends of the pipe whose end of file shows workers that the master is dead.
+    /// Both ends of the lifeline, a pipe whose end of file shows workers that the master is dead.
     pub(crate) lifeline: (RawFd, RawFd),
     /// Both ends of the channel on which workers hand connections over: first the sending end, then the receiving end.
     #[serde(default)]
@@ -51,7 +51,7 @@ pub(crate) struct Saved {
     /// Daemons and jobs.
     #[serde(default)]
     pub(crate) sidecars: Vec<SavedSidecar>,
-    /// When due jobs were last looked for: Unix time in milliseconds.
+    /// When the master last checked for due jobs, in Unix milliseconds.
     #[serde(default)]
     pub(crate) jobs_looked_at_ms: Option<i64>,
     #[serde(default)]
@@ -80,18 +80,18 @@ pub(crate) struct SavedStray {
     pub(crate) process: SavedProcess,
     pub(crate) left_ms: u64,
     pub(crate) asked: bool,
-    /// TERM terminated the process's wrapper, and was not sent to the process itself.
+    /// Whether SIGTERM terminated the process's wrapper and was not sent to the process itself.
     pub(crate) unasked: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedProcess {
     pub(crate) pid: i32,
-    /// Start time in ticks since the boot of the machine.
+    /// Start time, in ticks since the system booted.
     pub(crate) started: u64,
 }
 
-/// The guard, and its link to the master. The end of file on the link shows the guard that the master is dead.
+/// The guard, and its link to the master. The guard detects the master's death by the end of file on the link.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedGuard {
     pub(crate) pid: i32,
@@ -101,7 +101,7 @@ pub(crate) struct SavedGuard {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedListener {
     pub(crate) fd: RawFd,
-    /// The `--bind` that the listener was created for.
+    /// The `--bind` for which the listener was created.
     pub(crate) bind: String,
     /// Device and inode of the socket file that the server created.
     pub(crate) file: Option<(u64, u64)>,
@@ -146,7 +146,7 @@ pub(crate) enum SavedLink {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedProgram {
     pub(crate) started: bool,
-    /// The program has been seen to accept connections.
+    /// Whether the program was seen to accept connections.
     #[serde(default)]
     pub(crate) seen: bool,
     /// Time left for the process to exit, if it was asked to.
@@ -176,10 +176,10 @@ pub(crate) struct SavedSidecar {
     pub(crate) name: String,
     pub(crate) pid: i32,
     pub(crate) output: RawFd,
-    /// The unfinished line.
+    /// The unfinished line of the output.
     #[serde(default)]
     pub(crate) partial: Vec<u8>,
-    /// Time since its start.
+    /// Time since the process started.
     #[serde(default)]
     pub(crate) age_ms: u64,
     /// Time left to stop, if the process was asked to.
@@ -248,8 +248,8 @@ pub(crate) fn clock_ms() -> u64 {
 }
 
 impl Saved {
-    /// Adjusts all ages and remaining times to `now_ms`, and returns the time since the state was written. The new build's `preload`
-    /// runs in between, and may take a long time.
+    /// Adjusts all ages and remaining times to `now_ms`, and returns the time since the state was written. The new
+    /// build's `preload` has run since then, and may have taken a long time.
     pub(crate) fn catch_up(&mut self, now_ms: u64) -> Duration {
         let passed = self.written_ms.replace(now_ms).map_or(0, |written| now_ms.saturating_sub(written));
         let age = |age_ms: &mut u64| *age_ms = age_ms.saturating_add(passed);
@@ -275,7 +275,8 @@ impl Saved {
         Duration::from_millis(passed)
     }
 
-    /// Returns the descriptors that the new program needs to start at all: those of the upgrade check.
+    /// Returns the descriptors that the new program needs in order to start, which are those that the upgrade check
+    /// receives.
     pub(crate) fn foundation(&self) -> Vec<RawFd> {
         self.listeners.iter().map(|listener| listener.fd).chain([self.segment.fd]).collect()
     }
@@ -467,7 +468,7 @@ mod tests {
         let phases = vec![SavedSlotState::Draining { left_ms: 0 }, SavedSlotState::Starting { left_ms: 400 }];
         assert_eq!(read(&state), (phases, [101, 104], Some(200), 300));
         assert_eq!(state.catch_up(1100), Duration::ZERO, "once");
-        // Every remaining time and age, recognized by its name, was changed, and nothing else.
+        // Every remaining time and age (recognized by its name) was changed, and no other field.
         let (mut changed, after) = (Vec::new(), serde_json::to_value(&state).unwrap());
         differences(&before, &after, "", &mut changed);
         changed.sort_unstable();
@@ -477,7 +478,7 @@ mod tests {
         let is_time = |name: &&str| name.ends_with("age_ms") || name.ends_with("left_ms");
         let times: std::collections::BTreeSet<&str> = text.split('"').filter(is_time).collect();
         assert_eq!(times.into_iter().collect::<Vec<_>>(), changed[..4]);
-        // If the state does not contain the time at which it was written, no time can be adjusted.
+        // If the state does not contain the time at which it was written, no age or remaining time can be adjusted.
         state.written_ms = None;
         assert_eq!(state.catch_up(5000), Duration::ZERO);
     }

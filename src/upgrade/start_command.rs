@@ -1,4 +1,4 @@
-//! Records the command that started this program. An upgrade runs it again.
+//! Records the command that started this program. An upgrade runs the same command again.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
@@ -8,16 +8,18 @@ use std::{env, io};
 
 use serde::{Deserialize, Serialize};
 
-/// Recorded at the first start, before the working directory changes, and kept through upgrades.
+/// The command that started the server. It is recorded at the first startup, before the working directory changes, and
+/// kept through upgrades.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct StartCommand {
     /// The path by which the program was called. Each upgrade resolves a symbolic link in it again, so that the link may point to
     /// the next release.
     pub(crate) program: PathBuf,
-    /// The base of relative paths on the command line. Empty if the directory was removed before the start.
+    /// The directory to which relative paths on the command line refer. Empty if the directory was removed before
+    /// startup.
     pub(crate) directory: PathBuf,
-    /// The arguments of the first start: a script in the program's place may add its own arguments at each upgrade. Empty if the
-    /// first build did not record them.
+    /// The arguments of the first startup. They are kept because a script in the program's place may add its own
+    /// arguments at each upgrade. Empty if the first build did not record them.
     #[serde(default)]
     arguments: Vec<OsString>,
 }

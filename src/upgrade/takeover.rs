@@ -1,7 +1,7 @@
 //! Receives the state of a running master, in a program that takes over from it or checks whether it could.
 //!
-//! The environment variables of an upgrade take effect only if the descriptor that they name is a sealed state whose master is this
-//! process or, for the upgrade check, its parent. A variable that was inherited from elsewhere has no effect.
+//! The environment variables of an upgrade take effect only if their descriptor is a sealed state whose master is this
+//! process or, in the upgrade check, its parent. A variable that was inherited from any other process has no effect.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
@@ -24,7 +24,7 @@ pub(crate) struct Ties {
 
 /// The environment variable with the number of the state's descriptor.
 pub(crate) const STATE: &str = "FORKYARD_UPGRADE_FD";
-/// The environment variable that makes the process a check: the process gets ready, reports it, and exits.
+/// The environment variable that makes the process an upgrade check: the process gets ready, reports this, and exits.
 pub(crate) const CHECK: &str = "FORKYARD_UPGRADE_CHECK";
 
 /// Whether this process only checks that it could take over.
@@ -39,7 +39,7 @@ pub(crate) struct Takeover {
     /// The `--bind` of each of the former master's sockets, in their order.
     binds: Vec<String>,
     descriptors: BTreeMap<RawFd, OwnedFd>,
-    /// The former master is still running, and started this process as a check.
+    /// Whether this process is an upgrade check: the former master is still running, and has started this process.
     pub(crate) check: bool,
 }
 
@@ -67,7 +67,7 @@ impl Takeover {
             let why = format!("{STATE} does not name the state of the master that started this check");
             return if check { Err(why) } else { Ok(None) };
         };
-        // The check inherits no other descriptors, so other numbers could refer to any file.
+        // The check inherits only some of the descriptors. The other numbers could refer to any file.
         let left = if check { saved.foundation() } else { saved.descriptors() };
         let mut descriptors = sys::take_over(&[&[number], left.as_slice()].concat());
         descriptors.remove(&number);
@@ -76,8 +76,8 @@ impl Takeover {
     }
 
     /// Returns the sockets that were created for this `--bind`, with the device and inode of their files. There may be
-    /// several if systemd passed them or if a name was resolved to several addresses; otherwise at most one. Each of
-    /// several binds to port 0 gets its own socket.
+    /// several sockets if systemd passed them or if a name was resolved to several addresses; otherwise there is at
+    /// most one. Each of several `--bind` flags with port 0 receives its own socket.
     pub(crate) fn listeners(&mut self, bind: &Bind) -> Vec<(OwnedFd, Option<(u64, u64)>)> {
         let text = bind.to_string();
         let most = if bind.address.may_be_several() { usize::MAX } else { 1 };
@@ -85,7 +85,7 @@ impl Takeover {
         ours.into_iter().filter_map(|one| Some((self.claim(one.fd)?, one.file))).collect()
     }
 
-    /// Returns the shared memory, and the path of its file if it has one.
+    /// Returns the shared memory, and the path of its file, if any.
     pub(crate) fn segment(&mut self) -> Option<(OwnedFd, Option<PathBuf>)> {
         Some((self.claim(self.saved.segment.fd)?, self.saved.segment.file.clone()))
     }

@@ -1,4 +1,4 @@
-//! Writes a response's head in the form of CGI (RFC 3875, section 6.3).
+//! Writes a response's head in CGI form (RFC 3875, section 6.3).
 
 use bytes::{BufMut as _, BytesMut};
 use http::StatusCode;
@@ -12,9 +12,10 @@ pub(crate) fn has_no_body(status: StatusCode) -> bool {
         || status.is_informational()
 }
 
-/// Writes the head of a response (6.3): always the status, because some servers do not infer a redirection from
-/// `Location`; then the headers; then an empty line. `Location` comes before the status, because HAProxy turns every
-/// response with a later `Location` into a 302. Headers that concern a single HTTP connection are left out.
+/// Writes the head of a response (6.3): the status, the headers and an empty line. The status is always written,
+/// because some web servers do not infer a redirection from `Location`. `Location` comes before the status, because
+/// HAProxy turns a response into a 302 if `Location` comes later. Headers that concern a single HTTP connection are
+/// left out.
 pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &HeaderMap, length: Option<u64>) {
     out.reserve(64 + headers.len() * 48);
     // The header names in these options are left out too (RFC 9110, section 7.6.1). There are
@@ -31,7 +32,7 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
     out.put_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
     out.put_slice(b"\r\n");
     for (name, value) in headers {
-        // A server would interpret a header named status as the status.
+        // A web server would interpret a header named `status` as the status.
         if is_of_one_connection(name) || *name == header::LOCATION || name == "status" {
             continue;
         }
@@ -62,8 +63,8 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
     out.put_slice(b"\r\n");
 }
 
-/// Whether a header concerns the connection to the client and so is the server's responsibility
-/// (6.3.4; RFC 9110, section 7.6.1).
+/// Whether a header concerns the connection to the client, which is the web server's responsibility (6.3.4; RFC 9110,
+/// section 7.6.1).
 fn is_of_one_connection(name: &HeaderName) -> bool {
     matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE | header::TE | header::TRAILER)
         || matches!(name.as_str(), "keep-alive" | "proxy-connection")
