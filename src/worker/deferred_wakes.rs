@@ -1,6 +1,6 @@
 //! Wakes tasks after every other runnable task has run, between two polls of epoll.
 //!
-//! tokio offers this for a task (`yield_now`); this module offers it for futures that are polled within a task.
+//! tokio can do this for a task (`yield_now`); this module does it for futures that are polled within a task.
 
 use std::cell::RefCell;
 use std::future::poll_fn;

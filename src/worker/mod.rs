@@ -5,12 +5,12 @@
 //! ```
 //!
 //! The event loop is a tokio current-thread runtime, created after the fork, on a thread of its own. Because the thread
-//! is new, its thread-local variables are too: random number generators that keep their state there (`rand`,
-//! `fastrand`, the keys of `HashMap`) are seeded again in each worker, even if they were used before the fork. The first
-//! thread only waits, with all signals but SIGBUS blocked (`sys::block_signals`).
+//! is new, its thread-local variables are new too: random number generators that keep their state in such variables
+//! (`rand`, `fastrand`, the keys of `HashMap`) are seeded again in each worker, even if they were used before the fork.
+//! The first thread only waits, with all signals but SIGBUS blocked (`sys::block_signals`).
 //!
-//! TERM drains the worker: it accepts the queued connections, completes the requests that have begun, and exits. If the
-//! loop hangs, `alarm(2)` kills the process shortly after the drain timeout, even without a master.
+//! SIGTERM drains the worker: it accepts the queued connections, completes the requests that have begun, and exits. If
+//! the event loop has hung, `alarm(2)` kills the process shortly after the drain timeout, even without a master.
 
 pub(crate) mod conn;
 pub(crate) mod deferred_wakes;
@@ -180,7 +180,7 @@ where
         let access_log = AccessLog::new(&heritage.log_files, heir.lines, heritage.slot, heritage.generation);
         let application = application.protected(protection(&config, &heritage.segment)).logged(access_log.clone());
         if let Some(path) = &config.scaling.health_path {
-            // Slightly below the master's limit, so that the worker can still report the reason.
+            // The limit is slightly below the master's, so that the worker can still report the reason.
             let limit = (config.start_timeout / 10 * 9).saturating_sub(begun.elapsed());
             health::check(&application, path, limit).await?;
         }
@@ -221,7 +221,7 @@ where
         io::Result::Ok(())
     };
     let outcome = catch_unwind(AssertUnwindSafe(|| run_in_turns(&runtime, life)));
-    // The event loop's work ends here, no matter how long the rest takes.
+    // The event loop's work ends here, no matter how long the following steps take.
     row.event_loop_beat().sleep();
     if let Ok(Ok(())) = outcome {
         finish_functions(slot);
@@ -233,8 +233,8 @@ where
     outcome.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Waits for functions that still run on a thread although their clients have disconnected, because they may be in the
-/// middle of a change.
+/// Waits for functions that are still running on a thread although their clients have disconnected, because such a
+/// function may be in the middle of a change.
 fn finish_functions(slot: u32) {
     let hanging = blocking::finish();
     if hanging > 0 {
@@ -305,10 +305,10 @@ async fn sweep(cache: Cache, connections: Rc<Connections>, row: Row) {
     }
 }
 
-/// Runs `work` on a thread of its own. tokio's `spawn_blocking` panics if no thread can be created.
+/// Runs `work` on its own thread. tokio's `spawn_blocking` is not used, because it panics if no thread can be created.
 ///
 /// # Errors
-/// Fails if no thread can be created, or the work panics.
+/// Fails if no thread can be created, or if `work` panics.
 async fn on_thread<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     let (done, outcome) = oneshot::channel();
     let thread = std::thread::Builder::new().name(name.to_owned());
@@ -374,7 +374,7 @@ async fn miss_heir(end: Option<OwnedFd>, mut report: File) {
     }
 }
 
-/// The settings of a listener that its connections use.
+/// The settings of a listener that apply to its connections.
 struct ListenerContext {
     protocol: Protocol,
     door: Acl,
@@ -471,12 +471,12 @@ where
     }
 }
 
-/// Sets up this process's signal handlers and unblocks the signals. Returns a stream that becomes readable on TERM, and
-/// a flag. While the flag is set, TERM terminates the process immediately, even while the application is starting; no
-/// connection is served then.
+/// Sets up this process's signal handlers and unblocks the signals. Returns a stream that becomes readable on SIGTERM,
+/// and a flag. While the flag is set, SIGTERM terminates the process immediately; this applies while the application is
+/// starting and no connection is being served.
 ///
 /// The inherited handlers of the master are still installed and do nothing. signal-hook restores the default action of
-/// INT and QUIT in a way that lets an application replace it (with `tokio::signal`, for example).
+/// SIGINT and SIGQUIT in a way that lets an application replace the action (with `tokio::signal`, for example).
 fn take_signals(drain_timeout: Duration) -> io::Result<(UnixStream, Arc<AtomicBool>)> {
     let (term, wake) = UnixStream::pair()?;
     term.set_nonblocking(true)?;
@@ -491,7 +491,7 @@ fn take_signals(drain_timeout: Duration) -> io::Result<(UnixStream, Arc<AtomicBo
     Ok((term, starts))
 }
 
-/// Returns when TERM was received (false) or the master is dead (true).
+/// Returns false when SIGTERM was received, and true when the master is dead.
 async fn wait_for_leave(term: UnixStream, lifeline: OwnedFd, output: &OutputPipes) -> io::Result<bool> {
     let mut term = tokio::net::UnixStream::from_std(term)?;
     let mut lifeline = tokio::net::unix::pipe::Receiver::from_owned_fd(lifeline)?;
@@ -548,8 +548,8 @@ mod tests {
         .inline();
         run_in_turns(&runtime, async {
             assert!(ask(&mut service, "/", Body::empty()).await.starts_with("blocking-"), "it is not known yet");
-            // On a busy machine a run may be interrupted and therefore not be quick. Eventually enough consecutive runs
-            // are quick.
+            // On a busy machine, a run may be interrupted and therefore not be quick. Eventually, enough consecutive
+            // runs are quick.
             while ask(&mut service, "/", Body::empty()).await != here {}
 
             let (_writer, reader) = pipe::pipe();

@@ -1,8 +1,8 @@
 //! Accepts connections from the listeners that all workers share, and connections handed over by other workers.
 //!
 //! A new connection wakes one of the waiting workers, not all of them: each worker replaces the event loop's
-//! registration of the listener with one that uses EPOLLEXCLUSIVE (see [`ReadyListener`]). A worker removes this
-//! registration to leave new connections to its siblings:
+//! registration of the listener with one that uses EPOLLEXCLUSIVE (see [`ReadyListener`]). A worker removes its
+//! registration, and so leaves new connections to its siblings:
 //!
 //! - when blocking functions occupy all its threads and a sibling has a free thread;
 //! - when it has more connections than a sibling, so that keep-alive connections spread over the workers;
@@ -10,8 +10,9 @@
 //!
 //! A worker whose event loop is busy does not wait on epoll, so it is not woken.
 //!
-//! If a connection arrives at a worker that is at its limit, its siblings are full too. The worker then closes
-//! connections that have no request under way ([`reclaim`]). If there are none, clients wait in the kernel's queue.
+//! If a connection arrives at a worker that is at its limit, the siblings are at their limits too. The worker then
+//! closes connections that have no request under way ([`reclaim`]). If there are no such connections, clients wait in
+//! the kernel's queue.
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -39,11 +40,12 @@ use crate::worker::lifecycle::watchdog::Watchdog;
 
 /// How long a waiting connection is left to siblings that have fewer connections.
 const LEFT_TO_SIBLINGS: Duration = Duration::from_millis(1);
-/// How long a waiting connection is left to siblings with a free thread while this worker has none. On a busy machine a
-/// sibling may take some time to accept the connection, but in this worker the connection could wait much longer.
+/// How long a waiting connection is left to siblings with a free thread while this worker has none. On a busy machine,
+/// a sibling may take some time to accept the connection, but in this worker the connection could wait much longer.
 const LEFT_TO_FREE: Duration = Duration::from_secs(1);
-/// Number of connections that are accepted without waiting for siblings after they failed to accept one in time. High
-/// enough that a stopped or hanging sibling slows this worker little; low enough that a slow sibling gets its share.
+/// Number of connections that are accepted without waiting for siblings, after the siblings have failed to accept a
+/// connection in time. The number is high enough that a stopped or hanging sibling hardly slows this worker down, and
+/// low enough that a slow sibling gets its share.
 const NOT_WAITED_FOR: u32 = 4;
 /// How long a worker at its limit leaves waiting clients to its siblings before it closes idle
 /// connections.
@@ -56,8 +58,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 const CLOSED_FOR: u32 = 20;
 /// Minimum time between two log lines about pauses in accepting.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
-/// Number of wakeups without a connection after which the worker checks that the socket is still
-/// listening.
+/// Number of consecutive wakeups without a connection after which the worker checks that the socket is still listening.
 const RUNG_FOR_NOTHING: u32 = 16;
 /// Number of consecutive failed connections that are skipped without a pause.
 const FAILED_IN_A_ROW: u32 = 64;
@@ -74,7 +75,7 @@ pub(crate) trait Serve {
 /// Where a connection came from.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Arrival {
-    /// Index of the listener that accepted the connection, in this worker or in a different one.
+    /// Index of the listener that accepted the connection, in this worker or in another one.
     pub(crate) listener: u16,
     pub(crate) origin: PackedOrigin,
 }
@@ -125,7 +126,7 @@ impl Connections {
     }
 
     /// Closes some idle connections, because a client is waiting to be accepted and the worker is at its limit. `why`
-    /// names the flag to change.
+    /// is the flag to change.
     fn make_room(&self, why: &str) {
         let closed = self.watchdog.make_room(reclaim::share(self.limit));
         let open = self.open.get();
@@ -175,14 +176,14 @@ impl Drop for Open {
     }
 }
 
-/// Wakes this worker's event loop, and no sibling's, when a connection waits to be accepted.
+/// Wakes the event loop of this worker, and of no sibling, when a connection is waiting to be accepted.
 ///
-/// [`sys::Exclusive`] does this. For tokio the only difference from its own registrations is that the event repeats as
-/// long as a connection waits.
+/// [`sys::Exclusive`] does this. For tokio, the only difference from its own registrations is that the event repeats as
+/// long as a connection is waiting.
 #[derive(Debug)]
 struct ReadyListener {
     listener: sys::Exclusive,
-    /// Connections arrive as messages on a channel.
+    /// Whether connections arrive as messages on a channel.
     is_channel: bool,
 }
 
@@ -214,7 +215,7 @@ impl ReadyListener {
         nix::poll::poll(&mut listener, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Takes one connection as soon as one arrives.
+    /// Waits for a connection and takes it.
     async fn wait<T>(&self, take: impl Fn(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
         let mut rung_for_nothing = 0;
         loop {
@@ -222,8 +223,8 @@ impl ReadyListener {
             match take(self.listener.as_fd()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     has_pending.clear_ready();
-                    // A sibling may have accepted the connection first. But a Unix socket that was shut down stays
-                    // ready without a connection.
+                    // A sibling may have accepted the connection first. Or the socket is a Unix socket that was shut
+                    // down, which stays ready without a connection.
                     rung_for_nothing += 1;
                     let is_odd = rung_for_nothing % RUNG_FOR_NOTHING == 0;
                     if is_odd && !self.is_channel && !listen::is_listening(self.listener.as_fd()) {
@@ -271,7 +272,7 @@ impl Acceptor {
     /// Accepts from a listener; `index` is its position among the listeners.
     ///
     /// # Errors
-    /// Fails if no descriptor is available, or epoll refuses the registration.
+    /// Fails if no descriptor is available, or if epoll refuses the registration.
     pub(crate) fn of_listener(
         index: u16,
         listener: &Listener,
@@ -290,7 +291,7 @@ impl Acceptor {
     /// Accepts the connections that other workers hand over.
     ///
     /// # Errors
-    /// Fails if no descriptor is available, or epoll refuses the registration.
+    /// Fails if no descriptor is available, or if epoll refuses the registration.
     pub(crate) fn of_channel(channel: &Channel, connections: &Rc<Connections>, journal: Journal) -> io::Result<Self> {
         let ready_listener = ReadyListener::new(channel.receiver().try_clone_to_owned()?, true)?;
         Ok(Self { ready_listener, source: Source::Channel, connections: Rc::clone(connections), journal })
@@ -320,7 +321,8 @@ impl Acceptor {
                 Ok(()) => tokio::select! {
                     biased;
                     taken = self.ready_listener.wait(|from| self.take(from)) => taken,
-                    // A request on an open connection filled the pool: a sibling may now be the better choice.
+                    // A request on an open connection has taken the last free thread, so a sibling may now be the
+                    // better choice.
                     () = blocking::pool_became_full() => continue,
                 },
                 Err(error) => Err(error),
@@ -331,7 +333,7 @@ impl Acceptor {
                     self.start(serve, taken).await;
                     self.settled().await;
                 }
-                // The client of this connection has already disconnected; accept the next one.
+                // The client of this connection has already disconnected; accept the next connection.
                 Err(error)
                     if !self.ready_listener.listener.is_paused()
                         && is_of_one_connection(&error)
@@ -359,8 +361,8 @@ impl Acceptor {
         }
     }
 
-    /// Returns when the new connection has made all the progress it can: a short request is
-    /// complete by then.
+    /// Returns when the new connection has made all the progress that it can make for now. A short request is complete
+    /// by then.
     async fn settled(&self) {
         let_others_run().await;
         if self.connections.open.get() > 0 {
@@ -385,17 +387,17 @@ impl Acceptor {
             tokio::select! {
                 () = connections.one_ended.notified() => {}
                 () = blocking::one_is_free(), if occupied => {}
-                // Without a waiting client, the siblings have not failed to accept one.
+                // If no client is waiting, the siblings have not failed to accept a connection.
                 () = sleep(left_for) => if !occupied || self.ready_listener.is_ready() { patience.end(occupied) },
             }
         }
         self.ready_listener.resume()
     }
 
-    /// Accepts the connections in the kernel's queue, and no more. A draining worker must do this, because all workers
-    /// may be draining. Returns false if the worker could not take all of these connections.
+    /// Accepts the connections that are in the kernel's queue, and no others. A draining worker must do this, because
+    /// all workers may be draining. Returns false if the worker could not take all of these connections.
     pub(crate) async fn run_dry(&self, serve: &impl Serve) -> bool {
-        // Pause first: otherwise the kernel would notify only this worker of the next connection.
+        // The registration is paused first: otherwise the kernel would notify only this worker of the next connection.
         self.ready_listener.pause();
         let mut failed_in_a_row = 0;
         while !self.connections.is_full() {
@@ -464,13 +466,13 @@ async fn let_others_run() {
     .await;
 }
 
-/// Suspends waiting for siblings that had time to accept a waiting connection and did not. Such a sibling may be
+/// Suspends the wait for siblings after they have failed to accept a waiting connection in time. Such a sibling may be
 /// stopped or hanging.
 #[derive(Default)]
 struct Patience {
     accepts_without: u32,
-    /// The wait ended while this worker was occupied. A wait that ends while the worker is free is much shorter and is
-    /// no reason to shorten the wait of an occupied worker.
+    /// Whether the failed wait ended while this worker was occupied. A wait that ends while the worker is free is much
+    /// shorter, and its failure is no reason to suspend the waits of an occupied worker.
     while_occupied: bool,
 }
 
@@ -486,8 +488,8 @@ impl Patience {
     }
 }
 
-/// Whether the error concerns only the connection that would have been accepted. According to accept(2) these are
-/// pending network errors of the connection and errors of a connection that ended early. Every other error (no
+/// Whether the error concerns only the connection that would have been accepted. According to accept(2), such errors
+/// are pending network errors of the connection, and errors of a connection that ended early. Every other error (no
 /// descriptor, no memory, a socket that no longer listens, a security module) also affects the next connection.
 fn is_of_one_connection(error: &io::Error) -> bool {
     match error.raw_os_error() {

@@ -1,5 +1,5 @@
 //! Checks a peer's address against `--allow` or, for FastCGI without `--allow`, against `FCGI_WEB_SERVER_ADDRS`. A
-//! refused connection is accepted and closed without being read.
+//! refused connection is accepted, and closed before anything is read from it.
 
 use std::net::SocketAddr;
 
@@ -8,8 +8,8 @@ use crate::config::Config;
 use crate::config::address::Protocol;
 use crate::config::peers::Peers;
 
-/// Access control of one listener. The connection of a peer that is not permitted is closed, with
-/// at most one log line a minute.
+/// Access control for one listener. Connections from peers that are not permitted are closed, with at most one log line
+/// a minute.
 #[derive(Debug)]
 pub(crate) struct Acl {
     allow: Option<Peers>,

@@ -1,11 +1,12 @@
 //! Serves one CGI request (RFC 3875). The request is in the environment and on standard input; the response goes to
-//! standard output. There is no master and no fork. Output that the application prints goes to standard error
-//! (`cgi_invocation.rs`).
+//! standard output. In this mode, there is no master and no fork. Output that the application prints goes to standard
+//! error (`cgi_invocation.rs`).
 //!
-//! Standard input is read up to the announced length, not to end of file, because that may never come. The part that
-//! the application leaves unread is read after the response: standard input and output may be one socket (Apache's
-//! mod_cgid), and closing a socket with unread bytes destroys the response in transit. Standard output may be shared
-//! with other processes, so it stays blocking, which is enough for the single response that the process writes.
+//! Standard input is read up to the announced length rather than to end of file, because end of file may never come.
+//! The part that the application leaves unread is read after the response, because standard input and output may be one
+//! socket (Apache's mod_cgid), and closing a socket with unread bytes destroys the response in transit. Standard output
+//! may be shared with other processes, so it stays blocking; this suffices for the single response that the process
+//! writes.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -42,14 +43,14 @@ use crate::worker::service::request_guard::RequestGuard;
 use crate::worker::service::serve::{self, AppService, Application, Protection, ResponseBody, Served};
 use crate::worker::{on_thread, run_in_turns};
 
-/// Maximum size of a read, and of the small chunks that are collected before a write.
+/// Maximum size of a read, and maximum total size of the small chunks that are collected before a write.
 const PIECE: usize = 64 << 10;
 
-/// Serves the request and writes the response to `stdout`. `segment` contains the cache. Its scoreboard belongs to the
-/// server's workers; this process has its own.
+/// Serves the request and writes the response to `stdout`. `segment` contains the cache. The segment's scoreboard
+/// belongs to the server's workers; this process has its own scoreboard.
 ///
 /// # Errors
-/// Fails if the response could not be written, or its body failed.
+/// Fails if the response could not be written, or if its body failed.
 pub(crate) fn run<F, S, B>(factory: &F, config: &Config, segment: Segment, stdout: OwnedFd) -> Result<(), BoxError>
 where
     F: Fn(Context) -> S,
@@ -85,7 +86,7 @@ where
     // end of the response, so the client does not wait for the rest of this function.
     drop(going_on);
     if let Some(rest) = rest {
-        // Inside the runtime, because it provides the timer.
+        // This must run inside the runtime, which provides the timer.
         run_in_turns(&runtime, discard(rest));
     }
     blocking::finish();
@@ -140,7 +141,7 @@ where
     (response, is_head)
 }
 
-/// The status of the response, and the reason.
+/// The status of the response, and the reason for the refusal.
 type Refusal = (StatusCode, BoxError);
 
 /// The part of the body that has not been read yet.
@@ -151,8 +152,9 @@ struct UnreadInput {
     read: Rc<Cell<u64>>,
 }
 
-/// Reads and discards the rest of a body until the body ends, or until no data arrives within the time of [`LINGER`]. Without
-/// this, a web server that sends the whole body before it reads the response (mod_cgid) would lose the response.
+/// Reads and discards the remainder of a body until the body ends, or until no data arrives within the time in
+/// [`LINGER`]. Without this, a web server that sends the whole body before it reads the response (mod_cgid) would lose
+/// the response.
 async fn discard(mut rest: UnreadInput) {
     loop {
         let before = rest.read.get();
@@ -162,7 +164,7 @@ async fn discard(mut rest: UnreadInput) {
     }
 }
 
-/// Returns the request, and the rest of its body.
+/// Returns the request, and the unread part of its body.
 fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, Refusal>, Option<UnreadInput>) {
     let variables: Vec<_> = std::env::vars_os().collect();
     let bytes: usize = variables.iter().map(|(name, value)| name.len() + value.len()).sum();
@@ -172,7 +174,7 @@ fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, 
     let has_body = said("CONTENT_LENGTH") || said("HTTP_TRANSFER_ENCODING");
     let mut length = None;
     let request = match cgi::request(params, |announced| length = announced) {
-        // Apache passes a request with a chunked body in this form.
+        // Apache passes a request with a chunked body in this form: without a length.
         Ok(_) if has_body && length.is_none() => {
             Err((StatusCode::LENGTH_REQUIRED, "it has a body but no valid CONTENT_LENGTH".into()))
         }
@@ -185,7 +187,7 @@ fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, 
         return (request.map(|request| request.map(|()| Body::empty())), None);
     }
     let (writer, reader) = pipe::pipe();
-    // Without standard input the body is truncated immediately.
+    // Without standard input, the body is truncated immediately.
     let stdin = sys::descriptor(0).map(File::from);
     let read = Rc::new(Cell::new(0));
     let rest = stdin.map(|stdin| {
@@ -196,7 +198,7 @@ fn request(limits: &Limits, activity: &Arc<Activity>) -> (Result<Request<Body>, 
     (request.map(|request| request.map(|()| body)), rest)
 }
 
-/// Passes the body on as it arrives. If the body ends early, dropping the writer marks it as truncated.
+/// Passes the body on as it arrives. If the body ends early, dropping the writer marks the body as truncated.
 async fn feed(mut stdin: File, length: u64, so_far: Rc<Cell<u64>>, body: pipe::Writer) {
     let mut left = length;
     while left > 0 {
@@ -227,7 +229,7 @@ async fn feed(mut stdin: File, length: u64, so_far: Rc<Cell<u64>>, body: pipe::W
     body.finish();
 }
 
-/// Writes the response: the available part immediately, the rest as it becomes available.
+/// Writes the response: the available part immediately, and the remainder as it becomes available.
 async fn send<B>(response: Response<Served<B>>, is_head: bool, stdout: &mut File) -> io::Result<()>
 where
     B: ResponseBody,
@@ -270,9 +272,9 @@ fn write(stdout: &mut File, waiting: &mut BytesMut) -> io::Result<()> {
 }
 
 /// Returns when standard output no longer has a reader, or the other end of `over` is closed. If standard output is a
-/// file, only the latter can happen.
+/// file, only the other end of `over` can end the wait.
 async fn gone(stdout: OwnedFd, over: PipeReader) {
-    // On a thread, because epoll does not support regular files.
+    // The wait runs on its own thread, because epoll does not support regular files.
     let hung_up = on_thread("stdout", move || {
         let mut sockets = [stdout.as_fd(), over.as_fd()].map(|fd| PollFd::new(fd, PollFlags::empty()));
         while let Err(Errno::EINTR) = nix::poll::poll(&mut sockets, PollTimeout::NONE) {}

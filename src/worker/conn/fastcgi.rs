@@ -1,9 +1,9 @@
 //! Serves one FastCGI connection: decodes records into requests for the application, and encodes
 //! the responses as records.
 //!
-//! One task does all the work of its connection. It reads, advances each request as far as possible, and writes, so a
-//! request body and a response stream at the same time. Requests on one connection may overlap; they take turns to
-//! write their output.
+//! One task does all the work for its connection: it reads, advances each request as far as possible, and writes. A
+//! request body and a response are therefore transferred at the same time. Requests on one connection may overlap; they
+//! take turns to write their output.
 //!
 //! The memory of a connection is bounded by the parameters of each request (`--max-params`), the pipe of each body, and
 //! [`OUTBOX_LIMIT`] bytes of output. When the application does not read a body, the connection stops reading; when the
@@ -41,8 +41,8 @@ use crate::worker::service::serve::{AppService, Application, ResponseBody, Respo
 
 /// Bytes of output that may be queued on a connection before its responses pause.
 pub(crate) const OUTBOX_LIMIT: usize = 64 << 10;
-/// Bytes of management replies and refusals that may be queued in addition to the responses; one chunk of a response
-/// may be queued too.
+/// Number of bytes of management replies and refusals that may be queued in addition to the responses. One chunk of a
+/// response may be queued too.
 const REPLIES_LIMIT: usize = 1 << 20;
 
 /// Serves one connection until it ends.
@@ -100,7 +100,7 @@ where
 enum Outcome {
     /// The peer must be notified that no more output follows.
     Over,
-    /// Nothing is under way, and a different worker may continue.
+    /// Nothing is under way, and another worker may continue.
     Movable,
 }
 
@@ -117,21 +117,22 @@ struct Connection<S: Service<Request<Body>>, B> {
     /// The heap allocation of an ended exchange, for reuse.
     spare: Option<Pin<Box<Work<S, B>>>>,
     application: Rc<Application<S>>,
-    /// The peer did not request to keep the connection.
+    /// Whether the connection ends because the peer did not ask to keep it.
     closing: bool,
-    /// A response failed, and no other is in flight: the connection ends after the queued output.
+    /// Whether a response has failed and no other response is in flight, so that the connection ends after the queued
+    /// output.
     broken: bool,
-    /// The worker is draining.
+    /// Whether the worker is draining.
     draining: bool,
-    /// Since the drain began, a request was answered or the time for one more request has passed.
+    /// Whether, since the drain began, a request was answered or the time for one more request has passed.
     last_chance_over: bool,
-    /// A sibling can take the connection over.
+    /// Whether a sibling can take the connection over.
     moving: bool,
     /// Requests that have arrived in part, with their journal entries.
     assembled: Vec<(RequestId, RequestIndex)>,
-    /// The last request was answered before it was received completely.
+    /// Whether the last request was answered before it was received completely.
     unread: bool,
-    /// The peer exceeded a timeout: no more input is read from it.
+    /// Whether the peer has exceeded a timeout, so that no more input is read from it.
     ignores_input: bool,
 }
 
@@ -140,8 +141,8 @@ where
     S: AppService<B>,
     B: ResponseBody,
 {
-    /// Advances the connection as far as possible. Ready when the connection must be closed; an error if the peer has
-    /// disconnected or violated the protocol.
+    /// Advances the connection as far as possible. Becomes ready when the connection must be closed. Returns an error
+    /// if the peer has disconnected or violated the protocol.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Outcome>> {
         loop {
             self.poll_exchanges(context);
@@ -174,8 +175,8 @@ where
         if !self.exchanges.is_empty() || !self.outbox.is_empty() {
             return false;
         }
-        // A request that has partly arrived when the drain begins is served. But a peer that did not request to keep
-        // the connection gets no further response and may be waiting for the connection to end.
+        // A request that has partly arrived when the drain begins is served. But a peer that did not ask to keep the
+        // connection receives no further response, and may be waiting for the connection to end.
         self.closing || self.broken || (self.draining && self.last_chance_over && self.is_idle())
     }
 
@@ -213,7 +214,7 @@ where
         }
         let broken_off = |exchange: &Exchange<S, B>| matches!(*exchange.work, Work::BrokenOff { .. });
         if !self.exchanges.is_empty() && self.exchanges.iter().all(broken_off) {
-            // Every other response has ended before the connection is broken off.
+            // All other responses have ended before the connection is broken off.
             for exchange in self.exchanges.drain(..) {
                 self.unread |= !self.decoder.finish(exchange.id);
             }
@@ -222,10 +223,11 @@ where
         }
     }
 
-    /// Reads and decodes input from the peer. Pending when there is no more input, or no space for it.
+    /// Reads and decodes input from the peer. Returns Pending when there is no more input, or no space for more input.
     fn poll_input(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
-        // The length of the queued output does not matter: a peer may write all of its request before it reads. A body
-        // that the application has dropped takes no memory, and a body that is being read is bounded by its pipe.
+        // Input is read no matter how much output is queued, because a peer may write its whole request before it
+        // reads. A body that the application has dropped takes no memory, and a body that is being read is bounded by
+        // its pipe.
         for stream in self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data)) {
             if stream.poll_room(context).is_pending() {
                 return Ok(Poll::Pending);
@@ -242,8 +244,8 @@ where
                 let is_idle = self.input.is_empty() && self.decoder.is_idle();
                 self.socket.activity().set_head_begun(!is_idle);
                 self.enter_assembled();
-                // The wait may be long: copy the remaining bytes, so that they do not keep the whole read block
-                // allocated.
+                // The wait may be long, so the remaining bytes are copied: otherwise they would keep the whole read
+                // block allocated.
                 self.decoder.unshare();
                 if !self.input.is_empty() {
                     self.input = BytesMut::from(&self.input[..]);
@@ -262,7 +264,7 @@ where
                 Ok(Poll::Ready(()))
             }
             Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut && !self.exchanges.is_empty() => {
-                // The bodies are truncated, and the application can still respond.
+                // The bodies are truncated, but the application can still respond.
                 for exchange in &mut self.exchanges {
                     (exchange.stdin, exchange.data) = (None, None);
                 }
@@ -279,8 +281,8 @@ where
         }
     }
 
-    /// Whether part of a request's parameters, or of a possible new request, has arrived. The rest
-    /// of a body does not count.
+    /// Whether part of a request's parameters, or of a possible new request, has arrived. The remainder of a body does
+    /// not count.
     fn begins_request(&self) -> bool {
         self.decoder.assembled().next().is_some() || self.decoder.is_between_records() && !self.input.is_empty()
     }
@@ -382,7 +384,7 @@ where
             FastCgiEvent::Reply { bytes, then_close } => {
                 self.outbox.push(bytes);
                 self.closing |= then_close;
-                self.unread |= then_close; // the rest of the refused request
+                self.unread |= then_close; // the remainder of the refused request
                 if self.outbox.len() > OUTBOX_LIMIT + REPLIES_LIMIT {
                     return Err(io::Error::other("the peer sends requests without reading the replies"));
                 }
@@ -442,8 +444,8 @@ where
         self.exchanges.push(Exchange { id, keep_connection, is_head, stdin, data, app_status, work });
     }
 
-    /// If the peer may still be sending, shuts down the write side and reads until the peer closes: closing a socket
-    /// with unread bytes would destroy output in transit.
+    /// Closes the connection. If the peer may still be sending, this function first shuts down the write side and reads
+    /// until the peer closes, because closing a socket with unread bytes would destroy output in transit.
     async fn close(self, drain: &Drain) {
         if self.unread {
             linger::linger(self.socket, drain).await;
@@ -451,8 +453,7 @@ where
     }
 }
 
-/// Adds the role to the request unless it is Responder, the usual one. Returns the pipe for a
-/// filter's file.
+/// Adds the role to the request unless the role is Responder, the usual one. Returns the pipe for a filter's file.
 fn give_role(request: &mut Request<Body>, role: Role, activity: &Arc<Activity>) -> Option<pipe::Writer> {
     if role == Role::Responder {
         return None;

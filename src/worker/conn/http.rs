@@ -1,4 +1,4 @@
-//! Serves one HTTP connection, version 1 or 2. hyper implements the protocols. This module detects the version, refuses
+//! Serves one HTTP connection, version 1 or 2. hyper implements the protocols. This module detects the version, rejects
 //! requests that hyper accepts but no application should receive, and connects hyper to the application and to the
 //! drain.
 //!
@@ -57,9 +57,9 @@ const WINDOW: u32 = 64 << 10;
 const LARGEST_WINDOW: u32 = i32::MAX.cast_unsigned();
 /// Bytes of one stream's response that may be queued.
 const SEND_BUFFER: usize = 64 << 10;
-/// Limits on streams that the client resets before the application receives them, and on streams that the server has to
-/// reset. A connection that exceeds one is closed, to stop a client that keeps the server busy this way
-/// (CVE-2023-44487).
+/// Maximum number of streams that the client resets before the application receives them, and of streams that the
+/// server has to reset. A connection that exceeds either limit is closed, because a client could otherwise keep the
+/// server busy with resets (CVE-2023-44487).
 const RESETS: (usize, usize) = (20, 128);
 /// The first bytes of a TLS connection: a handshake record, version 3 (RFC 8446, section 5.1).
 const TLS_HANDSHAKE: &[u8] = &[0x16, 0x03];
@@ -142,7 +142,7 @@ where
     }
 }
 
-/// Detects whether the client uses HTTP/2. `None` if the connection has ended or was handed over.
+/// Detects whether the client uses HTTP/2. Returns `None` if the connection has ended or was handed over.
 async fn with_version<S, B>(
     mut socket: Socket,
     application: &Application<S>,
@@ -169,8 +169,8 @@ where
     None
 }
 
-/// Hands a connection over with the bytes that hyper has read, if these are exactly the requests that the journal lists
-/// as unfinished. Otherwise closes it: the rest of a body must not be read as a request.
+/// Hands a connection over with the bytes that hyper has read, if these are exactly the bytes that the journal lists as
+/// unfinished. Otherwise closes the connection, because the remainder of a body must not be read as a request.
 async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
     if usize::try_from(socket.conn().unfinished()) == Ok(taken_in.len() + socket.early().len()) {
         return drain.hand_over(socket, taken_in).await;
@@ -182,7 +182,8 @@ async fn move_on(socket: Socket, taken_in: &[u8], drain: &Drain) {
 enum Http1End {
     Ended(hyper::Result<()>),
     /// Nothing is under way, but a request arrived in several reads, or its body in chunks. The journal and the drain
-    /// need the number of bytes that hyper has read of the next request, and hyper returns it only with its buffer.
+    /// need to know how many bytes of the next request hyper has read, and hyper reveals this number only when it
+    /// returns its buffer.
     Unsettled,
     /// The worker is draining, a sibling is available, and nothing is under way: the connection can be handed over.
     Movable,
@@ -243,7 +244,7 @@ fn is_timeout(error: &hyper::Error) -> bool {
 fn refused(error: &hyper::Error) -> Option<(StatusCode, String)> {
     let text = with_causes(error);
     if error.is_parse_too_large() {
-        // hyper uses one error for all three limits.
+        // hyper uses the same error for all three limits.
         return Some(if text.contains("URI") {
             (StatusCode::URI_TOO_LONG, "a target longer than --max-uri can allow".to_owned())
         } else {
@@ -252,7 +253,7 @@ fn refused(error: &hyper::Error) -> Option<(StatusCode, String)> {
             (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, why.to_owned())
         });
     }
-    // Over HTTP/2 the client may also report an error: "received".
+    // Over HTTP/2, the client may also report an error, which hyper describes as "received".
     let is_clients = error.is_parse() || text.contains("connection error detected");
     is_clients.then_some((StatusCode::BAD_REQUEST, text))
 }
@@ -277,7 +278,8 @@ fn http1_settings(limits: &Limits) -> http1::Builder {
 fn http2_settings(limits: &Limits) -> http2::Builder<LocalTasks> {
     let mut builder = http2::Builder::new(LocalTasks);
     let streams = u32::try_from(limits.max_multiplexed).unwrap_or(u32::MAX);
-    // Sum of all streams' windows: otherwise, bodies that are not being read would leave no window for a body that is.
+    // The connection's window is the sum of all streams' windows. With a smaller one, bodies that are not being read
+    // would leave no window for a body that is being read.
     let window = WINDOW.saturating_mul(streams).min(LARGEST_WINDOW);
     builder
         .timer(TokioTimer::new())
@@ -322,8 +324,8 @@ where
         () = requests.last_begun(), if requests.are_limited() => {}
         () = requests.activity().goodbye() => {}
     }
-    // Otherwise hyper would add `close` to the `Connection` options of a response that switches
-    // protocols. After a switch the connection ends.
+    // No graceful shutdown begins while a request may switch protocols: hyper would add `close` to the `Connection`
+    // options of the response that switches. After a switch, the connection ends anyway.
     tokio::select! {
         biased;
         ended = &mut connection => return ended,
@@ -354,7 +356,7 @@ struct Connection<S> {
 
 impl<S, B> Connection<S>
 where
-    // The bound on `Response` is repeated, because the bound of a supertrait does not constrain `B`.
+    // The bound on `Response` is repeated, because the supertrait's bound does not constrain `B`.
     S: AppService<B> + Service<Request<Body>, Response = Response<B>>,
     B: ResponseBody,
 {
@@ -362,7 +364,7 @@ where
         self: Rc<Self>,
         request: Request<Incoming>,
     ) -> impl Future<Output = Result<Response<HttpResponseBody<B>>, Infallible>> {
-        // Counted here, because hyper may poll the response future later.
+        // The request is counted here, because hyper may poll the response future later.
         let (under_way, mut open_request) = self.requests.begin(&request);
         async move {
             let max_body = self.application.limits.max_body;
@@ -450,7 +452,7 @@ where
         response.map(|body| HttpResponseBody { body, room, open_request: Some(open_request) })
     }
 
-    /// Reads the rest of a request's body while the response is sent.
+    /// Reads the unread part of a request's body while the response is sent.
     fn read_rest(&self, mut rest: UnreadBodyReader) {
         if rest.is_cut() {
             self.requests.leave_unread();
@@ -490,28 +492,29 @@ where
     }
 }
 
-/// Refuses to switch protocols: the request's body has not ended, and the other protocol would begin after its end.
+/// Refuses to switch protocols, because the request's body has not ended, and the other protocol's bytes begin after
+/// the body.
 fn without_switch<B>(response: Response<Served<B>>) -> Response<Served<B>> {
     let (body, guard) = response.into_body().switch();
     guard.map_or_else(|| Response::new(body), |guard| refusal(StatusCode::BAD_REQUEST, guard))
 }
 
-/// Whether this body ends with the connection in HTTP/1.0, which has no chunked coding.
+/// Whether this body ends with the connection in HTTP/1.0, which does not have chunked coding.
 fn ends_with_connection(body: &impl HttpBody) -> bool {
     !body.is_end_stream() && body.size_hint().exact().is_none()
 }
 
 pin_project! {
-    /// The body of a response. Its request counts as open until this is dropped.
+    /// The body of a response. The request counts as open until this value is dropped.
     struct HttpResponseBody<B>
     where
         B: ResponseBody,
     {
         #[pin]
         body: Served<B>,
-        // Over HTTP/2: waits for window while the last chunk has not been taken.
+        // The wait for window over HTTP/2, as long as the last chunk has not been taken.
         room: Option<Wait>,
-        // None if the request continues in an upgrade.
+        // `None` if the request continues in an upgrade.
         open_request: Option<OpenRequest>,
     }
 

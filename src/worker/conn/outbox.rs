@@ -20,7 +20,7 @@ const SLICES: usize = 32;
 pub(crate) struct Outbox {
     queue: VecDeque<Bytes>,
     queued: usize,
-    /// Written after the queue.
+    /// Small chunks, which are written after the queue.
     tail: BytesMut,
 }
 
@@ -33,7 +33,7 @@ impl Outbox {
         self.len() == 0
     }
 
-    /// Buffer for small chunks.
+    /// Returns the buffer for small chunks.
     pub(crate) fn tail(&mut self) -> &mut BytesMut {
         &mut self.tail
     }

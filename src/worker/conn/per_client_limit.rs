@@ -2,8 +2,8 @@
 //! is an IPv4 address or an IPv6 network.
 //!
 //! A connection above the limit is closed before anything is read from it. A connection that another worker has
-//! admitted and handed over does not count: the client's connections were spread over several workers, and one worker's
-//! limit may not cover them all.
+//! admitted and handed over does not count: the client's connections were spread over several workers, and together
+//! they may exceed the limit of one worker.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -21,7 +21,7 @@ pub(crate) struct ClientConnections {
     turned_away: Throttle,
 }
 
-/// The unit that is counted. An IPv6 client usually has a whole /64 network.
+/// The unit by which connections are counted. An IPv6 client usually has a whole /64 network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Client {
     V4(u32),
@@ -37,7 +37,7 @@ impl Client {
     }
 }
 
-/// Counts as an open connection until it is dropped.
+/// A connection that counts as open until this value is dropped.
 #[derive(Debug)]
 pub(crate) struct ConnectionPermit(Option<(Rc<ClientConnections>, Client)>);
 
@@ -46,8 +46,8 @@ impl ClientConnections {
         Rc::new(Self { most, open: RefCell::default(), turned_away: Throttle::default() })
     }
 
-    /// Admits a connection of this client; `None` if the client is at the limit. A client without an address (a Unix
-    /// socket, or a proxy with many clients) is always admitted.
+    /// Admits a connection from this client. Returns `None` if the client is at the limit. A client without an address
+    /// (a Unix socket, or a proxy with many clients) is always admitted.
     pub(crate) fn admit(self: &Rc<Self>, client: Option<IpAddr>) -> Option<ConnectionPermit> {
         let Some(address) = client.filter(|_| self.most > 0) else { return Some(ConnectionPermit(None)) };
         let client = Client::of(address);

@@ -1,6 +1,6 @@
 //! Reads the first bytes of a connection to detect the protocol and the client.
 //!
-//! These functions wait for no more bytes than they need. Excess bytes are put back
+//! These functions wait for no more bytes than they need. Bytes beyond that are kept to be read again
 //! ([`Socket::look_ahead`]), or are only peeked at.
 
 use std::future::poll_fn;
@@ -24,8 +24,8 @@ const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const MAX_PROXY_HEADER: usize = 16 + (4 << 10);
 const PEEK: MsgFlags = MsgFlags::MSG_PEEK.union(MsgFlags::MSG_DONTWAIT);
 
-/// Reads the required PROXY header, and sets `origin` to the client that it names. The bytes after it stay in the
-/// kernel's queue: SCGI needs the last byte of its request there.
+/// Reads the required PROXY header, and sets `origin` to the client that the header reports. The bytes after the header
+/// stay in the kernel's queue, because SCGI needs the last byte of its request there.
 ///
 /// # Errors
 /// Fails if reading from the socket fails, if the stream ends, or if the header is missing or malformed, or does not
@@ -47,8 +47,8 @@ pub(crate) async fn read_proxy_header(socket: &mut Socket, origin: &mut ClientIn
     Ok(())
 }
 
-/// Peeks at the received bytes. Returns `WouldBlock` for an incomplete header: the event loop reports further bytes
-/// even though nothing was read.
+/// Peeks at the received bytes. Returns `WouldBlock` for an incomplete header. The event loop reports further bytes
+/// even though the first ones were not read.
 fn look(fd: BorrowedFd<'_>, seen: &mut [u8]) -> io::Result<Header> {
     let count = recv(fd.as_raw_fd(), seen, PEEK)?;
     match proxy::decode(seen.get(..count).unwrap_or_default()).map_err(io::Error::other)? {
@@ -65,7 +65,7 @@ fn has_ended(fd: BorrowedFd<'_>) -> bool {
     poll(&mut watched, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
-/// Detects HTTP/2 as soon as the bytes differ from HTTP/1.
+/// Detects whether the client speaks HTTP/2, and returns as soon as the bytes show it.
 ///
 /// # Errors
 /// Returns the error from the socket. (The end of the stream is left for the next read.)

@@ -1,5 +1,5 @@
-//! Chooses the connections to close when others need their slots or their memory. Connections that have been idle the
-//! longest are closed first.
+//! Chooses the connections to close when other connections need their slots or their memory. Connections that have been
+//! idle the longest are closed first.
 //!
 //! No I/O and no clock: the caller passes in the state of each connection.
 
@@ -11,8 +11,8 @@ pub(crate) struct Idle {
     pub(crate) ticks: u32,
 }
 
-/// Returns the number of connections to close at a time, for a limit of `limit` connections. Closing one at a time
-/// would search all connections for every slot.
+/// Returns the number of connections to close at a time, for a limit of `limit` connections. If they were closed one at
+/// a time, all connections would have to be searched for every slot.
 pub(crate) fn share(limit: u32) -> usize {
     usize::try_from(limit / 32).unwrap_or(usize::MAX).max(1)
 }
@@ -33,18 +33,19 @@ pub(crate) fn choose(mut idle: Vec<Idle>, most: usize) -> Vec<usize> {
 pub(crate) struct Holder {
     pub(crate) index: usize,
     pub(crate) bytes: u32,
-    /// The request cannot proceed until the peer sends more.
+    /// Whether the request cannot proceed until the peer sends more.
     pub(crate) is_waited_for: bool,
     /// Number of ticks for which the request has waited.
     pub(crate) ticks: u32,
 }
 
-/// A connection whose request is being served is cut off only if it holds more bytes than this: a
-/// body that is not read, or many requests.
+/// A connection whose request is being served is cut off only if it holds more bytes than this, because a body is not
+/// being read or there are many requests.
 const MUCH: u32 = 256 << 10;
 
-/// Returns the connections to close so that `bytes` are freed. First come those that wait for their peer: the slowest
-/// first and, among equally slow ones, those that hold the most. Then come those that hold more than [`MUCH`].
+/// Returns the connections to close so that `bytes` are freed. Connections that wait for their peer come first: the
+/// slowest first and, among equally slow ones, those that hold the most bytes. They are followed by connections that
+/// hold more than [`MUCH`] bytes.
 pub(crate) fn heaviest(mut holders: Vec<Holder>, mut bytes: u64) -> Vec<usize> {
     holders.retain(|holder| holder.is_waited_for || holder.bytes > MUCH);
     let key = |holder: &Holder| (!holder.is_waited_for, u32::MAX - holder.ticks, u32::MAX - holder.bytes);

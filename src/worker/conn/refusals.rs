@@ -1,5 +1,5 @@
 //! Logs requests that could not be read, or were refused before they reached the application. Clients cause these
-//! lines, so their number is limited, however many requests there are.
+//! lines, so the number of lines is limited, however many requests there are.
 //!
 //! The first refusal for a reason is logged immediately. Further refusals are counted, and their number
 //! is logged [`PERIOD`] later, with the client of the last one. [`Counts`] decides when to count
@@ -23,7 +23,7 @@ const OTHERS: &str = "other reasons";
 #[derive(Debug, Default)]
 pub(crate) struct Refusals {
     counts: RefCell<Counts>,
-    /// A task that will log the counts is running.
+    /// Whether a task that will log the counts is running.
     is_timed: Cell<bool>,
 }
 

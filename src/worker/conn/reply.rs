@@ -1,5 +1,5 @@
-//! Writes a response in CGI form: a head, then the body as it is produced, until it ends. For SCGI and CGI, which have
-//! no framing.
+//! Writes a response in CGI form: a head, then the body as it is produced, until it ends. Used for SCGI and CGI, which
+//! do not frame the response.
 
 use std::io;
 use std::pin::Pin;
@@ -43,7 +43,7 @@ where
     /// Returns the next chunk of the body, or `None` at its end.
     ///
     /// # Errors
-    /// Fails if the body fails, which has already been logged.
+    /// Fails if the body fails. The failure has already been logged.
     pub(crate) fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         while !self.over {
             match ready!(self.body.as_mut().poll_frame(context)) {

@@ -1,14 +1,14 @@
 //! Serves one SCGI connection: one request and its response.
 //!
-//! One task does all the work, as for FastCGI: it reads while it writes, so the request body and
-//! the response stream at the same time.
+//! One task does all the work, as for FastCGI: it reads while it writes, so the request body and the response are
+//! transferred at the same time.
 //!
 //! **The last byte of a request is left in the kernel's queue**, peeked at but not read, until the response is
 //! complete. SCGI does not mark the end of a response: the connection simply ends, which also happens when a worker
-//! dies or a body fails. But when a process closes a socket with unread bytes, or dies, the kernel resets the
+//! dies or a body fails. But if a socket has unread bytes when its process closes it or dies, the kernel resets the
 //! connection, and the web server reads an error instead of a normal end. This works on Unix sockets and over TCP,
-//! whatever killed the process. (It does not work for a body without an announced length, which has no known last
-//! byte.)
+//! whatever killed the process. (It does not work for a body without an announced length, whose last byte is not
+//! known.)
 
 use std::future::{Future as _, poll_fn};
 use std::io;
@@ -98,7 +98,7 @@ struct Connection<S: Service<Request<Body>>, B> {
 /// State of the input after the bytes read so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RemainingInput {
-    /// Unknown.
+    /// The state is unknown.
     Coming,
     /// One byte, which was peeked at and is still in the kernel's queue.
     LastByte,
@@ -122,8 +122,8 @@ where
     S: AppService<B>,
     B: ResponseBody,
 {
-    /// Advances the connection as far as possible. Ready when the response is written; an error if
-    /// the peer has disconnected, or the response failed.
+    /// Advances the connection as far as possible. Becomes ready when the response is written. Returns an error if the
+    /// peer has disconnected, or if the response failed.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             self.poll_response(context)?;
@@ -174,7 +174,7 @@ where
         Ok(())
     }
 
-    /// Reads and decodes input from the peer. Pending when there is no more input, or no space for it.
+    /// Reads and decodes input from the peer. Returns Pending when there is no more input, or no space for more input.
     fn poll_input(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
         if self.stdin.as_ref().is_some_and(|stdin| stdin.poll_room(context).is_pending()) {
             return Ok(Poll::Pending);
@@ -201,7 +201,7 @@ where
                     Ok(Poll::Pending) => return Ok(Poll::Pending),
                     Ok(Poll::Ready(0)) => self.stream_ended()?,
                     Ok(Poll::Ready(_)) => {}
-                    // The response is not written yet.
+                    // The input has timed out, but the response must still be written.
                     Err(error) if error.kind() == io::ErrorKind::TimedOut => self.stream_ended()?,
                     Err(error) => return Err(error),
                 }
@@ -223,7 +223,7 @@ where
         Ok(read)
     }
 
-    /// Peeks at the next byte and leaves it in the queue. `None` at the end of the stream.
+    /// Peeks at the next byte and leaves it in the queue. Returns `None` at the end of the stream.
     fn poll_last_byte(&mut self, context: &mut Context<'_>) -> io::Result<Poll<Option<u8>>> {
         let mut byte = [0];
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -231,8 +231,8 @@ where
         Ok(looked.map(|count| byte.first().copied().filter(|_| count > 0)))
     }
 
-    /// The whole request was received. Returns an error when the peer disconnects; until then the connection only
-    /// waits.
+    /// Waits for the peer to disconnect, because the whole request was received. Returns an error when the peer has
+    /// disconnected.
     fn poll_hangup(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
         let hung_up = |fd: BorrowedFd<'_>| {
             let mut sockets = [PollFd::new(fd, PollFlags::from_bits_retain(libc::POLLRDHUP))];
@@ -256,8 +256,8 @@ where
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         self.rest = RemainingInput::Nothing;
-        // Dropping the unfinished pipe truncates the body. The peer is not to blame for an end caused by
-        // `--body-timeout`.
+        // Dropping the unfinished pipe truncates the body. If `--body-timeout` caused the end, the peer did not end the
+        // stream.
         if let Some(stdin) = self.stdin.take()
             && self.decoder.ends_with_the_stream()
             && !self.socket.activity().has_expired()
@@ -286,7 +286,7 @@ where
                     }
                 }
                 Err(error) => {
-                    self.rest = RemainingInput::Coming; // the rest of the input is unknown
+                    self.rest = RemainingInput::Coming; // the remainder of the input is unknown
                     let status = match error {
                         ScgiError::TooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
                         ScgiError::Size

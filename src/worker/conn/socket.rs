@@ -1,4 +1,4 @@
-//! The socket of an accepted connection.
+//! Wraps the socket of an accepted connection.
 //!
 //! A socket is registered with the event loop only when it has to wait. A short request on a new connection has usually
 //! arrived before the connection is accepted, and its response fits in the socket's buffer. Such a connection costs
@@ -28,7 +28,7 @@ use crate::worker::lifecycle::watchdog::Watchdog;
 
 #[derive(Debug)]
 pub(crate) struct Socket {
-    /// Bytes that were read ahead, and will be read again.
+    /// Bytes that were read ahead and will be read again.
     early: BytesMut,
     link: Link,
     conn: ConnHandle,
@@ -40,7 +40,7 @@ pub(crate) struct Socket {
 
 #[derive(Debug)]
 enum Link {
-    /// The socket has not waited yet.
+    /// The socket has not had to wait yet.
     Fresh(OwnedFd, Look),
     Registered(AsyncFd<OwnedFd>),
     /// The socket could not be registered, or is closed.
@@ -49,7 +49,7 @@ enum Link {
 
 /// Maximum size of a read before the connection has waited.
 const FIRST: usize = 4 << 10;
-/// Size of the block that reads share.
+/// Size of the block of memory that reads share.
 const BLOCK: usize = 64 << 10;
 /// Minimum free space in the block for a read.
 const ROOM: usize = 16 << 10;
@@ -58,7 +58,8 @@ thread_local! {
     static BLOCK_OF_THREAD: RefCell<BytesMut> = RefCell::default();
 }
 
-/// Reads the available bytes, at most [`BLOCK`], like [`Socket::poll_bytes`]; an empty buffer is the end of the stream.
+/// Reads the available bytes, at most [`BLOCK`], like [`Socket::poll_bytes`]. An empty buffer means the end of the
+/// stream.
 ///
 /// # Errors
 /// Returns the error from `io`.
@@ -84,7 +85,8 @@ enum Look {
 }
 
 impl Socket {
-    /// `accepted` is a non-blocking connection that has a journal record. `early` was read from it before.
+    /// Wraps a connection. `accepted` is a non-blocking connection that has a journal record; `early` contains bytes
+    /// that were read from it before.
     pub(crate) fn new(accepted: OwnedFd, conn: ConnHandle, early: &[u8], watchdog: &Rc<Watchdog>) -> Self {
         let (link, early) = (Link::Fresh(accepted, Look::Now), BytesMut::from(early));
         let asks_wait = Cell::new(false);
@@ -123,7 +125,7 @@ impl Socket {
     /// Returns the error from the socket.
     pub(crate) async fn look_ahead(&mut self) -> io::Result<usize> {
         poll_fn(|context| {
-            let mut early = std::mem::take(&mut self.early); // otherwise these bytes would be read again here
+            let mut early = std::mem::take(&mut self.early); // the read below must not return these bytes again
             early.reserve(FIRST);
             let read = poll_read_buf(Pin::new(&mut *self), context, &mut early);
             self.early = early;
@@ -132,11 +134,11 @@ impl Socket {
         .await
     }
 
-    /// Reads the available bytes, at most [`BLOCK`]; an empty buffer is the end of the stream.
+    /// Reads the available bytes, at most [`BLOCK`]. An empty buffer means the end of the stream.
     ///
-    /// The bytes lie in a block of memory that all connections of this thread share for their reads: a connection that
-    /// waits has no buffer, and a request costs no allocation. A caller that keeps the bytes for long must copy them,
-    /// because they keep the whole block allocated.
+    /// The bytes are in a block of memory that all connections of this thread share for their reads. A connection that
+    /// waits therefore has no buffer, and a request costs no allocation. A caller that keeps the bytes for long must
+    /// copy them, because they keep the whole block allocated.
     ///
     /// # Errors
     /// Returns the error from the socket, or `TimedOut` if the peer took too long.
@@ -167,8 +169,8 @@ impl Socket {
         Ok(())
     }
 
-    /// Registers the socket before a wait. First lets every other task run: one of them may produce the response, after
-    /// which the connection may end without a registration. Ready when the socket is registered.
+    /// Registers the socket before a wait. First lets every other task run: one of them may produce the response, so
+    /// that the connection can end without a registration. Becomes ready when the socket is registered.
     fn poll_register(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Link::Fresh(_, look) = &mut self.link
             && *look != Look::Last
@@ -198,7 +200,7 @@ impl Socket {
             let mut readable = ready!(socket.poll_read_ready(context))?;
             match call(socket.get_ref().as_fd()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => readable.clear_ready(),
-                // `poll(2)` fails with this error when a signal arrives, even with a timeout of zero.
+                // `poll(2)` fails with this error if a signal arrives, even with a timeout of zero.
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 outcome => return Poll::Ready(outcome),
             }
@@ -250,7 +252,7 @@ impl Drop for Socket {
     }
 }
 
-/// Makes one system call on an unregistered socket; `None` if it would have to wait.
+/// Makes one system call on an unregistered socket. Returns `None` if the call would have to wait.
 fn at_once<T>(mut call: impl FnMut() -> io::Result<T>) -> Option<io::Result<T>> {
     loop {
         match call() {
@@ -332,7 +334,7 @@ impl AsyncWrite for Socket {
         true
     }
 
-    /// The socket has no buffer to flush.
+    /// Does nothing, because the socket has no buffer to flush.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.conn.flushed();
         Poll::Ready(Ok(()))

@@ -1,8 +1,8 @@
 //! Closes a draining worker's listeners and channel after accepting the queued connections.
 //!
 //! A draining worker accepts no further connections, so it closes its copies of the listening sockets, even if its
-//! siblings continue. If the master is dead, no other process can shut the sockets down for everyone, so the workers do
-//! it: the address is then free for the next start.
+//! siblings continue. If the master is dead, no other process can shut the sockets down for all processes, so the
+//! workers shut them down. The address is then free for the next server.
 
 use std::rc::Rc;
 
@@ -21,12 +21,13 @@ pub(crate) struct DrainingListeners<'a> {
     pub(crate) accepting: Vec<Accepting>,
     pub(crate) listeners: &'a [Listener],
     pub(crate) retained: &'a RetainedFds,
-    /// The master is dead, so the server ends.
+    /// Whether the master is dead, so that the server ends.
     pub(crate) is_orphan: bool,
 }
 
 impl DrainingListeners<'_> {
-    /// Stops the accepting tasks. An orphan also shuts new connections out of a queue that will not be served.
+    /// Stops the accepting tasks. An orphaned worker also keeps new connections out of the queues, which no worker will
+    /// serve.
     pub(crate) fn begin_to_close(&self) {
         self.accepting.iter().for_each(|(task, _)| task.abort());
         if self.is_orphan {

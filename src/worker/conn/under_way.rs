@@ -1,12 +1,12 @@
-//! Tracks a request on its connection: for the watchdog and the drain, which depend on what the connection waits for,
-//! and for the heir, which answers if this worker dies.
+//! Tracks a request on its connection. The watchdog and the drain depend on what the connection waits for; the heir
+//! answers the request if this worker dies.
 
 use std::sync::Arc;
 
 use crate::heir::journal::{ConnHandle, RequestIndex};
 use crate::request::activity::Activity;
 
-/// A request that is under way on a connection, until this is dropped.
+/// A request that is under way on a connection until this value is dropped.
 #[derive(Debug)]
 pub(crate) struct UnderWay {
     activity: Arc<Activity>,
@@ -21,18 +21,18 @@ pub(crate) struct UnderWay {
 enum End {
     /// Unknown until [`UnderWay::response_ends`] is called. Without that call, the response was broken off.
     Announced,
-    /// After all output that is unwritten when this is dropped: hyper does not expose the position.
+    /// After all output that is unwritten when the [`UnderWay`] is dropped, because hyper does not expose the position.
     Unwritten,
 }
 
 impl UnderWay {
-    /// A request whose protocol announces where its response ends.
+    /// Begins a request whose protocol announces where the response ends.
     pub(crate) fn begin(activity: &Arc<Activity>, conn: &ConnHandle, index: RequestIndex) -> Self {
         activity.request_came();
         Self { activity: Arc::clone(activity), conn: *conn, index: Some(index), end: End::Announced }
     }
 
-    /// A request over HTTP, whose response ends when hyper drops it.
+    /// Begins a request over HTTP, whose response ends when hyper drops it.
     pub(crate) fn begin_http(activity: &Arc<Activity>, conn: &ConnHandle, index: Option<RequestIndex>) -> Self {
         activity.request_came();
         Self { activity: Arc::clone(activity), conn: *conn, index, end: End::Unwritten }

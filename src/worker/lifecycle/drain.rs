@@ -1,8 +1,8 @@
 //! Signals a worker's tasks to drain, and hands the worker's connections over to siblings.
 //!
-//! A draining worker closes no connection that a sibling can continue. It hands a connection with no request under way
-//! over to a sibling, with any bytes in transit, and the peer does not notice. If all workers drain, there is no such
-//! sibling: the connection then gets a little time for one more request and is closed.
+//! A draining worker closes no connection that a sibling can continue. A connection with no request under way is handed
+//! over to a sibling, together with any bytes in transit, and the peer does not notice. If all workers are draining, no
+//! sibling can continue: the connection is then kept for a short time for one more request, and closed.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -19,8 +19,8 @@ use crate::heir::journal::READ_BUFFER;
 use crate::net::handover::{self, Channel};
 use crate::worker::conn::socket::Socket;
 
-/// How long an idle connection without a new owner is kept for a request that may be in transit.
-/// Limited to half of the drain timeout: the worker has to exit before it is killed.
+/// How long an idle connection that no sibling takes over is kept for a request that may be in transit. This time is
+/// limited to half of the drain timeout, because the worker has to exit before it is killed.
 const LAST_REQUEST: Duration = Duration::from_secs(1);
 
 /// Time between two attempts to hand a connection over while too many are in transit.
@@ -30,13 +30,13 @@ const CROWDED: Duration = Duration::from_millis(5);
 /// that cannot be handed over, one for the client to read it, and one for the worker to exit before it is killed.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Remembers the task that has registered to be woken: one registration per task is enough. (Registering on each poll
-/// would cost a tenth of the time of a request.)
+/// Remembers which task has registered to be woken, because one registration per task is enough. (Registering on each
+/// poll would add a tenth to the time that a request takes.)
 #[derive(Debug, Default)]
 pub(crate) struct WakerRegistration(Option<Waker>);
 
 impl WakerRegistration {
-    /// Returns true for a task that has not registered before.
+    /// Returns true if the task has not registered before.
     pub(crate) fn is_new(&mut self, context: &Context<'_>) -> bool {
         if self.0.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
             return false;
@@ -57,7 +57,7 @@ struct State {
     channel: Arc<Channel>,
     scoreboard: Scoreboard,
     slot: u32,
-    /// Signals that a connection was handed over although the last sibling had begun to drain too.
+    /// Signals that a connection was handed over although the last sibling had also begun to drain.
     stranded: Notify,
     passed_on: Cell<u64>,
     timeout: Duration,
@@ -80,7 +80,7 @@ impl Drain {
         }))
     }
 
-    /// True once the drain has begun.
+    /// Returns a flag that is true once the drain has begun.
     pub(crate) fn flag(&self) -> &Arc<AtomicBool> {
         &self.0.flag
     }
@@ -116,8 +116,8 @@ impl Drain {
         LAST_REQUEST.min(self.0.timeout / 2)
     }
 
-    /// Returns when the drain is nearly at its limit (`--drain-timeout`) and upgraded connections
-    /// have to end.
+    /// Returns when the drain has nearly reached its limit (`--drain-timeout`), so that upgraded connections have to
+    /// end.
     pub(crate) async fn wait_for_end(&self) {
         self.wait_until_left(self.farewell() * 3).await;
     }
@@ -145,7 +145,8 @@ impl Drain {
         self.0.scoreboard.freest(self.0.slot).is_some()
     }
 
-    /// Returns when the drain has begun and a connection without a request can be handed over, or has used up its time.
+    /// Returns when the drain has begun and a connection without a request can be handed over, or has been kept long
+    /// enough.
     pub(crate) async fn wait_to_move(&self) {
         self.wait().await;
         if !self.has_sibling() {

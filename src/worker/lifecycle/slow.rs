@@ -1,7 +1,7 @@
 //! Logs each slow request once, with a backtrace of its thread.
 //!
-//! Runs on the worker's first thread, which is otherwise idle, and only with `--slow-request`. Must not touch the event
-//! loop, which may be the part that is slow.
+//! This code runs on the worker's first thread, which is otherwise idle, and only with `--slow-request`. It must not
+//! use the event loop, which may itself be slow.
 
 use std::collections::HashSet;
 use std::thread::ScopedJoinHandle;
@@ -23,7 +23,7 @@ pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, 
         log::error!("cannot add backtraces to the log lines of slow requests: {error} (--slow-request)");
     }
     let period = (age / 4).clamp(PERIOD.0, PERIOD.1);
-    // The logged requests, by cell and begin time.
+    // The requests that have been logged, by cell and begin time.
     let mut told: HashSet<(usize, u64)> = HashSet::new();
     while !worker.is_finished() {
         std::thread::park_timeout(period);
@@ -33,7 +33,7 @@ pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, 
         told.retain(|&(cell, begun)| slow.iter().any(|request| (request.cell, request.begun_ms) == (cell, begun)));
         for request in slow {
             if told.insert((request.cell, request.begun_ms)) {
-                // Without a thread, the request waits for a free thread, or in its future.
+                // If no thread is running the request, it is waiting for a free thread, or in its future.
                 let thread = current_request::thread_of(request.cell);
                 log::warn!(
                     request = request.what, since:% = format_args!("{}ms", request.since.as_millis()), slot,

@@ -25,8 +25,8 @@ use crate::worker::conn::throttle::Throttle;
 const TICK: Duration = Duration::from_secs(1);
 /// How long the end of an event stream may take to be sent after the worker has begun to drain.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
-/// Number of ticks that a connection may last without a request after its end was requested. This is time for the end
-/// of its last response, which may not be written yet when the request is over, and for the client's reaction.
+/// Number of ticks that a connection may last without a request after its end was requested. In this time, the end of
+/// the last response is written (it may still be unwritten when the request is over), and the client can react.
 const GOODBYE: u32 = 1;
 /// Minimum number of bytes of a request body or of a response that must move within the timeout, unless fewer are left.
 const PROGRESS: u32 = 4 << 10;
@@ -34,7 +34,7 @@ const PROGRESS: u32 = 4 << 10;
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     timeouts: Timeouts,
-    /// Whether the worker drains.
+    /// Whether the worker is draining.
     drains: Arc<AtomicBool>,
     watched: RefCell<Vec<Watched>>,
     some: Notify,
@@ -51,9 +51,9 @@ struct Watched {
     requests: u32,
     /// Number of ticks in this stage.
     waited: u32,
-    /// The socket is shut down for reading.
+    /// Whether the socket is shut down for reading.
     is_deaf: bool,
-    /// The socket is shut down in both directions.
+    /// Whether the socket is shut down in both directions.
     is_cut: bool,
     /// Number of ticks for which a write has been waiting.
     unread: u32,
@@ -77,7 +77,8 @@ impl Watchdog {
         watched.push(Watched::new(fd.as_raw_fd(), Arc::clone(activity)));
     }
 
-    /// Closes up to `most` idle connections, because other clients wait to be accepted. Returns how many were closed.
+    /// Closes up to `most` idle connections, because other clients are waiting to be accepted. Returns the number of
+    /// closed connections.
     pub(crate) fn make_room(&self, most: usize) -> usize {
         let mut watched = self.watched.borrow_mut();
         let idle = |(index, watched): (usize, &Watched)| {
@@ -93,8 +94,8 @@ impl Watchdog {
         chosen.len()
     }
 
-    /// The connections together hold more memory than allowed: cuts off those that have been waiting for their peers
-    /// longest, then the largest.
+    /// Cuts off connections, because together they hold more memory than allowed: first those that have been waiting
+    /// for their peers the longest, then the largest.
     pub(crate) fn shed(&self) {
         let mut watched = self.watched.borrow_mut();
         let holder = |(index, watched): (usize, &Watched)| {
@@ -120,8 +121,8 @@ impl Watchdog {
         }
     }
 
-    /// The drain is nearly over: cuts off connections that wait for a client, so that only the application's own work
-    /// can delay the worker's exit.
+    /// Cuts off connections that wait for a client, because the drain is nearly over. After that, only the
+    /// application's own work can delay the worker's exit.
     pub(crate) fn end_drain(&self) {
         let cut_off = self.watched.borrow_mut().iter_mut().filter_map(Watched::end_drain).count();
         if cut_off > 0 {
@@ -167,8 +168,8 @@ impl Watched {
         }
     }
 
-    /// Number of ticks for which nothing was under way, without the first one, which came soon after the last use.
-    /// `None` if something is under way, or the connection is already ending.
+    /// Returns the number of ticks for which nothing was under way, not counting the first one, which came soon after
+    /// the connection was last used. Returns `None` if something is under way, or if the connection is already ending.
     fn idle_ticks(&self) -> Option<u32> {
         let activity = &self.activity;
         let is_idle =
@@ -185,17 +186,17 @@ impl Watched {
         }
     }
 
-    /// Cuts off a connection that waits for its client. Returns `None` if it does not wait, or can still be handed
-    /// over.
+    /// Cuts off a connection that waits for its client. Returns `None` if the connection does not wait, or if it can
+    /// still be handed over.
     fn end_drain(&mut self) -> Option<()> {
         let activity = &self.activity;
         let how = match activity.stage() {
             _ if activity.is_closed() => return None,
             _ if activity.is_writing() => Shutdown::Both,
-            // The other streams continue.
+            // Only the bodies are cut off; the other streams continue.
             Stage::Body if activity.says_goodbye() => return (activity.expire_bodies(|_| true) > 0).then_some(()),
             Stage::Body | Stage::Head => Shutdown::Read, // the request can still be answered
-            // HTTP/2: the response waits for window.
+            // Over HTTP/2, the response is waiting for window.
             Stage::Idle if activity.says_goodbye() => Shutdown::Both,
             Stage::Idle | Stage::Answering => return None,
         };
@@ -211,7 +212,7 @@ impl Watched {
         if self.activity.is_closed() {
             return false;
         }
-        // hyper may hold the rest of a response whose request is over.
+        // hyper may still hold the end of a response whose request is over.
         let has_written = self.activity.written() != self.written;
         let stage = self.count(has_written);
         let (why, limit) = match stage {
@@ -268,9 +269,9 @@ impl Watched {
         stage
     }
 
-    /// Whether, in a drain, the connection is open only for event streams. Their clients have received a reconnection
-    /// time and may have reconnected elsewhere. They lose no event, because each client keeps its position in the
-    /// stream.
+    /// Whether the connection is open only for event streams although the worker is draining. The clients of these
+    /// streams have received a reconnection time and may have reconnected to another worker. They lose no event,
+    /// because each client keeps its position in the stream.
     fn outstays(&mut self) -> bool {
         self.leaving = if self.activity.ends_in_stream() { self.leaving + 1 } else { 0 };
         is_over(self.leaving, LAST_EVENTS) || self.activity.is_streaming() && is_over(self.unread, LAST_EVENTS)
@@ -285,7 +286,7 @@ impl Watched {
     }
 }
 
-/// Applies the timeout to bodies that are not read from one of the worker's connections (CGI).
+/// Applies the timeout to bodies that do not come from one of the worker's connections (CGI).
 pub(crate) async fn watch_bodies(activity: Arc<Activity>, timeout: Duration) {
     let mut ticks = interval(TICK);
     loop {
@@ -294,7 +295,7 @@ pub(crate) async fn watch_bodies(activity: Arc<Activity>, timeout: Duration) {
     }
 }
 
-/// Whether `ticks` certainly last at least as long as `limit`; a limit of zero is never reached.
+/// Whether `ticks` have certainly lasted at least as long as `limit`. A limit of zero is never reached.
 fn is_over(ticks: u32, limit: Duration) -> bool {
     !limit.is_zero() && TICK * ticks.saturating_sub(1) >= limit
 }

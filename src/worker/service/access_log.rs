@@ -51,7 +51,7 @@ pub(crate) struct AccessLog {
 }
 
 impl AccessLog {
-    /// `None` if no access log is configured.
+    /// Creates the access log. Returns `None` if no access log is configured.
     pub(crate) fn new(
         files: &Arc<LogFiles>,
         buffer: Option<LineBuffer>,
@@ -74,7 +74,7 @@ impl AccessLog {
         Some(Rc::new(log))
     }
 
-    /// Flushes the buffer so that no line waits longer than [`WAIT`].
+    /// Flushes the buffer in time, so that no line waits longer than [`WAIT`].
     pub(crate) async fn run(&self) {
         loop {
             self.has_lines.notified().await;
@@ -103,7 +103,7 @@ impl AccessLog {
         }
     }
 
-    /// Returns how many bytes are dealt with: written, or counted as lost.
+    /// Handles the outcome of a write. Returns the number of bytes that were written or are counted as lost.
     fn wrote(&self, lines: &[u8], (count, outcome): (usize, io::Result<()>)) -> usize {
         match outcome {
             Ok(()) => {
@@ -160,7 +160,7 @@ impl AccessLog {
     }
 }
 
-/// The access log line of a request that is being served. Written when this is dropped.
+/// The access log line of a request that is being served. The line is written when this value is dropped.
 #[derive(Debug)]
 pub(crate) struct AccessLogEntry {
     log: Rc<AccessLog>,
@@ -185,7 +185,7 @@ struct LoggedRequest {
 }
 
 impl AccessLogEntry {
-    /// `request` is `None` if the request could not be read.
+    /// Begins the entry for a request. `request` is `None` if the request could not be read.
     pub(crate) fn begin<B>(log: &Rc<AccessLog>, protocol: Protocol, request: Option<&Request<B>>) -> Box<Self> {
         let origin = request.and_then(|request| request.extensions().get::<ClientInfo>());
         let logged = request.map(|request| LoggedRequest {
@@ -211,7 +211,7 @@ impl AccessLogEntry {
         })
     }
 
-    /// Returns a line for a request that could not be read.
+    /// Begins the entry for a request that could not be read.
     pub(crate) fn of_unread(log: &Rc<AccessLog>, protocol: Protocol, from: Option<SocketAddr>) -> Box<Self> {
         let mut entry = Self::begin::<()>(log, protocol, None);
         entry.address = from.map(|from| from.ip());

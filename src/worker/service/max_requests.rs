@@ -26,7 +26,7 @@ struct Lifetime {
 }
 
 impl<S> MaxRequests<S> {
-    /// Without a limit, requests are not counted.
+    /// Wraps `service`. Without a limit, requests are not counted.
     pub(crate) fn new(service: S, limit: Option<Jittered<u64>>, report: File) -> Self {
         let lifetime = limit.map(|limit| Rc::new(Lifetime { left: Cell::new(limit.draw()), report }));
         Self { service, lifetime }

@@ -1,4 +1,5 @@
-//! A request from the moment its head is known until its response is complete or abandoned: begun once, ended once.
+//! Follows a request from the moment its head is known until its response is complete or abandoned. Each request begins
+//! once and ends once.
 //!
 //! A request is recorded in several places, because different processes need different information about it:
 //!
@@ -38,7 +39,7 @@ pub(crate) struct RequestGuard {
     in_flight: InFlight,
     log_entry: Option<Box<AccessLogEntry>>,
     kind: Kind,
-    /// Present if the request has a body, which may fail.
+    /// Present if the request has a body, because reading the body may fail.
     client: Option<Box<ClientFaults>>,
     /// `None` in CGI mode and in a health check, which have no connection.
     under_way: Option<UnderWay>,
@@ -48,12 +49,12 @@ pub(crate) struct RequestGuard {
 #[derive(Debug)]
 enum Kind {
     Ordinary,
-    /// Events, until the worker drains. The wait records this on the connection.
+    /// Events, which end when the worker drains. The [`Wait`] records this on the connection.
     Events(Option<Wait>),
 }
 
 impl RequestGuard {
-    /// `under_way` is `None` for a request that has no connection.
+    /// Begins a request. `under_way` is `None` for a request that has no connection.
     pub(super) fn begin(
         row: &Row,
         log: Option<&Rc<AccessLog>>,
@@ -71,7 +72,7 @@ impl RequestGuard {
         }
     }
 
-    /// A request that could not be read. `from` is the peer, which may be a proxy.
+    /// Begins a request that could not be read. `from` is the peer, which may be a proxy.
     pub(crate) fn begin_unread(
         row: &Row,
         log: Option<(&Rc<AccessLog>, Protocol, Option<SocketAddr>)>,
@@ -81,7 +82,7 @@ impl RequestGuard {
         Self { in_flight: row.begin("-", "-"), log_entry, kind: Kind::Ordinary, client: None, under_way }
     }
 
-    /// Runs application code. If that kills the worker, this request is identified as the culprit.
+    /// Runs application code. If this code kills the worker, this request is identified as the culprit.
     pub(super) fn run<T>(&self, code: impl FnOnce() -> T) -> T {
         self.in_flight.beat();
         current_request::enter(Some(self.in_flight.cell()), code)
@@ -113,22 +114,24 @@ impl RequestGuard {
         }
     }
 
-    /// The response is a stream, or an upgraded connection: it no longer counts as in flight.
+    /// Records that the response is a stream or an upgraded connection, so that the request no longer counts as in
+    /// flight.
     pub(super) fn becomes_stream(&mut self) {
         self.in_flight.becomes_stream();
     }
 
-    /// The response consists of events, which end when the worker drains.
+    /// Records that the response consists of events, which end when the worker drains.
     pub(super) fn ends_with_worker(&mut self) {
         self.kind = Kind::Events(None);
     }
 
-    /// The response has no body, or a body that the application did not create.
+    /// Records that the response has no body, or a body that the application did not create.
     pub(super) fn is_no_stream(&mut self) {
         self.kind = Kind::Ordinary;
     }
 
-    /// The head of the response is about to be sent, after `waiting` bytes of output that are not written yet.
+    /// Records that the head of the response is about to be sent, after `waiting` bytes of output that are not written
+    /// yet.
     pub(crate) fn response_begins(&mut self, waiting: usize) {
         let Some(under_way) = &mut self.under_way else { return };
         under_way.response_begins(waiting);
@@ -137,21 +140,21 @@ impl RequestGuard {
         }
     }
 
-    /// The response ends after `waiting` bytes of output that are not written yet.
+    /// Records that the response ends after `waiting` bytes of output that are not written yet.
     pub(crate) fn response_ends(&mut self, waiting: usize) {
         if let Some(under_way) = &mut self.under_way {
             under_way.response_ends(waiting);
         }
     }
 
-    /// The connection is closed after the response.
+    /// Records that the connection is closed after the response.
     pub(crate) fn is_last(&mut self) {
         if let Some(under_way) = &mut self.under_way {
             under_way.is_last();
         }
     }
 
-    /// Returns the client, if it can make the request fail.
+    /// Returns the record of the client's faults, if the client can make the request fail.
     pub(super) fn client(&self) -> Option<&ClientFaults> {
         self.client.as_deref()
     }

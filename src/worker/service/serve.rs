@@ -120,8 +120,8 @@ impl<S, B> Application<S>
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone,
 {
-    /// Calls the application. If it fails or panics, produces an error response. `under_way` is `None` for a request
-    /// that has no connection.
+    /// Calls the application. If the application fails or panics, produces an error response. `under_way` is `None` for
+    /// a request that has no connection.
     pub(crate) fn answer(
         &self,
         protocol: Protocol,
@@ -198,8 +198,8 @@ where
 }
 
 impl<S> Application<S> {
-    /// Records a request that could not be read. The response with this status was sent elsewhere,
-    /// or the connection was closed.
+    /// Records a request that could not be read. The caller has sent the response with this status, or has closed the
+    /// connection.
     pub(crate) fn turned_away(
         &self,
         protocol: Protocol,
@@ -232,15 +232,15 @@ pin_project! {
         is_head: bool,
         switch: Switch,
         guard: Option<RequestGuard>,
-        // Time at which the application's work is abandoned.
+        // The time at which the application's work is abandoned.
         deadline: Option<Pin<Box<Sleep>>>,
         // Boxed, because most responses do not need it.
         begun: Option<Box<Begun<B>>>,
     }
 
     impl<S: Service<Request<Body>>, B> PinnedDrop for ResponseFuture<S, B> {
-        // If this is dropped without a response, the client has disconnected. A function that still runs keeps the
-        // deadline of its request.
+        // If this future is dropped without a response, the client has disconnected. A function that is still running
+        // keeps the deadline of its request.
         fn drop(this: Pin<&mut Self>) {
             let mut answer = this.project();
             if let (Some(guard), Some(deadline)) = (answer.guard, answer.deadline) {
@@ -279,7 +279,7 @@ impl<S: Service<Request<Body>>, B> ResponseFuture<S, B> {
         self
     }
 
-    /// A refusal with a `Retry-After` of `left`.
+    /// Creates a refusal with a `Retry-After` of `left`.
     fn put_off(left: Duration, guard: RequestGuard) -> Self {
         let stage = Stage::Refused { status: StatusCode::SERVICE_UNAVAILABLE, again_after: Some(left) };
         Self { stage, is_head: false, switch: Switch::No, guard: Some(guard), deadline: None, begun: None }
@@ -410,7 +410,7 @@ where
     }
 }
 
-/// The reason why a response with an informational status is refused.
+/// Returns the reason why a response with an informational status is refused.
 fn why_not_interim(status: StatusCode, switch: Switch) -> &'static str {
     match (status, switch) {
         (StatusCode::SWITCHING_PROTOCOLS, Switch::Connect) => "over HTTP/2, status 200 accepts an extended CONNECT",
@@ -445,7 +445,8 @@ fn apologize<E: Into<BoxError>, B>(failure: Failure<E>, guard: RequestGuard) -> 
 }
 
 /// If a request comes from a trusted proxy, sets [`ClientInfo`] and `Host` from the proxy's forwarding headers. Removes
-/// headers that a client may have forged, because applications often trust them. Returns whether the proxy is trusted.
+/// forwarding headers that a client may have forged, because applications often trust such headers. Returns whether the
+/// proxy is trusted.
 fn apply_forwarded_headers(trust: &Trust, request: &mut Request<Body>) -> bool {
     let Some(origin) = request.extensions().get::<ClientInfo>() else { return false };
     let is_trusted = match origin.address {
@@ -499,7 +500,8 @@ enum Catching {
     Panicked,
 }
 
-/// Logs panics instead of writing them to standard error: immediately, unless [`catch_panic`] is running.
+/// Installs a hook that logs panics instead of writing them to standard error: immediately, unless [`catch_panic`] is
+/// running.
 pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic.to_string().replace('\n', " ");
@@ -521,8 +523,8 @@ pub(crate) fn catch_panic<T>(code: impl FnOnce() -> T) -> Result<T, String> {
         if catching == Catching::Panicked {
             return PANIC.take();
         }
-        // A panic that is resumed here from another thread has run the hook on that thread. An application that sets
-        // its own hook bypasses this one.
+        // If the panic is resumed here from another thread, the hook has run on that thread. If the application has set
+        // its own hook, this module's hook has not run.
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
         text.unwrap_or_else(|| "unknown cause (see the line above)".to_owned())

@@ -25,10 +25,10 @@ pub(super) struct Exchange<S: Service<Request<Body>>, B> {
     pub(super) is_head: bool,
     /// Pipe of the request body, until the body ends or the application may no longer read it.
     pub(super) stdin: Option<pipe::Writer>,
-    /// Pipe of a filter's file, with the same lifetime.
+    /// Pipe of a filter's file, until the file ends or the application may no longer read it.
     pub(super) data: Option<pipe::Writer>,
     pub(super) app_status: u32,
-    /// Pinned in place, and reused by the next exchange.
+    /// The work of the exchange, pinned in a heap allocation that the next exchange reuses.
     pub(super) work: Pin<Box<Work<S, B>>>,
 }
 

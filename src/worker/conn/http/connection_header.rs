@@ -1,4 +1,5 @@
-//! `Connection` in HTTP/1 (RFC 9112, section 9): the server decides whether a connection is kept.
+//! Reads and writes `Connection` in HTTP/1 (RFC 9112, section 9). The server determines whether a connection is kept
+//! open.
 
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Response, Version};
@@ -24,7 +25,7 @@ pub(super) fn request_closes(version: Version, headers: &HeaderMap) -> bool {
     has_option(headers, CLOSE) || version < Version::HTTP_11 && !has_option(headers, KEEP_ALIVE)
 }
 
-/// Whether the application wants the connection to end after this response.
+/// Whether the application requests that the connection end after this response.
 pub(super) fn response_closes(headers: &HeaderMap) -> bool {
     has_option(headers, CLOSE)
 }
@@ -32,7 +33,7 @@ pub(super) fn response_closes(headers: &HeaderMap) -> bool {
 /// Writes `Connection` into the response to a request of this version.
 pub(super) fn set_connection<B>(response: &mut Response<B>, version: Version, is_last: bool) {
     if is_last && version < Version::HTTP_11 {
-        // Otherwise hyper adds `keep-alive`.
+        // Without this version, hyper would add `keep-alive`.
         *response.version_mut() = Version::HTTP_10;
     }
     let headers = response.headers_mut();

@@ -1,5 +1,5 @@
-//! Normalizes the head of a request for applications, and refuses requests that hyper accepts but
-//! no application should receive.
+//! Normalizes the head of a request for applications, and rejects requests that hyper accepts but no application should
+//! receive.
 
 use http::header::{self, HeaderMap, HeaderValue};
 use http::uri::{PathAndQuery, Uri};
@@ -10,22 +10,22 @@ use crate::protocol::host::is_host;
 
 const NO_HOST: &str = "an invalid host in Host or in the target";
 
-/// A request that is refused before it reaches the application.
+/// Why a request is rejected before it reaches the application.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Refusal {
     pub(super) status: StatusCode,
     pub(super) why: &'static str,
 }
 
-/// Normalizes a request, or refuses it.
+/// Normalizes a request, or rejects it.
 pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
     let refuse = |status, why| Err(Refusal { status, why });
     let is_extended = request.extensions().get::<hyper::ext::Protocol>().is_some(); // RFC 8441
     if request.method() == Method::CONNECT && !is_extended {
         return refuse(StatusCode::NOT_IMPLEMENTED, "CONNECT, which only proxies support");
     }
-    // hyper has checked that the last coding is chunked, and decodes it. It would pass on a body with other codings
-    // still applied.
+    // hyper has checked that the last coding is chunked, and decodes this coding. It would pass on a body to which
+    // other codings are still applied.
     let mut codings = request.headers().get_all(header::TRANSFER_ENCODING).iter();
     if let Some(coding) = codings.next()
         && (codings.next().is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked"))
@@ -33,7 +33,7 @@ pub(super) fn settle<B>(request: &mut Request<B>) -> Result<(), Refusal> {
         return refuse(StatusCode::NOT_IMPLEMENTED, "a Transfer-Encoding other than chunked");
     }
     let version = request.version();
-    // RFC 9112, section 3.2. Checked even if the Host is ignored. Over HTTP/2 `:authority` may replace it.
+    // RFC 9112, section 3.2. `Host` is checked even if it is ignored. Over HTTP/2, `:authority` may replace `Host`.
     let is_named = version == Version::HTTP_2 && request.uri().authority().is_some();
     let mut hosts = request.headers().get_all(header::HOST).iter();
     match (hosts.next(), hosts.next()) {

@@ -29,11 +29,11 @@ pub(super) struct Requests {
     /// Maximum number of requests; 0 means no limit.
     limit: u32,
     last_begun: Notify,
-    /// The end of some request in the input is unknown.
+    /// Whether the end of some request in the input is unknown.
     end_is_unknown: Cell<bool>,
-    /// The input after a request is not read, because the request's body cannot be.
+    /// Whether the input after a request stays unread, because the request's body is not read to its end.
     left_unread: Cell<bool>,
-    /// The connection ends after the requests that have begun or, if none has, after the next one.
+    /// Whether the connection ends after the requests that have begun or, if none has begun, after the next request.
     is_closing: Cell<bool>,
     /// Number of bodies that are still being read although the response is complete.
     open_bodies: Cell<u32>,
@@ -85,7 +85,7 @@ impl Requests {
         (under_way, OpenRequest { requests: Rc::clone(self), is_last, is_answered: false, offers: false })
     }
 
-    /// Records an HTTP/1 request in the journal, with its end if that is known.
+    /// Records an HTTP/1 request in the journal, with its end if the end is known.
     fn enter(&self, request: &Request<Incoming>) -> RequestIndex {
         let look = || self.conn.look_at_fresh(|position, bytes| Some((position, head_length(bytes)?)));
         let head = if self.end_is_unknown.get() { None } else { look() };
@@ -112,8 +112,8 @@ impl Requests {
         self.limit > 0 && self.count.get() >= self.limit
     }
 
-    /// Whether a different worker can continue: the bytes read are complete requests, or the beginning of a request that
-    /// fits in a message.
+    /// Whether another worker can continue, because the unfinished bytes fit into a handoff message and it is known
+    /// where the next request begins.
     pub(super) fn can_go_on_elsewhere(&self) -> bool {
         let unfinished = usize::try_from(self.conn.unfinished());
         !self.are_enough() && !self.end_is_unknown.get() && unfinished.is_ok_and(|length| length <= READ_BUFFER)
@@ -124,12 +124,12 @@ impl Requests {
         self.activity.under_way() == 0 && !self.activity.is_writing() && self.open_bodies.get() == 0
     }
 
-    /// Whether nothing is under way, and the number of bytes read of the next request is known only to the HTTP library.
+    /// Whether nothing is under way, but only hyper knows how many bytes of the next request have been read.
     pub(super) fn are_to_be_settled(&self) -> bool {
         self.end_is_unknown.get() && self.are_over() && !self.left_unread.get() && !self.is_closing.get()
     }
 
-    /// Nothing is under way, and `unread` bytes of the next request have been read.
+    /// Records that nothing is under way, and that `unread` bytes of the next request have been read.
     pub(super) fn settle(&self, unread: usize) {
         self.conn.clean_except(unread);
         self.activity.set_head_begun(unread > 0);
@@ -167,7 +167,7 @@ impl Requests {
         self.limit > 0
     }
 
-    /// The connection is about to be closed: the next response is the last one.
+    /// Records that the connection is about to be closed: the next response is the last one.
     pub(super) fn close(&self) {
         self.is_closing.set(true);
     }
@@ -188,12 +188,12 @@ impl Requests {
         }
     }
 
-    /// Stores the upgrade that the connection switched to.
+    /// Stores the upgrade to which the connection has switched.
     pub(super) fn set_upgrade(&self, upgrade: AcceptedUpgrade) {
         self.upgrade.replace(Some(upgrade));
     }
 
-    /// Returns the upgrade that the connection switched to.
+    /// Takes the upgrade to which the connection has switched.
     pub(super) fn take_upgrade(&self) -> Option<AcceptedUpgrade> {
         self.upgrade.take()
     }
@@ -209,7 +209,7 @@ impl Requests {
 pub(super) struct OpenBody(Rc<Requests>);
 
 impl OpenBody {
-    /// The body was read to its end; or, with `is_cut`, the rest stays unread.
+    /// Records that the body was read to its end or, with `is_cut`, that the remainder stays unread.
     pub(super) fn end(self, is_cut: bool) {
         if is_cut {
             self.0.leave_unread();
@@ -219,25 +219,26 @@ impl OpenBody {
     }
 }
 
-/// A request in the counts of its connection, until this is dropped.
+/// A request that is counted on its connection until this value is dropped.
 pub(super) struct OpenRequest {
     requests: Rc<Requests>,
-    /// This is the last request of the connection.
+    /// Whether this is the last request on the connection.
     pub(super) is_last: bool,
     is_answered: bool,
-    /// The request may switch protocols, or has done so.
+    /// Whether the request may switch protocols, or has switched.
     offers: bool,
 }
 
 impl OpenRequest {
-    /// The application has answered.
+    /// Records that the application has answered.
     pub(super) fn is_answered(&mut self) {
         if !std::mem::replace(&mut self.is_answered, true) {
             self.requests.unanswered.set(self.requests.unanswered.get() - 1);
         }
     }
 
-    /// The protocol was switched: from now on input is passed on, and no longer held.
+    /// Records that the protocol was switched: from now on, input is passed on as it arrives and is not counted as
+    /// held.
     pub(super) fn is_upgraded(&self) {
         self.requests.activity.held().stop();
     }

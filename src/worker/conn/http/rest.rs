@@ -19,13 +19,13 @@ const WORTH_READING: u64 = 64 << 10;
 
 pub(super) struct UnreadBodyReader {
     left: oneshot::Receiver<body::UnreadBody>,
-    /// The client waits for a 100 response before it sends the body.
+    /// Whether the client waits for a 100 response before it sends the body.
     is_awaited: bool,
     state: State,
 }
 
 enum State {
-    /// The application has the body.
+    /// The application still holds the body.
     Held,
     Reading {
         incoming: Incoming,
@@ -34,7 +34,7 @@ enum State {
     },
     /// The body was read to its end.
     Over,
-    /// The rest of the body is not read.
+    /// The remainder of the body is not read.
     Cut,
 }
 
@@ -43,7 +43,7 @@ impl UnreadBodyReader {
         Self { left, is_awaited, state: State::Held }
     }
 
-    /// Whether, as far as is known, the connection will be closed because the body is not read to its end.
+    /// Whether the connection will be closed, as far as is known, because the body is not read to its end.
     pub(super) fn ends_connection(&mut self) -> bool {
         // The next poll registers a real waker.
         let _ = self.poll(&mut Context::from_waker(Waker::noop()));
@@ -70,7 +70,7 @@ impl UnreadBodyReader {
         matches!(self.state, State::Over)
     }
 
-    /// Whether the rest of the body stays unread.
+    /// Whether the remainder of the body stays unread.
     pub(super) fn is_cut(&self) -> bool {
         matches!(self.state, State::Cut)
     }
@@ -80,8 +80,9 @@ impl UnreadBodyReader {
         self.state = State::Cut;
     }
 
-    /// Reads the body before the connection switches protocols, because the other protocol's bytes follow it. hyper sends the
-    /// 100 response that the client may wait for. An application may keep the body for as long as it has the upgrade.
+    /// Reads the body before the connection switches protocols, because the other protocol's bytes follow the body.
+    /// hyper sends the 100 response for which the client may be waiting. An application may keep the body for as long
+    /// as it has the upgrade.
     pub(super) async fn read(&mut self) {
         let read = timeout(LINGER.0, poll_fn(|context| self.poll(context))).await;
         if read.is_err() && !matches!(self.state, State::Held) {
@@ -89,7 +90,7 @@ impl UnreadBodyReader {
         }
     }
 
-    /// Reads the available part of the body. Ready when no more needs to be read.
+    /// Reads the available part of the body. Becomes ready when no more needs to be read.
     pub(super) fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
         loop {
             self.state = match &mut self.state {

@@ -1,13 +1,13 @@
 //! Carries upgraded connections: `101 Switching Protocols` over HTTP/1.1, and extended CONNECT over
 //! HTTP/2 (RFC 8441).
 //!
-//! The application gets the type that every server built on hyper provides, [`hyper::upgrade::Upgraded`]. It contains
-//! not the connection itself but a [`Tunnel`], which may move to any thread. The connection's task keeps the socket and
-//! copies the bytes between socket and tunnel ([`carry`]). So an upgraded connection is still one of the worker's
-//! connections: it is counted and in the journal, the watchdog checks it, and a drain ends it.
+//! The application gets the type that every server built on hyper provides, [`hyper::upgrade::Upgraded`]. This value
+//! contains a [`Tunnel`] rather than the connection itself, and may move to any thread. The connection's task keeps the
+//! socket and copies the bytes between socket and tunnel ([`carry`]). So an upgraded connection is still one of the
+//! worker's connections: it is counted and in the journal, the watchdog checks it, and a drain ends it.
 //!
-//! Only hyper can create an `Upgraded`. A second, very short HTTP/1 connection in memory turns the [`Tunnel`] into one:
-//! the tunnel supplies a request and discards the head of the response ([`Offer`]).
+//! Only hyper can create an `Upgraded`. A second, very short HTTP/1 connection in memory turns the [`Tunnel`] into an
+//! `Upgraded`: the tunnel supplies a request and discards the head of the response ([`Offer`]).
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -138,8 +138,8 @@ pub(super) struct Offer {
 }
 
 impl Offer {
-    /// The upgrade that a request offers, if any. Leaves an [`OnUpgrade`] in the request's
-    /// extensions only if there is an offer.
+    /// Returns the upgrade that a request offers, if any. An [`OnUpgrade`] stays in the request's extensions only if
+    /// there is an offer.
     pub(super) fn of(request: &mut Request<Body>) -> Option<Self> {
         let theirs = request.extensions_mut().remove::<OnUpgrade>()?;
         let switch = if request.version() == Version::HTTP_2 {
@@ -168,7 +168,7 @@ impl Offer {
         Some(Self { switch, theirs, link: Link { from_client, to_client }, is_taken, in_memory })
     }
 
-    /// The application has taken the upgrade: its `OnUpgrade` yields the tunnel.
+    /// Completes the upgrade after the application has taken it: the application's `OnUpgrade` yields the tunnel.
     pub(super) fn take(mut self, guard: RequestGuard, open_request: OpenRequest) -> AcceptedUpgrade {
         self.is_taken.set(true);
         let done = self.in_memory.as_mut().poll(&mut Context::from_waker(Waker::noop()));
@@ -183,7 +183,7 @@ fn switching() -> Response<http_body_util::Empty<Bytes>> {
     response
 }
 
-/// An upgrade that the application has taken. The worker counts it as one request until it ends.
+/// An upgrade that the application has taken. The worker counts it as a request until it ends.
 pub(super) struct AcceptedUpgrade {
     link: Link,
     theirs: OnUpgrade,
@@ -244,9 +244,9 @@ impl Ends {
     }
 }
 
-/// Copies bytes in both directions until both have ended. When one of the `ends` is reached, the application reads end
-/// of input and has the time of [`Drain::farewell`] for its last output. Then the direction towards the client is shut
-/// down.
+/// Copies bytes in both directions until both have ended. When one of the `ends` is reached, the application reads the
+/// end of its input and has the time of [`Drain::farewell`] for its last output. Then the direction towards the client
+/// is shut down.
 async fn carry(
     mut io: impl AsyncRead + AsyncWrite + Unpin,
     early: Bytes,
@@ -278,7 +278,7 @@ async fn carry(
         Ok(()) => {
             let (input_ended, mut room) = (copy.input_ended, copy.room.take());
             drop(copy); // the application reads the end of the stream
-            // Over HTTP/2 the end of the stream needs window after the data.
+            // Over HTTP/2, the end of the stream must wait until there was window for the data.
             if let Some(room) = &mut room {
                 room.set(true);
             }
@@ -300,21 +300,22 @@ struct BidirectionalCopy {
     link: Option<Link>,
     /// Bytes being written.
     output: Bytes,
-    /// The client has sent all its bytes.
+    /// Whether the client has sent all its bytes.
     input_ended: bool,
     output_ended: bool,
     room: Option<Wait>,
 }
 
 impl BidirectionalCopy {
-    /// Makes the application read end of input.
+    /// Makes the application read the end of the input.
     fn end_input(&mut self) {
         if let Some(link) = &self.link {
             link.from_client.finish();
         }
     }
 
-    /// Ready when both directions have ended, or the application has dropped its end.
+    /// Copies bytes in both directions. Becomes ready when both directions have ended, or when the application has
+    /// dropped its end.
     fn poll(
         &mut self,
         io: &mut (impl AsyncRead + AsyncWrite + Unpin),
@@ -338,8 +339,7 @@ impl BidirectionalCopy {
                 self.output = match link.to_client.poll_next(context) {
                     Poll::Pending => break Poll::Pending,
                     Poll::Ready(Some(Ok(bytes))) => bytes,
-                    // The application has dropped or shut down its end: both mean the end of the
-                    // output.
+                    // The application has dropped its end or shut it down. Either means that its output has ended.
                     Poll::Ready(None | Some(Err(pipe::Cut))) => {
                         self.output_ended = true;
                         break Pin::new(&mut *io).poll_shutdown(context)?;

@@ -1,5 +1,6 @@
-//! Handles responses that fail because of the client's input. Such a failure is not the application's fault: it is
-//! counted like a refused request, and answered like one if the response head has not been sent.
+//! Handles responses that fail because of the client's input. Such a failure is not the application's fault. It is
+//! counted like a refused request, and the request is answered like a refused one if the response head has not been
+//! sent.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -29,8 +30,7 @@ pub(crate) struct ClientFaults {
 }
 
 impl ClientFaults {
-    /// If the body failed because of the client, counts the failure and returns the status of the
-    /// response.
+    /// Counts the failure if the body failed because of the client. In this case, returns the status of the response.
     pub(super) fn fault(&self) -> Option<StatusCode> {
         let (status, why) = self.outcome.cause()?;
         self.refusals.note(self.protocol, status, self.from, why);
@@ -44,8 +44,8 @@ impl ClientFaults {
     }
 }
 
-/// A response whose head is delayed until the first chunk of its body is available, by at most one poll: long enough to
-/// read the part of the request that has arrived.
+/// A response whose head is delayed until the first chunk of its body is available, but by at most one poll. This is
+/// long enough to read the part of the request that has arrived.
 pub(super) struct Begun<B> {
     head: Parts,
     content: Pin<Box<Content<B>>>,
@@ -63,7 +63,7 @@ where
         response.body().depends_on_client() && !response.body().is_end_stream()
     }
 
-    /// `None` if the request of the response continues in an upgrade.
+    /// Delays the head of `response`. Returns `None` if the request continues in an upgrade.
     pub(super) fn new(response: Response<Served<B>>) -> Option<Box<Self>> {
         let (head, Served { content, guard }) = response.into_parts();
         Some(Box::new(Self { head, content: Box::pin(content), guard: guard?, was_polled: false }))

@@ -1,4 +1,4 @@
-//! Corrects the head of a response for all protocols, whatever the application has set. See `docs/http.md`.
+//! Corrects the head of a response for all protocols, regardless of what the application has set (see `docs/http.md`).
 
 use http::{HeaderValue, Response, StatusCode, Version, header};
 use http_body::Body as HttpBody;
@@ -59,8 +59,8 @@ where
             None
         }
         _ if response.headers().contains_key(header::CONTENT_LENGTH) => None,
-        // The length of the response to GET. Routers empty the body of a response to HEAD, so an empty body does not
-        // indicate its length (RFC 9110, section 8.6).
+        // The length is that of the response to GET (RFC 9110, section 8.6). Routers empty the body of a response to
+        // HEAD, so an empty body says nothing about this length.
         _ => response.body().size_hint().exact().filter(|&length| length > 0),
     };
     if let Some(length) = length {
@@ -72,7 +72,7 @@ where
 /// Prepares a response that switches protocols.
 ///
 /// # Errors
-/// Fails if it does not name the protocol.
+/// Fails if the response does not name the protocol.
 pub(super) fn prepare_switch<B>(response: &mut Response<B>) -> Result<(), &'static str> {
     let is_upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
@@ -88,8 +88,8 @@ pub(super) fn prepare_switch<B>(response: &mut Response<B>) -> Result<(), &'stat
     Ok(())
 }
 
-/// Whether a response is an event stream. A stream may last for hours with little work in between, so it is not counted
-/// when the server measures how busy the worker is or looks for the request that killed the worker.
+/// Whether a response is an event stream. A stream may last for hours and cause little work. It is therefore not
+/// counted when the server measures how busy the worker is, or looks for the request that killed the worker.
 pub(super) fn is_event_stream<B>(response: &Response<B>) -> bool {
     let kind = response.headers().get(header::CONTENT_TYPE);
     kind.is_some_and(|kind| kind.as_bytes().starts_with(events::TYPE.as_bytes()))
@@ -97,7 +97,7 @@ pub(super) fn is_event_stream<B>(response: &Response<B>) -> bool {
 }
 
 /// Returns the `Content-Length` that the application has set for the body of a response. An invalid value is removed,
-/// because servers would interpret it differently.
+/// because web servers would interpret it in different ways.
 pub(super) fn promised<B>(response: &mut Response<B>, guard: &RequestGuard) -> Option<u64> {
     if cgi::has_no_body(response.status()) {
         return None;

@@ -14,7 +14,7 @@ use crate::sys::BoxError;
 use crate::worker::service::request_guard::RequestGuard;
 
 pin_project! {
-    /// The body of a response. It owns the request, which ends when this is dropped.
+    /// The body of a response. It owns the request, which ends when this value is dropped.
     pub(crate) struct Served<B> {
         #[pin]
         pub(super) content: Content<B>,
@@ -37,7 +37,7 @@ pin_project! {
 }
 
 impl<B> Served<B> {
-    /// A body from the application.
+    /// Wraps a body from the application.
     pub(super) fn app(body: B, left: Option<u64>, guard: RequestGuard) -> Self {
         Self { content: Content::App { body, left }, guard: Some(guard) }
     }
@@ -47,7 +47,7 @@ impl<B> Served<B> {
         Self { content: Content::Canned { text }, guard: Some(guard) }
     }
 
-    /// A body whose first frame was already polled.
+    /// Wraps a body whose first frame was already polled.
     pub(super) fn begun(
         first: Option<Result<Frame<Bytes>, BodyError>>,
         rest: Pin<Box<Content<B>>>,
@@ -93,7 +93,8 @@ impl<B> Served<B>
 where
     B: ResponseBody,
 {
-    /// Logs a body that is longer than its `Content-Length`, for a connection that does not poll the body beyond that.
+    /// Logs a body that is longer than its `Content-Length`. For a connection that does not poll the body beyond this
+    /// length.
     pub(crate) fn check_end(self: Pin<&mut Self>) {
         if self.content.may_be_too_long() {
             let _ = self.poll_frame(&mut Context::from_waker(Waker::noop()));
@@ -105,7 +106,7 @@ impl<B> Content<B>
 where
     B: ResponseBody,
 {
-    /// The whole `Content-Length` was sent, but the body has not ended.
+    /// Whether the whole `Content-Length` was sent but the body has not ended.
     fn may_be_too_long(&self) -> bool {
         match self {
             Self::App { left, body } => *left == Some(0) && !body.is_end_stream(),
@@ -213,8 +214,8 @@ where
     }
 }
 
-/// Truncates a frame at the end of the response's `Content-Length`, and logs that. Returns what remains of the frame, if
-/// anything, and whether it was truncated.
+/// Truncates a frame at the end of the response's `Content-Length`, and logs the truncation. Returns what remains of
+/// the frame, if anything, and whether the frame was truncated.
 fn within_length(frame: Frame<Bytes>, left: &mut Option<u64>, guard: &RequestGuard) -> (Option<Frame<Bytes>>, bool) {
     let (Some(promised), Some(data)) = (left.as_mut(), frame.data_ref()) else { return (Some(frame), false) };
     let length = data.len() as u64;
