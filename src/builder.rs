@@ -486,7 +486,7 @@ fn leftovers(
 
 /// Answers the request of a CGI process.
 fn answer(config: &Config, cgi: &CgiMain, preload: Option<Preload>) -> Result<StopReason, BoxError> {
-    // This must precede all application code, whose output must not precede the response.
+    // This must come before any application code runs, because the application's output must not precede the response.
     let output = cgi_invocation::take_output().map_err(|error| format!("cannot use standard output: {error}"))?;
     start_log(config, &conflicts::find_among_files(config))?;
     if let Some(preload) = preload {

@@ -132,8 +132,8 @@
 //!
 //! # Loading data before the fork, and hooks
 //!
-//! [`Builder`] takes the same factory as [`run`]. In addition, it loads data once, which all workers share
-//! copy-on-write, and it runs hooks at each step in a worker's life:
+//! [`Builder`] takes the same factory as [`run`]. In addition, the builder can load data once, before the fork, so that
+//! all workers share it copy-on-write, and it can run hooks at each step in a worker's life:
 //!
 //! ```no_run
 //! use std::process::ExitCode;

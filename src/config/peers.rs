@@ -18,8 +18,8 @@ pub(crate) enum PeerPattern {
 pub(crate) struct Peers(Vec<PeerPattern>);
 
 impl Peers {
-    /// Creates a set of these peers. Returns `None` if no peer is listed, which differs from a set that contains no
-    /// peer.
+    /// Creates a set of these peers. Returns `None` if `members` is empty, because a missing list is not the same as a
+    /// set that contains no peer.
     pub(crate) fn new(members: Vec<PeerPattern>) -> Option<Self> {
         (!members.is_empty()).then_some(Self(members))
     }
@@ -116,7 +116,7 @@ impl FromStr for PeerPattern {
             IpAddr::V4(address) => u128::from(u32::from(address)),
             IpAddr::V6(address) => address.into(),
         };
-        // Bits beyond the prefix are probably a typo, which would admit more peers than intended.
+        // Bits beyond the prefix are probably a typo. Ignoring them would admit more peers than intended.
         if network & 1_u128.checked_shl(size - bits).map_or(u128::MAX, |above| above - 1) != 0 {
             return Err(format!("'{text}' names an address within the network, not its first one ({FORM})"));
         }

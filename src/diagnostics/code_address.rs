@@ -76,7 +76,7 @@ pub(crate) fn names_of(addresses: impl Iterator<Item = usize>) -> Vec<String> {
     let mut names = Vec::new();
     for address in addresses {
         let before = names.len();
-        // `resolve` expects a return address, which is one byte further.
+        // `resolve` expects a return address, so one byte is added.
         backtrace::resolve(std::ptr::without_provenance_mut(address.wrapping_add(1)), |symbol| {
             let Some(name) = symbol.name() else { return };
             // The paths of the standard library's sources begin with its build directory, and are of no use to the

@@ -128,8 +128,8 @@ unsafe impl HandleSignal for Crash {
         let thread = gettid().as_raw();
         match DYING.compare_exchange(0, thread, Ordering::SeqCst, Ordering::SeqCst) {
             Ok(_) => {}
-            // A second crash of the thread that is already reporting one: the previous handler, which was called for the
-            // first signal, has aborted.
+            // A second crash of the thread that is already reporting a crash: the previous handler was called for the
+            // first signal and has aborted.
             Err(first) if first == thread => {
                 report(context);
                 return die_of(signal, repeats);

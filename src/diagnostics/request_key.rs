@@ -1,7 +1,7 @@
 //! Derives the key of a request for the quarantine. The master counts deaths by this key, and workers refuse requests
 //! by it, so both derive it with this code. No I/O.
 //!
-//! The key is derived from the text in the scoreboard, such as "GET /path?query", which is truncated to 112 bytes.
+//! The key is derived from the text in the scoreboard, such as "GET /path?query". This text is truncated to 112 bytes.
 
 use crate::config::failures::QuarantineBy;
 

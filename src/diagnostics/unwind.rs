@@ -13,7 +13,7 @@ pub(crate) fn initialize() {
 /// signal handler. `at` is the address of the interrupted instruction. For a caller, the address is that of its call.
 pub(crate) fn unwind(at: usize, frames: &mut [usize; MAX_FRAMES]) -> &[usize] {
     let (mut count, mut begun) = (0, false);
-    // SAFETY: the function is unsynchronized with respect to symbolization only, which is not done here.
+    // SAFETY: the function is unsynchronized only with respect to symbolization, and nothing is symbolized here.
     unsafe {
         backtrace::trace_unsynchronized(|frame| {
             let ip = frame.ip().addr();

@@ -358,7 +358,7 @@ fn standard_stream(path: &Path) -> Option<io::Result<OwnedFd>> {
     Some(copy.map(|copy| Kind::of(copy.as_fd()).1.unwrap_or(copy)))
 }
 
-/// Returns a copy of the destination for the standard streams of other code, whose writes must block.
+/// Returns a copy of the destination that other code can use as a standard stream. Writes to the copy block.
 pub(super) fn blocking_copy(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let opened = File::options().append(true).open(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     opened.map(OwnedFd::from).or_else(|_| fd.try_clone_to_owned())

@@ -44,7 +44,7 @@ impl LineBuffer {
         if region == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // The mapping is zeroed, which is a valid `Region`, page-aligned, and never unmapped.
+        // The mapping is zeroed, page-aligned, and never unmapped. All zeroes are a valid `Region`.
         let region = NonNull::new(region.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self { region })
     }

@@ -445,7 +445,8 @@ fn fd() -> BorrowedFd<'static> {
     }
 }
 
-/// Returns a copy of the log's descriptor for the standard output and error of other code, whose writes must block.
+/// Returns a copy of the log's descriptor that other code can use as standard output and standard error. Writes to the
+/// copy block.
 ///
 /// # Errors
 /// Fails if no descriptor is available.

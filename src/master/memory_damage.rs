@@ -1,4 +1,4 @@
-//! Detects damage to the shared memory, which any process can overwrite or whose file it can truncate. The check runs
+//! Detects damage to the shared memory: a process may have overwritten the memory or truncated its file. The check runs
 //! once a second and logs damage once; the next reload replaces the memory.
 //!
 //! The workers continue to serve, because they do not trust values in the memory that could harm them. But pages are

@@ -215,8 +215,8 @@ pub(crate) struct Start {
 
 /// Runs the master until it has been stopped or has given up, and every process has ended.
 ///
-/// `application` are the descriptors that the application opened, which workers keep. Returns the control socket, to be closed
-/// last.
+/// `application` contains the descriptors that the application opened; workers keep these descriptors. Returns the
+/// control socket, to be closed last.
 ///
 /// # Errors
 /// Fails if the master cannot set itself up.
@@ -406,7 +406,7 @@ impl Master {
         for due in due.into_iter().flatten() {
             timeout = Some(timeout.map_or(due, |timeout| timeout.min(due)));
         }
-        // While the log's reader is slow, the master leaves output in the pipes, which slows down the processes that
+        // While the log's reader is slow, the master leaves output in the pipes. This slows down the processes that
         // write the output.
         let slow_log = logging::is_slow_for();
         if let Some(left) = slow_log {

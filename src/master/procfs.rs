@@ -165,7 +165,7 @@ pub(super) fn children_of(pid: Pid) -> Vec<Pid> {
     children
 }
 
-/// Returns the children of the current process, which must be single-threaded.
+/// Returns the children of the current process. This process must be single-threaded.
 pub(super) fn own_children() -> Vec<Pid> {
     let listed = fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
     listed.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
@@ -257,7 +257,8 @@ pub(super) fn can_be_asked(pid: Pid, listener: &Listener) -> bool {
         return true;
     }
     let is_accepting = descriptors.is_accepting();
-    // If the process has one thread, which sleeps in accept, any connection that the process holds was inherited.
+    // If the process has only one thread and that thread sleeps in accept, any connection that the process holds was
+    // inherited.
     (is_accepting && threads_of(pid).len() == 1)
         || ((is_accepting || descriptors.is_watching()) && handles(pid, Signal::SIGTERM))
 }

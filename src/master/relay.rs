@@ -109,7 +109,7 @@ impl Relay {
         }
     }
 
-    /// Takes over the relay of a former master, whose lifeline has closed.
+    /// Takes over the relay of a former master. The relay's lifeline has closed, so the relay is about to exit.
     pub(super) fn adopt(&mut self, pid: Pid, now: Uptime) {
         self.state = State::Ends { pid, deadline: Some(now + STOP_TIMEOUT) };
     }

@@ -476,7 +476,7 @@ fn keep(last_words: &mut String, line: &str) {
     }
 }
 
-/// Whether heirs of dead workers, which are now children of this process, are still running.
+/// Whether any heir of a dead worker is still running. Such heirs are now children of this process.
 pub(super) fn has_heirs() -> bool {
     procfs::own_children().into_iter().any(|pid| procfs::stat(pid).is_some_and(|stat| stat.is_heir()))
 }

@@ -51,7 +51,7 @@ impl QueueDepth {
     }
 
     /// Like [`QueueDepth::of`], but returns `None` if the kernel does not count the connections. The result is correct
-    /// even for a Unix socket that was shut down, which poll(2) reports as readable forever.
+    /// even if a Unix socket was shut down, although poll(2) reports such a socket as readable forever.
     pub(crate) fn counted(&self, listener: &Listener) -> Option<u32> {
         match listener.family {
             SocketFamily::Tcp => sys::tcp_queue(listener.as_fd()).ok(),

@@ -141,7 +141,8 @@ extern "C" fn refuse(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
         number: i32,
         arch: u32,
     }
-    // SAFETY: the kernel calls this with a valid siginfo_t, which is larger than `Trapped` and as strictly aligned.
+    // SAFETY: the kernel calls this function with a valid siginfo_t. This type is larger than `Trapped` and as strictly
+    // aligned.
     let trapped = unsafe { &*info.cast::<Trapped>() };
     let Some(number) = u64::try_from(trapped.number).ok().filter(|_| trapped.code == SYS_SECCOMP) else {
         // SIGSYS was sent by a process: terminate this process, as SIGSYS would without this handler. SAFETY: `_exit`

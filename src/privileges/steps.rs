@@ -102,8 +102,8 @@ impl Step {
     }
 }
 
-/// Returns all steps for a process, in order, except the one that binds it to processors, which depends on the slot
-/// ([`affinity`]).
+/// Returns all steps for a process, in order. The step that binds the process to processors is not included, because it
+/// depends on the slot ([`affinity`]).
 ///
 /// `executes` is true if the process will execute a program.
 ///

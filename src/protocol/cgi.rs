@@ -194,8 +194,8 @@ impl<'a> Variables<'a> {
 
     /// Takes a CONTENT_LENGTH. Web servers send an empty value if there is no body (4.1.2). An empty value cancels an
     /// earlier one, so that an nginx configuration can override an included configuration. `-1` is ignored: lighttpd
-    /// sends it for a body of unknown length, which ends with the stream. Any other value that does not consist of
-    /// digits is rejected, and so are two different lengths.
+    /// sends it if the length of the body is unknown and the body ends with the stream. Any other value that does not
+    /// consist of digits is rejected, and so are two different lengths.
     fn length(&mut self, value: &[u8]) -> Result<(), CgiError> {
         match value {
             b"" => self.length = None,
@@ -211,8 +211,8 @@ impl<'a> Variables<'a> {
     }
 }
 
-/// Whether a variable that is not a header may have this value, which contains a control character. RFC 3875 does not
-/// allow CR, LF or NUL in the variables that it defines, except in a decoded path: `/a%0Ab` results in an LF in
+/// Whether a variable that is not a header may have this value. The value contains a control character. RFC 3875 does
+/// not allow CR, LF or NUL in the variables that it defines, except in a decoded path: `/a%0Ab` results in an LF in
 /// SCRIPT_NAME or PATH_INFO. Variables that RFC 3875 does not define belong to the web server; some of them contain
 /// certificates of many lines.
 #[cold]

@@ -145,7 +145,7 @@ fn params_split_inside_a_length_are_read_as_one() {
 
 #[test]
 fn a_length_beyond_the_end_is_the_peers_fault() {
-    // The lengths from CVE-2025-23016, whose sum wraps around: both are near 2^31.
+    // The lengths from CVE-2025-23016. Both are near 2^31, so their sum wraps around.
     for params in [&b"\x05\x05short"[..], b"\xff\xff\xff\xff\xff\xff\xff\xffx", b"\x7f", b"\x01\x80\0\0", b"\x80"] {
         let bytes = request(1, params, b"the body is skipped");
         let events = whole(&bytes);
@@ -527,7 +527,7 @@ fn the_seed_of_odd_records_gets_every_kind_of_reply() {
     assert!(events.contains(&FastCgiEvent::BadRequest { id: 2, keep_connection: true, fault }), "{events:?}");
 }
 
-/// Requests as each web server sends them, from fuzz/seeds, which the fuzzer also starts from.
+/// Requests as each web server sends them. They are in fuzz/seeds, so the fuzzer also starts from them.
 #[test]
 fn requests_in_the_shape_of_each_web_server_are_read() {
     let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/fastcgi");

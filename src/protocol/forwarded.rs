@@ -103,8 +103,8 @@ fn client_of_x(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Forw
             break;
         }
     }
-    // If the list has fewer than `depth` elements, its first element is used, which a trusted proxy nearer to this
-    // server has written.
+    // If the list has fewer than `depth` elements, its first element is used. A trusted proxy nearer to this server has
+    // written it.
     let at_depth = |name| elements(headers, name).take(depth.max(1)).last();
     client.is_https = at_depth(X_PROTO).and_then(is_https);
     client.host = at_depth(X_HOST).and_then(|host| HeaderValue::from_bytes(host).ok());

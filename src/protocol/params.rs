@@ -1,5 +1,6 @@
-//! Stores name-value pairs: the parameters of a request, which are CGI variables, in the formats of FastCGI
-//! (specification 1.0, section 3.4), SCGI and the environment of a CGI program; and the values of FastCGI's GET_VALUES.
+//! Stores name-value pairs: the parameters of a request (CGI variables) and the values of FastCGI's GET_VALUES. The
+//! pairs are in the format of FastCGI (specification 1.0, section 3.4), of SCGI, or of the environment of a CGI
+//! program.
 
 use std::fmt;
 
@@ -167,7 +168,7 @@ mod tests {
                 let four = |length: u32| (length | 0x8000_0000).to_be_bytes();
                 let params = [&four(name)[..], &four(value), b"ab"].concat();
                 // Two bytes are left. If the pair does not use both of them, the remaining bytes would have to be
-                // another pair, which they are not.
+                // another pair, but they are not.
                 let fits = u64::from(name) + u64::from(value) == 2;
                 assert_eq!(Params::parse(params.into()).is_some(), fits, "{name} + {value}");
             }

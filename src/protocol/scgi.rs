@@ -32,7 +32,7 @@ pub(crate) enum ScgiEvent {
     Request { params: Params, length: Option<u64> },
     /// A chunk of the body, never empty.
     Body(Bytes),
-    /// The body is complete. Not returned for a body without an announced length, which ends with
+    /// The body is complete. Not returned if the length of the body was not announced, because the body then ends with
     /// the stream.
     End,
 }
@@ -74,7 +74,7 @@ impl std::error::Error for ScgiError {}
 enum Place {
     /// Before or in the netstring's length.
     Size,
-    /// In the netstring, which has this many bytes.
+    /// In a netstring of this many bytes.
     Strings(usize),
     /// Before the comma.
     Comma { params: Params, length: Option<u64> },

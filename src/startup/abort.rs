@@ -20,8 +20,8 @@ use crate::sys;
 #[derive(Debug)]
 pub(crate) struct Leftover {
     pub(crate) path: CString,
-    /// Device and inode, so that a different file at the same path is not removed. `None` for a directory, which is
-    /// removed if it is empty.
+    /// Device and inode, so that a different file at the same path is not removed. `None` for a directory; a directory
+    /// is removed only if it is empty.
     pub(crate) file: Option<(u64, u64)>,
 }
 

@@ -46,8 +46,9 @@ pub(super) fn groups_of(pid: Pid) -> [Pid; 2] {
     [pid, getpgid(Some(pid)).unwrap_or(pid)]
 }
 
-/// Announces the end of each of these groups that no longer contains a process. Must be called right after a child is reaped, before this
-/// process creates its next child, which may get the same number and announces itself on the same link.
+/// Announces the end of each of these groups that no longer contains a process. Must be called right after a child is
+/// reaped, before this process creates its next child: the next child may get the same number, and announces itself on
+/// the same link.
 pub(super) fn announce_ends(groups: [Pid; 2]) {
     for group in groups {
         if killpg(group, None) == Err(Errno::ESRCH) {

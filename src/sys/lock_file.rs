@@ -30,7 +30,7 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to sleep between two attempts.
 const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A lock that is released on drop, which also removes its file.
+/// A lock. Dropping it releases the lock and removes its file.
 #[derive(Debug)]
 pub(crate) struct LockFile {
     held: Option<(PathBuf, File)>,

@@ -259,7 +259,8 @@ pub(crate) fn is_child(pid: Pid) -> bool {
     unsafe { libc::waitid(libc::P_PID, id, &raw mut info, flags) == 0 }
 }
 
-/// Terminates the process immediately: no destructors, and no `atexit` functions, which belong to the master.
+/// Terminates the process immediately: neither destructors nor `atexit` functions run, because they belong to the
+/// master.
 pub(crate) fn exit_now(status: u8) -> ! {
     // SAFETY: `_exit` is always sound; it never returns.
     unsafe { libc::_exit(i32::from(status)) }
@@ -296,8 +297,8 @@ pub(crate) fn ended_child() -> Option<Pid> {
     }
 }
 
-/// Reaps a child that has ended, which frees its pid. If the child's process group has ended too, announces this to the
-/// guard.
+/// Reaps a child that has ended. This frees the child's pid. If the child's process group has ended too, announces this
+/// to the guard.
 pub(crate) fn reap(pid: Pid) -> Option<Ending> {
     let groups = guard_link::groups_of(pid);
     loop {

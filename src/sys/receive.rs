@@ -56,7 +56,8 @@ fn cut_short() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
-/// Returns the descriptors in truncated control data, which starts with a complete header (cmsg(3)) or is all zeroes.
+/// Returns the descriptors in truncated control data. The data begins with a complete header (cmsg(3)), or is all
+/// zeroes.
 fn descriptors_in(control: &[u8]) -> Vec<OwnedFd> {
     let header = size_of::<libc::cmsghdr>();
     let number = |at: usize| Some(i32::from_ne_bytes(control.get(at..at + size_of::<RawFd>())?.try_into().ok()?));

@@ -189,8 +189,9 @@ pub(crate) struct HandlerStack {
 const GUARD_SIZE: usize = 64 << 10;
 
 impl HandlerStack {
-    /// Makes this thread's handlers run on a new stack of `size` bytes until the value is dropped, which must happen on the same thread.
-    /// Returns `None` if no memory is available; the handlers then run where they ran before.
+    /// Makes this thread's handlers run on a new stack of `size` bytes until the returned value is dropped. The value
+    /// must be dropped on the same thread. Returns `None` if no memory is available; the handlers then run where they
+    /// ran before.
     pub(crate) fn install(size: usize) -> Option<Self> {
         let length = size.checked_add(GUARD_SIZE)?;
         let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);

@@ -242,7 +242,7 @@ pub(crate) struct SavedPublish {
     pub(crate) file: Option<(u64, u64)>,
 }
 
-/// Milliseconds of CLOCK_MONOTONIC, which is the same before and after an exec.
+/// Returns the time of CLOCK_MONOTONIC in milliseconds. This clock is the same before and after an exec.
 pub(crate) fn clock_ms() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| millis(now.into()))
 }
@@ -275,8 +275,7 @@ impl Saved {
         Duration::from_millis(passed)
     }
 
-    /// Returns the descriptors that the new program needs in order to start, which are those that the upgrade check
-    /// receives.
+    /// Returns the descriptors that the new program needs in order to start. The upgrade check receives only these.
     pub(crate) fn foundation(&self) -> Vec<RawFd> {
         self.listeners.iter().map(|listener| listener.fd).chain([self.segment.fd]).collect()
     }

@@ -70,12 +70,12 @@ pub struct Blocking<F> {
 impl<F> Blocking<F> {
     /// Declares that the function never waits, and runs it on the event loop's own thread.
     ///
-    /// This avoids passing each request to another thread and the response back, which costs several times as much as a
-    /// function that answers from memory. The function must not wait for anything: a disk, a database, another server,
-    /// a lock that may be held for long, or another worker ([`get_or_render`](crate::Cache::get_or_render) waits while
-    /// another worker renders the page). **While the function waits, everything else in its worker waits too:** no
-    /// connection is accepted, no other response is sent, `--request-timeout` cannot send its 504, and the worker is
-    /// killed after `--hang-timeout`.
+    /// Passing each request to another thread and the response back costs several times as much as a function that
+    /// answers from memory; this avoids that cost. The function must not wait for anything: a disk, a database, another
+    /// server, a lock that may be held for long, or another worker ([`get_or_render`](crate::Cache::get_or_render)
+    /// waits while another worker renders the page). **While the function waits, everything else in its worker waits
+    /// too:** no connection is accepted, no other response is sent, `--request-timeout` cannot send its 504, and the
+    /// worker is killed after `--hang-timeout`.
     ///
     /// The function runs on threads until 32 consecutive runs have taken at most 50 µs each. A run of a millisecond or
     /// more moves the function back to the threads, until twice as many consecutive runs have been that quick. A
@@ -300,7 +300,7 @@ where
     }
 }
 
-/// The future returned by [`Blocking`], which resolves to the response.
+/// The future returned by [`Blocking`]. It resolves to the response.
 pub struct BlockingFuture {
     job: Arc<dyn Job>,
     /// Time at which the request is abandoned if no thread has begun it.

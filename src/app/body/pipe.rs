@@ -1,8 +1,8 @@
 //! Passes a request body in chunks from its connection to its reader.
 //!
-//! The pipe is small: when more than [`CAPACITY`] bytes are unread, the connection stops reading
-//! from its socket until there is room, which slows the client to the reader's pace. The reader may
-//! be on another thread (a blocking function); the writer is the connection's task.
+//! The pipe is small: when more than [`CAPACITY`] bytes are unread, the connection stops reading from its socket until
+//! there is room. This slows the client down to the reader's pace. The reader may be on another thread (a blocking
+//! function); the writer is the connection's task.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -34,7 +34,7 @@ impl Frame {
         self.bytes.clone()
     }
 
-    /// Returns the frame for a subscriber to several topics, whose events have their own ids.
+    /// Returns the frame for a subscriber to several topics, which carries the given id.
     pub(super) fn with_id(&self, id: &Cursor) -> Bytes {
         let mut bytes = BytesMut::with_capacity(self.bytes.len() + 21 * id.ids.len());
         put_id(&mut bytes, id);

@@ -135,7 +135,8 @@ impl Event {
 
     /// Sets the event's name, which is the event type that browsers pass to `addEventListener`.
     ///
-    /// The name must not contain control characters and must not be `gap`, which notifies clients of missed events.
+    /// The name must not contain control characters and must not be `gap`: an event with this name notifies clients of
+    /// missed events.
     #[must_use]
     pub fn name(self, name: impl Into<String>) -> Self {
         Self { name: name.into(), ..self }

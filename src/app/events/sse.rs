@@ -125,8 +125,8 @@ impl Sse {
         Self { retry, ..self }
     }
 
-    /// Sets how long a stream may be silent before a comment is sent, which keeps intermediaries from treating the
-    /// connection as dead (default 15 s). Zero disables these comments.
+    /// Sets how long a stream may be silent before a comment is sent (default 15 s). The comments keep intermediaries
+    /// from treating the connection as dead. Zero disables the comments.
     pub fn keep_alive(self, keep_alive: Duration) -> Self {
         Self { keep_alive, ..self }
     }
@@ -383,7 +383,7 @@ impl Stream {
 
 /// Returns a random number from `least` to `most`.
 fn between(least: u64, most: u64) -> u64 {
-    // If no random numbers are available, all clients reconnect at the same time, which is no reason to fail.
+    // If no random numbers are available, all clients reconnect at the same time. This is no reason to fail.
     let random = getrandom::u64().unwrap_or(0);
     least + random % (most - least).saturating_add(1)
 }

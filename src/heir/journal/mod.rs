@@ -183,7 +183,7 @@ impl Journal {
         if region == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // The mapping is zeroed, which is a valid `Region`, page-aligned, and never unmapped.
+        // The mapping is zeroed, page-aligned, and never unmapped. All zeroes are a valid `Region`.
         let region: NonNull<Region> = NonNull::new(region.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         // The kernel must be able to write to the intent record even while the process is being killed. mlock(2) is
         // optional and may fail. SAFETY: the intent record is a part of the mapping.

@@ -37,7 +37,7 @@ impl Listener {
         }
     }
 
-    /// Whether the socket has an abstract name, which is in use as long as any process holds the socket.
+    /// Whether the socket has an abstract name. Such a name is in use as long as any process holds the socket.
     pub(crate) fn is_abstract(&self) -> bool {
         self.is_own() && matches!(self.address, Address::Abstract(_))
     }

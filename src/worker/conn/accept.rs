@@ -224,7 +224,7 @@ impl ReadyListener {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     has_pending.clear_ready();
                     // A sibling may have accepted the connection first. Or the socket is a Unix socket that was shut
-                    // down, which stays ready without a connection.
+                    // down and therefore stays ready without a connection.
                     rung_for_nothing += 1;
                     let is_odd = rung_for_nothing % RUNG_FOR_NOTHING == 0;
                     if is_odd && !self.is_channel && !listen::is_listening(self.listener.as_fd()) {

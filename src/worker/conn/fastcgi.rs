@@ -375,7 +375,7 @@ where
                 }
             }
             FastCgiEvent::Abort { id } => {
-                // Drops the response future, which cancels the application's work.
+                // Dropping the response future cancels the application's work.
                 if let Some(exchange) = self.exchanges.iter_mut().find(|exchange| exchange.id == id) {
                     exchange.app_status = 0;
                     exchange.end(&mut self.outbox);

@@ -4,8 +4,8 @@
 //! transferred at the same time.
 //!
 //! **The last byte of a request is left in the kernel's queue**, peeked at but not read, until the response is
-//! complete. SCGI does not mark the end of a response: the connection simply ends, which also happens when a worker
-//! dies or a body fails. But if a socket has unread bytes when its process closes it or dies, the kernel resets the
+//! complete. SCGI does not mark the end of a response: the connection simply ends, as it also does when a worker dies
+//! or a body fails. But if a socket has unread bytes when its process closes it or dies, the kernel resets the
 //! connection, and the web server reads an error instead of a normal end. This works on Unix sockets and over TCP,
 //! whatever killed the process. (It does not work for a body without an announced length, whose last byte is not
 //! known.)

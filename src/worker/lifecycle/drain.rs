@@ -105,8 +105,8 @@ impl Drain {
 
     /// Returns when the drain has begun and an idle connection has had its time for one more request.
     ///
-    /// A client that has just connected, or has just received a response, may be about to send a request, which would
-    /// fail if its connection were closed.
+    /// A client that has just connected, or has just received a response, may be about to send a request. That request
+    /// would fail if the connection were closed.
     pub(crate) async fn wait_for_last_request(&self) {
         self.wait().await;
         tokio::time::sleep(self.last_request()).await;

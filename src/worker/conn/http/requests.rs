@@ -16,7 +16,7 @@ use crate::heir::journal::{ConnHandle, READ_BUFFER, RequestIndex};
 use crate::request::activity::Activity;
 use crate::worker::conn::under_way::UnderWay;
 
-/// Longest body whose end can be stored as a position, which wraps around.
+/// Longest body whose end can be stored as a position. Positions wrap around.
 const MAX_BODY: u32 = 1 << 30;
 
 pub(super) struct Requests {
