@@ -345,8 +345,8 @@ fn reread(running: &Config, parse: Parse) -> Reread {
     })
 }
 
-/// Binds, maps, preloads, forks and supervises. If a running master is checking whether this build can replace it,
-/// takes only the steps before the first fork.
+/// Binds the sockets, maps the memory, runs the preload, and forks and supervises the workers. If a running master is
+/// checking whether this build can replace it, takes only the steps before the first fork.
 fn serve(
     request: ServeRequest,
     launch: Launch,

@@ -75,7 +75,7 @@ pub fn forwarded(data: &[u8]) {
     assert!(headers.is_empty(), "nothing of it is a client's to say: {headers:?}");
 }
 
-/// Appends an element as proxies do: to the last line with that name, or in a line of its own.
+/// Appends an element as proxies do: to the last line with that name, or in a new line.
 fn append(headers: &mut HeaderMap, name: &'static str, element: &str, same_line: bool) {
     let name = HeaderName::from_static(name);
     if same_line && let Some(last) = headers.get_all(&name).iter().next_back() {

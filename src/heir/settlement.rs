@@ -32,7 +32,7 @@ pub(crate) struct Settlement {
     /// Bytes to write first.
     pub(crate) say: BytesMut,
     pub(crate) then: FinalStep,
-    /// Number of requests that get a 502.
+    /// Number of requests that are answered with 502.
     pub(crate) answered: u32,
     /// Number of requests whose response is cut short, or whose state is unknown.
     pub(crate) cut: u32,

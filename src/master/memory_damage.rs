@@ -2,7 +2,7 @@
 //! once a second and logs damage once; the next reload replaces the memory.
 //!
 //! The workers continue to serve, because they do not trust values in the memory that could harm them. But pages are
-//! not cached, events are not delivered, and the scoreboard is not available. The new generation gets new memory; the
+//! not cached, events are not delivered, and the scoreboard is not available. The new generation uses new memory; the
 //! old workers keep theirs until they have exited.
 //!
 //! This module must not take a lock in the memory, or write to it.

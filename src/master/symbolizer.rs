@@ -72,7 +72,7 @@ impl Symbolizer {
         self.child == Some(pid)
     }
 
-    /// Handles the exit of the child: the next crash gets a new child.
+    /// Handles the exit of the child: a new child is started for the next crash.
     pub(super) fn ended(&mut self, signals: &SignalInbox) {
         self.child = None;
         self.start(signals);

@@ -57,7 +57,7 @@ impl PublishSocket {
         Ok(Some(made))
     }
 
-    /// Binds the socket in a new directory of its own, in the first suitable place.
+    /// Creates a directory for the socket in the first suitable place, and binds the socket there.
     ///
     /// # Errors
     /// Returns a message for the operator if there is no such place.

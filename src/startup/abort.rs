@@ -71,8 +71,8 @@ impl AbortSteps {
     }
 }
 
-/// Runs `preload` with signals unblocked. If `leftovers` is `Some`, TERM, INT and QUIT terminate the process. Blocks the
-/// signals again when `preload` returns.
+/// Runs `preload` with signals unblocked. If `leftovers` is `Some`, SIGTERM, SIGINT and SIGQUIT terminate the process.
+/// Blocks the signals again when `preload` returns.
 pub(crate) fn interruptible<T>(leftovers: Option<Vec<Leftover>>, preload: impl FnOnce() -> T) -> T {
     let armed = leftovers.map(|leftovers| super::abort_signal::AbortHandler::arm(AbortSteps::new(leftovers)));
     sys::unblock_signals();

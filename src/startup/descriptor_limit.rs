@@ -41,8 +41,8 @@ pub(crate) fn check(config: &Config, runs_programs: bool) -> Result<(), String> 
     ))
 }
 
-/// Checks the hard limit, and raises the soft limit if it is too low for the master. Programs get the original soft
-/// limit: [`crate::sys::spawn`].
+/// Checks the hard limit, and raises the soft limit if it is too low for the master. Programs start with the original
+/// soft limit: [`crate::sys::spawn`].
 ///
 /// # Errors
 /// Fails as [`check`] does, or if the limit cannot be raised.

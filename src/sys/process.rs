@@ -95,14 +95,14 @@ pub(crate) fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     }
 }
 
-/// Clones this process, which has one thread. The child gets a copy of the memory and shares the descriptor table, so that a
-/// descriptor that the parent opens or closes later is open or closed in both. The child runs `child` and exits with the status it
-/// returns. Signals stay blocked in the child, and must be blocked in the parent during the call.
+/// Clones this process, which has one thread. The child has a copy of the memory but shares the descriptor table, so
+/// that a descriptor that one process opens or closes later is open or closed in both. The child runs `child` and exits
+/// with the status it returns. Signals stay blocked in the child, and must be blocked in the parent during the call.
 ///
 /// No signal is sent when the child ends, and `wait(2)` does not report the child until the parent is dead and the child has a new
 /// parent.
 ///
-/// The child has the name `name` from its creation on, before it first runs, and a process group of its own.
+/// The child has the name `name` from its creation on, even before it first runs, and it has its own process group.
 ///
 /// # Errors
 /// Returns the error from `clone(2)` or `prctl(2)`.
@@ -112,7 +112,7 @@ pub(crate) fn clone_with_descriptors(name: &CStr, child: impl FnOnce() -> u8) ->
     let own_name = thread_name();
     prctl::set_name(name)?;
     // The system call is used instead of the C library's `fork`, whose handlers would close descriptors that the parent
-    // continues to use. SAFETY: as in `fork`; without a stack of its own the child continues with a copy of this one.
+    // continues to use. SAFETY: as in `fork`; without a separate stack, the child continues on a copy of this one.
     // Every further argument is zero, whatever the order of arguments on this architecture.
     let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES, 0, 0, 0, 0) };
     if pid == 0 {

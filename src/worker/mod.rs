@@ -4,8 +4,8 @@
 //! accept ─▶ http | fastcgi | scgi ─▶ serve (scoreboard, limits, panics) ─▶ the application
 //! ```
 //!
-//! The event loop is a tokio current-thread runtime, created after the fork, on a thread of its own. Because the thread
-//! is new, its thread-local variables are new too: random number generators that keep their state in such variables
+//! The event loop is a tokio current-thread runtime, created after the fork, on its own thread. Because the thread is
+//! new, its thread-local variables are new too: random number generators that keep their state in such variables
 //! (`rand`, `fastrand`, the keys of `HashMap`) are seeded again in each worker, even if they were used before the fork.
 //! The first thread only waits, with all signals but SIGBUS blocked (`sys::block_signals`).
 //!

@@ -108,7 +108,7 @@ impl ConnHandle {
         }
     }
 
-    /// Records the start of a request: from now on the peer must get a response.
+    /// Records the start of a request: from now on, the peer is owed a response.
     pub(crate) fn begin(&self, id: u16, is_head: bool, is_last: bool) -> RequestIndex {
         let Some(record) = self.record() else { return RequestIndex(u8::MAX) };
         let written = record.written.load(Acquire);

@@ -35,7 +35,7 @@ use crate::sys;
 
 /// Number of descriptors that have a record in the journal. A connection with a higher number is closed when its worker dies.
 pub(crate) const MAX_CONNECTIONS: usize = 1 << 16;
-/// Number of requests that one connection's record can hold. Further requests get no response when the worker dies.
+/// Number of requests that one connection's record can hold. Further requests are not answered when the worker dies.
 pub(crate) const REQUESTS: usize = 16;
 
 /// The protocol of a connection, as far as the heir distinguishes protocols.
@@ -125,9 +125,9 @@ unsafe impl Send for Journal {}
 pub(crate) struct RequestRecord {
     /// The request id in FastCGI.
     pub(crate) id: u16,
-    /// The response has no body (`HEAD`).
+    /// Whether the response has no body (`HEAD`).
     pub(crate) is_head: bool,
-    /// The connection closes after this request.
+    /// Whether the connection closes after this request.
     pub(crate) is_last: bool,
     /// The connection's `read` position when the request was entered.
     pub(crate) at: u32,

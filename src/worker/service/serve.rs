@@ -1,4 +1,4 @@
-//! Wraps the application for the connections: every request gets a response.
+//! Wraps the application for the connections: every request is answered.
 //!
 //! For all protocols, this adds to the user's service: the records of a request (`request_guard.rs`), the limit on a
 //! body, the conversion of a panic into a 500 response, and the check of a response's announced length.

@@ -265,7 +265,7 @@ impl Drop for OpenRequest {
 }
 
 /// Returns the length of the head at the beginning of `input`, if it is complete and each of its lines ends in CRLF.
-/// hyper accepts other line endings too.
+/// hyper also accepts other line terminators.
 fn head_length(input: &[u8]) -> Option<u32> {
     let mut from = 0;
     loop {
