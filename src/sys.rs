@@ -1,8 +1,9 @@
 //! Provides safe functions around system calls that need `unsafe`, or that are sound only at one point in the lifetime
 //! of a process.
 //!
-//! Decides nothing: policy is in `master::supervisor`. Other files with `unsafe` are the signal handlers in
-//! `diagnostics/` and `startup/abort_signal.rs`, `logging/`, the heir's journal, and the steps between fork and exec in `privileges/`.
+//! This module contains no policy; see `master::supervisor`. Other files with `unsafe` are the signal handlers in
+//! `diagnostics/` and `startup/abort_signal.rs`, `logging/`, the heir's journal, and the steps between fork and exec in
+//! `privileges/`.
 
 mod descriptors;
 mod environment;

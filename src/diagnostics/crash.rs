@@ -101,8 +101,8 @@ extern "C" fn on_exit() {
     }
 }
 
-/// Whether this module replaces the action. A handler that the application has set is kept, except for SIGSEGV and SIGBUS, for which
-/// the standard library has a handler anyway.
+/// Whether this module replaces the action. A handler that the application has set is kept, except for SIGSEGV and
+/// SIGBUS, for which the standard library has installed a handler in any case.
 fn is_ours_to_take(signal: Signal, action: &ActionOfSignal) -> bool {
     action.is_default() || (!action.is_ignored() && [Signal::SIGSEGV, Signal::SIGBUS].contains(&signal))
 }

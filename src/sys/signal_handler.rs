@@ -87,7 +87,7 @@ impl ActionOfSignal {
     }
 }
 
-/// What the kernel passes to a handler.
+/// The information that the kernel passes to a handler.
 #[derive(Debug)]
 pub(crate) struct Delivery<'a> {
     info: *mut siginfo_t,

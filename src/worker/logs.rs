@@ -53,7 +53,7 @@ async fn follow(files: &LogFiles, channel: Option<OwnedFd>, access_log: Option<&
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
             Ok(false) => return, // the master is dead
             Err(error) => {
-                // For example, no descriptor is free. The new files wait in the channel.
+                // For example, no descriptor is free. The new files stay in the channel.
                 log::error!("cannot switch to the new log files yet: {error}");
                 sleep(RETRY_INTERVAL).await;
             }
