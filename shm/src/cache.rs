@@ -37,7 +37,7 @@ use std::time::Duration;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use self::entry::{Key, NewEntry, Times};
-use self::freshness::{Judge, Moment, Verdict};
+use self::freshness::{Freshness, FreshnessCheck, Moment};
 use self::options::StoreOptions;
 use self::pinned::Pinned;
 use self::prefixes::Prefixes;
@@ -109,15 +109,15 @@ impl Cache {
     /// cannot reuse the page's memory until then. A process can pin 32 pages at a time; beyond that, this function returns copies.
     pub fn pin(&self, key: impl AsRef<[u8]>) -> Option<Pinned> {
         let key = self.key(key.as_ref());
-        let judge = self.judge(Moment::Now(&self.segment))?;
+        let check = self.check(Moment::Now(&self.segment))?;
         let shard = self.shard(self.shard_of(key.hash))?;
-        let (pinned, tries) = shard.look(key, &judge, |sight| match sight.verdict {
-            Verdict::Fresh => {
+        let (pinned, tries) = shard.look(key, &check, |sight| match sight.freshness {
+            Freshness::Fresh => {
                 let pinned = Pinned::new(&self.segment, sight)?;
                 sight.slot.visit();
                 Some(Some(pinned))
             }
-            Verdict::Stale | Verdict::OnError | Verdict::Expired | Verdict::Purged => Some(None),
+            Freshness::Stale | Freshness::OnError | Freshness::Expired | Freshness::Purged => Some(None),
         });
         let pinned = pinned.flatten();
         self.count_look(shard.number, tries, pinned.is_some());
@@ -199,15 +199,15 @@ impl Cache {
     pub(crate) fn get_at(&self, key: &[u8], moment: Moment<'_>, value: &mut Vec<u8>) -> bool {
         value.clear();
         let key = self.key(key);
-        let Some(judge) = self.judge(moment) else { return false };
+        let Some(check) = self.check(moment) else { return false };
         let Some(shard) = self.shard(self.shard_of(key.hash)) else { return false };
-        let (hit, tries) = shard.look(key, &judge, |sight| match sight.verdict {
-            Verdict::Fresh => {
+        let (hit, tries) = shard.look(key, &check, |sight| match sight.freshness {
+            Freshness::Fresh => {
                 copy_value(sight, value)?;
                 sight.slot.visit();
                 Some(true)
             }
-            Verdict::Stale | Verdict::OnError | Verdict::Expired | Verdict::Purged => Some(false),
+            Freshness::Stale | Freshness::OnError | Freshness::Expired | Freshness::Purged => Some(false),
         });
         let hit = hit == Some(true);
         if !hit {
@@ -225,7 +225,7 @@ impl Cache {
         rendering: &Rendering<'_>,
         now_ms: u64,
     ) -> Result<(), StoreError> {
-        let judge = self.judge(Moment::At(now_ms)).ok_or(StoreError::Off)?;
+        let check = self.check(Moment::At(now_ms)).ok_or(StoreError::Off)?;
         let PurgeSnapshot(now) = self.clock();
         let key = self.key(key);
         let mut tags: Vec<u64> = options.tags.iter().map(|tag| self.tag(tag)).collect();
@@ -259,7 +259,7 @@ impl Cache {
                 return Ok(Stored::Yes);
             }
             // This is checked under the lock, so a purge that is issued later also removes this entry.
-            if judge.is_outdated(key, &tags, new.times.snapshot) {
+            if check.is_outdated(key, &tags, new.times.snapshot) {
                 add(&shard.shard.counters().outdated, 1);
                 if let Some(clock) = self.tag_clock() {
                     clock.finish(tags.iter().copied().chain([key.hash]));
@@ -269,11 +269,11 @@ impl Cache {
                 // return a page other than the last one set.
                 if let Some(old) = shard.find(key)? {
                     shard.remove(&old)?;
-                    shard.count_drop(Verdict::Purged, old.place.ring);
+                    shard.count_drop(Freshness::Purged, old.place.ring);
                 }
                 return Ok(Stored::Yes);
             }
-            shard.insert(&new, size, &judge)
+            shard.insert(&new, size, &check)
         });
         match done {
             Ok(Stored::Yes) => Ok(()),
@@ -282,13 +282,13 @@ impl Cache {
     }
 
     fn purge_at(&self, key: &[u8], now_ms: u64) -> bool {
-        let Some(judge) = self.judge(Moment::At(now_ms)) else { return false };
+        let Some(check) = self.check(Moment::At(now_ms)) else { return false };
         let key = self.key(key);
         let was_good = self.with_shard(key.hash, |shard| {
             let Some(found) = shard.find(key)? else { return Ok(false) };
-            let good = judge.verdict(&found.entry) == Verdict::Fresh;
+            let good = check.freshness_of(&found.entry) == Freshness::Fresh;
             shard.remove(&found)?;
-            shard.count_drop(Verdict::Purged, found.place.ring);
+            shard.count_drop(Freshness::Purged, found.place.ring);
             Ok(good)
         });
         if let Some(clock) = self.tag_clock() {
@@ -297,11 +297,11 @@ impl Cache {
         was_good.unwrap_or(false)
     }
 
-    /// Returns the judge of entries at `moment`, or `None` if there is no cache or if its file was truncated.
-    pub(crate) fn judge<'a>(&'a self, moment: Moment<'a>) -> Option<Judge<'a>> {
+    /// Returns the check of entries at `moment`, or `None` if there is no cache or if its file was truncated.
+    pub(crate) fn check<'a>(&'a self, moment: Moment<'a>) -> Option<FreshnessCheck<'a>> {
         let is_there = self.segment.geometry.shards > 0 && !self.segment.map.is_lost();
         let header = self.segment.header().filter(|_| is_there)?;
-        Some(Judge { moment, inner: &self.segment, header })
+        Some(FreshnessCheck { moment, inner: &self.segment, header })
     }
 
     pub(crate) fn tag_clock(&self) -> Option<TagClock<'_>> {

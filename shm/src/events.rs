@@ -21,7 +21,7 @@
 //!   timeout should therefore be short.
 //!
 //! The files: [`publish`] writes, and [`read`] reads. [`topics`] is the table of topics. [`ring`] defines the record format that both use.
-//! [`bell`] and [`told`] are protocols between processes, which are also tested with loom. [`audit`] is for tests.
+//! [`bell`] and [`latest_event`] are protocols between processes, which are also tested with loom. [`audit`] is for tests.
 //!
 //! # Reading without gaps
 //! To read all events of a topic after some id, and then each new event, a reader first takes a [`Tail`] and then calls [`Events::since`].

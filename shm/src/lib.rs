@@ -55,7 +55,7 @@
 //!
 //! `memory/layout.rs` defines the byte layout, which assertions check. All positions are offsets; the segment contains no pointers. Each
 //! protocol between processes is in its own file in `protocols/`, without system calls, so that the model checker loom can run it too:
-//! `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `bell.rs`, `told.rs`.
+//! `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `bell.rs`, `latest_event.rs`.
 //!
 //! # Locks
 //! There are three kinds of locks: one lock per shard, one for the prefix table, and one for the event log. No process holds two locks at

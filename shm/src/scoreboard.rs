@@ -25,7 +25,7 @@ use std::time::Duration;
 use self::surplus::Surplus;
 pub use self::text::request_text;
 pub use self::thread_slot::{Before, ThreadSlot};
-use self::thread_slot::{KNOWN, NOBODY};
+use self::thread_slot::{CULPRIT_KNOWN, NO_REQUEST};
 use crate::memory::SharedMemory;
 use crate::memory::clock::monotonic_ms;
 use crate::memory::layout::{CELLS, Cell, ROW_BYTES, RowCells};
@@ -537,7 +537,7 @@ impl Snapshot {
         let cells = row.cells.iter().enumerate();
         let mut serving: Vec<Serving> = cells.filter_map(|(index, cell)| cell.read(index, now_ms)).collect();
         let found = row.culprit.stamp_ms.load(Ordering::Acquire);
-        let culprit = (found == KNOWN).then(|| row.culprit.text.read()).filter(|text| !text.is_empty());
+        let culprit = (found == CULPRIT_KNOWN).then(|| row.culprit.text.read()).filter(|text| !text.is_empty());
         let threads = row.threads.iter().filter_map(|thread_slot| thread_slot.read(row));
         let busy_ms = row.busy_ms.load(Ordering::Relaxed);
         serving.sort_by_key(|request| std::cmp::Reverse(request.since));
@@ -555,7 +555,7 @@ impl Snapshot {
             streams: row.streams.load(Ordering::Relaxed),
             serving,
             culprit,
-            no_culprit: found == NOBODY,
+            no_culprit: found == NO_REQUEST,
             running: threads.filter(|text| !text.is_empty()).collect(),
             all_running: row.registered_threads.load(Ordering::Relaxed) as usize <= row.threads.len(),
             hung_threads: hung & !ALL_HANG,

@@ -35,6 +35,8 @@ mod crash {
 
 #[path = "../src/protocols/bell.rs"]
 mod bell;
+#[path = "../src/protocols/latest_event.rs"]
+mod latest_event;
 #[path = "../src/protocols/lease.rs"]
 #[expect(dead_code, reason = "deadlines and marks do not concern memory ordering: lease_tests.rs")]
 mod lease;
@@ -45,8 +47,6 @@ mod lock;
 mod pin;
 #[path = "../src/protocols/purge.rs"]
 mod purge;
-#[path = "../src/protocols/told.rs"]
-mod told;
 
 #[path = "protocols/events.rs"]
 mod events;

@@ -76,7 +76,7 @@ pub(crate) fn forget(cell: usize) {
 pub(crate) fn accuse() {
     match (THREAD_SLOT.get(), BEAT.get()) {
         (Some(slot), _) => slot.accuse(),
-        (None, Some(beat)) => beat.accuse_nobody(),
+        (None, Some(beat)) => beat.accuse_no_request(),
         (None, None) => {}
     }
 }

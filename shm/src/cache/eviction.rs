@@ -23,7 +23,7 @@
 use std::sync::atomic::{Ordering, fence};
 
 use super::entry::Entry;
-use super::freshness::{Judge, Verdict};
+use super::freshness::{Freshness, FreshnessCheck};
 use super::ghosts;
 use super::index::{Place, Ring, Slot};
 use super::shard::{Corrupt, LockedShard, add};
@@ -83,11 +83,11 @@ impl Budget {
 impl LockedShard<'_> {
     /// Returns a position at a ring's head for a record of `size` bytes. The bytes at the position are free, contiguous and not pinned.
     /// Returns `None` if pins leave no such position.
-    pub(crate) fn place(&mut self, ring: Ring, size: u64, judge: &Judge<'_>) -> Result<Option<u64>, Corrupt> {
+    pub(crate) fn place(&mut self, ring: Ring, size: u64, check: &FreshnessCheck<'_>) -> Result<Option<u64>, Corrupt> {
         let bytes = self.shard.bytes(ring);
         for _ in 0..JUMPS {
             let (_, head) = self.bounds(ring)?;
-            self.make_room(ring, bytes.pad_before(head, size) + size, judge)?;
+            self.make_room(ring, bytes.pad_before(head, size) + size, check)?;
             let (floor, head) = self.bounds(ring)?;
             let pad = bytes.pad_before(head, size);
             if head + pad + size > floor + bytes.len {
@@ -98,21 +98,21 @@ impl LockedShard<'_> {
                     self.pad(ring, head, pad)?;
                     return Ok(Some(head + pad));
                 }
-                Some(obstacle) => self.jump_over(ring, obstacle, judge)?,
+                Some(obstacle) => self.jump_over(ring, obstacle, check)?,
             }
         }
         Ok(None)
     }
 
     /// Moves the head past a pinned entry.
-    fn jump_over(&mut self, ring: Ring, obstacle: Obstacle, judge: &Judge<'_>) -> Result<(), Corrupt> {
+    fn jump_over(&mut self, ring: Ring, obstacle: Obstacle, check: &FreshnessCheck<'_>) -> Result<(), Corrupt> {
         self.suspect(obstacle.member);
         let bytes = self.shard.bytes(ring);
         let (_, head) = self.bounds(ring)?;
         // The obstacle may extend beyond the end of the ring, but a record cannot.
         let to_end = bytes.len - head % bytes.len;
         let skip = (obstacle.end.saturating_sub(head)).min(to_end);
-        self.make_room(ring, skip, judge)?;
+        self.make_room(ring, skip, check)?;
         let (floor, moved) = self.bounds(ring)?;
         // The size of the obstacle is rounded up, so the skip may end inside the next entry. If the next entry was pinned before the floor
         // was raised above it, the next attempt skips all of it.
@@ -134,7 +134,7 @@ impl LockedShard<'_> {
     }
 
     /// Raises a ring's floor until `need` bytes are free above its head.
-    fn make_room(&mut self, ring: Ring, need: u64, judge: &Judge<'_>) -> Result<(), Corrupt> {
+    fn make_room(&mut self, ring: Ring, need: u64, check: &FreshnessCheck<'_>) -> Result<(), Corrupt> {
         if self.has_room(ring, need)? {
             return Ok(());
         }
@@ -149,7 +149,7 @@ impl LockedShard<'_> {
             if at == head || head + goal <= at + len {
                 break;
             }
-            at = self.pass(ring, at, judge, &mut budget)?;
+            at = self.pass(ring, at, check, &mut budget)?;
         }
         self.raise_floor(ring, at)
     }
@@ -176,7 +176,7 @@ impl LockedShard<'_> {
     }
 
     /// Drops, moves or evicts the record at `at`. Everything below `at` must already be free. Returns the position of the next record.
-    fn pass(&mut self, ring: Ring, at: u64, judge: &Judge<'_>, budget: &mut Budget) -> Result<u64, Corrupt> {
+    fn pass(&mut self, ring: Ring, at: u64, check: &FreshnessCheck<'_>, budget: &mut Budget) -> Result<u64, Corrupt> {
         let bytes = self.shard.bytes(ring);
         let record = bytes.record(at).ok_or(Corrupt)?;
         let (_, head) = self.bounds(ring)?;
@@ -186,7 +186,7 @@ impl LockedShard<'_> {
         if record.is_entry {
             let entry = bytes.entry(at).ok_or(Corrupt)?;
             if let Some(slot) = self.slot_of(&entry, Place { ring, position: at }) {
-                self.retire(ring, slot, &entry, at, judge, budget)?;
+                self.retire(ring, slot, &entry, at, check, budget)?;
             }
         }
         Ok(at + record.size)
@@ -199,18 +199,18 @@ impl LockedShard<'_> {
         slot: Slot<'_>,
         entry: &Entry<'_>,
         at: u64,
-        judge: &Judge<'_>,
+        check: &FreshnessCheck<'_>,
         budget: &mut Budget,
     ) -> Result<(), Corrupt> {
-        let verdict = judge.verdict(entry);
+        let freshness = check.freshness_of(entry);
         let visits = slot.visits.load(Ordering::Relaxed);
         let from = Place { ring, position: at };
         let counters = self.shard.counters();
-        if verdict.keeps() {
+        if freshness.keeps() {
             let heavy = self.dead_weight(ring, at)? > self.shard.bytes(ring).len / DEAD_SHARE;
             let kept = match ring {
                 Ring::Small if visits >= PROMOTION || self.is_not_full(Ring::Main, entry.size)? => {
-                    budget.take(entry.size) && self.promote(slot, entry, from, judge)?
+                    budget.take(entry.size) && self.promote(slot, entry, from, check)?
                 }
                 Ring::Main if visits > 0 => {
                     budget.take(entry.size) && self.send_to_head(slot, entry, from, visits - 1)?
@@ -224,13 +224,13 @@ impl LockedShard<'_> {
                 return Ok(());
             }
         }
-        if ring == Ring::Small && verdict == Verdict::Fresh {
+        if ring == Ring::Small && freshness == Freshness::Fresh {
             ghosts::remember(self.shard.ghosts(), &self.shard.head.ghost_seq, entry.hash());
         }
         let mut books = self.shard.books();
         books.subtract(ring, entry.size)?;
         self.change_slot(slot, 0, books);
-        self.count_drop(verdict, ring);
+        self.count_drop(freshness, ring);
         Ok(())
     }
 
@@ -243,8 +243,14 @@ impl LockedShard<'_> {
     }
 
     /// Copies an entry from the small ring to the main ring. Returns `false` if there is no room.
-    fn promote(&mut self, slot: Slot<'_>, entry: &Entry<'_>, from: Place, judge: &Judge<'_>) -> Result<bool, Corrupt> {
-        let Some(position) = self.place(Ring::Main, entry.size, judge)? else { return Ok(false) };
+    fn promote(
+        &mut self,
+        slot: Slot<'_>,
+        entry: &Entry<'_>,
+        from: Place,
+        check: &FreshnessCheck<'_>,
+    ) -> Result<bool, Corrupt> {
+        let Some(position) = self.place(Ring::Main, entry.size, check)? else { return Ok(false) };
         self.copy_to(slot, entry, from, Place { ring: Ring::Main, position }, 0)?;
         add(&self.shard.counters().promoted, 1);
         Ok(true)
@@ -365,7 +371,7 @@ impl LockedShard<'_> {
     }
 
     /// Raises the floors over dead records, and moves some live entries if dead bytes take up too much of a ring. Called by the sweep.
-    pub(crate) fn tidy(&mut self, judge: &Judge<'_>) -> Result<(), Corrupt> {
+    pub(crate) fn tidy(&mut self, check: &FreshnessCheck<'_>) -> Result<(), Corrupt> {
         for ring in Ring::BOTH {
             let mut budget = Budget::new(0);
             let (floor, end) = self.bounds(ring)?;
@@ -375,7 +381,7 @@ impl LockedShard<'_> {
                 let heavy = self.dead_weight(ring, at)? > self.shard.bytes(ring).len / DEAD_SHARE;
                 if record.is_entry
                     && self.is_live(ring, at)?
-                    && !(heavy && self.rotate(ring, at, judge, &mut budget)?)
+                    && !(heavy && self.rotate(ring, at, check, &mut budget)?)
                 {
                     break;
                 }
@@ -392,10 +398,16 @@ impl LockedShard<'_> {
     }
 
     /// Moves a live entry from the floor to the head and keeps its visits. Returns `false` if that is not possible.
-    fn rotate(&mut self, ring: Ring, at: u64, judge: &Judge<'_>, budget: &mut Budget) -> Result<bool, Corrupt> {
+    fn rotate(
+        &mut self,
+        ring: Ring,
+        at: u64,
+        check: &FreshnessCheck<'_>,
+        budget: &mut Budget,
+    ) -> Result<bool, Corrupt> {
         let entry = self.shard.bytes(ring).entry(at).ok_or(Corrupt)?;
         let Some(slot) = self.slot_of(&entry, Place { ring, position: at }) else { return Ok(true) };
-        if !judge.verdict(&entry).keeps() || !budget.take(entry.size) {
+        if !check.freshness_of(&entry).keeps() || !budget.take(entry.size) {
             return Ok(false);
         }
         let visits = slot.visits.load(Ordering::Relaxed);

@@ -12,7 +12,7 @@ use crate::memory::layout::SegmentHead;
 
 /// The current time, and the purges that entries are checked against.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Judge<'a> {
+pub(crate) struct FreshnessCheck<'a> {
     pub(crate) moment: Moment<'a>,
     pub(crate) inner: &'a SharedMemory,
     pub(crate) header: &'a SegmentHead,
@@ -36,7 +36,7 @@ impl Moment<'_> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum Freshness {
     Fresh,
     /// Expired, but may be served while it is being rendered again.
     Stale,
@@ -46,23 +46,23 @@ pub(crate) enum Verdict {
     Purged,
 }
 
-impl Verdict {
+impl Freshness {
     /// Whether the entry may still be served under some condition.
     pub(crate) fn keeps(self) -> bool {
         match self {
-            Verdict::Fresh | Verdict::Stale | Verdict::OnError => true,
-            Verdict::Expired | Verdict::Purged => false,
+            Freshness::Fresh | Freshness::Stale | Freshness::OnError => true,
+            Freshness::Expired | Freshness::Purged => false,
         }
     }
 }
 
-impl Judge<'_> {
-    pub(crate) fn verdict(&self, entry: &Entry<'_>) -> Verdict {
+impl FreshnessCheck<'_> {
+    pub(crate) fn freshness_of(&self, entry: &Entry<'_>) -> Freshness {
         let times = entry.times();
         if self.is_purged(entry, times.snapshot) {
-            Verdict::Purged
+            Freshness::Purged
         } else if times.expires_ms == 0 {
-            Verdict::Fresh
+            Freshness::Fresh
         } else {
             freshness(&times, self.moment.ms())
         }
@@ -99,17 +99,17 @@ impl Judge<'_> {
     }
 }
 
-/// Returns the verdict based on an entry's times alone.
-pub(crate) fn freshness(times: &Times, now_ms: u64) -> Verdict {
+/// Returns the freshness based on an entry's times alone.
+pub(crate) fn freshness(times: &Times, now_ms: u64) -> Freshness {
     let until = |grace_ms: u32| times.expires_ms.saturating_add(grace_ms.into());
     if times.expires_ms == 0 || now_ms < times.expires_ms {
-        Verdict::Fresh
+        Freshness::Fresh
     } else if now_ms < until(times.stale_ms) {
-        Verdict::Stale
+        Freshness::Stale
     } else if now_ms < until(times.error_ms) {
-        Verdict::OnError
+        Freshness::OnError
     } else {
-        Verdict::Expired
+        Freshness::Expired
     }
 }
 
@@ -122,9 +122,9 @@ mod tests {
         let times =
             |expires_ms| Times { snapshot: 0, stored_ms: 0, expires_ms, stale_ms: 10, error_ms: 30, cost_ms: 0 };
         let at = |now_ms| freshness(&times(100), now_ms);
-        assert_eq!([at(99), at(100), at(109)], [Verdict::Fresh, Verdict::Stale, Verdict::Stale]);
-        assert_eq!([at(110), at(129), at(130)], [Verdict::OnError, Verdict::OnError, Verdict::Expired]);
-        assert_eq!(freshness(&times(0), u64::MAX), Verdict::Fresh);
-        assert_eq!(freshness(&times(u64::MAX), u64::MAX), Verdict::Expired);
+        assert_eq!([at(99), at(100), at(109)], [Freshness::Fresh, Freshness::Stale, Freshness::Stale]);
+        assert_eq!([at(110), at(129), at(130)], [Freshness::OnError, Freshness::OnError, Freshness::Expired]);
+        assert_eq!(freshness(&times(0), u64::MAX), Freshness::Fresh);
+        assert_eq!(freshness(&times(u64::MAX), u64::MAX), Freshness::Expired);
     }
 }

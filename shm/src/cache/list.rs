@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::entry::Entry;
-use super::freshness::{Moment, Verdict};
+use super::freshness::{Freshness, Moment};
 use super::index::Place;
 use super::shard::Shard;
 use crate::cache::Cache;
@@ -46,7 +46,7 @@ impl Cache {
     pub fn list(&self, prefix: impl AsRef<[u8]>, most: usize) -> Vec<EntryInfo> {
         let prefix = prefix.as_ref();
         let now_ms = self.segment.now_ms();
-        let list = |entry: &Entry<'_>, verdict, holds: &dyn Fn() -> bool| {
+        let list = |entry: &Entry<'_>, freshness, holds: &dyn Fn() -> bool| {
             if !entry.key_starts_with(prefix) || !holds() {
                 return None;
             }
@@ -59,7 +59,7 @@ impl Cache {
                 len: entry.value_len,
                 age: Duration::from_millis(now_ms.saturating_sub(times.stored_ms)),
                 left: (times.expires_ms != 0).then_some(Duration::from_millis(left)),
-                stale: verdict != Verdict::Fresh,
+                stale: freshness != Freshness::Fresh,
                 tags: entry.tag_count,
             })
         };
@@ -84,17 +84,17 @@ impl Cache {
     fn survey<R>(
         &self,
         now_ms: u64,
-        look: impl Fn(&Entry<'_>, Verdict, &dyn Fn() -> bool) -> Option<R>,
+        look: impl Fn(&Entry<'_>, Freshness, &dyn Fn() -> bool) -> Option<R>,
     ) -> impl Iterator<Item = R> {
-        let judge = self.judge(Moment::At(now_ms));
+        let check = self.check(Moment::At(now_ms));
         let largest = self.segment.geometry.max_record;
         let places = self.shards().flat_map(|shard| places(shard).map(move |place| (shard, place)));
         places.filter_map(move |(shard, place)| {
             let holds = || shard.holds(place);
             let entry = shard.bytes(place.ring).entry(place.position).filter(|entry| entry.size <= largest)?;
-            let verdict = judge.as_ref()?.verdict(&entry);
-            let result = look(&entry, verdict, &holds);
-            result.filter(|_| verdict.keeps() && holds())
+            let freshness = check.as_ref()?.freshness_of(&entry);
+            let result = look(&entry, freshness, &holds);
+            result.filter(|_| freshness.keeps() && holds())
         })
     }
 }

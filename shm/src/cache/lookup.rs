@@ -1,11 +1,11 @@
-//! Looks up the entry of a key with its verdict, times and tags, for rendering and for pages composed of fragments.
+//! Looks up the entry of a key with its freshness, times and tags, for rendering and for pages composed of fragments.
 //!
 //! Must not count lookups, or decide what is served.
 
 use std::sync::atomic::Ordering;
 
 use super::entry::{Key, Times};
-use super::freshness::{Moment, Verdict};
+use super::freshness::{Freshness, Moment};
 use super::read::Sight;
 use super::value::{CacheValue, copy_parts};
 use crate::cache::Cache;
@@ -14,7 +14,7 @@ use crate::cache::Cache;
 #[derive(Debug)]
 pub(crate) struct Lookup<V> {
     pub(crate) value: V,
-    pub(crate) verdict: Verdict,
+    pub(crate) freshness: Freshness,
     pub(crate) times: Times,
     /// Empty unless requested.
     pub(crate) tags: Vec<u64>,
@@ -34,22 +34,22 @@ impl Cache {
         key: Key<'_>,
         now_ms: u64,
         tags: Tags,
-        wanted: impl Fn(Verdict, &Times) -> bool,
+        wanted: impl Fn(Freshness, &Times) -> bool,
     ) -> (Option<Lookup<V>>, usize) {
-        let Some(judge) = self.judge(Moment::At(now_ms)) else { return (None, 0) };
+        let Some(check) = self.check(Moment::At(now_ms)) else { return (None, 0) };
         let Some(shard) = self.shard(self.shard_of(key.hash)) else { return (None, 0) };
-        let (found, tries) = shard.look(key, &judge, |sight| {
+        let (found, tries) = shard.look(key, &check, |sight| {
             let times = sight.entry.times();
-            if !wanted(sight.verdict, &times) {
+            if !wanted(sight.freshness, &times) {
                 return Some(None);
             }
             let (meta, value) = copy_parts(sight)?;
             let tags = if tags == Tags::Wanted { copy_tags(sight)? } else { Vec::new() };
             sight.slot.visit();
-            Some(Some((meta, value, sight.verdict, times, tags)))
+            Some(Some((meta, value, sight.freshness, times, tags)))
         });
-        let lookup = found.flatten().and_then(|(meta, value, verdict, times, tags)| {
-            Some(Lookup { value: V::from_parts(&meta, value)?, verdict, times, tags })
+        let lookup = found.flatten().and_then(|(meta, value, freshness, times, tags)| {
+            Some(Lookup { value: V::from_parts(&meta, value)?, freshness, times, tags })
         });
         (lookup, tries)
     }

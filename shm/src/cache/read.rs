@@ -12,7 +12,7 @@
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::entry::{Entry, Key};
-use super::freshness::{Judge, Verdict};
+use super::freshness::{Freshness, FreshnessCheck};
 use super::index::{Place, Slot};
 use super::shard::Shard;
 
@@ -26,7 +26,7 @@ pub(crate) struct Sight<'s, 'a> {
     pub(crate) slot: Slot<'a>,
     pub(crate) place: Place,
     pub(crate) entry: Entry<'a>,
-    pub(crate) verdict: Verdict,
+    pub(crate) freshness: Freshness,
 }
 
 impl<'a> Shard<'a> {
@@ -38,7 +38,7 @@ impl<'a> Shard<'a> {
     pub(crate) fn look<R>(
         &self,
         key: Key<'_>,
-        judge: &Judge<'_>,
+        check: &FreshnessCheck<'_>,
         mut take: impl FnMut(&Sight<'_, 'a>) -> Option<R>,
     ) -> (Option<R>, usize) {
         for tries in 0..TRIES {
@@ -53,8 +53,8 @@ impl<'a> Shard<'a> {
                 let found = self.bytes(place.ring).entry(place.position);
                 let largest = self.inner.geometry.max_record;
                 let taken = found.filter(|entry| entry.size <= largest && entry.is_for(key)).and_then(|entry| {
-                    let verdict = judge.verdict(&entry);
-                    take(&Sight { shard: self, slot, place, entry, verdict })
+                    let freshness = check.freshness_of(&entry);
+                    take(&Sight { shard: self, slot, place, entry, freshness })
                 });
                 let holds = self.holds(place);
                 passed |= !holds;

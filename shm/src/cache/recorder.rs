@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::entry::Key;
-use super::freshness::Verdict;
+use super::freshness::Freshness;
 use super::lookup::{Lookup, Tags};
 use super::options::StoreOptions;
 use super::refused::StoreError;
@@ -118,7 +118,7 @@ impl Recorder {
     pub fn get(&self, key: impl AsRef<[u8]>) -> Option<Vec<u8>> {
         let cache = &self.shared.cache;
         let key = cache.key(key.as_ref());
-        let fresh = |verdict, _: &_| verdict == Verdict::Fresh;
+        let fresh = |freshness, _: &_| freshness == Freshness::Fresh;
         let (page, tries): (Option<Lookup<Vec<u8>>>, _) =
             cache.lookup(key, cache.segment.now_ms(), Tags::Wanted, fresh);
         cache.count_look(cache.shard_of(key.hash), tries, page.is_some());

@@ -23,7 +23,7 @@ use std::sync::atomic::Ordering;
 use super::claim::{Claimed, Here, Lease, Ticket};
 use super::early;
 use super::entry::{Key, Times};
-use super::freshness::Verdict;
+use super::freshness::Freshness;
 use super::lookup::{Lookup, Tags};
 use super::options::StoreOptions;
 use super::recorder::{Loan, Recorder};
@@ -217,7 +217,9 @@ impl<'a> Request<'a> {
         // therefore ends.
         let turn = cell.turn.load(Ordering::Acquire);
         match self.look(now_ms) {
-            Some(page) if self.is_good(page.verdict, &page.times) && !self.is_early(&page, now_ms) => Step::Serve(page),
+            Some(page) if self.is_good(page.freshness, &page.times) && !self.is_early(&page, now_ms) => {
+                Step::Serve(page)
+            }
             found => self.try_for_lease(cell, turn, now_ms, found),
         }
     }
@@ -248,7 +250,7 @@ impl<'a> Request<'a> {
         let now_ms = self.cache.segment.now_ms();
         let page = self.look(now_ms).filter(|page: &Lookup<V>| {
             let new = found.is_none_or(|found| found.times != page.times);
-            new && self.is_good(page.verdict, &page.times) && !self.is_early(page, now_ms)
+            new && self.is_good(page.freshness, &page.times) && !self.is_early(page, now_ms)
         });
         page.map_or(Step::Render(Some(lease)), Step::Serve)
     }
@@ -273,10 +275,10 @@ impl<'a> Request<'a> {
 
     /// Returns the page, if it can be served now.
     fn look<V: CacheValue>(&self, now_ms: u64) -> Option<Lookup<V>> {
-        self.look_for(now_ms, |verdict, times| verdict == Verdict::Stale || self.is_good(verdict, times))
+        self.look_for(now_ms, |freshness, times| freshness == Freshness::Stale || self.is_good(freshness, times))
     }
 
-    fn look_for<V: CacheValue>(&self, now_ms: u64, wanted: impl Fn(Verdict, &Times) -> bool) -> Option<Lookup<V>> {
+    fn look_for<V: CacheValue>(&self, now_ms: u64, wanted: impl Fn(Freshness, &Times) -> bool) -> Option<Lookup<V>> {
         let tags = if self.within.is_some() { Tags::Wanted } else { Tags::Unwanted };
         let (page, retries) = self.cache.lookup(self.key, now_ms, tags, wanted);
         self.retries.set(self.retries.get() + retries);
@@ -284,22 +286,24 @@ impl<'a> Request<'a> {
     }
 
     /// Whether a page can be served as fresh.
-    fn is_good(&self, verdict: Verdict, times: &Times) -> bool {
-        match verdict {
-            Verdict::Fresh => true,
+    fn is_good(&self, freshness: Freshness, times: &Times) -> bool {
+        match freshness {
+            Freshness::Fresh => true,
             // The page was rendered while this caller was waiting, but expired before the caller woke up.
-            Verdict::Stale | Verdict::OnError | Verdict::Expired => self.waited && times.stored_ms >= self.began_ms,
-            Verdict::Purged => false,
+            Freshness::Stale | Freshness::OnError | Freshness::Expired => {
+                self.waited && times.stored_ms >= self.began_ms
+            }
+            Freshness::Purged => false,
         }
     }
 
     fn is_early<V>(&self, page: &Lookup<V>, now_ms: u64) -> bool {
-        page.verdict == Verdict::Fresh
+        page.freshness == Freshness::Fresh
             && self.options.early.is_some_and(|beta| early::is_early(&page.times, now_ms, beta, early::random))
     }
 
     fn serve<V>(&self, page: Lookup<V>) -> Cached<V> {
-        let good = self.is_good(page.verdict, &page.times);
+        let good = self.is_good(page.freshness, &page.times);
         self.count(if good { Seen::Hit } else { Seen::Stale });
         if let Some(recorder) = self.within {
             recorder.borrow(self.key, page.tags, page.times.expires_ms);
@@ -328,7 +332,7 @@ impl<'a> Request<'a> {
             Err(error) => {
                 // The lease is released now, so that waiting callers do not have to wait for the lookup below.
                 drop(work);
-                let page = self.look_for(self.cache.segment.now_ms(), |verdict, _| verdict.keeps());
+                let page = self.look_for(self.cache.segment.now_ms(), |freshness, _| freshness.keeps());
                 page.map(|page| self.serve(page)).ok_or(error).inspect_err(|_| self.count(Seen::Miss))
             }
         }

@@ -18,7 +18,7 @@
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::entry::{Bytes, Entry, Key, NewEntry};
-use super::freshness::{Judge, Verdict};
+use super::freshness::{Freshness, FreshnessCheck};
 use super::ghosts;
 use super::index::{Index, Place, Ring, Slot};
 use crate::crash::{self, Recovery};
@@ -301,13 +301,18 @@ impl<'a> LockedShard<'a> {
     }
 
     /// Stores an entry of `size` bytes, replacing the entry stored under its key.
-    pub(crate) fn insert(&mut self, new: &NewEntry<'_>, size: u64, judge: &Judge<'_>) -> Result<Stored, Corrupt> {
+    pub(crate) fn insert(
+        &mut self,
+        new: &NewEntry<'_>,
+        size: u64,
+        check: &FreshnessCheck<'_>,
+    ) -> Result<Stored, Corrupt> {
         let mut ring = self.ring_for(new.key, size)?;
-        let mut position = self.place(ring, size, judge)?;
+        let mut position = self.place(ring, size, check)?;
         if position.is_none() && ring == Ring::Small {
             // A few readers can pin the entire small ring.
             ring = Ring::Main;
-            position = self.place(ring, size, judge)?;
+            position = self.place(ring, size, check)?;
         }
         let Some(position) = position else { return Ok(Stored::NoRoom) };
         self.shard.bytes(ring).write_entry(position, new, size).ok_or(Corrupt)?;
@@ -340,14 +345,14 @@ impl<'a> LockedShard<'a> {
         Ok(())
     }
 
-    /// Counts an entry that is dropped, by its verdict and ring.
-    pub(crate) fn count_drop(&self, verdict: Verdict, ring: Ring) {
+    /// Counts an entry that is dropped, by its freshness and ring.
+    pub(crate) fn count_drop(&self, freshness: Freshness, ring: Ring) {
         let counters = self.shard.counters();
-        let counter = match (verdict, ring) {
-            (Verdict::Expired, _) => &counters.expired,
-            (Verdict::Purged, _) => &counters.purged,
-            (Verdict::Fresh | Verdict::Stale | Verdict::OnError, Ring::Small) => &counters.evicted_small,
-            (Verdict::Fresh | Verdict::Stale | Verdict::OnError, Ring::Main) => &counters.evicted_main,
+        let counter = match (freshness, ring) {
+            (Freshness::Expired, _) => &counters.expired,
+            (Freshness::Purged, _) => &counters.purged,
+            (Freshness::Fresh | Freshness::Stale | Freshness::OnError, Ring::Small) => &counters.evicted_small,
+            (Freshness::Fresh | Freshness::Stale | Freshness::OnError, Ring::Main) => &counters.evicted_main,
         };
         add(counter, 1);
     }

@@ -8,7 +8,7 @@
 use std::sync::atomic::Ordering;
 
 use super::entry::Entry;
-use super::freshness::{Judge, Moment, Verdict};
+use super::freshness::{Freshness, FreshnessCheck, Moment};
 use super::index::{Place, Slot};
 use super::prefixes::{Prefixes, Purge};
 use super::shard::{Corrupt, LockedShard, Shard};
@@ -56,25 +56,25 @@ impl Cache {
         for purge in prefixes.unswept() {
             self.sweep_prefix(&purge);
         }
-        let Some(judge) = self.judge(Moment::At(now_ms)) else { return };
+        let Some(check) = self.check(Moment::At(now_ms)) else { return };
         for shard in self.shards() {
             let slots = shard.index.len();
             let part = (slots / rounds.max(1)).max(FEWEST).min(slots);
             let from = shard.head.sweep_at.load(Ordering::Relaxed) % slots.max(1);
-            self.remove_from(&shard, from, part, |sight| !judge.verdict(&sight).keeps(), &judge);
+            self.remove_from(&shard, from, part, |sight| !check.freshness_of(&sight).keeps(), &check);
             shard.head.sweep_at.store(from + part, Ordering::Relaxed);
-            let _ = self.with_shard_at(shard.number, |shard| shard.tidy(&judge));
+            let _ = self.with_shard_at(shard.number, |shard| shard.tidy(&check));
         }
     }
 
     /// Removes the pages affected by a purge by prefix, and marks the purge as swept.
     pub(crate) fn sweep_prefix(&self, purge: &Purge) {
-        let Some(judge) = self.judge(Moment::At(self.segment.now_ms())) else { return };
+        let Some(check) = self.check(Moment::At(self.segment.now_ms())) else { return };
         for shard in self.shards() {
             let concerns =
                 |entry: Entry<'_>| entry.times().snapshot < purge.clock && entry.key_starts_with(purge.prefix());
             // The current holder of the lock may not have detected the purge, so this waits for the lock. Later holders detect the purge.
-            if shard.lock().is_err() || !self.remove_from(&shard, 0, shard.index.len(), concerns, &judge) {
+            if shard.lock().is_err() || !self.remove_from(&shard, 0, shard.index.len(), concerns, &check) {
                 return;
             }
         }
@@ -90,7 +90,7 @@ impl Cache {
         from: u64,
         count: u64,
         doomed: impl Fn(Entry<'_>) -> bool,
-        judge: &Judge<'_>,
+        check: &FreshnessCheck<'_>,
     ) -> bool {
         let mut batch: Vec<Doomed> = Vec::with_capacity(BATCH);
         let len = shard.index.len();
@@ -99,18 +99,18 @@ impl Cache {
                 batch.push((slot.number, word));
             }
             if batch.len() == BATCH {
-                if !self.remove_batch(shard, &batch, judge) {
+                if !self.remove_batch(shard, &batch, check) {
                     return false;
                 }
                 batch.clear();
             }
         }
-        batch.is_empty() || self.remove_batch(shard, &batch, judge)
+        batch.is_empty() || self.remove_batch(shard, &batch, check)
     }
 
-    fn remove_batch(&self, shard: &Shard<'_>, batch: &[Doomed], judge: &Judge<'_>) -> bool {
+    fn remove_batch(&self, shard: &Shard<'_>, batch: &[Doomed], check: &FreshnessCheck<'_>) -> bool {
         let removed =
-            self.with_shard_at(shard.number, |shard| batch.iter().try_for_each(|&doomed| remove(shard, doomed, judge)));
+            self.with_shard_at(shard.number, |shard| batch.iter().try_for_each(|&doomed| remove(shard, doomed, check)));
         removed.is_ok()
     }
 }
@@ -132,15 +132,15 @@ fn look(shard: &Shard<'_>, slot: Slot<'_>, doomed: impl Fn(Entry<'_>) -> bool) -
 }
 
 /// Removes an entry if its slot still has the same word.
-fn remove(shard: &mut LockedShard<'_>, (number, word): Doomed, judge: &Judge<'_>) -> Result<(), Corrupt> {
+fn remove(shard: &mut LockedShard<'_>, (number, word): Doomed, check: &FreshnessCheck<'_>) -> Result<(), Corrupt> {
     let slot = shard.shard.index.slot(number).ok_or(Corrupt)?;
     if slot.word.load(Ordering::Relaxed) != word {
         return Ok(());
     }
     if let Some(found) = shard.follow(slot, word)? {
-        let verdict = judge.verdict(&found.entry);
+        let freshness = check.freshness_of(&found.entry);
         shard.remove(&found)?;
-        shard.count_drop(if verdict.keeps() { Verdict::Purged } else { verdict }, found.place.ring);
+        shard.count_drop(if freshness.keeps() { Freshness::Purged } else { freshness }, found.place.ring);
     }
     Ok(())
 }

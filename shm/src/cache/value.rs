@@ -1,6 +1,6 @@
 //! The values that can be stored in the cache: bytes, or a page with its status, headers and encoding.
 
-use super::freshness::Verdict;
+use super::freshness::Freshness;
 use super::lookup::Tags;
 use super::options::StoreOptions;
 use super::page::Page;
@@ -54,7 +54,7 @@ impl Cache {
     /// Returns the page stored under `key` with its status, headers and encoding, if it is neither expired nor purged.
     pub fn get_page(&self, key: impl AsRef<[u8]>) -> Option<Page> {
         let key = self.key(key.as_ref());
-        let fresh = |verdict, _: &_| verdict == Verdict::Fresh;
+        let fresh = |freshness, _: &_| freshness == Freshness::Fresh;
         let (found, tries) = self.lookup(key, self.segment.now_ms(), Tags::Unwanted, fresh);
         self.count_look(self.shard_of(key.hash), tries, found.is_some());
         found.map(|found| found.value)

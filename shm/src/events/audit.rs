@@ -69,8 +69,8 @@ impl Log<'_> {
             };
             let newest = latest.get(&*name).filter(|newest| known.get(&*name) != Some(newest));
             // A publisher that died may have stored the position but not the id.
-            let is_half_told = newest.is_some_and(|&(newest, place)| place == at && newest == id + 1);
-            if !(is_at(known) || is_at(latest) || is_half_told) {
+            let is_half_stored = newest.is_some_and(|&(newest, place)| place == at && newest == id + 1);
+            if !(is_at(known) || is_at(latest) || is_half_stored) {
                 return Err(format!("{name} is at {:?} and not at {:?}", latest.get(&*name), (id, at)));
             }
             if !names.insert(name.clone()) {

@@ -21,7 +21,7 @@ use crate::crash;
 use crate::memory::SharedMemory;
 use crate::memory::layout::{EventsHead, GRAIN};
 use crate::memory::{futex, wait};
-use crate::protocols::told;
+use crate::protocols::latest_event;
 
 /// Why an event was not published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,7 +193,7 @@ impl Log<'_> {
             if let Record::Event(lies) = record
                 && let Some(cell) = self.topics.cell(lies.topic)
             {
-                told::tell(&cell.last_id, &cell.last_at, (lies.id, at));
+                latest_event::store(&cell.last_id, &cell.last_at, (lies.id, at));
             }
             at += record.size();
         }

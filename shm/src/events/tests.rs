@@ -65,7 +65,7 @@ fn what_cannot_be_published_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn the_oldest_make_room_and_whoever_fell_behind_is_told() {
+fn the_oldest_events_are_evicted_and_a_reader_that_fell_behind_is_notified() {
     let events = small();
     let mut tail = events.tail();
     let mut random = fastrand::Rng::with_seed(1);

@@ -15,7 +15,7 @@ use crate::crash;
 use crate::memory::SharedMemory;
 use crate::memory::layout::{EVENTS_HEAD, EventsHead, TOPIC_BYTES, TOPIC_CELL, TopicCell};
 use crate::memory::map::Map;
-use crate::protocols::told;
+use crate::protocols::latest_event;
 
 /// Value of the length in a used cell that contains no topic.
 const GIVEN_UP: u32 = u32::MAX;
@@ -58,7 +58,7 @@ impl<'a> Topics<'a> {
     /// Returns the id of a topic's latest event, and the position of that event or of a later one.
     pub(super) fn last(&self, topic: &str) -> Option<(u64, u64)> {
         let (number, cell) = self.search(topic).0?;
-        let last = told::told(&cell.last_id, &cell.last_at);
+        let last = latest_event::load(&cell.last_id, &cell.last_at);
         // If the cell belonged to a different topic when it was read, the check of the name fails.
         self.is(number, cell, topic, xxh3_64(topic.as_bytes())).then_some(last)
     }

@@ -2,6 +2,7 @@
 //! these files against loom, which explores the possible interleavings of threads.
 
 pub(crate) mod bell;
+pub(crate) mod latest_event;
 pub(crate) mod lease;
 #[cfg(test)]
 pub(crate) mod lease_tests;
@@ -11,4 +12,3 @@ pub(crate) mod pin;
 pub(crate) mod pin_tests;
 pub(crate) mod purge;
 pub(crate) mod sync;
-pub(crate) mod told;

@@ -17,9 +17,9 @@ use crate::memory::layout::{CELLS, RowCells, THREADS, ThreadCells};
 pub(super) const NO_CELL: u64 = u64::MAX;
 
 /// Value of the culprit's stamp in a row that means that the culprit is known.
-pub(super) const KNOWN: u64 = 1;
+pub(super) const CULPRIT_KNOWN: u64 = 1;
 /// Value of the culprit's stamp in a row that means that the thread was processing no request.
-pub(super) const NOBODY: u64 = 2;
+pub(super) const NO_REQUEST: u64 = 2;
 
 /// The request that one thread of a row's process is running. Cheap to copy.
 #[derive(Clone, Copy, Debug)]
@@ -49,8 +49,8 @@ impl EventLoopBeat {
     }
 
     /// Records that this process is about to die because of a thread that has no thread slot. Async-signal-safe.
-    pub fn accuse_nobody(&self) {
-        self.row().inspect(|row| row.culprit.stamp_ms.store(NOBODY, Ordering::Release));
+    pub fn accuse_no_request(&self) {
+        self.row().inspect(|row| row.culprit.stamp_ms.store(NO_REQUEST, Ordering::Release));
     }
 }
 
@@ -117,7 +117,7 @@ impl ThreadSlot<'_> {
             let shown = usize::try_from(cell).ok().and_then(|cell| self.row.cells.get(cell));
             self.row.culprit.text.copy_from(shown.map_or(&self.cells.text, |cell| &cell.text));
         }
-        let found = if word == 0 { NOBODY } else { KNOWN };
+        let found = if word == 0 { NO_REQUEST } else { CULPRIT_KNOWN };
         self.row.culprit.stamp_ms.store(found, Ordering::Release);
     }
 }

@@ -1,11 +1,11 @@
-//! Models of publishing, reading and waiting for events: `protocols/bell.rs`, `protocols/told.rs`, and the use of the head, the floor and
+//! Models of publishing, reading and waiting for events: `protocols/bell.rs`, `protocols/latest_event.rs`, and the use of the head, the floor and
 //! the topic names in `events/publish.rs` and `events/read.rs`.
 
 use std::rc::Rc;
 
 use crate::bell::Bell;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
-use crate::{Futex, Model, check, told, work};
+use crate::{Futex, Model, check, latest_event, work};
 
 // ---- sleeping ----
 
@@ -152,7 +152,7 @@ impl Latest {
 }
 
 fn read(log: &Latest) -> (u64, u64) {
-    told::told(&log.last_id, &log.last_at)
+    latest_event::load(&log.last_id, &log.last_at)
 }
 
 /// Models the publication of event 6, while a reader looks for events after 5, and looks again after it was notified of event 6.
@@ -177,7 +177,7 @@ fn since_against_publisher(tell: fn(&Latest), read: fn(&Latest) -> (u64, u64), u
 }
 
 fn tell(log: &Latest) {
-    told::tell(&log.last_id, &log.last_at, (6, 6));
+    latest_event::store(&log.last_id, &log.last_at, (6, 6));
 }
 
 #[test]
@@ -300,7 +300,7 @@ fn ask_against_giving_up(publishers_fence: bool, look_again: bool) {
                 if cell.name.load(Ordering::Acquire) != OLD {
                     return;
                 }
-                let (id, _) = told::told(&cell.last_id, &cell.last_at);
+                let (id, _) = latest_event::load(&cell.last_id, &cell.last_at);
                 if !look_again || cell.name.load(Ordering::Acquire) == OLD {
                     assert_eq!(id, 5, "another topic's");
                 }

@@ -24,15 +24,15 @@ pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, 
     }
     let period = (age / 4).clamp(PERIOD.0, PERIOD.1);
     // The requests that have been logged, by cell and begin time.
-    let mut told: HashSet<(usize, u64)> = HashSet::new();
+    let mut logged: HashSet<(usize, u64)> = HashSet::new();
     while !worker.is_finished() {
         std::thread::park_timeout(period);
         let row = scoreboard.read(slot).filter(|row| row.pid == std::process::id());
         let slow = row.map(|row| row.serving).unwrap_or_default();
         let slow: Vec<_> = slow.into_iter().filter(|request| request.since >= age).collect();
-        told.retain(|&(cell, begun)| slow.iter().any(|request| (request.cell, request.begun_ms) == (cell, begun)));
+        logged.retain(|&(cell, begun)| slow.iter().any(|request| (request.cell, request.begun_ms) == (cell, begun)));
         for request in slow {
-            if told.insert((request.cell, request.begun_ms)) {
+            if logged.insert((request.cell, request.begun_ms)) {
                 // If no thread is running the request, it is waiting for a free thread, or in its future.
                 let thread = current_request::thread_of(request.cell);
                 log::warn!(

@@ -364,15 +364,15 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
         watched.activity.request_came();
-        let (mut body, mut beside) = (BodyWait::new(&watched.activity), BodyWait::new(&watched.activity));
+        let (mut body, mut other) = (BodyWait::new(&watched.activity), BodyWait::new(&watched.activity));
         let context = Context::from_waker(Waker::noop());
         let lasts = |turn: &u32| {
             body.end();
             body.taken(bytes);
             let is_over = waits(*turn) && body.begin(&context);
-            beside.end();
-            beside.taken(5000);
-            assert!(!beside.begin(&context), "each body has its own time");
+            other.end();
+            other.taken(5000);
+            assert!(!other.begin(&context), "each body has its own time");
             (0..others).for_each(|_| watched.activity.request_came());
             assert!(watched.tick(&TIMEOUTS, false) && !watched.is_deaf);
             !is_over

@@ -9,7 +9,7 @@ use super::sync::{AtomicU64, Ordering};
 use crate::crash;
 
 /// Stores a topic's latest event. The caller must hold the log's lock.
-pub(crate) fn tell(last_id: &AtomicU64, last_at: &AtomicU64, (id, at): (u64, u64)) {
+pub(crate) fn store(last_id: &AtomicU64, last_at: &AtomicU64, (id, at): (u64, u64)) {
     last_at.store(at, Ordering::Release);
     crash::point("link: position stored");
     last_id.store(id, Ordering::Release);
@@ -17,6 +17,6 @@ pub(crate) fn tell(last_id: &AtomicU64, last_at: &AtomicU64, (id, at): (u64, u64
 }
 
 /// Returns the id of the latest event, and the position of that event or of a later one.
-pub(crate) fn told(last_id: &AtomicU64, last_at: &AtomicU64) -> (u64, u64) {
+pub(crate) fn load(last_id: &AtomicU64, last_at: &AtomicU64) -> (u64, u64) {
     (last_id.load(Ordering::Acquire), last_at.load(Ordering::Acquire))
 }
