@@ -36,6 +36,8 @@ pub(crate) use self::process::{
 };
 pub(crate) use self::process_status::{process_kib, process_status};
 pub(crate) use self::receive::{receive_with_descriptor, receive_with_descriptors};
-pub(crate) use self::signals::{alarm_on_term, block_signals, restore_signals, signal_thread, unblock_signals};
+pub(crate) use self::signals::{
+    alarm_on_term, block_signals, restore_signals, short_name, signal_thread, unblock_signals,
+};
 pub(crate) use self::sockets::{accept, internet_address, peer_address, register, since_last_received, tcp_queue};
 pub(crate) use self::syn_filter::drop_syn_segments;

@@ -420,7 +420,7 @@ fn an_unread_body_on_a_shared_socket_does_not_lose_the_response() {
 #[test]
 fn behind_lighttpd() {
     for name in ["pages", "crashy"] {
-        let directory = fronts::shared_folder();
+        let directory = fronts::shared_directory();
         let config = format!(
             "server.modules += (\"mod_alias\", \"mod_setenv\", \"mod_cgi\")
                  setenv.set-environment = (\"FORKYARD_CACHE_FILE\" => \"{}\", \"FORKYARD_CACHE\" => \"4M\")

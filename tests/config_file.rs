@@ -150,10 +150,10 @@ fn check_tests_everything_that_can_be_tested_without_serving() {
     complained(&output, 0, &[]);
     assert_eq!(output.stdout, b"configuration is fine\n");
 
-    let folder_name = directory.0.path().display();
+    let directory_name = directory.0.path().display();
     let file = directory.file(&format!(
-        "command = ['no-such-program']\nbind = 'fastcgi:unix:{folder_name}/none/a.sock'\ncache = '1M'\n\
-         cache-file = '{folder_name}/none/cache'\ncontrol = '{}'\n",
+        "command = ['no-such-program']\nbind = 'fastcgi:unix:{directory_name}/none/a.sock'\ncache = '1M'\n\
+         cache-file = '{directory_name}/none/cache'\ncontrol = '{}'\n",
         directory.path("forkyard.toml").display()
     ));
     let output = with_config("forkyard", &["check"], &file, &[]).output_in_time().unwrap();

@@ -17,7 +17,7 @@ use tempfile::TempDir;
 struct Place {
     server: Server,
     sender: UnixDatagram,
-    _folder: TempDir,
+    _directory: TempDir,
 }
 
 impl Place {
@@ -31,7 +31,7 @@ impl Place {
         let sender = UnixDatagram::unbound().unwrap();
         sender.set_write_timeout(Some(common::PATIENCE)).unwrap();
         sender.connect(path).unwrap();
-        Self { server, sender, _folder: directory }
+        Self { server, sender, _directory: directory }
     }
 
     /// Stops a worker while it holds the log's lock, and returns the worker. The worker is publishing large events. It holds the lock while

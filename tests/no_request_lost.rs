@@ -42,7 +42,7 @@ fn again(load: &Load, mut act: impl FnMut()) -> u64 {
 
 /// Replaces all workers repeatedly with `signal`. The master logs `lines` for each replacement; the last one marks its completion.
 fn replaced_by(signal: Signal, lines: &[&str]) {
-    let (mut server, _folder) = server(&["--workers", "2"]);
+    let (mut server, _directory) = server(&["--workers", "2"]);
     let load = Load::default();
     let mut times = 0;
     load.run(&mut server, |server| {
@@ -72,7 +72,7 @@ fn upgrades() {
 
 #[test]
 fn recycling() {
-    let (mut server, _folder) = server(&["--workers", "4", "--max-requests", "500~100", "--respawn-rate", "1000"]);
+    let (mut server, _directory) = server(&["--workers", "4", "--max-requests", "500~100", "--respawn-rate", "1000"]);
     let load = Load::default();
     let first = server.workers();
     load.run(&mut server, |server| {
@@ -92,7 +92,7 @@ fn recycling() {
 
 #[test]
 fn scaling() {
-    let (mut server, _folder) = server(&["--workers", "1"]);
+    let (mut server, _directory) = server(&["--workers", "1"]);
     let load = Load::default();
     load.run(&mut server, |server| {
         again(&load, || {
@@ -107,7 +107,7 @@ fn scaling() {
 
 #[test]
 fn kills() {
-    let (mut server, _folder) = server(&["--workers", "2", "--respawn-rate", "1000"]);
+    let (mut server, _directory) = server(&["--workers", "2", "--respawn-rate", "1000"]);
     let kills = (requests() / 1000).max(100);
     let load = Load::default();
     load.run(&mut server, |server| {

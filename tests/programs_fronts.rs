@@ -13,7 +13,7 @@ use common::{Server, program};
 
 /// Requests a script with a query, and a script that does not exist.
 fn php_behind(front: fronts::Front) {
-    let directory = fronts::shared_folder();
+    let directory = fronts::shared_directory();
     std::fs::write(directory.path().join("sum.php"), "<?php echo 'the sum is ', $_GET['a'] + $_GET['b'];").unwrap();
     let socket = directory.path().join("app.sock").display().to_string();
     let mut command = Command::new(program("forkyard"));

@@ -19,7 +19,7 @@ const MIB: usize = 1 << 20;
 /// A server with one worker that runs `crashy`, on a Unix socket and on a TCP port.
 struct Fixture {
     server: Server,
-    _folder: tempfile::TempDir,
+    _directory: tempfile::TempDir,
 }
 
 fn start(arguments: &[&str]) -> Fixture {
@@ -28,7 +28,7 @@ fn start(arguments: &[&str]) -> Fixture {
     let binds = ["--bind", &socket, "--bind", "scgi:127.0.0.1:0", "--workers", "1", "--log-level", "debug"];
     let server = Server::start("crashy", &[&binds, arguments].concat());
     assert_eq!(server.binds[0], socket, "the banner shows the socket");
-    Fixture { server, _folder: directory }
+    Fixture { server, _directory: directory }
 }
 
 impl Fixture {
@@ -292,7 +292,7 @@ fn check_front(address: &str, server: &Server) {
 #[test]
 fn behind_nginx() {
     let fixture = start(&[]);
-    let directory = fronts::shared_folder();
+    let directory = fronts::shared_directory();
     for bind in &fixture.server.binds {
         let to = bind.strip_prefix("scgi:").unwrap();
         let location = format!(
@@ -313,7 +313,7 @@ fn behind_nginx() {
 #[test]
 fn behind_lighttpd() {
     let fixture = start(&[]);
-    let directory = fronts::shared_folder();
+    let directory = fronts::shared_directory();
     let socket = fixture.server.binds[0].strip_prefix("scgi:unix:").unwrap();
     for streaming in ["", "server.stream-request-body = 1\nserver.stream-response-body = 1"] {
         let rest = format!(

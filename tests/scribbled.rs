@@ -20,7 +20,7 @@ struct Scribbled {
     server: Server,
     name: &'static str,
     control: PathBuf,
-    _folder: tempfile::TempDir,
+    _directory: tempfile::TempDir,
 }
 
 impl Scribbled {
@@ -29,7 +29,7 @@ impl Scribbled {
         let control = directory.path().join("control");
         let mut command = Command::new(program(name));
         command.args(["--bind", "http:127.0.0.1:0", "--workers", "2", "--control"]).arg(&control).args(arguments);
-        Self { server: Server::start_command(&mut command), name, control, _folder: directory }
+        Self { server: Server::start_command(&mut command), name, control, _directory: directory }
     }
 
     /// Overwrites all shared memory, as a program that has `FORKYARD_SHM` can.

@@ -20,7 +20,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 /// Receives notifications in place of the service manager.
 struct Manager {
-    _folder: tempfile::TempDir,
+    _directory: tempfile::TempDir,
     socket: UnixDatagram,
     path: PathBuf,
     stored: Option<OwnedFd>,
@@ -32,7 +32,7 @@ impl Manager {
         let path = directory.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self { _folder: directory, socket, path, stored: None }
+        Self { _directory: directory, socket, path, stored: None }
     }
 
     /// Receives the next message. A descriptor that is attached to the message is stored.

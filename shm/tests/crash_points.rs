@@ -151,14 +151,14 @@ fn every_mark_in_the_sources_is_passed(_seed: u64) {
 /// Returns the names of all marks in `src`: each string in a line that calls `crash::point`.
 fn marks_of_the_sources() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
-    let mut folders = vec![PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).expect("the sources exist") {
+    let mut directories = vec![PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).expect("the sources exist") {
             let path = entry.expect("entry").path();
             if path.ends_with("src/events") || path.ends_with("protocols/latest_event.rs") {
                 // `tests/events.rs` covers these marks.
             } else if path.is_dir() {
-                folders.push(path);
+                directories.push(path);
             } else {
                 names.extend(marks_of(&std::fs::read_to_string(path).expect("a source is text")));
             }

@@ -258,6 +258,11 @@ pub(crate) fn format_size(bytes: u64) -> String {
     format!("{rest}{}", units[unit])
 }
 
+/// Formats a duration in whole milliseconds for the log, as in `12ms`.
+pub(crate) fn in_ms(time: Duration) -> String {
+    format!("{}ms", time.as_millis())
+}
+
 /// Converts a duration to whole milliseconds.
 pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)

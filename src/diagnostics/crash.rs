@@ -189,7 +189,7 @@ fn report(context: &CrashContext) {
         line.send(&context.report);
     }
     let signal = Signal::try_from(SIGNAL.load(Ordering::Relaxed)).ok();
-    let name = signal.map_or("?", |signal| signal.as_str().trim_start_matches("SIG"));
+    let name = signal.map_or("?", sys::short_name);
     let mut line = Line::<512>::new("said ");
     let thread = sys::thread_name();
     let thread = str::from_utf8(thread.split(|&byte| byte == 0).next().unwrap_or_default()).unwrap_or("?");

@@ -149,16 +149,10 @@ impl VisitValue<'_> for Visited {
 }
 
 impl Line<'_> {
-    /// Whether Forkyard itself logs the line, rather than the application.
-    fn is_ours(&self) -> bool {
-        let below = self.target.strip_prefix(env!("CARGO_CRATE_NAME"));
-        below.is_some_and(|below| below.is_empty() || below.starts_with("::"))
-    }
-
     pub(crate) fn write_text(&self, out: &mut Vec<u8>) {
         let Self { time, level, pid, message, fields, is_output, .. } = self;
         let _ = write!(out, "{time} {level:<5} [{pid}]"); // writing to a Vec cannot fail
-        if self.is_ours() {
+        if is_ours(self.target) {
             // It may contain an error of the application, and that may contain what a client has sent.
             let _ = write!(out, " {}", one_line(message));
         } else if !is_output {
@@ -197,6 +191,12 @@ impl Line<'_> {
         }
         object.end();
     }
+}
+
+/// Whether a module, which is also the target of its lines, belongs to Forkyard rather than to the application.
+pub(super) fn is_ours(module: &str) -> bool {
+    let below = module.strip_prefix(env!("CARGO_CRATE_NAME"));
+    below.is_some_and(|below| below.is_empty() || below.starts_with("::"))
 }
 
 /// Escapes control characters.

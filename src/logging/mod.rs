@@ -49,8 +49,6 @@ use crate::sys;
 pub(crate) const OUTPUT: &str = "app";
 /// The module that logs the lines of [`OUTPUT`].
 const OUTPUT_FROM: &str = concat!(env!("CARGO_CRATE_NAME"), "::master::output");
-/// Prefix of the targets of Forkyard's own lines.
-const OURS: &str = concat!(env!("CARGO_CRATE_NAME"), "::");
 /// How long a process that is about to exit waits for the readers of its logs, in total.
 const LAST_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// When the wait of [`LAST_FLUSH_TIMEOUT`] began.
@@ -149,7 +147,7 @@ impl Sink {
     fn admits(&mut self, record: &Record<'_>, message: &mut String, fields: &mut Fields) -> bool {
         let now = self.now();
         let Some(limits) = &mut self.limits else { return true };
-        let is_ours = record.module_path().is_some_and(|path| path.starts_with(OURS));
+        let is_ours = record.module_path().is_some_and(line::is_ours);
         if is_ours && let (Some(file), Some(line)) = (record.file_static(), record.line()) {
             let sample = || Sample {
                 level: record.level(),

@@ -8,6 +8,7 @@ use nix::unistd::Pid;
 use super::programs;
 use super::spawn::Child;
 use super::status::line_of;
+use crate::config::in_ms;
 use crate::config::privileges::ResourceLimit;
 use crate::sys::Ending;
 
@@ -106,7 +107,7 @@ fn hint_on_limits(limits: &[ResourceLimit], last_words: &str) -> String {
 /// Lists the requests that a worker was serving, with their ages.
 fn in_flight(row: &Snapshot) -> String {
     let named = row.serving.iter().take(NAMED);
-    let mut named: Vec<String> = named.map(|one| format!("{} {}ms", one.what, one.since.as_millis())).collect();
+    let mut named: Vec<String> = named.map(|one| format!("{} {}", one.what, in_ms(one.since))).collect();
     let more = usize::try_from(row.in_flight).unwrap_or(usize::MAX).saturating_sub(named.len());
     if more > 0 {
         named.push(format!("{more} more"));
@@ -157,7 +158,7 @@ pub(crate) fn publish(
     scoreboard: &Scoreboard,
     limits: Option<&[ResourceLimit]>,
 ) -> Postmortem {
-    let (slot, generation, lived) = (child.slot, child.generation, child.since.elapsed().as_millis());
+    let (slot, generation, lived) = (child.slot, child.generation, in_ms(child.since.elapsed()));
     // If the worker was hanging, the master itself sent the signal.
     let sent_by = child.sent_by.filter(|_| !child.hung);
     // The row belongs to the child only if the child had claimed it. External programs have no row.
@@ -206,7 +207,7 @@ pub(crate) fn publish(
             ("signal", ending.signal_name().to_value()),
             ("cause", no_memory.to_value()),
             ("sent_by", sent_by.to_value()),
-            ("lived", format!("{lived}ms").to_value()),
+            ("lived", lived.to_value()),
             ("served", served.or(is_worker.then_some(0)).to_value()),
             ("in_flight", in_flight.to_value()),
             (key, requests.to_value()),

@@ -1,12 +1,11 @@
 //! Logs the supervisor's decisions for the operator: one line for each notice.
 
-use std::time::Duration;
-
 use nix::unistd::Pid;
 
 use super::Master;
 use super::death_log::DeathRecord;
 use super::supervisor::Notice;
+use crate::config::in_ms;
 
 // These events are also reported to control clients.
 pub(super) const START_TIMEOUT: &str = "worker killed: it was not ready in time (--start-timeout)";
@@ -45,7 +44,7 @@ impl Master {
         match notice {
             Notice::FullStrength => crate::startup::banner::ready(self.begun.elapsed()),
             Notice::Failing { failures, delay } => log::error!(
-                failures, next_try:% = in_ms(delay), hint = self.hint_of(None);
+                failures, next_try = in_ms(delay), hint = self.hint_of(None);
                 "workers die before they are ready (see the lines above)"
             ),
             Notice::GivenUp { after } => {
@@ -58,7 +57,7 @@ impl Master {
             }
             Notice::Throttled { slot, delay } => {
                 log::warn!(
-                    slot, delay:% = in_ms(delay);
+                    slot, delay = in_ms(delay);
                     "workers exit too often: a replacement is delayed (--respawn-rate)"
                 );
             }
@@ -87,8 +86,4 @@ impl Master {
             }
         }
     }
-}
-
-fn in_ms(delay: Duration) -> String {
-    format!("{}ms", delay.as_millis())
 }

@@ -42,6 +42,7 @@ use super::Master;
 use super::procfs;
 use super::spawn::{Launch, Spawner};
 use super::supervisor::{Breaker, Uptime};
+use crate::config::in_ms;
 use crate::logging;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved_state::SavedGuard;
@@ -116,8 +117,8 @@ impl Guard {
         if let Some((_, delay)) = self.breaker.fail(now) {
             log::error!(
                 pid = pid.as_raw(), status = ending.exit_status(), signal = ending.signal_name(),
-                lived:% = format_args!("{}ms", since.elapsed().as_millis()),
-                next_try:% = format_args!("{}ms", delay.as_millis());
+                lived = in_ms(since.elapsed()),
+                next_try = in_ms(delay);
                 "guard exited: {UNGUARDED}"
             );
         }
@@ -127,7 +128,7 @@ impl Guard {
         if let Some((_, delay)) = self.breaker.fail(now) {
             let error = sys::explain(error);
             log::error!(
-                next_try:% = format_args!("{}ms", delay.as_millis());
+                next_try = in_ms(delay);
                 "cannot start the guard: {error}; {UNGUARDED}"
             );
         }

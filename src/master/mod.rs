@@ -92,7 +92,7 @@ use self::status::line_of;
 use self::supervisor::{Action, Budget, Command, Phase, Policy, Supervisor, SupervisorEvent};
 use self::upgrade::Upgrade;
 use self::worker_faults::Faults;
-use crate::config::{Config, Program, Share};
+use crate::config::{Config, Program, Share, in_ms};
 use crate::inherited_by_workers::Report;
 use crate::logging;
 use crate::logging::files::LogFiles;
@@ -514,10 +514,10 @@ impl Master {
     /// Requests the replacement of a healthy process. The process continues to serve until its replacement is ready.
     fn wear_out(&mut self, pid: Pid, EndOfLife { reason, memory, request }: EndOfLife<'_>) {
         let Some(child) = self.children.get(&pid) else { return };
-        let (slot, lived) = (child.slot, child.since.elapsed().as_millis());
+        let (slot, lived) = (child.slot, in_ms(child.since.elapsed()));
         let memory = memory.map(|bytes| format!("{}K", bytes >> 10));
         log::info!(
-            slot, pid = pid.as_raw(), lived:% = format_args!("{lived}ms"), reason, memory, request;
+            slot, pid = pid.as_raw(), lived, reason, memory, request;
             "worker will be replaced"
         );
         self.feed(SupervisorEvent::Recycle { pid });

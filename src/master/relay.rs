@@ -21,8 +21,8 @@ use super::signals::SignalInbox;
 use super::spawn::Spawner;
 use super::stall::Stall;
 use super::supervisor::{Breaker, Uptime};
-use crate::config::Config;
 use crate::config::privileges::Owner;
+use crate::config::{Config, in_ms};
 use crate::logging;
 use crate::net::publish_socket::PublishSocket;
 use crate::privileges::Privileges;
@@ -170,7 +170,7 @@ impl Relay {
         if let Some((failures, delay)) = self.breaker.fail(now) {
             let error = sys::explain(error);
             log::error!(
-                failures, next_try:% = format_args!("{}ms", delay.as_millis());
+                failures, next_try = in_ms(delay);
                 "cannot start the relay: {error} (events wait in the publish socket)"
             );
         }
@@ -182,16 +182,16 @@ impl Relay {
         match std::mem::replace(&mut self.state, State::None) {
             State::Works(mut process) => {
                 process.read_child(MAX_REST, &mut self.breaker);
-                let lived = process.since.elapsed().as_millis();
+                let lived = in_ms(process.since.elapsed());
                 if process.ready {
                     log::warn!(
-                        pid, status, signal, lived:% = format_args!("{lived}ms");
+                        pid, status, signal, lived;
                         "relay exited: the event that it was publishing may be lost (other events wait in the publish socket)"
                     );
                 } else if let Some((failures, delay)) = self.breaker.fail(now) {
                     log::error!(
-                        pid, status, signal, lived:% = format_args!("{lived}ms"),
-                        failures, next_try:% = format_args!("{}ms", delay.as_millis());
+                        pid, status, signal, lived,
+                        failures, next_try = in_ms(delay);
                         "relay exited before it was ready (events wait in the publish socket)"
                     );
                 }

@@ -24,7 +24,7 @@ use super::spawn::{OF_THE_MASTER, blocking, explain, to_pass};
 use super::supervisor::{Command as Order, Uptime};
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::sidecars::SidecarsConfig;
-use crate::config::{Config, Program};
+use crate::config::{Config, Program, in_ms};
 use crate::net::publish_socket;
 use crate::privileges::{self, Privileges};
 use crate::sys::{self, Ending};
@@ -331,7 +331,7 @@ impl Sidecars {
         log::log!(
             if is_expected { log::Level::Info } else { log::Level::Warn },
             name = label.name, pid = pid.as_raw(), status = ending.exit_status(), signal = ending.signal_name(),
-            lived:% = format_args!("{}ms", since.elapsed().as_millis());
+            lived = in_ms(since.elapsed());
             "{} exited", label.noun()
         );
         if ending == Ending::Exited(0) && !asked_to_leave {
@@ -460,7 +460,7 @@ impl Sidecars {
         let (name, noun) = (&label.name, label.noun());
         match notice {
             SidecarNotice::Failing { failures, delay } => log::error!(
-                name, failures, next_try:% = format_args!("{}ms", delay.as_millis());
+                name, failures, next_try = in_ms(delay);
                 "{noun} cannot be started, or exits immediately (see the lines above for the cause)"
             ),
             SidecarNotice::Retired => log::warn!(

@@ -13,6 +13,7 @@ use super::supervisor::{SupervisorEvent, Uptime};
 use super::symbolizer::Symbolizer;
 use super::{EndOfLife, Master};
 use crate::config::failures::{Failures, QuarantineBy};
+use crate::config::in_ms;
 use crate::diagnostics::request_key::RequestKey;
 use crate::sys;
 use crate::upgrade::saved_state::SavedRefusal;
@@ -145,8 +146,7 @@ impl Master {
         child.hung = true;
         let row = self.scoreboard.read(child.slot);
         let serving = row.as_ref().map(|row| row.serving.as_slice()).unwrap_or_default();
-        let serving: Vec<String> =
-            serving.iter().map(|one| format!("{} {}ms", one.what, one.since.as_millis())).collect();
+        let serving: Vec<String> = serving.iter().map(|one| format!("{} {}", one.what, in_ms(one.since))).collect();
         log::error!(
             slot = child.slot, pid = pid.as_raw(), in_flight = serving.join(", ");
             "worker hangs: its event loop has not yielded for longer than --hang-timeout; it is killed and replaced"

@@ -22,7 +22,7 @@ use nix::sys::wait::WaitPidFlag;
 use nix::unistd::{ForkResult, Pid, getppid, setpgid};
 
 use super::descriptors::{DESCRIPTOR_LIMIT, numbers_without_close_range, set_close_on_exec_from};
-use super::{announce, block_signals, guard_link, restore_signals, unblock_signals};
+use super::{announce, block_signals, guard_link, restore_signals, short_name, unblock_signals};
 
 /// How a child process ended, as reported by `waitpid(2)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +55,7 @@ impl Ending {
         match self {
             Self::Exited(_) => None,
             Self::Signaled(number) => Some(match Signal::try_from(number) {
-                Ok(signal) => signal.as_str().trim_start_matches("SIG").to_owned(),
+                Ok(signal) => short_name(signal).to_owned(),
                 Err(_) => number.to_string(),
             }),
         }

@@ -10,7 +10,9 @@ use std::ptr::{null, null_mut};
 use std::{io, mem};
 
 use libc::{c_int, c_void, siginfo_t, ucontext_t};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, Signal, sigaction};
+
+use super::signals::all_but_sigbus;
 
 /// A signal handler. While it runs, all signals are blocked except SIGBUS, whose handler recovers pages of a truncated file.
 ///
@@ -34,9 +36,7 @@ pub(crate) fn reset_handler(signal: Signal) {
 }
 
 fn set_action(signal: Signal, handler: SigHandler, flags: SaFlags) -> io::Result<()> {
-    let mut blocked = SigSet::all();
-    blocked.remove(Signal::SIGBUS);
-    let action = SigAction::new(handler, flags, blocked);
+    let action = SigAction::new(handler, flags, all_but_sigbus());
     // SAFETY: the handler is the default action, or `on_signal`, which calls an async-signal-safe function.
     unsafe { sigaction(signal, &action) }?;
     Ok(())

@@ -11,11 +11,22 @@ use nix::unistd::Pid;
 /// shared-memory file may be truncated at any moment, and the kernel kills a process that blocks the signal of its own
 /// fault.
 pub(crate) fn block_signals() -> SigSet {
-    let (mut before, mut all) = (SigSet::empty(), SigSet::all());
-    all.remove(Signal::SIGBUS);
-    let done = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&all), Some(&mut before));
+    let mut before = SigSet::empty();
+    let done = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&all_but_sigbus()), Some(&mut before));
     debug_assert!(done.is_ok(), "the arguments of pthread_sigmask are constant and valid");
     before
+}
+
+/// Returns the signals that may be blocked: see [`block_signals`].
+pub(super) fn all_but_sigbus() -> SigSet {
+    let mut all = SigSet::all();
+    all.remove(Signal::SIGBUS);
+    all
+}
+
+/// Returns the name of a signal without `SIG`. Async-signal-safe.
+pub(crate) fn short_name(signal: Signal) -> &'static str {
+    signal.as_str().trim_start_matches("SIG")
 }
 
 /// Restores a mask that [`block_signals`] returned.

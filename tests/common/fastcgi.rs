@@ -170,7 +170,7 @@ pub fn head(id: u16, keep: bool, method: &str, target: &str, length: Option<usiz
 pub struct Fixture {
     pub server: Server,
     pub socket: String,
-    _folder: tempfile::TempDir,
+    _directory: tempfile::TempDir,
 }
 
 impl Fixture {
@@ -178,7 +178,7 @@ impl Fixture {
         let directory = tempfile::tempdir().unwrap();
         let socket = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
         let server = Server::start(example, &[&["--bind", &socket, "--workers", "1"], arguments].concat());
-        Self { server, socket, _folder: directory }
+        Self { server, socket, _directory: directory }
     }
 
     pub fn client(&self) -> Client {

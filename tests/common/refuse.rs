@@ -10,7 +10,7 @@ use super::program;
 
 /// Starts programs for which some system calls do not exist.
 pub struct Refuse {
-    _folder: TempDir,
+    _directory: TempDir,
     pub path: PathBuf,
 }
 
@@ -23,7 +23,7 @@ impl Refuse {
         let output = compiler.args(["-Wall", "-O1", "-o"]).arg(&path).arg(source).output_in_time();
         let output = output.expect("gcc is installed (scripts/test installs it)");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Self { _folder: directory, path }
+        Self { _directory: directory, path }
     }
 
     /// Returns a command that runs the program `name`, and for which these system calls fail.

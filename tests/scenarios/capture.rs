@@ -136,7 +136,7 @@ impl Backend {
 
 fn capture(front: Front) {
     let is_scgi = front.link == Link::Scgi;
-    let directory = fronts::shared_folder();
+    let directory = fronts::shared_directory();
     let own_path = directory.path().display().to_string();
     let (backend, at) = Backend::new(front, directory.path());
     let site = Site::before(front, directory, &at);

@@ -33,6 +33,7 @@ pub(crate) use self::inline::{jobs_wait, run_jobs};
 pub(crate) use self::overdue::{give_up, one_hangs, set_hang_timeout};
 pub(crate) use self::pool::{configure, finish, one_is_free, pool_became_full, pool_is_full};
 use super::body::{Body, FilterData};
+use crate::config::in_ms;
 use crate::diagnostics::current_request;
 use crate::request::queue_time;
 use crate::request::queue_time::BeginBy;
@@ -226,7 +227,7 @@ where
             let took = begun.elapsed();
             if self.shared.policy.took(took) && self.is_quick && took >= LONG_FOR_THE_LOOP {
                 log::warn!(
-                    took:% = format_args!("{}ms", took.as_millis());
+                    took = in_ms(took);
                     "an inline function (Blocking::inline) blocked the event loop; from now on it runs on threads again"
                 );
             }

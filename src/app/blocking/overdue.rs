@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use tokio::time::sleep_until;
 
 use super::{Job, pool};
+use crate::config::in_ms;
 
 /// How long an abandoned function may continue to run; zero means no limit.
 static HANG_TIMEOUT: OnceLock<Duration> = OnceLock::new();
@@ -76,7 +77,7 @@ pub(crate) async fn one_hangs() -> String {
                 overruns.iter_mut().filter(|one| one.job.ptr_eq(&job)).for_each(|one| one.is_reported = true);
                 drop(overruns);
                 log::error!(
-                    request:% = what, overdue:% = format_args!("{}ms", patience().as_millis());
+                    request:% = what, overdue = in_ms(patience());
                     "a blocking function hangs: it still runs although its request has timed out; this worker requests its \
                      replacement (--request-timeout, --hang-timeout)"
                 );

@@ -10,6 +10,7 @@ use std::time::Duration;
 use forkyard_shm::Scoreboard;
 use log::kv::Value;
 
+use crate::config::in_ms;
 use crate::diagnostics::{code_address, current_request, stack_sampler};
 
 /// Minimum and maximum interval between two checks.
@@ -36,7 +37,7 @@ pub(crate) fn watch(worker: &ScopedJoinHandle<'_, u8>, scoreboard: &Scoreboard, 
                 // If no thread is running the request, it is waiting for a free thread, or in its future.
                 let thread = current_request::thread_of(request.cell);
                 log::warn!(
-                    request = request.what, since:% = format_args!("{}ms", request.since.as_millis()), slot,
+                    request = request.what, since = in_ms(request.since), slot,
                     thread = thread.map_or(Value::from("none"), Value::from),
                     at = thread.map(backtrace_of);
                     "slow request (--slow-request)"

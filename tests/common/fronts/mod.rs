@@ -131,7 +131,7 @@ pub(crate) struct Site {
 impl Site {
     /// Starts the example `application` behind the web server.
     pub(crate) fn start(front: Front, application: &str) -> Self {
-        let directory = shared_folder();
+        let directory = shared_directory();
         let socket = directory.path().join("app.sock");
         let bind = match front.link {
             Link::FastCgi | Link::FastCgiKept => Some(format!("fastcgi:unix:{}", socket.display())),
@@ -186,7 +186,7 @@ impl Drop for Site {
 }
 
 /// Creates a temporary directory that the web server's user can enter.
-pub(crate) fn shared_folder() -> TempDir {
+pub(crate) fn shared_directory() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     directory
