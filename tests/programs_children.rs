@@ -6,12 +6,13 @@
 mod common;
 
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::run::Place;
-use common::{Server, children_of, is_gone, process, wait_until};
+use common::{Server, StopOnDrop, children_of, is_gone, process, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -336,6 +337,57 @@ fn children_of_a_program_killed_by_sigterm_finish_their_requests() {
             server.stop();
         }
         assert!(!server.log().contains("killed"), "{command:?} {signal:?}: {}", server.log());
+    }
+}
+
+/// A program that uses libfcgi as its documentation shows.
+const PLAIN_C: &str = r#"
+#include <fcgi_stdio.h>
+int main(void) {
+    while (FCGI_Accept() >= 0) printf("Content-Type: text/plain\r\n\r\nhello\n");
+    return 0;
+}
+"#;
+
+/// Clients send short requests, so that a process often accepts a connection at the moment when it is to be sent SIGTERM.
+#[test]
+fn sigterm_is_sent_to_a_program_while_it_serves_no_request() {
+    let place = Place::new();
+    let hello = "def hello(c):\n  request = b''\n  while not request.endswith(b'\\1\\5\\0\\1\\0\\0\\0\\0'): request += c.recv(65536)\n  \
+        text = b'Content-Type: text/plain\\r\\n\\r\\nhello\\n'\n  \
+        c.sendall(struct.pack('>BBHHBB', 1, 6, 1, len(text), 0, 0) + text + struct.pack('>BBHHBB8x', 1, 3, 1, 8, 0, 0))\n  c.close()\n";
+    let serve = SERVE.split("def serve").next().unwrap();
+    let alone = place.script("alone", &format!("{serve}{hello}while True: hello(s.accept()[0])\n"));
+    let parent = place.script("parent", &format!("{serve}{hello}{}", TWO_CHILDREN.replace("serve(", "hello(")));
+    let plain = place.compile("plain", PLAIN_C);
+    let wrapped = |command| ["sh", "-c", "\"$@\"; true", "sh", command];
+    let commands = [&[alone.as_str()][..], &[&plain], &[&parent], &wrapped(&alone), &wrapped(&plain), &wrapped(&parent)];
+    for command in commands {
+        let mut server = Server::start_command(&mut place.run(&ALL, command));
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let client = || {
+                while !stop.load(Ordering::SeqCst) {
+                    match place.ask("/", b"") {
+                        Ok(response) => assert_eq!(response.body(), b"hello\n"),
+                        // The server has stopped.
+                        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => return,
+                        Err(error) => panic!("{command:?}: {error}"),
+                    }
+                }
+            };
+            // libfcgi handles SIGTERM, so the server waits only a second for an idle moment, which one client leaves often.
+            let count = if command.contains(&plain.as_str()) { 1 } else { 3 };
+            let clients: Vec<_> = (0..count).map(|_| scope.spawn(client)).collect();
+            let _clients_end = StopOnDrop(&stop);
+            for reload in 2..8 {
+                server.signal(Signal::SIGHUP);
+                server.wait_for(&format!("reload done gen={reload}"));
+                assert!(clients.iter().all(|client| !client.is_finished()), "{command:?}: a request failed");
+            }
+            server.stop();
+        });
+        assert!(!server.log().contains("killed"), "{command:?}: {}", server.log());
     }
 }
 

@@ -36,6 +36,7 @@ mod demand;
 mod earlier_children;
 mod guard;
 mod hangs;
+mod idle_sigterm;
 mod memory_damage;
 mod oom;
 mod operator;
@@ -389,7 +390,7 @@ impl Master {
             self.faults.next_deadline(),
             self.control.as_ref().and_then(|control| control.next_deadline(now)),
             self.sidecars.next_deadline(),
-            self.programs.next_deadline(),
+            self.programs.next_deadline(now),
             self.relay.next_deadline(now),
             self.guard.next_deadline(),
             self.damage.next_deadline(),

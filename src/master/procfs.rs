@@ -53,6 +53,8 @@ pub(super) struct Stat {
     pub(super) started: u64,
     /// Whether the process has exited and has not been reaped yet.
     pub(super) is_zombie: bool,
+    /// Whether a signal has stopped the process, or the thread.
+    is_stopped: bool,
     has_empty_environment: bool,
 }
 
@@ -137,6 +139,7 @@ fn stat_in(text: &str) -> Option<Stat> {
     let started = fields.get(22 - 3)?.parse().ok()?;
     let [group, session] = [5, 6].map(|field| fields.get(field - 3)?.parse().ok());
     let is_zombie = matches!(state, "Z" | "X");
+    let is_stopped = matches!(state, "T" | "t");
     // Start and end address of the environment. During exec, and for a hidden process, both are 0.
     let [from, to] = [50, 51].map(|field| fields.get(field - 3).and_then(|at| at.parse().ok()).unwrap_or(0_u64));
     Some(Stat {
@@ -145,6 +148,7 @@ fn stat_in(text: &str) -> Option<Stat> {
         session: session?,
         started,
         is_zombie,
+        is_stopped,
         has_empty_environment: from > 0 && from == to,
     })
 }
@@ -222,13 +226,27 @@ impl Descriptors {
     }
 
     fn has_connection(&self, listener: &Listener) -> bool {
+        self.connections(listener).next().is_some()
+    }
+
+    /// Returns the connections that were accepted from the listening socket, as `/proc` names them.
+    fn connections(&self, listener: &Listener) -> impl Iterator<Item = &str> {
         let Self { pid, socket, .. } = self;
-        let mut sockets = self.open.iter().filter(|(_, to)| to.starts_with("socket:") && to != socket).peekable();
-        if sockets.peek().is_none() {
-            return false;
-        }
-        let process = sys::process_descriptor(*pid).ok();
-        sockets.any(|(fd, to)| is_connection(*pid, process.as_ref(), *fd, to, listener))
+        let sockets = self.open.iter().filter(move |(_, to)| to.starts_with("socket:") && to != socket);
+        let mut process = None;
+        sockets.filter_map(move |(fd, to)| {
+            let process = process.get_or_insert_with(|| sys::process_descriptor(*pid).ok());
+            is_connection(*pid, process.as_ref(), *fd, to, listener).then_some(to.as_str())
+        })
+    }
+
+    /// The connections of the process if no request is in flight: none, or those that the process had inherited.
+    fn idle(&self, listener: &Listener) -> Option<Idle> {
+        let connections: Vec<String> = self.connections(listener).map(str::to_owned).collect();
+        // If the process has only one thread and that thread sleeps in accept, any connection that the process holds
+        // was inherited.
+        let is_idle = connections.is_empty() || (self.is_accepting() && threads_of(self.pid).len() == 1);
+        is_idle.then_some(Idle { connections })
     }
 
     fn is_watching(&self) -> bool {
@@ -249,18 +267,45 @@ pub(super) fn of(pid: Pid, listener: &Listener) -> Observed {
     }
 }
 
+/// A process that had no request in flight when it was examined.
+#[derive(Debug)]
+pub(super) struct Idle {
+    /// The connections that the process had inherited, as `/proc` names them.
+    connections: Vec<String>,
+}
+
+impl Idle {
+    /// Examines a process. Returns `None` if it may have a request in flight, or if its descriptors cannot be read.
+    pub(super) fn of(pid: Pid, listener: &Listener) -> Option<Self> {
+        Descriptors::of(pid, listener)?.idle(listener)
+    }
+
+    /// Whether the process has accepted no connection since it was examined.
+    pub(super) fn has_lasted(&self, pid: Pid, listener: &Listener) -> bool {
+        Descriptors::of(pid, listener).is_some_and(|descriptors| {
+            descriptors.connections(listener).all(|connection| self.connections.iter().any(|had| had == connection))
+        })
+    }
+}
+
 /// Whether SIGTERM loses no request: either no request is in flight, or the process handles SIGTERM and accepts
 /// connections while it serves others (with an event loop, or with threads).
 pub(super) fn can_be_asked(pid: Pid, listener: &Listener) -> bool {
     let Some(descriptors) = Descriptors::of(pid, listener) else { return false };
-    if !descriptors.has_connection(listener) {
-        return true;
-    }
-    let is_accepting = descriptors.is_accepting();
-    // If the process has only one thread and that thread sleeps in accept, any connection that the process holds was
-    // inherited.
-    (is_accepting && threads_of(pid).len() == 1)
-        || ((is_accepting || descriptors.is_watching()) && handles(pid, Signal::SIGTERM))
+    descriptors.idle(listener).is_some()
+        || ((descriptors.is_accepting() || descriptors.is_watching()) && handles(pid, Signal::SIGTERM))
+}
+
+/// Whether the process has one thread, which does not watch the listening socket while it serves a connection.
+pub(super) fn serves_one_at_a_time(pid: Pid, listener: &Listener) -> bool {
+    Descriptors::of(pid, listener).is_some_and(|descriptors| !descriptors.is_watching() && threads_of(pid).len() == 1)
+}
+
+/// Whether all threads of a process have stopped after SIGSTOP.
+pub(super) fn has_stopped(pid: Pid) -> bool {
+    let threads = threads_of(pid);
+    let stat = |thread: i32| stat_in(&fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat")).ok()?);
+    !threads.is_empty() && threads.into_iter().all(|thread| stat(thread).is_none_or(|stat| stat.is_stopped || stat.is_zombie))
 }
 
 /// Whether a process blocks, ignores or catches a signal (proc_pid_status(5)).

@@ -7,6 +7,8 @@
 //! rules are:
 //!
 //! - SIGTERM is sent to the program's own process. If that process serves, SIGTERM is never sent to any other process.
+//! - A process that serves one connection at a time is sent SIGTERM while it serves no request (`idle_sigterm`). If it
+//!   handles SIGTERM and is not found idle within a second, it is sent SIGTERM in the middle of a request.
 //! - If the program's own process is a wrapper that does not serve, its descendants that have the socket are recorded
 //!   before SIGTERM is sent to the wrapper. Each of these servers is sent SIGTERM while it waits in accept, so that no
 //!   request is lost: a second after the wrapper was sent SIGTERM, or when the wrapper has exited. If SIGTERM itself
@@ -24,9 +26,10 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use super::Master;
+use super::idle_sigterm::IdleSigterm;
 use super::procfs::{self, Observed, Process};
 use super::reap::Kind;
-use super::spawn::{Child, Launch, Link};
+use super::spawn::{Child, Launch, Link, Spawner};
 use super::supervisor::Uptime;
 use crate::config::millis;
 use crate::sys::Ending;
@@ -44,6 +47,10 @@ const QUICK_POLL_INTERVAL: Duration = Duration::from_millis(1);
 const QUICK_POLL_TIME: Duration = Duration::from_secs(2);
 /// Interval at which to look for strays after a program has exited.
 const STRAYS_INTERVAL: Duration = Duration::from_millis(50);
+/// Interval at which to look whether a program serves no request.
+const IDLE_INTERVAL: Duration = Duration::from_millis(5);
+/// How long the server waits until a program that handles SIGTERM serves no request, before it sends SIGTERM.
+const IDLE_PATIENCE: Duration = Duration::from_secs(1);
 /// Interval at which to look for strays while there are orphans that may become strays.
 const ORPHANS_INTERVAL: Duration = Duration::from_secs(1);
 /// Time after which SIGTERM is sent again to a stray that waits for connections.
@@ -72,6 +79,8 @@ pub(crate) struct ProgramState {
     servers: Vec<Process>,
     /// Whether the program is still running some time after it was sent SIGTERM.
     reminded: bool,
+    /// Since when SIGTERM is to be sent as soon as the program serves no request.
+    awaits_idle_since: Option<Uptime>,
     /// Why the program cannot serve; empty if no cause is known.
     pub(crate) trouble: &'static str,
 }
@@ -85,6 +94,7 @@ impl ProgramState {
             hidden: self.hidden,
             servers: self.servers.iter().map(|&process| process.into()).collect(),
             reminded: self.reminded,
+            awaits_idle: self.awaits_idle_since.is_some(),
         }
     }
 
@@ -97,6 +107,7 @@ impl ProgramState {
             hidden: saved.hidden,
             servers: saved.servers.into_iter().map(Process::from).collect(),
             reminded: saved.reminded,
+            awaits_idle_since: saved.awaits_idle.then_some(now),
             trouble: "",
         }
     }
@@ -118,6 +129,22 @@ struct Stray {
     unasked: bool,
 }
 
+impl Stray {
+    fn name(&self) -> String {
+        procfs::stat(self.process.pid()).map(|stat| stat.name).unwrap_or_default()
+    }
+
+    fn sent_sigterm(&mut self, now: Uptime) {
+        if self.asked.is_none() {
+            log::info!(
+                pid = self.process.pid, name = self.name();
+                "sent SIGTERM to a process that a worker left behind, because it accepts connections"
+            );
+        }
+        (self.asked, self.unasked) = (Some(now), false);
+    }
+}
+
 /// The state that all programs share.
 #[derive(Debug, Default)]
 pub(super) struct Programs {
@@ -129,6 +156,7 @@ pub(super) struct Programs {
     /// The time until which programs are checked at [`QUICK_POLL_INTERVAL`].
     quick_until: Uptime,
     strays: Vec<Stray>,
+    idle_sigterm: IdleSigterm,
     next_look: Option<Uptime>,
     /// The time until which strays are looked for at [`STRAYS_INTERVAL`].
     stray_until: Uptime,
@@ -142,8 +170,8 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    pub(super) fn next_deadline(&self) -> Option<Uptime> {
-        [self.next_look, self.next_count].into_iter().flatten().min()
+    pub(super) fn next_deadline(&self, now: Uptime) -> Option<Uptime> {
+        [self.next_look, self.next_count, self.idle_sigterm.next_deadline(now)].into_iter().flatten().min()
     }
 
     /// Returns the current time between two checks of starting programs.
@@ -156,7 +184,9 @@ impl Programs {
         self.strays.is_empty()
     }
 
+    /// Returns the strays, for the next master. Processes that this master has stopped continue.
     pub(super) fn save_strays(&self, now: Uptime) -> Vec<SavedStray> {
+        self.idle_sigterm.resume_all();
         let save = |stray: &Stray| SavedStray {
             process: stray.process.into(),
             left_ms: millis(stray.deadline.saturating_sub(now)),
@@ -233,7 +263,20 @@ impl Master {
             }
         }
         self.check_strays();
+        self.terminate_idle();
         self.check_queue();
+    }
+
+    /// Sends SIGTERM to programs and strays that do not handle SIGTERM and serve no request.
+    fn terminate_idle(&mut self) {
+        let now = self.now();
+        for process in self.programs.idle_sigterm.advance(&self.spawner.listeners[0], now) {
+            if let Some(Child { link: Link::Program(program), .. }) = self.children.get_mut(&process.pid()) {
+                program.awaits_idle_since = None;
+            } else if let Some(stray) = self.programs.strays.iter_mut().find(|stray| stray.process == process) {
+                stray.sent_sigterm(now);
+            }
+        }
     }
 
     /// Logs once if connections are waiting and no program was ever seen to accept one.
@@ -328,6 +371,14 @@ impl Master {
             }
         }
         child.asked_to_leave = true;
+        if signal == Signal::SIGTERM
+            && let Link::Program(program) = &mut child.link
+            && program.servers.is_empty()
+            && procfs::serves_one_at_a_time(pid, listener)
+        {
+            program.awaits_idle_since.get_or_insert(now);
+            return self.programs.check_soon(now);
+        }
         // The pid cannot belong to another process, because the child has not been reaped yet.
         let sent = if to_group { killpg(pid, signal) } else { kill(pid, signal) };
         if let Err(errno) = sent {
@@ -407,54 +458,72 @@ impl Master {
         }
         let orphans = self.orphans();
         let mut roots = orphans.clone();
-        for (&pid, child) in &self.children {
-            if matches!(&child.link, Link::Program(program) if program.reminded) {
+        let mut awaiting = Vec::new();
+        for (&pid, child) in &mut self.children {
+            let Link::Program(program) = &mut child.link else { continue };
+            if program.reminded {
                 roots.extend(procfs::children_of(pid));
+            }
+            let Some(since) = program.awaits_idle_since else { continue };
+            if now >= since + IDLE_PATIENCE && procfs::handles(pid, Signal::SIGTERM) {
+                program.awaits_idle_since = None;
+                let _ = kill(pid, Signal::SIGTERM); // it may just have exited
+            } else {
+                awaiting.extend(Process::of(pid));
             }
         }
         let listener = &self.spawner.listeners[0];
+        for process in &awaiting {
+            self.programs.idle_sigterm.attempt(*process, listener, now);
+        }
         let mut seen = procfs::servers_under(&roots, listener);
         seen.retain(|(_, observed)| observed.accepts());
-        let deadline = now + self.spawner.config.drain_timeout;
-        let strays = &mut self.programs.strays;
-        strays.retain(|stray| stray.process.lives());
-        for process in seen.iter().filter_map(|(pid, _)| Process::of(*pid)) {
-            if strays.iter().all(|stray| stray.process != process) {
-                strays.push(Stray { process, deadline, asked: None, unasked: false });
-            }
-        }
-        let half = self.spawner.config.drain_timeout / 2;
-        for Stray { process, deadline, asked, unasked } in &mut *strays {
-            let waits = (*unasked || seen.iter().any(|(pid, _)| *pid == process.pid()))
-                && procfs::can_be_asked(process.pid(), listener);
-            let is_late = *unasked && *deadline <= now + half && procfs::handles(process.pid(), Signal::SIGTERM);
-            let signal = match asked {
-                _ if *deadline <= now => Signal::SIGKILL,
-                Some(asked) if !waits || now < *asked + TERMINATE_INTERVAL => continue,
-                None if !waits && !is_late => continue,
-                Some(_) | None => Signal::SIGTERM,
-            };
-            let name = procfs::stat(process.pid()).map(|stat| stat.name).unwrap_or_default();
-            if signal == Signal::SIGKILL {
-                log::warn!(
-                    pid = process.pid, name;
-                    "killed a process that a worker left behind, because it did not exit in time (--drain-timeout)"
-                );
-            } else if asked.is_none() {
-                log::info!(
-                    pid = process.pid, name;
-                    "sent SIGTERM to a process that a worker left behind, because it accepts connections"
-                );
-            }
-            (*asked, *unasked) = (Some(now), false);
-            let _ = kill(process.pid(), signal); // it may just have exited
-        }
-        let left = if !strays.is_empty() || now < self.programs.stray_until {
+        self.programs.signal_strays(&seen, &self.spawner, now);
+        let left = if !awaiting.is_empty() {
+            Some(IDLE_INTERVAL)
+        } else if !self.programs.is_empty() || now < self.programs.stray_until {
             Some(STRAYS_INTERVAL)
         } else {
             (roots.len() > orphans.len() || !orphans.is_empty()).then_some(ORPHANS_INTERVAL)
         };
         self.programs.next_look = left.map(|left| now + left);
+    }
+}
+
+impl Programs {
+    /// Sends SIGTERM to strays at a moment when this loses no request, and SIGKILL at their deadline. `seen` are the
+    /// processes without a program that accept connections now.
+    fn signal_strays(&mut self, seen: &[(Pid, Observed)], spawner: &Spawner, now: Uptime) {
+        let listener = &spawner.listeners[0];
+        let drain_timeout = spawner.config.drain_timeout;
+        self.strays.retain(|stray| stray.process.lives());
+        for process in seen.iter().filter_map(|(pid, _)| Process::of(*pid)) {
+            if self.strays.iter().all(|stray| stray.process != process) {
+                self.strays.push(Stray { process, deadline: now + drain_timeout, asked: None, unasked: false });
+            }
+        }
+        for stray in &mut self.strays {
+            let Stray { process, deadline, asked, unasked } = *stray;
+            let pid = process.pid();
+            if deadline <= now {
+                let name = stray.name();
+                log::warn!(
+                    pid = process.pid, name;
+                    "killed a process that a worker left behind, because it did not exit in time (--drain-timeout)"
+                );
+                let _ = kill(pid, Signal::SIGKILL); // it may just have exited
+                continue;
+            }
+            let waits = (unasked || seen.iter().any(|(seen, _)| *seen == pid)) && procfs::can_be_asked(pid, listener);
+            let is_late = unasked && deadline <= now + drain_timeout / 2 && procfs::handles(pid, Signal::SIGTERM);
+            let is_due = asked.map_or(waits || is_late, |asked| waits && now >= asked + TERMINATE_INTERVAL);
+            if is_due && waits && procfs::serves_one_at_a_time(pid, listener) {
+                self.idle_sigterm.attempt(process, listener, now);
+            } else if is_due {
+                let _ = kill(pid, Signal::SIGTERM); // it may just have exited
+                stray.sent_sigterm(now);
+            }
+        }
     }
 }
 

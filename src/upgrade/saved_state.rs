@@ -159,6 +159,8 @@ pub(crate) struct SavedProgram {
     pub(crate) servers: Vec<SavedProcess>,
     #[serde(default)]
     pub(crate) reminded: bool,
+    #[serde(default)]
+    pub(crate) awaits_idle: bool,
 }
 
 /// The pipe with the output of a process, and its unfinished line.
@@ -453,8 +455,16 @@ mod tests {
         starting.phase = SavedSlotState::Starting { left_ms: 500 };
         state.roster.slots.push(starting);
         let leave_left_ms = Some(600);
-        let (started, seen, hidden, servers, reminded) = (true, true, false, Vec::new(), false);
-        let link = SavedLink::Program(SavedProgram { started, seen, leave_left_ms, hidden, servers, reminded });
+        let program = SavedProgram {
+            started: true,
+            seen: true,
+            leave_left_ms,
+            hidden: false,
+            servers: Vec::new(),
+            reminded: false,
+            awaits_idle: false,
+        };
+        let link = SavedLink::Program(program);
         state.children.push(SavedChild { link, ..state.children[0].clone() });
         let before = serde_json::to_value(&state).unwrap();
         let read = |state: &Saved| {

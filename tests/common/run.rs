@@ -102,13 +102,18 @@ impl Place {
     }
 
     pub fn compile_hello(&self) -> PathBuf {
-        let (source, hello) = (self.path("hello.c"), self.path("hello"));
-        std::fs::write(&source, HELLO_C).unwrap();
+        self.compile("hello", HELLO_C).into()
+    }
+
+    /// Compiles a C program that uses libfcgi. Returns the path of the program.
+    pub fn compile(&self, name: &str, source: &str) -> String {
+        let (file, program) = (self.path(&format!("{name}.c")), self.path(name));
+        std::fs::write(&file, source).unwrap();
         let mut compiler = Command::new("gcc");
-        compiler.args(["-std=c11", "-Wall", "-O1", "-o"]).arg(&hello).arg(&source).arg("-lfcgi");
+        compiler.args(["-std=c11", "-Wall", "-O1", "-o"]).arg(&program).arg(&file).arg("-lfcgi");
         let output = compiler.output_in_time().expect("gcc is installed (scripts/test installs it)");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        hello
+        program.to_string_lossy().into_owned()
     }
 }
 
