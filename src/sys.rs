@@ -1,7 +1,7 @@
 //! Provides safe functions around system calls that need `unsafe`, or that are sound only at one point in the lifetime
 //! of a process.
 //!
-//! This module contains no policy; see `master::supervisor`. Other files with `unsafe` are the signal handlers in
+//! This module contains no policy; see `master::pool::supervisor`. Other files with `unsafe` are the signal handlers in
 //! `diagnostics/` and `startup/abort_signal.rs`, `logging/`, the heir's journal, and the steps between fork and exec in
 //! `privileges/`.
 

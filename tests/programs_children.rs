@@ -361,7 +361,8 @@ fn sigterm_is_sent_to_a_program_while_it_serves_no_request() {
     let parent = place.script("parent", &format!("{serve}{hello}{}", TWO_CHILDREN.replace("serve(", "hello(")));
     let plain = place.compile("plain", PLAIN_C);
     let wrapped = |command| ["sh", "-c", "\"$@\"; true", "sh", command];
-    let commands = [&[alone.as_str()][..], &[&plain], &[&parent], &wrapped(&alone), &wrapped(&plain), &wrapped(&parent)];
+    let commands =
+        [&[alone.as_str()][..], &[&plain], &[&parent], &wrapped(&alone), &wrapped(&plain), &wrapped(&parent)];
     for command in commands {
         let mut server = Server::start_command(&mut place.run(&ALL, command));
         let stop = AtomicBool::new(false);
@@ -371,7 +372,11 @@ fn sigterm_is_sent_to_a_program_while_it_serves_no_request() {
                     match place.ask("/", b"") {
                         Ok(response) => assert_eq!(response.body(), b"hello\n"),
                         // The server has stopped.
-                        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => return,
+                        Err(error)
+                            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+                        {
+                            return;
+                        }
                         Err(error) => panic!("{command:?}: {error}"),
                     }
                 }

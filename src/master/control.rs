@@ -15,7 +15,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
 
-use super::supervisor::Uptime;
+use super::pool::supervisor::Uptime;
 use crate::control::wire::{self, ControlReply, ControlRequest, MAX_REQUEST};
 use crate::logging::rate::{Admission, ByteLimit};
 use crate::net::control_listener::ControlListener;

@@ -3,8 +3,8 @@
 use nix::unistd::Pid;
 
 use super::Master;
-use super::death_log::DeathRecord;
-use super::supervisor::Notice;
+use super::pool::death_log::DeathRecord;
+use super::pool::supervisor::Notice;
 use crate::config::in_ms;
 
 // These events are also reported to control clients.
@@ -35,7 +35,7 @@ impl Master {
     /// Returns the hint in the latest death record. If `pid` is given, returns the hint only if the record describes
     /// that process.
     fn hint_of(&self, pid: Option<Pid>) -> Option<&str> {
-        let DeathRecord { hint, pid: of, .. } = &self.death_record;
+        let DeathRecord { hint, pid: of, .. } = &self.pool.death_record;
         Some(hint.as_str()).filter(|hint| !hint.is_empty() && (pid.is_none() || pid == *of))
     }
 
@@ -77,7 +77,7 @@ impl Master {
             Notice::ReloadStarted { generation } => log::info!("gen" = generation; "{RELOAD_STARTED}"),
             Notice::ReloadDone { generation } => log::info!("gen" = generation; "{RELOAD_DONE}"),
             Notice::ReloadFailed { generation, slot, pid } => {
-                let DeathRecord { pid: of, last_words, .. } = &self.death_record;
+                let DeathRecord { pid: of, last_words, .. } = &self.pool.death_record;
                 let said = Some(last_words).filter(|last_words| *of == pid && !last_words.is_empty());
                 log::error!(
                     "gen" = generation, slot, pid = pid.map(Pid::as_raw), said, hint = self.hint_of(pid);

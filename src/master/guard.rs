@@ -39,9 +39,9 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, getpgrp, getpid, getppid, getsid, setpgid};
 
 use super::Master;
+use super::pool::spawn::{Launch, Spawner};
+use super::pool::supervisor::{Breaker, Uptime};
 use super::procfs;
-use super::spawn::{Launch, Spawner};
-use super::supervisor::{Breaker, Uptime};
 use crate::config::in_ms;
 use crate::logging;
 use crate::sys::{self, Ending};
@@ -156,7 +156,7 @@ impl Master {
     /// Keeps a guard running if there are processes to guard. A master with pid 1 needs no guard, because the kernel
     /// kills all processes of the container when pid 1 dies.
     pub(super) fn keep_guard(&mut self) {
-        let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
+        let runs_programs = matches!(self.pool.spawner.launch, Launch::Program(_));
         self.guard.wanted = (runs_programs || self.sidecars.has_any()) && getpid() != Pid::from_raw(1);
         if self.guard.next_deadline().is_some_and(|deadline| self.now() >= deadline) {
             self.start_guard();
@@ -175,7 +175,7 @@ impl Master {
         self.groups().into_iter().for_each(|group| groups.add(group));
         let orphans = procfs::family_of(&self.orphans());
         orphans.into_iter().filter(|pid| self.sidecars.has_left(*pid)).for_each(|pid| groups.add_process(pid));
-        match start(groups, &self.spawner, &self.signals) {
+        match start(groups, &self.pool.spawner, &self.signals) {
             Ok(process) => {
                 log::debug!(pid = process.pid.as_raw(); "guard started");
                 self.guard.put(Some(process));
@@ -189,11 +189,11 @@ impl Master {
 
     /// Returns the process groups that must end with the master.
     fn groups(&self) -> BTreeSet<i32> {
-        let programs = self.children.iter().filter(|(_, child)| !child.is_worker()).map(|(pid, _)| *pid);
+        let programs = self.pool.children.iter().filter(|(_, child)| !child.is_worker()).map(|(pid, _)| *pid);
         let sidecars = self.sidecars.living().into_iter().map(|living| living.pid);
         let mut groups: BTreeSet<i32> = programs.chain(sidecars).map(Pid::as_raw).collect();
         let (session, own_group) = (own_session(), getpgrp().as_raw());
-        let runs_programs = matches!(self.spawner.launch, Launch::Program(_));
+        let runs_programs = matches!(self.pool.spawner.launch, Launch::Program(_));
         for pid in procfs::family_of(&self.orphans()) {
             // The groups of processes that workers have left behind are not announced, because workers that are still
             // serving may belong to these groups. The master's own group is not announced, because the process that

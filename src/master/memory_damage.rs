@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use forkyard_shm::Segment;
 
-use super::supervisor::Uptime;
+use super::pool::supervisor::Uptime;
 use super::{Master, memory};
 use crate::startup::systemd;
 
@@ -65,13 +65,13 @@ impl Master {
     pub(super) fn check_memory_damage(&mut self) {
         let now = self.now();
         if self.damage.next_deadline().is_some_and(|deadline| now >= deadline) {
-            self.damage.look(&self.spawner.segment, now);
+            self.damage.look(&self.pool.spawner.segment, now);
         }
     }
 
     /// Returns the reason, for the operator, why the shared memory must not be used, or `None` if it is not damaged.
     pub(super) fn why_not_use_memory(&self) -> Option<String> {
-        let why = self.spawner.segment.damage()?;
+        let why = self.pool.spawner.segment.damage()?;
         Some(format!(
             "the shared memory is damaged: {why}; a process overwrote it or truncated its file (a reload replaces it)"
         ))
@@ -79,8 +79,8 @@ impl Master {
 
     /// Replaces damaged memory for new processes. Returns the message for the operator, if any.
     pub(super) fn replace_damaged_memory(&mut self) -> Option<String> {
-        let why = self.spawner.segment.damage()?;
-        let config = &self.spawner.config;
+        let why = self.pool.spawner.segment.damage()?;
+        let config = &self.pool.spawner.config;
         let segment = match memory::renew(config) {
             Ok(segment) => segment,
             Err(error) => {
@@ -94,13 +94,13 @@ impl Master {
         if memory::is_worth_storing(config) {
             self.notify.store(systemd::SEGMENT, segment.fd());
         }
-        self.scoreboard = segment.scoreboard();
-        self.faults.move_to(segment.quarantine(), self.begun.elapsed());
+        self.pool.scoreboard = segment.scoreboard();
+        self.pool.faults.move_to(segment.quarantine(), self.begun.elapsed());
         self.sidecars.move_to(segment.clone());
-        self.spawner.segment = segment;
+        self.pool.spawner.segment = segment;
         self.relay.renew(self.begun.elapsed());
         self.renew_guard(); // the old guard still has the memory that existed when it was forked
-        self.damage = Damage { looked_at: self.begun.elapsed(), ..Damage::new(&self.spawner.segment) };
+        self.damage = Damage { looked_at: self.begun.elapsed(), ..Damage::new(&self.pool.spawner.segment) };
         let text = format!(
             "replaced the damaged shared memory ({why}): the cache starts empty, and subscribers receive a gap"
         );

@@ -6,100 +6,71 @@
 //! dead workers as dead, and to write the list of refused requests. It does not trust what a child reports: each report
 //! is bounded, and matched against the pid of its sender.
 //!
-//! Modules that decide, without a system call:
-//! - [`supervisor`]: which processes should run.
-//! - [`sidecars`]'s supervisor: which daemons and jobs should run.
-//! - [`hangs`] and [`quarantine`]: which workers hang, and which requests kill their workers. [`worker_faults`]
-//!   collects the evidence for both.
-//! - [`demand`] and [`recycling`]: how much work there is, and which workers have reached the end of their lifetime.
-//!
 //! Modules for processes:
-//! - [`spawn`] starts workers and programs; [`reap`] handles the death of any child, and [`death_log`] writes its log line.
-//! - [`programs`] observes external programs through [`procfs`]; [`remaining_processes`] terminates what they leave behind.
-//! - [`sidecars`] runs daemons and jobs; [`relay`] runs the process that publishes events for programs in other languages; [`guard`] runs
-//!   the process that outlives a killed master and kills what its programs have started; [`symbolizer`] runs the process that names the
-//!   functions in a crash.
-//! - [`output`] reads what processes write to standard output and error.
+//! - [`pool`] is the workers, or the programs in their place: it starts them, and decides and observes everything about
+//!   them.
+//! - [`reap`] handles the death of any child, and [`remaining_processes`] terminates what the children leave behind.
+//! - [`sidecars`] runs daemons and jobs; [`relay`] runs the process that publishes events for programs in other
+//!   languages; [`guard`] runs the process that outlives a killed master and kills what its programs have started.
+//! - [`procfs`] reads what other processes do not report, and [`output`] reads what they write to standard output and
+//!   error.
 //!
 //! Modules for operators:
 //! - [`signals`] and [`control`] receive commands, [`operator`] carries them out, and [`decision_log`] logs their outcome.
-//! - [`reload`] applies a changed configuration, [`upgrade`] replaces this process with another build of the program,
-//!   and [`close_listeners`] closes the listening sockets when the server stops.
+//! - [`reload`] applies a changed configuration, and [`upgrade`] replaces this process with another build of the program.
+//! - [`memory_damage`] checks the shared memory.
 //! - [`status`] describes the state, and [`sd_notify`] reports it to systemd.
 
 mod background_daemons;
-mod close_listeners;
 mod control;
-mod death_log;
 pub(crate) mod decision_log;
-mod demand;
 mod earlier_children;
 mod guard;
-mod hangs;
-mod idle_sigterm;
 mod memory_damage;
-mod oom;
 mod operator;
 mod output;
+mod pool;
 pub(crate) mod procfs;
-mod programs;
-mod quarantine;
 mod reap;
-mod recycling;
 mod relay;
 mod reload;
 mod remaining_processes;
 pub(crate) mod sd_notify;
 pub(crate) mod sidecars;
 mod signals;
-mod spawn;
 mod stall;
 mod status;
-mod supervisor;
-pub(crate) mod symbolizer;
 pub(crate) mod upgrade;
-pub(crate) mod worker_faults;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd as _, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forkyard_shm::{Scoreboard, Segment};
-use log::kv::Value;
+use forkyard_shm::Segment;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
-use nix::unistd::Pid;
 
-use self::close_listeners::Closing;
 pub(crate) use self::control::Control;
-use self::death_log::DeathRecord;
 pub(crate) use self::earlier_children::EarlierChildren;
 use self::guard::Guard;
 use self::memory_damage::Damage;
-use self::output::OrphanedOutputs;
-use self::programs::Programs;
-use self::recycling::Recycling;
+use self::pool::Pool;
+pub(crate) use self::pool::spawn::Launch;
+use self::pool::spawn::{self, Child, Spawner};
+use self::pool::supervisor::{Action, Command, Phase, SupervisorEvent};
 use self::relay::Relay;
 use self::sd_notify::Notify;
 use self::sidecars::Sidecars;
 pub(crate) use self::sidecars::check_sidecars;
 use self::signals::Meaning;
 pub(crate) use self::signals::SignalInbox;
-pub(crate) use self::spawn::Launch;
-use self::spawn::{Child, Spawner};
-use self::status::line_of;
-use self::supervisor::{Action, Budget, Command, Phase, Policy, Supervisor, SupervisorEvent};
 use self::upgrade::Upgrade;
-use self::worker_faults::Faults;
-use crate::config::{Config, Program, Share, in_ms};
-use crate::inherited_by_workers::Report;
+use crate::config::{Config, Program};
 use crate::logging;
 use crate::logging::files::LogFiles;
 use crate::net::listen::Listener;
 use crate::net::publish_socket::PublishSocket;
-use crate::net::queue_depth::QueueDepth;
 use crate::startup::{memory, systemd};
 use crate::sys;
 use crate::upgrade::saved_state::SavedPidFile;
@@ -138,40 +109,13 @@ pub(crate) struct Reloaded {
     pub(crate) fixed: Vec<String>,
 }
 
-/// Why a worker has reached the end of its lifetime, for the log.
-#[derive(Clone, Copy)]
-struct EndOfLife<'a> {
-    reason: &'a str,
-    /// The memory size of the worker in bytes, if the worker is too large.
-    memory: Option<u64>,
-    /// The request of a hanging function, if that is the reason.
-    request: Option<&'a str>,
-}
-
-impl<'a> EndOfLife<'a> {
-    fn because(reason: &'a str) -> Self {
-        Self { reason, memory: None, request: None }
-    }
-}
-
 struct Master {
-    supervisor: Supervisor,
+    pool: Pool,
     control: Option<Control>,
     reread: Reread,
-    /// The latest death record. Clients that wait for a reload receive it as the reason if the reload fails.
-    death_record: DeathRecord,
-    spawner: Spawner,
     signals: SignalInbox,
-    scoreboard: Scoreboard,
-    children: HashMap<Pid, Child>,
     earlier: EarlierChildren,
-    programs: Programs,
-    recycling: Recycling,
-    queue_depth: QueueDepth,
     begun: Instant,
-    faults: Faults,
-    /// Outputs of dead processes whose children may still write.
-    orphaned_outputs: OrphanedOutputs,
     start_command: StartCommand,
     upgrade: Upgrade,
     notify: Notify,
@@ -181,7 +125,6 @@ struct Master {
     relay: Relay,
     guard: Guard,
     damage: Damage,
-    closing: Closing,
     /// Whether the server is stopping because no worker ever became ready.
     gave_up: bool,
     /// Set when the last worker has ended. True if the operator asked the server to stop.
@@ -237,32 +180,24 @@ pub(crate) fn run(
     sys::unblock_signals();
     // Orphans among the descendants become children of this process, as they would of PID 1, and are reaped here.
     nix::sys::prctl::set_child_subreaper(true)?;
-    let recycling = Recycling::new(&config.scaling);
+    let damage = Damage::new(&segment);
+    let sidecars = Sidecars::new(&config, segment.clone(), begun)?;
+    let spawner = Spawner::new(config, listeners, segment, launch, application, operators.log_files, ties)?;
     let mut master = Master {
-        supervisor: Supervisor::new(policy(&config)),
+        pool: Pool::new(spawner, begun),
         control: operators.control,
         reread: operators.reread,
-        death_record: DeathRecord::default(),
         signals,
-        scoreboard: segment.scoreboard(),
-        damage: Damage::new(&segment),
-        faults: Faults::new(&config.failures, segment.quarantine()),
-        sidecars: Sidecars::new(&config, segment.clone(), begun)?,
+        damage,
+        sidecars,
         relay: Relay::new(operators.publish),
         guard: Guard::default(),
-        spawner: Spawner::new(config, listeners, segment, launch, application, operators.log_files, ties)?,
-        orphaned_outputs: OrphanedOutputs::default(),
         start_command,
         upgrade: Upgrade::default(),
         notify: Notify::from_environment(Instant::now()),
         pid_file: operators.pid_file,
-        recycling,
-        queue_depth: QueueDepth::new(),
-        children: HashMap::new(),
         earlier,
-        programs: Programs::default(),
         begun,
-        closing: Closing::default(),
         gave_up: false,
         emptied: None,
         ended: None,
@@ -282,50 +217,28 @@ pub(crate) fn run(
             master.feed(SupervisorEvent::Arrival);
         }
         master.read_signals();
-        master.read_children();
-        master.orphaned_outputs.read(master.now());
-        master.check_programs();
-        master.recycle();
-        master.check_hangs_and_quarantine();
+        master.observe();
         master.check_memory_damage();
         master.read_operators(&events);
         master.feed(SupervisorEvent::Tick);
-        master.check_closing();
+        master.pool.check_closing();
+        master.feed_observed();
         master.run_sidecars();
-        master.relay.turn(&master.spawner, &master.signals, begun.elapsed());
+        master.relay.turn(&master.pool.spawner, &master.signals, begun.elapsed());
         master.upgrade.listen();
         master.notify.tick(Instant::now());
         master.finish_upgrade();
     }
     master.shut_down();
-    memory::close(master.spawner.segment.clone()); // a reload may have replaced a damaged segment
+    memory::close(master.pool.spawner.segment.clone()); // a reload may have replaced a damaged segment
     Ok((master.stop_reason(), master.control))
-}
-
-/// Returns the part of the configuration that the supervisor needs.
-fn policy(config: &Config) -> Policy {
-    Policy {
-        workers: (config.workers.min, config.workers.max),
-        // A program is assumed to serve one request at a time.
-        per_worker: config.threads.max(1),
-        scale_down_after: config.scaling.scale_down_after,
-        max_unavailable: match config.scaling.max_unavailable {
-            Share::Number(number) => Budget::Number(number),
-            Share::Percent(percent) => Budget::Percent(percent),
-        },
-        slots: config.slots(),
-        start_timeout: config.start_timeout,
-        drain_timeout: config.drain_timeout,
-        respawn_rate: config.respawn_rate,
-        give_up_after: config.scaling.give_up_after,
-    }
 }
 
 impl Master {
     /// Stores the shared memory in systemd for the next startup, if the next server can use it.
     fn store_segment(&mut self) {
-        if memory::is_worth_storing(&self.spawner.config) {
-            self.notify.store(systemd::SEGMENT, self.spawner.segment.fd());
+        if memory::is_worth_storing(&self.pool.spawner.config) {
+            self.notify.store(systemd::SEGMENT, self.pool.spawner.segment.fd());
         } else {
             self.notify.forget(systemd::SEGMENT); // memory of an earlier server
         }
@@ -348,7 +261,7 @@ impl Master {
         self.relay.end();
         self.end_leftovers();
         self.guard.stop();
-        self.orphaned_outputs.finish(self.now());
+        self.pool.orphaned_outputs.finish(self.now());
         self.farewell();
         logging::finish();
     }
@@ -359,16 +272,16 @@ impl Master {
 
     /// Passes the path of the publish socket to all programs.
     fn announce_publish_socket(&mut self) {
-        let events = self.relay.seen_by_programs(&self.spawner.config);
-        self.spawner.current.events.clone_from(&events);
+        let events = self.relay.seen_by_programs(&self.pool.spawner.config);
+        self.pool.spawner.current.events.clone_from(&events);
         self.sidecars.announce_publish_socket(events);
     }
 
     /// Waits for the heirs of the last workers, and for the relay, up to the time that heirs may take. An operator who
     /// stops the server immediately shortens this wait.
     fn await_heirs(&mut self) {
-        if self.programs.at_once {
-            self.spawner.end_lifeline();
+        if self.pool.programs.at_once {
+            self.pool.spawner.end_lifeline();
         }
         let begun = Instant::now();
         while let Some(left) =
@@ -385,25 +298,25 @@ impl Master {
     fn wait(&self) -> (bool, Vec<PollFlags>) {
         let now = self.now();
         let deadlines = [
-            self.supervisor.next_deadline(),
-            self.recycling.next_deadline(),
-            self.faults.next_deadline(),
+            self.pool.supervisor.next_deadline(),
+            self.pool.recycling.next_deadline(),
+            self.pool.faults.next_deadline(),
             self.control.as_ref().and_then(|control| control.next_deadline(now)),
             self.sidecars.next_deadline(),
-            self.programs.next_deadline(now),
+            self.pool.programs.next_deadline(now),
             self.relay.next_deadline(now),
             self.guard.next_deadline(),
             self.damage.next_deadline(),
         ];
-        let outputs = self.children.values().filter_map(|child| child.output.as_ref()?.next_deadline());
+        let outputs = self.pool.children.values().filter_map(|child| child.output.as_ref()?.next_deadline());
         let deadline =
-            deadlines.into_iter().flatten().chain(outputs).chain(self.orphaned_outputs.next_deadline()).min();
+            deadlines.into_iter().flatten().chain(outputs).chain(self.pool.orphaned_outputs.next_deadline()).min();
         let mut timeout = deadline.map(|deadline| deadline.saturating_sub(now));
-        if self.children.values().any(Child::is_unsettled_program) {
-            let pace = self.programs.pace(now);
+        if self.pool.children.values().any(Child::is_unsettled_program) {
+            let pace = self.pool.programs.pace(now);
             timeout = Some(timeout.map_or(pace, |timeout| timeout.min(pace)));
         }
-        let due = [self.upgrade.due_in(), self.notify.due_in(Instant::now()), self.closing.due_in()];
+        let due = [self.upgrade.due_in(), self.notify.due_in(Instant::now()), self.pool.closing.due_in()];
         for due in due.into_iter().flatten() {
             timeout = Some(timeout.map_or(due, |timeout| timeout.min(due)));
         }
@@ -418,8 +331,9 @@ impl Master {
             PollTimeout::try_from(timeout.as_millis() + 1).unwrap_or(PollTimeout::MAX)
         });
         let signals = PollFd::new(self.signals.as_fd(), PollFlags::POLLIN);
-        let children = self.children.values().flat_map(|child| child.watched(slow_log.is_none()));
-        let outputs = self.orphaned_outputs.watched().chain(self.sidecars.watched()).filter(|_| slow_log.is_none());
+        let children = self.pool.children.values().flat_map(|child| child.watched(slow_log.is_none()));
+        let outputs =
+            self.pool.orphaned_outputs.watched().chain(self.sidecars.watched()).filter(|_| slow_log.is_none());
         let children = children
             .chain(outputs)
             .chain(self.relay.watched(now))
@@ -427,7 +341,7 @@ impl Master {
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         let log = logging::waits_for().map(|fd| PollFd::new(fd, PollFlags::POLLOUT));
         // Without workers, only the master can detect a new connection.
-        let listeners = if self.supervisor.awaits_arrival() { &*self.spawner.listeners } else { &[] };
+        let listeners = if self.pool.supervisor.awaits_arrival() { &*self.pool.spawner.listeners } else { &[] };
         let arrivals = listeners.iter().map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
         let mut watched: Vec<PollFd<'_>> = arrivals.chain([signals]).chain(log).chain(children).collect();
         let others = watched.len();
@@ -450,7 +364,7 @@ impl Master {
             match meaning {
                 Meaning::Child => self.reap(),
                 Meaning::Command(command) => {
-                    let stopping = self.supervisor.view().phase == Phase::Stopping;
+                    let stopping = self.pool.supervisor.view().phase == Phase::Stopping;
                     let ignored = stopping && command != Command::Halt;
                     let verb = command.verb();
                     if ignored {
@@ -474,54 +388,28 @@ impl Master {
         }
     }
 
-    fn read_children(&mut self) {
-        let pids: Vec<Pid> = self.children.keys().copied().collect();
-        let share = output::share(pids.len());
-        for pid in pids {
-            self.read_child(pid, share);
-        }
+    /// Observes the processes of the pool, and carries out what the supervisor decides about them.
+    fn observe(&mut self) {
+        self.pool.read_children();
+        self.feed_observed();
+        self.pool.orphaned_outputs.read(self.now());
+        let orphans = self.pool.is_search_for_strays_due().then(|| self.orphans());
+        self.pool.check_programs(orphans.as_deref());
+        self.feed_observed();
+        self.pool.recycle();
+        self.feed_observed();
+        self.pool.check_hangs_and_quarantine();
+        self.feed_observed();
     }
 
-    /// Reads the reports of a process, and up to `most` bytes of its output.
-    fn read_child(&mut self, pid: Pid, most: usize) {
-        let now = self.now();
-        let Some(child) = self.children.get_mut(&pid) else { return };
-        child.log_output(pid, most, now);
-        for report in child.listen() {
-            match report {
-                Report::Ready => self.ready(pid),
-                Report::Recycle(reason) => self.wear_out(pid, EndOfLife::because(&reason)),
-                Report::HungThread(request) => self.hung_thread(pid, &request),
-                Report::LastWords(_) | Report::Trace(_) | Report::SentBy(_) => {}
+    /// Passes what the pool has observed to the supervisor.
+    fn feed_observed(&mut self) {
+        while let Some(event) = self.pool.next_observed() {
+            if let SupervisorEvent::Ready { pid } = event {
+                self.report_ready(pid);
             }
+            self.feed(event);
         }
-    }
-
-    /// Finds workers that have reached the end of their lifetime.
-    fn recycle(&mut self) {
-        let now = self.now();
-        for pid in self.recycling.too_old(|pid| self.supervisor.is_ready(pid), now) {
-            self.wear_out(pid, EndOfLife::because("max-age"));
-        }
-        if let Some(pid) = self.recycling.turn(now)
-            && self.supervisor.is_ready(pid)
-            && let Some(bytes) = recycling::own_memory(pid)
-            && self.recycling.is_too_large(pid, bytes)
-        {
-            self.wear_out(pid, EndOfLife { memory: Some(bytes), ..EndOfLife::because("max-memory") });
-        }
-    }
-
-    /// Requests the replacement of a healthy process. The process continues to serve until its replacement is ready.
-    fn wear_out(&mut self, pid: Pid, EndOfLife { reason, memory, request }: EndOfLife<'_>) {
-        let Some(child) = self.children.get(&pid) else { return };
-        let (slot, lived) = (child.slot, in_ms(child.since.elapsed()));
-        let memory = memory.map(|bytes| format!("{}K", bytes >> 10));
-        log::info!(
-            slot, pid = pid.as_raw(), lived, reason, memory, request;
-            "worker will be replaced"
-        );
-        self.feed(SupervisorEvent::Recycle { pid });
     }
 
     /// Starts the first processes.
@@ -534,15 +422,15 @@ impl Master {
     /// ended.
     fn run_sidecars(&mut self) {
         self.keep_guard();
-        if self.emptied.is_some() && self.programs.is_empty() {
+        if self.emptied.is_some() && self.pool.programs.is_empty() {
             self.sidecars.stop();
         }
         if self.sidecars.has_suspects() {
             let orphans = self.orphans();
             self.sidecars.inherit(&orphans);
         }
-        self.sidecars.turn(self.supervisor.is_up());
-        if self.sidecars.is_empty() && self.programs.is_empty() {
+        self.sidecars.turn(self.pool.supervisor.is_up());
+        if self.sidecars.is_empty() && self.pool.programs.is_empty() {
             self.ended = self.emptied;
         }
     }
@@ -555,86 +443,35 @@ impl Master {
                 self.notify.stopping();
             }
             if command == Command::Halt {
-                self.programs.halt();
+                self.pool.programs.halt();
             }
             self.sidecars.apply(command);
         }
-        let mut actions = VecDeque::from(self.supervisor.step(event, self.now()));
+        let mut actions = VecDeque::from(self.pool.supervisor.step(event, self.now()));
         while let Some(action) = actions.pop_front() {
             if let Some(answer) = self.act(action) {
-                actions.extend(self.supervisor.step(answer, self.now()));
+                actions.extend(self.pool.supervisor.step(answer, self.now()));
             }
         }
     }
 
     fn act(&mut self, action: Action) -> Option<SupervisorEvent> {
         match action {
-            Action::Spawn { slot, generation } => Some(self.spawn(slot, generation)),
-            Action::Terminate { pid } => {
-                self.terminate(pid);
-                None
-            }
-            Action::Remind { pid } => {
-                self.remind_or_end(pid);
-                None
-            }
-            Action::Close { at_once } => {
-                self.close_sockets(at_once);
-                Some(SupervisorEvent::Queue { waits: !self.closing.is_dry() })
-            }
-            Action::Kill { pid } => {
-                self.signal(pid, Signal::SIGKILL);
-                None
-            }
-            Action::Sample => {
-                let (children, listeners) = (&self.children, &self.spawner.listeners);
-                let (supervisor, scoreboard) = (&self.supervisor, &self.scoreboard);
-                Some(SupervisorEvent::Demand(demand::sample(
-                    children,
-                    supervisor,
-                    scoreboard,
-                    &self.queue_depth,
-                    listeners,
-                )))
-            }
-            Action::Upgrade => {
-                self.begin_upgrade();
-                None
-            }
-            Action::Abort { pid } => {
-                self.abort(pid);
-                None
-            }
             Action::Notice(notice) => {
                 self.follow_reload(notice);
                 self.log(notice);
                 self.report_to_clients(notice);
-                None
             }
-            Action::Exit { success } => {
-                self.close_sockets(true);
-                self.emptied = Some(success);
-                None
-            }
+            Action::Upgrade => self.begin_upgrade(),
+            Action::Exit { success } => self.emptied = Some(success),
+            Action::Spawn { .. }
+            | Action::Terminate { .. }
+            | Action::Remind { .. }
+            | Action::Kill { .. }
+            | Action::Abort { .. }
+            | Action::Close { .. }
+            | Action::Sample => {}
         }
-    }
-
-    fn spawn(&mut self, slot: u32, generation: u64) -> SupervisorEvent {
-        let mended = self.mend_socket().map_err(io::Error::other);
-        match mended.and_then(|()| self.spawner.spawn(slot, generation, &self.signals)) {
-            Ok((pid, child)) => {
-                log::debug!(slot, pid = pid.as_raw(), "gen" = generation; "worker spawned");
-                self.children.insert(pid, child);
-                self.recycling.spawned(pid, Duration::ZERO, self.now());
-                SupervisorEvent::Spawned { slot, pid }
-            }
-            Err(error) => {
-                let event = format!("cannot start a worker: {}", sys::explain(&error));
-                log::error!(slot, "gen" = generation; "{event}");
-                let line = line_of(&event, &[("slot", Value::from(slot)), ("gen", generation.into())]);
-                self.death_record = DeathRecord { line, ..DeathRecord::default() };
-                SupervisorEvent::SpawnFailed { slot }
-            }
-        }
+        self.pool.act(action, &self.signals)
     }
 }

@@ -11,11 +11,10 @@ use nix::unistd::Pid;
 
 use super::Master;
 use super::control::{ClientId, Control, Waiting};
-use super::death_log::DeathRecord;
 use super::decision_log::{DRAIN_TIMEOUT, RELOAD_DONE, RELOAD_STARTED, START_TIMEOUT};
-use super::spawn::to_pass;
+use super::pool::spawn::to_pass;
+use super::pool::supervisor::{Command, Notice, Phase, SupervisorEvent};
 use super::status::line_of;
-use super::supervisor::{Command, Notice, Phase, SupervisorEvent};
 use crate::control::wire::{ControlReply, ControlRequest};
 
 const STOPPING: &str = "the master is stopping";
@@ -42,19 +41,19 @@ impl Master {
     }
 
     fn answer(&mut self, client: ClientId, request: ControlRequest) {
-        let stopping = self.supervisor.view().phase == Phase::Stopping;
+        let stopping = self.pool.supervisor.view().phase == Phase::Stopping;
         match request {
             ControlRequest::Status => {
                 let status = self.status();
                 self.reply(client, &ControlReply::Status { status });
             }
-            ControlRequest::Segment if self.spawner.config.cache.bytes == 0 => {
+            ControlRequest::Segment if self.pool.spawner.config.cache.bytes == 0 => {
                 self.reply(
                     client,
                     &ControlReply::failed("there is no page cache (start with --cache SIZE to have one)"),
                 );
             }
-            ControlRequest::Events if self.spawner.config.events.bytes == 0 => {
+            ControlRequest::Events if self.pool.spawner.config.events.bytes == 0 => {
                 self.reply(
                     client,
                     &ControlReply::failed("there is no event log (start with --events SIZE to have one)"),
@@ -78,11 +77,11 @@ impl Master {
             }
             ControlRequest::Scale { workers } => self.scale(client, workers),
             ControlRequest::Release { request: None } => {
-                let released = self.release_all();
+                let released = self.pool.release_all();
                 self.reply(client, &ControlReply::done(line_of("quarantine ended", &("requests", released))));
             }
             ControlRequest::Release { request: Some(request) } => {
-                let answer = if self.release(&request) {
+                let answer = if self.pool.release(&request) {
                     ControlReply::done(line_of("quarantine ended", &("request", &request)))
                 } else {
                     ControlReply::failed(format!("{request:?} is not quarantined (see: quarantine ls)"))
@@ -110,7 +109,7 @@ impl Master {
         if let Some(why) = self.why_not_use_memory() {
             return self.reply(client, &ControlReply::failed(why));
         }
-        let segment = match to_pass(&self.spawner.segment) {
+        let segment = match to_pass(&self.pool.spawner.segment) {
             Ok(segment) => segment,
             Err(error) => {
                 let why = format!("cannot duplicate the descriptor of the shared memory: {error}");
@@ -124,7 +123,7 @@ impl Master {
     }
 
     fn scale(&mut self, client: ClientId, workers: u32) {
-        let view = self.supervisor.view();
+        let view = self.pool.supervisor.view();
         let most = view.most;
         if !(1..=most).contains(&workers) {
             let why = format!("cannot run {workers} workers: expected 1 to {most} (--workers can raise the limit)");
@@ -137,22 +136,21 @@ impl Master {
         }
     }
 
-    /// Handles a process that has become ready, or that appears to be.
-    pub(super) fn ready(&mut self, pid: Pid) {
-        if let Some(child) = self.children.get(&pid) {
+    /// Reports a process that has become ready, or that appears to be.
+    pub(super) fn report_ready(&mut self, pid: Pid) {
+        if let Some(child) = self.pool.children.get(&pid) {
             let (slot, generation) = (child.slot.into(), child.generation.into());
             let fields: [(&str, Value<'_>); 3] = [("slot", slot), ("pid", pid.as_raw().into()), ("gen", generation)];
             let line = line_of("worker ready", &fields);
             self.reply_to_movers(&line);
         }
-        self.feed(SupervisorEvent::Ready { pid });
     }
 
-    /// Handles the death of a process.
-    pub(super) fn left(&mut self, death_record: DeathRecord) {
-        self.reply_to_movers(&death_record.line);
-        self.reply_to_waiting(Waiting::Stop, &ControlReply::Progress { text: death_record.line.clone() });
-        self.death_record = death_record;
+    /// Reports the latest death of a process.
+    pub(super) fn report_death(&mut self) {
+        let text = self.pool.death_record.line.clone();
+        self.reply_to_movers(&text);
+        self.reply_to_waiting(Waiting::Stop, &ControlReply::Progress { text });
     }
 
     /// Reports a notice of the supervisor to the clients that wait for it.
@@ -167,14 +165,15 @@ impl Master {
                 self.reply_to_waiting(Waiting::Reload, &ControlReply::done(text));
             }
             Notice::ReloadFailed { generation, .. } => {
-                let why = match self.death_record.line.as_str() {
+                let why = match self.pool.death_record.line.as_str() {
                     "" => line_of("reload failed; the old workers stay", &("gen", generation)),
                     death => format!("reload failed; the old workers stay: {death}"),
                 };
                 self.reply_to_waiting(Waiting::Reload, &ControlReply::failed(why));
             }
             Notice::Failing { .. } => {
-                let failed = ControlReply::failed(format!("a worker did not become ready: {}", self.death_record.line));
+                let failed =
+                    ControlReply::failed(format!("a worker did not become ready: {}", self.pool.death_record.line));
                 for (client, waiting) in self.waiting() {
                     if matches!(waiting, Waiting::Scale(_)) {
                         self.reply(client, &failed);
@@ -215,7 +214,7 @@ impl Master {
         if waiting.is_empty() {
             return;
         }
-        let view = self.supervisor.view();
+        let view = self.pool.supervisor.view();
         for (client, waiting) in waiting {
             let outcome = match waiting {
                 Waiting::No | Waiting::Stop => None,

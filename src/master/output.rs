@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use nix::unistd::Pid;
 
-use super::supervisor::Uptime;
+use super::pool::supervisor::Uptime;
 use crate::logging::rate::{Admission, ByteLimit, LeftOut};
 use crate::logging::{self, OUTPUT};
 use crate::upgrade::saved_state::SavedOutput;

@@ -305,7 +305,8 @@ pub(super) fn serves_one_at_a_time(pid: Pid, listener: &Listener) -> bool {
 pub(super) fn has_stopped(pid: Pid) -> bool {
     let threads = threads_of(pid);
     let stat = |thread: i32| stat_in(&fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat")).ok()?);
-    !threads.is_empty() && threads.into_iter().all(|thread| stat(thread).is_none_or(|stat| stat.is_stopped || stat.is_zombie))
+    !threads.is_empty()
+        && threads.into_iter().all(|thread| stat(thread).is_none_or(|stat| stat.is_stopped || stat.is_zombie))
 }
 
 /// Whether a process blocks, ignores or catches a signal (proc_pid_status(5)).

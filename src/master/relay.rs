@@ -17,10 +17,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid, pipe2, setpgid};
 
 use super::output::{LineReader, MAX_REST};
+use super::pool::spawn::Spawner;
+use super::pool::supervisor::{Breaker, Uptime};
 use super::signals::SignalInbox;
-use super::spawn::Spawner;
 use super::stall::Stall;
-use super::supervisor::{Breaker, Uptime};
 use crate::config::privileges::Owner;
 use crate::config::{Config, in_ms};
 use crate::logging;

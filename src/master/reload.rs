@@ -17,9 +17,10 @@ use std::sync::Arc;
 use nix::unistd::Uid;
 
 use super::control::Waiting;
+use super::pool::supervisor::{Command, Notice, SupervisorEvent};
+use super::pool::{Pool, policy};
 use super::sidecars::Sidecars;
-use super::supervisor::{Command, Notice, SupervisorEvent};
-use super::{Master, Reloaded, policy};
+use super::{Master, Reloaded};
 use crate::config::privileges::{Owner, PrivilegesConfig};
 use crate::control::wire::ControlReply;
 use crate::logging::files::LogFiles;
@@ -33,7 +34,7 @@ impl Master {
     /// Returns a message for the operator if the configuration is invalid. In this case nothing has changed.
     pub(super) fn reload(&mut self) -> Result<(), String> {
         let read =
-            (self.reread)(&self.spawner.config).and_then(|read| read.map_or(Ok(()), |read| self.take_over(read)));
+            (self.reread)(&self.pool.spawner.config).and_then(|read| read.map_or(Ok(()), |read| self.take_over(read)));
         if let Err(why) = read {
             log::error!("reload refused; the workers stay as they are: {why}");
             return Err(format!("the workers stay as they are: {why}"));
@@ -53,10 +54,10 @@ impl Master {
             return Err(Conflict::join(&conflicts));
         }
         let config = Arc::new(config);
-        let mut settings = self.spawner.prepare(&config, program)?;
+        let mut settings = self.pool.spawner.prepare(&config, program)?;
         settings.events = self.relay.seen_by_programs(&config);
         let sidecars = Sidecars::prepare(&config, settings.events.clone())?;
-        let log = logging::prepare(&self.spawner.config.logs, &config.logs)?;
+        let log = logging::prepare(&self.pool.spawner.config.logs, &config.logs)?;
 
         let log_moved = logging::change(log);
         if !fixed.is_empty() {
@@ -64,14 +65,14 @@ impl Master {
             log::warn!("{text}");
             self.reply_to_waiting(Waiting::Reload, &ControlReply::Progress { text });
         }
-        self.spawner.adopt(settings);
+        self.pool.spawner.adopt(settings);
         self.sidecars.expect(sidecars);
         if log_moved {
             self.hand_out_log_files();
             self.renew_guard();
         }
-        self.recycling.set_limits(&config.scaling);
-        self.faults.set_limits(&config.failures);
+        self.pool.recycling.set_limits(&config.scaling);
+        self.pool.faults.set_limits(&config.failures);
         self.feed(SupervisorEvent::Policy(policy(&config)));
         self.describe_settings();
         Ok(())
@@ -98,9 +99,9 @@ impl Master {
 
     /// Handles the start of the new generation.
     fn reload_began(&mut self, generation: u64) {
-        let before = Arc::clone(&self.spawner.current.config);
-        if self.spawner.begin(generation) {
-            let now = Arc::clone(&self.spawner.config);
+        let before = Arc::clone(&self.pool.spawner.current.config);
+        if self.pool.spawner.begin(generation) {
+            let now = Arc::clone(&self.pool.spawner.config);
             // The first new process may publish events immediately, so the owner of the socket must change now.
             self.give_files(&before.privileges, &now.privileges);
         }
@@ -109,8 +110,8 @@ impl Master {
     /// Handles the completion of a reload: all processes are of the new generation.
     fn reload_done(&mut self) {
         self.sidecars.reloaded();
-        if let Some(before) = self.spawner.finish()
-            && before.config.privileges != self.spawner.current.config.privileges
+        if let Some(before) = self.pool.spawner.finish()
+            && before.config.privileges != self.pool.spawner.current.config.privileges
         {
             self.relay.renew(self.now());
         }
@@ -120,15 +121,15 @@ impl Master {
     /// Handles the failure of a reload: the old processes stay.
     fn reload_failed(&mut self) {
         self.sidecars.forget();
-        if let Some(tried) = self.spawner.give_up() {
-            let now = Arc::clone(&self.spawner.current.config);
+        if let Some(tried) = self.pool.spawner.give_up() {
+            let now = Arc::clone(&self.pool.spawner.current.config);
             self.give_files(&tried.config.privileges, &now.privileges);
         }
     }
 
     /// Logs the settings that each part of the master uses.
     pub(super) fn describe_settings(&self) {
-        let Self { supervisor, recycling, faults, spawner, .. } = self;
+        let Pool { supervisor, recycling, faults, spawner, .. } = &self.pool;
         let config = &spawner.config;
         log::debug!(part = "supervisor", policy:? = supervisor.policy(); "settings");
         recycling.log_settings();
@@ -150,13 +151,13 @@ impl Master {
             (before != now).then(|| (before.unwrap_or_else(ours).user, now.unwrap_or_else(ours)))
         };
         if let Some((from, to)) = changed(before.owner_of_sockets(), now.owner_of_sockets()) {
-            let given = self.spawner.listeners.iter().map(|listener| listener.give_file_of(from, to));
+            let given = self.pool.spawner.listeners.iter().map(|listener| listener.give_file_of(from, to));
             given.filter_map(Result::err).for_each(|error| log::warn!("{error}"));
         }
         if let Some((from, to)) = changed(before.owner_of_files(), now.owner_of_files()) {
             self.give_publish_socket(from, to);
-            if let Some(file) = &self.spawner.config.cache.file
-                && let Err(error) = privileges::give_of(self.spawner.segment.fd(), from, to)
+            if let Some(file) = &self.pool.spawner.config.cache.file
+                && let Err(error) = privileges::give_of(self.pool.spawner.segment.fd(), from, to)
             {
                 log::warn!(
                     file:% = file.display();
@@ -174,7 +175,7 @@ impl Master {
 
     /// Reopens the log files, and passes them to the workers.
     pub(super) fn reopen_logs(&mut self) -> Vec<String> {
-        let log = self.spawner.config.logs.file.as_deref().map_or(Ok(()), logging::reopen);
+        let log = self.pool.spawner.config.logs.file.as_deref().map_or(Ok(()), logging::reopen);
         let access = self.log_files().into_iter().map(|files| files.reopen_access());
         let errors: Vec<String> = [log].into_iter().chain(access).filter_map(Result::err).collect();
         self.hand_out_log_files();
@@ -186,8 +187,8 @@ impl Master {
 
     /// Returns the log files of running workers and of future processes, without duplicates.
     fn log_files(&self) -> Vec<Arc<LogFiles>> {
-        let to_come = self.spawner.in_use().map(|settings| &settings.log_files);
-        let living = self.children.values().filter_map(|child| child.log_files.as_ref());
+        let to_come = self.pool.spawner.in_use().map(|settings| &settings.log_files);
+        let living = self.pool.children.values().filter_map(|child| child.log_files.as_ref());
         let mut all: Vec<Arc<LogFiles>> = Vec::new();
         for files in to_come.chain(living) {
             if !all.iter().any(|known| Arc::ptr_eq(known, files)) {
@@ -198,9 +199,9 @@ impl Master {
     }
 
     fn hand_out_log_files(&self) {
-        for (pid, child) in &self.children {
+        for (pid, child) in &self.pool.children {
             let Some(channel) = &child.files else { continue };
-            let files = child.log_files.as_ref().unwrap_or(&self.spawner.current.log_files);
+            let files = child.log_files.as_ref().unwrap_or(&self.pool.spawner.current.log_files);
             // A worker that is about to exit does not receive files.
             if let Err(error) = files.hand_out(channel.as_fd())
                 && error.kind() != io::ErrorKind::BrokenPipe

@@ -28,7 +28,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 impl Master {
     pub(super) fn end_leftovers(&mut self) {
-        self.spawner.listeners.iter().for_each(crate::net::listen::Listener::stop_listening);
+        self.pool.spawner.listeners.iter().for_each(crate::net::listen::Listener::stop_listening);
         let Some(session) = procfs::stat(getpid()).map(|stat| stat.session) else { return };
         let begun = Instant::now();
         let mut asked = BTreeSet::new();
@@ -47,7 +47,7 @@ impl Master {
                 return apart.into_iter().for_each(|pid| self.log_survivor(pid));
             }
             for pid in ours {
-                let signal = if is_over || self.programs.at_once { Signal::SIGKILL } else { Signal::SIGTERM };
+                let signal = if is_over || self.pool.programs.at_once { Signal::SIGKILL } else { Signal::SIGTERM };
                 if asked.insert((pid, signal as i32)) {
                     let name = procfs::stat(pid).map(|stat| stat.name).unwrap_or_default();
                     log::info!(
@@ -69,7 +69,7 @@ impl Master {
 
     fn log_survivor(&self, pid: Pid) {
         let Some(name) = procfs::stat(pid).filter(|stat| !stat.is_zombie).map(|stat| stat.name) else { return };
-        let listeners = self.spawner.listeners.iter();
+        let listeners = self.pool.spawner.listeners.iter();
         let mut holds =
             listeners.filter(|listener| !matches!(procfs::of(pid, listener), Observed::Apart | Observed::Hidden));
         let pid = pid.as_raw();

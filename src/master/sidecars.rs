@@ -20,8 +20,8 @@ use nix::unistd::{Pid, getpgid, pipe2};
 use self::supervisor::{STEADY_TIME, SidecarAction, SidecarEvent, SidecarNotice, SidecarSupervisor};
 use super::background_daemons::Inherited;
 use super::output::{self, LineFilter, LineReader, MAX_REST, Writer};
-use super::spawn::{OF_THE_MASTER, blocking, explain, to_pass};
-use super::supervisor::{Command as Order, Uptime};
+use super::pool::spawn::{OF_THE_MASTER, blocking, explain, to_pass};
+use super::pool::supervisor::{Command as Order, Uptime};
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::sidecars::SidecarsConfig;
 use crate::config::{Config, Program, in_ms};
@@ -337,7 +337,7 @@ impl Sidecars {
         if ending == Ending::Exited(0) && !asked_to_leave {
             self.inherited.suspect(sidecar, since.elapsed());
         }
-        self.feed(SidecarEvent::Exited { pid, after_exit: super::reap::after_exit(ending, true) });
+        self.feed(SidecarEvent::Exited { pid, after_exit: super::pool::after_exit(ending, true) });
     }
 
     /// Whether the remaining processes in this process's group must not be killed. A daemon that has exited early with

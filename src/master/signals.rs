@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use signal_hook::consts::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2};
 use signal_hook::{SigId, flag, low_level};
 
-use super::supervisor::Command;
+use super::pool::supervisor::Command;
 use crate::sys;
 
 /// The meaning of a signal for the master.

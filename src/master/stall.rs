@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::supervisor::Uptime;
+use super::pool::supervisor::Uptime;
 
 /// Time until the next check: the first value if the last check found no work waiting, the second if it found some.
 const APART: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));

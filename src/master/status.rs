@@ -7,7 +7,7 @@ use log::kv::Source;
 use nix::unistd::Pid;
 
 use super::Master;
-use super::supervisor::{Phase, SlotView};
+use super::pool::supervisor::{Phase, SlotView};
 use crate::config::millis;
 use crate::control::wire::{BindStatus, MAX_SERVING, MasterStatus, QuarantinedStatus, ServingStatus, WorkerStatus};
 use crate::logging::line::Fields;
@@ -15,19 +15,19 @@ use crate::sys;
 
 impl Master {
     pub(super) fn status(&self) -> MasterStatus {
-        let view = self.supervisor.view();
+        let view = self.pool.supervisor.view();
         let state = match view.phase {
             Phase::Running => "running",
             Phase::Reloading => "reloading",
             Phase::Stopping => "stopping",
         };
-        let listeners = self.spawner.listeners.iter();
+        let listeners = self.pool.spawner.listeners.iter();
         let binds = listeners.map(|listener| BindStatus {
             protocol: listener.protocol.to_string(),
             address: listener.address.to_string(),
-            waiting: self.queue_depth.of(listener),
+            waiting: self.pool.queue_depth.of(listener),
         });
-        let quarantined = self.quarantined().into_iter().map(|listed| QuarantinedStatus {
+        let quarantined = self.pool.quarantined().into_iter().map(|listed| QuarantinedStatus {
             request: listed.key,
             left_ms: millis(listed.left),
             times: listed.times,
@@ -59,11 +59,11 @@ impl Master {
         let state = state.to_owned();
         let mut worker =
             WorkerStatus { slot, generation, state, pid: pid.map(|pid| pid.as_raw()), ..Default::default() };
-        let Some((pid, child)) = pid.and_then(|pid| Some((pid, self.children.get(&pid)?))) else { return worker };
+        let Some((pid, child)) = pid.and_then(|pid| Some((pid, self.pool.children.get(&pid)?))) else { return worker };
         worker.age_ms = Some(millis(child.since.elapsed()));
         worker.rss_bytes = resident_bytes(pid.as_raw());
         // The row belongs to the child only if the child has claimed it.
-        let row = self.scoreboard.read(slot).filter(|_| child.is_worker());
+        let row = self.pool.scoreboard.read(slot).filter(|_| child.is_worker());
         let Some(row) = row.filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw())) else { return worker };
         worker.requests = Some(row.requests);
         worker.connections = Some(row.connections);

@@ -30,7 +30,7 @@ use jiff::{SignedDuration, Timestamp};
 use nix::unistd::Pid;
 
 use crate::config::sidecars::{Schedule, SidecarsConfig};
-use crate::master::supervisor::{AfterExit, Breaker, Uptime};
+use crate::master::pool::supervisor::{AfterExit, Breaker, Uptime};
 
 /// Minimum lifetime after which a daemon counts as started.
 pub(crate) const STEADY_TIME: Duration = Duration::from_secs(1);

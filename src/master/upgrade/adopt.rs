@@ -13,10 +13,11 @@ use crate::config::millis;
 use crate::control::wire::ControlReply;
 use crate::master::control::Waiting;
 use crate::master::output::{LineReader, Output};
-use crate::master::programs::ProgramState;
-use crate::master::spawn::{Child, Link, Spawner};
-use crate::master::supervisor::{Command, Supervisor, SupervisorEvent, Uptime};
-use crate::master::{Control, EarlierChildren, Master, policy};
+use crate::master::pool::policy;
+use crate::master::pool::programs::ProgramState;
+use crate::master::pool::spawn::{Child, Link, Spawner};
+use crate::master::pool::supervisor::{Command, Supervisor, SupervisorEvent, Uptime};
+use crate::master::{Control, EarlierChildren, Master};
 use crate::sys;
 use crate::upgrade::Takeover;
 use crate::upgrade::saved_state::{
@@ -26,7 +27,7 @@ use crate::upgrade::saved_state::{
 impl Master {
     /// Returns the whole state, or `None` while the server is stopping, because no upgrade takes place then.
     pub(super) fn save(&self) -> Option<Saved> {
-        let (spawner, now) = (&self.spawner, self.now());
+        let (spawner, now) = (&self.pool.spawner, self.now());
         let sidecars = self.sidecars.living().into_iter().map(|one| SavedSidecar {
             name: one.name.to_owned(),
             pid: one.pid.as_raw(),
@@ -45,13 +46,13 @@ impl Master {
             segment: SavedSegment { fd: spawner.segment.fd().as_raw_fd(), file: spawner.config.cache.file.clone() },
             lifeline: spawner.lifeline(),
             handover: Some((spawner.handover.sender().as_raw_fd(), spawner.handover.receiver().as_raw_fd())),
-            roster: self.supervisor.save(now)?,
-            children: self.children.iter().map(|(pid, child)| child.save(*pid, now)).collect(),
-            strays: self.programs.save_strays(now),
-            orphaned_outputs: self.orphaned_outputs.save(),
+            roster: self.pool.supervisor.save(now)?,
+            children: self.pool.children.iter().map(|(pid, child)| child.save(*pid, now)).collect(),
+            strays: self.pool.programs.save_strays(now),
+            orphaned_outputs: self.pool.orphaned_outputs.save(),
             sidecars: sidecars.collect(),
             jobs_looked_at_ms: self.sidecars.looked_at_ms(),
-            quarantine: self.faults.save(now),
+            quarantine: self.pool.faults.save(now),
             control: self.control.as_ref().and_then(Control::save),
             pid_file: self.pid_file.clone(),
             publish: self.relay.save_socket(),
@@ -69,13 +70,13 @@ impl Master {
         let passed = left.saved.catch_up(clock_ms());
         self.earlier = EarlierChildren::restore(&left.saved.earlier);
         self.adopt_children(&mut left, passed);
-        self.programs.restore_strays(std::mem::take(&mut left.saved.strays), now);
-        left.saved.roster.slots.retain(|slot| self.children.contains_key(&Pid::from_raw(slot.pid)));
-        self.supervisor = Supervisor::restore(policy(&self.spawner.config), &left.saved.roster, now);
+        self.pool.programs.restore_strays(std::mem::take(&mut left.saved.strays), now);
+        left.saved.roster.slots.retain(|slot| self.pool.children.contains_key(&Pid::from_raw(slot.pid)));
+        self.pool.supervisor = Supervisor::restore(policy(&self.pool.spawner.config), &left.saved.roster, now);
         for saved in std::mem::take(&mut left.saved.orphaned_outputs) {
             let pid = saved.pid;
             if let Some(output) = restore_output(saved, &mut left) {
-                let _ = self.orphaned_outputs.adopt(output, Pid::from_raw(pid), now); // its death was logged
+                let _ = self.pool.orphaned_outputs.adopt(output, Pid::from_raw(pid), now); // its death was logged
             }
         }
         for saved in std::mem::take(&mut left.saved.sidecars) {
@@ -101,14 +102,14 @@ impl Master {
         if let Some(looked_at_ms) = left.saved.jobs_looked_at_ms {
             self.sidecars.resume(looked_at_ms);
         }
-        self.faults.restore(std::mem::take(&mut left.saved.quarantine), now);
+        self.pool.faults.restore(std::mem::take(&mut left.saved.quarantine), now);
         let clients = left.saved.control.take().map(|saved| saved.clients).unwrap_or_default();
         let clients: Vec<_> = clients.into_iter().filter_map(|client| Some((left.claim(client.fd)?, client))).collect();
         if !clients.is_empty() {
             self.control.get_or_insert_with(|| Control::new(None)).restore(clients, now);
         }
         let (version, from) = (env!("CARGO_PKG_VERSION"), &left.saved.version);
-        log::info!(version, from, workers = self.children.len(); "upgraded");
+        log::info!(version, from, workers = self.pool.children.len(); "upgraded");
         // Clients that waited for the upgrade now wait for its reload.
         let text = format!("upgraded from version {from} to {version}");
         self.reply_to_waiting(Waiting::Reload, &ControlReply::Progress { text });
@@ -116,7 +117,8 @@ impl Master {
         drop(left);
         self.feed(SupervisorEvent::Command(Command::Reload));
         self.reap();
-        self.read_children();
+        self.pool.read_children();
+        self.feed_observed();
         self.feed(SupervisorEvent::Tick);
     }
 
@@ -129,12 +131,12 @@ impl Master {
                 log::error!(slot, pid = pid.as_raw(); "cannot take over a worker: it is not a child of this process");
             } else if let Some(child) = Child::restore(saved, left, now) {
                 if child.hung {
-                    self.faults.told_to_die(pid, now.saturating_sub(passed));
+                    self.pool.faults.told_to_die(pid, now.saturating_sub(passed));
                 }
                 // If one program was seen to accept connections, further programs must be seen to do so too.
-                self.programs.seen |= child.program().is_some_and(|program| program.seen);
-                self.recycling.spawned(pid, child.since.elapsed(), now);
-                self.children.insert(pid, child);
+                self.pool.programs.seen |= child.program().is_some_and(|program| program.seen);
+                self.pool.recycling.spawned(pid, child.since.elapsed(), now);
+                self.pool.children.insert(pid, child);
             } else {
                 log::error!(
                     slot, pid = pid.as_raw();

@@ -31,7 +31,7 @@ use nix::unistd::{Pid, pipe2};
 use super::Master;
 use super::control::Waiting;
 use super::output::{LineReader, MAX_REST};
-use super::spawn::blocking;
+use super::pool::spawn::blocking;
 use crate::control::wire::ControlReply;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved_state::Saved;
@@ -274,7 +274,7 @@ impl Master {
             open: true,
             passed: false,
             last_words: String::new(),
-            deadline: Some(Instant::now() + self.spawner.config.upgrade.timeout),
+            deadline: Some(Instant::now() + self.pool.spawner.config.upgrade.timeout),
             cut_short: None,
             build,
         })

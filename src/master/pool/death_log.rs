@@ -7,9 +7,9 @@ use nix::unistd::Pid;
 
 use super::programs;
 use super::spawn::Child;
-use super::status::line_of;
 use crate::config::in_ms;
 use crate::config::privileges::ResourceLimit;
+use crate::master::status::line_of;
 use crate::sys::Ending;
 
 /// Maximum number of in-flight requests to list.

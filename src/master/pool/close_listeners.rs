@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
-use super::Master;
-use super::procfs::{self, Observed};
+use super::Pool;
 use super::spawn::{Child, Launch, Link};
 use super::supervisor::{Phase, SupervisorEvent};
+use crate::master::procfs::{self, Observed};
 use crate::net::listen::{self, Listener};
 
 /// How often the queues are checked.
@@ -33,7 +33,7 @@ const FOUND_IDLE: u32 = 3;
 
 /// The progress of closing the listening sockets.
 #[derive(Default)]
-pub(super) struct Closing {
+pub(in crate::master) struct Closing {
     sockets: Option<listen::Closing>,
     /// Whether to stop waiting for the queues, because the server stops immediately or because no process is left to
     /// accept.
@@ -47,7 +47,7 @@ pub(super) struct Closing {
 }
 
 impl Closing {
-    pub(super) fn has_begun(&self) -> bool {
+    pub(in crate::master) fn has_begun(&self) -> bool {
         self.sockets.is_some()
     }
 
@@ -56,20 +56,20 @@ impl Closing {
     }
 
     /// Whether the master is not waiting for any queue.
-    pub(super) fn is_dry(&self) -> bool {
+    pub(in crate::master) fn is_dry(&self) -> bool {
         self.sockets.as_ref().is_none_or(listen::Closing::is_dry)
     }
 
     /// Returns how long the master's loop may wait.
-    pub(super) fn due_in(&self) -> Option<Duration> {
+    pub(in crate::master) fn due_in(&self) -> Option<Duration> {
         self.is_under_way().then_some(POLL_INTERVAL)
     }
 }
 
-impl Master {
+impl Pool {
     /// Stops new connections from entering the queues of the sockets that the server bound. With `at_once`, the master
     /// does not wait until the queues are empty.
-    pub(super) fn close_sockets(&mut self, at_once: bool) {
+    pub(in crate::master) fn close_sockets(&mut self, at_once: bool) {
         self.closing.hurries |= at_once;
         if let Some(sockets) = &mut self.closing.sockets {
             if at_once && !sockets.is_over() {
@@ -90,10 +90,10 @@ impl Master {
     }
 
     /// Advances the closing of the sockets, and reports to the supervisor whether connections wait in the queues.
-    pub(super) fn check_closing(&mut self) {
+    pub(in crate::master) fn check_closing(&mut self) {
         if self.closing.is_under_way() {
             self.advance_closing();
-            self.feed(SupervisorEvent::Queue { waits: !self.closing.is_dry() });
+            self.observed.push_back(SupervisorEvent::Queue { waits: !self.closing.is_dry() });
         }
     }
 
@@ -137,7 +137,7 @@ impl Master {
 
     /// Checks whether the sockets are still listening, because any process that holds a socket can end this for all
     /// processes with shutdown(2). Called after an unexpected exit.
-    pub(super) fn look_whether_sockets_listen(&mut self) {
+    pub(in crate::master) fn look_whether_sockets_listen(&mut self) {
         if self.closing.has_begun() {
             return;
         }
@@ -153,7 +153,7 @@ impl Master {
     }
 
     /// Asks a process to exit. A started program is asked only when the queue is empty.
-    pub(super) fn terminate(&mut self, pid: Pid) {
+    pub(in crate::master) fn terminate(&mut self, pid: Pid) {
         let waits = !self.closing.is_dry();
         match self.children.get_mut(&pid) {
             Some(child) if waits && matches!(&child.link, Link::Program(program) if program.started) => {
@@ -166,7 +166,7 @@ impl Master {
 
     /// Sends the request to exit again to a process that has not exited within a second. While the server is stopping,
     /// a program that serves no request is killed after several checks.
-    pub(super) fn remind_or_end(&mut self, pid: Pid) {
+    pub(in crate::master) fn remind_or_end(&mut self, pid: Pid) {
         if self.closing.held.contains(&pid) {
             return;
         }

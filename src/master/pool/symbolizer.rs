@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
-use super::signals::SignalInbox;
 use crate::diagnostics::code_address::{self, Modules};
+use crate::master::signals::SignalInbox;
 use crate::{logging, sys};
 
 /// Maximum number of functions that are named.
@@ -68,12 +68,12 @@ impl Symbolizer {
         }
     }
 
-    pub(super) fn has(&self, pid: Pid) -> bool {
+    pub(in crate::master) fn has(&self, pid: Pid) -> bool {
         self.child == Some(pid)
     }
 
     /// Handles the exit of the child: a new child is started for the next crash.
-    pub(super) fn ended(&mut self, signals: &SignalInbox) {
+    pub(in crate::master) fn ended(&mut self, signals: &SignalInbox) {
         self.child = None;
         self.start(signals);
     }

@@ -45,7 +45,7 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
-pub(super) use self::breaker::Breaker;
+pub(in crate::master) use self::breaker::Breaker;
 use self::breaker::TokenBucket;
 pub(crate) use self::messages::{Action, AfterExit, Budget, Command, Demand, Notice, Policy, SupervisorEvent};
 use self::roll::Roll;

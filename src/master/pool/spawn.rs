@@ -12,15 +12,15 @@ use forkyard_shm::Segment;
 use nix::fcntl::OFlag;
 use nix::unistd::{Pid, pipe2, setpgid};
 
-use super::output::Output;
 use super::programs::ProgramState;
-use super::signals::SignalInbox;
 use super::supervisor::Uptime;
-use super::{procfs, sd_notify};
 use crate::app::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::config::{Config, Program};
 use crate::inherited_by_workers::{Heritage, Report, WorkerMain};
 use crate::logging::files::LogFiles;
+use crate::master::output::Output;
+use crate::master::signals::SignalInbox;
+use crate::master::{procfs, sd_notify};
 use crate::net::handover::Channel;
 use crate::net::listen::Listener;
 use crate::net::publish_socket;
@@ -30,7 +30,8 @@ use crate::upgrade::{self, Ties};
 use crate::{heir, logging, sys};
 
 /// Environment variables for the master only. They are not passed on.
-pub(super) const OF_THE_MASTER: &[&[&str]] = &[&upgrade::VARIABLES, &sd_notify::VARIABLES, &systemd::VARIABLES];
+pub(in crate::master) const OF_THE_MASTER: &[&[&str]] =
+    &[&upgrade::VARIABLES, &sd_notify::VARIABLES, &systemd::VARIABLES];
 /// Variable for the number of children that php-cgi forks. The master would not supervise these children, so it sets
 /// the variable to 0 unless `--env` sets it.
 const PHP_CHILDREN: &str = "PHP_FCGI_CHILDREN";
@@ -341,7 +342,7 @@ impl Spawner {
 
 /// Returns the reason why a program did not start. The step that failed has written the flag that requested it to the
 /// output.
-pub(super) fn explain(
+pub(in crate::master) fn explain(
     error: &io::Error,
     output: BorrowedFd<'_>,
     privileges: &Privileges,
@@ -358,14 +359,14 @@ pub(super) fn explain(
 
 /// Returns the memory for a process that may outlive the workers. The descriptor does not hold the workers' lock on the
 /// file, because the next server needs that lock.
-pub(super) fn to_pass(segment: &Segment) -> io::Result<OwnedFd> {
+pub(in crate::master) fn to_pass(segment: &Segment) -> io::Result<OwnedFd> {
     segment.fd_without_lock().or_else(|error| {
         log::debug!("programs share the cache file's lock: cannot open the file a second time: {error}");
         segment.fd().try_clone_to_owned()
     })
 }
 
-pub(super) fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
+pub(in crate::master) fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
     use nix::fcntl::{FcntlArg, fcntl};
     fcntl(&pipe, FcntlArg::F_SETFL(OFlag::empty()))?;
     Ok(pipe)
@@ -477,6 +478,6 @@ fn keep(last_words: &mut String, line: &str) {
 }
 
 /// Whether any heir of a dead worker is still running. Such heirs are now children of this process.
-pub(super) fn has_heirs() -> bool {
+pub(in crate::master) fn has_heirs() -> bool {
     procfs::own_children().into_iter().any(|pid| procfs::stat(pid).is_some_and(|stat| stat.is_heir()))
 }

@@ -25,13 +25,12 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
-use super::Master;
+use super::Pool;
 use super::idle_sigterm::IdleSigterm;
-use super::procfs::{self, Observed, Process};
-use super::reap::Kind;
 use super::spawn::{Child, Launch, Link, Spawner};
-use super::supervisor::Uptime;
+use super::supervisor::{SupervisorEvent, Uptime};
 use crate::config::millis;
+use crate::master::procfs::{self, Observed, Process};
 use crate::sys::Ending;
 use crate::upgrade::saved_state::{SavedProgram, SavedStray};
 
@@ -147,10 +146,10 @@ impl Stray {
 
 /// The state that all programs share.
 #[derive(Debug, Default)]
-pub(super) struct Programs {
+pub(in crate::master) struct Programs {
     /// Whether a program was seen to accept connections. Further programs must then be seen to accept connections
     /// before they count as ready.
-    pub(super) seen: bool,
+    pub(in crate::master) seen: bool,
     /// Whether a program was seen to sleep in accept. The socket must then be blocking.
     sleeps_in_accept: bool,
     /// The time until which programs are checked at [`QUICK_POLL_INTERVAL`].
@@ -166,26 +165,26 @@ pub(super) struct Programs {
     unserved_since: Option<Uptime>,
     unserved_said: bool,
     /// Whether the operator has requested that all programs be terminated immediately.
-    pub(super) at_once: bool,
+    pub(in crate::master) at_once: bool,
 }
 
 impl Programs {
-    pub(super) fn next_deadline(&self, now: Uptime) -> Option<Uptime> {
+    pub(in crate::master) fn next_deadline(&self, now: Uptime) -> Option<Uptime> {
         [self.next_look, self.next_count, self.idle_sigterm.next_deadline(now)].into_iter().flatten().min()
     }
 
     /// Returns the current time between two checks of starting programs.
-    pub(super) fn pace(&self, now: Uptime) -> Duration {
+    pub(in crate::master) fn pace(&self, now: Uptime) -> Duration {
         if now < self.quick_until { QUICK_POLL_INTERVAL } else { POLL_INTERVAL }
     }
 
     /// Whether there are no strays.
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::master) fn is_empty(&self) -> bool {
         self.strays.is_empty()
     }
 
     /// Returns the strays, for the next master. Processes that this master has stopped continue.
-    pub(super) fn save_strays(&self, now: Uptime) -> Vec<SavedStray> {
+    pub(in crate::master) fn save_strays(&self, now: Uptime) -> Vec<SavedStray> {
         self.idle_sigterm.resume_all();
         let save = |stray: &Stray| SavedStray {
             process: stray.process.into(),
@@ -197,7 +196,7 @@ impl Programs {
     }
 
     /// Restores the strays of a former master.
-    pub(super) fn restore_strays(&mut self, saved: Vec<SavedStray>, now: Uptime) {
+    pub(in crate::master) fn restore_strays(&mut self, saved: Vec<SavedStray>, now: Uptime) {
         self.strays.extend(saved.into_iter().map(|stray| Stray {
             process: stray.process.into(),
             deadline: now + Duration::from_millis(stray.left_ms),
@@ -208,7 +207,7 @@ impl Programs {
     }
 
     /// Kills all programs and strays now.
-    pub(super) fn halt(&mut self) {
+    pub(in crate::master) fn halt(&mut self) {
         self.at_once = true;
         for Stray { process, .. } in self.strays.drain(..).filter(|stray| stray.process.lives()) {
             let _ = kill(process.pid(), Signal::SIGKILL); // it may just have exited
@@ -222,16 +221,18 @@ impl Programs {
 }
 
 impl Child {
-    pub(super) fn is_unsettled_program(&self) -> bool {
+    pub(in crate::master) fn is_unsettled_program(&self) -> bool {
         matches!(&self.link, Link::Program(program) if !program.started)
     }
 }
 
-impl Master {
+impl Pool {
     /// Marks programs as ready. A program is ready when the program, or a descendant of it, is seen to accept
     /// connections. Without being seen, it is ready after `--settle` if it still has the socket. (The default of
     /// `--settle` is [`SETTLE_TIME`], unless another program was seen to accept connections.)
-    pub(super) fn check_programs(&mut self) {
+    ///
+    /// Also sends signals to strays, if `orphans` are given: the processes that the master has inherited.
+    pub(in crate::master) fn check_programs(&mut self, orphans: Option<&[Pid]>) {
         let settle = self.spawner.config.settle;
         let listener = &self.spawner.listeners[0];
         let mut started = Vec::new();
@@ -257,12 +258,14 @@ impl Master {
             }
         }
         for pid in started {
-            self.ready(pid);
+            self.observed.push_back(SupervisorEvent::Ready { pid });
             if !self.programs.seen && self.programs.next_count.is_none() {
                 self.programs.next_count = Some(self.now() + QUEUE_INTERVAL);
             }
         }
-        self.check_strays();
+        if let Some(orphans) = orphans {
+            self.check_strays(orphans);
+        }
         self.terminate_idle();
         self.check_queue();
     }
@@ -330,7 +333,7 @@ impl Master {
     ///
     /// # Errors
     /// Returns a message for the operator if the socket cannot be repaired.
-    pub(super) fn mend_socket(&mut self) -> Result<(), String> {
+    pub(in crate::master) fn mend_socket(&mut self) -> Result<(), String> {
         if !matches!(self.spawner.launch, Launch::Program(_)) {
             return Ok(());
         }
@@ -355,7 +358,7 @@ impl Master {
     }
 
     /// Sends a signal to a worker or program.
-    pub(super) fn signal(&mut self, pid: Pid, signal: Signal) {
+    pub(in crate::master) fn signal(&mut self, pid: Pid, signal: Signal) {
         let now = self.now();
         let listener = &self.spawner.listeners[0];
         let Some(child) = self.children.get_mut(&pid) else { return };
@@ -391,7 +394,7 @@ impl Master {
     /// between the program's check for signals and accept. A program that is serving is not sent a second SIGTERM,
     /// because it may take this as a request to exit immediately. Workers do not miss signals. If the program is a
     /// wrapper that is still running, the servers below it are treated like strays from now on.
-    pub(super) fn remind(&mut self, pid: Pid) {
+    pub(in crate::master) fn remind(&mut self, pid: Pid) {
         let now = self.now();
         let listener = &self.spawner.listeners[0];
         let Some(Child { link: Link::Program(program), .. }) = self.children.get_mut(&pid) else { return };
@@ -405,7 +408,7 @@ impl Master {
 
     /// Handles the exit of a child before it is reaped. If the child has crashed or was killed, the remaining processes of its group are
     /// killed.
-    pub(super) fn program_ending(&mut self, pid: Pid, ending: Ending) {
+    pub(in crate::master) fn program_ending(&mut self, pid: Pid, ending: Ending) {
         let Some(Child { link: Link::Program(program), asked_to_leave: asked, .. }) = self.children.get(&pid) else {
             return;
         };
@@ -413,7 +416,7 @@ impl Master {
             // The program may be the wrapper of processes that cannot be observed and that were not sent SIGTERM.
             Ending::Signaled(libc::SIGTERM) if *asked && program.hidden => Some(Signal::SIGTERM),
             Ending::Exited(_) | Ending::Signaled(libc::SIGTERM) if *asked => None,
-            Ending::Exited(0 | super::reap::STAY_DOWN) if program.started || self.programs.seen => None,
+            Ending::Exited(0 | super::STAY_DOWN) if program.started || self.programs.seen => None,
             Ending::Exited(_) | Ending::Signaled(_) => Some(Signal::SIGKILL),
         };
         if let Some(signal) = signal {
@@ -423,7 +426,7 @@ impl Master {
 
     /// Handles the exit of a program. The program's remaining servers, which may still accept connections, must exit
     /// too.
-    pub(super) fn program_ended(&mut self, program: ProgramState, ending: Ending) {
+    pub(in crate::master) fn program_ended(&mut self, program: ProgramState, ending: Ending) {
         let now = self.now();
         if !program.started && ending == Ending::Exited(0) {
             self.programs.quick_until = now + QUICK_POLL_TIME;
@@ -440,24 +443,13 @@ impl Master {
         self.programs.check_soon(now);
     }
 
-    /// Returns the children that this process did not start but inherited when their parents exited. Children that
-    /// existed before the server started are not included.
-    pub(super) fn orphans(&self) -> Vec<Pid> {
-        let mut orphans = procfs::own_children();
-        orphans.retain(|&pid| {
-            self.kind_of(pid) == Kind::Orphan
-                && procfs::stat(pid).is_some_and(|stat| !stat.is_zombie && !stat.is_heir())
-        });
-        orphans
+    pub(in crate::master) fn is_search_for_strays_due(&self) -> bool {
+        self.programs.next_look.is_some_and(|at| at <= self.now())
     }
 
-    fn check_strays(&mut self) {
+    fn check_strays(&mut self, orphans: &[Pid]) {
         let now = self.now();
-        if self.programs.next_look.is_none_or(|at| at > now) {
-            return;
-        }
-        let orphans = self.orphans();
-        let mut roots = orphans.clone();
+        let mut roots = orphans.to_vec();
         let mut awaiting = Vec::new();
         for (&pid, child) in &mut self.children {
             let Link::Program(program) = &mut child.link else { continue };
@@ -533,7 +525,7 @@ fn has_socket(pid: Pid, listener: &crate::net::listen::Listener) -> bool {
 }
 
 /// Returns a hint for the operator about the exit of a program that was not ready.
-pub(super) fn hint(ending: Ending) -> &'static str {
+pub(in crate::master) fn hint(ending: Ending) -> &'static str {
     match ending {
         Ending::Exited(0) => {
             "it exited with status 0, and was not seen to accept a connection: if it accepted none, is it a FastCGI \

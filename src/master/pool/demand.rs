@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use forkyard_shm::Scoreboard;
 use nix::unistd::Pid;
 
-use super::procfs::{self, Observed};
 use super::spawn::Child;
 use super::supervisor::{Demand, Supervisor};
+use crate::master::procfs::{self, Observed};
 use crate::net::listen::Listener;
 use crate::net::queue_depth::QueueDepth;
 

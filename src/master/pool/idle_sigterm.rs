@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 
-use super::procfs::{self, Idle, Process};
 use super::supervisor::Uptime;
+use crate::master::procfs::{self, Idle, Process};
 use crate::net::listen::Listener;
 
 /// Time between two checks whether a process has stopped.
@@ -37,12 +37,12 @@ struct Stopping {
 
 /// The processes that were found idle and were sent SIGSTOP.
 #[derive(Debug, Default)]
-pub(super) struct IdleSigterm(Vec<Stopping>);
+pub(in crate::master) struct IdleSigterm(Vec<Stopping>);
 
 impl IdleSigterm {
     /// Begins to terminate the process if it serves no request now. Otherwise, or if the process accepts a connection
     /// before it has stopped, nothing happens, and the caller tries again later.
-    pub(super) fn attempt(&mut self, process: Process, listener: &Listener, now: Uptime) {
+    pub(in crate::master) fn attempt(&mut self, process: Process, listener: &Listener, now: Uptime) {
         if self.0.iter().any(|stopping| stopping.process == process) {
             return;
         }
@@ -53,7 +53,7 @@ impl IdleSigterm {
     }
 
     /// Examines the processes that have stopped by now. Returns those that were sent SIGTERM.
-    pub(super) fn advance(&mut self, listener: &Listener, now: Uptime) -> Vec<Process> {
+    pub(in crate::master) fn advance(&mut self, listener: &Listener, now: Uptime) -> Vec<Process> {
         let mut terminated = Vec::new();
         self.0.retain(|Stopping { process, idle, give_up_at }| {
             let pid = process.pid();
@@ -73,13 +73,13 @@ impl IdleSigterm {
     }
 
     /// Lets all processes continue, because another master takes over.
-    pub(super) fn resume_all(&self) {
+    pub(in crate::master) fn resume_all(&self) {
         for Stopping { process, .. } in self.0.iter().filter(|stopping| stopping.process.lives()) {
             let _ = kill(process.pid(), Signal::SIGCONT); // it may just have exited
         }
     }
 
-    pub(super) fn next_deadline(&self, now: Uptime) -> Option<Uptime> {
+    pub(in crate::master) fn next_deadline(&self, now: Uptime) -> Option<Uptime> {
         (!self.0.is_empty()).then_some(now + POLL_INTERVAL)
     }
 }

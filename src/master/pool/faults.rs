@@ -11,10 +11,11 @@ use super::oom::OomKills;
 use super::quarantine::{Death, Listed, Quarantine, Verdict};
 use super::supervisor::{SupervisorEvent, Uptime};
 use super::symbolizer::Symbolizer;
-use super::{EndOfLife, Master};
+use super::{EndOfLife, Pool};
 use crate::config::failures::{Failures, QuarantineBy};
 use crate::config::in_ms;
 use crate::diagnostics::request_key::RequestKey;
+use crate::master::SignalInbox;
 use crate::sys;
 use crate::upgrade::saved_state::SavedRefusal;
 
@@ -58,12 +59,12 @@ impl Faults {
     }
 
     /// Returns the cause for the log, if the kernel killed a worker that died of SIGKILL because memory ran out.
-    pub(super) fn ran_out_of_memory(&mut self, now: Uptime) -> Option<&'static str> {
+    pub(in crate::master) fn ran_out_of_memory(&mut self, now: Uptime) -> Option<&'static str> {
         self.oom_kills.explain(now)
     }
 
     /// Moves the list of refused requests to another table.
-    pub(super) fn move_to(&mut self, table: forkyard_shm::Quarantine, now: Uptime) {
+    pub(in crate::master) fn move_to(&mut self, table: forkyard_shm::Quarantine, now: Uptime) {
         self.table = table;
         self.publish(now);
     }
@@ -108,9 +109,9 @@ impl Faults {
     }
 }
 
-impl Master {
+impl Pool {
     /// Detects workers that hang, kills those that should have died, and releases requests whose quarantine is over.
-    pub(super) fn check_hangs_and_quarantine(&mut self) {
+    pub(in crate::master) fn check_hangs_and_quarantine(&mut self) {
         let now = self.now();
         let verdicts = self.faults.quarantine.tick(now);
         self.faults.announce(&verdicts, now);
@@ -126,7 +127,7 @@ impl Master {
         let rows: Vec<(Pid, Work)> =
             self.children.iter().filter_map(|(&pid, child)| Some((pid, self.work_of(pid, child.slot)?))).collect();
         for pid in self.faults.hangs.look(rows, now) {
-            self.feed(SupervisorEvent::Hung { pid });
+            self.observed.push_back(SupervisorEvent::Hung { pid });
         }
     }
 
@@ -140,7 +141,7 @@ impl Master {
     }
 
     /// Sends SIGABRT to a worker that hangs, so that it logs where it hangs and terminates.
-    pub(super) fn abort(&mut self, pid: Pid) {
+    pub(in crate::master) fn abort(&mut self, pid: Pid) {
         let now = self.now();
         let Some(child) = self.children.get_mut(&pid) else { return };
         child.hung = true;
@@ -162,7 +163,7 @@ impl Master {
 
     /// Handles a worker's report that a blocking function hangs. For the quarantine, the report counts as one death
     /// caused by `request`.
-    pub(super) fn hung_thread(&mut self, pid: Pid, request: &str) {
+    pub(in crate::master) fn hung_thread(&mut self, pid: Pid, request: &str) {
         if let Some(child) = self.children.get_mut(&pid).filter(|child| child.is_worker() && !child.asked_to_leave)
             && !std::mem::replace(&mut child.has_hung_thread, true)
         {
@@ -175,11 +176,17 @@ impl Master {
     }
 
     /// Evaluates the death of a process.
-    pub(super) fn take_evidence(&mut self, slot: u32, pid: Pid, postmortem: Postmortem) {
+    pub(in crate::master) fn take_evidence(
+        &mut self,
+        slot: u32,
+        pid: Pid,
+        postmortem: Postmortem,
+        signals: &SignalInbox,
+    ) {
         let now = self.now();
         self.faults.hangs.ended(pid);
         if !postmortem.trace.is_empty() {
-            self.faults.symbolizer.log(slot, pid, postmortem.trace, &self.signals);
+            self.faults.symbolizer.log(slot, pid, postmortem.trace, signals);
         }
         if !postmortem.is_crash {
             return;
@@ -205,19 +212,19 @@ impl Master {
     }
 
     /// Returns the requests that are refused now.
-    pub(super) fn quarantined(&self) -> Vec<Listed> {
+    pub(in crate::master) fn quarantined(&self) -> Vec<Listed> {
         self.faults.quarantine.list(self.now())
     }
 
     /// Releases one request, given its [`Listed::key`]. Returns false if it is not refused.
-    pub(super) fn release(&mut self, key: &str) -> bool {
+    pub(in crate::master) fn release(&mut self, key: &str) -> bool {
         let released = self.faults.quarantine.release(key);
         self.log_release(usize::from(released), key);
         released
     }
 
     /// Releases all requests. Returns their number.
-    pub(super) fn release_all(&mut self) -> usize {
+    pub(in crate::master) fn release_all(&mut self) -> usize {
         let released = self.faults.quarantine.release_all();
         self.log_release(released, "*");
         released
