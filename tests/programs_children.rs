@@ -324,8 +324,11 @@ fn children_of_a_program_killed_by_sigterm_finish_their_requests() {
         let name = format!("request-{index}");
         let serving = || number_in(&place.path(&format!("{name}.in")));
         is_finished(&place, &name, &mut server, |server| {
-            // The processes are listed as late as possible, because --max-age may replace processes at any time.
-            let old = named(server, "python3");
+            // The processes are listed as late as possible, because --max-age may replace processes at any time. A process
+            // whose parent exits during the listing may be missing.
+            let old = wait_until("the serving process is in the list", || {
+                Some(named(server, "python3")).filter(|all| all.contains(&serving()))
+            });
             signal.iter().for_each(|signal| server.signal(*signal));
             wait_until_only(serving(), &old);
         });

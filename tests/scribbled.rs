@@ -171,7 +171,7 @@ fn a_truncated_cache_file_kills_no_process_and_fails_no_request() {
     for how in ["emptied", "cut in the middle", "cut at the end", "emptied and extended again"] {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("pages");
-        let arguments = ["--cache", "4M", "--hang-timeout", "2", "--cache-file", path.to_str().unwrap()];
+        let arguments = ["--cache", "4M", "--hang-timeout", "20", "--cache-file", path.to_str().unwrap()];
         let mut site = Scribbled::start("pages", &arguments);
         let address = site.server.http();
         let file = OpenOptions::new().write(true).open(&path).unwrap();

@@ -5,12 +5,16 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 
 use common::fastcgi::{END, STDIN, STDOUT, record};
 use common::raw::{self, Protocol};
 use common::{Server, accepted, fastcgi, http2, read_all};
+
+/// Time between two pieces of a body that is sent slowly. The server waits for two seconds.
+const PACE: Duration = Duration::from_millis(200);
 
 /// Starts a server with an access log and a body timeout of one second.
 fn start(protocol: Protocol) -> (Server, tempfile::TempDir) {
@@ -174,4 +178,46 @@ fn an_idle_http2_connection_is_sent_a_goaway_before_it_closes() {
     let mut deaf = http2::Client::connect(server.binds[0].trim_start_matches("http://")).unwrap();
     while deaf.frame().is_ok() {}
     server.stop();
+}
+
+/// Sends a body steadily for longer than the server waits for a client that is silent, and then reads the response. Returns false if this
+/// client was itself silent for too long, because the machine is busy.
+fn sends_steadily_and_is_answered(protocol: Protocol, server: &Server) -> bool {
+    let mut client = raw::connect(&server.binds[0]);
+    client.write_all(&protocol.head("POST", "/early", 1_000_000)).unwrap();
+    let (_silent, never) = std::sync::mpsc::channel::<()>();
+    let (mut sent, mut longest) = (Ok(()), Duration::ZERO);
+    for _ in 0..12 {
+        let begun = Instant::now();
+        let _ = never.recv_timeout(PACE);
+        sent = sent.and_then(|()| client.write_all(&[b'x'; 64]));
+        longest = longest.max(begun.elapsed());
+    }
+    if longest > 5 * PACE {
+        return false;
+    }
+    sent.unwrap_or_else(|error| panic!("{protocol:?}: {error}"));
+    let mut response = Vec::new();
+    while !String::from_utf8_lossy(&response).contains("the body was not read\n") {
+        let mut piece = [0; 4096];
+        let count = client.read(&mut piece).unwrap_or_else(|error| panic!("{protocol:?}: {error}"));
+        assert!(count > 0, "{protocol:?}: {}", String::from_utf8_lossy(&response));
+        response.extend_from_slice(&piece[..count]);
+    }
+    true
+}
+
+/// Many clients send the whole body, at their own speed, before they read the response.
+#[test]
+fn a_response_to_a_body_that_is_not_read_reaches_a_client_that_is_still_sending() {
+    std::thread::scope(|scope| {
+        for protocol in raw::ALL {
+            scope.spawn(move || {
+                let mut server = protocol.start("scenarios", &["--workers", "1"]);
+                let is_answered = (0..10).any(|_| sends_steadily_and_is_answered(protocol, &server));
+                assert!(is_answered, "{protocol:?}: the machine was too busy ten times");
+                server.stop();
+            });
+        }
+    });
 }

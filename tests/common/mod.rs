@@ -529,8 +529,26 @@ pub fn status_number(pid: i32, name: &str) -> Option<u64> {
     line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-/// Returns a port that was free when the function returned, for a program that cannot choose a port itself.
+/// Returns a port that was free when the function returned, for a program that cannot choose a port itself. The port is below those that the
+/// kernel chooses for other sockets (ip_local_port_range), so that only another caller of this function could take it.
 pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
-    listener.local_addr().expect("the socket is bound").port()
+    let ports = std::iter::repeat_with(|| fastrand::u16(10_000..32_000)).take(1000);
+    let is_free = |&port: &u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
+    ports.into_iter().find(is_free).expect("a port is free")
+}
+
+/// Whether the process has a TCP socket that listens on this port.
+pub fn listens_on(pid: i32, port: u16) -> bool {
+    let sockets =
+        ["tcp", "tcp6"].map(|list| std::fs::read_to_string(format!("/proc/{pid}/net/{list}")).unwrap_or_default());
+    let listening = sockets.iter().flat_map(|list| list.lines().skip(1)).filter_map(|line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let local = fields.get(1)?.rsplit_once(':')?.1;
+        let (state, inode) = (*fields.get(3)?, *fields.get(9)?);
+        (state == "0A" && u16::from_str_radix(local, 16) == Ok(port)).then(|| format!("socket:[{inode}]"))
+    });
+    let listening: Vec<String> = listening.collect();
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let mut links = descriptors.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    links.any(|link| listening.iter().any(|socket| link.as_os_str() == socket.as_str()))
 }

@@ -475,8 +475,7 @@ fn uploads() -> Vec<Row> {
             "HAProxy 2.6 drops a client whose request is answered before it has arrived completely",
             body("the body was not read\n").last(),
         ),
-        // After its response, the server reads up to 64 MiB more, for up to two seconds. A busy machine may need two seconds for a body of
-        // this size.
+        // After its response, the server reads up to 64 MiB more.
         row("a huge body that is not read", post("/early").sending(&huge[..8 * MIB]), body("the body was not read\n")),
         row("a body is returned while it is being sent", post("/echo").sending(&large), body(&large))
             .not_asked(|way| way.is_cgi_of(WebServer::Nginx), "nginx stops sending when the response begins, and waits")

@@ -26,7 +26,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use tokio::runtime::LocalOptions;
 use tokio::task::JoinHandle;
 
-use super::linger::LINGER;
+use super::linger::QUIET_TIMEOUT;
 use super::reply::CgiResponseBody;
 use crate::app::blocking;
 use crate::app::body::{Body, pipe};
@@ -152,13 +152,13 @@ struct UnreadInput {
     read: Rc<Cell<u64>>,
 }
 
-/// Reads and discards the remainder of a body until the body ends, or until no data arrives within the time in
-/// [`LINGER`]. Without this, a web server that sends the whole body before it reads the response (mod_cgid) would lose
+/// Reads and discards the remainder of a body until the body ends, or until no data arrives within [`QUIET_TIMEOUT`].
+/// Without this, a web server that sends the whole body before it reads the response (mod_cgid) would lose
 /// the response.
 async fn discard(mut rest: UnreadInput) {
     loop {
         let before = rest.read.get();
-        if tokio::time::timeout(LINGER.0, &mut rest.task).await.is_ok() || rest.read.get() == before {
+        if tokio::time::timeout(QUIET_TIMEOUT, &mut rest.task).await.is_ok() || rest.read.get() == before {
             return;
         }
     }

@@ -21,7 +21,7 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::common::{Helper, Server, free_port, program, wait_until};
+use crate::common::{Helper, Server, free_port, listens_on, program, wait_until};
 
 const DOCUMENT: &str = include_str!("../../../docs/web-servers.md");
 
@@ -199,7 +199,8 @@ fn start(front: Front, directory: &Path, backend: &str) -> (Helper, String) {
 /// Starts a web server with a configuration that is not in the document. `snippet` returns the configuration for a port. Returns the server
 /// and its address.
 pub(crate) fn start_with(server: WebServer, directory: &Path, snippet: impl Fn(u16) -> String) -> (Helper, String) {
-    // Another process may bind the port after `free_port` has returned. The web server then exits, and a different port is tried.
+    // Another process may bind the port after `free_port` has returned. The web server then exits, and a different port is tried. The port
+    // alone does not show that the web server is up, because the other process may accept connections.
     for _ in 0..5 {
         let port = free_port();
         let place = Place { directory, port, snippet: snippet(port) };
@@ -207,7 +208,7 @@ pub(crate) fn start_with(server: WebServer, directory: &Path, snippet: impl Fn(u
         let address = format!("127.0.0.1:{port}");
         let up = wait_until("the web server listens, or has exited", || {
             let ended = helper.0.try_wait().expect("the web server is a child of the test").is_some();
-            (ended || std::net::TcpStream::connect(&address).is_ok()).then_some(!ended)
+            (ended || listens_on(helper.0.id().cast_signed(), port)).then_some(!ended)
         });
         if up {
             return (helper, address);

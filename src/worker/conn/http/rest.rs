@@ -2,17 +2,17 @@
 //! response before they have sent the whole body, and hyper closes a connection whose body is dropped.
 
 use std::future::poll_fn;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
 use http_body::Body as HttpBody;
 use hyper::body::Incoming;
 use tokio::sync::oneshot;
-use tokio::time::{Sleep, timeout};
+use tokio::time::sleep;
 
 use crate::app::body;
-use crate::worker::conn::linger::LINGER;
+use crate::worker::conn::linger::{DiscardLimits, QUIET_TIMEOUT};
 
 /// Maximum number of unread body bytes that are read to keep the connection.
 const WORTH_READING: u64 = 64 << 10;
@@ -29,8 +29,7 @@ enum State {
     Held,
     Reading {
         incoming: Incoming,
-        bytes: u64,
-        end: Pin<Box<Sleep>>,
+        limits: DiscardLimits,
     },
     /// The body was read to its end.
     Over,
@@ -57,12 +56,7 @@ impl UnreadBodyReader {
     }
 
     fn begin(&mut self, body::UnreadBody { incoming, is_broken }: body::UnreadBody) {
-        let (time, bytes) = LINGER;
-        self.state = if is_broken {
-            State::Cut
-        } else {
-            State::Reading { incoming, bytes, end: Box::pin(tokio::time::sleep(time)) }
-        };
+        self.state = if is_broken { State::Cut } else { State::Reading { incoming, limits: DiscardLimits::begin() } };
     }
 
     /// Whether the body was read to its end.
@@ -84,10 +78,12 @@ impl UnreadBodyReader {
     /// hyper sends the 100 response for which the client may be waiting. An application may keep the body for as long
     /// as it has the upgrade.
     pub(super) async fn read(&mut self) {
-        let read = timeout(LINGER.0, poll_fn(|context| self.poll(context))).await;
-        if read.is_err() && !matches!(self.state, State::Held) {
-            self.cut();
-        }
+        let mut held_too_long = pin!(sleep(QUIET_TIMEOUT));
+        poll_fn(|context| match self.poll(context) {
+            Poll::Pending if matches!(self.state, State::Held) => held_too_long.as_mut().poll(context),
+            read => read,
+        })
+        .await;
     }
 
     /// Reads the available part of the body. Becomes ready when no more needs to be read.
@@ -102,21 +98,16 @@ impl UnreadBodyReader {
                     }
                     Err(_) => State::Over,
                 },
-                State::Reading { incoming, bytes, end } => {
-                    if end.as_mut().poll(context).is_ready() {
+                State::Reading { incoming, limits } => {
+                    if limits.poll_end(context).is_ready() {
                         self.state = State::Cut;
                         continue;
                     }
                     match ready!(Pin::new(incoming).poll_frame(context)) {
                         None => State::Over,
                         Some(Err(_)) => State::Cut,
-                        Some(Ok(frame)) => match bytes.checked_sub(frame.data_ref().map_or(0, Bytes::len) as u64) {
-                            None => State::Cut,
-                            Some(left) => {
-                                *bytes = left;
-                                continue;
-                            }
-                        },
+                        Some(Ok(frame)) if limits.received(frame.data_ref().map_or(0, Bytes::len)) => continue,
+                        Some(Ok(_)) => State::Cut,
                     }
                 }
             };

@@ -25,15 +25,15 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::{Instant, sleep_until};
 
 use super::super::socket::poll_block;
 use super::connection_header::asks_for_upgrade;
 use super::requests::OpenRequest;
 use crate::app::body::{Body, pipe};
 use crate::request::activity::{Activity, Wait};
-use crate::worker::conn::linger::LINGER;
+use crate::worker::conn::linger::discard;
 use crate::worker::lifecycle::drain::Drain;
 use crate::worker::service::request_guard::RequestGuard;
 use crate::worker::service::serve::Switch;
@@ -285,9 +285,7 @@ async fn carry(
             let _ = poll_fn(|context| Pin::new(&mut io).poll_shutdown(context)).await;
             drop(room);
             if !input_ended {
-                let (time, bytes) = LINGER;
-                let (time, mut rest) = (time.min(ends.drain.farewell()), io.take(bytes));
-                let _ = timeout(time, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+                discard(io, ends.drain.farewell()).await;
             }
         }
         Err(error) => log::debug!("an upgraded connection ended: {error}"),
