@@ -1,4 +1,5 @@
-//! An application that sends Server-Sent Events across all workers, with all options, for tests and experiments.
+//! An application that sends Server-Sent Events to clients of all workers. It supports all options, for tests and
+//! experiments.
 //!
 //! `cargo run --release --example stream -- --workers 4`, then
 //! `curl -N -H 'Accept: text/event-stream' 'http://127.0.0.1:8080/events?topics=news'` and, in another terminal,

@@ -36,12 +36,12 @@ pub(crate) const READY: &str = "ready";
 const FRAME: usize = 128 + 2;
 /// Number of datagrams between two checks of the lifeline.
 const BATCH: usize = 64;
-/// How long the relay waits for the log while other processes hold its lock.
+/// How long the relay waits for the event log's lock while other processes hold it.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Interval between attempts to publish while other processes hold the log's lock.
+/// Interval between attempts to publish while other processes hold the event log's lock.
 const BUSY_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Publishes the datagrams from `socket` until `lifeline` ends. Returns the exit status.
+/// Publishes the datagrams from `socket` until the other end of `lifeline` is closed. Returns the exit status.
 pub(crate) fn run(socket: BorrowedFd<'_>, lifeline: BorrowedFd<'_>, segment: &Segment) -> u8 {
     let events = segment.events();
     let most = usize::try_from(events.max_event()).unwrap_or(usize::MAX).saturating_add(FRAME);

@@ -314,7 +314,7 @@ fn no_100_follows_a_final_status() {
 #[test]
 fn a_response_longer_than_its_length_is_logged_once_over_each_protocol() {
     let mut server = start(&["--log-rate", "0"]);
-    // The length ends within a chunk of 5 bytes, between two chunks, and before the first chunk.
+    // The announced length ends within a chunk of 5 bytes, between two chunks, and before the first chunk.
     for (target, body) in [("/claim/7/5000", "xxxxxxx"), ("/claim/5/50", "xxxxx"), ("/claim/0/5", "")] {
         let asked = |protocol: &str| format!("{target}?{protocol}");
         assert_eq!(http::get(&server.http(), &asked("http")).unwrap().text(), body, "{target}");

@@ -21,7 +21,8 @@ struct Module {
 }
 
 impl Modules {
-    /// Reads the files that this process has mapped now. The result is empty if `/proc` is not mounted.
+    /// Reads the list of files that are currently mapped into this process. The list is empty if `/proc` is not
+    /// mounted.
     pub(crate) fn own() -> Self {
         Self::parse(&fs::read_to_string("/proc/self/maps").unwrap_or_default())
     }

@@ -5,14 +5,14 @@
 //! ```
 //!
 //! An heir is a clone of its worker that shares only the journal and the worker's descriptor table (`clone(2)`,
-//! CLONE_FILES). The heir sleeps while the worker lives, and adds no system call to a connection. When the worker dies,
-//! from whatever signal, the table and all connections in it stay open. The [`journal`] shows the state of each
+//! CLONE_FILES). The heir sleeps while the worker is alive, and adds no system call to a connection. When the worker
+//! dies, whatever the signal, the table and all connections in it stay open. The [`journal`] shows the state of each
 //! connection, and [`settlement`] decides what happens to the connection.
 //!
 //! - The heir is created right after the fork, while the worker has one thread, and before any application code runs. It
 //!   never touches the application's memory, the page cache or tokio.
 //! - After the worker's death, the heir first closes all descriptors that are not connections, because other processes
-//!   take a lock that is held through such a descriptor as a sign that the worker is alive.
+//!   interpret a lock that is held through such a descriptor as evidence that the worker is alive.
 //! - The heir has no exit signal, so the application's wait(2) calls do not report it. After the worker's death, the
 //!   heir becomes a child of the master, which reaps it.
 //! - If only the heir is killed, no connection is lost, and its worker requests its own replacement. If the heir is
@@ -68,7 +68,7 @@ pub(crate) struct Heir {
     pub(crate) lines: Option<LineBuffer>,
     /// Becomes readable when the heir has died. `None` without an heir.
     pub(crate) end: Option<OwnedFd>,
-    /// Descriptors that the heir uses: they must stay open as long as the worker lives.
+    /// Descriptors that the heir uses: they must stay open as long as the worker is alive.
     pub(crate) retained: RetainedFds,
 }
 

@@ -89,8 +89,8 @@ fn take_counted<'a>(bytes: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
 mod tests {
     use super::*;
 
-    /// The result of parsing some bytes: the body, and the end, the violation, or the result of closing the connection after
-    /// the last byte.
+    /// The result of parsing some bytes and then closing the connection: the body, and either the end of the response
+    /// (`None` if the response is incomplete) or the violation of the protocol.
     #[derive(Debug, PartialEq, Eq)]
     pub(super) struct Read {
         pub(super) body: Vec<u8>,

@@ -94,8 +94,8 @@ impl Map {
         Ok(Map { guarded: None, memory: Memory::new(usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?) })
     }
 
-    /// Whether the file was truncated and a process in this chain of forks has accessed the lost part. After that, the memory must not be
-    /// used: reads may return zeroes, and writes may be visible to this process only.
+    /// Whether the file has been truncated and a process in this chain of forks has accessed the lost part. If so, the
+    /// memory must no longer be used: reads may return zeroes, and writes may be visible to this process only.
     #[inline]
     pub(crate) fn is_lost(&self) -> bool {
         self.guarded.as_ref().is_some_and(Guarded::is_lost)

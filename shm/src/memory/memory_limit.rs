@@ -65,10 +65,10 @@ const V1: Version = Version {
 const V2: Version =
     Version { limit: "memory.max", used: "memory.current", reclaimable: ["inactive_file", "active_file"] };
 
-/// In cgroup v1, a limit of at least this many bytes means "no limit". It is above the memory of any machine.
+/// In cgroup v1, a limit of at least this many bytes means "no limit". No machine has this much memory.
 const NO_LIMIT: u64 = 1 << 60;
 
-/// Returns the limits of this process's control groups, as far as they are mounted.
+/// Returns the limits of those control groups of this process that are mounted.
 fn limits(read: &dyn Fn(&Path) -> Option<String>) -> Vec<Left> {
     let (Some(ours), Some(mounts)) = (read(Path::new("/proc/self/cgroup")), read(Path::new("/proc/self/mountinfo")))
     else {

@@ -33,9 +33,9 @@ pub(crate) fn choose(mut idle: Vec<Idle>, most: usize) -> Vec<usize> {
 pub(crate) struct Holder {
     pub(crate) index: usize,
     pub(crate) bytes: u32,
-    /// Whether the request cannot proceed until the peer sends more.
+    /// Whether the request cannot proceed until the peer sends more data.
     pub(crate) is_waited_for: bool,
-    /// Number of ticks for which the request has waited.
+    /// Number of ticks for which the request has been waiting.
     pub(crate) ticks: u32,
 }
 

@@ -103,7 +103,7 @@ impl Drain {
         }
     }
 
-    /// Returns when the drain has begun and an idle connection has had its time for one more request.
+    /// Returns when the drain has begun and the time in which an idle connection may send one more request has passed.
     ///
     /// A client that has just connected, or has just received a response, may be about to send a request. That request
     /// would fail if the connection were closed.

@@ -476,7 +476,7 @@ fn apply_forwarded_headers(trust: &Trust, request: &mut Request<Body>) -> bool {
     true
 }
 
-/// Returns a response with a status and its name as the body.
+/// Returns a response whose body consists of the status code and its reason phrase.
 pub(crate) fn refusal<B>(status: StatusCode, mut guard: RequestGuard) -> Response<Served<B>> {
     guard.answered(status);
     let text = format!("{status}\n");
