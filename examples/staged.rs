@@ -77,7 +77,7 @@ async fn deaf() -> &'static str {
         let target = std::fs::read_link(entry.path()).unwrap_or_default();
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         if let (true, Some(number)) = (listening.contains(&*target.to_string_lossy()), number) {
-            // Fails if the socket was already shut down through another descriptor.
+            // Fails if the socket has already been shut down through another descriptor.
             let _ = shutdown(number, Shutdown::Read);
         }
     }

@@ -6,9 +6,9 @@
 //! ```
 //!
 //! The relay takes one datagram at a time. If the relay dies, the other datagrams stay in the socket: at most the
-//! current datagram is lost, and none is published twice. The relay's lifeline ends when the master exits, and when a
-//! new build replaces the master. The relay then publishes the datagrams that it can publish without waiting, and
-//! exits.
+//! current datagram is lost, and none is published twice. The relay's lifeline is closed when the master exits, and
+//! when a new build replaces the master. The relay then publishes the datagrams that it can publish without waiting,
+//! and exits.
 //!
 //! The relay reports on standard error, which the master logs. The relay must not write to log files itself, because it
 //! does not reopen them. This module must not depend on the master or the workers.
@@ -106,7 +106,7 @@ impl Relay<'_> {
         }
     }
 
-    /// Publishes an event. Returns `Break` if the lifeline ends while other processes hold the log's lock.
+    /// Publishes an event. Returns `Break` if the lifeline is closed while other processes hold the event log's lock.
     fn publish(&mut self, bytes: &[u8]) -> io::Result<ControlFlow<()>> {
         let Datagram { topic, name, data } = match Datagram::parse(bytes) {
             Ok(datagram) => datagram,

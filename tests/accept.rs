@@ -94,7 +94,7 @@ fn usage(server: &Server) -> (u64, u64) {
         let tasks = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
         tasks.map(|task| task.unwrap().path())
     });
-    // A thread may exit after it was listed and before its files are read.
+    // A thread may exit after it has been listed and before its files are read.
     let of_task = |task: std::path::PathBuf| {
         let status = std::fs::read_to_string(task.join("status")).ok()?;
         let waits = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();

@@ -202,7 +202,7 @@ fn a_slow_reader_gets_it_all() -> bool {
     });
     server.signal(Signal::SIGTERM);
     let mut part = [0; 64 << 10];
-    // The reads take several seconds in total, so that the worker checks its connections several times during this period.
+    // The reads take several seconds in total, so the worker checks its connections several times during this period.
     while let Ok(count @ 1..) = stream.read(&mut part) {
         response.extend_from_slice(&part[..count]);
         std::thread::sleep(Duration::from_millis(80));

@@ -244,7 +244,7 @@ fn waiting_for_the_rest_of_a_proxy_header_uses_no_processor_time() {
         let switches = || {
             let threads = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
             let thread_ids = threads.map(|thread| thread.unwrap().file_name().to_str().unwrap().parse().unwrap());
-            // A thread may exit after it was listed and before its status is read.
+            // A thread may exit after it has been listed and before its status is read.
             thread_ids.filter_map(|thread| common::status_number(thread, "voluntary_ctxt_switches")).sum::<u64>()
         };
         let before = switches();

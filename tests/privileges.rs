@@ -453,7 +453,7 @@ fn a_pid_file_prevents_a_second_master_and_is_removed_with_the_first() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(&format!("with pid {}", server.pid())) && said.contains("--pid-file"), "{said}");
     assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", server.pid()));
-    // Workers do not hold the lock, so another master can start immediately after a master was killed.
+    // Workers do not hold the lock, so another master can start immediately after a master has been killed.
     server.signal(Signal::SIGKILL);
     server.wait_end();
     let mut next = Server::start("hello", &arguments);

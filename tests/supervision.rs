@@ -184,7 +184,7 @@ fn a_client_that_disconnected_in_the_queue_does_not_affect_others() {
     let mut server = crashy(&["--workers", "1"]);
     let worker = stop_worker(&server);
     let gone = Client::connect(&server.http()).unwrap();
-    // The connection is reset, so that accept(2) or getpeername(2) fails.
+    // The connection is reset, so accept(2) or getpeername(2) fails.
     setsockopt(gone.stream.get_ref(), sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).unwrap();
     drop(gone);
     let clients = (0..5).map(|_| Client::connect(&server.http()).unwrap()).collect();

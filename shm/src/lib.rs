@@ -72,7 +72,7 @@
 //! | killed while | what the other processes find |
 //! |---|---|
 //! | creating the segment | nothing: no other process has the descriptor yet; a file without the magic number is recreated |
-//! | writing its row | the row as far as it was written; readers expect partial rows |
+//! | writing its row | the part of the row that was written; readers can handle partial rows |
 //! | becoming a member | the byte is unlocked again; the next process that claims the cell first cleans it up |
 //! | looking up, copying out | nothing: the process wrote nothing |
 //! | reading in place | the entry's bytes are not reused until the member is cleaned up |
@@ -162,7 +162,8 @@ pub struct Plan {
     pub cache_bytes: u64,
     /// Number of scoreboard rows: one for each process that needs one.
     pub rows: u32,
-    /// Maximum size of a value in the cache, in bytes. 0 selects 1/64 of the cache, but at least 1 MiB, as far as there is room.
+    /// Maximum size of a value in the cache, in bytes. 0 selects 1/64 of the cache, but at least 1 MiB if there is
+    /// room.
     pub max_entry: u64,
     /// Size of the event log in bytes: at least 64 KiB, or 0 for no log.
     pub events_bytes: u64,

@@ -147,13 +147,13 @@ pub struct Snapshot {
     pub all_running: bool,
     /// Number of threads whose function has hung.
     pub hung_threads: u32,
-    /// Whether all threads have hung, so that no request that requires a thread is served.
+    /// Whether all threads have hung, in which case no request that requires a thread is served.
     pub all_hang: bool,
     /// When the event loop last became busy, in milliseconds of a clock that stops during suspend; `None` if the event loop is sleeping.
     pub busy_since_ms: Option<u64>,
     /// A number that changes whenever the event loop makes progress.
     pub pulse: u32,
-    /// The thread id of the event loop; 0 if it was not reported.
+    /// The thread id of the event loop; 0 if it has not been reported.
     pub loop_thread: u32,
 }
 
@@ -262,7 +262,7 @@ impl Scoreboard {
 
     /// Returns the load of the least busy serving process other than the process in `slot`, or `None` if no other process is serving.
     pub fn freest(&self, slot: u32) -> Option<Load> {
-        // This is called for each accepted connection, so rows that were never claimed are skipped.
+        // This is called for each accepted connection, so rows that have never been claimed are skipped.
         let claimed = self.segment.header().map_or(0, |header| header.claimed_rows.load(Ordering::Relaxed));
         let others = (0..claimed.min(self.rows())).filter(|&other| other != slot).filter_map(|other| self.row(other));
         let serving = others.filter(|(_, row)| State::from_word(row.state.load(Ordering::Relaxed)) == State::Ready);

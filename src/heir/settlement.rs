@@ -94,7 +94,7 @@ pub(crate) fn settle(record: &ConnRecord) -> Settlement {
     settlement
 }
 
-/// The state of the input that was read.
+/// The state of the input that has been read.
 #[derive(Debug, PartialEq, Eq)]
 enum Input {
     /// All input belongs to known requests.

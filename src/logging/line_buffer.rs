@@ -1,8 +1,8 @@
 //! Buffers lines of the access log in memory that a worker shares with its heir. If the worker is killed, the heir
 //! writes the buffered lines.
 //!
-//! One thread of the worker uses the buffer while the worker lives, and the heir afterwards. If a worker is killed
-//! between the write of its lines and the store that records this write, the lines are written twice.
+//! One thread of the worker uses the buffer while the worker is alive, and the heir uses it afterwards. If a worker is
+//! killed between the write of its lines and the store that records this write, the lines are written twice.
 //!
 //! The code must not lock. No other process may read the buffer.
 #![expect(unsafe_code, reason = "memory shared with another process")]
@@ -18,7 +18,7 @@ pub(crate) const ROOM: usize = 64 << 10;
 #[repr(C)]
 struct Region {
     length: AtomicUsize,
-    /// The number of bytes that were written. A value above `length` is treated as `length`.
+    /// The number of bytes that have been written. A value above `length` is treated as `length`.
     written: AtomicUsize,
     bytes: UnsafeCell<[u8; ROOM]>,
 }

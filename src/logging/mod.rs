@@ -70,7 +70,7 @@ struct Sink {
     limit: usize,
     /// Whether the log is a file; standard error is then available as well.
     is_file: bool,
-    /// Whether the file cannot be written, so that lines go to standard error.
+    /// Whether the file cannot be written, in which case lines go to standard error.
     is_failing: bool,
     queue: Option<Queue>,
     /// The limits for a worker's lines; the master has none.
@@ -360,7 +360,7 @@ pub(crate) fn line_with(time: &str, level: Level, message: &str) -> Vec<u8> {
     written(Line { time, level, pid: std::process::id(), target, message, fields, is_output: false })
 }
 
-/// Whether the log is a file, so that it is not visible on standard error.
+/// Whether the log is a file and therefore not visible on standard error.
 pub(crate) fn is_file() -> bool {
     sink().is_file
 }
@@ -370,8 +370,8 @@ fn own_line(level: Level, message: &str, fields: &dyn Source) -> Vec<u8> {
     line(level, module_path!(), message, &Fields::of(fields), false)
 }
 
-/// Prepares the log of a child that was just forked and becomes a worker: leaves queued lines to the master, and limits
-/// the worker's own lines from now on.
+/// Prepares the log of a child that has just been forked and becomes a worker: leaves queued lines to the master, and
+/// limits the worker's own lines from now on.
 pub(crate) fn begin_worker(config: &LogConfig) {
     let mut sink = sink();
     sink.queue = None;

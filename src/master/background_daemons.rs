@@ -16,7 +16,8 @@ use nix::unistd::{Pid, getpid};
 
 use super::procfs::{self, Environment, Process};
 
-/// How long a background process must live to count as the daemon itself: a little less than the delay before the daemon is restarted.
+/// How long a background process must run to count as the daemon itself: a little less than the delay before the daemon
+/// is restarted.
 const LASTING: Duration = Duration::from_millis(90);
 /// How long after a daemon's exit to look for its background process.
 const SUSPECT: Duration = Duration::from_secs(2);

@@ -31,7 +31,7 @@ const MAX_CLIENTS_AND_WAITING: usize = 64;
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of unsent bytes per client. The longest status fits.
 const MAX_UNSENT: usize = 4 << 20;
-/// Maximum number of unsent bytes that are saved for the next master in an upgrade.
+/// Maximum number of unsent bytes that are saved for the next master during an upgrade.
 const MAX_SAVED: usize = 64 << 10;
 /// How long to wait after a failed accept, for example because no descriptor is free.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -83,7 +83,8 @@ impl Control {
         Self { listener, clients: Vec::new(), next: 1, paused_until: Uptime::ZERO, refusals: ByteLimit::new(1) }
     }
 
-    /// Returns the state to save for the next master in an upgrade. A client with too many unsent bytes is left out.
+    /// Returns the state to save for the next master during an upgrade. A client with too many unsent bytes is left
+    /// out.
     pub(crate) fn save(&self) -> Option<SavedControl> {
         let listener = self.listener.as_ref()?;
         let clients = self.clients.iter().filter(|client| !client.gone && client.unsent.len() <= MAX_SAVED);

@@ -7,9 +7,10 @@
 //! the end of the link: the master is dead ──▶ the guard kills the remaining process groups, and exits
 //! ```
 //!
-//! When the master is killed, the kernel kills the programs that the master started (PR_SET_PDEATHSIG), but not the processes that those
-//! programs started: with `sh -c 'php-cgi; true'` the shell dies, and php-cgi continues to serve. The messages stay in the link until they
-//! are read, so the guard receives the pid of every program that ran, at whatever moment the master dies.
+//! When the master is killed, the kernel kills the programs that the master has started (PR_SET_PDEATHSIG), but not the
+//! processes that those programs have started: with `sh -c 'php-cgi; true'` the shell dies, and php-cgi continues to
+//! serve. The messages stay in the link until they are read, so the guard receives the pid of every program that ran,
+//! whenever the master dies.
 //!
 //! The guard kills whole process groups, and only groups that certainly belong to the server. A group keeps its number
 //! as long as one of its processes exists; afterwards the number may be reused. The guard therefore forgets a group
@@ -47,8 +48,8 @@ use crate::logging;
 use crate::sys::{self, Ending};
 use crate::upgrade::saved_state::SavedGuard;
 
-/// If a guard dies after it has lived this long, the delay before the next guard is the shortest one, because the cause
-/// of the death is not expected to affect the next guard.
+/// If a guard dies after it has run for this long, the delay before the next guard is the shortest one, because the
+/// cause of the death is not expected to affect the next guard.
 const STEADY_TIME: Duration = Duration::from_secs(1);
 /// How long the guard waits to be reparented: the kernel closes a dying process's descriptors before it reparents its children.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -62,7 +63,7 @@ const UNGUARDED: &str = "without a guard, processes started by programs would ou
 #[derive(Debug, Default)]
 pub(super) struct Guard {
     process: Option<Process>,
-    /// Guards that the master has killed and not reaped yet.
+    /// Guards that the master has killed but not yet reaped.
     replaced: BTreeSet<Pid>,
     breaker: Breaker,
     wanted: bool,

@@ -79,7 +79,7 @@ impl Output {
         output
     }
 
-    /// Returns the state to save for the next master in an upgrade. `pid` is the process that writes the output.
+    /// Returns the state to save for the next master during an upgrade. `pid` is the process that writes the output.
     pub(crate) fn save(&self, pid: Pid) -> SavedOutput {
         let (fd, partial) = (self.as_fd().as_raw_fd(), self.reader.partial.clone());
         SavedOutput { slot: self.slot, pid: pid.as_raw(), fd, partial }
@@ -166,7 +166,7 @@ impl OrphanedOutputs {
         last_line
     }
 
-    /// Returns the state to save for the next master in an upgrade.
+    /// Returns the state to save for the next master during an upgrade.
     pub(crate) fn save(&self) -> Vec<SavedOutput> {
         self.0.iter().filter_map(|output| Some(output.save(output.pid?))).collect()
     }

@@ -7,7 +7,7 @@
 //!
 //! - Settings of the master itself (number of workers, timeouts, the log) take effect immediately.
 //! - Settings of the serving processes take effect for the new generation. Processes that replace older ones use the
-//!   old settings until the new generation is proven, and again if it has failed.
+//!   old settings until a process of the new generation has become ready, and again if the reload has failed.
 //! - Settings that cannot change are logged ([`crate::config::control::reloaded`]).
 
 use std::io;
@@ -118,7 +118,7 @@ impl Master {
         self.describe_sidecars();
     }
 
-    /// Handles the failure of a reload: the old processes stay.
+    /// Handles the failure of a reload: the old processes keep running.
     fn reload_failed(&mut self) {
         self.sidecars.forget();
         if let Some(tried) = self.pool.spawner.give_up() {

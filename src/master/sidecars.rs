@@ -97,7 +97,7 @@ struct Process {
     open: bool,
 }
 
-/// A running process, for the next master in an upgrade.
+/// A running process, for the next master during an upgrade.
 pub(super) struct Living<'a> {
     pub(super) name: &'a str,
     pub(super) pid: Pid,
@@ -108,7 +108,7 @@ pub(super) struct Living<'a> {
     pub(super) partial: &'a [u8],
     /// Time since the process started.
     pub(super) age: Duration,
-    /// Time left for the process to stop, if it was asked to.
+    /// Time left for the process to stop, if it has been asked to.
     pub(super) stop_left: Option<Duration>,
 }
 
@@ -186,7 +186,7 @@ impl Sidecars {
 
     fn change(&mut self, settings: Settings) {
         let Settings { programs, privileges, config, stop_timeout, events } = settings;
-        // A sidecar that was removed from the configuration may be added again before its process has exited.
+        // A sidecar that has been removed from the configuration may be added again before its process has exited.
         let leaving = |label: &Label| {
             self.processes.values().find(|process| process.label == *label).map(|process| process.sidecar)
         };
@@ -248,7 +248,7 @@ impl Sidecars {
         self.processes.iter().map(living).collect()
     }
 
-    /// Returns the time of the last check for due jobs, in Unix milliseconds, for the next master in an upgrade.
+    /// Returns the time of the last check for due jobs, in Unix milliseconds, for the next master during an upgrade.
     pub(super) fn looked_at_ms(&self) -> Option<i64> {
         self.sidecars.looked_at().map(Timestamp::as_millisecond)
     }
@@ -261,8 +261,8 @@ impl Sidecars {
     }
 
     /// Takes over a child that a former master started. If no sidecar with that name is configured, the child is asked
-    /// to stop. `age` is how long the child has run. If the child was already asked to stop, `stop_left` is the time
-    /// that it has left.
+    /// to stop. `age` is how long the child has run. If the child has already been asked to stop, `stop_left` is the
+    /// time that it has left.
     pub(super) fn adopt(
         &mut self,
         name: &str,

@@ -101,7 +101,7 @@ impl PackedOrigin {
         self.0[0] & IS_TLS != 0
     }
 
-    /// Whether the connection has passed access control, so that its next bytes are a request.
+    /// Whether the connection has passed access control, in which case its next bytes are a request.
     pub(crate) fn is_admitted(self) -> bool {
         self.0[0] & IS_ADMITTED != 0
     }

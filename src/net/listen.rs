@@ -100,8 +100,8 @@ impl fmt::Display for Listener {
 impl Listener {
     /// Binds a socket and makes it listen.
     ///
-    /// `backlog` is the length of the kernel's queue of connections that are not accepted yet. `mode` contains the
-    /// permissions of a socket file. `blocking` is true for programs that call `accept` themselves.
+    /// `backlog` is the length of the kernel's queue of connections that have not been accepted yet. `mode` contains
+    /// the permissions of a socket file. `blocking` is true for programs that call `accept` themselves.
     ///
     /// # Errors
     /// Fails if the address cannot be bound.
@@ -210,7 +210,7 @@ impl Listener {
     /// Changes the owner of the socket file that this listener created.
     ///
     /// # Errors
-    /// Fails if the file was replaced, or a system call fails.
+    /// Fails if the file has been replaced, or a system call fails.
     pub(crate) fn give_file(&self, owner: Owner) -> Result<(), ListenError> {
         self.give_file_of(nix::unistd::geteuid(), owner)
     }
@@ -294,8 +294,8 @@ pub(crate) fn examine(bind: &Bind, all: &[Bind]) -> Result<Option<String>, Strin
     found.map(|note| note.map(|note| format!("{bind}: {note}"))).map_err(|cause| format!("cannot bind {bind}: {cause}"))
 }
 
-/// Waits up to `timeout` while the address is in use, because the workers of a server that was just killed may be about
-/// to release the address.
+/// Waits up to `timeout` while the address is in use, because the workers of a server that has just been killed may be
+/// about to release the address.
 pub(crate) fn await_address(bind: &Bind, timeout: Duration, leaves_ipv4: bool) {
     let begun = Instant::now();
     while is_in_use(bind, leaves_ipv4) && begun.elapsed() < timeout {

@@ -29,7 +29,7 @@ const DIRECTORY: &str = "forkyard-events-";
 /// Name of the socket in such a directory.
 const NAME: &str = "socket";
 
-/// A bound publish socket. Removes its file when dropped, unless the file was replaced.
+/// A bound publish socket. Removes its file when dropped, unless the file has been replaced.
 #[derive(Debug)]
 pub(crate) struct PublishSocket {
     /// The path of `--events-socket`. If `None`, this socket owns the directory as well.
@@ -92,7 +92,7 @@ impl PublishSocket {
     /// Changes the owner of the file from `from` to `to`.
     ///
     /// # Errors
-    /// Fails if the file was replaced, or a system call fails.
+    /// Fails if the file has been replaced, or a system call fails.
     pub(crate) fn give(&self, from: Uid, to: Owner) -> io::Result<()> {
         self.file.map_or(Ok(()), |file| listen::give_socket_file_of(&self.path, file, from, to))
     }

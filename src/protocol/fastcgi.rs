@@ -429,7 +429,7 @@ impl FastCgiDecoder {
         }
     }
 
-    /// Returns the reply to GET_VALUES (4.1): the requested values, as far as this server supports them.
+    /// Returns the reply to GET_VALUES (4.1): those of the requested values that this server supports.
     fn values(&self, asked: &[u8]) -> Bytes {
         let mut content = BytesMut::new();
         let asked = Params::parse(Bytes::copy_from_slice(asked));

@@ -113,7 +113,7 @@ impl ScgiDecoder {
     }
 
     /// Returns the minimum number of bytes that are missing until the request is complete, after the `waiting` bytes
-    /// that were read but not processed. The result is 1 only if exactly one byte is missing, 0 if the request is
+    /// that have been read but not processed. The result is 1 only if exactly one byte is missing, 0 if the request is
     /// complete, and `None` if the body ends with the stream.
     pub(crate) fn to_come(&self, waiting: usize) -> Option<u64> {
         let to_come = match self.place {

@@ -259,7 +259,7 @@ mod tests {
         );
         assert_eq!(conflicts(one, sockets[1].as_raw_fd()).count(), 0);
         // Descriptors other than listening sockets are not compared, because the number may have another use, for
-        // example in an upgrade.
+        // example during an upgrade.
         assert_eq!(conflicts(file.as_raw_fd(), file.try_clone().unwrap().as_raw_fd()).count(), 0);
     }
 

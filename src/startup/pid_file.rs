@@ -88,7 +88,7 @@ impl PidFile {
         Ok(created)
     }
 
-    /// Returns the state to save for the next master in an upgrade.
+    /// Returns the state to save for the next master during an upgrade.
     pub(crate) fn saved(&self) -> SavedPidFile {
         SavedPidFile { fd: self.file.as_raw_fd(), path: self.path.clone() }
     }

@@ -1,5 +1,5 @@
-//! Checks that the limits of `--rlimit` allow a worker the minimum that it needs, as far as this minimum is known
-//! before the first worker starts.
+//! Checks that the limits of `--rlimit` allow a worker the minimum that it needs, to the extent that this minimum is
+//! known before the first worker starts.
 //!
 //! These are lower bounds: a worker needs more, and the application needs more still. The needs of an external program are
 //! not known.

@@ -16,8 +16,8 @@ const FIRST: RawFd = 3;
 /// Upper bound, higher than any real number of descriptors.
 const MOST: RawFd = 1024;
 
-/// Returns the numbers and names of the descriptors that were passed to this process or, in an upgrade check, to its
-/// parent.
+/// Returns the numbers and names of the descriptors that were passed to this process or, during an upgrade check, to
+/// its parent.
 fn passed() -> Vec<(RawFd, String)> {
     let variable = |name: &str| std::env::var(name).ok();
     let me = if upgrade::is_check() { nix::unistd::getppid() } else { nix::unistd::getpid() };

@@ -40,8 +40,8 @@ fn send_message(message: &[u8]) {
     }
 }
 
-/// Returns the process groups that may end with a child that has ended but is not reaped yet: its current group, and
-/// its initial group.
+/// Returns the process groups that may end with a child that has ended but has not been reaped yet: its current group,
+/// and its initial group.
 pub(super) fn groups_of(pid: Pid) -> [Pid; 2] {
     [pid, getpgid(Some(pid)).unwrap_or(pid)]
 }

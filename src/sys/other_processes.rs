@@ -27,8 +27,8 @@ pub(crate) fn descriptor_of(process: &OwnedFd, fd: RawFd) -> io::Result<OwnedFd>
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
-/// Returns how a child has ended that is not reaped yet, or `None` if the child is running. The child stays unreaped,
-/// so that neither its pid nor the number of its process group can be reused.
+/// Returns how a child has ended that has not been reaped yet, or `None` if the child is running. The child stays
+/// unreaped, so that neither its pid nor the number of its process group can be reused.
 pub(crate) fn ending_of(pid: Pid) -> Option<Ending> {
     let flags = (WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT).bits();
     let id = libc::id_t::try_from(pid.as_raw()).ok()?;

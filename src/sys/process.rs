@@ -249,7 +249,7 @@ fn try_exec(
     Ok(nix::unistd::execve(&program, &arguments, &environment)?)
 }
 
-/// Whether `pid` is a child of this process that is running, or that has ended and is not reaped yet.
+/// Whether `pid` is a child of this process that is running, or that has ended but has not been reaped yet.
 pub(crate) fn is_child(pid: Pid) -> bool {
     let flags = (WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT).bits();
     let Ok(id) = libc::id_t::try_from(pid.as_raw()) else { return false };
@@ -275,8 +275,8 @@ pub(crate) fn die_with_parent(master: Pid) -> io::Result<()> {
     if getppid() == master { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
 }
 
-/// Returns a child that has ended and is not reaped yet, if any. Children include processes that this process inherited
-/// because their parent died. Until the child is reaped, its pid is not reused.
+/// Returns a child that has ended but has not been reaped yet, if any. Children include processes that this process
+/// inherited because their parent died. Until the child is reaped, its pid is not reused.
 pub(crate) fn ended_child() -> Option<Pid> {
     let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     // This code calls libc rather than nix. nix has no names for real-time signals, so it reports a process that was

@@ -149,12 +149,12 @@ impl Delivery<'_> {
 extern "C" fn on_signal<H: HandleSignal>(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: the address of a variable that belongs to this thread.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: the address is valid as long as the thread lives.
+    // SAFETY: the address is valid as long as the thread exists.
     let before = unsafe { *errno };
     if let Ok(signal) = Signal::try_from(signal) {
         H::handle(signal, &Delivery { info, context, during_call: PhantomData });
     }
-    // SAFETY: the address is valid as long as the thread lives.
+    // SAFETY: the address is valid as long as the thread exists.
     unsafe { *errno = before };
 }
 

@@ -91,7 +91,7 @@ pub(crate) struct SavedProcess {
     pub(crate) started: u64,
 }
 
-/// The guard, and its link to the master. The guard detects the master's death by the end of file on the link.
+/// The guard, and its link to the master. The guard detects the master's death when it reads end of file from the link.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedGuard {
     pub(crate) pid: i32,
@@ -149,7 +149,7 @@ pub(crate) struct SavedProgram {
     /// Whether the program was seen to accept connections.
     #[serde(default)]
     pub(crate) seen: bool,
-    /// Time left for the process to exit, if it was asked to.
+    /// Time left for the process to exit, if it has been asked to.
     #[serde(default)]
     pub(crate) leave_left_ms: Option<u64>,
     #[serde(default)]
@@ -184,7 +184,7 @@ pub(crate) struct SavedSidecar {
     /// Time since the process started.
     #[serde(default)]
     pub(crate) age_ms: u64,
-    /// Time left to stop, if the process was asked to.
+    /// Time left to stop, if the process has been asked to.
     #[serde(default)]
     pub(crate) stop_left_ms: Option<u64>,
 }

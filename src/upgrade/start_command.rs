@@ -15,7 +15,7 @@ pub(crate) struct StartCommand {
     /// The path by which the program was called. Each upgrade resolves a symbolic link in it again, so that the link may point to
     /// the next release.
     pub(crate) program: PathBuf,
-    /// The directory to which relative paths on the command line refer. Empty if the directory was removed before
+    /// The directory to which relative paths on the command line refer. Empty if the directory had been removed before
     /// startup.
     pub(crate) directory: PathBuf,
     /// The arguments of the first startup. They are kept because a script in the program's place may add its own

@@ -27,7 +27,7 @@ pub(crate) fn wake_later(waker: Waker) {
     });
 }
 
-/// Wakes the deferred wakers. Must run as a task of this thread for as long as the worker lives.
+/// Wakes the deferred wakers. Must run as a task of this thread for as long as the worker is running.
 pub(crate) async fn run() {
     loop {
         poll_fn(|context| {

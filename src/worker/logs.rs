@@ -69,8 +69,8 @@ impl OutputPipes {
         Self([sys::identity(1), sys::identity(2)])
     }
 
-    /// Replaces the pipes with the log, because the pipes no longer have a reader, so that a write to them would fail.
-    /// A descriptor that the application has replaced is kept.
+    /// Replaces the pipes with the log, because the pipes no longer have a reader and a write to them would fail. A
+    /// descriptor that the application has replaced is kept.
     pub(super) fn replace(&self) {
         let Ok(log) = logging::blocking_copy() else { return };
         for (fd, was) in (1..).zip(self.0) {

@@ -13,7 +13,7 @@ pub(crate) const PIECE: usize = 64 << 10;
 #[derive(Clone, Debug)]
 pub(crate) struct Ask {
     pub(crate) method: &'static str,
-    /// The target, in which `{gate}` is replaced by the port of a [`Gate`].
+    /// The target, in which `{gate}` is replaced with the port of a [`Gate`].
     pub(crate) target: String,
     pub(crate) headers: Vec<(&'static str, &'static [u8])>,
     pub(crate) body: Sent,

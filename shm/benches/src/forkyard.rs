@@ -6,7 +6,7 @@ use forkyard_shm::{Cache, Plan, Segment, StoreError, StoreOptions};
 
 use crate::error::Error;
 
-/// Opens a cache in its own segment. All overhead is within `cache_bytes`. The segment lives as long as the cache.
+/// Opens a cache in its own segment. All overhead is within `cache_bytes`. The segment exists as long as the cache.
 pub(crate) fn open(cache_bytes: u64) -> Result<Cache, Error> {
     let segment = Segment::create(&Plan { cache_bytes, rows: 4, ..Plan::default() }).map_err(Error::Segment)?;
     Ok(segment.cache())

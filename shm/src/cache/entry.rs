@@ -3,7 +3,7 @@
 //! The bytes read here may be overwritten concurrently or corrupted by a process that breaks the protocol. All parts of an [`Entry`] are
 //! guaranteed to lie within its ring. The reader must check afterwards whether their contents are still valid.
 //!
-//! Must not take locks. Must not change anything but the bytes of an entry that is not published yet.
+//! Must not take locks. Must not change anything but the bytes of an entry that has not been published yet.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -25,7 +25,7 @@ const POSITION_MASK: u64 = (1 << RING_SHIFT) - 1;
 pub(crate) enum Ring {
     /// New entries.
     Small,
-    /// Entries that were requested after they were stored.
+    /// Entries that have been requested since they were stored.
     Main,
 }
 

@@ -175,7 +175,7 @@ impl Recorder {
         self.borrow(key, tags, earlier(loan.until_ms, expiry(options.ttl, cache.segment.now_ms())));
     }
 
-    /// Returns everything that was lent so far.
+    /// Returns everything that has been lent so far.
     pub(crate) fn loan(&self) -> MutexGuard<'_, Loan> {
         self.shared.loan.lock().unwrap_or_else(PoisonError::into_inner)
     }

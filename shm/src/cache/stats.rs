@@ -16,7 +16,7 @@ use crate::memory::geometry::Geometry;
 pub struct Stats {
     /// Bytes available for entries.
     pub capacity: u64,
-    /// Bytes that have been written and not freed yet.
+    /// Bytes that have been written but not yet freed.
     pub used_bytes: u64,
     /// Unused bytes.
     pub free_bytes: u64,

@@ -137,7 +137,7 @@ impl Tail {
 }
 
 impl Log<'_> {
-    /// Returns the floor, loaded after everything that was read so far.
+    /// Returns the floor, loaded after everything that has been read so far.
     fn floor_now(&self) -> u64 {
         fence(Ordering::Acquire);
         self.head.floor.load(Ordering::Acquire)

@@ -1,7 +1,7 @@
 //! The table of topics, with the position of the latest event of each.
 //!
-//! The search for a topic starts at the cell selected by the topic's hash and ends at a cell that was never used. A cell whose topic was
-//! replaced, or whose writer died, remains marked as used, so that searches do not end there.
+//! The search for a topic starts at the cell selected by the topic's hash and ends at a cell that has never been used.
+//! A cell whose topic was replaced, or whose writer died, remains marked as used, so that searches do not end there.
 //!
 //! Readers search without a lock, and check the name again after they have read the cell.
 //!

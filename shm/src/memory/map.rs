@@ -254,7 +254,7 @@ impl Map {
         let Some(last) = words.get(whole.len()).map(|word| word.load(Ordering::Relaxed)) else {
             return Some(difference == 0);
         };
-        // The last eight bytes, if the range is that long, without the bytes that were already compared.
+        // The last eight bytes, if the range is that long, without the bytes that have already been compared.
         let rest_is_it = match bytes.last_chunk() {
             Some(&tail) => {
                 let unused = 8 * (8 - rest.len());

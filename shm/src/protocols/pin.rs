@@ -43,7 +43,8 @@ pub(crate) fn set(cell: &AtomicU64, pin: Pin) -> bool {
     set
 }
 
-/// Whether the entry that was just pinned is still above its ring's floor, and therefore will not change. If not, unpins it.
+/// Whether the entry that has just been pinned is still above its ring's floor, and therefore will not change. If not,
+/// unpins it.
 pub(crate) fn holds(cell: &AtomicU64, position: u64, floor: &AtomicU64) -> bool {
     let holds = floor.load(Ordering::SeqCst) <= position;
     if !holds {
@@ -57,7 +58,7 @@ pub(crate) fn free(cell: &AtomicU64) {
     cell.store(0, Ordering::Release);
 }
 
-/// Returns the content of a cell, if it is set. Must be called after the floor was raised and after a full fence.
+/// Returns the content of a cell, if it is set. Must be called after the floor has been raised and after a full fence.
 pub(crate) fn get(cell: &AtomicU64) -> Option<Pin> {
     let word = cell.load(Ordering::Acquire);
     (word != 0).then_some(Pin {

@@ -17,8 +17,8 @@
 //! cache consistent. The audit is therefore sufficient.
 //!
 //! The mark is removed on disk before anything else is written. After a power failure, the file is therefore either clean or dropped. A
-//! process that inherits the descriptor (`FORKYARD_SHM`) cannot attach to the file after it was closed, because the process's writes would
-//! not clear the mark, and even a lookup writes.
+//! process that inherits the descriptor (`FORKYARD_SHM`) cannot attach to the file after it has been closed, because the process's
+//! writes would not clear the mark, and even a lookup writes.
 //!
 //! A process that joins a file that is not clean uses it without an audit. This is safe, because a process that joined before the file was
 //! left unclean would have continued without an audit too, and what dead members hold is released as in any segment. When a process that

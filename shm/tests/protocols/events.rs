@@ -155,7 +155,8 @@ fn read(log: &Latest) -> (u64, u64) {
     latest_event::load(&log.last_id, &log.last_at)
 }
 
-/// Models the publication of event 6, while a reader looks for events after 5, and looks again after it was notified of event 6.
+/// Models the publication of event 6, while a reader looks for events after 5, and looks again after it has been
+/// notified of event 6.
 fn since_against_publisher(tell: fn(&Latest), read: fn(&Latest) -> (u64, u64), unlinked_first: bool) {
     check(4, move || {
         let new = AtomicU64::new;

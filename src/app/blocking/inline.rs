@@ -106,7 +106,7 @@ impl EventLoopNotifier {
         }
     }
 
-    /// Reports that a thread is free again after all threads were occupied.
+    /// Reports that a thread is free again after all threads have been occupied.
     pub(super) fn one_is_free(&self) {
         self.change(|ended| ended.one_is_free = true);
     }

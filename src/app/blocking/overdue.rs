@@ -43,7 +43,7 @@ impl Overrun {
         self.since.checked_add(patience())
     }
 
-    /// Returns the time from which the function counts as hanging, so that its worker must be replaced.
+    /// Returns the time from which the function counts as hanging and its worker must be replaced.
     fn hangs_at(&self) -> Option<Instant> {
         self.over.as_ref()?.1.checked_add(patience())
     }

@@ -67,8 +67,8 @@ pub(crate) fn pool_is_full() -> bool {
     POOL.get().is_some_and(Pool::is_occupied)
 }
 
-/// Returns when a thread becomes free after all threads were occupied. A thread that became free before the call is not
-/// reported.
+/// Returns when a thread becomes free after all threads have been occupied. A thread that became free before the call
+/// is not reported.
 pub(crate) async fn one_is_free() {
     match POOL.get() {
         Some(pool) => pool.one_is_free.notified().await,
@@ -194,7 +194,7 @@ impl Pool {
         true
     }
 
-    /// Starts the missing threads, as far as the system allows. Returns whether at least one thread exists.
+    /// Starts as many of the missing threads as the system allows. Returns whether at least one thread exists.
     fn start_threads(&'static self) -> bool {
         let mut attempted = self.attempted.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.started.load(Ordering::SeqCst);

@@ -23,7 +23,7 @@ impl FilterData {
         Self(Arc::new(Mutex::new(Some(body))))
     }
 
-    /// Takes the file. Returns `None` if it was taken before, through this value or a clone of it.
+    /// Takes the file. Returns `None` if it has been taken before, through this value or a clone of it.
     #[must_use]
     pub fn take(&self) -> Option<Body> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()

@@ -262,7 +262,7 @@ mod tests {
             let names: Vec<Arc<str>> = ["a", "b", "c"].map(Arc::from).into();
             let mut feeds = Feeds::new(Room { events: random.usize(1..8), bytes: 1 << 20 });
             let mut log: BTreeMap<Arc<str>, u64> = names.iter().map(|name| (Arc::clone(name), 0)).collect();
-            // Events that were published and not yet taken from the log.
+            // Events that have been published but not yet taken from the log.
             let mut unread: VecDeque<(Arc<str>, u64)> = VecDeque::new();
             let mut readers: Vec<(Key, Vec<Arc<str>>, Vec<u64>)> = Vec::new();
             for _ in 0..300 {

@@ -164,7 +164,7 @@ impl Hub {
         }
     }
 
-    /// Reads a batch. Returns false if the whole log was read.
+    /// Reads a batch. Returns false if the whole log has been read.
     fn read(&self) -> bool {
         let mut wakers = Vec::new();
         let mut state = self.state();

@@ -109,7 +109,7 @@ impl Events {
     }
 
     /// Delivers published events to this process's subscribers. Must run as a task of the event loop for as long as the
-    /// process lives.
+    /// process is running.
     pub(crate) async fn deliver(self) {
         self.hub.deliver().await;
     }

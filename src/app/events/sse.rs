@@ -143,7 +143,7 @@ impl Sse {
         self
     }
 
-    /// Replaces each event by the event that `map` returns, or omits the event if `map` returns `None`. Ids do not
+    /// Replaces each event with the event that `map` returns, or omits the event if `map` returns `None`. Ids do not
     /// change.
     ///
     /// `map` runs on the event loop, once for each event and client. Events that are not mapped are encoded once for

@@ -96,8 +96,8 @@ impl ConnHandle {
         }
     }
 
-    /// Returns the number of bytes that were read and have not been handled yet. The result is negative while a part of
-    /// the input being handled has not arrived.
+    /// Returns the number of bytes that have been read but not yet handled. The result is negative while a part of the
+    /// input being handled has not arrived.
     pub(crate) fn unfinished(&self) -> i32 {
         self.position(|record| &record.read).wrapping_sub(self.position(|record| &record.clean)).cast_signed()
     }
@@ -208,8 +208,8 @@ impl ConnHandle {
         }
     }
 
-    /// Passes the connection to a different worker, with the input that was read and not handled. The caller must then close it in this
-    /// process.
+    /// Passes the connection to a different worker, with the input that has been read but not handled. The caller must
+    /// then close it in this process.
     ///
     /// # Errors
     /// Returns `WouldBlock` if the channel is full, or another error from the channel. In either case the connection

@@ -86,8 +86,8 @@ impl PreparedCall<'_> {
         // SAFETY: `prepare` has written the message. No other message has been written since, because only `prepare`
         // creates `self`, and this call consumes it. `self` borrows the array that the message points to. Each entry
         // points to memory that stays borrowed until this call returns: `Intent::send` holds the slices. The ancillary
-        // data belong to the intent record. The heir shares this memory, but does not write to it while the worker
-        // lives (`heir/mod.rs`).
+        // data belong to the intent record. The heir shares this memory, but does not write to it while the worker is
+        // alive (`heir/mod.rs`).
         let sent = unsafe { libc::sendmmsg(through, self.intent.message.get(), 1, flags) };
         self.intent.outcome(sent)
     }

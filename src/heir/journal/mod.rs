@@ -193,7 +193,7 @@ impl Journal {
 
     fn intent(&self) -> &Intent {
         // SAFETY: the mapping has the size of a `Region` and is never unmapped. It consists of atomics, and of cells that only one
-        // thread accesses: the owner of the intent record while the worker lives, and the heir afterwards.
+        // thread accesses: the owner of the intent record while the worker is alive, and the heir afterwards.
         unsafe { &self.region.as_ref().intent }
     }
 

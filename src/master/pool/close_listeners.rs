@@ -24,7 +24,7 @@ use crate::net::listen::{self, Listener};
 
 /// How often the queues are checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
-/// How long programs may stay in accept(2) after they were asked to exit. When the socket closes, accept fails. A
+/// How long programs may stay in accept(2) after they have been asked to exit. When the socket closes, accept fails. A
 /// program that notices the failure before the request to exit might report an error, and a program manager might start
 /// other processes.
 const IDLE_TIME: Duration = Duration::from_millis(200);
@@ -42,7 +42,7 @@ pub(in crate::master) struct Closing {
     held: Vec<Pid>,
     /// Indexes of sockets that were found not to be listening and have been logged.
     not_listening: BTreeSet<usize>,
-    /// Number of times that each program was found idle after it was asked to exit.
+    /// Number of times that each program has been found idle since it was asked to exit.
     found_idle: HashMap<Pid, u32>,
 }
 

@@ -42,7 +42,7 @@ impl Faults {
         }
     }
 
-    /// Returns the saved form, for the next master in an upgrade.
+    /// Returns the saved form, for the next master during an upgrade.
     pub(crate) fn save(&self, now: Uptime) -> Vec<SavedRefusal> {
         self.quarantine.save(now)
     }

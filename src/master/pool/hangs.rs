@@ -2,7 +2,7 @@
 //!
 //! An event loop records when it starts work and when it sleeps, and counts its progress. The event loop hangs if five
 //! consecutive checks, a quarter of the timeout apart, find it at the same work without progress. The module counts
-//! checks instead of measuring time, so that no worker appears to hang after the machine was suspended.
+//! checks instead of measuring time, so that no worker appears to hang after the machine has been suspended.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -30,7 +30,7 @@ pub(crate) struct Hangs {
     timeout: Duration,
     next_look: Uptime,
     seen: HashMap<Pid, (Work, u32)>,
-    /// Workers that were sent SIGABRT, and the time at which to kill them.
+    /// Workers that have been sent SIGABRT, and the time at which to kill them.
     dying: HashMap<Pid, Uptime>,
 }
 

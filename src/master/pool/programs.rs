@@ -69,7 +69,7 @@ pub(crate) struct ProgramState {
     pub(crate) started: bool,
     /// Whether the program, or a descendant of it, was seen to accept connections.
     pub(crate) seen: bool,
-    /// The time by which the program must have exited, if it was sent a signal to exit.
+    /// The time by which the program must have exited, if it has been sent a signal to exit.
     leave_by: Option<Uptime>,
     /// Whether the program's descriptors could not be read when the first signal to exit was sent.
     hidden: bool,
@@ -239,8 +239,8 @@ impl Pool {
         for (&pid, child) in &mut self.children {
             let lived = child.since.elapsed();
             let Link::Program(program) = &mut child.link else { continue };
-            // A program that was sent SIGTERM or SIGKILL may have no descriptors that can be read. This does not mean
-            // that the program is ready.
+            // A program that has been sent SIGTERM or SIGKILL may have no descriptors that can be read. This does not
+            // mean that the program is ready.
             if program.started || child.asked_to_leave {
                 continue;
             }

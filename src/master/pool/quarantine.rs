@@ -97,7 +97,7 @@ impl Quarantine {
         self.config = config;
     }
 
-    /// Returns the saved form, for the next master in an upgrade.
+    /// Returns the saved form, for the next master during an upgrade.
     pub(crate) fn save(&self, now: Uptime) -> Vec<SavedRefusal> {
         let save = |(request, record): (&String, &Record)| SavedRefusal {
             request: request.clone(),

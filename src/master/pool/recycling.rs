@@ -96,7 +96,7 @@ impl Recycling {
         next
     }
 
-    /// Records the size of a worker. Returns true once, when the worker was too large several times in a row.
+    /// Records the size of a worker. Returns true once, when the worker has been too large several times in a row.
     pub(crate) fn is_too_large(&mut self, pid: Pid, bytes: u64) -> bool {
         let Some(life) = self.lives.get_mut(&pid) else { return false };
         let is_large = self.max_memory.is_some_and(|max| bytes > max);

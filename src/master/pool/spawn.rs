@@ -83,7 +83,7 @@ pub(crate) struct Child {
     pub(crate) slot: u32,
     pub(crate) generation: u64,
     pub(crate) since: Instant,
-    /// Whether the child was asked to exit, so that its exit is expected.
+    /// Whether the child has been asked to exit, in which case its exit is expected.
     pub(crate) asked_to_leave: bool,
     /// Whether the child hangs and was sent SIGABRT.
     pub(crate) hung: bool,
@@ -186,7 +186,7 @@ impl Spawner {
         true
     }
 
-    /// Ends a reload successfully. Returns the old settings, if they were replaced.
+    /// Ends a reload successfully. Returns the old settings, if they have been replaced.
     pub(crate) fn finish(&mut self) -> Option<SpawnSettings> {
         let (_, settings) = self.next.take()?;
         Some(std::mem::replace(&mut self.current, settings))

@@ -16,8 +16,8 @@
 //! - A slot has at most one process. The slot number is unique among the running processes, and is the process's row in the scoreboard.
 //! - The number of processes that are starting or ready should be `target`. Draining processes are not included. [`scale`] changes the
 //!   target.
-//! - A process that dies after it was ready is replaced immediately, as long as fewer than `respawn_rate` processes
-//!   were replaced within about a second. Further replacements are delayed.
+//! - A process that dies after it has become ready is replaced immediately, as long as fewer than `respawn_rate`
+//!   processes were replaced within about a second. Further replacements are delayed.
 //! - A process that dies before it is ready opens the circuit breaker: no process is spawned until a delay has passed.
 //!   The delay doubles with each consecutive failure. After the delay, a single process is tried; if it becomes ready,
 //!   the breaker closes and the other missing processes are spawned. The delay is a deadline and does not block the
@@ -57,7 +57,7 @@ pub(crate) type Uptime = Duration;
 
 const TERMINATE_INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum number of consecutive processes that may exit with 0 without having been seen to be ready. A process that
-/// lived for [`UNSEEN_LONG`] counts as three.
+/// has run for [`UNSEEN_LONG`] counts as three.
 const MAX_UNSEEN: u32 = 10;
 const UNSEEN_LONG: Duration = Duration::from_millis(100);
 
@@ -99,7 +99,8 @@ struct Slot {
     replaced: bool,
     /// Whether the slot's process was serving a request or an event stream at the last sample of demand.
     busy: bool,
-    /// Whether the slot's process was ready when the server began to stop, so that it accepts the queued connections.
+    /// Whether the slot's process was ready when the server began to stop, and therefore accepts the queued
+    /// connections.
     serves_queue: bool,
 }
 
@@ -138,7 +139,8 @@ pub(crate) struct Supervisor {
     reached_full_strength: bool,
     /// Whether at least one process has been ready.
     proven: bool,
-    /// Number of consecutive processes that exited with 0 and were never seen to be ready: see [`Supervisor::done_unseen`].
+    /// Number of consecutive processes that have exited with 0 and have never been seen to be ready: see
+    /// [`Supervisor::done_unseen`].
     unseen: u32,
     breaker: Breaker,
     respawns: TokenBucket,
@@ -206,7 +208,7 @@ impl Supervisor {
         std::mem::take(&mut self.actions)
     }
 
-    /// Whether there is no worker, so that a connection must be reported with [`SupervisorEvent::Arrival`].
+    /// Whether there is no worker, in which case a connection must be reported with [`SupervisorEvent::Arrival`].
     pub(crate) fn awaits_arrival(&self) -> bool {
         self.mode == Mode::Running && self.target == 0
     }
@@ -303,7 +305,7 @@ impl Supervisor {
         let Slot { state, generation, serves_queue, .. } = self.slots[index];
         self.slots[index] = Slot::new(State::Empty, generation);
         match state {
-            // During a reload, such an exit means that the new generation has failed; the old processes stay.
+            // During a reload, such an exit means that the new generation has failed; the old processes keep running.
             State::Starting { .. } if after_exit == AfterExit::StayDown && self.is_new(generation) => {
                 self.failed_start(slot, Some(pid), now);
             }
@@ -323,7 +325,7 @@ impl Supervisor {
 
     /// Handles a process that exited with 0 and was never seen to be ready. The process may have served its share of
     /// requests between two checks. If this happens repeatedly and no process is ever seen to be ready, the program has
-    /// failed. A process that lived longer was checked more often, and is given more weight.
+    /// failed. A process that ran longer was checked more often, and is given more weight.
     fn done_unseen(&mut self, slot: u32, pid: Pid, lived: Duration, now: Uptime) {
         let generation = self.slots[slot as usize].generation;
         let added = if lived < UNSEEN_LONG { 1 } else { 3 };

@@ -36,7 +36,7 @@ use crate::master::pool::supervisor::{AfterExit, Breaker, Uptime};
 pub(crate) const STEADY_TIME: Duration = Duration::from_secs(1);
 /// Interval at which the wall clock is read, because the other clock stops while the machine is suspended.
 const WALL_CLOCK_INTERVAL: Duration = Duration::from_secs(60);
-/// If the wall clock goes back by more than this, it was set back; a smaller step is a correction.
+/// If the wall clock goes back by more than this, it has been set back; a smaller step is a correction.
 const SET_BACK: SignedDuration = SignedDuration::from_secs(60);
 
 #[derive(Clone, Copy, Debug)]
@@ -168,7 +168,7 @@ pub(crate) struct SidecarSupervisor {
 }
 
 impl SidecarSupervisor {
-    /// Creates a supervisor. `stop_timeout` is how long a process may take to stop after it was asked to.
+    /// Creates a supervisor. `stop_timeout` is how long a process may take to stop after it has been asked to.
     pub(crate) fn new(config: &SidecarsConfig, stop_timeout: Duration, wall: Timestamp) -> Self {
         let kind = |schedule: &Option<Schedule>| match schedule {
             Some(schedule) => Kind::Job { schedule: Box::new(schedule.clone()), next: None },
@@ -213,7 +213,7 @@ impl SidecarSupervisor {
         index
     }
 
-    /// Returns the time left for a process to stop, if it was asked to.
+    /// Returns the time left for a process to stop, if it has been asked to.
     pub(crate) fn stop_left(&self, pid: Pid) -> Option<Duration> {
         match self.sidecars[self.find(pid)?].state {
             State::Stopping { deadline, .. } => Some(deadline.saturating_sub(self.now)),
@@ -291,7 +291,8 @@ impl SidecarSupervisor {
         }
     }
 
-    /// Returns the time of the last check for due jobs, for the next master in an upgrade. `None` if jobs do not run.
+    /// Returns the time of the last check for due jobs, for the next master during an upgrade. `None` if jobs do not
+    /// run.
     pub(crate) fn looked_at(&self) -> Option<Timestamp> {
         (self.mode == Mode::Running).then_some(self.wall)
     }

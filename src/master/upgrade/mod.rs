@@ -41,7 +41,7 @@ use crate::upgrade::{VARIABLES, password};
 
 /// Maximum number of bytes kept from the end of the check's output.
 const LAST_WORDS: usize = 4096;
-/// How long a check may take to exit after it was asked to.
+/// How long a check may take to exit after it has been asked to.
 const ABORT_STEPS: Duration = Duration::from_secs(2);
 
 /// The reason for refusing an upgrade while the server stops.
@@ -89,7 +89,7 @@ pub(super) struct Check {
     open: bool,
     passed: bool,
     last_words: String,
-    /// When to ask the check to exit or, after that, when to kill it. `None` after the check was killed.
+    /// When to ask the check to exit or, after that, when to kill it. `None` after the check has been killed.
     deadline: Option<Instant>,
     /// Why the check was asked to exit, if it was. The check then exits without leaving anything behind.
     cut_short: Option<&'static str>,

@@ -61,7 +61,8 @@ impl Listener {
 
     fn shut(&self) {
         match socket::shutdown(self.socket.as_raw_fd(), Shutdown::Read) {
-            // ENOTSOCK or EBADF: this process has already closed the socket. ENOTCONN: the socket was already shut down.
+            // ENOTSOCK or EBADF: this process has already closed the socket. ENOTCONN: the socket has already been shut
+            // down.
             Ok(()) | Err(Errno::ENOTSOCK | Errno::ENOTCONN | Errno::EBADF) => {}
             Err(errno) => log::warn!(bind:% = self.bind; "cannot shut down a listening socket: {}", errno.desc()),
         }

@@ -123,7 +123,7 @@ fn explain_path(errno: Errno, flag: &str) -> String {
 /// Changes the owner of a socket file if it is still the file `ours`.
 ///
 /// # Errors
-/// Fails if the file was replaced, or a system call fails.
+/// Fails if the file has been replaced, or a system call fails.
 pub(crate) fn give_socket_file(path: &Path, ours: (u64, u64), owner: Owner) -> io::Result<()> {
     give_socket_file_of(path, ours, nix::unistd::geteuid(), owner)
 }
@@ -131,7 +131,7 @@ pub(crate) fn give_socket_file(path: &Path, ours: (u64, u64), owner: Owner) -> i
 /// Like [`give_socket_file`], for a file whose owner was changed to `from` before.
 ///
 /// # Errors
-/// Fails if the file was replaced, or a system call fails.
+/// Fails if the file has been replaced, or a system call fails.
 pub(crate) fn give_socket_file_of(path: &Path, ours: (u64, u64), from: Uid, owner: Owner) -> io::Result<()> {
     let file = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
     let found = fstat(&file)?;

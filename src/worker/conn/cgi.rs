@@ -148,7 +148,7 @@ type Refusal = (StatusCode, BoxError);
 struct UnreadInput {
     /// Reads the body, and ends when the whole body has been read.
     task: JoinHandle<()>,
-    /// Bytes of the body that were read.
+    /// Number of bytes of the body that have been read.
     read: Rc<Cell<u64>>,
 }
 

@@ -119,8 +119,8 @@ struct Connection<S: Service<Request<Body>>, B> {
     application: Rc<Application<S>>,
     /// Whether the connection ends because the peer did not ask to keep it.
     closing: bool,
-    /// Whether a response has failed and no other response is in flight, so that the connection ends after the queued
-    /// output.
+    /// Whether a response has failed and no other response is in flight, in which case the connection ends after the
+    /// queued output.
     broken: bool,
     /// Whether the worker is draining.
     draining: bool,
@@ -132,7 +132,7 @@ struct Connection<S: Service<Request<Body>>, B> {
     assembled: Vec<(RequestId, RequestIndex)>,
     /// Whether the last request was answered before it was received completely.
     unread: bool,
-    /// Whether the peer has exceeded a timeout, so that no more input is read from it.
+    /// Whether the peer has exceeded a timeout, in which case no more input is read from it.
     ignores_input: bool,
 }
 

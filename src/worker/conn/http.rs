@@ -514,7 +514,7 @@ pin_project! {
         body: Served<B>,
         // The wait for window over HTTP/2, as long as the last chunk has not been taken.
         room: Option<Wait>,
-        // `None` if the request continues in an upgrade.
+        // `None` if the request continues as an upgraded connection.
         open_request: Option<OpenRequest>,
     }
 

@@ -21,7 +21,7 @@ pub(crate) struct DrainingListeners<'a> {
     pub(crate) accepting: Vec<Accepting>,
     pub(crate) listeners: &'a [Listener],
     pub(crate) retained: &'a RetainedFds,
-    /// Whether the master is dead, so that the server ends.
+    /// Whether the master is dead, in which case the server ends.
     pub(crate) is_orphan: bool,
 }
 

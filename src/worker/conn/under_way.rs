@@ -38,14 +38,14 @@ impl UnderWay {
         Self { activity: Arc::clone(activity), conn: *conn, index, end: End::Unwritten }
     }
 
-    /// Records that the response begins after `waiting` bytes of output that are not written yet.
+    /// Records that the response begins after `waiting` bytes of output that have not been written yet.
     pub(crate) fn response_begins(&mut self, waiting: usize) {
         if let Some(index) = self.index {
             self.conn.response_from(index, self.conn.output(waiting));
         }
     }
 
-    /// Records that the response ends after `waiting` bytes of output that are not written yet.
+    /// Records that the response ends after `waiting` bytes of output that have not been written yet.
     pub(crate) fn response_ends(&mut self, waiting: usize) {
         if let Some(index) = self.index {
             self.conn.response_to(index, self.conn.output(waiting));

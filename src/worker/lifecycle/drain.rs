@@ -116,8 +116,8 @@ impl Drain {
         LAST_REQUEST.min(self.0.timeout / 2)
     }
 
-    /// Returns when the drain has nearly reached its limit (`--drain-timeout`), so that upgraded connections have to
-    /// end.
+    /// Returns when the drain has nearly reached its limit (`--drain-timeout`) and upgraded connections therefore have
+    /// to end.
     pub(crate) async fn wait_for_end(&self) {
         self.wait_until_left(self.farewell() * 3).await;
     }
@@ -154,8 +154,8 @@ impl Drain {
         }
     }
 
-    /// Hands a connection over, with `early`, the bytes that were read from it but not processed. Closes the connection
-    /// if no sibling can take it.
+    /// Hands a connection over, with `early`, the bytes that have been read from it but not processed. Closes the
+    /// connection if no sibling can take it.
     pub(crate) async fn hand_over(&self, socket: Socket, early: &[u8]) {
         let early = [early, socket.early()].concat();
         while self.has_sibling() && early.len() <= READ_BUFFER {
@@ -176,7 +176,7 @@ impl Drain {
         }
     }
 
-    /// Returns when a connection was handed over that no sibling will take.
+    /// Returns when a connection has been handed over that no sibling will take.
     pub(crate) async fn stranded(&self) {
         self.0.stranded.notified().await;
     }

@@ -130,8 +130,8 @@ impl RequestGuard {
         self.kind = Kind::Ordinary;
     }
 
-    /// Records that the head of the response is about to be sent, after `waiting` bytes of output that are not written
-    /// yet.
+    /// Records that the head of the response is about to be sent, after `waiting` bytes of output that have not been
+    /// written yet.
     pub(crate) fn response_begins(&mut self, waiting: usize) {
         let Some(under_way) = &mut self.under_way else { return };
         under_way.response_begins(waiting);
@@ -140,7 +140,7 @@ impl RequestGuard {
         }
     }
 
-    /// Records that the response ends after `waiting` bytes of output that are not written yet.
+    /// Records that the response ends after `waiting` bytes of output that have not been written yet.
     pub(crate) fn response_ends(&mut self, waiting: usize) {
         if let Some(under_way) = &mut self.under_way {
             under_way.response_ends(waiting);

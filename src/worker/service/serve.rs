@@ -213,7 +213,7 @@ impl<S> Application<S> {
         }
     }
 
-    /// Logs the refusals that were counted but not logged yet.
+    /// Logs the refusals that have been counted but not yet logged.
     pub(crate) fn report_refusals(&self) {
         self.refusals.report();
     }

@@ -92,7 +92,7 @@ pub(crate) enum AfterExit {
     /// The process crashed: replace it.
     Replace,
     /// The process exited with 0 after it had done its share of work: replace it. This is not a failure, even if the
-    /// process was never seen to be ready, as long as other processes were seen to be ready.
+    /// process has never been seen to be ready, as long as other processes have been seen to be ready.
     Restart,
     /// The process exited with 125: do not replace it.
     StayDown,
@@ -209,7 +209,8 @@ pub(crate) enum Notice {
     ReloadDone {
         generation: u64,
     },
-    /// A new worker did not become ready, and the old workers stay. `pid` is `None` if the worker could not be created.
+    /// A new worker did not become ready, and the old workers keep running. `pid` is `None` if the worker could not be
+    /// created.
     ReloadFailed {
         generation: u64,
         slot: u32,

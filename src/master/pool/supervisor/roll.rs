@@ -4,8 +4,8 @@
 //!
 //! A reload begins with one process of the new generation, the canary. Until the canary is ready, a process of the old
 //! generation that dies is replaced by one of the old generation. After that, every started process is of the new
-//! generation. When a new process fails to start, the reload has failed. The old processes then stay, and are later
-//! replaced by processes of the old generation. New processes that are ready stay too.
+//! generation. When a new process fails to start, the reload has failed. The old processes then keep running, and are
+//! later replaced by processes of the old generation. New processes that are ready keep running too.
 //!
 //! The supervisor distinguishes generations by number only.
 
@@ -18,7 +18,7 @@ pub(super) struct Roll {
     pub(super) generation: u64,
     /// Whether a process of this generation has been ready.
     pub(super) proven: bool,
-    /// Number of consecutive processes of this generation that exited with 0 and were never seen to be ready.
+    /// Number of consecutive processes of this generation that have exited with 0 and have never been seen to be ready.
     pub(super) unseen: u32,
 }
 

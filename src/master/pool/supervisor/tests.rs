@@ -497,7 +497,7 @@ fn a_process_that_ends_well_before_it_was_seen_ready_has_failed_only_if_that_com
 
 #[test]
 fn a_reload_whose_new_processes_end_well_again_and_again_fails_and_the_old_ones_stay() {
-    // Processes that live longer are given more weight, so fewer of them are enough.
+    // Processes that run longer are given more weight, so fewer of them are enough.
     for (lived, most) in [(MS, MAX_UNSEEN), (UNSEEN_LONG, 4)] {
         let mut world = World::new(policy(3));
         world.settle();

@@ -53,7 +53,7 @@ struct Tunnel {
     /// application has the tunnel.
     head_end: usize,
     from_client: pipe::Reader,
-    /// Bytes taken from the pipe but not read yet.
+    /// Bytes that have been taken from the pipe but not yet read.
     rest: Bytes,
     /// `None` when the application has shut down its direction.
     to_client: Option<pipe::Writer>,

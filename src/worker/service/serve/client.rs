@@ -63,7 +63,7 @@ where
         response.body().depends_on_client() && !response.body().is_end_stream()
     }
 
-    /// Delays the head of `response`. Returns `None` if the request continues in an upgrade.
+    /// Delays the head of `response`. Returns `None` if the request continues as an upgraded connection.
     pub(super) fn new(response: Response<Served<B>>) -> Option<Box<Self>> {
         let (head, Served { content, guard }) = response.into_parts();
         Some(Box::new(Self { head, content: Box::pin(content), guard: guard?, was_polled: false }))

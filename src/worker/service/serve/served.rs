@@ -18,7 +18,7 @@ pin_project! {
     pub(crate) struct Served<B> {
         #[pin]
         pub(super) content: Content<B>,
-        // `None` if the request continues in an upgrade.
+        // `None` if the request continues as an upgraded connection.
         pub(super) guard: Option<RequestGuard>,
     }
 }
@@ -31,7 +31,7 @@ pin_project! {
         Canned { text: Bytes },
         // The response has no body, and an unknown length.
         Nothing,
-        // The first frame was already polled.
+        // The first frame has already been polled.
         Begun { first: Option<Result<Frame<Bytes>, BodyError>>, rest: Pin<Box<Content<B>>> },
     }
 }
@@ -47,7 +47,7 @@ impl<B> Served<B> {
         Self { content: Content::Canned { text }, guard: Some(guard) }
     }
 
-    /// Wraps a body whose first frame was already polled.
+    /// Wraps a body whose first frame has already been polled.
     pub(super) fn begun(
         first: Option<Result<Frame<Bytes>, BodyError>>,
         rest: Pin<Box<Content<B>>>,
@@ -67,7 +67,7 @@ impl<B> Served<B> {
         (Self { content: Content::Nothing, guard: None }, self.guard)
     }
 
-    /// Returns the request, unless it continues in an upgrade.
+    /// Returns the request, unless it continues as an upgraded connection.
     pub(crate) fn guard_mut(&mut self) -> Option<&mut RequestGuard> {
         self.guard.as_mut()
     }
