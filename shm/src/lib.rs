@@ -108,7 +108,7 @@
 //! the descriptor whose lock shows that the process is alive. Other processes then treat that process as dead, and it must not use the
 //! cache any more. [`Segment::damage`] detects an overwritten header or a truncated file, but no other damage.
 //!
-//! Even a process that overwrites the segment cannot cause undefined behavior in the safe functions of this crate. [`Segment::attach`],
+//! Even a process that overwrites the segment cannot cause undefined behaviour in the safe functions of this crate. [`Segment::attach`],
 //! [`Segment::open`], [`Segment::adopt`] and [`Segment::join`] are safe, although they map memory that other processes write to, for three
 //! reasons. First, the size of the memory is fixed, because it is sealed or because the file is reserved and locked. Reading the memory
 //! therefore raises no SIGBUS unless the file is truncated. If it is truncated, a signal handler maps zeroes in place of the lost pages

@@ -190,7 +190,7 @@ impl Connection {
         }
     }
 
-    // The request id selects the behavior of the application.
+    // The request id selects the behaviour of the application.
 
     fn answers_early(&self, id: RequestId) -> bool {
         id % 8 == 2

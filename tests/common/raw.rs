@@ -1,4 +1,5 @@
-//! Sends the same request over each protocol, as bytes on a connection, for tests of behavior that does not depend on the protocol.
+//! Sends the same request over each protocol, as bytes on a connection, for tests of behaviour that does not depend on
+//! the protocol.
 
 use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;

@@ -22,8 +22,8 @@ use crate::protocols::pin::Pin;
 ///
 /// Rust cannot enforce this for another process. This type therefore does not lend a `&[u8]`, which would guarantee to the compiler that
 /// the bytes do not change. Instead, it copies the bytes, or has the kernel write them from shared memory. If a process misbehaves, the
-/// result is a mixture of old and new bytes, and nothing worse. [`Pinned::into_slice`] is for callers that can guarantee the behavior of
-/// all processes.
+/// result is a mixture of old and new bytes, and nothing worse. [`Pinned::into_slice`] is for callers that can guarantee the behaviour
+/// of all processes.
 ///
 /// In a forked child that inherits this value, it is empty, because the pin belongs to the parent.
 pub struct Pinned {

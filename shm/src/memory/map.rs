@@ -295,8 +295,8 @@ impl<P> Side<P> {
 /// Copies bytes that another process may change at the same time.
 ///
 /// To the compiler, the copy is a few opaque instructions rather than a read of Rust memory. A race with another process or thread
-/// therefore yields a mixture of old and new bytes, but no undefined behavior. The copy is about as fast as `memcpy`. Small pages are
-/// copied by a loop, because the string instruction is slow to start and does not overlap with other instructions.
+/// therefore yields a mixture of old and new bytes, but no undefined behaviour. The copy is about as fast as `memcpy`. Small pages
+/// are copied by a loop, because the string instruction is slow to start and does not overlap with other instructions.
 ///
 /// # Safety
 /// `len` bytes must be readable at `from` and writable at `to`, and the two ranges must not overlap.
