@@ -1,5 +1,5 @@
 //! The cache of rendered pages as clients see it: one worker renders a page while other requests for the page wait, and a cache file
-//! preserves the pages over a restart.
+//! preserves the pages across a restart.
 
 mod common;
 

@@ -102,7 +102,7 @@
 //! does not harm the others. Second, no value read from the segment is trusted where it could lead outside the segment or into an endless
 //! loop. A shard that is found inconsistent is emptied and counted.
 //!
-//! There is no defense against a process that overwrites the segment. Such a process can serve any content, change what another process is
+//! There is no defence against a process that overwrites the segment. Such a process can serve any content, change what another process is
 //! reading in place, or name a running process as the owner of a shard's lock. In the last case, other processes cannot store in that shard
 //! until the named process exits. A process that closes descriptors that it did not open (all descriptors above 2, for example) also closes
 //! the descriptor whose lock shows that the process is alive. Other processes then treat that process as dead, and it must not use the

@@ -1,6 +1,6 @@
 //! Records which request each thread of this worker is running. The records are read by signal handlers, by the thread
 //! that looks for slow requests, and by the master, which can read the worker's row in the scoreboard even after the
-//! worker was killed.
+//! worker has been killed.
 //!
 //! Must not lock or allocate: this code is in the path of every request.
 

@@ -2,11 +2,11 @@
 //!
 //! | state of the connection | result for the peer |
 //! |---|---|
-//! | no request is in flight; the last input was not examined | another worker reads that input again |
+//! | no request is in flight; the last input has not been examined | another worker reads that input again |
 //! | requests whose responses have not begun to be sent | a 502 for each |
 //! | a response has been sent in part | the connection ends before the end of the response |
 //! | all responses have been sent, and the connection is kept alive | another worker |
-//! | as above, but a part of the next request was read and is lost | a 502 over HTTP and SCGI |
+//! | as above, but a part of the next request has been read and is lost | a 502 over HTTP and SCGI |
 //! | the output ends within a protocol record | the connection is reset |
 //! | HTTP/2 | GOAWAY |
 //!

@@ -120,7 +120,7 @@ impl Inherited {
         self.found.iter().any(is_found) || procfs::environment_of(pid).variable("FORKYARD_NAME").is_some()
     }
 
-    /// Asks daemons in the background to exit, since they are being restarted.
+    /// Asks daemons in the background to exit, because they are being restarted.
     pub(super) fn end_detached(&mut self) {
         for found in self.found.iter().filter(|found| found.detached && found.process.lives()) {
             let _ = kill(found.process.pid(), Signal::SIGTERM); // the process may just have exited

@@ -1,14 +1,14 @@
 //! Runs the master: one thread with one `poll(2)` loop, which turns events into actions.
 //!
 //! The master spawns processes, detects when they are ready, reaps them, and carries out the decisions of the
-//! [`supervisor`]. It runs no application code except hooks, does not use tokio, and takes no lock in shared memory.
-//! The only things that it does in shared memory are to read the scoreboard, to check for damage, to mark the rows of
-//! dead workers as dead, and to write the list of refused requests. It does not trust what a child reports: each report
-//! is bounded, and matched against the pid of its sender.
+//! [`supervisor`]. It runs no application code except hooks, does not use tokio, and takes no lock in shared memory. In
+//! shared memory, it only reads the scoreboard, checks for damage, marks the rows of dead workers as dead, and writes
+//! the list of refused requests. It does not trust what a child reports: each report is bounded, and matched against
+//! the pid of its sender.
 //!
 //! Modules for processes:
-//! - [`pool`] is the workers, or the programs in their place: it starts them, and decides and observes everything about
-//!   them.
+//! - [`pool`] manages the workers, or the programs in their place: it starts and observes them, and makes all decisions
+//!   about them.
 //! - [`reap`] handles the death of any child, and [`remaining_processes`] terminates what the children leave behind.
 //! - [`sidecars`] runs daemons and jobs; [`relay`] runs the process that publishes events for programs in other
 //!   languages; [`guard`] runs the process that outlives a killed master and kills what its programs have started.

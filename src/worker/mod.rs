@@ -221,7 +221,7 @@ where
         io::Result::Ok(())
     };
     let outcome = catch_unwind(AssertUnwindSafe(|| run_in_turns(&runtime, life)));
-    // The event loop's work ends here, no matter how long the following steps take.
+    // The event loop's work ends here, regardless of how long the following steps take.
     row.event_loop_beat().sleep();
     if let Ok(Ok(())) = outcome {
         finish_functions(slot);

@@ -509,7 +509,8 @@ const _: () = {
     assert!(offset_of!(EventHead, topic_len) == 44 && offset_of!(EventHead, data_len) == 52);
 };
 
-/// Distinguishes builds with the same version that would lay out bytes differently, due to byte order or word size.
+/// Distinguishes builds with the same version that would lay out bytes differently because their byte order or word
+/// size differs.
 pub(crate) const FINGERPRINT: u64 = {
     let order = if cfg!(target_endian = "little") { 1 } else { 2 };
     order | (size_of::<usize>() as u64) << 8

@@ -1,7 +1,7 @@
 //! The protocol by which a topic's latest event is stored in its cell and readers look it up.
 //!
 //! The position is stored first. A reader that reads an id therefore finds that event, or a later one, at the position that it reads next.
-//! In the reverse order, the reader would conclude that the event was evicted.
+//! In the reverse order, the reader would conclude that the event had been evicted.
 //!
 //! Must not wait, or depend on what lies at a position.
 

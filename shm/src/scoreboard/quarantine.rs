@@ -2,8 +2,8 @@
 //! read it.
 //!
 //! The quarantine is a small table in the header's page, written only by the master, with plain atomic stores; there is no lock. A process
-//! that reads an entry while it is being written may miss the entry or read a time that is slightly too long. Refusing one request more or
-//! less does not matter.
+//! that reads an entry while it is being written may miss the entry or read a time that is slightly too long. Refusing one request too
+//! many or too few does not matter.
 //!
 //! `is_empty` and `left` must not lock, allocate or make a system call, because every request passes through them.
 

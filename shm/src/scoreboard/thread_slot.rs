@@ -1,5 +1,5 @@
-//! Thread slots record the request that each thread of a process is running. Other processes can read thread slots even after the process
-//! was killed with SIGKILL.
+//! Thread slots record the request that each thread of a process is running. Other processes can read thread slots even
+//! after the process has been killed with SIGKILL.
 //!
 //! A thread holds its thread slot for its lifetime. The slot's word contains the cell of the request that the thread is running. If the
 //! request's text is not in the row, the text is copied into the thread slot. Threads for which a row has no thread slot use private

@@ -9,7 +9,7 @@
 //! - [`name`] validates event names. [`cursor`] and [`frame`] encode ids and events. [`feeds`]
 //!   holds recent events and waiting subscribers. All four are pure.
 //! - [`hub`] contains the thread and the worker's only reader of the log.
-//! - [`subscription`] is the event sequence of one subscriber. [`sse`] is its response.
+//! - [`subscription`] yields the events of one subscriber. [`sse`] sends them as a response.
 
 mod cursor;
 mod feeds;

@@ -1,4 +1,4 @@
-//! A pool: the processes that serve requests, and everything that decides about them.
+//! Manages the pool (the processes that serve requests) and makes all decisions about it.
 //!
 //! The master passes events to the pool's [`supervisor`] and carries out the resulting actions. The pool carries out
 //! those that concern its own processes; the master carries out the others (notices for operators, upgrades). What the
@@ -8,7 +8,7 @@
 //! Modules that decide, without a system call:
 //! - [`supervisor`]: which processes should run.
 //! - [`hangs`] and [`quarantine`]: which workers hang, and which requests kill their workers. [`faults`] collects the
-//!   evidence for both, and [`oom`] knows whether the kernel killed a worker because memory ran out.
+//!   evidence for both, and [`oom`] determines whether the kernel killed a worker because memory ran out.
 //! - [`demand`] and [`recycling`]: how much work there is, and which workers have reached the end of their lifetime.
 //!
 //! Modules that act:

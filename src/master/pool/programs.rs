@@ -15,7 +15,7 @@
 //!   terminated the wrapper, the wrapper did not pass the signal on. In that case, SIGTERM is also sent to a server
 //!   that has no connection and, if it handles SIGTERM, to a server that is serving: immediately if the server accepts
 //!   connections at the same time, otherwise after half of the drain timeout.
-//! - SIGKILL is sent to the program's whole process group when the program has crashed or was killed.
+//! - SIGKILL is sent to the program's whole process group when the program has crashed or has been killed.
 //! - A process that is left behind and still accepts connections is a stray. A stray is sent SIGTERM under the same
 //!   conditions as a server below a wrapper, and is killed after the drain timeout. The server does not exit before its
 //!   strays have exited.

@@ -1,8 +1,8 @@
 //! Finds workers that have reached the end of their lifetime: those that have grown too large or too old.
 //!
 //! The maximum age of a worker is drawn at random when it starts. Memory is checked one worker at a time, each worker about once per
-//! interval. A worker is replaced only if its memory was too large several times in a row, because a single large request is not a leak.
-//! [`Recycling`] decides and makes no system call; [`own_memory`] reads the kernel's data.
+//! interval. A worker is replaced only if its memory has been too large several times in a row, because a single large request is
+//! not a leak. [`Recycling`] decides and makes no system call; [`own_memory`] reads the kernel's data.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

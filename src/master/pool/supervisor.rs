@@ -22,12 +22,12 @@
 //!   The delay doubles with each consecutive failure. After the delay, a single process is tried; if it becomes ready,
 //!   the breaker closes and the other missing processes are spawned. The delay is a deadline and does not block the
 //!   master.
-//! - A process that exits with 0 before it was seen to be ready may have served its share of requests, and is replaced
-//!   immediately. After several consecutive exits of this kind, each further one counts as a death before the process
-//!   was ready, and a reload fails.
+//! - A process that exits with 0 before it has been seen to be ready may have served its share of requests, and is
+//!   replaced immediately. After several consecutive exits of this kind, each further one counts as a death before the
+//!   process was ready, and a reload fails.
 //! - A running process that is replaced (reload, recycling) drains when its replacement is ready, and a budget limits
 //!   the number of processes that are being replaced at a time. If the new processes of a reload do not become ready,
-//!   the old ones stay: see [`roll`].
+//!   the old ones keep running: see [`roll`].
 //! - When the server stops, the ready processes are asked to exit first. When the other processes are asked depends on
 //!   the queues of the listening sockets: see [`stop`].
 //! - While a process is draining, the supervisor reminds the master's loop of it every second, because a program may

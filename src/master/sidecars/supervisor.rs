@@ -22,7 +22,7 @@
 //! - A job runs when it is due. If a job became due several times while the machine was suspended, it runs once. If it
 //!   is still running when it becomes due again, the new run is skipped. When the wall clock is set back, the time of
 //!   the next run is computed again.
-//! - A process that was asked to stop and does not stop in time is killed.
+//! - A process that has been asked to stop and does not stop in time is killed.
 
 use std::time::Duration;
 

@@ -225,7 +225,7 @@ where
 
     /// Reads and decodes input from the peer. Returns Pending when there is no more input, or no space for more input.
     fn poll_input(&mut self, context: &mut Context<'_>) -> io::Result<Poll<()>> {
-        // Input is read no matter how much output is queued, because a peer may write its whole request before it
+        // Input is read regardless of how much output is queued, because a peer may write its whole request before it
         // reads. A body that the application has dropped takes no memory, and a body that is being read is bounded by
         // its pipe.
         for stream in self.exchanges.iter().flat_map(|exchange| exchange.stdin.iter().chain(&exchange.data)) {

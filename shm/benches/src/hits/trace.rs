@@ -24,7 +24,8 @@ enum Once {
     },
 }
 
-/// The parameters with which a trace is generated, and the size of the cache in percent of the total size of all objects.
+/// The parameters with which a trace is generated, and the size of the cache as a percentage of the total size of all
+/// objects.
 #[derive(Debug)]
 pub(crate) struct Recipe {
     exponent: f64,

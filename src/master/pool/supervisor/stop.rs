@@ -3,8 +3,8 @@
 //! When the server drains, the ready processes are asked to exit first; they accept the queued connections before they
 //! exit. While connections are waiting in a queue ([`SupervisorEvent::Queue`]), a process that exits is replaced in its
 //! slot, with the usual delays, and the replacement is asked to exit as soon as it is ready. When the server no longer
-//! waits for any queue, starting processes are asked to exit too. All processes have the same deadline, no matter when
-//! they were started.
+//! waits for any queue, starting processes are asked to exit too. All processes have the same deadline, regardless of
+//! when they were started.
 //!
 //! [`SupervisorEvent::Queue`]: super::SupervisorEvent::Queue
 
