@@ -216,7 +216,7 @@ fn write_last(heritage: &Heritage, lines: &[u8]) -> usize {
 /// The connections of a dead worker.
 struct OpenConnections<'a> {
     heritage: &'a Heritage,
-    /// The lifeline, whose other end closes when the master has died or stops immediately. `None` from then on.
+    /// The lifeline, whose other end is closed when the master dies or stops immediately. `None` from then on.
     lifeline: Option<BorrowedFd<'a>>,
     /// Whether the system-wide limit on connections in transit has been reached.
     crowded: bool,

@@ -265,7 +265,7 @@ impl Queue {
         std::mem::take(&mut self.bytes).split_off(written)
     }
 
-    /// Returns the number of lines that were lost since the last call, if the log is being read again.
+    /// Returns the number of lines that have been lost since the last call, if the log is being read again.
     pub(super) fn take_lost(&mut self) -> Option<u64> {
         if self.is_empty() { Some(std::mem::take(&mut self.lost)).filter(|&lost| lost > 0) } else { None }
     }

@@ -181,7 +181,7 @@ impl Drain {
         self.0.stranded.notified().await;
     }
 
-    /// Returns the number of connections that were handed over.
+    /// Returns the number of connections that have been handed over.
     pub(crate) fn passed_on(&self) -> u64 {
         self.0.passed_on.get()
     }
