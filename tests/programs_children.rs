@@ -343,6 +343,33 @@ fn children_of_a_program_killed_by_sigterm_finish_their_requests() {
     }
 }
 
+/// A request is in flight when the listening socket closes. The program handles SIGTERM, or does not.
+#[test]
+fn a_stop_waits_for_the_request_of_a_program_on_any_kind_of_socket() {
+    const HANDLES: &str = "busy, leaving = [], []\ndef leave(*_):\n  leaving.append(1)\n  if not busy: os._exit(0)\n\
+                           signal.signal(signal.SIGTERM, leave)\n";
+    const LOOP: &str = "while not leaving:\n  c = s.accept()[0]\n  busy.append(1)\n  serve(c)\n  busy.clear()\n";
+    for (kind, handles) in
+        [("path", true), ("path", false), ("abstract", true), ("abstract", false), ("port", true), ("port", false)]
+    {
+        let mut place = if kind == "port" { Place::with_port() } else { Place::new() };
+        if kind == "abstract" {
+            place.address = format!("fastcgi:unix:@{}", place.path("app").display());
+        }
+        let head = if handles { HANDLES } else { "busy, leaving = [], []\n" };
+        let script = place.script("app", &format!("{SERVE}{head}{LOOP}"));
+        let mut server = Server::start_command(&mut place.run(&[], &[&script]));
+        is_finished(&place, "request", &mut server, |server| {
+            server.signal(Signal::SIGTERM);
+            server.wait_for("new connections are refused");
+        });
+        assert_eq!(server.wait_end(), Some(0), "{kind} {handles}");
+        let log = server.log();
+        assert!(!log.contains("killed"), "{kind} {handles}: {log}");
+        assert!(!handles || log.contains("status=0"), "{kind}: {log}");
+    }
+}
+
 /// A program that uses libfcgi as its documentation shows.
 const PLAIN_C: &str = r#"
 #include <fcgi_stdio.h>

@@ -121,6 +121,7 @@ impl RetainedFds {
                 sockets.advance(
                     &self.listeners,
                     |listener| sys::tcp_queue(listener.as_fd()).unwrap_or(0),
+                    false,
                     Instant::now(),
                 );
             }

@@ -358,7 +358,12 @@ pub fn connect_unix(path: impl AsRef<Path>) -> io::Result<UnixStream> {
     let patience = TimeVal::milliseconds(i64::try_from(PATIENCE.as_millis()).expect("the timeout is short"));
     setsockopt(&socket, sockopt::SendTimeout, &patience)?;
     setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path.as_ref())?)?;
+    let path = path.as_ref();
+    let address = match path.to_str().and_then(|path| path.strip_prefix('@')) {
+        Some(name) => UnixAddr::new_abstract(name.as_bytes())?,
+        None => UnixAddr::new(path)?,
+    };
+    connect(socket.as_raw_fd(), &address)?;
     Ok(socket.into())
 }
 

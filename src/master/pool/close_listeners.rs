@@ -100,10 +100,12 @@ impl Pool {
     /// Refuses connections at sockets whose queue is empty.
     fn advance_closing(&mut self) {
         if self.closing.is_under_way() {
+            let is_held = self.programs_exit_soon();
             let depth = &self.queue_depth;
             let queued = |listener: &Listener| depth.counted(listener).unwrap_or(0);
             let sockets = self.closing.sockets.as_mut();
-            let lost = sockets.map_or(0, |sockets| sockets.advance(&self.spawner.listeners, queued, Instant::now()));
+            let lost =
+                sockets.map_or(0, |sockets| sockets.advance(&self.spawner.listeners, queued, is_held, Instant::now()));
             if lost > 0 {
                 let in_time = match self.closing.hurries {
                     true => "are reset",
@@ -121,8 +123,11 @@ impl Pool {
             // this process holds the socket, so a file that the next server creates cannot be mistaken for this
             // server's file.
             self.spawner.listeners.iter().for_each(Listener::remove_file);
-            for listener in self.spawner.listeners.iter().filter(|listener| listener.is_abstract()) {
-                listener.give_up(self.spawner.stand_in());
+            // A program has the socket as its standard input, so its name stays in use until the program has exited.
+            if !matches!(self.spawner.launch, Launch::Program(_)) {
+                for listener in self.spawner.listeners.iter().filter(|listener| listener.is_abstract()) {
+                    listener.give_up(self.spawner.stand_in());
+                }
             }
             log::info!("new connections are refused");
         }

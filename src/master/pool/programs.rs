@@ -48,6 +48,8 @@ const QUICK_POLL_TIME: Duration = Duration::from_secs(2);
 const STRAYS_INTERVAL: Duration = Duration::from_millis(50);
 /// Interval at which to look whether a program serves no request.
 const IDLE_INTERVAL: Duration = Duration::from_millis(5);
+/// How long a program that was sent SIGTERM may take to notice it.
+const EXIT_TIME: Duration = Duration::from_millis(200);
 /// How long the server waits until a program that handles SIGTERM serves no request, before it sends SIGTERM.
 const IDLE_PATIENCE: Duration = Duration::from_secs(1);
 /// Interval at which to look for strays while there are orphans that may become strays.
@@ -156,6 +158,8 @@ pub(in crate::master) struct Programs {
     quick_until: Uptime,
     strays: Vec<Stray>,
     idle_sigterm: IdleSigterm,
+    /// When SIGTERM was last sent to a program that had been waited for.
+    idle_sigterm_at: Option<Uptime>,
     next_look: Option<Uptime>,
     /// The time until which strays are looked for at [`STRAYS_INTERVAL`].
     stray_until: Uptime,
@@ -276,6 +280,7 @@ impl Pool {
         for process in self.programs.idle_sigterm.advance(&self.spawner.listeners[0], now) {
             if let Some(Child { link: Link::Program(program), .. }) = self.children.get_mut(&process.pid()) {
                 program.awaits_idle_since = None;
+                self.programs.idle_sigterm_at = Some(now);
             } else if let Some(stray) = self.programs.strays.iter_mut().find(|stray| stray.process == process) {
                 stray.sent_sigterm(now);
             }
@@ -443,6 +448,18 @@ impl Pool {
         self.programs.check_soon(now);
     }
 
+    /// Whether a program is to be sent SIGTERM soon, or was sent SIGTERM just now. If `accept` failed first, the program
+    /// might report an error.
+    pub(super) fn programs_exit_soon(&self) -> bool {
+        let now = self.now();
+        let is_recent = |at: Uptime| now < at + EXIT_TIME;
+        let awaits_idle = |child: &Child| match &child.link {
+            Link::Program(program) => program.awaits_idle_since.is_some(),
+            Link::Worker { .. } => false,
+        };
+        self.programs.idle_sigterm_at.is_some_and(is_recent) || self.children.values().any(awaits_idle)
+    }
+
     pub(in crate::master) fn is_search_for_strays_due(&self) -> bool {
         self.programs.next_look.is_some_and(|at| at <= self.now())
     }
@@ -450,7 +467,7 @@ impl Pool {
     fn check_strays(&mut self, orphans: &[Pid]) {
         let now = self.now();
         let mut roots = orphans.to_vec();
-        let mut awaiting = Vec::new();
+        let (mut awaiting, mut is_frequent) = (Vec::new(), false);
         for (&pid, child) in &mut self.children {
             let Link::Program(program) = &mut child.link else { continue };
             if program.reminded {
@@ -459,8 +476,10 @@ impl Pool {
             let Some(since) = program.awaits_idle_since else { continue };
             if now >= since + IDLE_PATIENCE && procfs::handles(pid, Signal::SIGTERM) {
                 program.awaits_idle_since = None;
+                self.programs.idle_sigterm_at = Some(now);
                 let _ = kill(pid, Signal::SIGTERM); // it may just have exited
             } else {
+                is_frequent |= now < since + IDLE_PATIENCE;
                 awaiting.extend(Process::of(pid));
             }
         }
@@ -471,9 +490,9 @@ impl Pool {
         let mut seen = procfs::servers_under(&roots, listener);
         seen.retain(|(_, observed)| observed.accepts());
         self.programs.signal_strays(&seen, &self.spawner, now);
-        let left = if !awaiting.is_empty() {
+        let left = if is_frequent {
             Some(IDLE_INTERVAL)
-        } else if !self.programs.is_empty() || now < self.programs.stray_until {
+        } else if !awaiting.is_empty() || !self.programs.is_empty() || now < self.programs.stray_until {
             Some(STRAYS_INTERVAL)
         } else {
             (roots.len() > orphans.len() || !orphans.is_empty()).then_some(ORPHANS_INTERVAL)

@@ -27,6 +27,8 @@ use crate::sys;
 
 /// How long to wait for the queue to empty if new connections cannot be held off.
 const UNFILTERED: Duration = Duration::from_millis(200);
+/// How long sockets may be held open for programs that have not been sent SIGTERM yet.
+const MAX_HOLD: Duration = Duration::from_millis(1500);
 
 impl Listener {
     /// Whether this server bound the socket itself. If it did, no process outside this server needs the socket.
@@ -135,10 +137,18 @@ impl Closing {
         }
     }
 
-    /// Advances the closing of each socket whose queue is empty according to `queued`, or whose time has run out.
-    /// Returns the number of lost connections.
-    pub(crate) fn advance(&mut self, listeners: &[Listener], queued: impl Fn(&Listener) -> u32, now: Instant) -> u32 {
+    /// Advances the closing of each socket whose queue is empty according to `queued`, or whose time has run out. While
+    /// `is_held`, sockets with an empty queue continue to listen, for at most [`MAX_HOLD`] more. Returns the number of
+    /// lost connections.
+    pub(crate) fn advance(
+        &mut self,
+        listeners: &[Listener],
+        queued: impl Fn(&Listener) -> u32,
+        is_held: bool,
+        now: Instant,
+    ) -> u32 {
         let (mut lost, linger) = (0, self.linger);
+        let hold = if is_held && !linger.is_zero() { MAX_HOLD } else { Duration::ZERO };
         self.open.retain_mut(|Open { index, until, refuses_at }| {
             let Some(listener) = listeners.get(*index) else { return false };
             if refuses_at.is_none() {
@@ -148,7 +158,7 @@ impl Closing {
                 }
                 lost += left;
             }
-            let is_due = *refuses_at.get_or_insert(now + linger) <= now;
+            let is_due = *refuses_at.get_or_insert(now + linger) + hold <= now;
             if is_due {
                 listener.refuse();
             }
@@ -194,12 +204,12 @@ mod tests {
             let mut waiting = TcpStream::connect(&address).unwrap();
             let listeners = [listener];
             let mut closing = Closing::begin(&listeners, Duration::from_secs(60), Duration::ZERO);
-            assert_eq!(closing.advance(&listeners, queued, Instant::now()), 0);
+            assert_eq!(closing.advance(&listeners, queued, false, Instant::now()), 0);
             assert!(!closing.is_over(), "a connection is queued");
             let late = TcpStream::connect_timeout(&address.parse().unwrap(), Duration::from_millis(50));
             assert_eq!(late.unwrap_err().kind(), ErrorKind::TimedOut, "the queue only shrinks");
             let (socket, _) = sys::accept(listeners[0].as_fd()).unwrap();
-            assert_eq!(closing.advance(&listeners, queued, Instant::now()), 0);
+            assert_eq!(closing.advance(&listeners, queued, false, Instant::now()), 0);
             assert!(closing.is_over());
             assert_eq!(TcpStream::connect(&address).unwrap_err().kind(), ErrorKind::ConnectionRefused);
             assert!(!listeners[0].is_listening());
@@ -222,7 +232,7 @@ mod tests {
         let Address::Tcp(address) = &listeners[0].address else { panic!("not TCP") };
         let _waiting = [(); 3].map(|()| TcpStream::connect(address).unwrap());
         let mut closing = Closing::begin(&listeners, Duration::from_secs(1), Duration::ZERO);
-        assert_eq!(closing.advance(&listeners, queued, Instant::now() + Duration::from_secs(2)), 3);
+        assert_eq!(closing.advance(&listeners, queued, false, Instant::now() + Duration::from_secs(2)), 3);
         assert!(closing.is_over());
     }
 

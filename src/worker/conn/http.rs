@@ -371,7 +371,10 @@ where
             let (head, incoming) = request.into_parts();
             let (body, rest) = Body::http(incoming, max_body);
             let body = if rest.is_some() { body.with_activity(self.requests.activity()) } else { body };
-            let mut rest = rest.map(|rest| UnreadBodyReader::new(rest, head.headers.contains_key(header::EXPECT)));
+            let mut rest = rest.map(|rest| {
+                let is_awaited = head.headers.contains_key(header::EXPECT);
+                UnreadBodyReader::new(rest, is_awaited, self.requests.activity())
+            });
             let mut request = Request::from_parts(head, body);
             let version = request.version();
             let offer = Offer::of(&mut request);
@@ -406,7 +409,13 @@ where
             let offer = offer.filter(|_| switch.is_made_by(response.status()));
             if let Some(mut rest) = rest {
                 if offer.is_some() {
-                    rest.read().await;
+                    let is_read = tokio::select! {
+                        () = rest.read() => true,
+                        () = self.ends.drain.wait_for_end() => false,
+                    };
+                    if !is_read {
+                        rest.cut();
+                    }
                 }
                 open_request.is_last |= rest.ends_connection();
                 self.read_rest(rest);

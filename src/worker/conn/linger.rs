@@ -24,6 +24,9 @@ const MAX_BYTES: u64 = 64 << 20;
 /// Shuts down the write side and reads until the peer closes, a limit is reached, or the drain is nearly over.
 pub(crate) async fn linger(mut socket: Socket, drain: &Drain) {
     if socket.shutdown().await.is_ok() {
+        // What is discarded takes up no memory, and is not the head of a request.
+        socket.activity().held().stop();
+        socket.activity().set_knows_heads();
         tokio::select! {
             () = discard(socket, TIMEOUT) => {}
             () = drain.wait_for_cutoff() => {}
@@ -34,7 +37,7 @@ pub(crate) async fn linger(mut socket: Socket, drain: &Drain) {
 /// Reads until the peer closes or a limit is reached, for at most `time`.
 pub(crate) async fn discard(input: impl AsyncRead + Unpin, time: Duration) {
     let mut input = input.take(MAX_BYTES);
-    let mut bytes = vec![0; 64 << 10];
+    let mut bytes = vec![0; 8 << 10];
     let until_quiet = async { while let Ok(Ok(1..)) = timeout(QUIET_TIMEOUT, input.read(&mut bytes)).await {} };
     let _ = timeout(time.min(TIMEOUT), until_quiet).await;
 }
@@ -57,11 +60,12 @@ impl DiscardLimits {
         self.end.as_mut().poll(context)
     }
 
-    /// Records that the peer has sent `bytes`. Returns false if this is more than the limit.
+    /// Records that the peer has sent `bytes`. Returns false if the peer has sent too much, or for too long.
     pub(crate) fn received(&mut self, bytes: usize) -> bool {
-        let Some(left) = self.bytes.checked_sub(bytes as u64) else { return false };
+        let now = Instant::now();
+        let Some(left) = self.bytes.checked_sub(bytes as u64).filter(|_| now < self.latest) else { return false };
         self.bytes = left;
-        self.end.as_mut().reset(self.latest.min(Instant::now() + QUIET_TIMEOUT));
+        self.end.as_mut().reset(self.latest.min(now + QUIET_TIMEOUT));
         true
     }
 }

@@ -3,6 +3,7 @@
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
@@ -12,6 +13,7 @@ use tokio::sync::oneshot;
 use tokio::time::sleep;
 
 use crate::app::body;
+use crate::request::activity::Activity;
 use crate::worker::conn::linger::{DiscardLimits, QUIET_TIMEOUT};
 
 /// Maximum number of unread body bytes that are read to keep the connection.
@@ -21,6 +23,7 @@ pub(super) struct UnreadBodyReader {
     left: oneshot::Receiver<body::UnreadBody>,
     /// Whether the client waits for a 100 response before it sends the body.
     is_awaited: bool,
+    activity: Arc<Activity>,
     state: State,
 }
 
@@ -38,8 +41,8 @@ enum State {
 }
 
 impl UnreadBodyReader {
-    pub(super) fn new(left: oneshot::Receiver<body::UnreadBody>, is_awaited: bool) -> Self {
-        Self { left, is_awaited, state: State::Held }
+    pub(super) fn new(left: oneshot::Receiver<body::UnreadBody>, is_awaited: bool, activity: &Arc<Activity>) -> Self {
+        Self { left, is_awaited, activity: Arc::clone(activity), state: State::Held }
     }
 
     /// Whether the connection will be closed, as far as is known, because the body is not read to its end.
@@ -98,18 +101,23 @@ impl UnreadBodyReader {
                     }
                     Err(_) => State::Over,
                 },
-                State::Reading { incoming, limits } => {
-                    if limits.poll_end(context).is_ready() {
-                        self.state = State::Cut;
-                        continue;
+                // The data comes first: if the event loop was busy for long, data may have arrived in time.
+                State::Reading { incoming, limits } => match Pin::new(incoming).poll_frame(context) {
+                    Poll::Ready(None) => State::Over,
+                    Poll::Ready(Some(Err(_))) => State::Cut,
+                    Poll::Ready(Some(Ok(frame))) => {
+                        let bytes = frame.data_ref().map_or(0, Bytes::len);
+                        self.activity.held().taken(bytes);
+                        if limits.received(bytes) {
+                            continue;
+                        }
+                        State::Cut
                     }
-                    match ready!(Pin::new(incoming).poll_frame(context)) {
-                        None => State::Over,
-                        Some(Err(_)) => State::Cut,
-                        Some(Ok(frame)) if limits.received(frame.data_ref().map_or(0, Bytes::len)) => continue,
-                        Some(Ok(_)) => State::Cut,
+                    Poll::Pending => {
+                        ready!(limits.poll_end(context));
+                        State::Cut
                     }
-                }
+                },
             };
         }
     }
