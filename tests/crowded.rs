@@ -452,3 +452,23 @@ fn requests_that_fit_are_served_while_others_reach_the_memory_limit() {
         server.stop();
     }
 }
+
+/// The rest of a body that the application does not read is discarded as it arrives, so it does not count towards the memory limit.
+#[test]
+fn a_discarded_body_takes_up_no_memory() {
+    const LENGTH: usize = 8 << 20;
+    for protocol in [Protocol::Http, Protocol::Scgi] {
+        let mut server = protocol.start("scenarios", &["--workers", "1", "--max-buffered", "1M"]);
+        // On a busy machine, the client may be too slow for the server, which then closes the connection.
+        let is_discarded = (0..5).any(|_| {
+            let mut stream = raw::connect(&server.binds[0]);
+            stream.write_all(&protocol.head("POST", "/early", LENGTH)).unwrap();
+            let sent = stream.write_all(&vec![b'x'; LENGTH - 1]);
+            let other = raw::ask(&mut raw::connect(&server.binds[0]), &protocol.head("GET", "/empty", 0)).0;
+            sent.is_ok() && other == 200
+        });
+        server.stop();
+        assert!(is_discarded, "{protocol:?}: {}", server.log());
+        assert!(!server.log().contains("(--max-buffered)"), "{protocol:?}: {}", server.log());
+    }
+}

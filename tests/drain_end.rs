@@ -217,3 +217,25 @@ fn a_response_that_is_still_being_read_is_not_cut_off_by_a_drain() {
     // On a busy machine, the client may read as little as a client that has stopped reading, but not in every attempt.
     assert!((0..5).any(|_| a_slow_reader_gets_it_all()), "the response was cut off every time");
 }
+
+/// The server reads the body before it sends the 101, and waits as long as the client is sending.
+#[test]
+fn an_upgrade_whose_body_arrives_slowly_ends_before_the_worker_would_be_killed() {
+    let directory = tempfile::tempdir().unwrap();
+    let (server, log) = start("scenarios", &directory);
+    let mut stream = raw::connect(&server.binds[0]);
+    let head =
+        "POST /upgrade HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: echo\r\nContent-Length: 1000\r\n\r\n";
+    stream.write_all(head.as_bytes()).unwrap();
+    wait_for_requests(&server, 1);
+    stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    std::thread::scope(|scope| {
+        // Sends a byte every half second, until there is a response.
+        scope.spawn(|| while stream.write_all(b"x").is_ok() && stream.read(&mut [0; 64]).is_err_and(is_timeout) {});
+        leaves_by_itself(server, &log, &[("\"POST /upgrade HTTP/1.1\" 400 ", 1)]);
+    });
+}
+
+fn is_timeout(error: std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::WouldBlock
+}
