@@ -292,16 +292,25 @@ fn a_wrapper_and_its_children_exit_together_when_the_request_is_finished() {
 const SERVE: &str = r"#!/usr/bin/env python3
 import os, re, select, signal, socket, struct, sys
 s = socket.socket(fileno=0)
+busy, leaving = [], []
 def serve(c):
     request = b''
     while not request.endswith(b'\1\5\0\1\0\0\0\0'): request += c.recv(65536)
-    name = re.search(rb'name=([\w/.-]+)', request)[1].decode()
-    with open(name + '.in', 'w') as f: print(os.getpid(), file=f)
-    with open(name + '.gate') as f: f.readline()
+    named = re.search(rb'name=([\w/.-]+)', request)
+    if named:
+        name = named[1].decode()
+        with open(name + '.in', 'w') as f: print(os.getpid(), file=f)
+        with open(name + '.gate') as f: f.readline()
     text = b'Content-Type: text/plain\r\n\r\nstatus=0 out=picture made\n'
     c.sendall(struct.pack('>BBHHBB', 1, 6, 1, len(text), 0, 0) + text + struct.pack('>BBHHBB8x', 1, 3, 1, 8, 0, 0))
     c.close()
 ";
+
+/// With this, the program exits on SIGTERM: immediately, or after its request.
+const HANDLE_SIGTERM: &str = "def leave(*_):\n  print('leaves', flush=True)\n  leaving.append(1)\n  if not busy: os._exit(0)\n\
+                              signal.signal(signal.SIGTERM, leave)\n";
+const SERVE_UNTIL_ASKED: &str =
+    "while not leaving:\n  c = s.accept()[0]\n  busy.append(1)\n  serve(c)\n  busy.clear()\n";
 
 /// A program that only waits for its two children, which serve requests.
 const TWO_CHILDREN: &str =
@@ -346,9 +355,6 @@ fn children_of_a_program_killed_by_sigterm_finish_their_requests() {
 /// A request is in flight when the listening socket closes. The program handles SIGTERM, or does not.
 #[test]
 fn a_stop_waits_for_the_request_of_a_program_on_any_kind_of_socket() {
-    const HANDLES: &str = "busy, leaving = [], []\ndef leave(*_):\n  leaving.append(1)\n  if not busy: os._exit(0)\n\
-                           signal.signal(signal.SIGTERM, leave)\n";
-    const LOOP: &str = "while not leaving:\n  c = s.accept()[0]\n  busy.append(1)\n  serve(c)\n  busy.clear()\n";
     for (kind, handles) in
         [("path", true), ("path", false), ("abstract", true), ("abstract", false), ("port", true), ("port", false)]
     {
@@ -356,8 +362,8 @@ fn a_stop_waits_for_the_request_of_a_program_on_any_kind_of_socket() {
         if kind == "abstract" {
             place.address = format!("fastcgi:unix:@{}", place.path("app").display());
         }
-        let head = if handles { HANDLES } else { "busy, leaving = [], []\n" };
-        let script = place.script("app", &format!("{SERVE}{head}{LOOP}"));
+        let handler = if handles { HANDLE_SIGTERM } else { "" };
+        let script = place.script("app", &format!("{SERVE}{handler}{SERVE_UNTIL_ASKED}"));
         let mut server = Server::start_command(&mut place.run(&[], &[&script]));
         is_finished(&place, "request", &mut server, |server| {
             server.signal(Signal::SIGTERM);
@@ -383,12 +389,8 @@ int main(void) {
 #[test]
 fn sigterm_is_sent_to_a_program_while_it_serves_no_request() {
     let place = Place::new();
-    let hello = "def hello(c):\n  request = b''\n  while not request.endswith(b'\\1\\5\\0\\1\\0\\0\\0\\0'): request += c.recv(65536)\n  \
-        text = b'Content-Type: text/plain\\r\\n\\r\\nhello\\n'\n  \
-        c.sendall(struct.pack('>BBHHBB', 1, 6, 1, len(text), 0, 0) + text + struct.pack('>BBHHBB8x', 1, 3, 1, 8, 0, 0))\n  c.close()\n";
-    let serve = SERVE.split("def serve").next().unwrap();
-    let alone = place.script("alone", &format!("{serve}{hello}while True: hello(s.accept()[0])\n"));
-    let parent = place.script("parent", &format!("{serve}{hello}{}", TWO_CHILDREN.replace("serve(", "hello(")));
+    let alone = place.script("alone", &format!("{SERVE}while True: serve(s.accept()[0])\n"));
+    let parent = place.script("parent", &format!("{SERVE}{TWO_CHILDREN}"));
     let plain = place.compile("plain", PLAIN_C);
     let wrapped = |command| ["sh", "-c", "\"$@\"; true", "sh", command];
     let commands =
@@ -396,11 +398,13 @@ fn sigterm_is_sent_to_a_program_while_it_serves_no_request() {
     for command in commands {
         let mut server = Server::start_command(&mut place.run(&ALL, command));
         let stop = AtomicBool::new(false);
+        let is_plain = command.contains(&plain.as_str());
+        let expected: &[u8] = if is_plain { b"hello\n" } else { b"status=0 out=picture made\n" };
         std::thread::scope(|scope| {
             let client = || {
                 while !stop.load(Ordering::SeqCst) {
                     match place.ask("/", b"") {
-                        Ok(response) => assert_eq!(response.body(), b"hello\n"),
+                        Ok(response) => assert_eq!(response.body(), expected),
                         // The server has stopped.
                         Err(error)
                             if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
@@ -412,7 +416,7 @@ fn sigterm_is_sent_to_a_program_while_it_serves_no_request() {
                 }
             };
             // libfcgi handles SIGTERM, so the server waits only a second for an idle moment, which one client leaves often.
-            let count = if command.contains(&plain.as_str()) { 1 } else { 3 };
+            let count = if is_plain { 1 } else { 3 };
             let clients: Vec<_> = (0..count).map(|_| scope.spawn(client)).collect();
             let _clients_end = StopOnDrop(&stop);
             for reload in 2..8 {
@@ -454,11 +458,8 @@ fn an_upgrade_does_not_change_the_drain_deadline_of_serving_children() {
 #[test]
 fn children_that_handle_sigterm_are_asked_to_exit_while_they_serve() {
     let place = Place::new();
-    let text = "busy, leaving = [], []\ndef leave(*_):\n  print('leaves', flush=True)\n  leaving.append(1)\n  if not busy: os._exit(0)\n\
-        signal.signal(signal.SIGTERM, leave)\n\
-        if sys.argv[1] == 'loop':\n  e = select.epoll()\n  e.register(0, select.EPOLLIN)\n  e.poll()\n\
-        while not leaving:\n  c = s.accept()[0]\n  busy.append(1)\n  serve(c)\n  busy.clear()\n";
-    let script = place.script("app", &format!("{SERVE}{text}"));
+    let wait = "if sys.argv[1] == 'loop':\n  e = select.epoll()\n  e.register(0, select.EPOLLIN)\n  e.poll()\n";
+    let script = place.script("app", &format!("{SERVE}{HANDLE_SIGTERM}{wait}{SERVE_UNTIL_ASKED}"));
     for (kind, drain_timeout) in [("loop", "1h"), ("blocking", "20s")] {
         let command = ["sh", "-c", "\"$@\"; true", "sh", &script, kind];
         let options = [&ALL[..], &["--drain-timeout", drain_timeout]].concat();

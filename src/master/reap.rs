@@ -58,11 +58,11 @@ impl Master {
             self.end_group(kind, pid);
             let Some(ending) = sys::reap(pid) else { return };
             match kind {
-                Kind::Worker if self.pool.ended(pid, ending, &self.signals) => {
+                Kind::Worker => {
+                    self.pool.ended(pid, ending, &self.signals);
                     self.report_death();
                     self.feed_observed();
                 }
-                Kind::Worker => {}
                 Kind::Sidecar => self.sidecars.ended(pid, ending),
                 Kind::Relay => self.relay.ended(pid, ending, self.now()),
                 Kind::Guard => self.guard.ended(pid, ending, self.now()),

@@ -27,7 +27,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// How long programs may stay in accept(2) after they have been asked to exit. When the socket closes, accept fails. A
 /// program that notices the failure before the request to exit might report an error, and a program manager might start
 /// other processes.
-const IDLE_TIME: Duration = Duration::from_millis(200);
+pub(super) const IDLE_TIME: Duration = Duration::from_millis(200);
 /// A program that is found idle in this many checks, one per second, is killed.
 const FOUND_IDLE: u32 = 3;
 

@@ -60,10 +60,11 @@ impl IdleSigterm {
             if !process.lives() {
                 return false;
             }
-            if !procfs::has_stopped(pid) && now < *give_up_at {
+            let has_stopped = procfs::has_stopped(pid);
+            if !has_stopped && now < *give_up_at {
                 return true;
             }
-            if procfs::has_stopped(pid) && idle.has_lasted(pid, listener) && kill(pid, Signal::SIGTERM).is_ok() {
+            if has_stopped && idle.has_lasted(pid, listener) && kill(pid, Signal::SIGTERM).is_ok() {
                 terminated.push(*process);
             }
             let _ = kill(pid, Signal::SIGCONT); // it may just have exited

@@ -239,11 +239,11 @@ impl Pool {
         self.observed.push_back(SupervisorEvent::Recycle { pid });
     }
 
-    /// Handles the exit of a process that has been reaped. The new death record is in `death_record`. Returns false if
-    /// the process was not in the pool.
-    pub(in crate::master) fn ended(&mut self, pid: Pid, ending: Ending, signals: &SignalInbox) -> bool {
+    /// Handles the exit of one of the pool's processes, which has been reaped. The new death record is in
+    /// `death_record`.
+    pub(in crate::master) fn ended(&mut self, pid: Pid, ending: Ending, signals: &SignalInbox) {
         self.read_child(pid, 0);
-        let Some(mut child) = self.children.remove(&pid) else { return false };
+        let Some(mut child) = self.children.remove(&pid) else { return };
         let now = self.now();
         if let Some(output) = child.output.take() {
             child.last_line = self.orphaned_outputs.adopt(output, pid, now);
@@ -277,7 +277,6 @@ impl Pool {
         }
         self.check_closing(); // the process may have exited because the queue is empty
         self.observed.push_back(SupervisorEvent::Exited { pid, after_exit: after_exit(ending, !is_starting) });
-        true
     }
 }
 

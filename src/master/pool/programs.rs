@@ -26,6 +26,7 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use super::Pool;
+use super::close_listeners::IDLE_TIME;
 use super::idle_sigterm::IdleSigterm;
 use super::spawn::{Child, Launch, Link, Spawner};
 use super::supervisor::{SupervisorEvent, Uptime};
@@ -48,8 +49,6 @@ const QUICK_POLL_TIME: Duration = Duration::from_secs(2);
 const STRAYS_INTERVAL: Duration = Duration::from_millis(50);
 /// Interval at which to look whether a program serves no request.
 const IDLE_INTERVAL: Duration = Duration::from_millis(5);
-/// How long a program that was sent SIGTERM may take to notice it.
-const EXIT_TIME: Duration = Duration::from_millis(200);
 /// How long the server waits until a program that handles SIGTERM serves no request, before it sends SIGTERM.
 const IDLE_PATIENCE: Duration = Duration::from_secs(1);
 /// Interval at which to look for strays while there are orphans that may become strays.
@@ -452,7 +451,7 @@ impl Pool {
     /// might report an error.
     pub(super) fn programs_exit_soon(&self) -> bool {
         let now = self.now();
-        let is_recent = |at: Uptime| now < at + EXIT_TIME;
+        let is_recent = |at: Uptime| now < at + IDLE_TIME;
         let awaits_idle = |child: &Child| match &child.link {
             Link::Program(program) => program.awaits_idle_since.is_some(),
             Link::Worker { .. } => false,
