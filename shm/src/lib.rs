@@ -55,7 +55,7 @@
 //!
 //! `memory/layout.rs` defines the byte layout, which assertions check. All positions are offsets; the segment contains no pointers. Each
 //! protocol between processes is in its own file in `protocols/`, without system calls, so that the model checker loom can run it too:
-//! `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `bell.rs`, `latest_event.rs`.
+//! `lock.rs`, `lease.rs`, `pin.rs`, `purge.rs`, `bell.rs`, `latest_event.rs`, and `units.rs` and `kept.rs` for the table of claims.
 //!
 //! # Locks
 //! There are three kinds of locks: one lock per shard, one for the prefix table, and one for the event log. No process holds two locks at
@@ -118,6 +118,7 @@
 //! obligations.
 
 mod cache;
+mod claims;
 #[doc(hidden)]
 pub mod crash;
 mod events;
@@ -143,6 +144,7 @@ pub use self::cache::render::{CacheStatus, Cached};
 pub use self::cache::stats::Stats;
 pub use self::cache::tags::PurgeSnapshot;
 pub use self::cache::value::CacheValue;
+pub use self::claims::{AppDemand, AppProcess, ClaimAttempt, Claims, Door, HeldUnit, KeptConnection, Wake};
 pub use self::events::{Event, EventStats, Events, PublishError, Since, Tail, Tailed};
 pub use self::memory::error::SegmentError;
 pub use self::memory::lost_pages::recover_lost_pages;

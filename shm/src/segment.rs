@@ -297,13 +297,13 @@ fn checksum(header: &SegmentHead) -> u64 {
 
 /// Returns an unused descriptor. Miri uses private memory instead of the file: see `map.rs`.
 #[cfg(miri)]
-fn memory_file(_: u64) -> Result<OwnedFd, SegmentError> {
+pub(crate) fn memory_file(_: u64) -> Result<OwnedFd, SegmentError> {
     File::open("/dev/null").map(OwnedFd::from).map_err(|error| system("open /dev/null", error))
 }
 
 /// Creates a memory file of `len` bytes, with a fixed size and all of its memory reserved.
 #[cfg(not(miri))]
-fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
+pub(crate) fn memory_file(len: u64) -> Result<OwnedFd, SegmentError> {
     let out_of_memory = |source: io::Error| SegmentError::no_memory(len, source);
     check_memory(len)?;
     let size = i64::try_from(len).map_err(|_| out_of_memory(Errno::EFBIG.into()))?;
@@ -342,7 +342,7 @@ pub(crate) fn check_file_size(len: u64) -> Result<(), SegmentError> {
     }
 }
 
-fn close_on_exec(fd: &OwnedFd) -> Result<(), SegmentError> {
+pub(crate) fn close_on_exec(fd: &OwnedFd) -> Result<(), SegmentError> {
     let tried = "set close-on-exec on the shared segment";
     fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map(drop).map_err(|errno| system(tried, errno))
 }
@@ -351,7 +351,7 @@ fn is_private_file(stat: &FileStat) -> bool {
     stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits() && stat.st_mode & 0o022 == 0
 }
 
-fn seals_of_a_segment() -> SealFlag {
+pub(crate) fn seals_of_a_segment() -> SealFlag {
     SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL
 }
 
@@ -359,7 +359,7 @@ pub(crate) fn system(tried: &'static str, source: impl Into<io::Error>) -> Segme
     SegmentError::System { tried, source: source.into() }
 }
 
-fn unusable(why: &'static str) -> SegmentError {
+pub(crate) fn unusable(why: &'static str) -> SegmentError {
     SegmentError::Unusable { why }
 }
 

@@ -35,6 +35,8 @@ mod crash {
 
 #[path = "../src/protocols/bell.rs"]
 mod bell;
+#[path = "../src/protocols/kept.rs"]
+mod kept;
 #[path = "../src/protocols/latest_event.rs"]
 mod latest_event;
 #[path = "../src/protocols/lease.rs"]
@@ -47,9 +49,17 @@ mod lock;
 mod pin;
 #[path = "../src/protocols/purge.rs"]
 mod purge;
+#[path = "../src/protocols/units.rs"]
+#[expect(dead_code, reason = "limits and the status do not concern memory ordering: units_tests.rs")]
+#[expect(unreachable_pub, reason = "the crate exports the state of a door")]
+mod units;
 
+#[path = "protocols/claiming.rs"]
+mod claiming;
 #[path = "protocols/events.rs"]
 mod events;
+#[path = "protocols/keeping.rs"]
+mod keeping;
 #[path = "protocols/purging.rs"]
 mod purging;
 #[path = "protocols/reading.rs"]

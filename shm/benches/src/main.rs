@@ -1,14 +1,16 @@
-//! `forkyard-shm-bench` measures Forkyard's page cache and event log. It compares the page cache with other caches, in one run on one
-//! machine.
+//! `forkyard-shm-bench` measures Forkyard's page cache, event log and table of claims. It compares the page cache with other
+//! caches, in one run on one machine.
 //!
 //! ```text
 //! get    the cost of a lookup: in process, in shared memory, and over a socket    -> ns per operation
 //! hits   the hit ratio of the eviction policy, for replayed request traces        -> hit %
 //! events the cost of publishing and reading events                                -> ns per operation
+//! claims the cost of claiming and releasing app processes                         -> ns per operation
 //! ```
 //! The benchmarks share the modules `sample` (the requested objects and their sizes), `forkyard` (Forkyard's cache as the benchmarks use
 //! it) and `only` (the selection of rows and columns). The tables are written to standard output, and all other output to standard error.
 
+mod claims;
 mod error;
 mod events;
 mod forkyard;
@@ -24,7 +26,7 @@ use clap::{Parser, Subcommand};
 
 use crate::error::Error;
 
-/// Benchmarks of Forkyard's page cache and event log.
+/// Benchmarks of Forkyard's page cache, event log and table of claims.
 #[derive(Debug, Parser)]
 #[command(name = "forkyard-shm-bench", version, max_term_width = 100)]
 struct Options {
@@ -37,6 +39,7 @@ enum Bench {
     Get(get::Options),
     Hits(hits::Options),
     Events(events::Options),
+    Claims(claims::Options),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Bench::Get(options) => get::run(options),
         Bench::Hits(options) => hits::run(options),
         Bench::Events(options) => events::run(options),
+        Bench::Claims(options) => claims::run(options),
     };
     match table.and_then(|table| io::stdout().write_all(table.as_bytes()).map_err(Error::Output)) {
         Ok(()) => ExitCode::SUCCESS,

@@ -43,6 +43,15 @@ pub enum SegmentError {
         /// The maximum for a cache of this size, in bytes.
         most: u64,
     },
+    /// A table of claims was requested for a number that is 0 or too large.
+    ClaimsOutOfRange {
+        /// What the number counts.
+        what: &'static str,
+        /// Requested number.
+        asked: u32,
+        /// The maximum.
+        most: u32,
+    },
     /// The machine does not have enough memory.
     NoMemory {
         /// Size of the whole segment in bytes.
@@ -135,6 +144,9 @@ impl std::fmt::Display for SegmentError {
                 "cannot keep entries of {asked} bytes in a page cache of this size: the most is {most} (ask for smaller \
                  entries, or for a larger cache)"
             ),
+            Self::ClaimsOutOfRange { what, asked, most } => {
+                write!(f, "cannot make a table for {asked} {what}: ask for 1 to {most}")
+            }
             Self::NoMemory { bytes, available, source } => {
                 write!(f, "cannot reserve {} of shared memory: {source}", Mebibytes(*bytes))?;
                 available.map_or(Ok(()), |bytes| write!(f, ", the machine has {} available", Mebibytes(bytes)))
@@ -175,6 +187,7 @@ impl std::error::Error for SegmentError {
             | Self::TooManyRows { .. }
             | Self::TooFewRows { .. }
             | Self::EntryTooLarge { .. }
+            | Self::ClaimsOutOfRange { .. }
             | Self::OverLimit { .. }
             | Self::OverFileSize { .. }
             | Self::Unusable { .. } => None,

@@ -2,6 +2,7 @@
 //! these files against loom, which explores the possible interleavings of threads.
 
 pub(crate) mod bell;
+pub(crate) mod kept;
 pub(crate) mod latest_event;
 pub(crate) mod lease;
 #[cfg(test)]
@@ -12,3 +13,6 @@ pub(crate) mod pin;
 pub(crate) mod pin_tests;
 pub(crate) mod purge;
 pub(crate) mod sync;
+pub(crate) mod units;
+#[cfg(test)]
+pub(crate) mod units_tests;
