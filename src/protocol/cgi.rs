@@ -1,11 +1,14 @@
-//! Converts between CGI variables (RFC 3875) and `http`: parses a request's head from parameters and writes a
-//! response's head in CGI form.
+//! Converts between CGI variables (RFC 3875) and `http`. The server's half parses a request's head from parameters and
+//! writes a response's head in CGI form. The gateway's half writes a request's variables ([`variables`]) and parses a
+//! response's head ([`parse_response`]).
 //!
-//! Section numbers refer to RFC 3875. FastCGI, SCGI and CGI use both directions. The web server in front implements
+//! Section numbers refer to RFC 3875. FastCGI, SCGI and CGI use both halves. The web server in front implements
 //! HTTP, and this module does not undo the web server's decisions: `REQUEST_URI` is used as received, and no variable
 //! is trusted beyond its meaning in CGI.
 
+pub(crate) mod parse_response;
 mod response;
+pub(crate) mod variables;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -15,7 +18,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{Method, Request, StatusCode, Uri, Version};
 
-pub(crate) use self::response::{has_no_body, response_head};
+pub(crate) use self::response::{has_no_body, is_of_one_connection, response_head};
 use super::grammar::parse_digits;
 use super::host::is_host;
 use super::params::Params;
@@ -273,15 +276,18 @@ fn header_name(variable: &[u8]) -> Option<HeaderName> {
                 *to = if from == b'_' { b'-' } else { from.to_ascii_lowercase() };
             }
             return HeaderName::from_bytes(name).ok().filter(|name| {
-                // The first three would contradict the variables without HTTP_, or announce chunks that the web server
-                // has already decoded. A client must not be able to set Proxy ("httpoxy"). All four are left out in any
-                // spelling of the variable.
-                let contradicts =
-                    matches!(*name, header::CONTENT_LENGTH | header::CONTENT_TYPE | header::TRANSFER_ENCODING);
-                !contradicts && name != "proxy"
+                // All four are left out in any spelling of the variable.
+                !is_never_a_variable(name)
             });
         }
     })
+}
+
+/// Whether a header must not have a variable with the prefix `HTTP_`. The first three would contradict the variables
+/// without the prefix, or announce chunks that the web server has already decoded. A client must not be able to set
+/// `Proxy` ("httpoxy", CVE-2016-5385).
+fn is_never_a_variable(name: &HeaderName) -> bool {
+    matches!(*name, header::CONTENT_LENGTH | header::CONTENT_TYPE | header::TRANSFER_ENCODING) || name == "proxy"
 }
 
 fn version(protocol: &[u8]) -> Version {

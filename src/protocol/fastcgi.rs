@@ -1,5 +1,5 @@
-//! Implements FastCGI 1.0: decodes bytes to events, and encodes replies. Section numbers refer to
-//! the FastCGI specification.
+//! Implements the server's half of FastCGI 1.0: decodes bytes to events, and encodes replies. [`client`] implements the
+//! other half. Section numbers refer to the FastCGI specification.
 //!
 //! ```text
 //!              bytes                              FastCgiEvent                              reply
@@ -13,6 +13,8 @@
 //! If the peer makes an error for which the specification defines a reply, the decoder returns a [`FastCgiEvent`] with
 //! the reply. If the start of the next record cannot be determined, or a record contradicts the state of its request,
 //! the decoder returns a [`FastCgiError`], and the connection must be closed.
+
+pub(crate) mod client;
 
 use std::fmt;
 
@@ -36,6 +38,7 @@ const END_REQUEST: u8 = 3;
 const PARAMS: u8 = 4;
 const STDIN: u8 = 5;
 const STDOUT: u8 = 6;
+const STDERR: u8 = 7;
 const DATA: u8 = 8;
 const GET_VALUES: u8 = 9;
 const GET_VALUES_RESULT: u8 = 10;
@@ -117,10 +120,11 @@ struct Record {
 }
 
 impl Record {
-    fn read(bytes: &[u8]) -> Option<Result<Self, FastCgiError>> {
+    /// Reads a header. Returns `None` if it is incomplete, and the version as an error if it is not 1.
+    fn read(bytes: &[u8]) -> Option<Result<Self, u8>> {
         let &[version, kind, id_high, id_low, length_high, length_low, padding, _] = bytes.first_chunk::<HEADER>()?;
         if version != VERSION {
-            return Some(Err(FastCgiError::Version(version)));
+            return Some(Err(version));
         }
         let id = u16::from_be_bytes([id_high, id_low]);
         let content = u16::from_be_bytes([length_high, length_low]);
@@ -187,7 +191,7 @@ impl FastCgiDecoder {
             match self.place {
                 Place::Header => {
                     let Some(record) = Record::read(input) else { return Ok(None) };
-                    match self.record(record?, input)? {
+                    match self.record(record.map_err(FastCgiError::Version)?, input)? {
                         Progress::Event(event) => return Ok(Some(event)),
                         Progress::Continue => {}
                         Progress::Starved => return Ok(None),
@@ -471,11 +475,13 @@ enum Progress {
 }
 
 fn put_header(out: &mut BytesMut, kind: u8, id: RequestId, content: usize) {
-    let content = u16::try_from(content).unwrap_or(u16::MAX);
-    out.put_slice(&[VERSION, kind]);
-    out.put_u16(id);
-    out.put_u16(content);
-    out.put_slice(&[0, 0]);
+    out.put_slice(&header(kind, id, u16::try_from(content).unwrap_or(u16::MAX)));
+}
+
+/// Returns the header of a record without padding.
+fn header(kind: u8, id: RequestId, content: u16) -> [u8; HEADER] {
+    let ([id_high, id_low], [high, low]) = (id.to_be_bytes(), content.to_be_bytes());
+    [VERSION, kind, id_high, id_low, high, low, 0, 0]
 }
 
 /// Writes the header of a STDOUT record with `content` bytes, at most [`MAX_CONTENT`].

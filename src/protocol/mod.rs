@@ -1,10 +1,10 @@
 //! Implements the protocols as pure functions between bytes and their meaning: no I/O, no clock, no
 //! tokio.
 //!
-//! - [`fastcgi`]: records and streams. [`params`]: their name-value pairs. [`role`]: the role of a
-//!   request, for the application.
+//! - [`fastcgi`]: records and streams, of the server and of the client. [`params`]: their name-value
+//!   pairs. [`role`]: the role of a request, for the application.
 //! - [`scgi`]: the netstring, and the body after it.
-//! - [`cgi`]: CGI variables as an `http::Request`, and the head of a response.
+//! - [`cgi`]: CGI variables and the head of a response, in both directions.
 //! - [`host`]: valid values of `Host`. [`grammar`]: numbers and lists, which several protocols use.
 //! - [`query`]: the pairs of a query.
 //! - [`proxy`]: the header of the PROXY protocol. [`forwarded`]: the client as reported in HTTP headers.
@@ -18,6 +18,7 @@ pub(crate) mod fastcgi;
 pub(crate) mod forwarded;
 pub(crate) mod grammar;
 pub(crate) mod host;
+pub(crate) mod http_gateway;
 pub(crate) mod params;
 pub(crate) mod proxy;
 pub(crate) mod query;

@@ -159,7 +159,20 @@ pub(crate) fn process_descriptor(pid: Pid) -> io::Result<OwnedFd> {
 pub(crate) fn spawn(
     command: &mut Command,
     pass: &[RawFd],
+    prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) -> io::Result<Child> {
+    spawn_and(command, pass, prepare, || Ok(()))
+}
+
+/// Like [`spawn`]. The child calls `last` immediately before exec; it must be async-signal-safe, too.
+///
+/// # Errors
+/// Fails as [`spawn`] does, or with the error from `last`.
+pub(super) fn spawn_and(
+    command: &mut Command,
+    pass: &[RawFd],
     mut prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+    mut last: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
 ) -> io::Result<Child> {
     let master = nix::unistd::getpid();
     let pass = pass.to_vec();
@@ -179,17 +192,18 @@ pub(crate) fn spawn(
         }
         set_close_on_exec_from(3, &open)?;
         for &fd in &pass {
-            // SAFETY: the caller holds these descriptors open in the parent, and the child has copies of them.
+            // SAFETY: the caller holds these descriptors open in the parent, and the child has copies of them, or
+            // `prepare` has opened them.
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
         // The mask survives exec, and the standard library leaves it unchanged: without this call, a program would
         // never receive SIGTERM.
         unblock_signals();
-        Ok(())
+        last()
     };
     // SAFETY: between fork and exec the closure only makes system calls (getpid, send, those of `prepare`, prctl, getppid,
-    // close_range, fcntl, sigprocmask): no allocation, no lock. Descriptors that the child opens before exec are close-on-exec already.
+    // close_range, fcntl, sigprocmask, those of `last`): no allocation, no lock. Descriptors that the child opens before exec are close-on-exec already.
     unsafe { command.process_group(0).pre_exec(in_child) };
     let before = block_signals();
     let spawned = command.spawn();

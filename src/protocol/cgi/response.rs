@@ -65,7 +65,7 @@ pub(crate) fn response_head(out: &mut BytesMut, status: StatusCode, headers: &He
 
 /// Whether a header concerns the connection to the client. Such headers are the web server's responsibility (6.3.4; RFC
 /// 9110, section 7.6.1).
-fn is_of_one_connection(name: &HeaderName) -> bool {
+pub(crate) fn is_of_one_connection(name: &HeaderName) -> bool {
     matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE | header::TE | header::TRAILER)
         || matches!(name.as_str(), "keep-alive" | "proxy-connection")
 }
