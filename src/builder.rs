@@ -23,12 +23,15 @@ use crate::cli::check::Findings;
 use crate::cli::{self, AppInfo, Invocation, ServeRequest, Task};
 use crate::config::address::Address;
 use crate::config::control::reloaded;
+use crate::config::gateway::{GatewayConfig, ListenMethod};
 use crate::config::{CacheConfig, Config, Program};
 use crate::inherited_by_workers::WorkerMain;
 use crate::logging::files::LogFiles;
 use crate::master::{
-    self, Control, EarlierChildren, Launch, Operators, Reloaded, Reread, SignalInbox, Start, StopReason,
+    self, Application, Control, EarlierChildren, Launch, Operators, Reloaded, Reread, SignalInbox, Start, StopReason,
 };
+use crate::net::app_channel::AppChannel;
+use crate::net::app_endpoint::AppEndpoint;
 use crate::net::control_listener::ControlListener;
 use crate::net::listen::Listener;
 use crate::net::publish_socket::PublishSocket;
@@ -40,7 +43,7 @@ use crate::startup::pid_file::PidFile;
 use crate::startup::{banner, descriptor_limit, memory, rlimits, sockets};
 use crate::sys::BoxError;
 use crate::upgrade::{StartCommand, Takeover};
-use crate::{control, logging, sys, worker};
+use crate::{control, gateway, logging, sys, worker};
 
 /// Answers one CGI request, and writes the response to the given descriptor.
 type CgiMain = Box<dyn Fn(&Config, Segment, OwnedFd) -> Result<(), BoxError>>;
@@ -332,10 +335,14 @@ fn reread(running: &Config, parse: Parse) -> Reread {
     if running.control.file.is_none() {
         return Box::new(|_| Ok(None));
     }
-    let slots = running.slots();
+    let slots = (running.slots(), running.of_gateways().slots());
     Box::new(move |running| match parse() {
         Ok(Invocation::Serve(request)) => {
             let (config, fixed) = reloaded(running, request.config, slots);
+            let unusable = config.gateway.as_ref().map(GatewayConfig::examine).unwrap_or_default();
+            if !unusable.is_empty() {
+                return Err(unusable.join("; "));
+            }
             let program = request.program.map(|command| Program::for_privileges(&command, &config.privileges));
             Ok(Some(Reloaded { config, program: program.transpose()?, fixed }))
         }
@@ -355,20 +362,19 @@ fn serve(
     parse: Parse,
 ) -> Result<StopReason, BoxError> {
     let ServeRequest { config, .. } = request;
+    let front = config.of_gateways();
     let opened = sys::own_descriptors()?;
     let earlier = EarlierChildren::record();
     let signals = SignalInbox::open()?;
     start_log(&config, &conflicts::find(&config))?;
     let mut takeover = Takeover::find()?;
+    takeover.as_ref().map_or(Ok(()), |left| left.check_apps(&config))?;
     let start_command =
         takeover.as_ref().map_or_else(StartCommand::record, |left| Ok(left.saved.start_command.clone()))?;
     let log_files = Arc::new(LogFiles::open(&config.logs)?);
-    let blocking = matches!(launch, Launch::Program(_));
-    // Checked before anything is created, so that an impossible setting fails immediately.
-    Privileges::resolve(&config.privileges, blocking)?;
-    rlimits::check(&config, blocking)?;
-    master::check_sidecars(&config)?;
-    descriptor_limit::ensure(&config, blocking)?;
+    let executes = launch.executes();
+    let blocking = executes && config.gateway.is_none();
+    check_settings(&config, executes)?;
     let pid_file = PidFile::open(config.privileges.pid_file.as_deref(), takeover.as_mut())?;
     let mut listeners: Vec<Listener> = Vec::new();
     let (mut control, mut publish) = (None, None);
@@ -376,7 +382,7 @@ fn serve(
         .and_then(|()| {
             control = sockets::open_control(&config, takeover.as_mut())?;
             publish = sockets::open_publish(&config, takeover.as_mut())?;
-            memory::open(&config, takeover.as_mut())
+            memory::open(&front, takeover.as_mut())
         })
         .and_then(|segment| {
             // After a takeover, a signal must not terminate this process during the preload: the event loop handles the
@@ -405,7 +411,7 @@ fn serve(
         for contradiction in config.contradictions(config.privileges.most_descriptors()) {
             log::warn!("{contradiction}");
         }
-        let application = [opened, preloaded].concat().into();
+        let application = application(&config, &front, launch, [opened, preloaded].concat(), takeover.as_mut())?;
         let kept = segment.clone();
         let operators = Operators {
             reread: reread(&config, parse),
@@ -415,8 +421,7 @@ fn serve(
             pid_file: pid_file.as_ref().map(PidFile::saved),
         };
         let start = Start { begun, signals, start_command, earlier, takeover };
-        let config = Arc::new(config);
-        let ended = master::run(config, Arc::clone(&listeners), segment, launch, application, start, operators);
+        let ended = master::run(Arc::new(front), Arc::clone(&listeners), segment, application, start, operators);
         if ended.is_err() {
             memory::close(kept);
         }
@@ -429,6 +434,56 @@ fn serve(
     let (ended, control) = outcome?;
     drop(control);
     Ok(ended)
+}
+
+/// Checks the settings before anything is created, so that an impossible setting fails immediately. `executes` is true if
+/// the processes execute a program.
+fn check_settings(config: &Config, executes: bool) -> Result<(), BoxError> {
+    Privileges::resolve(&config.privileges, executes)?;
+    rlimits::check(config, executes)?;
+    master::check_sidecars(config)?;
+    let unusable = config.gateway.as_ref().map(GatewayConfig::examine).unwrap_or_default();
+    if !unusable.is_empty() {
+        return Err(unusable.join("; ").into());
+    }
+    Ok(descriptor_limit::ensure(config, executes)?)
+}
+
+/// Returns what the processes run. If there are gateways, creates the channel between them and the app processes.
+/// `descriptors` are those that the application opened.
+fn application(
+    config: &Config,
+    front: &Config,
+    launch: Launch,
+    mut descriptors: Vec<RawFd>,
+    takeover: Option<&mut Takeover>,
+) -> Result<Application, String> {
+    let (gateway, program) = match (&config.gateway, launch) {
+        (Some(gateway), Launch::Program(program)) => (gateway, program),
+        (_, launch) => return Ok(Application { launch, apps: None, descriptors: descriptors.into() }),
+    };
+    let method = ListenMethod::of_command(gateway.backend, &program.arguments)?;
+    let create = || {
+        let owner = config.privileges.owner_of_files();
+        let endpoint = || AppEndpoint::create(method, &gateway.temp_dir, owner);
+        AppChannel::create(config.slots(), gateway.concurrency, front.slots(), endpoint).map_err(|error| {
+            let directory = gateway.temp_dir.display();
+            format!("cannot create the private sockets of app processes in {directory}: {error} (see --temp-dir)")
+        })
+    };
+    let left = takeover.map(Takeover::channel).transpose()?.flatten();
+    let channel = Arc::new(left.map_or_else(create, Ok)?);
+    descriptors.extend(channel.descriptors());
+    let of_gateways = Arc::clone(&channel);
+    let gateways: WorkerMain = Box::new(move |heritage| match gateway::factory(&of_gateways, &heritage) {
+        Ok(factory) => worker::run(&factory, heritage),
+        Err(error) => heritage.fail(&error),
+    });
+    Ok(Application {
+        launch: Launch::Worker(gateways, Hooks::default()),
+        apps: Some((Arc::new(config.clone()), Launch::App(program, channel))),
+        descriptors: descriptors.into(),
+    })
 }
 
 /// Opens the log, unless a different setting names the same file.
@@ -457,7 +512,7 @@ fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<Sto
 
 fn show(config: &Config, listeners: &[Listener], launch: &Launch) {
     let program = match launch {
-        Launch::Program(program) => Some(program.path.to_string_lossy().into_owned()),
+        Launch::Program(program) | Launch::App(program, _) => Some(program.path.to_string_lossy().into_owned()),
         Launch::Worker(..) => None,
     };
     banner::show(config, listeners, program.as_deref());

@@ -54,6 +54,12 @@ pub(crate) enum Report {
     Recycle(String),
     /// Like [`Report::Recycle`]; the reason is a blocking function that hangs, called for this request.
     HungThread(String),
+    /// An app process has not answered this request of a gateway in time.
+    AppHung { slot: u32, pid: i32, request: String },
+    /// The gateway in this slot, with this pid, does not react and occupies app processes.
+    GatewayStuck { slot: u32, pid: u32 },
+    /// An app process died while it served this request of a gateway.
+    AppDied { slot: u32, pid: i32, request: String },
     /// Another process, with this pid, sent the signal that terminates the worker.
     SentBy(i32),
     /// Why the worker cannot continue.
@@ -69,6 +75,9 @@ impl Report {
             Self::Ready => "ready\n".to_owned(),
             Self::Recycle(reason) => format!("recycle {}\n", reason.replace('\n', " ")),
             Self::HungThread(request) => format!("hung {}\n", request.replace('\n', " ")),
+            Self::AppHung { slot, pid, request } => format!("app-hung {slot} {pid} {}\n", request.replace('\n', " ")),
+            Self::GatewayStuck { slot, pid } => format!("gateway-stuck {slot} {pid} -\n"),
+            Self::AppDied { slot, pid, request } => format!("app-died {slot} {pid} {}\n", request.replace('\n', " ")),
             Self::SentBy(pid) => format!("sent {pid}\n"),
             Self::LastWords(words) => format!("said {}\n", words.replace('\n', " ")),
             Self::Trace(addresses) => format!("trace {addresses}\n"),
@@ -81,12 +90,30 @@ impl Report {
             None if line == "ready" => Self::Ready,
             Some(("recycle", reason)) => Self::Recycle(reason.to_owned()),
             Some(("hung", request)) => Self::HungThread(request.to_owned()),
+            Some(("app-hung", rest)) if app_request(rest).is_some() => {
+                let (slot, pid, request) = app_request(rest).unwrap_or_default();
+                Self::AppHung { slot, pid, request }
+            }
+            Some(("gateway-stuck", rest)) if app_request(rest).is_some() => {
+                let (slot, pid, _) = app_request(rest).unwrap_or_default();
+                Self::GatewayStuck { slot, pid: pid.cast_unsigned() }
+            }
+            Some(("app-died", rest)) if app_request(rest).is_some() => {
+                let (slot, pid, request) = app_request(rest).unwrap_or_default();
+                Self::AppDied { slot, pid, request }
+            }
             Some(("sent", pid)) if pid.parse::<i32>().is_ok() => Self::SentBy(pid.parse().unwrap_or_default()),
             Some(("said", words)) => Self::LastWords(words.to_owned()),
             Some(("trace", addresses)) => Self::Trace(addresses.to_owned()),
             None | Some(_) => Self::LastWords(line.to_owned()),
         }
     }
+}
+
+/// Parses the slot and pid of an app process, and its request.
+fn app_request(text: &str) -> Option<(u32, i32, String)> {
+    let mut words = text.splitn(3, ' ');
+    Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.to_owned()))
 }
 
 /// The main function of a worker: serves until the worker must exit, and returns the exit status.

@@ -193,6 +193,7 @@ mod diagnostics;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod gateway;
 mod heir;
 mod inherited_by_workers;
 mod logging;

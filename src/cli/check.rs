@@ -5,6 +5,7 @@ use forkyard_shm::Segment;
 
 use super::ServeRequest;
 use crate::config::address::Address;
+use crate::config::gateway::GatewayConfig;
 use crate::config::privileges::PrivilegesConfig;
 use crate::config::{Config, Program};
 use crate::logging;
@@ -35,6 +36,7 @@ pub(crate) fn examine(request: &ServeRequest, mistakes: Vec<String>) -> Findings
     let PrivilegesConfig { chroot, chdir, .. } = &config.privileges;
     let programs = config.sidecars.sidecars.iter().map(|sidecar| sidecar.program(chroot.as_deref(), chdir.as_deref()));
     findings.errors.extend(programs.filter_map(Result::err));
+    findings.errors.extend(config.gateway.iter().flat_map(GatewayConfig::examine));
     findings.sockets(config);
     findings.files(config);
     if let Err(error) = Segment::size(&memory::plan(config)) {

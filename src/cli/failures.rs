@@ -58,6 +58,10 @@ enum By {
 }
 
 impl FailureOptions {
+    pub(super) fn request_timeout(&self) -> Duration {
+        self.request_timeout
+    }
+
     pub(super) fn failures(&self) -> Failures {
         let by = match self.quarantine_by {
             By::Pattern => QuarantineBy::Pattern,

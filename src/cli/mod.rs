@@ -18,6 +18,7 @@ mod control;
 mod events;
 mod failures;
 mod file;
+mod gateway;
 mod hints;
 mod logs;
 mod parse;
@@ -39,6 +40,7 @@ use self::access::{Access, AccessOptions};
 use self::cache::CacheOptions;
 pub(crate) use self::control::Task;
 use self::control::{ControlOptions, Operation};
+use self::gateway::{GatewayOptions, OfGateways};
 use self::logs::{AccessLogOptions, LogOptions};
 use self::parse::{Mismatch, Read, conclude, or_note, read};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
@@ -49,6 +51,7 @@ use self::timeouts::TimeoutOptions;
 use crate::config::address::{Address, Bind, Protocol};
 use crate::config::events::EventsConfig;
 use crate::config::failures::Failures;
+use crate::config::gateway::{Backend, GatewayConfig};
 use crate::config::logs::Filters;
 use crate::config::privileges::{PrivilegesConfig, SandboxConfig};
 use crate::config::{
@@ -73,13 +76,13 @@ Signals to the master:
 Exit status: 0 stopped as requested, 1 failure, 2 wrong usage.
 A worker that was ready and exits with status 125 is not replaced.";
 
-/// Help for `--bind` in `forkyard run`, which takes one FastCGI address and has no default address.
+/// Help for `--bind` in `forkyard run`, which has no default address.
 const BIND_OF_RUN: [&str; 2] = [
-    "Listen on this address, as in fastcgi:unix:/run/app.sock",
+    "Listen on this address, as in fastcgi:unix:/run/app.sock; with --gateways repeatable",
     "\
-Listen on this address, as in fastcgi:unix:/run/app.sock
+Listen on this address, as in fastcgi:unix:/run/app.sock; with --gateways repeatable
 
-PROTO is fastcgi. ADDR is HOST:PORT, unix:PATH, unix:@NAME (abstract namespace), fd:N (an inherited descriptor) or \
+PROTO is fastcgi; with --gateways, it is http, fastcgi or scgi. ADDR is HOST:PORT, unix:PATH, unix:@NAME (abstract namespace), fd:N (an inherited descriptor) or \
 systemd[:NAME] (a socket that systemd passes).
 
 Without --bind, the socket that systemd passes is used, or standard input, if it is a listening socket (started by a \
@@ -266,9 +269,12 @@ struct RunOptions {
 
     /// Let the program accept connections itself, on its standard input (as with spawn-fcgi)
     ///
-    /// This is the only mode in this version, with or without the flag.
+    /// This is the default without --gateways.
     #[arg(long, env = "FORKYARD_DIRECT", help_heading = "Sockets")]
     direct: bool,
+
+    #[command(flatten)]
+    gateway: GatewayOptions,
 
     /// Size of the shared-memory cache for programs with the forkyard-shm library; 0 disables it
     ///
@@ -417,25 +423,80 @@ pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap:
         Subcommands::Run(run) => (*run, "run"),
         Subcommands::Check(run) => (*run, "check"),
     };
-    let (request, wrong) = run_request(run);
+    let given = matches.subcommand().map(|(_, matches)| gateway::given(matches)).unwrap_or_default();
+    let (request, wrong) = run_request(run, &given);
     command.build();
     let sub = command.find_subcommand(name).cloned().unwrap_or_else(|| command.clone());
     conclude(request, wrong, mistakes, checked, &mut sub.bin_name(format!("forkyard {name}")))
 }
 
-/// Like [`linked_request`], for `forkyard run`.
-fn run_request(mut run: RunOptions) -> (ServeRequest, Vec<Mismatch>) {
+/// Like [`linked_request`], for `forkyard run`. `of_gateways` are the flags that require gateways.
+fn run_request(mut run: RunOptions, of_gateways: &[String]) -> (ServeRequest, Vec<Mismatch>) {
     run.serve.bind_what_is_passed();
     let mut wrong = Vec::new();
     if run.command.is_empty() {
         let text = "no program to run: give COMMAND after '--', or set command in the configuration file".to_owned();
         wrong.push(Mismatch { settings: &["command"], text });
     }
-    or_note(check_run(&run.serve.bind), &["bind"], &mut wrong);
-    let scaling = run.serve.scaling.scaling(OfEachWorker::default());
     let memory = (run.cache_options.cache(Some(run.cache)), run.events.config());
-    let config = config(run.serve, scaling, memory, run.settle, OfWorkers::default(), &mut wrong);
+    if run.gateway.gateways.is_some() && run.settle.is_some() {
+        let text = "--settle has no effect with --gateways: the private socket of a process proves that it is ready \
+                    (remove it; see --start-timeout)";
+        wrong.push(Mismatch { settings: &["settle"], text: text.to_owned() });
+    }
+    let mut config = match run.gateway.in_use() {
+        None => {
+            or_note(check_run(&run.serve.bind), &["bind"], &mut wrong);
+            let direct = of_gateways.iter().map(|flag| refused_flags::sentence(flag, ServingCommand::Run));
+            wrong.extend(direct.map(|text| Mismatch { settings: &["gateways"], text }));
+            let scaling = run.serve.scaling.scaling(OfEachWorker::default());
+            config(run.serve, scaling, memory, run.settle, OfWorkers::default(), &mut wrong)
+        }
+        Some((options, gateway)) => gateways_config(run.serve, memory, options, gateway, &mut wrong),
+    };
+    config.settle = run.settle;
     (ServeRequest { config, cgi: false, program: Some(run.command) }, wrong)
+}
+
+fn check_scripts(gateway: &GatewayConfig) -> Result<(), (&'static [&'static str], String)> {
+    match (&gateway.scripts.root, &gateway.scripts.index, gateway.backend) {
+        (None, Some(_), _) => Err((&["index"], "--index names a script below --root, which is missing".to_owned())),
+        (Some(_), _, Backend::Http) => {
+            Err((&["root"], "--root has no effect with --backend http: the program itself maps paths".to_owned()))
+        }
+        (None, None, _) | (Some(_), _, Backend::Fastcgi) => Ok(()),
+    }
+}
+
+/// Returns the settings of gateways and app processes.
+fn gateways_config(
+    serve: ServeOptions,
+    memory: (CacheConfig, EventsConfig),
+    options: OfGateways,
+    gateway: GatewayConfig,
+    wrong: &mut Vec<Mismatch>,
+) -> Config {
+    if serve.bind.is_empty() && !listen::started_by_web_server() {
+        let text = "forkyard run needs an address to listen on, as in --bind http:127.0.0.1:8080".to_owned();
+        wrong.push(Mismatch { settings: &["bind"], text });
+    }
+    if let Err((settings, text)) = check_scripts(&gateway) {
+        wrong.push(Mismatch { settings, text });
+    }
+    let scaling = serve.scaling.scaling(OfEachWorker::of_app_processes(options.recycling));
+    let serves_fastcgi = serve.bind.is_empty() || serve.bind.iter().any(|bind| bind.protocol == Protocol::FastCgi);
+    let access = or_note(options.access.access(serves_fastcgi), &["allow", "bind"], wrong);
+    let (queue, limits) = (options.limits.queue, options.limits.limits(options.timeouts.timeouts()));
+    let of_workers = OfWorkers {
+        threads: 1,
+        queue,
+        limits,
+        access,
+        failures: options.failures.failures(),
+        access_log: options.access_log,
+        ..OfWorkers::default()
+    };
+    Config { gateway: Some(gateway), ..config(serve, scaling, memory, None, of_workers, wrong) }
 }
 
 /// Checks that there is one FastCGI socket: an external program accepts connections from a single socket.
@@ -446,10 +507,12 @@ fn check_run(binds: &[Bind]) -> Result<(), String> {
         [] if listen::started_by_web_server() => Ok(()),
         [] => Err(format!("forkyard run needs an address to listen on, {FORM}")),
         [bind] => Err(format!(
-            "forkyard run cannot listen on {bind}: a program accepts connections itself, over fastcgi only, {FORM}"
+            "forkyard run cannot listen on {bind}: a program accepts connections itself, over fastcgi only, {FORM} (or put \
+             gateways in front of it: --gateways)"
         )),
         binds => Err(format!(
-            "forkyard run takes one --bind and got {}: a program has one listening socket, its standard input",
+            "forkyard run takes one --bind and got {}: a program has one listening socket, its standard input (or put \
+             gateways in front of it: --gateways)",
             binds.len()
         )),
     }
@@ -511,5 +574,6 @@ fn config(
         logs: serve.logs.config(serve.log_level, of_workers.access_log),
         sidecars: or_note(serve.sidecars.config(), &["daemon", "cron"], wrong),
         upgrade: serve.upgrade.config(),
+        gateway: None,
     }
 }

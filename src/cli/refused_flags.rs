@@ -21,24 +21,16 @@ impl ServingCommand {
     /// Returns why this command lacks the flag.
     fn reason(self, flag: &str) -> &'static str {
         match (self, flag) {
-            (Self::Run, "max-requests") => {
-                "only the program itself can count its requests (set a limit in the program, as with PHP_FCGI_MAX_REQUESTS: a \
-                 program that exits with status 0 is replaced; or use --max-age or --max-memory)"
-            }
             (Self::Run, "health-path") => {
-                "all programs accept from one socket, so a request cannot be sent to a particular program (see --settle for \
-                 when a program counts as started)"
+                "a program without gateways shares one socket with others, so a request cannot be sent to a particular \
+                 process, and with gateways its private socket proves that it is ready (see --settle and --start-timeout)"
             }
             (Self::Run, "max-queue-time") => {
-                "a program accepts connections itself, so the waiting time of its requests is not known (a shorter --backlog \
-                 limits how many wait)"
-            }
-            (Self::Run, "access-log" | "access-log-format") => {
-                "a program answers its clients itself, so its requests do not pass through Forkyard (use the access log of the \
-                 web server in front of it)"
+                "with gateways, --queue-timeout limits how long a request waits (without them, a shorter --backlog limits \
+                 how many wait)"
             }
             (Self::Run, "log-rate") => "a program logs to its standard error, which --output-rate limits",
-            (Self::Run, "threads" | "queue") => {
+            (Self::Run, "threads") => {
                 "a program decides itself how many requests it serves at a time (run more processes with --workers)"
             }
             (Self::Run, "sandbox" | "sandbox-read" | "sandbox-write") => {
@@ -46,13 +38,22 @@ impl ServingCommand {
                  --chroot and --rlimit, or the sandboxing of systemd)"
             }
             (Self::Run, "events-backlog" | "max-subscribers") => "only linked applications serve event subscribers",
+            (Self::Run, "max-requests") => {
+                "it requires --gateways, because otherwise only the program itself can count its requests (set a limit in \
+                 the program, as with PHP_FCGI_MAX_REQUESTS: a program that exits with status 0 is replaced; or use \
+                 --max-age or --max-memory)"
+            }
+            (Self::Run, "access-log" | "access-log-format") => {
+                "it requires --gateways, because a program answers its clients itself (or use the access log of the web \
+                 server in front of it)"
+            }
             (Self::Run, "allow" | "trust" | "trust-header" | "proxy-protocol") => {
-                "a program accepts connections itself, so its clients do not connect to Forkyard (see --socket-mode and \
+                "it requires --gateways, because a program accepts connections itself (or see --socket-mode and \
                  --socket-owner, and the settings of the web server in front of it)"
             }
             (Self::Run, _) => {
-                "a program accepts and serves connections itself, so its requests do not pass through Forkyard (set this in the \
-                 program, or in the web server in front of it)"
+                "it requires --gateways, because a program accepts and serves connections itself (or set this in the program, \
+                 or in the web server in front of it)"
             }
             (Self::Linked, "settle") => "a worker reports when it is ready (see --start-timeout)",
             (Self::Linked, _) => "it is a flag of forkyard run",
@@ -82,9 +83,14 @@ pub(super) fn given(command: &Command, matches: &ArgMatches) -> Vec<String> {
     let refused = command.get_arguments().filter_map(|argument| Some((argument, reason(argument)?)));
     let given = refused
         .filter(|(argument, _)| matches.value_source(argument.get_id().as_str()) == Some(ValueSource::CommandLine));
-    given.map(|(argument, reason)| sentence(argument.get_long().unwrap_or_default(), &reason)).collect()
+    given.map(|(argument, reason)| refusal(argument.get_long().unwrap_or_default(), &reason)).collect()
 }
 
-fn sentence(flag: &str, reason: &str) -> String {
+/// Returns the error for a flag that the command does not have in this mode.
+pub(super) fn sentence(flag: &str, serving: ServingCommand) -> String {
+    refusal(flag, serving.reason(flag))
+}
+
+fn refusal(flag: &str, reason: &str) -> String {
     format!("--{flag} is not available here: {reason}")
 }

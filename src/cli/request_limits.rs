@@ -41,7 +41,7 @@ pub(super) struct LimitOptions {
     #[arg(long, value_name = "SIZE", env = "FORKYARD_MAX_BUFFERED", default_value = "256M", value_parser = parse_size, help_heading = "Limits")]
     max_buffered: u64,
 
-    /// Requests per worker that may wait for a thread; further ones get 503
+    /// Requests per worker that may wait for a thread, or per gateway for an app process; further ones get 503
     #[arg(long, value_name = "N", env = "FORKYARD_QUEUE", default_value = "1024", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
     pub(super) queue: u32,
 

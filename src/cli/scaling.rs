@@ -51,6 +51,13 @@ pub(super) struct OfEachWorker {
     max_queue_time: Duration,
 }
 
+impl OfEachWorker {
+    /// Returns the settings of processes of a program behind gateways.
+    pub(super) fn of_app_processes(recycling: RequestRecyclingOptions) -> Self {
+        Self { recycling, ..Self::default() }
+    }
+}
+
 impl ScalingOptions {
     pub(super) fn scaling(&self, of_each: OfEachWorker) -> Scaling {
         Scaling {

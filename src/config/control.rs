@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::Config;
 use super::events::EventsConfig;
+use super::gateway::GatewayConfig;
 use super::privileges::PrivilegesConfig;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -14,12 +15,12 @@ pub(crate) struct ControlConfig {
 }
 
 /// Returns the configuration after a reload: `read`, but with the settings of `running` where a running master cannot
-/// change them. Also returns the flags of these settings, if `read` changes them. `slots` is the maximum number of
-/// processes for which the master has space.
+/// change them. Also returns the flags of these settings, if `read` changes them. The last argument contains the
+/// maximum numbers of workers and of gateways for which the master has space.
 ///
 /// The sockets and the shared memory are created once and shared with running processes; the pid file and the control
 /// socket stay as they are, because other programs find this master by them.
-pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, Vec<String>) {
+pub(crate) fn reloaded(running: &Config, read: Config, (slots, gateways): (u32, u32)) -> (Config, Vec<String>) {
     let mut fixed = Vec::new();
     let mut differs = |flag: &str, differs: bool| {
         if differs {
@@ -38,6 +39,7 @@ pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, V
     differs("events-socket", running.publish != read.publish);
     differs("pid-file", running.privileges.pid_file != read.privileges.pid_file);
     differs("control", running.control != read.control);
+    let gateway = reloaded_gateway(running, &read, gateways, &mut differs);
     let config = Config {
         binds: running.binds.clone(),
         backlog: running.backlog,
@@ -48,7 +50,33 @@ pub(crate) fn reloaded(running: &Config, read: Config, slots: u32) -> (Config, V
         events: EventsConfig { bytes: running.events.bytes, ..read.events },
         privileges: PrivilegesConfig { pid_file: running.privileges.pid_file.clone(), ..read.privileges },
         control: running.control.clone(),
+        gateway,
         ..read
     };
     (config, fixed)
+}
+
+/// Returns the settings of the gateways after a reload. Whether there are gateways, and what depends on the shared memory
+/// that they use, cannot change.
+fn reloaded_gateway(
+    running: &Config,
+    read: &Config,
+    slots: u32,
+    differs: &mut impl FnMut(&str, bool),
+) -> Option<GatewayConfig> {
+    let before = running.gateway.as_ref();
+    let Some((before, mut gateway)) = before.zip(read.gateway.clone()) else {
+        differs("gateways", running.gateway.is_some() != read.gateway.is_some());
+        return running.gateway.clone();
+    };
+    let fits = gateway.gateways.0 < slots;
+    differs("gateways", !fits);
+    differs("backend", before.backend != gateway.backend);
+    gateway.backend = before.backend;
+    differs("app-concurrency", before.concurrency != gateway.concurrency);
+    gateway.concurrency = before.concurrency;
+    if !fits {
+        gateway.gateways = before.gateways;
+    }
+    Some(gateway)
 }

@@ -7,6 +7,7 @@ mod contradictions;
 pub(crate) mod control;
 pub(crate) mod events;
 pub(crate) mod failures;
+pub(crate) mod gateway;
 pub(crate) mod logs;
 pub(crate) mod peers;
 pub(crate) mod privileges;
@@ -64,6 +65,8 @@ pub(crate) struct Config {
     pub(crate) logs: logs::LogConfig,
     pub(crate) sidecars: sidecars::SidecarsConfig,
     pub(crate) upgrade: upgrade::UpgradeConfig,
+    /// `None` for a linked application, and for a program that accepts connections itself.
+    pub(crate) gateway: Option<gateway::GatewayConfig>,
 }
 
 /// The proxies whose headers identify the client.

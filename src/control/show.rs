@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::wire::{MasterStatus, QuarantinedStatus, WorkerStatus};
+use super::wire::{MasterStatus, QuarantinedStatus, QueueStatus, WorkerStatus};
 
 const HEAD: [&str; 9] = ["SLOT", "PID", "GEN", "STATE", "AGE", "REQUESTS", "CONNS", "BUSY", "RSS"];
 
@@ -17,7 +17,25 @@ pub(crate) fn table(status: &MasterStatus) -> String {
     for bind in &status.binds {
         let _ = writeln!(text, "  bind  {}:{} waiting={}", bind.protocol, bind.address, bind.waiting);
     }
-    let rows: Vec<[String; 9]> = status.workers.iter().map(row).collect();
+    if let Some(QueueStatus { requests, oldest_ms }) = &status.queued {
+        let _ = writeln!(text, "  queue requests={requests} oldest={}", time(*oldest_ms));
+    }
+    text += &processes(&status.workers);
+    if !status.gateways.is_empty() {
+        text.push_str("gateways:\n");
+        text += &processes(&status.gateways);
+    }
+    if !status.quarantined.is_empty() {
+        text.push_str("quarantined:\n");
+        text += &quarantine(&status.quarantined);
+    }
+    text
+}
+
+/// Formats a row for each process, and the requests in flight.
+fn processes(processes: &[WorkerStatus]) -> String {
+    let mut text = String::new();
+    let rows: Vec<[String; 9]> = processes.iter().map(row).collect();
     let width = |column: usize| {
         let cells = rows.iter().map(|row| row[column].len());
         cells.chain([HEAD[column].len()]).max().unwrap_or(0)
@@ -33,7 +51,7 @@ pub(crate) fn table(status: &MasterStatus) -> String {
     };
     line(HEAD);
     let mut lines = Vec::new();
-    for (cells, worker) in rows.iter().zip(&status.workers) {
+    for (cells, worker) in rows.iter().zip(processes) {
         line(std::array::from_fn(|column| cells[column].as_str()));
         lines.extend(worker.serving.iter().map(|request| (worker.slot, request)));
     }
@@ -42,10 +60,6 @@ pub(crate) fn table(status: &MasterStatus) -> String {
     }
     for (slot, request) in lines {
         let _ = writeln!(text, "  slot={slot} {:>8}  {}", time(request.for_ms), request.what);
-    }
-    if !status.quarantined.is_empty() {
-        text.push_str("quarantined:\n");
-        text += &quarantine(&status.quarantined);
     }
     text
 }
@@ -125,6 +139,8 @@ mod tests {
             state: "running".to_owned(),
             binds: vec![BindStatus { protocol: "http".to_owned(), address: "127.0.0.1:80".to_owned(), waiting: 5 }],
             workers: vec![known, waiting],
+            gateways: Vec::new(),
+            queued: None,
             quarantined: vec![QuarantinedStatus { request: "GET /items/*".to_owned(), left_ms: 59_000, times: 2 }],
         };
         assert_eq!(

@@ -75,7 +75,14 @@ pub(crate) struct MasterStatus {
     /// `running`, `reloading` or `stopping`.
     pub(crate) state: String,
     pub(crate) binds: Vec<BindStatus>,
+    /// The processes that run the application: workers, programs or app processes.
     pub(crate) workers: Vec<WorkerStatus>,
+    /// The gateways in front of app processes.
+    #[serde(default)]
+    pub(crate) gateways: Vec<WorkerStatus>,
+    /// The requests that wait for an app process. `None` without gateways.
+    #[serde(default)]
+    pub(crate) queued: Option<QueueStatus>,
     #[serde(default)]
     pub(crate) quarantined: Vec<QuarantinedStatus>,
 }
@@ -88,6 +95,14 @@ pub(crate) struct BindStatus {
     /// Number of connections in the kernel's queue. If the kernel does not count them, 1 means that there are some.
     #[serde(default)]
     pub(crate) waiting: u32,
+}
+
+/// The requests that wait in all gateways.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct QueueStatus {
+    pub(crate) requests: u32,
+    /// How long the oldest of them has waited.
+    pub(crate) oldest_ms: u64,
 }
 
 /// A quarantined request.

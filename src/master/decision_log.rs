@@ -3,13 +3,15 @@
 use nix::unistd::Pid;
 
 use super::Master;
+use super::apps::Which;
 use super::pool::death_log::DeathRecord;
+use super::pool::plural;
 use super::pool::supervisor::Notice;
 use crate::config::in_ms;
 
 // These events are also reported to control clients.
-pub(super) const START_TIMEOUT: &str = "worker killed: it was not ready in time (--start-timeout)";
-pub(super) const DRAIN_TIMEOUT: &str = "worker killed: it did not finish in time (--drain-timeout)";
+pub(super) const START_TIMEOUT: &str = "killed: it was not ready in time (--start-timeout)";
+pub(super) const DRAIN_TIMEOUT: &str = "killed: it did not finish in time (--drain-timeout)";
 pub(super) const RELOAD_STARTED: &str = "reload started";
 pub(super) const RELOAD_DONE: &str = "reload done";
 
@@ -34,35 +36,54 @@ impl Master {
 
     /// Returns the hint in the latest death record. If `pid` is given, returns the hint only if the record describes
     /// that process.
-    fn hint_of(&self, pid: Option<Pid>) -> Option<&str> {
-        let DeathRecord { hint, pid: of, .. } = &self.pool.death_record;
+    fn hint_of(&self, which: Which, pid: Option<Pid>) -> Option<&str> {
+        let DeathRecord { hint, pid: of, .. } = &self.pool_of(which).death_record;
         Some(hint.as_str()).filter(|hint| !hint.is_empty() && (pid.is_none() || pid == *of))
     }
 
-    pub(super) fn log(&mut self, notice: Notice) {
-        self.notify_systemd(notice);
+    pub(super) fn log(&mut self, which: Which, notice: Notice) {
+        let noun = self.pool_of(which).noun;
+        let pool = self.apps.is_some().then(|| plural(noun));
+        if notice == Notice::FullStrength {
+            let are_up = self.pools().all(|pool| pool.supervisor.is_up());
+            if !are_up || std::mem::replace(&mut self.was_ready, true) {
+                return; // the other pool is still starting, or has been the last one
+            }
+        }
+        // systemd takes the reloads of app processes and of gateways for one.
+        let is_half = match notice {
+            Notice::ReloadDone { .. } => which == Which::Apps,
+            Notice::ReloadStarted { .. } => which == Which::Front && self.apps.is_some(),
+            _ => false,
+        };
+        if !is_half {
+            self.notify_systemd(notice);
+        }
         match notice {
             Notice::FullStrength => crate::startup::banner::ready(self.begun.elapsed()),
             Notice::Failing { failures, delay } => log::error!(
-                failures, next_try = in_ms(delay), hint = self.hint_of(None);
-                "workers die before they are ready (see the lines above)"
+                failures, next_try = in_ms(delay), hint = self.hint_of(which, None);
+                "{} die before they are ready (see the lines above)", plural(noun)
             ),
             Notice::GivenUp { after } => {
                 self.gave_up = true;
                 log::error!(
                     failing_for:% = format_args!("{}s", after.as_secs());
-                    "no worker ever became ready: the server stops (see the lines above; --start-timeout if workers need \
+                    "no {noun} ever became ready: the server stops (see the lines above; --start-timeout if they need \
                      longer; --give-up-after 0 to retry indefinitely)"
                 );
             }
             Notice::Throttled { slot, delay } => {
                 log::warn!(
                     slot, delay = in_ms(delay);
-                    "workers exit too often: a replacement is delayed (--respawn-rate)"
+                    "{} exit too often: a replacement is delayed (--respawn-rate)", plural(noun)
                 );
             }
-            Notice::StartTimeout { slot, pid } => log::warn!(slot, pid = pid.as_raw(); "{START_TIMEOUT}"),
-            Notice::DrainTimeout { slot, pid } => log::warn!(slot, pid = pid.as_raw(); "{DRAIN_TIMEOUT}"),
+            Notice::StartTimeout { slot, pid } => {
+                let cause = self.pool_of(which).why_not_ready().map(|cause| format!(": {cause}")).unwrap_or_default();
+                log::warn!(slot, pid = pid.as_raw(); "{noun} {START_TIMEOUT}{cause}");
+            }
+            Notice::DrainTimeout { slot, pid } => log::warn!(slot, pid = pid.as_raw(); "{noun} {DRAIN_TIMEOUT}"),
             Notice::Target(workers) => log::info!(workers; "the number of workers was changed"),
             Notice::TargetLimit(workers) => {
                 log::warn!(workers; "the number of workers was not changed: it is at its limit");
@@ -74,14 +95,14 @@ impl Master {
                 workers, in_flight, waiting;
                 "all workers are busy and connections are waiting (--workers sets the maximum)"
             ),
-            Notice::ReloadStarted { generation } => log::info!("gen" = generation; "{RELOAD_STARTED}"),
-            Notice::ReloadDone { generation } => log::info!("gen" = generation; "{RELOAD_DONE}"),
+            Notice::ReloadStarted { generation } => log::info!("gen" = generation, pool; "{RELOAD_STARTED}"),
+            Notice::ReloadDone { generation } => log::info!("gen" = generation, pool; "{RELOAD_DONE}"),
             Notice::ReloadFailed { generation, slot, pid } => {
-                let DeathRecord { pid: of, last_words, .. } = &self.pool.death_record;
+                let DeathRecord { pid: of, last_words, .. } = &self.pool_of(which).death_record;
                 let said = Some(last_words).filter(|last_words| *of == pid && !last_words.is_empty());
                 log::error!(
-                    "gen" = generation, slot, pid = pid.map(Pid::as_raw), said, hint = self.hint_of(pid);
-                    "reload failed: a new worker did not become ready; the old workers stay"
+                    "gen" = generation, slot, pid = pid.map(Pid::as_raw), said, hint = self.hint_of(which, pid);
+                    "reload failed: a new {noun} did not become ready; the old workers stay"
                 );
             }
         }

@@ -40,7 +40,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, getpgrp, getpid, getppid, getsid, setpgid};
 
 use super::Master;
-use super::pool::spawn::{Launch, Spawner};
+use super::pool::spawn::Spawner;
 use super::pool::supervisor::{Breaker, Uptime};
 use super::procfs;
 use crate::config::in_ms;
@@ -157,7 +157,7 @@ impl Master {
     /// Keeps a guard running if there are processes to guard. A master with pid 1 needs no guard, because the kernel
     /// kills all processes of the container when pid 1 dies.
     pub(super) fn keep_guard(&mut self) {
-        let runs_programs = matches!(self.pool.spawner.launch, Launch::Program(_));
+        let runs_programs = self.pools().any(|pool| pool.spawner.launch.executes());
         self.guard.wanted = (runs_programs || self.sidecars.has_any()) && getpid() != Pid::from_raw(1);
         if self.guard.next_deadline().is_some_and(|deadline| self.now() >= deadline) {
             self.start_guard();
@@ -190,11 +190,12 @@ impl Master {
 
     /// Returns the process groups that must end with the master.
     fn groups(&self) -> BTreeSet<i32> {
-        let programs = self.pool.children.iter().filter(|(_, child)| !child.is_worker()).map(|(pid, _)| *pid);
+        let children = self.pools().flat_map(|pool| &pool.children);
+        let programs = children.filter(|(_, child)| !child.is_worker()).map(|(pid, _)| *pid);
         let sidecars = self.sidecars.living().into_iter().map(|living| living.pid);
         let mut groups: BTreeSet<i32> = programs.chain(sidecars).map(Pid::as_raw).collect();
         let (session, own_group) = (own_session(), getpgrp().as_raw());
-        let runs_programs = matches!(self.pool.spawner.launch, Launch::Program(_));
+        let runs_programs = self.pools().any(|pool| pool.spawner.launch.executes());
         for pid in procfs::family_of(&self.orphans()) {
             // The groups of processes that workers have left behind are not announced, because workers that are still
             // serving may belong to these groups. The master's own group is not announced, because the process that

@@ -9,6 +9,7 @@
 //! Modules for processes:
 //! - [`pool`] manages the workers, or the programs in their place: it starts and observes them, and makes all decisions
 //!   about them.
+//! - [`apps`] runs the second pool, if there are gateways: the app processes behind them.
 //! - [`reap`] handles the death of any child, and [`remaining_processes`] terminates what the children leave behind.
 //! - [`sidecars`] runs daemons and jobs; [`relay`] runs the process that publishes events for programs in other
 //!   languages; [`guard`] runs the process that outlives a killed master and kills what its programs have started.
@@ -21,6 +22,7 @@
 //! - [`memory_damage`] checks the shared memory.
 //! - [`status`] describes the state, and [`sd_notify`] reports it to systemd.
 
+mod apps;
 mod background_daemons;
 mod control;
 pub(crate) mod decision_log;
@@ -42,7 +44,6 @@ mod stall;
 mod status;
 pub(crate) mod upgrade;
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd as _, RawFd};
 use std::sync::Arc;
@@ -51,6 +52,7 @@ use std::time::{Duration, Instant};
 use forkyard_shm::Segment;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use self::apps::Which;
 pub(crate) use self::control::Control;
 pub(crate) use self::earlier_children::EarlierChildren;
 use self::guard::Guard;
@@ -58,7 +60,7 @@ use self::memory_damage::Damage;
 use self::pool::Pool;
 pub(crate) use self::pool::spawn::Launch;
 use self::pool::spawn::{self, Child, Spawner};
-use self::pool::supervisor::{Action, Command, Phase, SupervisorEvent};
+use self::pool::supervisor::{Command, Phase, SupervisorEvent};
 use self::relay::Relay;
 use self::sd_notify::Notify;
 use self::sidecars::Sidecars;
@@ -81,6 +83,16 @@ const POLL_RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How long to wait for the heirs of the last workers: a little longer than an heir needs.
 const HEIRS_TIMEOUT: Duration = Duration::from_millis(2500);
+
+/// The application: what the processes run.
+pub(crate) struct Application {
+    /// The code of the workers, or of the gateways.
+    pub(crate) launch: Launch,
+    /// The settings and the program of the app processes, if the workers are gateways.
+    pub(crate) apps: Option<(Arc<Config>, Launch)>,
+    /// The descriptors that the application opened; workers keep these descriptors.
+    pub(crate) descriptors: Arc<[RawFd]>,
+}
 
 /// Interfaces for operators, except signals.
 pub(crate) struct Operators {
@@ -110,7 +122,10 @@ pub(crate) struct Reloaded {
 }
 
 struct Master {
+    /// The processes that serve clients: workers, programs or gateways.
     pool: Pool,
+    /// The app processes, if `pool` consists of gateways.
+    apps: Option<Pool>,
     control: Option<Control>,
     reread: Reread,
     signals: SignalInbox,
@@ -127,6 +142,10 @@ struct Master {
     damage: Damage,
     /// Whether the server is stopping because no worker ever became ready.
     gave_up: bool,
+    /// Whether all pools have been at full strength at some time.
+    was_ready: bool,
+    /// Set when the last process of one of two pools has ended. True if the operator asked the server to stop.
+    emptied_first: Option<(Which, bool)>,
     /// Set when the last worker has ended. True if the operator asked the server to stop.
     emptied: Option<bool>,
     /// Set when the last process has ended. True if the operator asked the server to stop.
@@ -159,8 +178,7 @@ pub(crate) struct Start {
 
 /// Runs the master until it has been stopped or has given up, and every process has ended.
 ///
-/// `application` contains the descriptors that the application opened; workers keep these descriptors. Returns the
-/// control socket, to be closed last.
+/// Returns the control socket, to be closed last.
 ///
 /// # Errors
 /// Fails if the master cannot set itself up.
@@ -168,11 +186,11 @@ pub(crate) fn run(
     config: Arc<Config>,
     listeners: Arc<[Listener]>,
     segment: Segment,
-    launch: Launch,
-    application: Arc<[RawFd]>,
+    application: Application,
     start: Start,
     operators: Operators,
 ) -> io::Result<(StopReason, Option<Control>)> {
+    let Application { launch, apps, descriptors } = application;
     let Start { begun, signals, start_command, earlier, mut takeover } = start;
     let ties = takeover.as_mut().map_or_else(Ties::default, |left| left.ties(&listeners));
     // Signals were blocked until now, so that none was handled too early. The parent process may have blocked signals
@@ -182,9 +200,16 @@ pub(crate) fn run(
     nix::sys::prctl::set_child_subreaper(true)?;
     let damage = Damage::new(&segment);
     let sidecars = Sidecars::new(&config, segment.clone(), begun)?;
-    let spawner = Spawner::new(config, listeners, segment, launch, application, operators.log_files, ties)?;
+    let apps = apps.map(|(config, launch)| {
+        let (none, log_files) = (Arc::from([]), Arc::clone(&operators.log_files));
+        Spawner::new(config, Arc::from([]), segment.clone(), launch, none, log_files, Ties::default())
+    });
+    let apps = apps.transpose()?.map(|spawner| Pool::new(spawner, "app process", begun));
+    let noun = if apps.is_some() { "gateway" } else { "worker" };
+    let spawner = Spawner::new(config, listeners, segment, launch, descriptors, operators.log_files, ties)?;
     let mut master = Master {
-        pool: Pool::new(spawner, begun),
+        pool: Pool::new(spawner, noun, begun),
+        apps,
         control: operators.control,
         reread: operators.reread,
         signals,
@@ -199,6 +224,8 @@ pub(crate) fn run(
         earlier,
         begun,
         gave_up: false,
+        was_ready: false,
+        emptied_first: None,
         emptied: None,
         ended: None,
     };
@@ -214,15 +241,18 @@ pub(crate) fn run(
         let (arrived, events) = master.wait();
         logging::tick();
         if arrived {
-            master.feed(SupervisorEvent::Arrival);
+            master.step(Which::Front, SupervisorEvent::Arrival);
         }
         master.read_signals();
         master.observe();
         master.check_memory_damage();
         master.read_operators(&events);
-        master.feed(SupervisorEvent::Tick);
+        master.step(Which::Front, SupervisorEvent::Tick);
+        if master.apps.is_some() {
+            master.step(Which::Apps, SupervisorEvent::Tick);
+        }
         master.pool.check_closing();
-        master.feed_observed();
+        master.feed_observed(Which::Front);
         master.run_sidecars();
         master.relay.turn(&master.pool.spawner, &master.signals, begun.elapsed());
         master.upgrade.listen();
@@ -261,7 +291,9 @@ impl Master {
         self.relay.end();
         self.end_leftovers();
         self.guard.stop();
-        self.pool.orphaned_outputs.finish(self.now());
+        let now = self.now();
+        self.pool.orphaned_outputs.finish(now);
+        self.apps.iter_mut().for_each(|apps| apps.orphaned_outputs.finish(now));
         self.farewell();
         logging::finish();
     }
@@ -273,7 +305,9 @@ impl Master {
     /// Passes the path of the publish socket to all programs.
     fn announce_publish_socket(&mut self) {
         let events = self.relay.seen_by_programs(&self.pool.spawner.config);
-        self.pool.spawner.current.events.clone_from(&events);
+        for pool in [&mut self.pool].into_iter().chain(&mut self.apps) {
+            pool.spawner.current.events.clone_from(&events);
+        }
         self.sidecars.announce_publish_socket(events);
     }
 
@@ -297,10 +331,17 @@ impl Master {
     /// there is no worker, and the events of the control socket.
     fn wait(&self) -> (bool, Vec<PollFlags>) {
         let now = self.now();
+        let of_pools = self.pools().flat_map(|pool| {
+            let outputs = pool.children.values().filter_map(|child| child.output.as_ref()?.next_deadline());
+            let own = [
+                pool.supervisor.next_deadline(),
+                pool.recycling.next_deadline(),
+                pool.faults.next_deadline(),
+                pool.orphaned_outputs.next_deadline(),
+            ];
+            own.into_iter().flatten().chain(outputs)
+        });
         let deadlines = [
-            self.pool.supervisor.next_deadline(),
-            self.pool.recycling.next_deadline(),
-            self.pool.faults.next_deadline(),
             self.control.as_ref().and_then(|control| control.next_deadline(now)),
             self.sidecars.next_deadline(),
             self.pool.programs.next_deadline(now),
@@ -308,11 +349,10 @@ impl Master {
             self.guard.next_deadline(),
             self.damage.next_deadline(),
         ];
-        let outputs = self.pool.children.values().filter_map(|child| child.output.as_ref()?.next_deadline());
-        let deadline =
-            deadlines.into_iter().flatten().chain(outputs).chain(self.pool.orphaned_outputs.next_deadline()).min();
+        let deadline = deadlines.into_iter().flatten().chain(of_pools).min();
         let mut timeout = deadline.map(|deadline| deadline.saturating_sub(now));
-        if self.pool.children.values().any(Child::is_unsettled_program) {
+        let is_starting = |child: &Child| child.is_unsettled_program() || child.is_starting_app();
+        if self.pools().any(|pool| pool.children.values().any(is_starting)) {
             let pace = self.pool.programs.pace(now);
             timeout = Some(timeout.map_or(pace, |timeout| timeout.min(pace)));
         }
@@ -331,11 +371,14 @@ impl Master {
             PollTimeout::try_from(timeout.as_millis() + 1).unwrap_or(PollTimeout::MAX)
         });
         let signals = PollFd::new(self.signals.as_fd(), PollFlags::POLLIN);
-        let children = self.pool.children.values().flat_map(|child| child.watched(slow_log.is_none()));
-        let outputs =
-            self.pool.orphaned_outputs.watched().chain(self.sidecars.watched()).filter(|_| slow_log.is_none());
+        let children = self.pools().flat_map(|pool| pool.children.values());
+        let children = children.flat_map(|child| child.watched(slow_log.is_none()));
+        let orphaned = self.pools().flat_map(|pool| pool.orphaned_outputs.watched());
+        let outputs = orphaned.chain(self.sidecars.watched()).filter(|_| slow_log.is_none());
+        let idle = self.apps.as_ref().and_then(Pool::channel).map(|channel| channel.wakes_master());
         let children = children
             .chain(outputs)
+            .chain(idle)
             .chain(self.relay.watched(now))
             .chain(self.upgrade.watched())
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -380,7 +423,7 @@ impl Master {
                         | Command::Add
                         | Command::Remove
                         | Command::Scale(_)
-                        | Command::Upgrade => self.feed(SupervisorEvent::Command(command)),
+                        | Command::Upgrade => self.obey(command),
                     }
                 }
                 Meaning::ReopenLogs => drop(self.reopen_logs()), // the errors are in the log
@@ -391,31 +434,25 @@ impl Master {
     /// Observes the processes of the pool, and carries out what the supervisor decides about them.
     fn observe(&mut self) {
         self.pool.read_children();
-        self.feed_observed();
+        self.feed_observed(Which::Front);
         self.pool.orphaned_outputs.read(self.now());
         let orphans = self.pool.is_search_for_strays_due().then(|| self.orphans());
         self.pool.check_programs(orphans.as_deref());
-        self.feed_observed();
+        self.feed_observed(Which::Front);
         self.pool.recycle();
-        self.feed_observed();
+        self.feed_observed(Which::Front);
         self.pool.check_hangs_and_quarantine();
-        self.feed_observed();
-    }
-
-    /// Passes what the pool has observed to the supervisor.
-    fn feed_observed(&mut self) {
-        while let Some(event) = self.pool.next_observed() {
-            if let SupervisorEvent::Ready { pid } = event {
-                self.report_ready(pid);
-            }
-            self.feed(event);
-        }
+        self.feed_observed(Which::Front);
+        self.observe_apps();
     }
 
     /// Starts the first processes.
     fn begin(&mut self) {
         self.keep_guard();
-        self.feed(SupervisorEvent::Tick);
+        self.step(Which::Front, SupervisorEvent::Tick);
+        if self.apps.is_some() {
+            self.step(Which::Apps, SupervisorEvent::Tick);
+        }
     }
 
     /// Runs the guard, the daemons and the jobs. The master exits when the last worker and all daemons and jobs have
@@ -429,49 +466,23 @@ impl Master {
             let orphans = self.orphans();
             self.sidecars.inherit(&orphans);
         }
-        self.sidecars.turn(self.pool.supervisor.is_up());
+        let is_up = self.pools().all(|pool| pool.supervisor.is_up());
+        self.sidecars.turn(is_up);
         if self.sidecars.is_empty() && self.pool.programs.is_empty() {
             self.ended = self.emptied;
         }
     }
 
-    /// Passes an event to the supervisor and carries out the resulting actions, until none are left.
-    fn feed(&mut self, event: SupervisorEvent) {
-        if let SupervisorEvent::Command(command) = event {
-            if let Command::Drain | Command::Halt = command {
-                self.upgrade.cancel();
-                self.notify.stopping();
-            }
-            if command == Command::Halt {
-                self.pool.programs.halt();
-            }
-            self.sidecars.apply(command);
+    /// Carries out a command of the operator.
+    fn obey(&mut self, command: Command) {
+        if let Command::Drain | Command::Halt = command {
+            self.upgrade.cancel();
+            self.notify.stopping();
         }
-        let mut actions = VecDeque::from(self.pool.supervisor.step(event, self.now()));
-        while let Some(action) = actions.pop_front() {
-            if let Some(answer) = self.act(action) {
-                actions.extend(self.pool.supervisor.step(answer, self.now()));
-            }
+        if command == Command::Halt {
+            self.pool.programs.halt();
         }
-    }
-
-    fn act(&mut self, action: Action) -> Option<SupervisorEvent> {
-        match action {
-            Action::Notice(notice) => {
-                self.follow_reload(notice);
-                self.log(notice);
-                self.report_to_clients(notice);
-            }
-            Action::Upgrade => self.begin_upgrade(),
-            Action::Exit { success } => self.emptied = Some(success),
-            Action::Spawn { .. }
-            | Action::Terminate { .. }
-            | Action::Remind { .. }
-            | Action::Kill { .. }
-            | Action::Abort { .. }
-            | Action::Close { .. }
-            | Action::Sample => {}
-        }
-        self.pool.act(action, &self.signals)
+        self.sidecars.apply(command);
+        self.command(command);
     }
 }

@@ -10,10 +10,12 @@ use nix::poll::PollFlags;
 use nix::unistd::Pid;
 
 use super::Master;
+use super::apps::Which;
 use super::control::{ClientId, Control, Waiting};
 use super::decision_log::{DRAIN_TIMEOUT, RELOAD_DONE, RELOAD_STARTED, START_TIMEOUT};
 use super::pool::spawn::to_pass;
-use super::pool::supervisor::{Command, Notice, Phase, SupervisorEvent};
+use super::pool::supervisor::{Command, Notice, Phase};
+use super::pool::with_article;
 use super::status::line_of;
 use crate::control::wire::{ControlReply, ControlRequest};
 
@@ -62,7 +64,7 @@ impl Master {
             ControlRequest::Segment | ControlRequest::Events => self.hand_over_memory(client),
             ControlRequest::Stop { now } => {
                 self.keep_waiting(client, Waiting::Stop);
-                self.feed(SupervisorEvent::Command(if now { Command::Halt } else { Command::Drain }));
+                self.obey(if now { Command::Halt } else { Command::Drain });
             }
             ControlRequest::Reload | ControlRequest::Scale { .. } | ControlRequest::Upgrade if stopping => {
                 log::info!(command = request.name(); "ignored a command, because the server is stopping");
@@ -90,7 +92,7 @@ impl Master {
             }
             ControlRequest::Upgrade => {
                 self.keep_waiting(client, Waiting::Upgrade);
-                self.feed(SupervisorEvent::Command(Command::Upgrade));
+                self.obey(Command::Upgrade);
             }
             ControlRequest::ReopenLogs => {
                 let errors = self.reopen_logs();
@@ -123,7 +125,7 @@ impl Master {
     }
 
     fn scale(&mut self, client: ClientId, workers: u32) {
-        let view = self.pool.supervisor.view();
+        let view = self.application_pool().supervisor.view();
         let most = view.most;
         if !(1..=most).contains(&workers) {
             let why = format!("cannot run {workers} workers: expected 1 to {most} (--workers can raise the limit)");
@@ -132,29 +134,31 @@ impl Master {
         }
         self.keep_waiting(client, Waiting::Scale(workers));
         if view.limits != (workers, workers) {
-            self.feed(SupervisorEvent::Command(Command::Scale(workers)));
+            self.obey(Command::Scale(workers));
         }
     }
 
     /// Reports a process that has become ready, or that appears to be.
-    pub(super) fn report_ready(&mut self, pid: Pid) {
-        if let Some(child) = self.pool.children.get(&pid) {
+    pub(super) fn report_ready(&mut self, which: Which, pid: Pid) {
+        let pool = self.pool_of(which);
+        if let Some(child) = pool.children.get(&pid) {
             let (slot, generation) = (child.slot.into(), child.generation.into());
             let fields: [(&str, Value<'_>); 3] = [("slot", slot), ("pid", pid.as_raw().into()), ("gen", generation)];
-            let line = line_of("worker ready", &fields);
+            let line = line_of(&format!("{} ready", pool.noun), &fields);
             self.reply_to_movers(&line);
         }
     }
 
     /// Reports the latest death of a process.
-    pub(super) fn report_death(&mut self) {
-        let text = self.pool.death_record.line.clone();
+    pub(super) fn report_death(&mut self, which: Which) {
+        let text = self.pool_of(which).death_record.line.clone();
         self.reply_to_movers(&text);
         self.reply_to_waiting(Waiting::Stop, &ControlReply::Progress { text });
     }
 
     /// Reports a notice of the supervisor to the clients that wait for it.
-    pub(super) fn report_to_clients(&mut self, notice: Notice) {
+    pub(super) fn report_to_clients(&mut self, which: Which, notice: Notice) {
+        let noun = self.pool_of(which).noun;
         match notice {
             Notice::ReloadStarted { generation } => {
                 let text = line_of(RELOAD_STARTED, &("gen", generation));
@@ -165,15 +169,15 @@ impl Master {
                 self.reply_to_waiting(Waiting::Reload, &ControlReply::done(text));
             }
             Notice::ReloadFailed { generation, .. } => {
-                let why = match self.pool.death_record.line.as_str() {
+                let why = match self.pool_of(which).death_record.line.as_str() {
                     "" => line_of("reload failed; the old workers stay", &("gen", generation)),
                     death => format!("reload failed; the old workers stay: {death}"),
                 };
                 self.reply_to_waiting(Waiting::Reload, &ControlReply::failed(why));
             }
             Notice::Failing { .. } => {
-                let failed =
-                    ControlReply::failed(format!("a worker did not become ready: {}", self.pool.death_record.line));
+                let death = &self.pool_of(which).death_record.line;
+                let failed = ControlReply::failed(format!("{} did not become ready: {death}", with_article(noun)));
                 for (client, waiting) in self.waiting() {
                     if matches!(waiting, Waiting::Scale(_)) {
                         self.reply(client, &failed);
@@ -181,11 +185,18 @@ impl Master {
                 }
             }
             Notice::StartTimeout { slot, pid } => {
-                let text = line_of(START_TIMEOUT, &[("slot", Value::from(slot)), ("pid", pid.as_raw().into())]);
+                let cause = self.pool_of(which).why_not_ready().map(|cause| format!(": {cause}")).unwrap_or_default();
+                let text = line_of(
+                    &format!("{noun} {START_TIMEOUT}{cause}"),
+                    &[("slot", Value::from(slot)), ("pid", pid.as_raw().into())],
+                );
                 self.reply_to_movers(&text);
             }
             Notice::DrainTimeout { slot, pid } => {
-                let text = line_of(DRAIN_TIMEOUT, &[("slot", Value::from(slot)), ("pid", pid.as_raw().into())]);
+                let text = line_of(
+                    &format!("{noun} {DRAIN_TIMEOUT}"),
+                    &[("slot", Value::from(slot)), ("pid", pid.as_raw().into())],
+                );
                 self.reply_to_movers(&text);
                 self.reply_to_waiting(Waiting::Stop, &ControlReply::Progress { text });
             }
@@ -214,7 +225,7 @@ impl Master {
         if waiting.is_empty() {
             return;
         }
-        let view = self.pool.supervisor.view();
+        let view = self.application_pool().supervisor.view();
         for (client, waiting) in waiting {
             let outcome = match waiting {
                 Waiting::No | Waiting::Stop => None,

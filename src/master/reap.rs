@@ -4,6 +4,7 @@
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
+use super::apps::Which;
 use super::{Master, procfs};
 use crate::sys;
 
@@ -13,6 +14,8 @@ use crate::sys;
 pub(super) enum Kind {
     /// A worker, or a program in its place.
     Worker,
+    /// A program behind gateways.
+    App,
     /// A daemon or a job.
     Sidecar,
     Relay,
@@ -29,6 +32,7 @@ impl Master {
     pub(super) fn kind_of(&self, pid: Pid) -> Kind {
         match pid {
             _ if self.pool.children.contains_key(&pid) => Kind::Worker,
+            _ if self.apps.as_ref().is_some_and(|apps| apps.children.contains_key(&pid)) => Kind::App,
             _ if self.sidecars.has(pid) => Kind::Sidecar,
             _ if self.relay.pid() == Some(pid) => Kind::Relay,
             _ if self.guard.has(pid) => Kind::Guard,
@@ -59,9 +63,16 @@ impl Master {
             let Some(ending) = sys::reap(pid) else { return };
             match kind {
                 Kind::Worker => {
+                    let slot = self.pool.children.get(&pid).map(|child| child.slot);
                     self.pool.ended(pid, ending, &self.signals);
-                    self.report_death();
-                    self.feed_observed();
+                    slot.into_iter().for_each(|slot| self.gateway_died(slot));
+                    self.report_death(Which::Front);
+                    self.feed_observed(Which::Front);
+                }
+                Kind::App => {
+                    self.apps.iter_mut().for_each(|apps| apps.ended(pid, ending, &self.signals));
+                    self.report_death(Which::Apps);
+                    self.feed_observed(Which::Apps);
                 }
                 Kind::Sidecar => self.sidecars.ended(pid, ending),
                 Kind::Relay => self.relay.ended(pid, ending, self.now()),
@@ -84,8 +95,10 @@ impl Master {
             (Kind::UpgradeCheck, _) | (Kind::Sidecar, None) => drop(killpg(pid, Signal::SIGKILL)), // the group must be empty
             (Kind::Sidecar, Some(ending)) if !self.sidecars.spares(pid, ending) => drop(killpg(pid, Signal::SIGKILL)),
             (Kind::Worker, Some(ending)) => self.pool.program_ending(pid, ending),
+            (Kind::App, Some(ending)) => self.apps.iter().for_each(|apps| apps.app_ending(pid, ending)),
             (
                 Kind::Worker
+                | Kind::App
                 | Kind::Sidecar
                 | Kind::Relay
                 | Kind::Guard

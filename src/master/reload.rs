@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use nix::unistd::Uid;
 
+use super::apps::Which;
 use super::control::Waiting;
 use super::pool::supervisor::{Command, Notice, SupervisorEvent};
 use super::pool::{Pool, policy};
@@ -33,8 +34,8 @@ impl Master {
     /// # Errors
     /// Returns a message for the operator if the configuration is invalid. In this case nothing has changed.
     pub(super) fn reload(&mut self) -> Result<(), String> {
-        let read =
-            (self.reread)(&self.pool.spawner.config).and_then(|read| read.map_or(Ok(()), |read| self.take_over(read)));
+        let running = Arc::clone(&self.application_pool().spawner.config);
+        let read = (self.reread)(&running).and_then(|read| read.map_or(Ok(()), |read| self.take_over(read)));
         if let Err(why) = read {
             log::error!("reload refused; the workers stay as they are: {why}");
             return Err(format!("the workers stay as they are: {why}"));
@@ -42,7 +43,7 @@ impl Master {
         if let Some(text) = self.replace_damaged_memory() {
             self.reply_to_waiting(Waiting::Reload, &ControlReply::Progress { text });
         }
-        self.feed(SupervisorEvent::Command(Command::Reload));
+        self.obey(Command::Reload);
         Ok(())
     }
 
@@ -53,10 +54,12 @@ impl Master {
         if !conflicts.is_empty() {
             return Err(Conflict::join(&conflicts));
         }
-        let config = Arc::new(config);
-        let mut settings = self.pool.spawner.prepare(&config, program)?;
-        settings.events = self.relay.seen_by_programs(&config);
-        let sidecars = Sidecars::prepare(&config, settings.events.clone())?;
+        let (front, config) = (Arc::new(config.of_gateways()), Arc::new(config));
+        let events = self.relay.seen_by_programs(&config);
+        let mut settings = self.pool.spawner.prepare(&front, program.clone())?;
+        let mut of_apps = self.apps.as_ref().map(|apps| apps.spawner.prepare(&config, program)).transpose()?;
+        [&mut settings].into_iter().chain(&mut of_apps).for_each(|settings| settings.events.clone_from(&events));
+        let sidecars = Sidecars::prepare(&config, events)?;
         let log = logging::prepare(&self.pool.spawner.config.logs, &config.logs)?;
 
         let log_moved = logging::change(log);
@@ -66,24 +69,31 @@ impl Master {
             self.reply_to_waiting(Waiting::Reload, &ControlReply::Progress { text });
         }
         self.pool.spawner.adopt(settings);
+        if let (Some(apps), Some(of_apps)) = (&mut self.apps, of_apps) {
+            apps.spawner.adopt(of_apps);
+            apps.recycling.set_limits(&config.scaling);
+        }
         self.sidecars.expect(sidecars);
         if log_moved {
             self.hand_out_log_files();
             self.renew_guard();
         }
-        self.pool.recycling.set_limits(&config.scaling);
-        self.pool.faults.set_limits(&config.failures);
-        self.feed(SupervisorEvent::Policy(policy(&config)));
+        self.pool.recycling.set_limits(&front.scaling);
+        self.pool.faults.set_limits(&front.failures);
+        self.step(Which::Front, SupervisorEvent::Policy(policy(&front)));
+        if self.apps.is_some() {
+            self.step(Which::Apps, SupervisorEvent::Policy(policy(&config)));
+        }
         self.describe_settings();
         Ok(())
     }
 
     /// Applies or discards settings as the reload proceeds.
-    pub(super) fn follow_reload(&mut self, notice: Notice) {
+    pub(super) fn follow_reload(&mut self, which: Which, notice: Notice) {
         match notice {
-            Notice::ReloadStarted { generation } => self.reload_began(generation),
-            Notice::ReloadDone { .. } => self.reload_done(),
-            Notice::ReloadFailed { .. } => self.reload_failed(),
+            Notice::ReloadStarted { generation } => self.reload_began(which, generation),
+            Notice::ReloadDone { .. } => self.reload_done(which),
+            Notice::ReloadFailed { .. } => self.reload_failed(which),
             Notice::FullStrength
             | Notice::Failing { .. }
             | Notice::Throttled { .. }
@@ -98,17 +108,23 @@ impl Master {
     }
 
     /// Handles the start of the new generation.
-    fn reload_began(&mut self, generation: u64) {
-        let before = Arc::clone(&self.pool.spawner.current.config);
-        if self.pool.spawner.begin(generation) {
-            let now = Arc::clone(&self.pool.spawner.config);
+    fn reload_began(&mut self, which: Which, generation: u64) {
+        let spawner = &mut self.pool_mut(which).spawner;
+        let before = Arc::clone(&spawner.current.config);
+        let now = Arc::clone(&spawner.config);
+        // The processes of the application are replaced first.
+        if spawner.begin(generation) && (which == Which::Apps || self.apps.is_none()) {
             // The first new process may publish events immediately, so the owner of the socket must change now.
             self.give_files(&before.privileges, &now.privileges);
         }
     }
 
-    /// Handles the completion of a reload: all processes are of the new generation.
-    fn reload_done(&mut self) {
+    /// Handles the completion of a reload: all processes of the pool are of the new generation.
+    fn reload_done(&mut self, which: Which) {
+        if which == Which::Apps {
+            self.pool_mut(which).spawner.finish();
+            return; // the gateways are next
+        }
         self.sidecars.reloaded();
         if let Some(before) = self.pool.spawner.finish()
             && before.config.privileges != self.pool.spawner.current.config.privileges
@@ -119,10 +135,14 @@ impl Master {
     }
 
     /// Handles the failure of a reload: the old processes keep running.
-    fn reload_failed(&mut self) {
+    fn reload_failed(&mut self, which: Which) {
         self.sidecars.forget();
-        if let Some(tried) = self.pool.spawner.give_up() {
-            let now = Arc::clone(&self.pool.spawner.current.config);
+        let spawner = &mut self.pool_mut(which).spawner;
+        let (tried, now) = (spawner.give_up(), Arc::clone(&spawner.current.config));
+        if which == Which::Apps {
+            self.pool.spawner.forget_read();
+        }
+        if let Some(tried) = tried.filter(|_| which == Which::Apps || self.apps.is_none()) {
             self.give_files(&tried.config.privileges, &now.privileges);
         }
     }

@@ -7,15 +7,19 @@ use log::kv::Source;
 use nix::unistd::Pid;
 
 use super::Master;
+use super::pool::Pool;
 use super::pool::supervisor::{Phase, SlotView};
 use crate::config::millis;
-use crate::control::wire::{BindStatus, MAX_SERVING, MasterStatus, QuarantinedStatus, ServingStatus, WorkerStatus};
+use crate::control::wire::{
+    BindStatus, MAX_SERVING, MasterStatus, QuarantinedStatus, QueueStatus, ServingStatus, WorkerStatus,
+};
 use crate::logging::line::Fields;
 use crate::sys;
 
 impl Master {
     pub(super) fn status(&self) -> MasterStatus {
-        let view = self.pool.supervisor.view();
+        let application = self.application_pool();
+        let view = application.supervisor.view();
         let state = match view.phase {
             Phase::Running => "running",
             Phase::Reloading => "reloading",
@@ -33,12 +37,17 @@ impl Master {
             times: listed.times,
         });
         let mut room = MAX_SERVING;
-        let workers = view.slots.iter().map(|slot_view| {
-            let mut worker = self.worker_status(slot_view);
-            worker.serving.truncate(room);
-            room -= worker.serving.len();
-            worker
-        });
+        let mut rows = |pool: &Pool| {
+            let view = pool.supervisor.view();
+            let rows = view.slots.iter().map(|slot_view| {
+                let mut worker = worker_status(pool, slot_view);
+                worker.serving.truncate(room);
+                room -= worker.serving.len();
+                worker
+            });
+            rows.collect()
+        };
+        let queue = application.channel().map(|channel| channel.demand());
         MasterStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: nix::unistd::getpid().as_raw(),
@@ -49,36 +58,42 @@ impl Master {
             max: view.limits.1,
             state: state.to_owned(),
             binds: binds.collect(),
-            workers: workers.collect(),
+            workers: rows(application),
+            gateways: self.apps.as_ref().map(|_| rows(&self.pool)).unwrap_or_default(),
+            queued: queue.map(|queue| QueueStatus { requests: queue.waiting, oldest_ms: queue.oldest_wait_us / 1000 }),
             quarantined: quarantined.collect(),
         }
     }
+}
 
-    fn worker_status(&self, slot_view: &SlotView) -> WorkerStatus {
-        let SlotView { slot, generation, pid, state } = *slot_view;
-        let state = state.to_owned();
-        let mut worker =
-            WorkerStatus { slot, generation, state, pid: pid.map(|pid| pid.as_raw()), ..Default::default() };
-        let Some((pid, child)) = pid.and_then(|pid| Some((pid, self.pool.children.get(&pid)?))) else { return worker };
-        worker.age_ms = Some(millis(child.since.elapsed()));
-        worker.rss_bytes = resident_bytes(pid.as_raw());
-        // The row belongs to the child only if the child has claimed it.
-        let row = self.pool.scoreboard.read(slot).filter(|_| child.is_worker());
-        let Some(row) = row.filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw())) else { return worker };
-        worker.requests = Some(row.requests);
-        worker.connections = Some(row.connections);
-        worker.in_flight = Some(row.in_flight);
-        worker.hung_threads = Some(row.hung_threads);
-        if row.all_hang && worker.state == "ready" {
-            "hung".clone_into(&mut worker.state);
-        }
-        worker.serving = row
-            .serving
-            .into_iter()
-            .map(|request| ServingStatus { what: request.what, for_ms: millis(request.since) })
-            .collect();
-        worker
+fn worker_status(pool: &Pool, slot_view: &SlotView) -> WorkerStatus {
+    let SlotView { slot, generation, pid, state } = *slot_view;
+    let state = state.to_owned();
+    let mut worker = WorkerStatus { slot, generation, state, pid: pid.map(|pid| pid.as_raw()), ..Default::default() };
+    let Some((pid, child)) = pid.and_then(|pid| Some((pid, pool.children.get(&pid)?))) else { return worker };
+    worker.age_ms = Some(millis(child.since.elapsed()));
+    worker.rss_bytes = resident_bytes(pid.as_raw());
+    if let Some(process) = pool.channel().and_then(|channel| channel.process(slot))
+        && i32::try_from(process.pid) == Ok(pid.as_raw())
+    {
+        worker.requests = Some(process.begun);
+        worker.in_flight = Some(process.busy);
+        return worker;
     }
+    // The row belongs to the child only if the child has claimed it.
+    let row = pool.scoreboard.read(slot).filter(|_| child.is_worker());
+    let Some(row) = row.filter(|row| i32::try_from(row.pid) == Ok(pid.as_raw())) else { return worker };
+    worker.requests = Some(row.requests);
+    worker.connections = Some(row.connections);
+    worker.in_flight = Some(row.in_flight);
+    worker.hung_threads = Some(row.hung_threads);
+    if row.all_hang && worker.state == "ready" {
+        "hung".clone_into(&mut worker.state);
+    }
+    let serving = row.serving.into_iter();
+    worker.serving =
+        serving.map(|request| ServingStatus { what: request.what, for_ms: millis(request.since) }).collect();
+    worker
 }
 
 /// Returns the resident memory of process `pid`.

@@ -18,7 +18,8 @@ pub(crate) fn show(config: &Config, listeners: &[Listener], program: Option<&str
         text += &format!("  bind     {listener}\n");
     }
     if let Some(program) = program {
-        text += &format!("  run      {program}, on its standard input\n");
+        let how = if config.gateway.is_some() { "behind gateways" } else { "on its standard input" };
+        text += &format!("  run      {program}, {how}\n");
     }
     let threads = match (program, config.threads) {
         (Some(_), _) => String::new(),
@@ -26,6 +27,9 @@ pub(crate) fn show(config: &Config, listeners: &[Listener], program: Option<&str
         (None, threads) => format!(", {threads} threads each for blocking functions"),
     };
     text += &format!("  workers  {}{threads}\n", config.workers);
+    if let Some(gateway) = &config.gateway {
+        text += &format!("  gateways {}\n", gateway.gateways);
+    }
     text += &match (config.cache.bytes, &config.cache.file) {
         (0, _) if program.is_some() => String::new(),
         (0, _) => "  cache    none\n".to_owned(),

@@ -16,12 +16,23 @@ const PER_WORKER: u64 = 3;
 /// The output of a program.
 const PER_PROGRAM: u64 = 1;
 
+/// The private socket of an app process, and the descriptor for connecting to it.
+const PER_APP_SLOT: u64 = 2;
+/// As for a worker, and the descriptor that wakes the gateway.
+const PER_GATEWAY: u64 = PER_WORKER + 1;
+
 /// Returns the number of descriptors that a master with this many processes may have open.
 fn needed(config: &Config, runs_programs: bool, processes: u32) -> u64 {
     let per_process = if runs_programs { PER_PROGRAM } else { PER_WORKER };
     let clients = if config.control.socket.is_some() { OF_CLIENTS } else { 0 };
     let others = config.binds.len() + config.sidecars.sidecars.len();
-    u64::from(processes) * per_process + clients + OF_THE_MASTER + u64::try_from(others).unwrap_or(u64::MAX / 2)
+    let of_gateways = if config.gateway.is_some() {
+        u64::from(config.slots()) * PER_APP_SLOT + u64::from(config.of_gateways().slots()) * PER_GATEWAY
+    } else {
+        0
+    };
+    let others = u64::try_from(others).unwrap_or(u64::MAX / 2);
+    u64::from(processes) * per_process + clients + OF_THE_MASTER + others + of_gateways
 }
 
 /// Checks the hard limit.

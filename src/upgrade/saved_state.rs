@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::saved_processes::{Roster, SavedSlotState};
 use super::start_command::StartCommand;
 use crate::config::millis;
+use crate::net::app_channel::SavedChannel;
 
 /// The format that this build writes, and the only one that it reads.
 pub(crate) const FORMAT: u32 = 1;
@@ -72,6 +73,18 @@ pub(crate) struct Saved {
     pub(crate) earlier: Vec<SavedProcess>,
     #[serde(default)]
     pub(crate) strays: Vec<SavedStray>,
+    /// The app processes, if the children are gateways.
+    #[serde(default)]
+    pub(crate) apps: Option<SavedApps>,
+}
+
+/// The app processes behind gateways.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedApps {
+    pub(crate) channel: SavedChannel,
+    pub(crate) roster: Roster,
+    pub(crate) children: Vec<SavedChild>,
+    pub(crate) orphaned_outputs: Vec<SavedOutput>,
 }
 
 /// A process that accepts connections although its program has ended.
@@ -141,6 +154,16 @@ pub(crate) enum SavedLink {
         trace: String,
     },
     Program(SavedProgram),
+    App {
+        /// The connection that proves readiness; `None` if the process is ready.
+        probe: Option<RawFd>,
+        /// Whether the process is not ready, and listens on its own.
+        awaits_address: bool,
+        was_ready: bool,
+        served_before: u64,
+        awaits_idle: bool,
+        max_requests: Option<u64>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -256,13 +279,16 @@ impl Saved {
         let passed = self.written_ms.replace(now_ms).map_or(0, |written| now_ms.saturating_sub(written));
         let age = |age_ms: &mut u64| *age_ms = age_ms.saturating_add(passed);
         let shorten = |left_ms: &mut u64| *left_ms = left_ms.saturating_sub(passed);
-        for slot in &mut self.roster.slots {
+        let apps = self.apps.as_mut();
+        let (rosters, children) = apps.map(|apps| (&mut apps.roster, &mut apps.children)).unzip();
+        let rosters = [&mut self.roster].into_iter().chain(rosters);
+        for slot in rosters.flat_map(|roster| &mut roster.slots) {
             match &mut slot.phase {
                 SavedSlotState::Starting { left_ms } | SavedSlotState::Draining { left_ms } => shorten(left_ms),
                 SavedSlotState::Ready | SavedSlotState::Killing => {}
             }
         }
-        for child in &mut self.children {
+        for child in self.children.iter_mut().chain(children.into_iter().flatten()) {
             age(&mut child.age_ms);
             if let SavedLink::Program(program) = &mut child.link {
                 program.leave_left_ms.iter_mut().for_each(shorten);
@@ -287,6 +313,7 @@ impl Saved {
         let of_child = |child: &SavedChild| {
             let report = match child.link {
                 SavedLink::Worker { report, .. } => Some(report),
+                SavedLink::App { probe, .. } => probe,
                 SavedLink::Program(_) => None,
             };
             [report, child.output.as_ref().map(|output| output.fd), child.files].into_iter().flatten()
@@ -304,6 +331,11 @@ impl Saved {
         all.extend(self.pid_file.iter().map(|file| file.fd));
         all.extend(self.publish.iter().map(|socket| socket.fd));
         all.extend(self.guard.iter().map(|guard| guard.link));
+        if let Some(apps) = &self.apps {
+            all.extend(apps.channel.descriptors());
+            all.extend(apps.children.iter().flat_map(of_child));
+            all.extend(apps.orphaned_outputs.iter().map(|output| output.fd));
+        }
         all
     }
 
@@ -427,6 +459,7 @@ mod tests {
             guard: Some(SavedGuard { pid: 81, link: 20 }),
             earlier: vec![process],
             strays: vec![SavedStray { process, left_ms: 1000, asked: true, unasked: false }],
+            apps: None,
         }
     }
 

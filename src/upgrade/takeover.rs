@@ -8,7 +8,9 @@ use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use super::saved_state::{Saved, SavedListener, SavedPidFile, SavedPublish};
+use crate::config::Config;
 use crate::config::address::{Address, Bind};
+use crate::net::app_channel::AppChannel;
 use crate::net::control_listener::ControlListener;
 use crate::net::handover::Channel;
 use crate::net::listen::{self, Listener};
@@ -106,6 +108,33 @@ impl Takeover {
             return None;
         }
         Some(Channel::resume((self.claim(send)?, self.claim(receive)?)))
+    }
+
+    /// Checks that this build, with this configuration, can take over the app processes of the former master.
+    ///
+    /// # Errors
+    /// Returns a message for the operator if it cannot.
+    pub(crate) fn check_apps(&self, config: &Config) -> Result<(), String> {
+        match (&self.saved.apps, &config.gateway) {
+            (None, None) => Ok(()),
+            (Some(apps), Some(gateway)) => {
+                let gateways = config.of_gateways().slots();
+                apps.channel.check_size(config.slots(), gateway.concurrency, gateways)
+            }
+            (Some(_), None) => {
+                Err("the running server has gateways (keep --gateways, or stop and start it)".to_owned())
+            }
+            (None, Some(_)) => Err("the running server has no gateways (stop and start it with --gateways)".to_owned()),
+        }
+    }
+
+    /// Returns the channel of the gateways, if the former master had one.
+    ///
+    /// # Errors
+    /// Returns a message for the operator if it cannot be used.
+    pub(crate) fn channel(&mut self) -> Result<Option<AppChannel>, String> {
+        let Some(saved) = self.saved.apps.as_ref().map(|apps| apps.channel.clone()) else { return Ok(None) };
+        AppChannel::resume(saved, |number| self.claim(number)).map(Some).map_err(|error| error.to_string())
     }
 
     /// Returns the control socket, or `None` in a check.

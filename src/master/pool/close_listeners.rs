@@ -17,7 +17,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::Pool;
-use super::spawn::{Child, Launch, Link};
+use super::spawn::{Child, Link};
 use super::supervisor::{Phase, SupervisorEvent};
 use crate::master::procfs::{self, Observed};
 use crate::net::listen::{self, Listener};
@@ -79,8 +79,7 @@ impl Pool {
             return;
         }
         let patience = if at_once { Duration::ZERO } else { self.spawner.config.drain_timeout / 2 };
-        let runs_programs = matches!(self.spawner.launch, Launch::Program(_)) && !at_once;
-        let linger = if runs_programs { IDLE_TIME } else { Duration::ZERO };
+        let linger = if self.runs_programs() && !at_once { IDLE_TIME } else { Duration::ZERO };
         let begun = listen::Closing::begin(&self.spawner.listeners, patience, linger);
         if begun.is_over() {
             return; // the server bound none of the sockets
@@ -124,7 +123,7 @@ impl Pool {
             // server's file.
             self.spawner.listeners.iter().for_each(Listener::remove_file);
             // A program has the socket as its standard input, so its name stays in use until the program has exited.
-            if !matches!(self.spawner.launch, Launch::Program(_)) {
+            if !self.runs_programs() {
                 for listener in self.spawner.listeners.iter().filter(|listener| listener.is_abstract()) {
                     listener.give_up(self.spawner.stand_in());
                 }

@@ -71,6 +71,14 @@ fn is_by_itself(ending: Ending) -> bool {
     ![libc::SIGKILL, libc::SIGXCPU].map(Ending::Signaled).contains(&ending)
 }
 
+/// Whether the request that an app process was serving is the likely cause of its death.
+pub(crate) fn is_caused_by_request(ending: Ending) -> bool {
+    match ending {
+        Ending::Exited(status) => status != 0,
+        Ending::Signaled(signal) => CRASHES.contains(&signal),
+    }
+}
+
 fn is_crash(ending: Ending, child: &Child, no_memory: bool) -> bool {
     let unasked = match ending {
         Ending::Exited(status) => ![0, 125].contains(&status),
@@ -81,8 +89,8 @@ fn is_crash(ending: Ending, child: &Child, no_memory: bool) -> bool {
 
 /// Whether the process had not become ready. Must be called before the process's row is marked as dead.
 pub(crate) fn is_starting(pid: Pid, child: &Child, scoreboard: &Scoreboard) -> bool {
-    match child.program() {
-        Some(program) => !program.started,
+    match child.has_started() {
+        Some(started) => !started,
         None => scoreboard
             .read(child.slot)
             .is_none_or(|row| i32::try_from(row.pid) != Ok(pid.as_raw()) || row.state == State::Starting),
@@ -148,7 +156,7 @@ fn log_event(level: Level, event: &str, fields: &dyn Source) -> String {
 }
 
 /// Logs the death. `no_memory` is the cause if the kernel killed the process because memory ran out. `limits` contains
-/// the limits from `--rlimit` if the process had not become ready. The dead process wrote the scoreboard row, so the
+/// the limits from `--rlimit` if the process had not become ready. `noun` is what the process is called. The dead process wrote the scoreboard row, so the
 /// row's content is bounded and used as text only.
 pub(crate) fn publish(
     pid: Pid,
@@ -157,6 +165,7 @@ pub(crate) fn publish(
     no_memory: Option<&str>,
     scoreboard: &Scoreboard,
     limits: Option<&[ResourceLimit]>,
+    noun: &str,
 ) -> Postmortem {
     let (slot, generation, lived) = (child.slot, child.generation, in_ms(child.since.elapsed()));
     // If the worker was hanging, the master itself sent the signal.
@@ -172,13 +181,14 @@ pub(crate) fn publish(
     let running = running.map(|row| row.running.clone()).filter(|running| !running.is_empty() && !is_as_asked);
     let culprit = row.as_ref().and_then(|row| row.culprit.as_deref());
     let (key, requests) = requests_at_its_end(culprit, running.as_deref(), ending, sent_by.is_some());
-    let as_asked = child.asked_to_leave
+    let as_asked = (child.asked_to_leave || child.hung && !child.is_worker())
         && (ending == Ending::Exited(0) || [libc::SIGTERM, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
     let (is_worker, was_asked) = (child.is_worker(), child.asked_to_leave);
+    let has_timed_out = child.hung && !is_worker;
     let is_late = was_asked && is_worker && ending == Ending::Signaled(libc::SIGALRM);
-    let program = child.program();
-    let failed = ending != Ending::Exited(0) || program.as_ref().is_some_and(|program| !program.started);
-    let hint = program.filter(|program| !program.started && !as_asked).map_or("", |_| programs::hint(ending));
+    let never_started = child.has_started() == Some(false);
+    let failed = ending != Ending::Exited(0) || never_started;
+    let hint = if never_started && !as_asked { programs::hint(ending) } else { "" };
     let (last_words, trace) = child.mark_dead();
     let was_late = limits.is_some() && ending == Ending::Signaled(libc::SIGKILL);
     let said = Some(&last_words).filter(|words| !words.is_empty() && failed && (!as_asked || was_late));
@@ -188,17 +198,18 @@ pub(crate) fn publish(
     let hint =
         if hint.is_empty() || !(of_limits.is_empty() || last_words.is_empty()) { of_limits } else { hint.to_owned() };
     let hint = if is_late { "it did not finish in time (--drain-timeout)".to_owned() } else { hint };
+    let hint = if has_timed_out { "it did not answer a request in time (--request-timeout)".to_owned() } else { hint };
     let (level, event) = match ending {
-        _ if is_late => (Level::Warn, "worker terminated itself"),
-        _ if as_asked => (Level::Info, "worker exited"),
-        Ending::Exited(0) if in_flight.is_none() => (Level::Info, "worker exited on its own"),
-        Ending::Exited(0) => (Level::Warn, "worker exited on its own while it served requests"),
-        Ending::Exited(125) if limits.is_none() => (Level::Warn, "worker exited and asked not to be replaced"),
-        Ending::Exited(_) | Ending::Signaled(_) => (Level::Warn, "worker died"),
+        _ if is_late => (Level::Warn, "terminated itself"),
+        _ if as_asked => (Level::Info, "exited"),
+        Ending::Exited(0) if in_flight.is_none() => (Level::Info, "exited on its own"),
+        Ending::Exited(0) => (Level::Warn, "exited on its own while it served requests"),
+        Ending::Exited(125) if limits.is_none() => (Level::Warn, "exited and asked not to be replaced"),
+        Ending::Exited(_) | Ending::Signaled(_) => (Level::Warn, "died"),
     };
     let line = log_event(
         level,
-        event,
+        &format!("{noun} {event}"),
         &[
             ("slot", Value::from(slot)),
             ("pid", pid.as_raw().into()),

@@ -93,7 +93,7 @@ impl Faults {
             match verdict {
                 Verdict::Refused { key, time, times } => log::error!(
                     request = key, lasts:% = format_args!("{}s", time.as_secs()), times;
-                    "quarantined a request: workers die of it or hang in it (--quarantine)"
+                    "quarantined a request: processes die of it or hang in it (--quarantine)"
                 ),
                 Verdict::Released { key } => log::warn!(request = key; "quarantine ended"),
             }
@@ -143,6 +143,10 @@ impl Pool {
     /// Sends SIGABRT to a worker that hangs, so that it logs where it hangs and terminates.
     pub(in crate::master) fn abort(&mut self, pid: Pid) {
         let now = self.now();
+        if self.channel().is_some() {
+            self.abort_app(pid);
+            return self.faults.hangs.told_to_die(pid, now);
+        }
         let Some(child) = self.children.get_mut(&pid) else { return };
         child.hung = true;
         let row = self.scoreboard.read(child.slot);
@@ -167,12 +171,17 @@ impl Pool {
         if let Some(child) = self.children.get_mut(&pid).filter(|child| child.is_worker() && !child.asked_to_leave)
             && !std::mem::replace(&mut child.has_hung_thread, true)
         {
-            let culprit = Some(RequestKey::of(request, self.faults.by));
-            let now = self.now();
-            let verdicts = self.faults.quarantine.died(Death { culprit, by_itself: true, ..Death::default() }, now);
-            self.faults.announce(&verdicts, now);
+            self.accuse(request);
         }
         self.wear_out(pid, EndOfLife { request: Some(request), ..EndOfLife::because("hung-thread") });
+    }
+
+    /// Counts a death, or a hang, of an app process against the request that it was serving.
+    pub(in crate::master) fn accuse(&mut self, request: &str) {
+        let culprit = Some(RequestKey::of(request, self.faults.by));
+        let now = self.now();
+        let verdicts = self.faults.quarantine.died(Death { culprit, by_itself: true, ..Death::default() }, now);
+        self.faults.announce(&verdicts, now);
     }
 
     /// Evaluates the death of a process.

@@ -13,16 +13,19 @@
 //!
 //! Modules that act:
 //! - [`spawn`] starts workers and programs, and [`death_log`] writes the log line of their death.
+//! - [`apps`] supervises app processes, the programs behind gateways.
 //! - [`programs`] observes external programs through [`procfs`](crate::master::procfs), and [`idle_sigterm`] sends them
 //!   SIGTERM while they serve no request.
 //! - [`close_listeners`] closes the listening sockets when the server stops.
 //! - [`symbolizer`] runs the process that names the functions in a crash.
 
+pub(in crate::master) mod apps;
 pub(in crate::master) mod close_listeners;
 pub(in crate::master) mod death_log;
 mod demand;
 pub(crate) mod faults;
 mod hangs;
+pub(in crate::master) mod http_apps;
 mod idle_sigterm;
 mod oom;
 pub(in crate::master) mod programs;
@@ -41,6 +44,7 @@ use log::kv::Value;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use self::apps::{AppFault, AppFaultKind, RecentCrashes};
 use self::close_listeners::Closing;
 use self::death_log::DeathRecord;
 use self::faults::Faults;
@@ -62,6 +66,8 @@ pub(in crate::master) const STAY_DOWN: i32 = 125;
 
 pub(in crate::master) struct Pool {
     pub(in crate::master) supervisor: Supervisor,
+    /// What one of the processes is called in the log.
+    pub(in crate::master) noun: &'static str,
     /// What the pool has observed and the supervisor has not been told yet.
     observed: VecDeque<SupervisorEvent>,
     pub(in crate::master) spawner: Spawner,
@@ -74,6 +80,11 @@ pub(in crate::master) struct Pool {
     pub(in crate::master) closing: Closing,
     /// Outputs of dead processes whose children may still write.
     pub(in crate::master) orphaned_outputs: OrphanedOutputs,
+    /// What gateways have reported about app processes. Only a pool of gateways has any.
+    pub(in crate::master) app_faults: Vec<AppFault>,
+    /// Requests that have killed app processes. Only a pool of app processes has any.
+    pub(in crate::master) culprits: Vec<String>,
+    recent_crashes: RecentCrashes,
     /// The latest death record. Clients that wait for a reload receive it as the reason if the reload fails.
     pub(in crate::master) death_record: DeathRecord,
     /// When the master started.
@@ -100,8 +111,8 @@ impl<'a> EndOfLife<'a> {
 pub(in crate::master) fn policy(config: &Config) -> Policy {
     Policy {
         workers: (config.workers.min, config.workers.max),
-        // A program is assumed to serve one request at a time.
-        per_worker: config.threads.max(1),
+        // A program that accepts connections itself is assumed to serve one request at a time.
+        per_worker: config.gateway.as_ref().map_or(config.threads, |gateway| gateway.concurrency).max(1),
         scale_down_after: config.scaling.scale_down_after,
         max_unavailable: match config.scaling.max_unavailable {
             Share::Number(number) => Budget::Number(number),
@@ -117,10 +128,11 @@ pub(in crate::master) fn policy(config: &Config) -> Policy {
 
 impl Pool {
     /// Creates a pool without processes.
-    pub(in crate::master) fn new(spawner: Spawner, begun: Instant) -> Self {
+    pub(in crate::master) fn new(spawner: Spawner, noun: &'static str, begun: Instant) -> Self {
         let (config, segment) = (&spawner.config, &spawner.segment);
         Self {
             supervisor: Supervisor::new(policy(config)),
+            noun,
             observed: VecDeque::new(),
             scoreboard: segment.scoreboard(),
             recycling: Recycling::new(&config.scaling),
@@ -131,6 +143,9 @@ impl Pool {
             queue_depth: QueueDepth::new(),
             closing: Closing::default(),
             orphaned_outputs: OrphanedOutputs::default(),
+            app_faults: Vec::new(),
+            culprits: Vec::new(),
+            recent_crashes: RecentCrashes::default(),
             death_record: DeathRecord::default(),
             begun,
         }
@@ -138,6 +153,11 @@ impl Pool {
 
     pub(in crate::master) fn now(&self) -> Duration {
         self.begun.elapsed()
+    }
+
+    /// Whether the processes are programs that accept clients' connections themselves.
+    pub(in crate::master) fn runs_programs(&self) -> bool {
+        matches!(self.spawner.launch, Launch::Program(_))
     }
 
     /// Returns the next event that the pool has observed, for the supervisor.
@@ -159,6 +179,9 @@ impl Pool {
                 return Some(SupervisorEvent::Queue { waits: !self.closing.is_dry() });
             }
             Action::Sample => {
+                if let Some(channel) = self.channel() {
+                    return Some(SupervisorEvent::Demand(self.demand_on_apps(channel)));
+                }
                 let Self { children, supervisor, scoreboard, queue_depth, spawner, .. } = self;
                 let demand = demand::sample(children, supervisor, scoreboard, queue_depth, &spawner.listeners);
                 return Some(SupervisorEvent::Demand(demand));
@@ -173,13 +196,13 @@ impl Pool {
         let mended = self.mend_socket().map_err(io::Error::other);
         match mended.and_then(|()| self.spawner.spawn(slot, generation, signals)) {
             Ok((pid, child)) => {
-                log::debug!(slot, pid = pid.as_raw(), "gen" = generation; "worker spawned");
+                log::debug!(slot, pid = pid.as_raw(), "gen" = generation; "{} spawned", self.noun);
                 self.children.insert(pid, child);
                 self.recycling.spawned(pid, Duration::ZERO, self.now());
                 SupervisorEvent::Spawned { slot, pid }
             }
             Err(error) => {
-                let event = format!("cannot start a worker: {}", sys::explain(&error));
+                let event = format!("cannot start {}: {}", with_article(self.noun), sys::explain(&error));
                 log::error!(slot, "gen" = generation; "{event}");
                 let line = line_of(&event, &[("slot", Value::from(slot)), ("gen", generation.into())]);
                 self.death_record = DeathRecord { line, ..DeathRecord::default() };
@@ -207,6 +230,13 @@ impl Pool {
                 Report::Ready => self.observed.push_back(SupervisorEvent::Ready { pid }),
                 Report::Recycle(reason) => self.wear_out(pid, EndOfLife::because(&reason)),
                 Report::HungThread(request) => self.hung_thread(pid, &request),
+                Report::AppHung { slot, pid, request } => {
+                    self.app_faults.push(AppFault { kind: AppFaultKind::Hung, slot, pid: Pid::from_raw(pid), request });
+                }
+                Report::GatewayStuck { slot, pid } => self.kill_stuck(slot, Pid::from_raw(pid.cast_signed())),
+                Report::AppDied { slot, pid, request } => {
+                    self.app_faults.push(AppFault { kind: AppFaultKind::Died, slot, pid: Pid::from_raw(pid), request });
+                }
                 Report::LastWords(_) | Report::Trace(_) | Report::SentBy(_) => {}
             }
         }
@@ -230,11 +260,11 @@ impl Pool {
     /// Requests the replacement of a healthy process. The process continues to serve until its replacement is ready.
     fn wear_out(&mut self, pid: Pid, EndOfLife { reason, memory, request }: EndOfLife<'_>) {
         let Some(child) = self.children.get(&pid) else { return };
-        let (slot, lived) = (child.slot, in_ms(child.since.elapsed()));
+        let (slot, lived, noun) = (child.slot, in_ms(child.since.elapsed()), self.noun);
         let memory = memory.map(|bytes| format!("{}K", bytes >> 10));
         log::info!(
             slot, pid = pid.as_raw(), lived, reason, memory, request;
-            "worker will be replaced"
+            "{noun} will be replaced"
         );
         self.observed.push_back(SupervisorEvent::Recycle { pid });
     }
@@ -245,6 +275,10 @@ impl Pool {
         self.read_child(pid, 0);
         let Some(mut child) = self.children.remove(&pid) else { return };
         let now = self.now();
+        if let Some(channel) = self.channel() {
+            channel.close(child.slot);
+            self.app_ended(pid, &mut child, ending);
+        }
         if let Some(output) = child.output.take() {
             child.last_line = self.orphaned_outputs.adopt(output, pid, now);
         }
@@ -261,7 +295,7 @@ impl Pool {
             self.observed.push_back(SupervisorEvent::Ready { pid });
         }
         let limits = is_starting.then_some(self.spawner.config.privileges.limits.as_slice());
-        let mut postmortem = death_log::publish(pid, ending, child, no_memory, &self.scoreboard, limits);
+        let mut postmortem = death_log::publish(pid, ending, child, no_memory, &self.scoreboard, limits, self.noun);
         self.death_record = std::mem::take(&mut postmortem.death_record);
         if let Launch::Worker(_, hooks) = &self.spawner.launch {
             let worker = WorkerId { slot, generation };
@@ -278,6 +312,17 @@ impl Pool {
         self.check_closing(); // the process may have exited because the queue is empty
         self.observed.push_back(SupervisorEvent::Exited { pid, after_exit: after_exit(ending, !is_starting) });
     }
+}
+
+/// Returns the plural of a noun.
+pub(in crate::master) fn plural(noun: &str) -> String {
+    format!("{noun}{}", if noun.ends_with('s') { "es" } else { "s" })
+}
+
+/// Returns a noun with its indefinite article.
+pub(in crate::master) fn with_article(noun: &str) -> String {
+    let article = if noun.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
+    format!("{article} {noun}")
 }
 
 /// Returns the reaction to the end of a process. A program may be a wrapper: `env`, `timeout` and `docker run` return

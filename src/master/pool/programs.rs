@@ -20,6 +20,7 @@
 //!   conditions as a server below a wrapper, and is killed after the drain timeout. The server does not exit before its
 //!   strays have exited.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, killpg};
@@ -28,7 +29,7 @@ use nix::unistd::Pid;
 use super::Pool;
 use super::close_listeners::IDLE_TIME;
 use super::idle_sigterm::IdleSigterm;
-use super::spawn::{Child, Launch, Link, Spawner};
+use super::spawn::{Child, Link, Spawner};
 use super::supervisor::{SupervisorEvent, Uptime};
 use crate::config::millis;
 use crate::master::procfs::{self, Observed, Process};
@@ -236,6 +237,9 @@ impl Pool {
     ///
     /// Also sends signals to strays, if `orphans` are given: the processes that the master has inherited.
     pub(in crate::master) fn check_programs(&mut self, orphans: Option<&[Pid]>) {
+        if !self.runs_programs() {
+            return;
+        }
         let settle = self.spawner.config.settle;
         let listener = &self.spawner.listeners[0];
         let mut started = Vec::new();
@@ -338,7 +342,7 @@ impl Pool {
     /// # Errors
     /// Returns a message for the operator if the socket cannot be repaired.
     pub(in crate::master) fn mend_socket(&mut self) -> Result<(), String> {
-        if !matches!(self.spawner.launch, Launch::Program(_)) {
+        if !self.runs_programs() {
             return Ok(());
         }
         let listener = &self.spawner.listeners[0];
@@ -363,6 +367,9 @@ impl Pool {
 
     /// Sends a signal to a worker or program.
     pub(in crate::master) fn signal(&mut self, pid: Pid, signal: Signal) {
+        if let Some(channel) = self.channel().map(Arc::clone) {
+            return self.signal_app(&channel, pid, signal);
+        }
         let now = self.now();
         let listener = &self.spawner.listeners[0];
         let Some(child) = self.children.get_mut(&pid) else { return };
@@ -399,6 +406,9 @@ impl Pool {
     /// because it may take this as a request to exit immediately. Workers do not miss signals. If the program is a
     /// wrapper that is still running, the servers below it are treated like strays from now on.
     pub(in crate::master) fn remind(&mut self, pid: Pid) {
+        if self.channel().is_some() {
+            return self.remind_app(pid);
+        }
         let now = self.now();
         let listener = &self.spawner.listeners[0];
         let Some(Child { link: Link::Program(program), .. }) = self.children.get_mut(&pid) else { return };
@@ -454,7 +464,7 @@ impl Pool {
         let is_recent = |at: Uptime| now < at + IDLE_TIME;
         let awaits_idle = |child: &Child| match &child.link {
             Link::Program(program) => program.awaits_idle_since.is_some(),
-            Link::Worker { .. } => false,
+            Link::Worker { .. } | Link::App(_) => false,
         };
         self.programs.idle_sigterm_at.is_some_and(is_recent) || self.children.values().any(awaits_idle)
     }

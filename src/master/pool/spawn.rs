@@ -12,15 +12,20 @@ use forkyard_shm::Segment;
 use nix::fcntl::OFlag;
 use nix::unistd::{Pid, pipe2, setpgid};
 
+use super::apps::{AppState, Probe};
+use super::http_apps::expect_same_address;
 use super::programs::ProgramState;
 use super::supervisor::Uptime;
 use crate::app::hooks::{Hooks, WorkerHooks, WorkerId};
+use crate::config::gateway::Backend;
 use crate::config::{Config, Program};
 use crate::inherited_by_workers::{Heritage, Report, WorkerMain};
 use crate::logging::files::LogFiles;
 use crate::master::output::Output;
 use crate::master::signals::SignalInbox;
 use crate::master::{procfs, sd_notify};
+use crate::net::app_channel::AppChannel;
+use crate::net::app_endpoint::ListenOn;
 use crate::net::handover::Channel;
 use crate::net::listen::Listener;
 use crate::net::publish_socket;
@@ -42,15 +47,27 @@ const LAST_WORDS: usize = 4096;
 pub(crate) enum Launch {
     /// The application linked into this binary, in a fork of the master, with its hooks.
     Worker(WorkerMain, Hooks),
-    /// An external program that accepts connections from its standard input.
+    /// An external program that accepts clients' connections from its standard input.
     Program(Program),
+    /// An external program that accepts the connections of gateways, from a private socket.
+    App(Program, Arc<AppChannel>),
+}
+
+impl Launch {
+    /// Whether each process executes a program.
+    pub(crate) fn executes(&self) -> bool {
+        match self {
+            Self::Worker(..) => false,
+            Self::Program(_) | Self::App(..) => true,
+        }
+    }
 }
 
 /// Settings of new processes that a reload may change.
 #[derive(Clone, Debug)]
 pub(crate) struct SpawnSettings {
     pub(crate) config: Arc<Config>,
-    privileges: Arc<Privileges>,
+    pub(super) privileges: Arc<Privileges>,
     /// The external program; `None` if the linked application runs.
     program: Option<Program>,
     pub(crate) log_files: Arc<LogFiles>,
@@ -107,6 +124,7 @@ pub(crate) struct Child {
 pub(crate) enum Link {
     Worker { report: File, open: bool, unread: Vec<u8>, last_words: String, trace: String },
     Program(ProgramState),
+    App(AppState),
 }
 
 impl Spawner {
@@ -128,8 +146,7 @@ impl Spawner {
             None => pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?,
         };
         let handover = Arc::new(ties.handover.map_or_else(Channel::open, Ok)?);
-        let executes = matches!(launch, Launch::Program(_));
-        let privileges = Privileges::resolve(&config.privileges, executes).map_err(io::Error::other)?;
+        let privileges = Privileges::resolve(&config.privileges, launch.executes()).map_err(io::Error::other)?;
         if let (Launch::Worker(..), Some(error)) = (&launch, heir::obstacle()) {
             log::warn!(
                 "workers have no heirs, so a worker's death resets its connections: pidfd_open(2) is not available: {error} \
@@ -138,7 +155,7 @@ impl Spawner {
         }
         let (worker_hooks, program) = match &mut launch {
             Launch::Worker(_, hooks) => (Arc::new(std::mem::take(&mut hooks.of_worker)), None),
-            Launch::Program(program) => (Arc::default(), Some(program.clone())),
+            Launch::Program(program) | Launch::App(program, _) => (Arc::default(), Some(program.clone())),
         };
         let privileges = Arc::new(privileges);
         let current = SpawnSettings { config: Arc::clone(&config), privileges, program, log_files, events: None };
@@ -162,10 +179,12 @@ impl Spawner {
     /// # Errors
     /// Returns a message for the operator if processes cannot have the configured privileges.
     pub(crate) fn prepare(&self, config: &Arc<Config>, program: Option<Program>) -> Result<SpawnSettings, String> {
-        let executes = matches!(self.launch, Launch::Program(_));
+        if let (Launch::App(first, _), Some(program)) = (&self.launch, &program) {
+            expect_same_address(config, first, program)?;
+        }
         Ok(SpawnSettings {
             config: Arc::clone(config),
-            privileges: Arc::new(Privileges::resolve(&config.privileges, executes)?),
+            privileges: Arc::new(Privileges::resolve(&config.privileges, self.launch.executes())?),
             program: program.or_else(|| self.current.program.clone()),
             log_files: self.current.log_files.reconfigured(&config.logs)?,
             events: None,
@@ -195,6 +214,11 @@ impl Spawner {
     /// Ends a failed reload. Returns the settings that the reload tried.
     pub(crate) fn give_up(&mut self) -> Option<SpawnSettings> {
         self.next.take().map(|(_, settings)| settings)
+    }
+
+    /// Discards the settings of a reload that will not begin.
+    pub(crate) fn forget_read(&mut self) {
+        self.read = None;
     }
 
     /// Returns the settings of a generation.
@@ -241,7 +265,24 @@ impl Spawner {
             }
             Launch::Program(first) => {
                 let program = settings.program.as_ref().unwrap_or(first);
-                self.start_program(program, settings, slot, generation, (write, read.as_fd()))?
+                let socket = self.listeners[0].duplicate()?;
+                let pid = self.start_program(program, settings, slot, generation, socket, (write, read.as_fd()))?;
+                (pid, Link::Program(ProgramState::default()), None)
+            }
+            Launch::App(first, channel) => {
+                let program = settings.program.as_ref().unwrap_or(first);
+                let (listen, probe) = channel.prepare(slot)?;
+                let output = (write, read.as_fd());
+                let pid = match (settings.config.backend(), listen) {
+                    (Backend::Fastcgi, ListenOn::Socket(socket)) => {
+                        self.start_program(program, settings, slot, generation, socket, output)?
+                    }
+                    (Backend::Fastcgi | Backend::Http, listen) => {
+                        self.start_http_app(program, settings, slot, generation, listen, output)?
+                    }
+                };
+                let state = AppState::new(Some(Probe::new(probe)), settings.config.scaling.max_requests);
+                (pid, Link::App(state), None)
             }
         };
         let output = Some(Output::new(slot, read));
@@ -310,18 +351,35 @@ impl Spawner {
         settings: &SpawnSettings,
         slot: u32,
         generation: u64,
+        socket: OwnedFd,
         (write, read): (OwnedFd, BorrowedFd<'_>),
-    ) -> io::Result<(Pid, Link, Option<OwnedFd>)> {
+    ) -> io::Result<Pid> {
         let segment = to_pass(&self.segment)?;
+        let mut command = self.command(program, settings, (slot, generation), &segment, write)?;
+        command.args(&program.arguments).stdin(Stdio::from(socket));
+        let steps = settings.privileges.steps(slot).map_err(io::Error::other)?;
+        let prepare = move || privileges::carry_out_before_exec(&steps);
+        let child = sys::spawn(&mut command, &[segment.as_raw_fd()], prepare)
+            .map_err(|error| explain(&error, read, &settings.privileges, program))?;
+        Ok(Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?))
+    }
+
+    /// Returns the command of a program, without its arguments and its standard input.
+    pub(super) fn command(
+        &self,
+        program: &Program,
+        settings: &SpawnSettings,
+        (slot, generation): (u32, u64),
+        segment: &OwnedFd,
+        write: OwnedFd,
+    ) -> io::Result<Command> {
         let mut command = Command::new(&program.path);
         settings.privileges.set_environment(&mut command);
         command
-            .args(&program.arguments)
             .env("FORKYARD_SLOT", slot.to_string())
             .env("FORKYARD_GENERATION", generation.to_string())
             .env("FORKYARD_SHM", segment.as_raw_fd().to_string())
             .envs(settings.events.iter().map(|socket| (publish_socket::VARIABLE, socket)))
-            .stdin(Stdio::from(self.listeners[0].duplicate()?))
             .stdout(Stdio::from(write.try_clone()?))
             .stderr(Stdio::from(write));
         if !settings.config.privileges.variables.iter().any(|variable| variable.name == PHP_CHILDREN) {
@@ -331,12 +389,7 @@ impl Spawner {
             command.env_remove(name);
         }
         std::os::unix::process::CommandExt::arg0(&mut command, &program.name);
-        let steps = settings.privileges.steps(slot).map_err(io::Error::other)?;
-        let prepare = move || privileges::carry_out_before_exec(&steps);
-        let child = sys::spawn(&mut command, &[segment.as_raw_fd()], prepare)
-            .map_err(|error| explain(&error, read, &settings.privileges, program))?;
-        let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
-        Ok((pid, Link::Program(ProgramState::default()), None))
+        Ok(command)
     }
 }
 
@@ -395,11 +448,20 @@ impl Child {
         matches!(self.link, Link::Worker { .. })
     }
 
-    /// Returns the state of the external program, if the child runs one.
+    /// Returns the state of the external program, if the child runs one that accepts clients' connections.
     pub(crate) fn program(&self) -> Option<ProgramState> {
         match &self.link {
             Link::Program(program) => Some(program.clone()),
+            Link::Worker { .. } | Link::App(_) => None,
+        }
+    }
+
+    /// Whether the child counts as ready. `None` for a worker, whose scoreboard row contains its state.
+    pub(crate) fn has_started(&self) -> Option<bool> {
+        match &self.link {
             Link::Worker { .. } => None,
+            Link::Program(program) => Some(program.started),
+            Link::App(app) => Some(app.is_ready()),
         }
     }
 
@@ -407,6 +469,7 @@ impl Child {
     pub(crate) fn watched(&self, with_output: bool) -> impl Iterator<Item = BorrowedFd<'_>> {
         let report = match &self.link {
             Link::Worker { report, open, .. } => open.then(|| report.as_fd()),
+            Link::App(app) => app.probe(),
             Link::Program(_) => None,
         };
         report.into_iter().chain(self.output.as_ref().filter(|_| with_output).map(AsFd::as_fd))
@@ -444,7 +507,12 @@ impl Child {
                     Report::LastWords(words) => keep(last_words, &words),
                     Report::Trace(addresses) => *trace = addresses,
                     Report::SentBy(pid) => self.sent_by = Some(pid),
-                    report @ (Report::Ready | Report::Recycle(_) | Report::HungThread(_)) => reports.push(report),
+                    report @ (Report::Ready
+                    | Report::Recycle(_)
+                    | Report::HungThread(_)
+                    | Report::AppHung { .. }
+                    | Report::GatewayStuck { .. }
+                    | Report::AppDied { .. }) => reports.push(report),
                 }
             }
             unread.truncate(LAST_WORDS);
@@ -461,7 +529,7 @@ impl Child {
         match self.link {
             Link::Worker { last_words, trace, .. } => (last_words, trace),
             Link::Program(program) if !program.trouble.is_empty() => (program.trouble.to_owned(), String::new()),
-            Link::Program(_) => (self.last_line, String::new()),
+            Link::Program(_) | Link::App(_) => (self.last_line, String::new()),
         }
     }
 }

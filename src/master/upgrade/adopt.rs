@@ -11,17 +11,20 @@ use nix::unistd::Pid;
 
 use crate::config::millis;
 use crate::control::wire::ControlReply;
+use crate::master::apps::Which;
 use crate::master::control::Waiting;
 use crate::master::output::{LineReader, Output};
-use crate::master::pool::policy;
+use crate::master::pool::apps::AppState;
 use crate::master::pool::programs::ProgramState;
 use crate::master::pool::spawn::{Child, Link, Spawner};
-use crate::master::pool::supervisor::{Command, Supervisor, SupervisorEvent, Uptime};
+use crate::master::pool::supervisor::{Command, Supervisor, Uptime};
+use crate::master::pool::{Pool, policy, with_article};
 use crate::master::{Control, EarlierChildren, Master};
 use crate::sys;
 use crate::upgrade::Takeover;
+use crate::upgrade::saved_processes::Roster;
 use crate::upgrade::saved_state::{
-    FORMAT, Saved, SavedChild, SavedLink, SavedListener, SavedOutput, SavedSegment, SavedSidecar, clock_ms,
+    FORMAT, Saved, SavedApps, SavedChild, SavedLink, SavedListener, SavedOutput, SavedSegment, SavedSidecar, clock_ms,
 };
 
 impl Master {
@@ -47,8 +50,9 @@ impl Master {
             lifeline: spawner.lifeline(),
             handover: Some((spawner.handover.sender().as_raw_fd(), spawner.handover.receiver().as_raw_fd())),
             roster: self.pool.supervisor.save(now)?,
-            children: self.pool.children.iter().map(|(pid, child)| child.save(*pid, now)).collect(),
+            children: save_children(&self.pool),
             strays: self.pool.programs.save_strays(now),
+            apps: self.save_apps()?,
             orphaned_outputs: self.pool.orphaned_outputs.save(),
             sidecars: sidecars.collect(),
             jobs_looked_at_ms: self.sidecars.looked_at_ms(),
@@ -62,6 +66,19 @@ impl Master {
         })
     }
 
+    /// Returns the state of the app processes, if there are any; `None` while the server is stopping.
+    fn save_apps(&self) -> Option<Option<SavedApps>> {
+        let Some((apps, channel)) = self.apps.as_ref().and_then(|apps| Some((apps, apps.channel()?))) else {
+            return Some(None);
+        };
+        Some(Some(SavedApps {
+            channel: channel.save(),
+            roster: apps.supervisor.save(self.now())?,
+            children: save_children(apps),
+            orphaned_outputs: apps.orphaned_outputs.save(),
+        }))
+    }
+
     /// Takes over the children of the former program and replaces them. Processes that are not children of this process
     /// are dropped; children that have exited are reaped as usual. A deadline that passed during the upgrade is handled
     /// last, after all deaths and reports have been read.
@@ -69,16 +86,13 @@ impl Master {
         let now = self.now();
         let passed = left.saved.catch_up(clock_ms());
         self.earlier = EarlierChildren::restore(&left.saved.earlier);
-        self.adopt_children(&mut left, passed);
-        self.pool.programs.restore_strays(std::mem::take(&mut left.saved.strays), now);
-        left.saved.roster.slots.retain(|slot| self.pool.children.contains_key(&Pid::from_raw(slot.pid)));
-        self.pool.supervisor = Supervisor::restore(policy(&self.pool.spawner.config), &left.saved.roster, now);
-        for saved in std::mem::take(&mut left.saved.orphaned_outputs) {
-            let pid = saved.pid;
-            if let Some(output) = restore_output(saved, &mut left) {
-                let _ = self.pool.orphaned_outputs.adopt(output, Pid::from_raw(pid), now); // its death was logged
-            }
+        let (children, roster) = (std::mem::take(&mut left.saved.children), left.saved.roster.clone());
+        let outputs = std::mem::take(&mut left.saved.orphaned_outputs);
+        self.pool.adopt(children, roster, outputs, &mut left, passed);
+        if let (Some(saved), Some(apps)) = (left.saved.apps.take(), &mut self.apps) {
+            apps.adopt(saved.children, saved.roster, saved.orphaned_outputs, &mut left, passed);
         }
+        self.pool.programs.restore_strays(std::mem::take(&mut left.saved.strays), now);
         for saved in std::mem::take(&mut left.saved.sidecars) {
             let SavedSidecar { name, pid, output, partial, age_ms, stop_left_ms } = saved;
             let pid = Pid::from_raw(pid);
@@ -109,43 +123,65 @@ impl Master {
             self.control.get_or_insert_with(|| Control::new(None)).restore(clients, now);
         }
         let (version, from) = (env!("CARGO_PKG_VERSION"), &left.saved.version);
-        log::info!(version, from, workers = self.pool.children.len(); "upgraded");
+        log::info!(version, from, workers = self.application_pool().children.len(); "upgraded");
         // Clients that waited for the upgrade now wait for its reload.
         let text = format!("upgraded from version {from} to {version}");
         self.reply_to_waiting(Waiting::Reload, &ControlReply::Progress { text });
         left.remove_socket_files();
         drop(left);
-        self.feed(SupervisorEvent::Command(Command::Reload));
+        self.obey(Command::Reload);
         self.reap();
         self.pool.read_children();
-        self.feed_observed();
-        self.feed(SupervisorEvent::Tick);
+        self.feed_observed(Which::Front);
+        self.observe_apps();
+        self.begin();
     }
+}
 
-    /// Takes over the children. `passed` is the time since the former master wrote its state.
-    fn adopt_children(&mut self, left: &mut Takeover, passed: Duration) {
-        let now = self.now();
-        for saved in std::mem::take(&mut left.saved.children) {
+impl Pool {
+    /// Takes over the processes of this pool. `passed` is the time since the former master wrote its state.
+    fn adopt(
+        &mut self,
+        children: Vec<SavedChild>,
+        mut roster: Roster,
+        outputs: Vec<SavedOutput>,
+        left: &mut Takeover,
+        passed: Duration,
+    ) {
+        let (now, noun) = (self.now(), self.noun);
+        for saved in children {
             let (slot, pid) = (saved.slot, Pid::from_raw(saved.pid));
             if !sys::is_child(pid) {
-                log::error!(slot, pid = pid.as_raw(); "cannot take over a worker: it is not a child of this process");
+                log::error!(slot, pid = pid.as_raw(); "cannot take over {}: it is not a child of this process", with_article(noun));
             } else if let Some(child) = Child::restore(saved, left, now) {
                 if child.hung {
-                    self.pool.faults.told_to_die(pid, now.saturating_sub(passed));
+                    self.faults.told_to_die(pid, now.saturating_sub(passed));
                 }
                 // If one program was seen to accept connections, further programs must be seen to do so too.
-                self.pool.programs.seen |= child.program().is_some_and(|program| program.seen);
-                self.pool.recycling.spawned(pid, child.since.elapsed(), now);
-                self.pool.children.insert(pid, child);
+                self.programs.seen |= child.program().is_some_and(|program| program.seen);
+                self.recycling.spawned(pid, child.since.elapsed(), now);
+                self.children.insert(pid, child);
             } else {
                 log::error!(
                     slot, pid = pid.as_raw();
-                    "sent SIGTERM to a worker, because its reports can no longer be read"
+                    "sent SIGTERM to {}, because its reports can no longer be read", with_article(noun)
                 );
                 let _ = kill(pid, Signal::SIGTERM);
             }
         }
+        roster.slots.retain(|slot| self.children.contains_key(&Pid::from_raw(slot.pid)));
+        self.supervisor = Supervisor::restore(policy(&self.spawner.config), &roster, now);
+        for saved in outputs {
+            let pid = saved.pid;
+            if let Some(output) = restore_output(saved, left) {
+                let _ = self.orphaned_outputs.adopt(output, Pid::from_raw(pid), now); // its death was logged
+            }
+        }
     }
+}
+
+fn save_children(pool: &Pool) -> Vec<SavedChild> {
+    pool.children.iter().map(|(pid, child)| child.save(*pid, pool.now())).collect()
 }
 
 fn save_listeners(spawner: &Spawner) -> Vec<SavedListener> {
@@ -172,6 +208,7 @@ impl Child {
                 trace: trace.clone(),
             },
             Link::Program(program) => SavedLink::Program(program.save(now)),
+            Link::App(app) => app.save(),
         };
         SavedChild {
             pid: pid.as_raw(),
@@ -194,6 +231,16 @@ impl Child {
                 Link::Worker { report: left.claim(report)?.into(), open, unread, last_words, trace }
             }
             SavedLink::Program(program) => Link::Program(ProgramState::restore(program, now)),
+            SavedLink::App { probe, awaits_address, was_ready, served_before, awaits_idle, max_requests } => {
+                let probe = probe.and_then(|probe| left.claim(probe));
+                Link::App(AppState::restore(
+                    probe,
+                    awaits_address,
+                    (was_ready, served_before),
+                    awaits_idle,
+                    max_requests,
+                ))
+            }
         };
         let output = output.and_then(|output| restore_output(output, left));
         let files = files.and_then(|files| left.claim(files));

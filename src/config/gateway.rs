@@ -1,0 +1,232 @@
+//! The settings of gateways, which forward requests to app processes (`forkyard run --gateways`).
+//!
+//! One command line describes two pools of processes: the gateways, which serve clients, and the app processes, which
+//! run COMMAND. `--workers` and the other settings of processes apply to the app processes. [`Config::of_gateways`]
+//! derives the settings of the gateways.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use super::failures::Failures;
+use super::privileges::PrivilegesConfig;
+use super::{Config, Range, Scaling, Share};
+
+/// Maximum number of gateways.
+const MAX_GATEWAYS: u32 = 64;
+/// Number of gateways that `auto` selects at most. More are rarely needed, because a gateway does little work for each
+/// request.
+const MAX_AUTO_GATEWAYS: usize = 4;
+
+/// The settings of the gateways.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct GatewayConfig {
+    pub(crate) gateways: GatewayCount,
+    pub(crate) backend: Backend,
+    /// Number of requests that one app process serves at a time.
+    pub(crate) concurrency: u32,
+    /// Number of further app processes that a request is sent to if the app process that serves it dies.
+    pub(crate) retries: u32,
+    /// How long a request may wait for an app process; zero means no limit.
+    pub(crate) queue_timeout: Duration,
+    /// How long an app process may take to begin its response; zero means no limit.
+    pub(crate) request_timeout: Duration,
+    /// Memory per gateway for bodies of requests and responses; the rest is in temporary files.
+    pub(crate) buffer_memory: u64,
+    /// Space per gateway for temporary files.
+    pub(crate) buffer_files: u64,
+    pub(crate) temp_dir: PathBuf,
+    pub(crate) scripts: Scripts,
+}
+
+/// The protocol between gateways and app processes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Backend {
+    #[default]
+    Fastcgi,
+    Http,
+}
+
+impl Backend {
+    /// Number of requests that an app process serves at a time unless `--app-concurrency` is given. Most HTTP servers
+    /// have threads or an event loop; a FastCGI program usually has neither.
+    pub(crate) fn default_concurrency(self) -> u32 {
+        match self {
+            Self::Fastcgi => 1,
+            Self::Http => 64,
+        }
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fastcgi => "fastcgi",
+            Self::Http => "http",
+        })
+    }
+}
+
+impl FromStr for Backend {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "fastcgi" => Ok(Self::Fastcgi),
+            "http" => Ok(Self::Http),
+            _ => Err(format!("'{text}' is not a protocol of app processes (expected fastcgi or http)")),
+        }
+    }
+}
+
+/// How an app process gets the socket on which it accepts the gateways' connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum ListenMethod {
+    /// The process inherits a listening socket: as standard input with FastCGI, as descriptor 3 with HTTP.
+    #[default]
+    Inherited,
+    /// The process listens on a port of 127.0.0.1, which replaces `{port}` in its command.
+    Port,
+    /// The process listens on a Unix socket, whose path replaces `{socket}` in its command.
+    Path,
+}
+
+impl ListenMethod {
+    /// Returns the method that a command asks for.
+    ///
+    /// # Errors
+    /// Returns a message for the operator if the command asks for more than one, or if the backend has only one.
+    pub(crate) fn of_command(backend: Backend, arguments: &[OsString]) -> Result<Self, String> {
+        let has = |name: &str| arguments.iter().any(|argument| argument.to_string_lossy().contains(name));
+        let named = [("{fd}", Self::Inherited), ("{port}", Self::Port), ("{socket}", Self::Path)];
+        let mut named = named.into_iter().filter(|(name, _)| has(name));
+        match (named.next(), named.next()) {
+            (None, _) => Ok(Self::Inherited),
+            (Some((name, _)), _) if backend == Backend::Fastcgi => Err(format!(
+                "COMMAND contains {name}, which is for --backend http: FastCGI programs accept from descriptor 0"
+            )),
+            (Some((_, method)), None) => Ok(method),
+            (Some((first, _)), Some((second, _))) => {
+                Err(format!("COMMAND contains both {first} and {second}: choose one"))
+            }
+        }
+    }
+}
+
+/// How a request is mapped to a script, for programs that run scripts (php-cgi).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Scripts {
+    /// The directory of the scripts. Without it, every request is for the program itself.
+    pub(crate) root: Option<PathBuf>,
+    /// The script below `root` for requests that name no script.
+    pub(crate) index: Option<String>,
+}
+
+/// The number of gateways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GatewayCount(pub(crate) u32);
+
+impl GatewayConfig {
+    /// Checks the directories.
+    ///
+    /// # Errors
+    /// Returns a message for the operator for each directory that cannot be used.
+    pub(crate) fn examine(&self) -> Vec<String> {
+        let root = self.scripts.root.as_deref().map(|root| ("--root", root));
+        let directories = root.into_iter().chain([("--temp-dir", self.temp_dir.as_path())]);
+        let examine = |(flag, path): (&str, &Path)| match path.metadata() {
+            Ok(found) if found.is_dir() => None,
+            Ok(_) => Some(format!("{flag}: {} is not a directory", path.display())),
+            Err(error) => Some(format!("{flag}: {}: {error}", path.display())),
+        };
+        directories.filter_map(examine).collect()
+    }
+}
+
+impl fmt::Display for GatewayCount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl FromStr for GatewayCount {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" {
+            let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+            return Ok(Self(u32::try_from(processors.clamp(1, MAX_AUTO_GATEWAYS)).unwrap_or(1)));
+        }
+        let number = text.parse().ok().filter(|number| (1..=MAX_GATEWAYS).contains(number));
+        number.map(Self).ok_or(format!("'{text}' is not a number of gateways (expected 1 to {MAX_GATEWAYS}, or auto)"))
+    }
+}
+
+impl Config {
+    /// Returns the protocol between gateways and app processes.
+    pub(crate) fn backend(&self) -> Backend {
+        self.gateway.as_ref().map(|gateway| gateway.backend).unwrap_or_default()
+    }
+
+    /// Returns the settings of the gateways, or the same settings if there are no gateways.
+    ///
+    /// A gateway runs no code of the application. It therefore changes its user, as an app process does, but keeps its
+    /// root directory, its resource limits and its priority, and it is not replaced because of its age, its size or the
+    /// number of its requests.
+    pub(crate) fn of_gateways(&self) -> Self {
+        let Some(gateway) = &self.gateway else { return self.clone() };
+        let GatewayCount(number) = gateway.gateways;
+        let scaling = Scaling {
+            max_unavailable: Share::Number(1),
+            max_requests: None,
+            max_memory: None,
+            max_age: None,
+            health_path: None,
+            ..self.scaling.clone()
+        };
+        let privileges = PrivilegesConfig {
+            chroot: None,
+            chdir: None,
+            limits: Vec::new(),
+            nice: None,
+            affinity: None,
+            ..self.privileges.clone()
+        };
+        // A gateway measures the time that an app process takes, and not the time in which a client sends the body.
+        let failures = Failures { request_timeout: Duration::ZERO, ..self.failures };
+        Self { workers: Range { min: number, max: number }, scaling, privileges, failures, ..self.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_selects_how_a_process_listens() {
+        let method = |backend, command: &[&str]| {
+            ListenMethod::of_command(backend, &command.iter().map(OsString::from).collect::<Vec<_>>())
+        };
+        for (command, expected) in [
+            (&["app.js"][..], ListenMethod::Inherited),
+            (&["--fd", "{fd}"], ListenMethod::Inherited),
+            (&["--bind=127.0.0.1:{port}"], ListenMethod::Port),
+            (&["--uds", "{socket}"], ListenMethod::Path),
+        ] {
+            assert_eq!(method(Backend::Http, command), Ok(expected), "{command:?}");
+        }
+        assert!(method(Backend::Http, &["{port}", "{socket}"]).unwrap_err().contains("{port} and {socket}"));
+        assert!(method(Backend::Fastcgi, &["{port}"]).unwrap_err().contains("--backend http"));
+    }
+
+    #[test]
+    fn numbers_of_gateways_are_read() {
+        assert_eq!("3".parse(), Ok(GatewayCount(3)));
+        assert!((1..=4).contains(&"auto".parse::<GatewayCount>().unwrap().0));
+        for text in ["", "0", "65", "-1", "many"] {
+            assert!(text.parse::<GatewayCount>().unwrap_err().contains("expected 1 to 64, or auto"), "{text}");
+        }
+    }
+}
