@@ -82,7 +82,7 @@ fn a_worker_and_a_program_are_replaced_at_the_maximum_age() {
 fn settings_that_cannot_work_for_a_program_are_rejected_with_the_reason() {
     for (flag, value, reason) in [
         ("--max-requests", "100", "only the program itself can count"),
-        ("--health-path", "/health", "a request cannot be sent to a particular program"),
+        ("--health-path", "/health", "a request cannot be sent to a particular process"),
     ] {
         let command = ["run", "--bind", "fastcgi:unix:/nowhere/a.sock", flag, value, "--", "sleep", "600"];
         let output = Command::new(program("forkyard")).args(command).output_in_time().unwrap();

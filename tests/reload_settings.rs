@@ -16,6 +16,10 @@ use std::process::{Command, Output};
 use common::limit::InTime as _;
 use common::{Server, program, wait_until};
 
+/// A program that accepts connections from its standard input if that is a socket.
+const WAIT_C: &str = "#include <sys/socket.h>\n#include <unistd.h>\n\
+    int main(void) { for (;;) { int c = accept(0, 0, 0); if (c < 0) pause(); else close(c); } }\n";
+
 /// How the test observes that a reload has applied a setting.
 #[derive(Clone, Copy)]
 enum Seen {
@@ -92,6 +96,17 @@ const TABLE: &[Row] = &[
     row("threads", "2", InWorker),
     row("pid-file", "'DIR/pid'", Named),
     row("command", "['DIR/wait', 'changed']", OfWorker(command_line)),
+    // Gateways.
+    row("gateways", "64", Named),
+    row("backend", "'http'", Named),
+    row("app-concurrency", "7", Named),
+    row("retries", "7", InWorker),
+    row("queue-timeout", "'7s'", InWorker),
+    row("buffer-memory", "'7M'", InWorker),
+    row("buffer-files", "'7M'", InWorker),
+    row("temp-dir", "'DIR'", InWorker),
+    row("root", "'DIR'", InWorker),
+    with("index", "'index.php'", &[("root", "'DIR'")], InWorker),
     // Memory and limits.
     row("cache", "'2M'", Named),
     row("cache-max-entry", "'64K'", Named),
@@ -205,11 +220,28 @@ fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
     names.collect()
 }
 
+/// The processes that serve.
+#[derive(Clone, Copy, PartialEq)]
+enum Mode {
+    Linked,
+    /// `forkyard run`.
+    Direct,
+    /// `forkyard run --gateways 1`.
+    Gateways,
+}
+
+impl Mode {
+    fn arguments(self) -> &'static [&'static str] {
+        if self == Self::Linked { &[] } else { &["run"] }
+    }
+}
+
 /// A master with a configuration file.
 struct Served {
     server: Server,
     directory: tempfile::TempDir,
     name: &'static str,
+    mode: Mode,
     /// The pids of the worker and the daemon after the last reload.
     processes: (i32, i32),
     /// The log since the last reload was requested.
@@ -217,34 +249,32 @@ struct Served {
 }
 
 impl Served {
-    /// Starts the server. `run` contains the arguments that precede the flags.
-    fn start(name: &'static str, run: &[&str]) -> Self {
+    fn start(name: &'static str, mode: Mode) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let at = directory.path();
         std::fs::set_permissions(at, PermissionsExt::from_mode(0o755)).unwrap();
         // The program is linked statically, so that it also runs under a different root. Its path is the same there.
         let source = at.join("wait.c");
-        std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
+        std::fs::write(&source, WAIT_C).unwrap();
         let built = Command::new("gcc").args(["-static", "-o"]).arg(at.join("wait")).arg(&source).status_in_time();
         assert!(built.expect("gcc is installed (scripts/test installs it)").success());
         let inside = at.join("root").join(at.strip_prefix("/").unwrap());
         std::fs::create_dir_all(&inside).unwrap();
         std::fs::copy(at.join("wait"), inside.join("wait")).unwrap();
 
-        let is_run = !run.is_empty();
-        let file = write_file(at, is_run, &[]);
+        let file = write_file(at, mode, &[]);
         let mut command = Command::new(program(name));
-        command.args(run).arg("--config").arg(file).current_dir("/");
+        command.args(mode.arguments()).arg("--config").arg(file).current_dir("/");
         let server = Server::start_command(&mut command);
-        let mut served = Self { server, directory, name, processes: (0, 0), log: String::new() };
-        served.reload(is_run, &[]);
+        let mut served = Self { server, directory, name, mode, processes: (0, 0), log: String::new() };
+        served.reload(&[]);
         served
     }
 
     /// Writes these settings and the common settings to the file, and reloads. Returns the output of the reload.
-    fn reload(&mut self, is_run: bool, settings: &[(&str, &str)]) -> String {
+    fn reload(&mut self, settings: &[(&str, &str)]) -> String {
         let at = self.directory.path();
-        write_file(at, is_run, settings);
+        write_file(at, self.mode, settings);
         // The log of an earlier row. The process that still writes to it is about to exit.
         let _ = std::fs::remove_file(at.join("log"));
         let before = self.server.log().len();
@@ -277,13 +307,22 @@ impl Served {
         text
     }
 
+    /// Whether the settings are rejected without gateways.
+    fn requires_gateways(&self, settings: &[(&str, &str)]) -> bool {
+        let file = write_file(self.directory.path(), self.mode, settings);
+        let checked = Command::new(program(self.name)).args(["check", "--config"]).arg(file).output_in_time().unwrap();
+        [checked.stdout, checked.stderr]
+            .iter()
+            .any(|text| String::from_utf8_lossy(text).contains("is not available here"))
+    }
+
     fn ask(&self, arguments: &[&str]) -> Output {
         let socket = self.directory.path().join("control");
         Command::new(program(self.name)).args(arguments).env("FORKYARD_CONTROL", socket).output_in_time().unwrap()
     }
 
     /// Returns the observable state of a setting.
-    fn look(&self, seen: Seen, is_run: bool) -> String {
+    fn look(&self, seen: Seen) -> String {
         let (worker, daemon) = self.processes;
         match seen {
             Named | Never(_) => String::new(),
@@ -291,7 +330,7 @@ impl Served {
             InMaster(part) => self.settings(part),
             OfWorker(look) => look(worker),
             OfProcesses(look) => format!("{} {}", look(worker), look(daemon)),
-            InEnvironment if is_run => format!("{} {}", environment(worker), environment(daemon)),
+            InEnvironment if self.mode != Mode::Linked => format!("{} {}", environment(worker), environment(daemon)),
             InEnvironment => environment(daemon),
             InLog(look) => look(&self.log),
             AtFile(look) => look(self.directory.path()),
@@ -314,9 +353,9 @@ fn number_behind(line: &str, key: &str) -> i32 {
     digits.parse().unwrap()
 }
 
-fn write_file(directory: &Path, is_run: bool, settings: &[(&str, &str)]) -> PathBuf {
+fn write_file(directory: &Path, mode: Mode, settings: &[(&str, &str)]) -> PathBuf {
     let mut all = vec![
-        ("bind", if is_run { "['fastcgi:unix:DIR/a.sock']" } else { "['http:unix:DIR/a.sock']" }),
+        ("bind", if mode != Mode::Linked { "['fastcgi:unix:DIR/a.sock']" } else { "['http:unix:DIR/a.sock']" }),
         ("workers", "1"),
         ("control", "'DIR/control'"),
         ("log-level", "'debug'"),
@@ -324,8 +363,13 @@ fn write_file(directory: &Path, is_run: bool, settings: &[(&str, &str)]) -> Path
         ("cache", "'1M'"),
         ("events", "'1M'"),
     ];
-    if is_run {
+    if mode == Mode::Gateways {
+        all.push(("gateways", "1"));
+    }
+    if mode != Mode::Linked {
         all.push(("command", "['DIR/wait']"));
+    }
+    if mode == Mode::Direct {
         all.push(("settle", "'20ms'"));
     }
     all.retain(|(name, _)| settings.iter().all(|(other, _)| other != name));
@@ -347,30 +391,42 @@ fn last_processor() -> String {
     all.rsplit(['-', ',']).next().unwrap().to_owned()
 }
 
-fn each_setting_is_taken_over_or_named(name: &'static str, run: &[&str]) {
-    let is_run = !run.is_empty();
-    let mut flags = flags_of(name, run);
-    flags.extend(is_run.then(|| "command".to_owned()));
+/// Checks all settings of this mode. A setting that requires gateways is checked with gateways, and every other setting of
+/// `forkyard run` without.
+fn each_setting_is_taken_over_or_named(name: &'static str, mode: Mode) {
+    let mut flags = flags_of(name, mode.arguments());
+    flags.extend((mode != Mode::Linked).then(|| "command".to_owned()));
     let missing: Vec<&String> = flags.iter().filter(|flag| TABLE.iter().all(|row| row.name != **flag)).collect();
     assert!(
         missing.is_empty(),
         "these flags have no row in this file, which defines how a reload applies them: {missing:?}"
     );
 
-    let mut served = Served::start(name, run);
+    let mut served = Served::start(name, mode);
     let mut wrong = Vec::new();
     for Row { name, to, with, seen } in TABLE.iter().filter(|row| flags.contains(row.name)) {
         if let Never(_) = seen {
             continue;
         }
-        served.reload(is_run, with);
-        let before = served.look(*seen, is_run);
-        let said = served.reload(is_run, &[with, &[(*name, *to)][..]].concat());
+        let settings = [with, &[(*name, *to)][..]].concat();
+        if mode != Mode::Linked {
+            let of_direct = Served { mode: Mode::Direct, ..served };
+            let requires_gateways = *name == "gateways" || of_direct.requires_gateways(&settings);
+            served = Served { mode, ..of_direct };
+            // The master applies --max-requests to each app process, and logs it nowhere.
+            let is_unseen = *name == "max-requests";
+            if is_unseen || requires_gateways != (mode == Mode::Gateways) {
+                continue;
+            }
+        }
+        served.reload(with);
+        let before = served.look(*seen);
+        let said = served.reload(&settings);
         let is_named = said.lines().any(|line| {
             let named = line.strip_prefix("these settings take effect only after a restart: ").unwrap_or_default();
             named.split(", ").any(|flag| flag == format!("--{name}"))
         });
-        let after = served.look(*seen, is_run);
+        let after = served.look(*seen);
         match seen {
             Named if !is_named => wrong.push(format!("--{name} is not named: {said}")),
             Named => {}
@@ -385,12 +441,17 @@ fn each_setting_is_taken_over_or_named(name: &'static str, run: &[&str]) {
 
 #[test]
 fn a_reload_applies_or_reports_each_setting_of_a_linked_application() {
-    each_setting_is_taken_over_or_named("crashy", &[]);
+    each_setting_is_taken_over_or_named("crashy", Mode::Linked);
 }
 
 #[test]
 fn a_reload_applies_or_reports_each_setting_of_run() {
-    each_setting_is_taken_over_or_named("forkyard", &["run"]);
+    each_setting_is_taken_over_or_named("forkyard", Mode::Direct);
+}
+
+#[test]
+fn a_reload_applies_or_reports_each_setting_of_gateways() {
+    each_setting_is_taken_over_or_named("forkyard", Mode::Gateways);
 }
 
 #[test]

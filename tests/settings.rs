@@ -297,9 +297,36 @@ fn an_unclosed_list_is_one_error_with_its_position() {
 }
 
 #[test]
+fn flags_that_require_gateways_are_rejected_without_gateways() {
+    let run_with = |flags: &[&str]| {
+        let bind = ["check", "--bind", "fastcgi:127.0.0.1:0"];
+        String::from_utf8(run("forkyard", &[&bind[..], flags, &["--", "sleep", "1"]].concat()).stderr).unwrap()
+    };
+    for flag in ["--max-requests=100", "--access-log=/dev/null", "--retries=1", "--backend=http", "--max-body=1M"] {
+        let name = flag.split_once('=').unwrap().0;
+        let said = run_with(&[flag]);
+        assert!(said.contains(&format!("{name} is not available here: it requires --gateways")), "{said}");
+        let said = run_with(&[flag, "--gateways=1"]);
+        assert!(!said.contains("is not available here"), "{said}");
+    }
+    for (flags, word) in [
+        (&["--gateways=1", "--settle=1s"][..], "--settle has no effect with --gateways"),
+        (&["--gateways=1", "--index=index.php"], "--index names a script below --root"),
+        (&["--gateways=1", "--backend=http", "--root=/"], "--root has no effect with --backend http"),
+        (&["--gateways=1", "--root=/nonexistent/forkyard"], "--root: /nonexistent/forkyard"),
+        (&["--gateways=1", "--temp-dir=/nonexistent/forkyard"], "--temp-dir: /nonexistent/forkyard"),
+        (&["--gateways=0"], "'0' is not a number of gateways"),
+        (&["--gateways=1", "--direct"], "--direct"),
+    ] {
+        let said = run_with(flags);
+        assert!(said.contains(word), "{flags:?}: {said}");
+    }
+}
+
+#[test]
 fn flags_that_run_lacks_are_rejected_with_the_reason_and_documented() {
     let missing: Vec<String> = flags_of("hello", &[]).difference(&flags_of("forkyard", &["run"])).cloned().collect();
-    assert!(missing.contains(&"threads".to_owned()) && missing.contains(&"max-requests".to_owned()), "{missing:?}");
+    assert!(missing.contains(&"threads".to_owned()) && missing.contains(&"sandbox".to_owned()), "{missing:?}");
     let flags: Vec<String> = missing.iter().map(|flag| format!("--{flag}=1")).collect();
     let arguments =
         [&["run", "--bind", "fastcgi:127.0.0.1:0"], &flags.iter().map(String::as_str).collect::<Vec<_>>()[..]];
@@ -323,9 +350,9 @@ fn flags_that_run_lacks_are_rejected_with_the_reason_and_documented() {
     assert!(named.is_empty(), "run has these flags: {named:?}");
     // The error is the same for a flag without its value, and for flags that only `run` has.
     complained(
-        &run("forkyard", &["run", "--slow-request", "--", "cat"]),
+        &run("forkyard", &["run", "--threads", "--", "cat"]),
         2,
-        &["--slow-request is not available here", "forkyard run"],
+        &["--threads is not available here", "forkyard run"],
     );
     complained(
         &run("hello", &["--settle", "1s"]),

@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "test code outside of test functions")]
 
 pub mod fastcgi;
+pub mod gateway;
 pub mod http;
 pub mod http2;
 pub mod limit;
@@ -115,7 +116,8 @@ pub struct Server {
     child: Child,
     log: Arc<Log>,
     log_ended: Arc<AtomicBool>,
-    lines: Receiver<String>,
+    /// In a mutex, so that several threads can share a server.
+    lines: Mutex<Receiver<String>>,
     runs_programs: bool,
     /// The addresses in the banner, in order: `http://127.0.0.1:4711` or `fastcgi:unix:/path`.
     pub binds: Vec<String>,
@@ -158,7 +160,7 @@ impl Server {
             ended.store(true, Ordering::SeqCst);
         });
         let runs_programs = command.get_args().any(|argument| argument == "run");
-        Self { child, log, log_ended, lines, runs_programs, binds: Vec::new() }
+        Self { child, log, log_ended, lines: Mutex::new(lines), runs_programs, binds: Vec::new() }
     }
 
     /// Waits for a log line that contains `what`, and returns the line. The search begins after the line that the previous call returned.
@@ -167,7 +169,7 @@ impl Server {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let Ok(line) = self.lines.recv_timeout(left) else {
+            let Ok(line) = self.lines.get_mut().unwrap().recv_timeout(left) else {
                 panic!("no line with {what:?} was logged. The log:\n{}", self.log());
             };
             if let Some(bind) = line.strip_prefix("  bind     ") {
