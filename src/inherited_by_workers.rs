@@ -54,8 +54,9 @@ pub(crate) enum Report {
     Recycle(String),
     /// Like [`Report::Recycle`]; the reason is a blocking function that hangs, called for this request.
     HungThread(String),
-    /// An app process has not answered this request of a gateway in time.
-    AppHung { slot: u32, pid: i32, request: String },
+    /// An app process has not answered this request of a gateway in time. `connection` is the inode of the process's end of
+    /// the connection, or 0 if it is unknown.
+    AppHung { slot: u32, pid: i32, connection: u32, request: String },
     /// The gateway in this slot, with this pid, does not react and occupies app processes.
     GatewayStuck { slot: u32, pid: u32 },
     /// An app process died while it served this request of a gateway.
@@ -75,7 +76,9 @@ impl Report {
             Self::Ready => "ready\n".to_owned(),
             Self::Recycle(reason) => format!("recycle {}\n", reason.replace('\n', " ")),
             Self::HungThread(request) => format!("hung {}\n", request.replace('\n', " ")),
-            Self::AppHung { slot, pid, request } => format!("app-hung {slot} {pid} {}\n", request.replace('\n', " ")),
+            Self::AppHung { slot, pid, connection, request } => {
+                format!("app-hung {slot} {pid} {connection} {}\n", request.replace('\n', " "))
+            }
             Self::GatewayStuck { slot, pid } => format!("gateway-stuck {slot} {pid} -\n"),
             Self::AppDied { slot, pid, request } => format!("app-died {slot} {pid} {}\n", request.replace('\n', " ")),
             Self::SentBy(pid) => format!("sent {pid}\n"),
@@ -90,9 +93,9 @@ impl Report {
             None if line == "ready" => Self::Ready,
             Some(("recycle", reason)) => Self::Recycle(reason.to_owned()),
             Some(("hung", request)) => Self::HungThread(request.to_owned()),
-            Some(("app-hung", rest)) if app_request(rest).is_some() => {
-                let (slot, pid, request) = app_request(rest).unwrap_or_default();
-                Self::AppHung { slot, pid, request }
+            Some(("app-hung", rest)) if app_hang(rest).is_some() => {
+                let (slot, pid, connection, request) = app_hang(rest).unwrap_or_default();
+                Self::AppHung { slot, pid, connection, request }
             }
             Some(("gateway-stuck", rest)) if app_request(rest).is_some() => {
                 let (slot, pid, _) = app_request(rest).unwrap_or_default();
@@ -114,6 +117,13 @@ impl Report {
 fn app_request(text: &str) -> Option<(u32, i32, String)> {
     let mut words = text.splitn(3, ' ');
     Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.to_owned()))
+}
+
+/// Like [`app_request`], with the inode of a connection before the request.
+fn app_hang(text: &str) -> Option<(u32, i32, u32, String)> {
+    let (slot, pid, rest) = app_request(text)?;
+    let (connection, request) = rest.split_once(' ')?;
+    Some((slot, pid, connection.parse().ok()?, request.to_owned()))
 }
 
 /// The main function of a worker: serves until the worker must exit, and returns the exit status.

@@ -34,7 +34,7 @@ pub(crate) use self::listener_exec::{LISTEN_FD, ListenerToPass, spawn_with_liste
 pub(crate) use self::other_processes::{descriptor_of, ending_of};
 pub(crate) use self::process::{
     Ending, clone_with_descriptors, die_with_parent, ended_child, exec, exit_now, expect_one_thread, fork, is_child,
-    process_descriptor, reap, spawn, thread_name,
+    process_descriptor, reap, signal_process, spawn, thread_name,
 };
 pub(crate) use self::process_status::{process_kib, process_status};
 pub(crate) use self::receive::{receive_with_descriptor, receive_with_descriptors};

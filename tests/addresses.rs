@@ -97,7 +97,19 @@ fn a_host_name_binds_all_its_addresses_on_one_port_even_after_an_upgrade() {
 fn a_program_that_accepts_connections_itself_gets_only_the_first_address_of_a_name() {
     assert!(has_ipv6(), "this test needs IPv6 on loopback");
     let mut command = where_localhost_is(&["127.0.0.1", "::1"], "forkyard");
-    command.args(["run", "--bind", "fastcgi:localhost:0", "--workers", "1", "--settle", "0", "--", "sleep", "1000"]);
+    command.args([
+        "run",
+        "--direct",
+        "--bind",
+        "fastcgi:localhost:0",
+        "--workers",
+        "1",
+        "--settle",
+        "0",
+        "--",
+        "sleep",
+        "1000",
+    ]);
     let mut server = Server::launch(&mut command);
     server.wait_for("did not bind an address: a program that accepts connections itself has one socket");
     server.wait_for("ready in ");

@@ -124,15 +124,23 @@ fn an_impossible_cache_size_is_rejected() {
 fn run_rejects_unsupported_flags_with_a_reason() {
     let bind = "fastcgi:unix:/tmp/never-made.sock";
     complained(
-        &run("forkyard", &["run", "--bind", bind, "--", "no-such-program"]),
+        &run("forkyard", &["run", "--direct", "--bind", bind, "--", "no-such-program"]),
         1,
         &["no program of that name in PATH"],
     );
-    complained(&run("forkyard", &["run", "--bind", bind, "--", "/etc/passwd"]), 1, &["not an executable file"]);
-    complained(&run("forkyard", &["run", "--bind", bind]), 2, &["COMMAND"]);
-    complained(&run("forkyard", &["run", "--bind", "http:127.0.0.1:0", "--", "cat"]), 2, &["over fastcgi only"]);
+    complained(
+        &run("forkyard", &["run", "--direct", "--bind", bind, "--", "/etc/passwd"]),
+        1,
+        &["not an executable file"],
+    );
+    complained(&run("forkyard", &["run", "--direct", "--bind", bind]), 2, &["COMMAND"]);
+    complained(
+        &run("forkyard", &["run", "--direct", "--bind", "http:127.0.0.1:0", "--", "cat"]),
+        2,
+        &["over fastcgi only"],
+    );
     complained(&run("forkyard", &["run", "--", "cat"]), 2, &["run needs an address to listen on", "forkyard run"]);
-    let two = ["run", "--bind", bind, "--bind", "fastcgi:127.0.0.1:0", "--", "cat"];
+    let two = ["run", "--direct", "--bind", bind, "--bind", "fastcgi:127.0.0.1:0", "--", "cat"];
     complained(&run("forkyard", &two), 2, &["one --bind and got 2"]);
 }
 

@@ -398,7 +398,7 @@ fn programs_that_report_nothing_have_a_status_too() {
     let socket = directory.path().join("control.sock");
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut command = Command::new(program("forkyard"));
-    command.args(["run", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--control"]).arg(&socket);
+    command.args(["run", "--direct", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--control"]).arg(&socket);
     command.args(["--", "sleep", "600"]);
     let mut served = Controlled { server: Server::start_command(&mut command), socket, name: "forkyard", directory };
     let status = served.status();

@@ -119,7 +119,7 @@ fn a_long_command_is_waited_for_as_long_as_the_master_lives() {
     let directory = tempfile::tempdir().unwrap();
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut command = Command::new(program("forkyard"));
-    command.args(["run", "--bind", &bind, "--workers", "1", "--settle", "1500ms", "--control"]);
+    command.args(["run", "--direct", "--bind", &bind, "--workers", "1", "--settle", "1500ms", "--control"]);
     let mut server = Server::start_command(command.arg(control(&directory)).args(["--", "sleep", "1000"]));
     let old = server.children();
     // The reload takes far longer than `--timeout`, and more clients are waiting at the same time than the control socket can serve.

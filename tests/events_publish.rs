@@ -137,7 +137,7 @@ fn the_documented_examples_publish_from_php_python_and_a_shell() {
     let daemons = [("python", "python3", &python), ("shell", "sh", &shell)]
         .map(|(name, program, script)| format!("{name}=sh -c '{program} {script} && exec sleep 1000'"));
     let mut command = Command::new(program("forkyard"));
-    command.args(["run", "--events", "1M", "--bind", &bind, "--workers", "1", "--control"]).arg(&control);
+    command.args(["run", "--direct", "--events", "1M", "--bind", &bind, "--workers", "1", "--control"]).arg(&control);
     command.args(["--daemon", &daemons[0], "--daemon", &daemons[1]]).env("TMPDIR", directory.path());
     let mut server = Server::start_command(command.args(["--", "php-cgi", "-n"]));
 

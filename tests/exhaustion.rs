@@ -87,7 +87,7 @@ fn a_low_soft_limit_is_raised_for_the_master_and_programs_get_the_original_limit
     let mut command = after("ulimit -Sn 50 && ulimit -Hn 4000", "forkyard");
     let directory = tempfile::tempdir().unwrap();
     let bind = format!("fastcgi:unix:{}", directory.path().join("sock").display());
-    command.args(["run", "--bind", &bind, "--workers", "60", "--settle", "0", "--", "sh", "-c", limit]);
+    command.args(["run", "--direct", "--bind", &bind, "--workers", "60", "--settle", "0", "--", "sh", "-c", limit]);
     let mut server = Server::start_command(&mut command);
     server.logged("limit=50 4000");
     server.stop();
@@ -224,7 +224,7 @@ fn limits_that_cannot_be_set_are_reported_before_any_address_is_bound() {
             assert!(status == Some(1) && said.contains(what), "{arguments:?}: {status:?} {said}");
             assert!(directory.path().read_dir().unwrap().next().is_none(), "{arguments:?}: no file is created");
         }
-        let (status, said) = run("forkyard", &["run", "--bind", "fastcgi:unix:sock", &limit, "--", "cat"]);
+        let (status, said) = run("forkyard", &["run", "--direct", "--bind", "fastcgi:unix:sock", &limit, "--", "cat"]);
         assert!(status == Some(1) && said.contains(what), "{status:?} {said}");
         assert!(directory.path().read_dir().unwrap().next().is_none(), "no file is created");
     }

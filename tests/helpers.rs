@@ -152,7 +152,7 @@ fn a_program_that_cannot_be_executed_is_logged_with_its_user_directory_and_cause
     // A program that serves requests.
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut command = Command::new(program("forkyard"));
-    command.args(["run", "--bind", &bind, "--workers", "1"]).args(user).args(["--", &roots]);
+    command.args(["run", "--direct", "--bind", &bind, "--workers", "1"]).args(user).args(["--", &roots]);
     let server = Server::launch(&mut command);
     let line = server.logged("cannot start a worker");
     let why = format!(
@@ -256,7 +256,7 @@ fn sidecars_have_the_privileges_of_the_workers() {
 fn variables_have_one_line_per_sidecar_and_run_supports_daemons() {
     let directory = tempfile::tempdir().unwrap();
     let mut command = Command::new(program("forkyard"));
-    command.args(["run", "--bind", &format!("fastcgi:unix:{}", directory.path().join("a.sock").display())]);
+    command.args(["run", "--direct", "--bind", &format!("fastcgi:unix:{}", directory.path().join("a.sock").display())]);
     command.args(["--workers", "1", "--settle", "10ms", "--", "sleep", "600"]);
     command.env("FORKYARD_DAEMON", "one=sh -c 'echo [$FORKYARD_DAEMON]; exec sleep 600'\ntwo=sleep 600\n");
     command.env("FORKYARD_CRON", "tick=* * * * * *=echo tick");

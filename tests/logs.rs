@@ -577,7 +577,7 @@ fn files_that_cannot_be_opened_are_reported_and_a_failed_rotation_changes_nothin
 
 #[test]
 fn run_has_no_access_log_and_reports_why() {
-    let arguments = ["run", "--bind", "fastcgi:unix:/tmp/unused.sock", "--access-log", "-", "--", "true"];
+    let arguments = ["run", "--direct", "--bind", "fastcgi:unix:/tmp/unused.sock", "--access-log", "-", "--", "true"];
     let output = Command::new(program("forkyard")).args(arguments).output_in_time().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(2) && error.contains("web server"), "{error}");
@@ -590,7 +590,19 @@ fn the_output_of_a_program_under_run_is_logged_as_json_too() {
     let bind = format!("fastcgi:unix:{}", directory.path().join("app.sock").display());
     let mut forkyard = Command::new(program("forkyard"));
     forkyard
-        .args(["run", "--bind", &bind, "--workers", "1", "--settle", "0", "--log-format", "json", "--log-file"])
+        .args([
+            "run",
+            "--direct",
+            "--bind",
+            &bind,
+            "--workers",
+            "1",
+            "--settle",
+            "0",
+            "--log-format",
+            "json",
+            "--log-file",
+        ])
         .arg(&log);
     forkyard.args(["--", "sh", "-c", "echo slot=9 level=none; exec sleep 1000"]);
     let mut server = Server::launch(&mut forkyard);

@@ -30,7 +30,11 @@ fn program_under_run(directory: &TempDir, arguments: &[&str], command: &[&str]) 
     assert!(Uid::effective().is_root(), "these tests change users: run them as root");
     let bind = format!("fastcgi:unix:{}", directory.path().join("app.sock").display());
     let mut forkyard = Command::new(program("forkyard"));
-    forkyard.args(["run", "--bind", &bind, "--workers", "1", "--settle", "0"]).args(arguments).arg("--").args(command);
+    forkyard
+        .args(["run", "--direct", "--bind", &bind, "--workers", "1", "--settle", "0"])
+        .args(arguments)
+        .arg("--")
+        .args(command);
     forkyard
 }
 
@@ -428,7 +432,19 @@ fn a_limit_with_which_no_worker_can_start_is_rejected_or_logged_with_the_death()
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let death = |limit: &str, program_and_arguments: &[&str]| {
         let mut command = Command::new(program("forkyard"));
-        command.args(["run", "--bind", &bind, "--workers", "1", "--rlimit", limit, "--rlimit", "core=0", "--"]);
+        command.args([
+            "run",
+            "--direct",
+            "--bind",
+            &bind,
+            "--workers",
+            "1",
+            "--rlimit",
+            limit,
+            "--rlimit",
+            "core=0",
+            "--",
+        ]);
         Server::launch(command.args(program_and_arguments)).logged("worker died")
     };
     for limit in ["as=1M", "data=64K", "nofile=2"] {

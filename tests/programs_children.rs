@@ -583,7 +583,7 @@ fn an_inherited_socket_that_was_shut_down_listens_again() {
     let mut command = Command::new(common::program("forkyard"));
     // Standard input is a listening socket, so --bind is not needed.
     command
-        .args(["run", "--workers", "2", "--"])
+        .args(["run", "--direct", "--workers", "2", "--"])
         .args(PHP)
         .stdin(std::process::Stdio::from(std::os::fd::OwnedFd::from(listener)));
     let mut server = Server::start_command(&mut command);

@@ -17,7 +17,16 @@ fn php_behind(front: fronts::Front) {
     std::fs::write(directory.path().join("sum.php"), "<?php echo 'the sum is ', $_GET['a'] + $_GET['b'];").unwrap();
     let socket = directory.path().join("app.sock").display().to_string();
     let mut command = Command::new(program("forkyard"));
-    command.args(["run", "--bind", &format!("fastcgi:unix:{socket}"), "--socket-mode", "666", "--workers", "2"]);
+    command.args([
+        "run",
+        "--direct",
+        "--bind",
+        &format!("fastcgi:unix:{socket}"),
+        "--socket-mode",
+        "666",
+        "--workers",
+        "2",
+    ]);
     let mut server = Server::start_command(command.args(["--", "php-cgi", "-n"]));
     let site = fronts::Site::before(front, directory, &socket);
     let ask = |target| Client::connect(&site.address).unwrap().request("GET", target, b"").unwrap();

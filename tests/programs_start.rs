@@ -218,7 +218,7 @@ fn an_upgrade_remembers_whether_programs_were_seen_to_accept() {
         |command: &str| std::fs::write(&config, format!("command = {command}\nstart-timeout = '4s'\n")).unwrap();
     write(ours);
     let mut forkyard = Command::new(program("forkyard"));
-    forkyard.args(["run", "--bind", &place.address, "--workers", "1", "--config"]).arg(&config);
+    forkyard.args(["run", "--direct", "--bind", &place.address, "--workers", "1", "--config"]).arg(&config);
     let mut server = Server::start_command(forkyard.arg("--control").arg(&control));
     let ask = |what: &str| {
         let output =

@@ -60,6 +60,7 @@ fn a_worker_and_a_program_are_replaced_at_the_maximum_age() {
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let mut server = Server::start_command(Command::new(program("forkyard")).args([
         "run",
+        "--direct",
         "--bind",
         &bind,
         "--workers",
@@ -82,9 +83,9 @@ fn a_worker_and_a_program_are_replaced_at_the_maximum_age() {
 fn settings_that_cannot_work_for_a_program_are_rejected_with_the_reason() {
     for (flag, value, reason) in [
         ("--max-requests", "100", "only the program itself can count"),
-        ("--health-path", "/health", "a request cannot be sent to a particular process"),
+        ("--health-path", "/health", "a request cannot be sent to a particular one"),
     ] {
-        let command = ["run", "--bind", "fastcgi:unix:/nowhere/a.sock", flag, value, "--", "sleep", "600"];
+        let command = ["run", "--direct", "--bind", "fastcgi:unix:/nowhere/a.sock", flag, value, "--", "sleep", "600"];
         let output = Command::new(program("forkyard")).args(command).output_in_time().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{said}");

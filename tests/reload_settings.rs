@@ -76,7 +76,7 @@ const TABLE: &[Row] = &[
     row("proxy-protocol", "['10.0.0.0/8']", InWorker),
     with("trust-header", "'forwarded'", &[("trust", "['unix']")], InWorker),
     row("events-socket", "'DIR/events'", Named),
-    row("direct", "true", Never("in this version programs accept connections themselves with and without the flag")),
+    row("direct", "false", Named),
     // Processes.
     row("workers", "2", InMaster("supervisor")),
     row("max-unavailable", "'50%'", InMaster("supervisor")),
@@ -224,9 +224,9 @@ fn flags_of(name: &str, arguments: &[&str]) -> BTreeSet<String> {
 #[derive(Clone, Copy, PartialEq)]
 enum Mode {
     Linked,
-    /// `forkyard run`.
+    /// `forkyard run --direct`.
     Direct,
-    /// `forkyard run --gateways 1`.
+    /// `forkyard run`.
     Gateways,
 }
 
@@ -370,7 +370,10 @@ fn write_file(directory: &Path, mode: Mode, settings: &[(&str, &str)]) -> PathBu
         all.push(("command", "['DIR/wait']"));
     }
     if mode == Mode::Direct {
-        all.push(("settle", "'20ms'"));
+        all.push(("direct", "true"));
+        if settings.iter().all(|(name, _)| *name != "direct") {
+            all.push(("settle", "'20ms'"));
+        }
     }
     all.retain(|(name, _)| settings.iter().all(|(other, _)| other != name));
     let mut text = String::new();
@@ -392,7 +395,7 @@ fn last_processor() -> String {
 }
 
 /// Checks all settings of this mode. A setting that requires gateways is checked with gateways, and every other setting of
-/// `forkyard run` without.
+/// `forkyard run` with `--direct`.
 fn each_setting_is_taken_over_or_named(name: &'static str, mode: Mode) {
     let mut flags = flags_of(name, mode.arguments());
     flags.extend((mode != Mode::Linked).then(|| "command".to_owned()));

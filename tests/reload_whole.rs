@@ -199,7 +199,7 @@ fn a_reload_changes_the_paths_and_the_format_of_the_logs() {
     assert_eq!(before, read(&served, "other").len() + read(&served, "access").len());
 }
 
-const FASTCGI: &str = "bind = 'fastcgi:unix:DIR/a.sock'\nworkers = 2\nsettle = '20ms'\n";
+const FASTCGI: &str = "bind = 'fastcgi:unix:DIR/a.sock'\nworkers = 2\nsettle = '20ms'\ndirect = true\n";
 
 #[test]
 fn a_reload_runs_another_command_and_rejects_one_that_does_not_exist() {

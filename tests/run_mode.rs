@@ -420,7 +420,8 @@ fn a_program_that_cannot_be_executed_is_reported() {
 
 #[test]
 fn an_invalid_bind_is_a_usage_error() {
-    let forkyard = |arguments: &[&str]| failure(Command::new(program("forkyard")).arg("run").args(arguments));
+    let forkyard =
+        |arguments: &[&str]| failure(Command::new(program("forkyard")).args(["run", "--direct"]).args(arguments));
     let (status, error) = forkyard(&["--bind", "http:127.0.0.1:0", "--", "true"]);
     assert_eq!(status, Some(2), "{error}");
     assert!(error.contains("cannot listen on http:127.0.0.1:0") && error.contains("fastcgi"), "{error}");
@@ -508,7 +509,20 @@ fn a_program_that_does_not_exit_is_killed() {
 fn children_of_a_wrapper_are_killed_with_it() {
     let place = Place::new();
     let bind = format!("fastcgi:unix:{}", place.path("wrapper.sock").display());
-    let run = ["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--", "sh", "-c", "sleep 600 & wait"];
+    let run = [
+        "run",
+        "--direct",
+        "--bind",
+        &bind,
+        "--workers",
+        "1",
+        "--settle",
+        "10ms",
+        "--",
+        "sh",
+        "-c",
+        "sleep 600 & wait",
+    ];
     let mut server = Server::start("forkyard", &run);
     let family = |wrapper: i32| {
         wait_until("the wrapper has started a child", || children_of(Pid::from_raw(wrapper)).first().copied())

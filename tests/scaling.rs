@@ -99,6 +99,7 @@ fn programs_are_scaled_by_the_demand_for_connections() {
     // The program accepts nothing and has no connection, so the demand appears in the kernel's accept queue.
     let mut server = Server::start_command(Command::new(program("forkyard")).args([
         "run",
+        "--direct",
         "--bind",
         &bind,
         "--workers",

@@ -76,6 +76,7 @@ fn a_switch_is_a_boolean_in_the_configuration_file() {
         ("hello", "sandbox = true\nuser = 4711\ngroup = 4711"),
         ("forkyard", "direct = true"),
         ("forkyard", "direct = false"),
+        ("forkyard", "direct = true\nsettle = '1s'"),
     ] {
         let bind =
             if name == "hello" { bind } else { "bind = 'fastcgi:127.0.0.1:0'\nuser = 'root'\ncommand = ['sleep']\n" };
@@ -297,26 +298,32 @@ fn an_unclosed_list_is_one_error_with_its_position() {
 }
 
 #[test]
-fn flags_that_require_gateways_are_rejected_without_gateways() {
+fn flags_that_require_gateways_are_rejected_with_direct() {
     let run_with = |flags: &[&str]| {
         let bind = ["check", "--bind", "fastcgi:127.0.0.1:0"];
         String::from_utf8(run("forkyard", &[&bind[..], flags, &["--", "sleep", "1"]].concat()).stderr).unwrap()
     };
-    for flag in ["--max-requests=100", "--access-log=/dev/null", "--retries=1", "--backend=http", "--max-body=1M"] {
+    for flag in [
+        "--max-requests=100",
+        "--access-log=/dev/null",
+        "--retries=1",
+        "--backend=http",
+        "--max-body=1M",
+        "--gateways=1",
+    ] {
         let name = flag.split_once('=').unwrap().0;
+        let said = run_with(&[flag, "--direct"]);
+        assert!(said.contains(&format!("{name} is not available here: with --direct, ")), "{said}");
         let said = run_with(&[flag]);
-        assert!(said.contains(&format!("{name} is not available here: it requires --gateways")), "{said}");
-        let said = run_with(&[flag, "--gateways=1"]);
         assert!(!said.contains("is not available here"), "{said}");
     }
     for (flags, word) in [
-        (&["--gateways=1", "--settle=1s"][..], "--settle has no effect with --gateways"),
-        (&["--gateways=1", "--index=index.php"], "--index names a script below --root"),
-        (&["--gateways=1", "--backend=http", "--root=/"], "--root has no effect with --backend http"),
-        (&["--gateways=1", "--root=/nonexistent/forkyard"], "--root: /nonexistent/forkyard"),
-        (&["--gateways=1", "--temp-dir=/nonexistent/forkyard"], "--temp-dir: /nonexistent/forkyard"),
+        (&["--settle=1s"][..], "--settle has no effect without --direct"),
+        (&["--index=index.php"], "--index names a script below --root"),
+        (&["--backend=http", "--root=/"], "--root has no effect with --backend http"),
+        (&["--root=/nonexistent/forkyard"], "--root: /nonexistent/forkyard"),
+        (&["--temp-dir=/nonexistent/forkyard"], "--temp-dir: /nonexistent/forkyard"),
         (&["--gateways=0"], "'0' is not a number of gateways"),
-        (&["--gateways=1", "--direct"], "--direct"),
     ] {
         let said = run_with(flags);
         assert!(said.contains(word), "{flags:?}: {said}");
@@ -328,8 +335,10 @@ fn flags_that_run_lacks_are_rejected_with_the_reason_and_documented() {
     let missing: Vec<String> = flags_of("hello", &[]).difference(&flags_of("forkyard", &["run"])).cloned().collect();
     assert!(missing.contains(&"threads".to_owned()) && missing.contains(&"sandbox".to_owned()), "{missing:?}");
     let flags: Vec<String> = missing.iter().map(|flag| format!("--{flag}=1")).collect();
-    let arguments =
-        [&["run", "--bind", "fastcgi:127.0.0.1:0"], &flags.iter().map(String::as_str).collect::<Vec<_>>()[..]];
+    let arguments = [
+        &["run", "--direct", "--bind", "fastcgi:127.0.0.1:0"],
+        &flags.iter().map(String::as_str).collect::<Vec<_>>()[..],
+    ];
     let said = complained(&run("forkyard", &[&arguments.concat()[..], &["--", "sleep", "1"]].concat()), 2, &[]);
     let directory = tempfile::tempdir().unwrap();
     let settings: String = missing.iter().map(|flag| format!("{flag} = 1\n")).collect();
@@ -364,9 +373,9 @@ fn flags_that_run_lacks_are_rejected_with_the_reason_and_documented() {
 
 #[test]
 fn errors_suggest_what_was_probably_meant() {
-    let bind = ["run", "--bind", "fastcgi:unix:/tmp/never-made.sock"];
+    let bind = ["run", "--direct", "--bind", "fastcgi:unix:/tmp/never-made.sock"];
     let said = run("forkyard", &[&bind[..], &["php-cgi", "-d", "memory_limit=64M"]].concat());
-    let line = "forkyard run --bind fastcgi:unix:/tmp/never-made.sock -- php-cgi -d 'memory_limit=64M'";
+    let line = "forkyard run --direct --bind fastcgi:unix:/tmp/never-made.sock -- php-cgi -d 'memory_limit=64M'";
     let said = complained(&said, 2, &["unexpected argument 'php-cgi'", "come after '--'"]);
     assert!(said.contains(line) || said.contains(&line.replace('\'', "")), "{said}");
     complained(&run("forkyard", &["restart"]), 2, &["'restart'", "'reload' replaces all workers", "'upgrade'"]);
@@ -416,7 +425,7 @@ fn an_application_that_runs_as_root_without_user_logs_a_warning() {
     let bind = format!("fastcgi:unix:{}", directory.path().join("a.sock").display());
     let start = |name: &str, user: &[&str]| {
         let program: &[&str] = if name == "forkyard" { &["--", "sleep", "1000"] } else { &[] };
-        let run: &[&str] = if name == "forkyard" { &["run"] } else { &[] };
+        let run: &[&str] = if name == "forkyard" { &["run", "--direct"] } else { &[] };
         let mut server = Server::start(name, &[run, &["--bind", &bind, "--workers", "1"], user, program].concat());
         server.stop();
         server.log()

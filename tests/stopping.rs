@@ -334,7 +334,7 @@ fn run_php(place: &Place, arguments: &[&str]) -> Command {
         "<?php echo getmypid(), \" waits\\n\"; flush(); while (!file_exists(__DIR__.'/go')) usleep(5000); echo 'went';";
     std::fs::write(place.path("until.php"), page).unwrap();
     let mut command = Command::new(program("forkyard"));
-    command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--workers", "2"]).args(arguments);
+    command.args(["run", "--direct", "--bind", &place.bind(Protocol::FastCgi), "--workers", "2"]).args(arguments);
     command.args(["--", "php-cgi", "-d", "output_buffering=0"]);
     command
 }
@@ -419,7 +419,7 @@ fn processes_starting_at_a_stop_serve_queued_connections() {
         if is_program {
             run_php(&place, &[]); // creates the page
             command = Command::new(program("forkyard"));
-            command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--settle", "10m"]);
+            command.args(["run", "--direct", "--bind", &place.bind(Protocol::FastCgi), "--settle", "10m"]);
         }
         command.args(&FOR_EVER[..4]).args(["--workers", "0..2"]).current_dir(place.directory.path());
         if is_program {
@@ -478,7 +478,16 @@ fn unaccepted_connections_are_counted_once_and_called_late_only_after_a_wait() {
         let place = Place::new(Family::Tcp);
         nix::unistd::mkfifo(&place.path("go"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         let mut command = Command::new(program("forkyard"));
-        command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--workers", "1", "--settle", "10ms"]);
+        command.args([
+            "run",
+            "--direct",
+            "--bind",
+            &place.bind(Protocol::FastCgi),
+            "--workers",
+            "1",
+            "--settle",
+            "10ms",
+        ]);
         command.args(["--drain-timeout", "2s", "--", "sh", "-c", script]).current_dir(place.directory.path());
         let mut server = Server::start_command(&mut command);
         let _queued = [(); 3].map(|()| place.connect().unwrap());
@@ -521,7 +530,7 @@ fn hold(fifo: &Path) -> std::fs::File {
 fn a_stop_does_not_wait_for_a_program_that_has_not_started_and_ignores_it() {
     let place = Place::new(Family::Tcp);
     let mut command = Command::new(program("forkyard"));
-    command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--settle", "10m"]).args(FOR_EVER);
+    command.args(["run", "--direct", "--bind", &place.bind(Protocol::FastCgi), "--settle", "10m"]).args(FOR_EVER);
     command.args(["--", "sh", "-c", "trap '' TERM; echo begun; while :; do sleep 1; done"]);
     let mut server = Server::launch(&mut command);
     server.wait_for("begun");
@@ -534,10 +543,10 @@ fn a_stop_does_not_wait_for_a_program_that_has_not_started_and_ignores_it() {
 fn a_pool_in_which_no_process_ever_became_ready_is_abandoned() {
     let place = Place::new(Family::Tcp);
     let mut program_that_fails = Command::new(program("forkyard"));
-    program_that_fails.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--give-up-after", "1s"]);
+    program_that_fails.args(["run", "--direct", "--bind", &place.bind(Protocol::FastCgi), "--give-up-after", "1s"]);
     program_that_fails.args(["--", "sh", "-c", "echo no DSN; exit 3"]);
     let mut program_that_ends = Command::new(program("forkyard"));
-    program_that_ends.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--give-up-after", "1s"]);
+    program_that_ends.args(["run", "--direct", "--bind", &place.bind(Protocol::FastCgi), "--give-up-after", "1s"]);
     program_that_ends.args(["--", "true"]);
     let broken = place.path("broken");
     std::fs::write(&broken, "").unwrap();
@@ -572,7 +581,17 @@ fn a_socket_that_was_shut_down_is_logged_and_does_not_delay_the_stop() {
 fn programs_whose_socket_was_shut_down_are_logged() {
     let place = Place::new(Family::Path);
     let mut command = Command::new(program("forkyard"));
-    command.args(["run", "--bind", &place.bind(Protocol::FastCgi), "--workers", "1", "--", "python3", "-c"]);
+    command.args([
+        "run",
+        "--direct",
+        "--bind",
+        &place.bind(Protocol::FastCgi),
+        "--workers",
+        "1",
+        "--",
+        "python3",
+        "-c",
+    ]);
     command.arg("import socket; s = socket.socket(fileno=0); s.accept(); s.shutdown(socket.SHUT_RDWR)");
     let mut server = Server::start_command(&mut command);
     drop(place.connect());

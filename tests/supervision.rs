@@ -416,7 +416,7 @@ fn process_1_reaps_orphans_and_stops_on_sigterm() {
         command.args(["--user", "--map-root-user"]);
     }
     command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(program("forkyard"));
-    command.args(["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--log-level", "debug"]);
+    command.args(["run", "--direct", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--log-level", "debug"]);
     // The program leaves an orphan behind, and continues to run.
     command.args(["--", "sh", "-c", "(exit 7 &) ; exec sleep 600"]);
     let mut server = Server::start_command(&mut command);

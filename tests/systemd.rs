@@ -226,7 +226,7 @@ fn variables_for_the_master_are_not_in_the_environment_of_a_program() {
     let bind = format!("fastcgi:unix:{}", socket.display());
     // The file is renamed into place, so that it is complete when it appears.
     let script = format!("env > {0}.new; mv {0}.new {0}; exec sleep 600", out.display());
-    let run = ["run", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--", "sh", "-c", &script];
+    let run = ["run", "--direct", "--bind", &bind, "--workers", "1", "--settle", "10ms", "--", "sh", "-c", &script];
     let mut server = start("forkyard", &run, Vec::new(), &manager);
     let variables = common::wait_until("the program has written its variables", || std::fs::read_to_string(&out).ok());
     assert!(variables.contains("FORKYARD_SLOT=0"), "{variables}");

@@ -435,7 +435,7 @@ fn a_program_and_its_output_survive_an_upgrade_of_the_master() {
     let bind = format!("fastcgi:unix:{}", place.directory.path().join("a.sock").display());
     // The worker's last output arrives after the upgrade, through a pipe that was created before the upgrade.
     let text = "trap 'echo parting words; exit' TERM; while :; do sleep 0.01; done";
-    let run = ["run", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--", "sh", "-c", text];
+    let run = ["run", "--direct", "--bind", &bind, "--workers", "2", "--settle", "10ms", "--", "sh", "-c", text];
     let mut server = place.start(&run);
     let old = server.workers();
     upgrade(&mut server);

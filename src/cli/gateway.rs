@@ -17,19 +17,19 @@ use crate::config::{parse_duration, parse_size};
 
 #[derive(Args, Debug)]
 pub(super) struct GatewayOptions {
-    /// Put this many gateways in front of the program: 1 to 64, or auto
+    /// Number of gateways in front of the program: 1 to 64, or auto
     ///
     /// Gateways accept the clients' connections, over HTTP, FastCGI and SCGI, and forward requests to the program's
     /// processes over FastCGI or HTTP. They answer the clients of a process that dies, queue requests, receive the bodies of
     /// slow clients, and write the access log. auto starts one per processor, up to 4.
-    #[arg(long, value_name = "N", env = "FORKYARD_GATEWAYS", conflicts_with = "direct", help_heading = "Gateways")]
-    pub(super) gateways: Option<GatewayCount>,
+    #[arg(long, value_name = "N", env = "FORKYARD_GATEWAYS", default_value = "auto", help_heading = "Gateways")]
+    gateways: GatewayCount,
 
     #[command(flatten)]
     of_gateways: OfGateways,
 }
 
-/// Flags that require `--gateways`.
+/// Flags that apply to gateways only.
 #[derive(Args, Debug)]
 pub(super) struct OfGateways {
     /// Protocol of the program: fastcgi or http
@@ -42,10 +42,10 @@ pub(super) struct OfGateways {
 
     /// Requests that one process of the program serves at a time [default: 1; 64 with --backend http]
     ///
-    /// More than 1 is for programs with threads or an event loop, and for wrappers that run several processes on one
-    /// socket. An HTTP server that serves one request at a time (gunicorn with sync workers) requires 1.
+    /// More than 1 is for programs with threads or an event loop, and for programs that run several processes on one
+    /// socket. php-cgi gets children for them, which share opcache and APCu. An HTTP server that serves one request at a time (gunicorn with sync workers) requires 1.
     #[arg(long, value_name = "N", env = "FORKYARD_APP_CONCURRENCY", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Gateways")]
-    app_concurrency: Option<u32>,
+    pub(super) app_concurrency: Option<u32>,
 
     /// Further processes that a request is sent to if the process that serves it dies; 0 disables
     ///
@@ -101,14 +101,14 @@ pub(super) struct OfGateways {
 }
 
 impl GatewayOptions {
-    /// Returns the flags that apply to gateways, with the settings of the gateways, if there are any.
-    pub(super) fn in_use(self) -> Option<(OfGateways, GatewayConfig)> {
-        let gateways = self.gateways?;
+    /// Returns the flags that apply to gateways, with the settings of the gateways.
+    pub(super) fn split(self) -> (OfGateways, GatewayConfig) {
         let options = self.of_gateways;
         let config = GatewayConfig {
-            gateways,
+            gateways: self.gateways,
             backend: options.backend,
             concurrency: options.app_concurrency.unwrap_or(options.backend.default_concurrency()),
+            php_children: None,
             retries: options.retries,
             queue_timeout: options.queue_timeout,
             request_timeout: options.failures.request_timeout(),
@@ -117,13 +117,13 @@ impl GatewayOptions {
             temp_dir: options.temp_dir.clone().unwrap_or_else(std::env::temp_dir),
             scripts: Scripts { root: options.root.clone(), index: options.index.clone() },
         };
-        Some((options, config))
+        (options, config)
     }
 }
 
-/// Returns the flags on the command line that require `--gateways`.
+/// Returns the flags on the command line that cannot be combined with `--direct`.
 pub(super) fn given(matches: &ArgMatches) -> Vec<String> {
-    let flags = OfGateways::augment_args(Command::new("gateways"));
+    let flags = GatewayOptions::augment_args(Command::new("gateways"));
     let names = flags.get_arguments().filter_map(|argument| Some((argument.get_id().as_str(), argument.get_long()?)));
     let given = names.filter(|(id, _)| matches.value_source(id) == Some(ValueSource::CommandLine));
     given.map(|(_, long)| long.to_owned()).collect()

@@ -30,7 +30,7 @@ mod request_limits;
 mod timeouts;
 mod upgrade;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::time::Duration;
 
@@ -78,11 +78,11 @@ A worker that was ready and exits with status 125 is not replaced.";
 
 /// Help for `--bind` in `forkyard run`, which has no default address.
 const BIND_OF_RUN: [&str; 2] = [
-    "Listen on this address, as in fastcgi:unix:/run/app.sock; with --gateways repeatable",
+    "Listen on this address, as in http:127.0.0.1:8080 or fastcgi:unix:/run/app.sock (repeatable)",
     "\
-Listen on this address, as in fastcgi:unix:/run/app.sock; with --gateways repeatable
+Listen on this address, as in http:127.0.0.1:8080 or fastcgi:unix:/run/app.sock (repeatable)
 
-PROTO is fastcgi; with --gateways, it is http, fastcgi or scgi. ADDR is HOST:PORT, unix:PATH, unix:@NAME (abstract namespace), fd:N (an inherited descriptor) or \
+PROTO is http, fastcgi or scgi; with --direct, it is fastcgi, and the flag is not repeatable. ADDR is HOST:PORT, unix:PATH, unix:@NAME (abstract namespace), fd:N (an inherited descriptor) or \
 systemd[:NAME] (a socket that systemd passes).
 
 Without --bind, the socket that systemd passes is used, or standard input, if it is a listening socket (started by a \
@@ -269,7 +269,8 @@ struct RunOptions {
 
     /// Let the program accept connections itself, on its standard input (as with spawn-fcgi)
     ///
-    /// This is the default without --gateways.
+    /// There are no gateways then: nothing reads the requests, answers the clients of a process that dies, or queues
+    /// requests.
     #[arg(long, env = "FORKYARD_DIRECT", help_heading = "Sockets")]
     direct: bool,
 
@@ -430,7 +431,7 @@ pub(crate) fn parse_forkyard(arguments: &[OsString]) -> Result<Invocation, clap:
     conclude(request, wrong, mistakes, checked, &mut sub.bin_name(format!("forkyard {name}")))
 }
 
-/// Like [`linked_request`], for `forkyard run`. `of_gateways` are the flags that require gateways.
+/// Like [`linked_request`], for `forkyard run`. `of_gateways` are the given flags that apply to gateways only.
 fn run_request(mut run: RunOptions, of_gateways: &[String]) -> (ServeRequest, Vec<Mismatch>) {
     run.serve.bind_what_is_passed();
     let mut wrong = Vec::new();
@@ -439,20 +440,25 @@ fn run_request(mut run: RunOptions, of_gateways: &[String]) -> (ServeRequest, Ve
         wrong.push(Mismatch { settings: &["command"], text });
     }
     let memory = (run.cache_options.cache(Some(run.cache)), run.events.config());
-    if run.gateway.gateways.is_some() && run.settle.is_some() {
-        let text = "--settle has no effect with --gateways: the private socket of a process proves that it is ready \
+    if !run.direct && run.settle.is_some() {
+        let text = "--settle has no effect without --direct: the private socket of a process proves that it is ready \
                     (remove it; see --start-timeout)";
         wrong.push(Mismatch { settings: &["settle"], text: text.to_owned() });
     }
-    let mut config = match run.gateway.in_use() {
-        None => {
-            or_note(check_run(&run.serve.bind), &["bind"], &mut wrong);
-            let direct = of_gateways.iter().map(|flag| refused_flags::sentence(flag, ServingCommand::Run));
-            wrong.extend(direct.map(|text| Mismatch { settings: &["gateways"], text }));
-            let scaling = run.serve.scaling.scaling(OfEachWorker::default());
-            config(run.serve, scaling, memory, run.settle, OfWorkers::default(), &mut wrong)
+    let mut config = if run.direct {
+        or_note(check_run(&run.serve.bind), &["bind"], &mut wrong);
+        let refused = of_gateways.iter().map(|flag| refused_flags::sentence(flag, ServingCommand::Run));
+        wrong.extend(refused.map(|text| Mismatch { settings: &["direct"], text }));
+        let scaling = run.serve.scaling.scaling(OfEachWorker::default());
+        config(run.serve, scaling, memory, run.settle, OfWorkers::default(), &mut wrong)
+    } else {
+        let (options, mut gateway) = run.gateway.split();
+        let children = run.serve.privileges.variable(GatewayConfig::PHP_CHILDREN).map(OsStr::new);
+        let program = run.command.first().map(OsString::as_os_str).unwrap_or_default();
+        if let Err(text) = gateway.use_php_children(program, children, options.app_concurrency) {
+            wrong.push(Mismatch { settings: &["app-concurrency", "env"], text });
         }
-        Some((options, gateway)) => gateways_config(run.serve, memory, options, gateway, &mut wrong),
+        gateways_config(run.serve, memory, options, gateway, &mut wrong)
     };
     config.settle = run.settle;
     (ServeRequest { config, cgi: false, program: Some(run.command) }, wrong)
@@ -507,12 +513,12 @@ fn check_run(binds: &[Bind]) -> Result<(), String> {
         [] if listen::started_by_web_server() => Ok(()),
         [] => Err(format!("forkyard run needs an address to listen on, {FORM}")),
         [bind] => Err(format!(
-            "forkyard run cannot listen on {bind}: a program accepts connections itself, over fastcgi only, {FORM} (or put \
-             gateways in front of it: --gateways)"
+            "with --direct, forkyard run cannot listen on {bind}: a program accepts connections itself, over fastcgi only, {FORM} (or remove \
+             --direct)"
         )),
         binds => Err(format!(
-            "forkyard run takes one --bind and got {}: a program has one listening socket, its standard input (or put \
-             gateways in front of it: --gateways)",
+            "with --direct, forkyard run takes one --bind and got {}: a program has one listening socket, its standard input (or remove \
+             --direct)",
             binds.len()
         )),
     }

@@ -97,6 +97,11 @@ pub(super) struct PrivilegeOptions {
 }
 
 impl PrivilegeOptions {
+    /// Returns the value of `--env NAME=…`. The last one takes effect.
+    pub(super) fn variable(&self, name: &str) -> Option<&str> {
+        self.variables.iter().rev().find(|variable| variable.name == name).map(|variable| variable.value.as_str())
+    }
+
     pub(super) fn config(self, sandbox: Option<SandboxConfig>) -> PrivilegesConfig {
         PrivilegesConfig {
             user: self.user,

@@ -22,12 +22,11 @@ impl ServingCommand {
     fn reason(self, flag: &str) -> &'static str {
         match (self, flag) {
             (Self::Run, "health-path") => {
-                "a program without gateways shares one socket with others, so a request cannot be sent to a particular \
-                 process, and with gateways its private socket proves that it is ready (see --settle and --start-timeout)"
+                "the private socket of a process proves that it is ready, and with --direct, all processes share one \
+                 socket, so a request cannot be sent to a particular one (see --start-timeout and --settle)"
             }
             (Self::Run, "max-queue-time") => {
-                "with gateways, --queue-timeout limits how long a request waits (without them, a shorter --backlog limits \
-                 how many wait)"
+                "--queue-timeout limits how long a request waits (with --direct, a shorter --backlog limits how many wait)"
             }
             (Self::Run, "log-rate") => "a program logs to its standard error, which --output-rate limits",
             (Self::Run, "threads") => {
@@ -39,21 +38,20 @@ impl ServingCommand {
             }
             (Self::Run, "events-backlog" | "max-subscribers") => "only linked applications serve event subscribers",
             (Self::Run, "max-requests") => {
-                "it requires --gateways, because otherwise only the program itself can count its requests (set a limit in \
-                 the program, as with PHP_FCGI_MAX_REQUESTS: a program that exits with status 0 is replaced; or use \
-                 --max-age or --max-memory)"
+                "with --direct, only the program itself can count its requests (set a limit in the program, as with \
+                 PHP_FCGI_MAX_REQUESTS: a program that exits with status 0 is replaced; or use --max-age or --max-memory)"
             }
             (Self::Run, "access-log" | "access-log-format") => {
-                "it requires --gateways, because a program answers its clients itself (or use the access log of the web \
+                "with --direct, a program answers its clients itself (remove --direct, or use the access log of the web \
                  server in front of it)"
             }
             (Self::Run, "allow" | "trust" | "trust-header" | "proxy-protocol") => {
-                "it requires --gateways, because a program accepts connections itself (or see --socket-mode and \
+                "with --direct, a program accepts connections itself (remove --direct, or see --socket-mode and \
                  --socket-owner, and the settings of the web server in front of it)"
             }
             (Self::Run, _) => {
-                "it requires --gateways, because a program accepts and serves connections itself (or set this in the program, \
-                 or in the web server in front of it)"
+                "with --direct, a program accepts and serves connections itself (remove --direct, or set this in the \
+                 program, or in the web server in front of it)"
             }
             (Self::Linked, "settle") => "a worker reports when it is ready (see --start-timeout)",
             (Self::Linked, _) => "it is a flag of forkyard run",

@@ -66,7 +66,7 @@ fn reloaded_gateway(
 ) -> Option<GatewayConfig> {
     let before = running.gateway.as_ref();
     let Some((before, mut gateway)) = before.zip(read.gateway.clone()) else {
-        differs("gateways", running.gateway.is_some() != read.gateway.is_some());
+        differs("direct", running.gateway.is_some() != read.gateway.is_some());
         return running.gateway.clone();
     };
     let fits = gateway.gateways.0 < slots;
@@ -74,7 +74,9 @@ fn reloaded_gateway(
     differs("backend", before.backend != gateway.backend);
     gateway.backend = before.backend;
     differs("app-concurrency", before.concurrency != gateway.concurrency);
-    gateway.concurrency = before.concurrency;
+    if before.concurrency != gateway.concurrency {
+        (gateway.concurrency, gateway.php_children) = (before.concurrency, before.php_children);
+    }
     if !fits {
         gateway.gateways = before.gateways;
     }

@@ -1,10 +1,10 @@
-//! The settings of gateways, which forward requests to app processes (`forkyard run --gateways`).
+//! The settings of gateways, which forward requests to app processes (`forkyard run` without `--direct`).
 //!
 //! One command line describes two pools of processes: the gateways, which serve clients, and the app processes, which
 //! run COMMAND. `--workers` and the other settings of processes apply to the app processes. [`Config::of_gateways`]
 //! derives the settings of the gateways.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -16,6 +16,8 @@ use super::{Config, Range, Scaling, Share};
 
 /// Maximum number of gateways.
 const MAX_GATEWAYS: u32 = 64;
+/// Maximum number of requests that one app process serves at a time.
+const MAX_CONCURRENCY: u32 = 1024;
 /// Number of gateways that `auto` selects at most. More are rarely needed, because a gateway does little work for each
 /// request.
 const MAX_AUTO_GATEWAYS: usize = 4;
@@ -27,6 +29,8 @@ pub(crate) struct GatewayConfig {
     pub(crate) backend: Backend,
     /// Number of requests that one app process serves at a time.
     pub(crate) concurrency: u32,
+    /// Number of children of each app process, if the program is php-cgi with children ([`GatewayConfig::use_php_children`]).
+    pub(crate) php_children: Option<u32>,
     /// Number of further app processes that a request is sent to if the app process that serves it dies.
     pub(crate) retries: u32,
     /// How long a request may wait for an app process; zero means no limit.
@@ -142,6 +146,48 @@ impl GatewayConfig {
             Err(error) => Some(format!("{flag}: {}: {error}", path.display())),
         };
         directories.filter_map(examine).collect()
+    }
+}
+
+/// Children of php-cgi.
+impl GatewayConfig {
+    /// Variable for the number of children that php-cgi forks.
+    pub(crate) const PHP_CHILDREN: &str = "PHP_FCGI_CHILDREN";
+
+    /// Determines whether each app process is a php-cgi with children, which share its opcache and APCu, and how many there
+    /// are. `given` is the value of `--env PHP_FCGI_CHILDREN`, and `concurrency` that of `--app-concurrency`.
+    ///
+    /// php-cgi has one child for each request that it serves at a time, and one more for each gateway: the request of a
+    /// gateway that dies continues to occupy its child.
+    ///
+    /// # Errors
+    /// Returns a message for the operator if there are fewer children than requests.
+    pub(crate) fn use_php_children(
+        &mut self,
+        program: &OsStr,
+        given: Option<&OsStr>,
+        concurrency: Option<u32>,
+    ) -> Result<(), String> {
+        let name = Path::new(program).file_name().unwrap_or_default().as_encoded_bytes();
+        let given = given.and_then(|value| value.to_str()?.parse::<u32>().ok());
+        if self.backend != Backend::Fastcgi || !name.starts_with(b"php-cgi") || given == Some(0) {
+            return Ok(());
+        }
+        self.concurrency = concurrency.or(given).unwrap_or(1).min(MAX_CONCURRENCY);
+        match given {
+            Some(children) if children < self.concurrency => {
+                return Err(format!(
+                    "--env {}={children}: php-cgi must have a child for each of the {} requests of --app-concurrency (remove \
+                     the variable, or choose a smaller --app-concurrency)",
+                    Self::PHP_CHILDREN,
+                    self.concurrency
+                ));
+            }
+            Some(children) => self.php_children = Some(children),
+            None if self.concurrency > 1 => self.php_children = Some(self.concurrency + self.gateways.0),
+            None => {}
+        }
+        Ok(())
     }
 }
 

@@ -5,7 +5,7 @@
 //! because an HTTP codec would only find that the response is malformed.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -92,11 +92,15 @@ impl AppStream {
         read.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 
-    fn fd(&self) -> RawFd {
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.0.socket {
-            Socket::Unix(stream) => stream.as_raw_fd(),
-            Socket::Tcp(stream) => stream.as_raw_fd(),
+            Socket::Unix(stream) => stream.as_fd(),
+            Socket::Tcp(stream) => stream.as_fd(),
         }
+    }
+
+    fn fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 
     fn note(&self, bytes: &[u8]) -> io::Result<()> {

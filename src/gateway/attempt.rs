@@ -39,6 +39,7 @@ use super::body::GatewayBody;
 use super::queue::AppUnit;
 use super::spool::{SpoolError, SpoolWriter, spool};
 use super::{Shared, fastcgi, http, is_streamed, reason};
+use crate::net::unix_diagnosis::UnixDiagnosis;
 use crate::protocol::cgi::parse_response::ResponseHead;
 use crate::sys;
 
@@ -90,6 +91,8 @@ pub(super) enum Failure {
     Blocked(u32, u32),
     /// The app process has died.
     Died,
+    /// The app process lives, but a child of it that served the request has probably died.
+    ChildDied,
     /// The app process has ended its kept connection without a byte, and has exited. It may have exited on its own.
     Ended,
     /// The app process has not begun its response in time.
@@ -106,9 +109,15 @@ pub(super) struct Attempt {
     pub(super) unit: AppUnit,
     pub(super) outgoing: Rc<Outgoing>,
     pub(super) shared: Rc<Shared>,
+    /// The connection to the app process.
+    connection: RefCell<Option<AppStream>>,
 }
 
 impl Attempt {
+    pub(super) fn new(unit: AppUnit, outgoing: Rc<Outgoing>, shared: Rc<Shared>) -> Self {
+        Self { unit, outgoing, shared, connection: RefCell::default() }
+    }
+
     /// Runs the attempt to its end.
     pub(super) async fn run(self, reply: oneshot::Sender<Result<Answer, Failure>>) {
         let process = (self.unit.slot(), self.unit.pid());
@@ -218,9 +227,23 @@ impl Attempt {
         // A process that answers other requests does not hang as a whole.
         let is_served = self.shared.concurrency > 1 && self.shared.activity.has_answered(slot, pid, since);
         if !is_served || matches!(self.outgoing.message, Message::Fastcgi(_)) {
-            self.shared.report_hang(slot, pid, &self.outgoing.what, !response.is_awaited());
+            let connection = self.connection_of_child();
+            self.shared.report_hang((slot, pid), connection, &self.outgoing.what, !response.is_awaited());
         }
         response.fail(Failure::TimedOut);
+    }
+
+    /// Stores the connection on which the request is sent.
+    pub(super) fn uses(&self, connection: &AppStream) {
+        self.connection.replace(Some(connection.clone()));
+    }
+
+    /// Returns the inode of the app process's end of the connection, if the request may be served by a child of the
+    /// process; otherwise 0.
+    fn connection_of_child(&self) -> u32 {
+        let connection = self.connection.borrow();
+        let Some(connection) = connection.as_ref().filter(|_| self.shared.concurrency > 1) else { return 0 };
+        UnixDiagnosis::new().and_then(|diagnosis| diagnosis.peer(connection.as_fd())).unwrap_or(0)
     }
 
     /// Whether the app process cancels a request whose connection is closed, or does not end it otherwise.
@@ -238,6 +261,10 @@ impl Attempt {
     pub(super) async fn why_ended(&self, response: &Response<'_>) -> Failure {
         if self.has_died().await {
             return Failure::Died;
+        }
+        // A child of the process may have died. Nothing else distinguishes this from a program that closes a connection.
+        if self.shared.concurrency > 1 && matches!(self.outgoing.message, Message::Fastcgi(_)) {
+            return Failure::ChildDied;
         }
         Failure::Broken(match response.is_awaited() {
             false => "the app process closed the connection in the middle of its response".to_owned(),

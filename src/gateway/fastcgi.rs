@@ -78,6 +78,8 @@ impl Message {
             match self.exchange_on(kept.clone(), attempt, response).await {
                 // The app process had closed the connection without a word, so it has not begun the request.
                 Err(Failure::Broken(_)) if !kept.has_received() => attempt.shared.note_kept(false),
+                // Or a child of the process has died. The method is idempotent.
+                Err(Failure::ChildDied) if !kept.has_received() => {}
                 Err(Failure::Died) if !kept.has_received() => return Err(Failure::Ended),
                 outcome => {
                     attempt.shared.note_kept(true);
@@ -107,6 +109,7 @@ impl Message {
         response: &Response<'_>,
     ) -> Result<Option<AppStream>, Failure> {
         let connection = stream.clone();
+        attempt.uses(&connection);
         let (mut from, mut to) = tokio::io::split(stream);
         let mut sending = pin!(self.send(&mut to));
         let (mut is_sent, mut hold) = (false, None);

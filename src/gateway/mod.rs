@@ -91,6 +91,8 @@ pub(crate) struct Shared {
     backend: Backend,
     /// Number of requests that one app process serves at a time.
     concurrency: u32,
+    /// Number of children of each app process, if the program is php-cgi with children.
+    php_children: Option<u32>,
     activity: Activity,
     kept: KeptConnections,
     /// Maximum number of bytes in the head of a response.
@@ -151,6 +153,7 @@ impl Gateway {
             scripts: ScriptRoot::open(&gateway.scripts).unwrap_or_default(),
             backend: gateway.backend,
             concurrency: gateway.concurrency,
+            php_children: gateway.php_children,
             activity: Activity::default(),
             kept: KeptConnections::default(),
             max_head: config.limits.max_params,
@@ -211,7 +214,7 @@ impl Shared {
             };
             let (slot, pid) = (unit.slot(), unit.pid());
             let (reply, answer) = oneshot::channel();
-            let attempt = Attempt { unit, outgoing: Rc::clone(&outgoing), shared: Rc::clone(&self) };
+            let attempt = Attempt::new(unit, Rc::clone(&outgoing), Rc::clone(&self));
             tokio::task::spawn_local(attempt.run(reply));
             let failure = match answer.await {
                 Ok(Ok(answer)) => return response(answer),
@@ -237,7 +240,7 @@ impl Shared {
                     log::error!(slot, pid, request = outgoing.what; "answered 503: the request has been quarantined");
                     return unavailable();
                 }
-                Failure::Died if left > 0 && method.is_idempotent() => {
+                Failure::Died | Failure::ChildDied if left > 0 && method.is_idempotent() => {
                     left -= 1;
                     log::info!(slot, pid, request = outgoing.what; "an app process died: the request is repeated");
                     continue;
@@ -249,6 +252,7 @@ impl Shared {
                 }
                 Failure::NotBegun
                 | Failure::Died
+                | Failure::ChildDied
                 | Failure::Ended
                 | Failure::TimedOut
                 | Failure::Broken(_)
@@ -312,9 +316,10 @@ impl Shared {
     }
 
     /// Whether connections to FastCGI programs are kept. Some programs close every connection after one response. If a
-    /// program serves several requests at a time, a kept connection may occupy the process that another request needs.
+    /// program serves several requests at a time, a kept connection may occupy the child that another request needs, unless
+    /// there is a child for each of them.
     fn keeps_connections(&self) -> bool {
-        self.concurrency == 1 && self.closed_kept.get() < MAX_CLOSED_KEPT
+        (self.concurrency == 1 || self.php_children.is_some()) && self.closed_kept.get() < MAX_CLOSED_KEPT
     }
 
     /// Whether the master quarantines a request of which `repeated` + 1 app processes have died. If their number is enough
@@ -328,11 +333,11 @@ impl Shared {
     }
 
     /// Reports that an app process has not begun its response in time. The master replaces the process.
-    fn report_hang(&self, slot: u32, pid: i32, what: &str, is_abandoned: bool) {
+    fn report_hang(&self, (slot, pid): (u32, i32), connection: u32, what: &str, is_abandoned: bool) {
         if is_abandoned {
             log::error!(slot, pid, request = what; "an app process works on a request whose client has left (--request-timeout)");
         }
-        self.report(&Report::AppHung { slot, pid, request: what.to_owned() });
+        self.report(&Report::AppHung { slot, pid, connection, request: what.to_owned() });
     }
 
     /// Reports that an app process died while it served a request.
@@ -399,9 +404,12 @@ fn failed(failure: &Failure, slot: u32, pid: i32, what: &str) -> Response<Gatewa
     let status = match failure {
         Failure::TimedOut => StatusCode::GATEWAY_TIMEOUT,
         Failure::NotSent(_) => StatusCode::INTERNAL_SERVER_ERROR,
-        Failure::NotBegun | Failure::Blocked(..) | Failure::Died | Failure::Ended | Failure::Broken(_) => {
-            StatusCode::BAD_GATEWAY
-        }
+        Failure::NotBegun
+        | Failure::Blocked(..)
+        | Failure::Died
+        | Failure::ChildDied
+        | Failure::Ended
+        | Failure::Broken(_) => StatusCode::BAD_GATEWAY,
     };
     log::error!(slot, pid, request = what; "answered {}: {}", status.as_u16(), reason(failure));
     refusal(status)
@@ -411,6 +419,7 @@ fn reason(failure: &Failure) -> String {
     match failure {
         Failure::NotBegun | Failure::Blocked(..) => "no app process has begun the request".to_owned(),
         Failure::Died | Failure::Ended => "the app process died".to_owned(),
+        Failure::ChildDied => "the app process closed the connection before the end of the response".to_owned(),
         Failure::TimedOut => "the app process has not answered in time (--request-timeout)".to_owned(),
         Failure::Broken(why) => why.clone(),
         Failure::NotSent(error) => format!("cannot send the request to an app process: {error}"),

@@ -191,6 +191,29 @@ pub(super) fn family_of(roots: &[Pid]) -> Vec<Pid> {
     family
 }
 
+/// Returns all running descendants of a process.
+pub(super) fn descendants_of(pid: Pid) -> Vec<Pid> {
+    family_of(&[pid]).split_off(1)
+}
+
+/// Returns those of the processes that have the socket with this inode open, with a descriptor of each.
+pub(super) fn holders_of_socket(processes: &[Pid], inode: u32) -> Vec<(Pid, OwnedFd)> {
+    if inode == 0 {
+        return Vec::new();
+    }
+    let socket = format!("socket:[{inode}]");
+    let holds = |pid: Pid| {
+        let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().filter_map(Result::ok);
+        entries.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|to| to.as_os_str() == socket.as_str())
+    };
+    // The descriptor is opened first, so that it belongs to the process that is examined.
+    let holders = processes.iter().filter_map(|&pid| {
+        let process = sys::process_descriptor(pid).ok()?;
+        holds(pid).then_some((pid, process))
+    });
+    holders.collect()
+}
+
 /// The open descriptors of a process.
 struct Descriptors {
     pid: Pid,

@@ -8,3 +8,4 @@ pub(crate) mod listen;
 pub(crate) mod private_socket;
 pub(crate) mod publish_socket;
 pub(crate) mod queue_depth;
+pub(crate) mod unix_diagnosis;

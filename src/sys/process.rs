@@ -7,7 +7,7 @@
 use std::ffi::{CStr, CString, OsString};
 use std::fs;
 use std::io::{self, Write as _};
-use std::os::fd::{BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
@@ -147,6 +147,19 @@ pub(crate) fn process_descriptor(pid: Pid) -> io::Result<OwnedFd> {
     let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0).ok_or_else(io::Error::last_os_error)?;
     // SAFETY: a number that pidfd_open returned is new, open and not owned elsewhere.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sends a signal to a process that is referred to by a [descriptor](process_descriptor). A process with the same pid that was started
+/// later does not receive it.
+///
+/// # Errors
+/// Fails if the process has exited, or if this process may not signal it.
+pub(crate) fn signal_process(process: &OwnedFd, signal: Signal) -> io::Result<()> {
+    let (fd, signal) = (process.as_raw_fd(), signal as libc::c_int);
+    // SAFETY: plain system call with integers and a null pointer, which stands for the default information.
+    let sent =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, std::ptr::null::<libc::siginfo_t>(), 0) };
+    if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Starts `command` as a child that dies with this process, in its own process group, which is announced to the guard. The child inherits

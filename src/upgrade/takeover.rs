@@ -122,9 +122,11 @@ impl Takeover {
                 apps.channel.check_size(config.slots(), gateway.concurrency, gateways)
             }
             (Some(_), None) => {
-                Err("the running server has gateways (keep --gateways, or stop and start it)".to_owned())
+                Err("the running server has gateways (remove --direct, or stop and start it)".to_owned())
             }
-            (None, Some(_)) => Err("the running server has no gateways (stop and start it with --gateways)".to_owned()),
+            (None, Some(_)) => {
+                Err("the running server has no gateways (add --direct, or stop and start it)".to_owned())
+            }
         }
     }
 

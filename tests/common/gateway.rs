@@ -62,6 +62,17 @@ impl Place {
         forkyard
     }
 
+    /// Starts a server whose app processes run `tests/programs/gateway.php` in php-cgi with these settings.
+    pub fn start_php(self, options: &[&str], settings: &[&str], variables: &[(&str, &str)]) -> Site {
+        std::fs::write(self.path("index.php"), GATEWAY_PHP).unwrap();
+        let root = self.text("");
+        let options = [options, &["--root", &root, "--index", "index.php"]].concat();
+        // `-n` ignores the machine's php.ini.
+        let php = ["php-cgi", "-n", "-d", "extension=posix", "-d", "post_max_size=32M", "-d", "log_errors=1"];
+        let mut command = self.run(&options, &[&php[..], settings].concat());
+        self.start(command.envs(variables.iter().copied()))
+    }
+
     /// Starts this command, and waits until all processes are ready.
     pub fn start(self, command: &mut Command) -> Site {
         let site = Site { server: Server::start_command(command), place: self };
@@ -90,14 +101,7 @@ impl Site {
 
     /// Starts a server whose app processes run `tests/programs/gateway.php` as a front controller.
     pub fn php(options: &[&str], variables: &[(&str, &str)]) -> Self {
-        let place = Place::new();
-        std::fs::write(place.path("index.php"), GATEWAY_PHP).unwrap();
-        let root = place.text("");
-        let options = [options, &["--root", &root, "--index", "index.php"]].concat();
-        // `-n` ignores the machine's php.ini.
-        let php = ["php-cgi", "-n", "-d", "extension=posix", "-d", "post_max_size=32M", "-d", "log_errors=1"];
-        let mut command = place.run(&options, &php);
-        place.start(command.envs(variables.iter().copied()))
+        Place::new().start_php(options, &[], variables)
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

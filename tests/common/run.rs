@@ -52,7 +52,11 @@ impl Place {
     /// Returns the command `forkyard run` with two processes of `command`.
     pub fn run(&self, options: &[&str], command: &[&str]) -> Command {
         let mut forkyard = Command::new(program("forkyard"));
-        forkyard.args(["run", "--bind", &self.address, "--workers", "2"]).args(options).arg("--").args(command);
+        forkyard
+            .args(["run", "--direct", "--bind", &self.address, "--workers", "2"])
+            .args(options)
+            .arg("--")
+            .args(command);
         forkyard
     }
 

@@ -45,6 +45,10 @@ switch ($_SERVER['PATH_INFO'] ?? parse_url($_SERVER['REQUEST_URI'], PHP_URL_PATH
         }
         echo "held\n";
         break;
+    case '/shared':
+        // The result of a counter in APCu, the pid, and whether opcache has this script.
+        echo apcu_inc('count'), ' ', getmypid(), ' ', (int) opcache_is_script_cached(__FILE__), "\n";
+        break;
     case '/segv':
         posix_kill(getmypid(), 11); // SIGSEGV
         break;

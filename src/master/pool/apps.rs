@@ -26,8 +26,9 @@ use super::spawn::{Child, Launch, Link};
 use super::supervisor::{Demand, SupervisorEvent, Uptime};
 use super::{EndOfLife, Pool};
 use crate::config::Jittered;
+use crate::master::procfs;
 use crate::net::app_channel::AppChannel;
-use crate::sys::Ending;
+use crate::sys::{self, Ending};
 use crate::upgrade::saved_state::SavedLink;
 
 /// A gateway's report about an app process. It is not trusted: the process must be in that slot.
@@ -42,8 +43,8 @@ pub(in crate::master) struct AppFault {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::master) enum AppFaultKind {
-    /// The process has not begun its response in time.
-    Hung,
+    /// The process has not begun its response in time. The inode of its end of the connection is 0 if it is unknown.
+    Hung { connection: u32 },
     /// The process died.
     Died,
 }
@@ -179,6 +180,20 @@ impl Child {
     }
 }
 
+/// Kills the descendant of an app process that hangs in a request, if the program serves requests in child processes (as
+/// php-cgi does with PHP_FCGI_CHILDREN). Such a program starts a new child by itself. Returns whether there is one.
+fn kill_descendant(slot: u32, pid: Pid, connection: u32, request: &str) -> bool {
+    let holders = procfs::holders_of_socket(&procfs::descendants_of(pid), connection);
+    for (descendant, process) in &holders {
+        let (pid, child) = (pid.as_raw(), descendant.as_raw());
+        match sys::signal_process(process, Signal::SIGKILL) {
+            Ok(()) => log::error!(slot, pid, child, request; "killed a child of an app process, which hangs"),
+            Err(error) => log::error!(slot, pid, child; "cannot kill a child of an app process, which hangs: {error}"),
+        }
+    }
+    !holders.is_empty()
+}
+
 impl Pool {
     /// Returns the channel between gateways and app processes, if this pool consists of app processes.
     pub(in crate::master) fn channel(&self) -> Option<&Arc<AppChannel>> {
@@ -264,13 +279,15 @@ impl Pool {
         let AppFault { kind, slot, pid, request } = fault;
         let child = self.children.get_mut(&pid).filter(|child| child.slot == slot);
         match (kind, child) {
-            (AppFaultKind::Hung, Some(child)) if !child.hung => {
+            (AppFaultKind::Hung { connection }, Some(child)) if !child.hung => {
+                if !kill_descendant(slot, pid, connection, &request) {
+                    self.observed.push_back(SupervisorEvent::Hung { pid });
+                }
                 self.culprits.push(request);
-                self.observed.push_back(SupervisorEvent::Hung { pid });
             }
             (AppFaultKind::Died, Some(Child { link: Link::App(app), .. })) => app.request = Some(request),
             (AppFaultKind::Died, None) if self.recent_crashes.take(pid, slot) => self.culprits.push(request),
-            (AppFaultKind::Hung | AppFaultKind::Died, _) => {}
+            (AppFaultKind::Hung { .. } | AppFaultKind::Died, _) => {}
         }
     }
 

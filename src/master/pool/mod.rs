@@ -230,8 +230,9 @@ impl Pool {
                 Report::Ready => self.observed.push_back(SupervisorEvent::Ready { pid }),
                 Report::Recycle(reason) => self.wear_out(pid, EndOfLife::because(&reason)),
                 Report::HungThread(request) => self.hung_thread(pid, &request),
-                Report::AppHung { slot, pid, request } => {
-                    self.app_faults.push(AppFault { kind: AppFaultKind::Hung, slot, pid: Pid::from_raw(pid), request });
+                Report::AppHung { slot, pid, connection, request } => {
+                    let kind = AppFaultKind::Hung { connection };
+                    self.app_faults.push(AppFault { kind, slot, pid: Pid::from_raw(pid), request });
                 }
                 Report::GatewayStuck { slot, pid } => self.kill_stuck(slot, Pid::from_raw(pid.cast_signed())),
                 Report::AppDied { slot, pid, request } => {

@@ -17,7 +17,7 @@ use super::http_apps::expect_same_address;
 use super::programs::ProgramState;
 use super::supervisor::Uptime;
 use crate::app::hooks::{Hooks, WorkerHooks, WorkerId};
-use crate::config::gateway::Backend;
+use crate::config::gateway::{Backend, GatewayConfig};
 use crate::config::{Config, Program};
 use crate::inherited_by_workers::{Heritage, Report, WorkerMain};
 use crate::logging::files::LogFiles;
@@ -37,9 +37,6 @@ use crate::{heir, logging, sys};
 /// Environment variables for the master only. They are not passed on.
 pub(in crate::master) const OF_THE_MASTER: &[&[&str]] =
     &[&upgrade::VARIABLES, &sd_notify::VARIABLES, &systemd::VARIABLES];
-/// Variable for the number of children that php-cgi forks. The master would not supervise these children, so it sets
-/// the variable to 0 unless `--env` sets it.
-const PHP_CHILDREN: &str = "PHP_FCGI_CHILDREN";
 /// Maximum number of bytes of a worker's last words, and of a line of its reports.
 const LAST_WORDS: usize = 4096;
 
@@ -382,8 +379,11 @@ impl Spawner {
             .envs(settings.events.iter().map(|socket| (publish_socket::VARIABLE, socket)))
             .stdout(Stdio::from(write.try_clone()?))
             .stderr(Stdio::from(write));
-        if !settings.config.privileges.variables.iter().any(|variable| variable.name == PHP_CHILDREN) {
-            command.env(PHP_CHILDREN, "0");
+        let config = &settings.config;
+        if config.privileges.variables.iter().all(|variable| variable.name != GatewayConfig::PHP_CHILDREN) {
+            // Without gateways, the master would not supervise the children.
+            let children = config.gateway.as_ref().and_then(|gateway| gateway.php_children).unwrap_or(0);
+            command.env(GatewayConfig::PHP_CHILDREN, children.to_string());
         }
         for name in OF_THE_MASTER.iter().copied().flatten() {
             command.env_remove(name);

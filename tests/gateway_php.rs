@@ -1,0 +1,220 @@
+//! App processes that are a php-cgi with children (`--app-concurrency`), which share opcache and APCu.
+
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a failing test reports its location")]
+
+mod common;
+
+use std::collections::BTreeSet;
+
+use common::gateway::{Load, Site, Tolerance, scaled};
+use common::{is_gone, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const CLIENTS: usize = 6;
+const BINDS: [&str; 4] = ["--bind", "http:127.0.0.1:0", "--bind", "fastcgi:127.0.0.1:0"];
+
+/// Starts a server whose app processes are php-cgi processes with children: one for each of `concurrency` requests, and one
+/// for each of the two gateways.
+fn site(workers: usize, concurrency: usize, options: &[&str], variables: &[(&str, &str)]) -> Site {
+    let all = workers * (concurrency + 2);
+    let (workers, concurrency) = (workers.to_string(), concurrency.to_string());
+    let number = ["--workers", &workers, "--app-concurrency", &concurrency, "--respawn-rate", "1000"];
+    let place = common::gateway::Place::new();
+    let extensions = ["-d", "zend_extension=opcache", "-d", "extension=apcu", "-d", "opcache.file_update_protection=0"];
+    let options = [&BINDS, &number[..], options].concat();
+    let site = place.start_php(&options, &extensions, variables);
+    wait_until("all children have been started", || (children(&site).len() == all).then_some(()));
+    site
+}
+
+fn children_of(pid: i32) -> BTreeSet<i32> {
+    let listed = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    listed.split_ascii_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+/// Returns the children of all app processes.
+fn children(site: &Site) -> BTreeSet<i32> {
+    site.apps().into_iter().flat_map(children_of).collect()
+}
+
+#[test]
+fn the_children_of_a_process_share_apcu_and_opcache() {
+    let mut site = site(1, 4, &[], &[]);
+    let app = *site.apps().first().unwrap();
+    let held: Vec<_> = (0..4).map(|number| site.hold(&number.to_string(), "/hold")).collect();
+    let pids: BTreeSet<i32> = held.iter().map(|(_, pid)| *pid).collect();
+    assert_eq!(pids.len(), 4);
+    assert!(pids.is_subset(&children_of(app)));
+    (0..4).for_each(|number| site.release(&number.to_string()));
+    for (mut client, _) in held {
+        assert_eq!(client.response(false).unwrap().text(), "held\n");
+    }
+    let mut pids = BTreeSet::new();
+    std::thread::scope(|scope| {
+        let clients: Vec<_> =
+            (0..4).map(|_| scope.spawn(|| (0..25).map(|_| site.get("/shared").text()).collect())).collect();
+        let texts: Vec<String> =
+            clients.into_iter().flat_map(|client| -> Vec<String> { client.join().unwrap() }).collect();
+        let mut counts = BTreeSet::new();
+        for text in texts {
+            let words: Vec<&str> = text.split_ascii_whitespace().collect();
+            let [count, pid, is_cached] = words[..] else { panic!("{text}") };
+            counts.insert(count.parse::<u32>().unwrap());
+            pids.insert(pid.parse::<i32>().unwrap());
+            assert_eq!(is_cached, "1", "{text}");
+        }
+        assert_eq!(counts, (1..=100).collect(), "one counter for all children");
+    });
+    assert!(pids.len() > 1, "{pids:?}");
+    site.server.stop();
+}
+
+#[test]
+fn no_get_fails_and_no_post_runs_twice_while_children_are_killed() {
+    let mut site = site(2, 3, &[], &[]);
+    let load = Load::new(Tolerance::Posts);
+    let mut random = fastrand::Rng::with_seed(7);
+    let apps = site.apps();
+    load.run(&site, CLIENTS, || {
+        for _ in 0..scaled(200) {
+            if !load.answered(random.u64(1..30)) {
+                break;
+            }
+            let all: Vec<i32> = children(&site).into_iter().collect();
+            let victim = all[random.usize(..all.len())];
+            kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
+            wait_until("the child is replaced", || {
+                let all = children(&site);
+                (!all.contains(&victim) && all.len() == 10).then_some(())
+            });
+        }
+    });
+    site.at_rest();
+    assert_eq!(site.apps(), apps, "no app process was replaced");
+    site.server.stop();
+    assert!(!site.server.log().contains("quarantined"), "{}", site.server.log());
+}
+
+#[test]
+fn no_get_fails_and_no_post_runs_twice_while_processes_with_children_are_killed() {
+    let mut site = site(3, 2, &["--retries", "10"], &[]);
+    let load = Load::new(Tolerance::Posts);
+    let mut random = fastrand::Rng::with_seed(7);
+    load.run(&site, CLIENTS, || {
+        for _ in 0..scaled(50) {
+            if !load.answered(random.u64(1..50)) {
+                break;
+            }
+            let before = children(&site);
+            let victim = site.kill_one(Site::apps, 3, &mut random);
+            let orphans: Vec<i32> = before.into_iter().filter(|&pid| !children(&site).contains(&pid)).collect();
+            wait_until("its children are gone", || orphans.iter().all(|&pid| is_gone(pid)).then_some(()));
+            assert!(is_gone(victim));
+        }
+    });
+    site.at_rest();
+    site.server.stop();
+}
+
+#[test]
+fn no_request_fails_while_children_exit_after_five_requests() {
+    let mut site = site(1, 4, &[], &[("PHP_FCGI_MAX_REQUESTS", "5")]);
+    let load = Load::new(Tolerance::Nothing);
+    let app = site.apps();
+    load.run(&site, CLIENTS, || {
+        load.answered(scaled(2000));
+    });
+    site.at_rest();
+    assert_eq!(site.apps(), app, "the process has replaced its children itself");
+    site.server.stop();
+}
+
+#[test]
+fn no_request_fails_during_reloads_of_processes_with_children() {
+    let mut site = site(1, 4, &[], &[]);
+    let load = Load::new(Tolerance::Nothing);
+    load.run(&site, CLIENTS, || {
+        for _ in 0..scaled(20) {
+            let before = children(&site);
+            if !load.answered(20) {
+                break;
+            }
+            let output = site.control(&["reload"]);
+            assert!(output.status.success(), "{output:?}");
+            wait_until("the old children are gone", || before.iter().all(|&pid| is_gone(pid)).then_some(()));
+        }
+    });
+    site.at_rest();
+    site.server.stop();
+}
+
+#[test]
+fn only_the_child_that_hangs_is_killed() {
+    let mut site = site(1, 4, &["--request-timeout", "1s", "--quarantine", "2"], &[]);
+    let app = *site.apps().first().unwrap();
+    for round in 0..2 {
+        let before = children_of(app);
+        let (mut client, pid) = site.hold("a", "/hold");
+        assert_eq!(client.response(false).unwrap().status, 504, "{round}");
+        let after = wait_until("the child is replaced", || {
+            let after = children_of(app);
+            (after.len() == before.len() && !after.contains(&pid)).then_some(after)
+        });
+        assert_eq!(before.difference(&after).collect::<Vec<_>>(), [&pid], "no other child was killed");
+        std::fs::remove_file(site.path("a.in")).unwrap();
+    }
+    let line = site.server.logged("killed a child of an app process, which hangs");
+    assert!(line.contains(&format!("pid={app} child=")) && line.contains("request=\"GET /hold?a\""), "{line}");
+    wait_until("the request is refused", || (site.get("/hold?a").status == 503).then_some(()));
+    assert_eq!(site.apps(), BTreeSet::from([app]));
+    assert_eq!(site.get("/pid").status, 200);
+    site.server.stop();
+}
+
+/// The other gateway uses the same app process.
+#[test]
+fn a_killed_gateway_interrupts_no_request_of_another_one() {
+    let mut site = site(1, 3, &[], &[]);
+    let app = site.apps();
+    let load = Load::new(Tolerance::All);
+    let mut random = fastrand::Rng::with_seed(7);
+    let kills = scaled(50);
+    load.run(&site, CLIENTS, || {
+        for _ in 0..kills {
+            if !load.answered(random.u64(1..50)) {
+                break;
+            }
+            site.kill_one(Site::gateways, 2, &mut random);
+        }
+    });
+    site.at_rest();
+    assert_eq!(site.apps(), app, "no app process was replaced");
+    let sorry = load.sorry.load(std::sync::atomic::Ordering::SeqCst);
+    assert!(sorry <= kills * CLIENTS as u64, "{sorry}");
+    site.server.stop();
+}
+
+#[test]
+fn the_number_of_children_must_fit() {
+    use common::limit::InTime as _;
+    let check = |options: &[&str], program: &str| {
+        let bind = ["check", "--bind", "http:127.0.0.1:0", "--user", "root"];
+        let output = std::process::Command::new(common::program("forkyard"))
+            .args([&bind[..], options, &["--", program]].concat())
+            .output_in_time()
+            .unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (status, said) = check(&["--env", "PHP_FCGI_CHILDREN=2", "--app-concurrency", "4"], "php-cgi");
+    assert!(status == Some(1) && said.contains("a child for each of the 4 requests"), "{status:?} {said}");
+    for options in [
+        &["--app-concurrency", "4"][..],
+        &["--env", "PHP_FCGI_CHILDREN=4"],
+        &["--env", "PHP_FCGI_CHILDREN=8", "--app-concurrency", "4"],
+        &["--env", "PHP_FCGI_CHILDREN=0"],
+    ] {
+        let (status, said) = check(options, "php-cgi");
+        assert_eq!(status, Some(0), "{options:?}: {said}");
+    }
+}
