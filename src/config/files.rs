@@ -59,7 +59,9 @@ impl FromStr for UrlPrefix {
             return Err(format!("'{text}' is not a URL path: write it decoded, and without a query, as in /my files"));
         }
         let path = path.strip_suffix('/').unwrap_or(path);
-        if !path.is_empty() && path.split('/').any(|segment| ["", ".", ".."].contains(&segment)) {
+        if text.starts_with("//")
+            || !path.is_empty() && path.split('/').any(|segment| ["", ".", ".."].contains(&segment))
+        {
             return Err(format!("'{text}' is not a URL path: it must not contain //, /./ or /../"));
         }
         Ok(Self(if path.is_empty() { String::new() } else { format!("/{path}") }))

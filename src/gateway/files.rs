@@ -117,9 +117,8 @@ impl Files {
         if !matches!(request.method, Method::GET | Method::HEAD) {
             return (!url.is_root()).then(not_allowed);
         }
-        if rest.ends_in_slash || rest.is_empty() && url.is_root() {
-            relative.extend_from_slice(if relative.is_empty() { b"" } else { b"/" });
-            relative.extend_from_slice(DIRECTORY_INDEX);
+        if rest.ends_in_slash {
+            relative = index_of(&relative);
         }
         let (accepted, reads) = (coding::accepted(&request.headers), may_need_all(request));
         let opened = Arc::clone(directory);
@@ -195,6 +194,12 @@ fn may_need_all(request: &Parts) -> bool {
     request.method != Method::HEAD && !conditions::are_given(&request.headers)
 }
 
+/// Returns the path of the index of a directory. A relative path does not begin with a slash.
+fn index_of(directory: &[u8]) -> Vec<u8> {
+    let slash: &[u8] = if directory.is_empty() { b"" } else { b"/" };
+    [directory, slash, DIRECTORY_INDEX].concat()
+}
+
 /// Finds the file for a path below a static directory.
 fn locate(
     directory: &Beneath,
@@ -205,7 +210,7 @@ fn locate(
     let file = match directory.open_file(&relative) {
         Ok(file) => file,
         Err(OpenError::Directory) => {
-            let has_index = directory.is_file(&[relative.as_slice(), b"/", DIRECTORY_INDEX].concat());
+            let has_index = directory.is_file(&index_of(&relative));
             return if has_index { Ok(Located::Directory) } else { Err(OpenError::NotFound) };
         }
         Err(error) => return Err(error),

@@ -71,11 +71,6 @@ impl Rest<'_> {
         self.segments.join(&b'/')
     }
 
-    /// Whether nothing follows the prefix.
-    pub(super) fn is_empty(&self) -> bool {
-        self.segments.is_empty()
-    }
-
     /// Whether a client may request the file with this path.
     pub(super) fn can_be_static(&self) -> bool {
         let is_hidden = |segment: &Vec<u8>| segment.starts_with(b".") && segment != b".well-known";
