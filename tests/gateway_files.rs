@@ -579,17 +579,30 @@ fn the_selected_file_replaces_the_body_and_the_other_headers_are_kept() {
         let posted = ask(&site, "POST", &wish(&headers), &[("Range", "bytes=7-11"), ("If-None-Match", &etag)]);
         assert_eq!((posted.status, posted.text().as_str()), (200, "hello, world\n"));
     }
+    site.at_rest();
+    site.server.stop();
+    assert!(!site.server.log().contains("ERROR"), "{}", site.server.log());
+}
+
+#[test]
+fn names_and_statuses_are_those_of_the_application() {
+    let site = start_sendfile(&[]);
+    let path = |name: &str| site.place.text(name);
     let named = get(&site, &wish(&[("X-Sendfile", &path("www/with space & ä.txt"))]));
     assert_eq!(named.text(), "spaced");
     let hidden = get(&site, &wish(&[("X-Accel-Redirect", "/private/.git/config")]));
     assert_eq!(hidden.text(), "secret", "the application may select files that clients cannot request");
-    let status = serde_json::json!({ "status": 410, "headers": [["X-Sendfile", path("www/hello.txt")]] }).to_string();
-    let status: String = status.bytes().map(|byte| format!("%{byte:02x}")).collect();
-    let gone = ask(&site, "GET", &format!("/app?{status}"), &[("Range", "bytes=0-0")]);
-    assert_eq!((gone.status, gone.text().as_str()), (410, "hello, world\n"));
-    site.at_rest();
-    site.server.stop();
-    assert!(!site.server.log().contains("ERROR"), "{}", site.server.log());
+    for (status, range, expected, body) in [
+        (410, "bytes=0-4", 410, "hello, world\n"),
+        (206, "bytes=0-4", 206, "hello"),
+        (206, "lines=0-4", 200, "hello, world\n"),
+    ] {
+        let wish =
+            serde_json::json!({ "status": status, "headers": [["X-Sendfile", path("www/hello.txt")]] }).to_string();
+        let wish: String = wish.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        let response = ask(&site, "GET", &format!("/app?{wish}"), &[("Range", range)]);
+        assert_eq!((response.status, response.text().as_str()), (expected, body), "{status} {range}");
+    }
 }
 
 #[test]

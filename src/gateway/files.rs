@@ -178,7 +178,10 @@ impl Files {
         match opened.unwrap_or_else(|error| Err(OpenError::Failed(error))) {
             Ok(content) => {
                 let headers = without_description(head.headers, kind);
-                respond(request, content, head.status, headers, &self.threads)
+                // The application cannot know the length of the file that is sent.
+                let is_part = head.status == StatusCode::PARTIAL_CONTENT;
+                let status = if is_part { StatusCode::OK } else { head.status };
+                respond(request, content, status, headers, &self.threads)
             }
             Err(error) => {
                 let status = failed(&error);
