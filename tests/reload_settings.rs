@@ -107,6 +107,8 @@ const TABLE: &[Row] = &[
     row("temp-dir", "'DIR'", InWorker),
     row("root", "'DIR'", InWorker),
     with("index", "'index.php'", &[("root", "'DIR'")], InWorker),
+    row("static", "['/=DIR']", InWorker),
+    row("sendfile", "['DIR']", InWorker),
     // Memory and limits.
     row("cache", "'2M'", Named),
     row("cache-max-entry", "'64K'", Named),

@@ -8,6 +8,7 @@ use clap::{ArgMatches, Args, Command};
 
 use super::access::AccessOptions;
 use super::failures::FailureOptions;
+use super::files::FileOptions;
 use super::logs::AccessLogOptions;
 use super::recycling::RequestRecyclingOptions;
 use super::request_limits::LimitOptions;
@@ -82,6 +83,9 @@ pub(super) struct OfGateways {
     index: Option<String>,
 
     #[command(flatten)]
+    files: FileOptions,
+
+    #[command(flatten)]
     pub(super) recycling: RequestRecyclingOptions,
 
     #[command(flatten)]
@@ -116,6 +120,7 @@ impl GatewayOptions {
             buffer_files: options.buffer_files,
             temp_dir: options.temp_dir.clone().unwrap_or_else(std::env::temp_dir),
             scripts: Scripts { root: options.root.clone(), index: options.index.clone() },
+            files: options.files.config(),
         };
         (options, config)
     }

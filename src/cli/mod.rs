@@ -18,6 +18,7 @@ mod control;
 mod events;
 mod failures;
 mod file;
+mod files;
 mod gateway;
 mod hints;
 mod logs;
@@ -489,6 +490,7 @@ fn gateways_config(
     if let Err((settings, text)) = check_scripts(&gateway) {
         wrong.push(Mismatch { settings, text });
     }
+    or_note(gateway.files.check(), &["static", "sendfile"], wrong);
     let scaling = serve.scaling.scaling(OfEachWorker::of_app_processes(options.recycling));
     let serves_fastcgi = serve.bind.is_empty() || serve.bind.iter().any(|bind| bind.protocol == Protocol::FastCgi);
     let access = or_note(options.access.access(serves_fastcgi), &["allow", "bind"], wrong);

@@ -11,6 +11,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::failures::Failures;
+use super::files::FilesConfig;
 use super::privileges::PrivilegesConfig;
 use super::{Config, Range, Scaling, Share};
 
@@ -43,6 +44,7 @@ pub(crate) struct GatewayConfig {
     pub(crate) buffer_files: u64,
     pub(crate) temp_dir: PathBuf,
     pub(crate) scripts: Scripts,
+    pub(crate) files: FilesConfig,
 }
 
 /// The protocol between gateways and app processes.
@@ -139,7 +141,8 @@ impl GatewayConfig {
     /// Returns a message for the operator for each directory that cannot be used.
     pub(crate) fn examine(&self) -> Vec<String> {
         let root = self.scripts.root.as_deref().map(|root| ("--root", root));
-        let directories = root.into_iter().chain([("--temp-dir", self.temp_dir.as_path())]);
+        let directories =
+            root.into_iter().chain([("--temp-dir", self.temp_dir.as_path())]).chain(self.files.directories());
         let examine = |(flag, path): (&str, &Path)| match path.metadata() {
             Ok(found) if found.is_dir() => None,
             Ok(_) => Some(format!("{flag}: {} is not a directory", path.display())),

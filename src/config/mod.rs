@@ -7,6 +7,7 @@ mod contradictions;
 pub(crate) mod control;
 pub(crate) mod events;
 pub(crate) mod failures;
+pub(crate) mod files;
 pub(crate) mod gateway;
 pub(crate) mod logs;
 pub(crate) mod peers;

@@ -9,6 +9,7 @@
 //!                      └──────────────────────────────────┘
 //! ```
 //!
+//! - A request for a static file is answered before (`files.rs`), and needs no app process.
 //! - The body of the request is complete before an app process is claimed, and the response is taken at the speed of the
 //!   app process. A slow client therefore never occupies an app process.
 //! - A request that an app process has not begun is sent to another one, whatever its method. If an app process dies, a
@@ -21,8 +22,10 @@
 mod activity;
 mod app_stream;
 mod attempt;
+mod beneath;
 mod body;
 mod fastcgi;
+mod files;
 mod http;
 mod kept_connections;
 mod queue;
@@ -49,6 +52,7 @@ use tower_service::Service;
 use self::activity::Activity;
 use self::attempt::{Answer, Attempt, Failure, Message, Outgoing};
 use self::body::GatewayBody;
+use self::files::Files;
 use self::kept_connections::KeptConnections;
 use self::queue::{Queue, QueueError};
 use self::scripts::{Script, ScriptRoot};
@@ -87,6 +91,7 @@ pub(crate) struct Shared {
     response_limits: SpoolLimits,
     quarantine: Option<(Quarantine, QuarantineConfig)>,
     budget: SpoolBudget,
+    files: Arc<Files>,
     scripts: Option<ScriptRoot>,
     backend: Backend,
     /// Number of requests that one app process serves at a time.
@@ -120,16 +125,24 @@ pub(crate) fn factory(
     let (channel, config, slot) = (Arc::clone(channel), Arc::clone(&heritage.config), heritage.slot);
     let gateway = config.gateway.as_ref().ok_or("the configuration has no gateways")?;
     ScriptRoot::open(&gateway.scripts)?;
+    let files = Arc::new(Files::open(gateway)?);
     let quarantine = heritage.segment.quarantine();
     let report = heritage.report.try_clone().map_err(|error| format!("cannot duplicate a descriptor: {error}"))?;
     Ok(move |_: Context| {
         let report = report.try_clone().expect("a descriptor is available");
-        Gateway::new(Arc::clone(&channel), slot, &config, quarantine.clone(), File::from(report))
+        Gateway::new(Arc::clone(&channel), slot, &config, quarantine.clone(), File::from(report), Arc::clone(&files))
     })
 }
 
 impl Gateway {
-    fn new(channel: Arc<AppChannel>, slot: u32, config: &Config, quarantine: Quarantine, report: File) -> Self {
+    fn new(
+        channel: Arc<AppChannel>,
+        slot: u32,
+        config: &Config,
+        quarantine: Quarantine,
+        report: File,
+        files: Arc<Files>,
+    ) -> Self {
         let gateway = config.gateway.clone().expect("only a server with gateways runs gateways");
         let queue = Queue::new(channel, slot, usize::try_from(config.queue).unwrap_or(usize::MAX));
         let weak = Rc::downgrade(&queue);
@@ -150,6 +163,7 @@ impl Gateway {
             limits,
             quarantine: (settings.deaths > 0).then_some((quarantine, settings)),
             budget: SpoolBudget::new(gateway.buffer_memory, gateway.buffer_files),
+            files,
             scripts: ScriptRoot::open(&gateway.scripts).unwrap_or_default(),
             backend: gateway.backend,
             concurrency: gateway.concurrency,
@@ -182,10 +196,14 @@ impl Service<Request<Body>> for Gateway {
 
 impl Shared {
     async fn answer(self: Rc<Self>, request: Request<Body>) -> Result<Response<GatewayBody>, BodyError> {
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
         if parts.method == Method::CONNECT {
             return Ok(refusal(StatusCode::NOT_IMPLEMENTED));
         }
+        if let Some(response) = self.files.answer(&parts).await {
+            return Ok(response);
+        }
+        self.files.remove_influence(&mut parts);
         let script = match &self.scripts {
             Some(root) if !came_with_variables(&parts) => match root.find(parts.uri.path()) {
                 Some(script) => Some(script),
@@ -199,7 +217,11 @@ impl Shared {
             Err(CollectError::Spool(error)) => return Ok(self.no_room(&parts, &error)),
         };
         Ok(match self.outgoing(&parts, script.as_deref(), body) {
-            Ok(outgoing) => self.forward(&parts.method, Rc::new(outgoing)).await,
+            Ok(outgoing) => {
+                let outgoing = Rc::new(outgoing);
+                let response = Rc::clone(&self).forward(&parts.method, Rc::clone(&outgoing)).await;
+                self.files.send_selected(&parts, &outgoing.what, response).await
+            }
             Err(error) => self.no_room(&parts, &error),
         })
     }

@@ -6,24 +6,17 @@
 //! - Otherwise, the script is `--index`, with an empty PATH_INFO. Without `--index`, there is no such page.
 //!
 //! The bytes of the decoded path are compared exactly: no case is folded, so `x.PHP` is not a script. The file is looked
-//! up with openat2(2) below the root (RESOLVE_BENEATH), so neither `..` nor a symbolic link leads out of it.
+//! up below the root (`beneath.rs`), so neither `..` nor a symbolic link leads out of it.
 //!
 //! The result for a path is used again for [`VALID_TIME`], because the lookup takes several system calls. A file that is
 //! created or removed takes effect after that time. A path without a script is looked up each time.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
-use nix::sys::stat::{Mode, SFlag, fstat};
-
+use super::beneath::{Beneath, decode};
 use crate::config::gateway::Scripts;
 
 /// How long the script of a path is used again without a lookup.
@@ -38,8 +31,7 @@ const DIRECTORY_INDEX: &[u8] = b"index.php";
 /// The directory of the scripts.
 #[derive(Debug)]
 pub(super) struct ScriptRoot {
-    directory: OwnedFd,
-    path: Vec<u8>,
+    directory: Beneath,
     index: Option<Vec<u8>>,
     found: RefCell<HashMap<String, (Instant, Rc<Script>)>>,
 }
@@ -61,24 +53,14 @@ impl ScriptRoot {
     /// Returns a message for the operator if the directory cannot be opened.
     pub(super) fn open(scripts: &Scripts) -> Result<Option<Self>, String> {
         let Some(root) = &scripts.root else { return Ok(None) };
-        let absolute = std::path::absolute(root).map_err(|error| explain(root, &error))?;
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let directory = open(&absolute, flags, Mode::empty()).map_err(|errno| explain(root, &errno.into()))?;
-        openat2(&directory, ".", how()).map_err(|errno| match errno {
-            Errno::ENOSYS => format!("--root requires openat2(2), which Linux has since version 5.6: {}", errno.desc()),
-            errno => explain(root, &errno.into()),
-        })?;
-        let mut path = absolute.into_os_string().into_vec();
-        while path.last() == Some(&b'/') {
-            path.pop();
-        }
+        let directory = Beneath::open(root, "--root")?;
         let index = scripts.index.as_ref().map(|index| index.trim_start_matches('/').as_bytes().to_vec());
-        Ok(Some(Self { directory, path, index, found: RefCell::default() }))
+        Ok(Some(Self { directory, index, found: RefCell::default() }))
     }
 
     /// Returns the path of the directory, without a slash at its end.
     pub(super) fn path(&self) -> &[u8] {
-        &self.path
+        self.directory.path()
     }
 
     /// Returns the script for a URL path, or `None` if there is none. The result may be up to [`VALID_TIME`] old.
@@ -102,62 +84,30 @@ impl ScriptRoot {
 
     fn look_up(&self, url_path: &str) -> Option<Script> {
         let path = decode(url_path)?;
-        if let Some(end) = script_ends(&path).find(|&end| self.is_file(&path[1..end])) {
+        if let Some(end) = script_ends(&path).find(|&end| self.directory.is_file(&path[1..end])) {
             let path_info = Some(path[end..].to_vec()).filter(|rest| !rest.is_empty());
             return Some(self.script(&path[1..end], path_info));
         }
         if path.ends_with(b"/") {
             let index = [&path[1..], DIRECTORY_INDEX].concat();
-            if self.is_file(&index) {
+            if self.directory.is_file(&index) {
                 return Some(self.script(&index, None));
             }
         }
         let index = self.index.as_ref()?;
-        self.is_file(index).then(|| self.script(index, None))
+        self.directory.is_file(index).then(|| self.script(index, None))
     }
 
     fn script(&self, relative: &[u8], path_info: Option<Vec<u8>>) -> Script {
         let name = [b"/", relative].concat();
-        Script { filename: [&self.path, name.as_slice()].concat(), name, path_info }
+        Script { filename: [self.path(), &name].concat(), name, path_info }
     }
-
-    fn is_file(&self, relative: &[u8]) -> bool {
-        let relative = Path::new(std::ffi::OsStr::from_bytes(relative));
-        let file = openat2(&self.directory, relative, how());
-        file.and_then(fstat).is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits())
-    }
-}
-
-fn how() -> OpenHow {
-    OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_BENEATH)
-}
-
-fn explain(root: &Path, error: &io::Error) -> String {
-    format!("cannot open the directory of scripts {}: {error} (see --root)", root.display())
 }
 
 /// Returns the positions at which the beginning of a path may be the path of a script.
 fn script_ends(path: &[u8]) -> impl Iterator<Item = usize> {
     let ends = (1..=path.len()).filter(|&end| path[..end].ends_with(EXTENSION));
     ends.filter(|&end| matches!(path.get(end), None | Some(b'/')))
-}
-
-/// Decodes the percent-encoding of a URL path. Returns `None` if the path does not begin with a slash, is malformed, or
-/// contains a NUL.
-fn decode(path: &str) -> Option<Vec<u8>> {
-    let mut decoded = Vec::with_capacity(path.len());
-    let mut bytes = path.bytes();
-    while let Some(byte) = bytes.next() {
-        decoded.push(match byte {
-            b'%' => {
-                let high = char::from(bytes.next()?).to_digit(16)?;
-                let low = char::from(bytes.next()?).to_digit(16)?;
-                u8::try_from(high << 4 | low).ok()?
-            }
-            byte => byte,
-        });
-    }
-    (decoded.first() == Some(&b'/') && !decoded.contains(&0)).then_some(decoded)
 }
 
 /// Returns the decoded path of a request, for PATH_INFO.
