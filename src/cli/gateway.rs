@@ -7,12 +7,14 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command};
 
 use super::access::AccessOptions;
+use super::events::StreamOptions;
 use super::failures::FailureOptions;
 use super::logs::AccessLogOptions;
 use super::recycling::RequestRecyclingOptions;
 use super::request_limits::LimitOptions;
 use super::timeouts::TimeoutOptions;
 use crate::config::gateway::{Backend, GatewayConfig, GatewayCount, Scripts};
+use crate::config::sse::SseRoutes;
 use crate::config::{parse_duration, parse_size};
 
 #[derive(Args, Debug)]
@@ -82,6 +84,9 @@ pub(super) struct OfGateways {
     index: Option<String>,
 
     #[command(flatten)]
+    pub(super) streams: StreamOptions,
+
+    #[command(flatten)]
     pub(super) recycling: RequestRecyclingOptions,
 
     #[command(flatten)]
@@ -116,6 +121,7 @@ impl GatewayOptions {
             buffer_files: options.buffer_files,
             temp_dir: options.temp_dir.clone().unwrap_or_else(std::env::temp_dir),
             scripts: Scripts { root: options.root.clone(), index: options.index.clone() },
+            sse: SseRoutes::default(),
         };
         Some((options, config))
     }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::failures::Failures;
 use super::privileges::PrivilegesConfig;
+use super::sse::SseRoutes;
 use super::{Config, Range, Scaling, Share};
 
 /// Maximum number of gateways.
@@ -39,6 +40,8 @@ pub(crate) struct GatewayConfig {
     pub(crate) buffer_files: u64,
     pub(crate) temp_dir: PathBuf,
     pub(crate) scripts: Scripts,
+    /// The event streams that the gateways serve.
+    pub(crate) sse: SseRoutes,
 }
 
 /// The protocol between gateways and app processes.

@@ -7,12 +7,15 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
 use super::spool::{SpoolError, SpoolReader};
+use crate::app::body::Body as EventsBody;
 
 #[derive(Debug)]
 pub(crate) enum GatewayBody {
     /// A body that had already arrived when the response began.
     Whole(Bytes),
     Spooled(SpoolReader),
+    /// The events of a subscriber.
+    Events(EventsBody),
 }
 
 impl Body for GatewayBody {
@@ -24,6 +27,10 @@ impl Body for GatewayBody {
             Self::Whole(bytes) if bytes.is_empty() => Poll::Ready(None),
             Self::Whole(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
             Self::Spooled(reader) => Pin::new(reader).poll_frame(context),
+            // An event stream has no errors.
+            Self::Events(body) => Pin::new(body)
+                .poll_frame(context)
+                .map(|frame| frame.map(|frame| frame.map_err(|_| SpoolError::BrokenOff))),
         }
     }
 
@@ -31,6 +38,7 @@ impl Body for GatewayBody {
         match self {
             Self::Whole(bytes) => bytes.is_empty(),
             Self::Spooled(reader) => reader.is_end_stream(),
+            Self::Events(body) => body.is_end_stream(),
         }
     }
 
@@ -38,6 +46,7 @@ impl Body for GatewayBody {
         match self {
             Self::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Self::Spooled(reader) => reader.size_hint(),
+            Self::Events(body) => body.size_hint(),
         }
     }
 }

@@ -17,11 +17,14 @@
 //! - An app process that has not begun its response within `--request-timeout` is replaced: the gateway reports it to the
 //!   master. A process that serves several requests at a time over HTTP, and has begun other responses in that time, is
 //!   kept. Time in the queue, and time in which the client sends the body, do not count.
+//! - The gateway itself serves the event streams of `--sse`, and those to which an application hands its client over
+//!   (event_streams.rs).
 
 mod activity;
 mod app_stream;
 mod attempt;
 mod body;
+mod event_streams;
 mod fastcgi;
 mod http;
 mod kept_connections;
@@ -49,12 +52,14 @@ use tower_service::Service;
 use self::activity::Activity;
 use self::attempt::{Answer, Attempt, Failure, Message, Outgoing};
 use self::body::GatewayBody;
+use self::event_streams::EventStreams;
 use self::kept_connections::KeptConnections;
 use self::queue::{Queue, QueueError};
 use self::scripts::{Script, ScriptRoot};
 use self::spool::{CollectError, SpoolBudget, SpoolError, SpoolLimits, Spooled, collect};
 use crate::app::body::{Body, BodyError};
 use crate::app::context::Context;
+use crate::app::events::Events;
 use crate::config::Config;
 use crate::config::failures::QuarantineConfig;
 use crate::config::gateway::Backend;
@@ -88,6 +93,7 @@ pub(crate) struct Shared {
     quarantine: Option<(Quarantine, QuarantineConfig)>,
     budget: SpoolBudget,
     scripts: Option<ScriptRoot>,
+    streams: EventStreams,
     backend: Backend,
     /// Number of requests that one app process serves at a time.
     concurrency: u32,
@@ -120,14 +126,22 @@ pub(crate) fn factory(
     ScriptRoot::open(&gateway.scripts)?;
     let quarantine = heritage.segment.quarantine();
     let report = heritage.report.try_clone().map_err(|error| format!("cannot duplicate a descriptor: {error}"))?;
-    Ok(move |_: Context| {
+    Ok(move |context: Context| {
         let report = report.try_clone().expect("a descriptor is available");
-        Gateway::new(Arc::clone(&channel), slot, &config, quarantine.clone(), File::from(report))
+        let (quarantine, report) = (quarantine.clone(), File::from(report));
+        Gateway::new(Arc::clone(&channel), slot, &config, quarantine, report, context.events())
     })
 }
 
 impl Gateway {
-    fn new(channel: Arc<AppChannel>, slot: u32, config: &Config, quarantine: Quarantine, report: File) -> Self {
+    fn new(
+        channel: Arc<AppChannel>,
+        slot: u32,
+        config: &Config,
+        quarantine: Quarantine,
+        report: File,
+        events: Events,
+    ) -> Self {
         let gateway = config.gateway.clone().expect("only a server with gateways runs gateways");
         let queue = Queue::new(channel, slot, usize::try_from(config.queue).unwrap_or(usize::MAX));
         let weak = Rc::downgrade(&queue);
@@ -149,6 +163,7 @@ impl Gateway {
             quarantine: (settings.deaths > 0).then_some((quarantine, settings)),
             budget: SpoolBudget::new(gateway.buffer_memory, gateway.buffer_files),
             scripts: ScriptRoot::open(&gateway.scripts).unwrap_or_default(),
+            streams: EventStreams::new(events, gateway.sse),
             backend: gateway.backend,
             concurrency: gateway.concurrency,
             activity: Activity::default(),
@@ -183,6 +198,9 @@ impl Shared {
         if parts.method == Method::CONNECT {
             return Ok(refusal(StatusCode::NOT_IMPLEMENTED));
         }
+        if let Some(stream) = self.streams.serve(&parts) {
+            return Ok(stream);
+        }
         let script = match &self.scripts {
             Some(root) if !came_with_variables(&parts) => match root.find(parts.uri.path()) {
                 Some(script) => Some(script),
@@ -196,13 +214,13 @@ impl Shared {
             Err(CollectError::Spool(error)) => return Ok(self.no_room(&parts, &error)),
         };
         Ok(match self.outgoing(&parts, script.as_deref(), body) {
-            Ok(outgoing) => self.forward(&parts.method, Rc::new(outgoing)).await,
+            Ok(outgoing) => self.forward(&parts, Rc::new(outgoing)).await,
             Err(error) => self.no_room(&parts, &error),
         })
     }
 
     /// Sends a request to app processes until one has answered, or until it may not be sent again.
-    async fn forward(self: Rc<Self>, method: &Method, outgoing: Rc<Outgoing>) -> Response<GatewayBody> {
+    async fn forward(self: Rc<Self>, parts: &request::Parts, outgoing: Rc<Outgoing>) -> Response<GatewayBody> {
         let (mut left, mut not_begun, mut blocked_since) = (self.retries, 0, None);
         loop {
             let unit = match self.queue.claim(self.queue_timeout).await {
@@ -214,7 +232,10 @@ impl Shared {
             let attempt = Attempt { unit, outgoing: Rc::clone(&outgoing), shared: Rc::clone(&self) };
             tokio::task::spawn_local(attempt.run(reply));
             let failure = match answer.await {
-                Ok(Ok(answer)) => return response(answer),
+                Ok(Ok(mut answer)) => match self.streams.take_over(parts, &mut answer.head) {
+                    Ok(stream) => return stream.unwrap_or_else(|| response(answer)),
+                    Err(error) => Failure::Broken(error),
+                },
                 Ok(Err(failure)) => failure,
                 Err(_) => Failure::Broken("the attempt panicked".to_owned()),
             };
@@ -237,7 +258,7 @@ impl Shared {
                     log::error!(slot, pid, request = outgoing.what; "answered 503: the request has been quarantined");
                     return unavailable();
                 }
-                Failure::Died if left > 0 && method.is_idempotent() => {
+                Failure::Died if left > 0 && parts.method.is_idempotent() => {
                     left -= 1;
                     log::info!(slot, pid, request = outgoing.what; "an app process died: the request is repeated");
                     continue;

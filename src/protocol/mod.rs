@@ -6,7 +6,7 @@
 //! - [`scgi`]: the netstring, and the body after it.
 //! - [`cgi`]: CGI variables and the head of a response, in both directions.
 //! - [`host`]: valid values of `Host`. [`grammar`]: numbers and lists, which several protocols use.
-//! - [`query`]: the pairs of a query.
+//! - [`query`]: the pairs of a query. [`topics`]: lists of topics of events.
 //! - [`proxy`]: the header of the PROXY protocol. [`forwarded`]: the client as reported in HTTP headers.
 //!
 //! hyper implements HTTP, so there is no module for it here.
@@ -24,3 +24,4 @@ pub(crate) mod proxy;
 pub(crate) mod query;
 pub(crate) mod role;
 pub(crate) mod scgi;
+pub(crate) mod topics;
