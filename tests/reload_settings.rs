@@ -116,6 +116,7 @@ const TABLE: &[Row] = &[
     row("events", "'2M'", Named),
     row("events-backlog", "7", InWorker),
     row("max-subscribers", "7", InWorker),
+    row("sse", "['/rooms/{room}=room-{room}', '/all=all']", InWorker),
     row("max-body", "'7M'", InWorker),
     row("max-params", "'9K'", InWorker),
     row("max-connections", "7", InWorker),

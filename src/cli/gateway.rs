@@ -7,6 +7,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command};
 
 use super::access::AccessOptions;
+use super::events::StreamOptions;
 use super::failures::FailureOptions;
 use super::files::FileOptions;
 use super::logs::AccessLogOptions;
@@ -14,6 +15,7 @@ use super::recycling::RequestRecyclingOptions;
 use super::request_limits::LimitOptions;
 use super::timeouts::TimeoutOptions;
 use crate::config::gateway::{Backend, GatewayConfig, GatewayCount, Scripts};
+use crate::config::sse::SseRoutes;
 use crate::config::{parse_duration, parse_size};
 
 #[derive(Args, Debug)]
@@ -86,6 +88,9 @@ pub(super) struct OfGateways {
     files: FileOptions,
 
     #[command(flatten)]
+    pub(super) streams: StreamOptions,
+
+    #[command(flatten)]
     pub(super) recycling: RequestRecyclingOptions,
 
     #[command(flatten)]
@@ -121,6 +126,7 @@ impl GatewayOptions {
             temp_dir: options.temp_dir.clone().unwrap_or_else(std::env::temp_dir),
             scripts: Scripts { root: options.root.clone(), index: options.index.clone() },
             files: options.files.config(),
+            sse: SseRoutes::default(),
         };
         (options, config)
     }

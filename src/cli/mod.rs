@@ -41,6 +41,7 @@ use self::access::{Access, AccessOptions};
 use self::cache::CacheOptions;
 pub(crate) use self::control::Task;
 use self::control::{ControlOptions, Operation};
+use self::events::LogOfProgram;
 use self::gateway::{GatewayOptions, OfGateways};
 use self::logs::{AccessLogOptions, LogOptions};
 use self::parse::{Mismatch, Read, conclude, or_note, read};
@@ -288,7 +289,7 @@ struct RunOptions {
     cache_options: CacheOptions,
 
     #[command(flatten)]
-    events: events::LogOfProgram,
+    events: LogOfProgram,
 
     /// Count a program as started once it has run for this long; 0 counts it immediately
     ///
@@ -440,7 +441,7 @@ fn run_request(mut run: RunOptions, of_gateways: &[String]) -> (ServeRequest, Ve
         let text = "no program to run: give COMMAND after '--', or set command in the configuration file".to_owned();
         wrong.push(Mismatch { settings: &["command"], text });
     }
-    let memory = (run.cache_options.cache(Some(run.cache)), run.events.config());
+    let cache = run.cache_options.cache(Some(run.cache));
     if !run.direct && run.settle.is_some() {
         let text = "--settle has no effect without --direct: the private socket of a process proves that it is ready \
                     (remove it; see --start-timeout)";
@@ -451,6 +452,7 @@ fn run_request(mut run: RunOptions, of_gateways: &[String]) -> (ServeRequest, Ve
         let refused = of_gateways.iter().map(|flag| refused_flags::sentence(flag, ServingCommand::Run));
         wrong.extend(refused.map(|text| Mismatch { settings: &["direct"], text }));
         let scaling = run.serve.scaling.scaling(OfEachWorker::default());
+        let memory = (cache, run.events.config());
         config(run.serve, scaling, memory, run.settle, OfWorkers::default(), &mut wrong)
     } else {
         let (options, mut gateway) = run.gateway.split();
@@ -459,7 +461,7 @@ fn run_request(mut run: RunOptions, of_gateways: &[String]) -> (ServeRequest, Ve
         if let Err(text) = gateway.use_php_children(program, children, options.app_concurrency) {
             wrong.push(Mismatch { settings: &["app-concurrency", "env"], text });
         }
-        gateways_config(run.serve, memory, options, gateway, &mut wrong)
+        gateways_config(run.serve, (cache, &run.events), options, gateway, &mut wrong)
     };
     config.settle = run.settle;
     (ServeRequest { config, cgi: false, program: Some(run.command) }, wrong)
@@ -478,9 +480,9 @@ fn check_scripts(gateway: &GatewayConfig) -> Result<(), (&'static [&'static str]
 /// Returns the settings of gateways and app processes.
 fn gateways_config(
     serve: ServeOptions,
-    memory: (CacheConfig, EventsConfig),
+    (cache, log): (CacheConfig, &LogOfProgram),
     options: OfGateways,
-    gateway: GatewayConfig,
+    mut gateway: GatewayConfig,
     wrong: &mut Vec<Mismatch>,
 ) -> Config {
     if serve.bind.is_empty() && !listen::started_by_web_server() {
@@ -494,6 +496,8 @@ fn gateways_config(
     let scaling = serve.scaling.scaling(OfEachWorker::of_app_processes(options.recycling));
     let serves_fastcgi = serve.bind.is_empty() || serve.bind.iter().any(|bind| bind.protocol == Protocol::FastCgi);
     let access = or_note(options.access.access(serves_fastcgi), &["allow", "bind"], wrong);
+    let (events, routes) = options.streams.config(log, options.limits.max_connections, wrong);
+    gateway.sse = routes;
     let (queue, limits) = (options.limits.queue, options.limits.limits(options.timeouts.timeouts()));
     let of_workers = OfWorkers {
         threads: 1,
@@ -504,7 +508,7 @@ fn gateways_config(
         access_log: options.access_log,
         ..OfWorkers::default()
     };
-    Config { gateway: Some(gateway), ..config(serve, scaling, memory, None, of_workers, wrong) }
+    Config { gateway: Some(gateway), ..config(serve, scaling, (cache, events), None, of_workers, wrong) }
 }
 
 /// Checks that there is one FastCGI socket: an external program accepts connections from a single socket.

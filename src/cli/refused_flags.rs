@@ -36,7 +36,9 @@ impl ServingCommand {
                 "the sandbox is for linked applications, since it takes effect before anything is executed (use --user, \
                  --chroot and --rlimit, or the sandboxing of systemd)"
             }
-            (Self::Run, "events-backlog" | "max-subscribers") => "only linked applications serve event subscribers",
+            (Self::Run, "sse" | "events-backlog" | "max-subscribers") => {
+                "it requires --gateways, because otherwise no process of this server serves event subscribers"
+            }
             (Self::Run, "max-requests") => {
                 "with --direct, only the program itself can count its requests (set a limit in the program, as with \
                  PHP_FCGI_MAX_REQUESTS: a program that exits with status 0 is replaced; or use --max-age or --max-memory)"
@@ -54,6 +56,7 @@ impl ServingCommand {
                  program, or in the web server in front of it)"
             }
             (Self::Linked, "settle") => "a worker reports when it is ready (see --start-timeout)",
+            (Self::Linked, "sse") => "a linked application serves event streams with forkyard::sse",
             (Self::Linked, _) => "it is a flag of forkyard run",
         }
     }

@@ -13,6 +13,7 @@ use std::time::Duration;
 use super::failures::Failures;
 use super::files::FilesConfig;
 use super::privileges::PrivilegesConfig;
+use super::sse::SseRoutes;
 use super::{Config, Range, Scaling, Share};
 
 /// Maximum number of gateways.
@@ -45,6 +46,8 @@ pub(crate) struct GatewayConfig {
     pub(crate) temp_dir: PathBuf,
     pub(crate) scripts: Scripts,
     pub(crate) files: FilesConfig,
+    /// The event streams that the gateways serve.
+    pub(crate) sse: SseRoutes,
 }
 
 /// The protocol between gateways and app processes.

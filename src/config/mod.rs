@@ -15,6 +15,7 @@ pub(crate) mod privileges;
 pub(crate) mod publish;
 pub(crate) mod scaling;
 pub(crate) mod sidecars;
+pub(crate) mod sse;
 pub(crate) mod upgrade;
 
 use std::ffi::OsString;

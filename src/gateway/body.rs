@@ -8,6 +8,7 @@ use http_body::{Body, Frame, SizeHint};
 
 use super::files::FileBody;
 use super::spool::SpoolReader;
+use crate::app::body::Body as EventsBody;
 use crate::sys::BoxError;
 
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub(crate) enum GatewayBody {
     Spooled(SpoolReader),
     /// Parts of a file.
     File(FileBody),
+    /// The events of a subscriber.
+    Events(EventsBody),
 }
 
 impl Body for GatewayBody {
@@ -29,6 +32,7 @@ impl Body for GatewayBody {
             Self::Whole(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
             Self::Spooled(reader) => Pin::new(reader).poll_frame(context).map_err(BoxError::from),
             Self::File(file) => file.poll_piece(context).map_ok(Frame::data).map_err(BoxError::from),
+            Self::Events(body) => Pin::new(body).poll_frame(context).map_err(BoxError::from),
         }
     }
 
@@ -37,6 +41,7 @@ impl Body for GatewayBody {
             Self::Whole(bytes) => bytes.is_empty(),
             Self::Spooled(reader) => reader.is_end_stream(),
             Self::File(file) => file.left() == 0,
+            Self::Events(body) => body.is_end_stream(),
         }
     }
 
@@ -45,6 +50,7 @@ impl Body for GatewayBody {
             Self::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Self::Spooled(reader) => reader.size_hint(),
             Self::File(file) => SizeHint::with_exact(file.left()),
+            Self::Events(body) => body.size_hint(),
         }
     }
 }

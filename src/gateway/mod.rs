@@ -18,12 +18,15 @@
 //! - An app process that has not begun its response within `--request-timeout` is replaced: the gateway reports it to the
 //!   master. A process that serves several requests at a time over HTTP, and has begun other responses in that time, is
 //!   kept. Time in the queue, and time in which the client sends the body, do not count.
+//! - The gateway itself serves the event streams of `--sse`, and those to which an application hands its client over
+//!   (event_streams.rs).
 
 mod activity;
 mod app_stream;
 mod attempt;
 mod beneath;
 mod body;
+mod event_streams;
 mod fastcgi;
 mod files;
 mod http;
@@ -52,6 +55,7 @@ use tower_service::Service;
 use self::activity::Activity;
 use self::attempt::{Answer, Attempt, Failure, Message, Outgoing};
 use self::body::GatewayBody;
+use self::event_streams::EventStreams;
 use self::files::Files;
 use self::kept_connections::KeptConnections;
 use self::queue::{Queue, QueueError};
@@ -59,6 +63,7 @@ use self::scripts::{Script, ScriptRoot};
 use self::spool::{CollectError, SpoolBudget, SpoolError, SpoolLimits, Spooled, collect};
 use crate::app::body::{Body, BodyError};
 use crate::app::context::Context;
+use crate::app::events::Events;
 use crate::config::Config;
 use crate::config::failures::QuarantineConfig;
 use crate::config::gateway::Backend;
@@ -93,6 +98,7 @@ pub(crate) struct Shared {
     budget: SpoolBudget,
     files: Arc<Files>,
     scripts: Option<ScriptRoot>,
+    streams: EventStreams,
     backend: Backend,
     /// Number of requests that one app process serves at a time.
     concurrency: u32,
@@ -128,9 +134,10 @@ pub(crate) fn factory(
     let files = Arc::new(Files::open(gateway)?);
     let quarantine = heritage.segment.quarantine();
     let report = heritage.report.try_clone().map_err(|error| format!("cannot duplicate a descriptor: {error}"))?;
-    Ok(move |_: Context| {
+    Ok(move |context: Context| {
         let report = report.try_clone().expect("a descriptor is available");
-        Gateway::new(Arc::clone(&channel), slot, &config, quarantine.clone(), File::from(report), Arc::clone(&files))
+        let (quarantine, report, files) = (quarantine.clone(), File::from(report), Arc::clone(&files));
+        Gateway::new(Arc::clone(&channel), slot, &config, quarantine, report, files, context.events())
     })
 }
 
@@ -142,6 +149,7 @@ impl Gateway {
         quarantine: Quarantine,
         report: File,
         files: Arc<Files>,
+        events: Events,
     ) -> Self {
         let gateway = config.gateway.clone().expect("only a server with gateways runs gateways");
         let queue = Queue::new(channel, slot, usize::try_from(config.queue).unwrap_or(usize::MAX));
@@ -165,6 +173,7 @@ impl Gateway {
             budget: SpoolBudget::new(gateway.buffer_memory, gateway.buffer_files),
             files,
             scripts: ScriptRoot::open(&gateway.scripts).unwrap_or_default(),
+            streams: EventStreams::new(events, gateway.sse),
             backend: gateway.backend,
             concurrency: gateway.concurrency,
             php_children: gateway.php_children,
@@ -200,6 +209,9 @@ impl Shared {
         if parts.method == Method::CONNECT {
             return Ok(refusal(StatusCode::NOT_IMPLEMENTED));
         }
+        if let Some(stream) = self.streams.serve(&parts) {
+            return Ok(stream);
+        }
         if let Some(response) = self.files.answer(&parts).await {
             return Ok(response);
         }
@@ -219,7 +231,7 @@ impl Shared {
         Ok(match self.outgoing(&parts, script.as_deref(), body) {
             Ok(outgoing) => {
                 let outgoing = Rc::new(outgoing);
-                let response = Rc::clone(&self).forward(&parts.method, Rc::clone(&outgoing)).await;
+                let response = Rc::clone(&self).forward(&parts, Rc::clone(&outgoing)).await;
                 self.files.send_selected(&parts, &outgoing.what, response).await
             }
             Err(error) => self.no_room(&parts, &error),
@@ -227,7 +239,7 @@ impl Shared {
     }
 
     /// Sends a request to app processes until one has answered, or until it may not be sent again.
-    async fn forward(self: Rc<Self>, method: &Method, outgoing: Rc<Outgoing>) -> Response<GatewayBody> {
+    async fn forward(self: Rc<Self>, parts: &request::Parts, outgoing: Rc<Outgoing>) -> Response<GatewayBody> {
         let (mut left, mut not_begun, mut blocked_since) = (self.retries, 0, None);
         loop {
             let unit = match self.queue.claim(self.queue_timeout).await {
@@ -239,7 +251,10 @@ impl Shared {
             let attempt = Attempt::new(unit, Rc::clone(&outgoing), Rc::clone(&self));
             tokio::task::spawn_local(attempt.run(reply));
             let failure = match answer.await {
-                Ok(Ok(answer)) => return response(answer),
+                Ok(Ok(mut answer)) => match self.streams.take_over(parts, &mut answer.head) {
+                    Ok(stream) => return stream.unwrap_or_else(|| response(answer)),
+                    Err(error) => Failure::Broken(error),
+                },
                 Ok(Err(failure)) => failure,
                 Err(_) => Failure::Broken("the attempt panicked".to_owned()),
             };
@@ -262,7 +277,7 @@ impl Shared {
                     log::error!(slot, pid, request = outgoing.what; "answered 503: the request has been quarantined");
                     return unavailable();
                 }
-                Failure::Died | Failure::ChildDied if left > 0 && method.is_idempotent() => {
+                Failure::Died | Failure::ChildDied if left > 0 && parts.method.is_idempotent() => {
                     left -= 1;
                     log::info!(slot, pid, request = outgoing.what; "an app process died: the request is repeated");
                     continue;

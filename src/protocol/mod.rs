@@ -7,6 +7,7 @@
 //! - [`cgi`]: CGI variables and the head of a response, in both directions.
 //! - [`host`]: valid values of `Host`. [`grammar`]: numbers and lists, which several protocols use.
 //! - [`query`]: the pairs of a query. [`sendfile`]: the headers that select a file for the server to send.
+//! [`topics`]: lists of topics of events.
 //! - [`proxy`]: the header of the PROXY protocol. [`forwarded`]: the client as reported in HTTP headers.
 //!
 //! hyper implements HTTP, so there is no module for it here.
@@ -25,3 +26,4 @@ pub(crate) mod query;
 pub(crate) mod role;
 pub(crate) mod scgi;
 pub(crate) mod sendfile;
+pub(crate) mod topics;

@@ -29,18 +29,16 @@ use forkyard_shm::{PublishError, Segment};
 use self::cursor::Cursor;
 use self::frame::Frame;
 use self::hub::Hub;
-pub(crate) use self::sse::{EndsWithWorker, TYPE};
+pub(crate) use self::sse::{EndsWithWorker, TYPE, sse_for};
 pub use self::sse::{Sse, sse};
 pub use self::subscription::Subscription;
 use crate::config::events::EventsConfig;
+use crate::protocol::topics::MAX_TOPICS;
 
 /// Compiles the Rust examples of the document.
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/events.md")]
 struct Document;
-
-/// Maximum number of topics in one subscription.
-const MAX_TOPICS: usize = 32;
 
 /// The event log that all workers share: an event published in any worker reaches the subscribers of all workers.
 ///

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderName, RETRY_AFTER};
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri};
 use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep_until};
 
@@ -64,10 +64,17 @@ pub fn sse<B, T>(request: &Request<B>, events: &Events, topics: T) -> Sse
 where
     T: IntoIterator<Item: AsRef<str>>,
 {
-    let headers = request.headers();
+    sse_for(request.headers(), request.uri(), events, topics)
+}
+
+/// Like [`sse`], for a request whose body has been taken.
+pub(crate) fn sse_for<T>(headers: &HeaderMap, uri: &Uri, events: &Events, topics: T) -> Sse
+where
+    T: IntoIterator<Item: AsRef<str>>,
+{
     let of_header = headers.get(LAST_EVENT_ID).map(|value| String::from_utf8_lossy(value.as_bytes()));
     let of_query = || {
-        let mut pairs = query::pairs(request.uri().query()?);
+        let mut pairs = query::pairs(uri.query()?);
         pairs.find_map(|(name, value)| matches!(&*name, "lastEventId" | LAST_EVENT_ID).then_some(value))
     };
     let last_event_id = of_header.filter(|id| !id.is_empty()).or_else(of_query).filter(|id| !id.is_empty());
@@ -151,6 +158,11 @@ impl Sse {
     pub fn map(mut self, map: impl FnMut(&Published) -> Option<Event> + Send + 'static) -> Self {
         self.choice.map = Some(Box::new(map));
         self
+    }
+
+    /// Returns why the subscription failed, if it did.
+    pub(crate) fn error(&self) -> Option<&EventsError> {
+        self.subscription.as_ref().err()
     }
 
     /// Creates the response. If the subscription fails, the response is a 503, with `Retry-After` if retrying may help,

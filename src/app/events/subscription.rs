@@ -12,7 +12,8 @@ use tokio::task::coop::poll_proceed;
 use super::cursor::Cursor;
 use super::feeds::Key;
 use super::hub::{Hub, NextEvents};
-use super::{EventsError, MAX_TOPICS, Message, Published};
+use super::{EventsError, Message, Published};
+use crate::protocol::topics::{MAX_TOPICS, is_topic};
 
 /// Maximum number of events taken at a time from the worker's memory, and in the first read from
 /// the log.
@@ -55,9 +56,7 @@ impl Subscription {
         if topics.is_empty() || topics.len() > MAX_TOPICS {
             return Err(EventsError::TopicCount);
         }
-        let is_bad = |(index, topic): &(usize, &Arc<str>)| {
-            !(1..=128).contains(&topic.len()) || topic.chars().any(char::is_control) || topics[..*index].contains(topic)
-        };
+        let is_bad = |(index, topic): &(usize, &Arc<str>)| !is_topic(topic) || topics[..*index].contains(topic);
         if let Some((_, topic)) = topics.iter().enumerate().find(is_bad) {
             return Err(EventsError::Topic { topic: topic.to_string() });
         }
