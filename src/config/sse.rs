@@ -1,9 +1,9 @@
 //! The paths that gateways serve as event streams (`--sse`), and the topics of each: parsing and matching. Pure.
 //!
-//! - A path consists of segments between slashes. A segment is a text or, if it has the form `{name}`, a capture. A text
-//!   matches the same bytes only. A capture matches any text of at least one byte.
-//! - The segments of a request's path are percent-decoded once, after the path has been split at its slashes. Nothing else
-//!   is changed: `/a/` and `//a` are not `/a`.
+//! - A path consists of segments between slashes. A segment is a text or, if it has the form `{name}`, a capture. A
+//!   text matches the same bytes only. A capture matches any text of at least one byte.
+//! - The segments of a request's path are percent-decoded once, after the path has been split at its slashes. Nothing
+//!   else is changed: `/a/` and `//a` are not `/a`.
 //! - If several paths match, the one with a text in the first segment in which they differ is chosen. The order of the
 //!   flags has no effect.
 //! - In a topic, `{name}` is replaced by the capture. The result is never split into several topics.

@@ -40,8 +40,8 @@ pub(crate) fn is_topic(text: &str) -> bool {
     (1..=MAX_TOPIC).contains(&text.len()) && !text.contains(char::is_control)
 }
 
-/// Parses a list of topics. Each topic is percent-decoded once, after the list has been split, so an encoded comma is part
-/// of a topic. Spaces around a topic are ignored. A list can be split into several values, like that of a header.
+/// Parses a list of topics. Each topic is percent-decoded once, after the list has been split, so an encoded comma is
+/// part of a topic. Spaces around a topic are ignored. A list can be split into several values, like that of a header.
 ///
 /// # Errors
 /// Fails if a topic is invalid or repeated, or if there are none or too many.
