@@ -1,7 +1,7 @@
 //! A FastCGI program that violates the protocol on demand, to test gateways. It accepts from descriptor 0, and serves one
 //! request at a time.
 //!
-//! `forkyard run --bind http:127.0.0.1:8080 --gateways 1 --workers 2 -- target/debug/examples/faulty`, then
+//! `forkyard run --bind http:127.0.0.1:8080 --workers 2 -- target/debug/examples/faulty`, then
 //! `curl http://127.0.0.1:8080/garbage`
 //!
 //! FAULTY_DIR is the directory of the files for `/once` and `/hold`. The codec of the server is not used.

@@ -373,7 +373,6 @@ fn wrong_streams_are_errors_of_the_check() {
         let output = command.output_in_time().unwrap();
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
-    let gateways = ["--gateways", "1"];
     for (options, words) in [
         (&["--sse", "rooms=a"][..], "--sse: 'rooms=a' is not an event stream (expected PATH=TOPIC[,TOPIC]"),
         (&["--sse", "/a/{x}=b-{y}"], "'{y}', which is not in the path"),
@@ -381,12 +380,12 @@ fn wrong_streams_are_errors_of_the_check() {
         (&["--sse", "/a=b", "--sse", "/a=c"], "--sse: '/a' and '/a' are the same path"),
         (&["--sse", "/a=b", "--events", "0"], "--sse requires the event log, which --events 0 disables"),
     ] {
-        let (status, text) = check(&[&gateways, options].concat());
+        let (status, text) = check(options);
         assert_eq!(status, Some(1), "{options:?}: {text}");
         assert!(text.contains(words), "{options:?}: {text}");
     }
-    let (status, text) = check(&[&gateways[..], &["--sse", "/a=b", "--max-subscribers", "7"]].concat());
+    let (status, text) = check(&["--sse", "/a=b", "--max-subscribers", "7"]);
     assert_eq!(status, Some(0), "{text}");
-    let (_, text) = check(&["--sse", "/a=b", "--bind", "fastcgi:127.0.0.1:0"]);
-    assert!(text.contains("--sse is not available here: it requires --gateways"), "{text}");
+    let (_, text) = check(&["--sse", "/a=b", "--direct"]);
+    assert!(text.contains("--sse is not available here: with --direct, "), "{text}");
 }

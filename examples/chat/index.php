@@ -2,7 +2,7 @@
 // A chat in PHP. The gateways hold the connections of all visitors, so two PHP processes serve any number of them.
 // Start it in the directory of the repository, and open http://127.0.0.1:8080/ in two windows:
 //
-//     forkyard run --bind http:127.0.0.1:8080 --gateways 2 --workers 2 --events 1M \
+//     forkyard run --bind http:127.0.0.1:8080 --workers 2 --events 1M \
 //         --root examples/chat --index index.php -- php-cgi
 //
 // GET  /                    asks for a name and a room

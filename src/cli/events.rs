@@ -70,7 +70,7 @@ impl LogOfProgram {
     }
 }
 
-/// Flags of `forkyard run --gateways`.
+/// Flags of `forkyard run` that `--direct` excludes.
 #[derive(Args, Debug)]
 pub(super) struct StreamOptions {
     /// Let the gateways serve the events of these topics on this path; repeatable

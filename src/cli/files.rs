@@ -4,7 +4,7 @@ use clap::Args;
 
 use crate::config::files::{FilesConfig, SendfileDir, StaticDir};
 
-/// Flags that require `--gateways`.
+/// Flags that `--direct` excludes.
 #[derive(Args, Debug)]
 pub(super) struct FileOptions {
     /// Serve the files below DIR under URL, without the program; repeatable

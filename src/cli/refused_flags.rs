@@ -37,7 +37,7 @@ impl ServingCommand {
                  --chroot and --rlimit, or the sandboxing of systemd)"
             }
             (Self::Run, "sse" | "events-backlog" | "max-subscribers") => {
-                "it requires --gateways, because otherwise no process of this server serves event subscribers"
+                "with --direct, no process of this server serves event subscribers (remove --direct)"
             }
             (Self::Run, "max-requests") => {
                 "with --direct, only the program itself can count its requests (set a limit in the program, as with \

@@ -10,7 +10,8 @@
 
 use std::str::FromStr;
 
-use crate::protocol::topics::{MAX_TOPIC, MAX_TOPICS, is_topic, percent_decode};
+use crate::protocol::grammar::percent_decode;
+use crate::protocol::topics::{MAX_TOPIC, MAX_TOPICS, is_topic};
 
 /// All paths of event streams.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

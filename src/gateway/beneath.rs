@@ -17,6 +17,8 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, SFlag, fstat};
 
+use crate::protocol::grammar::percent_decode;
+
 /// Number of attempts to resolve a path while other processes rename directories (EAGAIN).
 const MAX_ATTEMPTS: u32 = 32;
 
@@ -134,18 +136,7 @@ impl Version {
 /// Decodes the percent-encoding of a URL path. Returns `None` if the path does not begin with a slash, is malformed, or
 /// contains a NUL.
 pub(super) fn decode(path: &str) -> Option<Vec<u8>> {
-    let mut decoded = Vec::with_capacity(path.len());
-    let mut bytes = path.bytes();
-    while let Some(byte) = bytes.next() {
-        decoded.push(match byte {
-            b'%' => {
-                let high = char::from(bytes.next()?).to_digit(16)?;
-                let low = char::from(bytes.next()?).to_digit(16)?;
-                u8::try_from(high << 4 | low).ok()?
-            }
-            byte => byte,
-        });
-    }
+    let decoded = percent_decode(path.as_bytes())?;
     (decoded.first() == Some(&b'/') && !decoded.contains(&0)).then_some(decoded)
 }
 

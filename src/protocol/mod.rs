@@ -5,7 +5,8 @@
 //!   pairs. [`role`]: the role of a request, for the application.
 //! - [`scgi`]: the netstring, and the body after it.
 //! - [`cgi`]: CGI variables and the head of a response, in both directions.
-//! - [`host`]: valid values of `Host`. [`grammar`]: numbers and lists, which several protocols use.
+//! - [`host`]: valid values of `Host`. [`grammar`]: numbers, lists and percent-encoding, which
+//!   several protocols use.
 //! - [`query`]: the pairs of a query. [`sendfile`]: the headers that select a file for the server to send.
 //! [`topics`]: lists of topics of events.
 //! - [`proxy`]: the header of the PROXY protocol. [`forwarded`]: the client as reported in HTTP headers.

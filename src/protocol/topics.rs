@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use super::grammar::percent_decode;
+
 /// Maximum number of topics in one subscription.
 pub(crate) const MAX_TOPICS: usize = 32;
 /// Maximum number of bytes in a topic.
@@ -61,20 +63,6 @@ pub(crate) fn parse<'a>(values: impl IntoIterator<Item = &'a [u8]>) -> Result<Ve
         topics.push(topic);
     }
     if topics.is_empty() { Err(TopicsError::Count) } else { Ok(topics) }
-}
-
-/// Decodes percent-encoding. Returns `None` if a percent sign is not followed by two hexadecimal digits.
-pub(crate) fn percent_decode(text: &[u8]) -> Option<Vec<u8>> {
-    let mut decoded = Vec::with_capacity(text.len());
-    let mut bytes = text.iter().copied();
-    let digit = |byte: u8| char::from(byte).to_digit(16);
-    while let Some(byte) = bytes.next() {
-        decoded.push(match byte {
-            b'%' => u8::try_from(digit(bytes.next()?)? << 4 | digit(bytes.next()?)?).ok()?,
-            byte => byte,
-        });
-    }
-    Some(decoded)
 }
 
 #[cfg(test)]
