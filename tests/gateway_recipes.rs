@@ -7,8 +7,10 @@ mod common;
 
 use std::process::Command;
 
+use common::Server;
+use common::http::get;
 use common::limit::InTime as _;
-use common::recipes::Recipe;
+use common::recipes::{Recipe, stops, survives_reload};
 
 const HTTP: [&str; 2] = ["--backend", "http"];
 /// For servers that serve one request at a time.
@@ -53,6 +55,19 @@ fn flask_under_gunicorn() {
 }
 
 #[test]
+#[ignore = "scripts/recipes installs and runs it"]
+fn django_under_gunicorn() {
+    let recipe = Recipe::new(&["django_app.py"]);
+    recipe.serves(&HTTP_ALONE, &["python3", "-m", "gunicorn", "-w", "1", "django_app:app"]);
+}
+
+#[test]
+#[ignore = "scripts/recipes installs and runs it"]
+fn granian() {
+    python("granian", &HTTP, &["--interface", "asgi", "--uds", "{socket}", "asgi:app"]);
+}
+
+#[test]
 fn node_on_descriptor_3() {
     Recipe::new(&["http.js"]).serves(&HTTP, &["node", "http.js"]);
 }
@@ -73,6 +88,7 @@ fn puma() {
 }
 
 #[test]
+#[ignore = "scripts/recipes installs and runs it"]
 fn starman() {
     Recipe::new(&["app.psgi"]).serves(&HTTP_ALONE, &["starman", "--workers", "1", "--listen", "{socket}", "app.psgi"]);
 }
@@ -114,6 +130,23 @@ fn python_with_flup() {
 }
 
 // ---- CGI ----
+
+#[test]
+#[ignore = "scripts/recipes installs and runs it"]
+fn mapserver() {
+    let recipe = Recipe::new(&["world.map"]);
+    let mut command = recipe.command(&["--backend", "cgi"], &["/usr/lib/cgi-bin/mapserv"]);
+    command.env("MS_MAPFILE", recipe.path("world.map"));
+    let mut server = Server::start_command(&mut command);
+    let target = "/?SERVICE=WMS&VERSION=1.3.0&REQUEST=GetMap&LAYERS=square&STYLES=&CRS=EPSG:4326&BBOX=0,0,10,10\
+                  &WIDTH=64&HEIGHT=64&FORMAT=image/png";
+    let map = |address: &str, _| {
+        let response = get(address, target).map_err(|error| error.to_string())?;
+        if response.body.starts_with(b"\x89PNG") { Ok(()) } else { Err(response.text()) }
+    };
+    survives_reload(&mut server, map);
+    stops(&mut server);
+}
 
 #[test]
 fn a_shell_script() {

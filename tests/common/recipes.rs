@@ -41,7 +41,10 @@ impl Recipe {
     pub fn command(&self, options: &[&str], command: &[&str]) -> Command {
         let packages = program("forkyard").ancestors().nth(2).unwrap().join("recipes");
         let mut forkyard = Command::new(program("forkyard"));
-        forkyard.args(["run", "--bind", "http:127.0.0.1:0", "--gateways", "2", "--workers", "2"]).args(options);
+        forkyard.args(["run", "--bind", "http:127.0.0.1:0", "--gateways", "2"]).args(options);
+        if !options.contains(&"--workers") {
+            forkyard.args(["--workers", "2"]);
+        }
         forkyard.arg("--").args(command).current_dir(self.directory.path());
         forkyard.env("PYTHONPATH", packages.join("python")).env("PYTHONDONTWRITEBYTECODE", "1");
         forkyard.env("NODE_PATH", packages.join("node/node_modules"));
@@ -97,10 +100,7 @@ pub fn survives_reload(server: &mut Server, ask: impl Fn(&str, u64) -> Result<()
         };
         some_requests();
         server.signal(Signal::SIGHUP);
-        for pool in ["app processes", "gateways"] {
-            let line = server.wait_for("reload done gen=2");
-            assert!(line.contains("gen=2"), "{pool}: {line}");
-        }
+        (0..2).for_each(|_| drop(server.wait_for("reload done gen=2"))); // the app processes, and the gateways
         some_requests();
     });
     let failures = failures.into_inner().unwrap();

@@ -8,7 +8,7 @@ use SCGI;
 my $socket = IO::Socket::UNIX->new_from_fd(0, 'r+') or die "no socket: $!";
 my $scgi = SCGI->new($socket, blocking => 1);
 while (my $request = $scgi->accept) {
-    $request->read_env;
+    eval { $request->read_env; 1 } or next; # a connection that ended without a request
     my $env = $request->env;
     my ($body, $length) = ('', $env->{CONTENT_LENGTH});
     while (length($body) < $length) {
