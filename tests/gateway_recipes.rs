@@ -134,9 +134,9 @@ fn python_with_flup() {
 #[test]
 #[ignore = "scripts/recipes installs and runs it"]
 fn mapserver() {
-    let recipe = Recipe::new(&["world.map"]);
+    let recipe = Recipe::new(&["world.map", "mapserver.conf"]);
     let mut command = recipe.command(&["--backend", "cgi"], &["/usr/lib/cgi-bin/mapserv"]);
-    command.env("MS_MAPFILE", recipe.path("world.map"));
+    command.env("MAPSERVER_CONFIG_FILE", recipe.path("mapserver.conf")).env("MS_MAPFILE", recipe.path("world.map"));
     let mut server = Server::start_command(&mut command);
     let target = "/?SERVICE=WMS&VERSION=1.3.0&REQUEST=GetMap&LAYERS=square&STYLES=&CRS=EPSG:4326&BBOX=0,0,10,10\
                   &WIDTH=64&HEIGHT=64&FORMAT=image/png";
