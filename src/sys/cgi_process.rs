@@ -62,7 +62,7 @@ pub(crate) fn spawn_in_group(command: &mut Command) -> io::Result<Child> {
 pub(crate) fn die_of(signal: i32) -> ! {
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0); // lowering a limit is allowed
     // SAFETY: plain system call. The signal has its default action: see `begin_like_program`.
-    unsafe { libc::kill(libc::getpid(), signal) };
+    unsafe { libc::raise(signal) };
     // The signal is ignored, or does not terminate a process.
     exit_now(u8::try_from(128 + signal).unwrap_or(u8::MAX))
 }
