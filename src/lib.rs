@@ -186,6 +186,7 @@
 
 mod app;
 mod builder;
+mod cgi_runner;
 mod cli;
 mod config;
 mod control;

@@ -5,6 +5,7 @@
 //! `diagnostics/` and `startup/abort_signal.rs`, `logging/`, the heir's journal, and the steps between fork and exec in
 //! `privileges/`.
 
+mod cgi_process;
 mod descriptors;
 mod environment;
 mod epoll_exclusive;
@@ -22,6 +23,7 @@ mod signals;
 mod sockets;
 mod syn_filter;
 
+pub(crate) use self::cgi_process::{begin_like_program, die_of, spawn_in_group};
 pub(crate) use self::descriptors::{
     close_all_except, descriptor, hard_descriptor_limit, identity, note_descriptor_limit, open_descriptors, own,
     own_descriptors, raise_descriptor_limit, replace, take_over,

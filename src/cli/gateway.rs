@@ -23,7 +23,7 @@ pub(super) struct GatewayOptions {
     /// Number of gateways in front of the program: 1 to 64, or auto
     ///
     /// Gateways accept the clients' connections, over HTTP, FastCGI and SCGI, and forward requests to the program's
-    /// processes over FastCGI or HTTP. They answer the clients of a process that dies, queue requests, receive the bodies of
+    /// processes over FastCGI, HTTP or SCGI, or run it as a CGI program. They answer the clients of a process that dies, queue requests, receive the bodies of
     /// slow clients, and write the access log. auto starts one per processor, up to 4.
     #[arg(long, value_name = "N", env = "FORKYARD_GATEWAYS", default_value = "auto", help_heading = "Gateways")]
     gateways: GatewayCount,
@@ -35,11 +35,12 @@ pub(super) struct GatewayOptions {
 /// Flags that apply to gateways only.
 #[derive(Args, Debug)]
 pub(super) struct OfGateways {
-    /// Protocol of the program: fastcgi or http
+    /// Protocol of the program: fastcgi, http, scgi or cgi
     ///
     /// With fastcgi, the program accepts connections from descriptor 0. With http, it accepts them from descriptor 3
     /// (LISTEN_FDS=1), or from the address that COMMAND contains as {port} (a port of 127.0.0.1, also in PORT) or
-    /// {socket} (the path of a Unix socket). {fd} in COMMAND is replaced by 3.
+    /// {socket} (the path of a Unix socket). {fd} in COMMAND is replaced by 3. With scgi, the program has the socket as
+    /// descriptor 0 and 3, or listens on {port} or {socket}. With cgi, COMMAND is started once for each request.
     #[arg(long, value_name = "PROTO", env = "FORKYARD_BACKEND", default_value = "fastcgi", help_heading = "Gateways")]
     backend: Backend,
 

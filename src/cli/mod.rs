@@ -473,7 +473,7 @@ fn check_scripts(gateway: &GatewayConfig) -> Result<(), (&'static [&'static str]
         (Some(_), _, Backend::Http) => {
             Err((&["root"], "--root has no effect with --backend http: the program itself maps paths".to_owned()))
         }
-        (None, None, _) | (Some(_), _, Backend::Fastcgi) => Ok(()),
+        (None, None, _) | (Some(_), _, Backend::Fastcgi | Backend::Scgi | Backend::Cgi) => Ok(()),
     }
 }
 

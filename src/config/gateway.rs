@@ -56,14 +56,18 @@ pub(crate) enum Backend {
     #[default]
     Fastcgi,
     Http,
+    Scgi,
+    /// Each process is Forkyard's CGI runner, which starts the program once for each request. The gateways reach it over
+    /// FastCGI.
+    Cgi,
 }
 
 impl Backend {
     /// Number of requests that an app process serves at a time unless `--app-concurrency` is given. Most HTTP servers
-    /// have threads or an event loop; a FastCGI program usually has neither.
+    /// have threads or an event loop; other programs usually have neither.
     pub(crate) fn default_concurrency(self) -> u32 {
         match self {
-            Self::Fastcgi => 1,
+            Self::Fastcgi | Self::Scgi | Self::Cgi => 1,
             Self::Http => 64,
         }
     }
@@ -74,6 +78,8 @@ impl fmt::Display for Backend {
         f.write_str(match self {
             Self::Fastcgi => "fastcgi",
             Self::Http => "http",
+            Self::Scgi => "scgi",
+            Self::Cgi => "cgi",
         })
     }
 }
@@ -85,7 +91,9 @@ impl FromStr for Backend {
         match text {
             "fastcgi" => Ok(Self::Fastcgi),
             "http" => Ok(Self::Http),
-            _ => Err(format!("'{text}' is not a protocol of app processes (expected fastcgi or http)")),
+            "scgi" => Ok(Self::Scgi),
+            "cgi" => Ok(Self::Cgi),
+            _ => Err(format!("'{text}' is not a protocol of app processes (expected fastcgi, http, scgi or cgi)")),
         }
     }
 }
@@ -93,7 +101,8 @@ impl FromStr for Backend {
 /// How an app process gets the socket on which it accepts the gateways' connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum ListenMethod {
-    /// The process inherits a listening socket: as standard input with FastCGI, as descriptor 3 with HTTP.
+    /// The process inherits a listening socket: as standard input with FastCGI, as descriptor 3 with HTTP, as both with
+    /// SCGI.
     #[default]
     Inherited,
     /// The process listens on a port of 127.0.0.1, which replaces `{port}` in its command.
@@ -114,7 +123,10 @@ impl ListenMethod {
         match (named.next(), named.next()) {
             (None, _) => Ok(Self::Inherited),
             (Some((name, _)), _) if backend == Backend::Fastcgi => Err(format!(
-                "COMMAND contains {name}, which is for --backend http: FastCGI programs accept from descriptor 0"
+                "COMMAND contains {name}, which is for --backend http and scgi: FastCGI programs accept from descriptor 0"
+            )),
+            (Some((name, _)), _) if backend == Backend::Cgi => Err(format!(
+                "COMMAND contains {name}, which is for --backend http and scgi: CGI programs do not listen"
             )),
             (Some((_, method)), None) => Ok(method),
             (Some((first, _)), Some((second, _))) => {
@@ -268,9 +280,11 @@ mod tests {
             (&["--uds", "{socket}"], ListenMethod::Path),
         ] {
             assert_eq!(method(Backend::Http, command), Ok(expected), "{command:?}");
+            assert_eq!(method(Backend::Scgi, command), Ok(expected), "{command:?}");
         }
         assert!(method(Backend::Http, &["{port}", "{socket}"]).unwrap_err().contains("{port} and {socket}"));
         assert!(method(Backend::Fastcgi, &["{port}"]).unwrap_err().contains("--backend http"));
+        assert!(method(Backend::Cgi, &["{fd}"]).unwrap_err().contains("do not listen"));
     }
 
     #[test]

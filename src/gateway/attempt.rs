@@ -1,5 +1,5 @@
 //! One attempt to serve a request: sends the request to a claimed app process, and takes the response. This file has the
-//! part that is the same for all protocols; `fastcgi.rs` and `http.rs` have the exchange itself.
+//! part that is the same for all protocols; `fastcgi.rs`, `http.rs` and `scgi.rs` have the exchange itself.
 //!
 //! ```text
 //! connect ─▶ send the request ┐
@@ -38,7 +38,7 @@ use super::app_stream::AppStream;
 use super::body::GatewayBody;
 use super::queue::AppUnit;
 use super::spool::{SpoolError, SpoolWriter, spool};
-use super::{Shared, fastcgi, http, is_streamed, reason};
+use super::{Shared, fastcgi, http, is_streamed, reason, scgi};
 use crate::net::unix_diagnosis::UnixDiagnosis;
 use crate::protocol::cgi::parse_response::ResponseHead;
 use crate::sys;
@@ -72,6 +72,7 @@ pub(super) struct Outgoing {
 pub(super) enum Message {
     Fastcgi(fastcgi::Message),
     Http(Box<http::Message>),
+    Scgi(scgi::Message),
 }
 
 /// The response of an app process.
@@ -156,6 +157,7 @@ impl Attempt {
         match &self.outgoing.message {
             Message::Fastcgi(message) => message.exchange(self, response).await,
             Message::Http(message) => message.exchange(self, response).await.map(|()| None),
+            Message::Scgi(message) => message.exchange(self, response).await.map(|()| None),
         }
     }
 

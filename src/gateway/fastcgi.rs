@@ -14,10 +14,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, WriteHalf};
 use tokio::time::Instant;
 
 use super::app_stream::AppStream;
-use super::attempt::{Attempt, Failure, HOLD_SIZE, HOLD_TIME, Response, until};
-use super::is_streamed;
+use super::attempt::{Attempt, Failure, HOLD_TIME, Response, until};
+use super::cgi_output::CgiOutput;
 use super::spool::{SpoolError, Spooled};
-use crate::protocol::cgi::parse_response::{ResponseHead, ResponseHeadParser};
 use crate::protocol::fastcgi::MAX_CONTENT;
 use crate::protocol::fastcgi::client::{self, ParamsWriter, ResponseDecoder, ResponseEvent};
 
@@ -134,12 +133,12 @@ impl Message {
                         return Err(attempt.why_ended(response).await);
                     }
                     let is_complete = incoming.take(&mut input, response).map_err(Failure::Broken)?;
-                    if !is_complete && self.may_reuse && incoming.can_be_held() {
+                    if !is_complete && self.may_reuse && incoming.output.can_be_held() {
                         hold = hold.or(Some(Instant::now() + HOLD_TIME));
                         continue;
                     }
                     hold = None;
-                    incoming.pass_on(attempt, response, is_complete);
+                    incoming.output.pass_on(attempt, response, is_complete);
                     if is_complete {
                         let is_clean = is_sent && incoming.decoder.is_clean(&input);
                         return Ok(Some(connection).filter(|_| is_clean && attempt.shared.keeps_connections()));
@@ -147,8 +146,8 @@ impl Message {
                     response.wait_for_room().await;
                 }
                 () = until(hold), if hold.is_some() => {
-                    (hold, incoming.was_held) = (None, true);
-                    incoming.pass_on(attempt, response, false);
+                    (hold, incoming.output.was_held) = (None, true);
+                    incoming.output.pass_on(attempt, response, false);
                 }
             }
         }
@@ -182,42 +181,23 @@ fn put_stdin(out: &mut BytesMut, bytes: &[u8]) {
     }
 }
 
-/// Joins chunks, of which there is usually one.
-fn joined(mut chunks: Vec<Bytes>) -> Bytes {
-    if chunks.len() <= 1 { chunks.pop().unwrap_or_default() } else { chunks.concat().into() }
-}
-
 /// Decodes a response.
 #[derive(Debug)]
 struct Incoming {
     decoder: ResponseDecoder,
-    parser: ResponseHeadParser,
-    /// The head, until it is passed on.
-    head: Option<ResponseHead>,
-    has_begun: bool,
-    /// The part of the body that has not been passed on.
-    arrived: Vec<Bytes>,
-    /// Whether the head was held for as long as it may be.
-    was_held: bool,
+    output: CgiOutput,
 }
 
 impl Incoming {
     fn new(max_head: usize) -> Self {
-        Self {
-            decoder: ResponseDecoder::new(REQUEST_ID),
-            parser: ResponseHeadParser::new(max_head),
-            head: None,
-            has_begun: false,
-            arrived: Vec::new(),
-            was_held: false,
-        }
+        Self { decoder: ResponseDecoder::new(REQUEST_ID), output: CgiOutput::new(max_head) }
     }
 
     /// Takes what has arrived. Returns whether the response is complete.
     fn take(&mut self, input: &mut BytesMut, response: &Response<'_>) -> Result<bool, String> {
         while let Some(event) = self.decoder.decode(input).map_err(|error| error.to_string())? {
             match event {
-                ResponseEvent::Stdout(bytes) => self.stdout(bytes)?,
+                ResponseEvent::Stdout(bytes) => self.output.take(bytes)?,
                 ResponseEvent::Stderr(bytes) => log_lines(&bytes, response),
                 ResponseEvent::End { app_status, protocol_status } => {
                     if protocol_status != 0 {
@@ -226,45 +206,11 @@ impl Incoming {
                     if app_status != 0 {
                         log::debug!(status = app_status, request = response.what(); "app process reported a status");
                     }
-                    if !self.has_begun {
-                        return Err(self.parser.finish().to_string());
-                    }
-                    return Ok(true);
+                    return self.output.expect_head().map(|()| true);
                 }
             }
         }
         Ok(false)
-    }
-
-    fn stdout(&mut self, bytes: Bytes) -> Result<(), String> {
-        if self.has_begun {
-            self.arrived.push(bytes);
-        } else if let Some((head, rest)) = self.parser.feed(bytes).map_err(|error| error.to_string())? {
-            self.has_begun = true;
-            self.head = Some(head);
-            self.arrived.push(rest);
-        }
-        Ok(())
-    }
-
-    /// Whether the client does not need the response yet.
-    fn can_be_held(&self) -> bool {
-        let arrived: usize = self.arrived.iter().map(Bytes::len).sum();
-        !self.was_held && arrived < HOLD_SIZE && self.head.as_ref().is_some_and(|head| !is_streamed(&head.headers))
-    }
-
-    fn pass_on(&mut self, attempt: &Attempt, response: &Response<'_>, is_complete: bool) {
-        let arrived = joined(std::mem::take(&mut self.arrived));
-        match self.head.take() {
-            Some(head) => {
-                attempt.answered();
-                response.begin(head, arrived, is_complete);
-            }
-            None => response.push(arrived),
-        }
-        if is_complete {
-            response.finish();
-        }
     }
 }
 

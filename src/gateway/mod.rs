@@ -26,12 +26,14 @@ mod app_stream;
 mod attempt;
 mod beneath;
 mod body;
+mod cgi_output;
 mod event_streams;
 mod fastcgi;
 mod files;
 mod http;
 mod kept_connections;
 mod queue;
+mod scgi;
 mod scripts;
 pub(crate) mod spool;
 
@@ -306,32 +308,41 @@ impl Shared {
         let length = (has_body || parts.method == Method::POST).then_some(body.len());
         let unknown = ClientInfo::of_http(None, false);
         let client = parts.extensions.get::<ClientInfo>().unwrap_or(&unknown);
-        if self.backend == Backend::Http {
-            let message = http::Message::new(parts, client, length, body);
-            return Ok(Outgoing { message: Message::Http(Box::new(message)), what });
+        let variables = |pair: &mut dyn FnMut(&[u8], &[u8])| self.variables(parts, client, script, length, pair);
+        let message = match self.backend {
+            Backend::Http => Message::Http(Box::new(http::Message::new(parts, client, length, body))),
+            Backend::Fastcgi | Backend::Cgi => {
+                Message::Fastcgi(fastcgi::Message::new(parts.method.is_idempotent(), variables, body)?)
+            }
+            Backend::Scgi => Message::Scgi(scgi::Message::new(&parts.method, variables, body)?),
+        };
+        Ok(Outgoing { message, what })
+    }
+
+    /// Passes the CGI variables of a request, in order.
+    fn variables(
+        &self,
+        parts: &request::Parts,
+        client: &ClientInfo,
+        script: Option<&Script>,
+        length: Option<u64>,
+        pair: &mut dyn FnMut(&[u8], &[u8]),
+    ) {
+        if came_with_variables(parts) {
+            return forwarded_variables(parts, client, &ScriptPaths::default(), length, pair);
         }
-        let message = fastcgi::Message::new(
-            parts.method.is_idempotent(),
-            |pair| {
-                if came_with_variables(parts) {
-                    return forwarded_variables(parts, client, &ScriptPaths::default(), length, pair);
-                }
-                let path = scripts::path_info(parts.uri.path());
-                let paths = match (&self.scripts, script) {
-                    (Some(root), Some(script)) => ScriptPaths {
-                        document_root: Some(root.path()),
-                        script_filename: Some(&script.filename),
-                        script_name: Some(&script.name),
-                        path_info: script.path_info.as_deref(),
-                    },
-                    _ => ScriptPaths { path_info: path.as_deref(), ..ScriptPaths::default() },
-                };
-                let server = ServerAddress { name: None, port: port_of(parts, client.is_https), address: None };
-                request_variables(parts, client, &server, &paths, length, pair);
+        let path = scripts::path_info(parts.uri.path());
+        let paths = match (&self.scripts, script) {
+            (Some(root), Some(script)) => ScriptPaths {
+                document_root: Some(root.path()),
+                script_filename: Some(&script.filename),
+                script_name: Some(&script.name),
+                path_info: script.path_info.as_deref(),
             },
-            body,
-        )?;
-        Ok(Outgoing { message: Message::Fastcgi(message), what })
+            _ => ScriptPaths { path_info: path.as_deref(), ..ScriptPaths::default() },
+        };
+        let server = ServerAddress { name: None, port: port_of(parts, client.is_https), address: None };
+        request_variables(parts, client, &server, &paths, length, pair);
     }
 
     fn deadline(&self) -> Option<Instant> {

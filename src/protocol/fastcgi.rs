@@ -490,6 +490,12 @@ pub(crate) fn stdout_header(out: &mut BytesMut, id: RequestId, content: usize) {
     put_header(out, STDOUT, id, content);
 }
 
+/// Writes the header of a STDERR record with `content` bytes, at most [`MAX_CONTENT`] and not 0.
+pub(crate) fn stderr_header(out: &mut BytesMut, id: RequestId, content: usize) {
+    debug_assert!(content > 0 && content <= MAX_CONTENT, "a record does not hold {content} bytes");
+    put_header(out, STDERR, id, content);
+}
+
 /// Writes the end of the STDOUT stream and of the request (5.5).
 pub(crate) fn stdout_end(out: &mut BytesMut, id: RequestId, application: u32) {
     put_header(out, STDOUT, id, 0);

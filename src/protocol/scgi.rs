@@ -1,5 +1,5 @@
-//! Decodes SCGI. "The specification" is Neil Schemenauer's "SCGI: A Simple Common Gateway Interface
-//! alternative" of 2008.
+//! Decodes SCGI requests; [`client`] encodes them. "The specification" is Neil Schemenauer's "SCGI: A Simple Common
+//! Gateway Interface alternative" of 2008.
 //!
 //! ```text
 //!   24:CONTENT_LENGTH\0 5\0SCGI\0 1\0 … ,hello
@@ -14,6 +14,8 @@
 //!
 //! [`ScgiDecoder::to_come`] returns the minimum distance to the request's last byte, so that a caller
 //! can leave that byte in the kernel's queue: see `worker/conn/scgi.rs`.
+
+pub(crate) mod client;
 
 use std::fmt;
 

@@ -41,6 +41,14 @@ impl ListenerToPass {
         let _place = socket.try_clone()?; // this is the lowest free number from 3 on
         Ok(Self { socket, _place })
     }
+
+    /// Returns another descriptor of the socket.
+    ///
+    /// # Errors
+    /// Fails if no descriptor is available.
+    pub(crate) fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.socket.try_clone()
+    }
 }
 
 /// Like [`super::spawn`]. The program also inherits the listening socket as [`LISTEN_FD`], and has `LISTEN_FDS` and

@@ -16,6 +16,7 @@ pub mod http2;
 pub mod limit;
 pub mod load;
 pub mod raw;
+pub mod recipes;
 pub mod refuse;
 pub mod run;
 pub mod scgi;

@@ -10,7 +10,8 @@
 //! - **The end**: the master marks the process as draining, so that gateways do not claim it any more, and sends the
 //!   signal when no gateway has a claim on it. The process therefore never has a request when it is asked to exit, and
 //!   needs no handler for the signal. A gateway that releases the last claim wakes the master.
-//! - **Crashes**: the rest of the process group is killed, because a part of it may still have the private socket.
+//! - **Crashes**: the rest of the process group is killed, because a part of it may still have the private socket. The
+//!   group of a CGI runner is killed whenever the runner has ended.
 //!
 //! [`AppChannel`] contains the sockets and the claims. Its functions make no decision about processes.
 
@@ -26,6 +27,7 @@ use super::spawn::{Child, Launch, Link};
 use super::supervisor::{Demand, SupervisorEvent, Uptime};
 use super::{EndOfLife, Pool};
 use crate::config::Jittered;
+use crate::config::gateway::Backend;
 use crate::master::procfs;
 use crate::net::app_channel::AppChannel;
 use crate::sys::{self, Ending};
@@ -355,7 +357,8 @@ impl Pool {
             Ending::Exited(status) => status == 0 || child.asked_to_leave,
             Ending::Signaled(signal) => signal == libc::SIGTERM && child.asked_to_leave,
         };
-        if !is_normal {
+        // Processes that CGI programs have left behind are in the group of their runner.
+        if !is_normal || self.spawner.config.backend() == Backend::Cgi {
             let _ = killpg(pid, Signal::SIGKILL); // the group may be empty
         }
     }

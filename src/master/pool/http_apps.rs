@@ -1,7 +1,8 @@
-//! Starts app processes that speak HTTP, and explains why such a process is not ready.
+//! Starts app processes that speak HTTP or SCGI, and explains why such a process is not ready.
 //!
 //! The process gets its listening socket as descriptor 3, as from systemd (sd_listen_fds(3)), or its command contains the
-//! port or the path on which it must listen. Its standard input is /dev/null.
+//! port or the path on which it must listen. Its standard input is /dev/null; with SCGI, it is the listening socket, which
+//! some SCGI programs expect there.
 //!
 //! Only gateways can connect to an inherited socket or to a path, and they write the forwarding headers themselves.
 //! `FORWARDED_ALLOW_IPS` makes gunicorn and uvicorn believe these headers, although the peer of a Unix socket has no
@@ -26,7 +27,7 @@ const LISTEN_NAMES: &str = "LISTEN_FDNAMES";
 const TRUSTED_PROXIES: &str = "FORWARDED_ALLOW_IPS";
 
 impl Spawner {
-    /// Starts an app process that accepts HTTP connections on `listen`.
+    /// Starts an app process that accepts connections on `listen`, over HTTP or SCGI.
     pub(super) fn start_http_app(
         &self,
         program: &Program,
@@ -42,9 +43,13 @@ impl Spawner {
             ListenOn::Port(port) => (None, Some(port)),
             ListenOn::Path(_) => (None, None),
         };
+        let input = match &listener {
+            Some(listener) if settings.config.backend() == Backend::Scgi => Stdio::from(listener.duplicate()?),
+            Some(_) | None => Stdio::null(),
+        };
         let segment = to_pass(&self.segment)?;
         let mut command = self.command(program, settings, (slot, generation), &segment, write)?;
-        command.args(arguments).stdin(Stdio::null()).env_remove(LISTEN_NAMES);
+        command.args(arguments).stdin(input).env_remove(LISTEN_NAMES);
         match port {
             Some(port) => _ = command.env("PORT", port.to_string()),
             None => set_unless_configured(&mut command, &settings.config, TRUSTED_PROXIES, "*"),
@@ -95,9 +100,13 @@ impl Pool {
 
 fn why_not_ready(config: &Config, program: &Program) -> &'static str {
     match (config.backend(), ListenMethod::of_command(config.backend(), &program.arguments)) {
-        (Backend::Fastcgi, _) => "it accepts no connection on descriptor 0",
-        (Backend::Http, Ok(ListenMethod::Port)) => "it does not listen on 127.0.0.1 at {port}",
-        (Backend::Http, Ok(ListenMethod::Path)) => "it does not listen on the Unix socket {socket}",
+        (Backend::Fastcgi | Backend::Cgi, _) => "it accepts no connection on descriptor 0",
+        (Backend::Http | Backend::Scgi, Ok(ListenMethod::Port)) => "it does not listen on 127.0.0.1 at {port}",
+        (Backend::Http | Backend::Scgi, Ok(ListenMethod::Path)) => "it does not listen on the Unix socket {socket}",
+        (Backend::Scgi, Ok(ListenMethod::Inherited) | Err(_)) => {
+            "it accepts no connection on descriptor 0 or 3: it may listen on an address of its own (use {port} or {socket} \
+             in COMMAND)"
+        }
         (Backend::Http, Ok(ListenMethod::Inherited) | Err(_)) => {
             "it accepts no connection on descriptor 3: it may listen on an address of its own (use {fd}, {port} or {socket} in COMMAND), \
              or COMMAND may be a shell that runs the server without exec"

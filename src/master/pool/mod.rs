@@ -20,7 +20,8 @@
 //! - [`symbolizer`] runs the process that names the functions in a crash.
 
 pub(in crate::master) mod apps;
-pub(in crate::master) mod close_listeners;
+pub(in crate::master) mod cgi_apps;
+mod close_listeners;
 pub(in crate::master) mod death_log;
 mod demand;
 pub(crate) mod faults;

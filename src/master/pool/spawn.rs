@@ -274,7 +274,10 @@ impl Spawner {
                     (Backend::Fastcgi, ListenOn::Socket(socket)) => {
                         self.start_program(program, settings, slot, generation, socket, output)?
                     }
-                    (Backend::Fastcgi | Backend::Http, listen) => {
+                    (Backend::Cgi, ListenOn::Socket(socket)) => {
+                        self.start_cgi_runner(program, settings, (slot, generation), signals, socket, output.0)?
+                    }
+                    (Backend::Fastcgi | Backend::Http | Backend::Scgi | Backend::Cgi, listen) => {
                         self.start_http_app(program, settings, slot, generation, listen, output)?
                     }
                 };
