@@ -14,6 +14,8 @@
 //! - A gateway that wants to wait calls [`set_waiting`](Claims::set_waiting), *then* tries to claim, and only then sleeps. When it is woken,
 //!   it claims units until no request waits or no unit is free, and calls `set_waiting` again whenever the numbers change, even if the
 //!   requests have left.
+//! - A gateway that has finished a request may [use the unit](Claims::reuse) for its next one, unless a request of another gateway has waited
+//!   for a few milliseconds longer.
 //! - Gateways may claim units while other gateways wait. A gateway that waits also tries to claim every 20 ms, because the gateway with
 //!   the oldest request, which is the one that is woken, may be stopped or hung.
 //! - Only the master opens and closes doors, and removes dead gateways.
@@ -64,6 +66,10 @@ use crate::memory::error::SegmentError;
 use crate::protocols::kept;
 pub use crate::protocols::units::Door;
 use crate::protocols::units::{self, Taken};
+
+/// A gateway may use a unit again although a request of another gateway has waited longer than its own, if the difference is not more than
+/// this.
+const HEAD_START_US: u64 = 5000;
 
 /// Maximum number of attempts in one call, if other gateways take each chosen unit first. Each of them wakes a waiting gateway later.
 const ATTEMPTS: u32 = 64;
@@ -261,6 +267,27 @@ impl Claims {
         attempt
     }
 
+    /// Lets a gateway use its unit for a further request, which has waited since `since_us`, without releasing it in between.
+    ///
+    /// # Errors
+    /// Returns the unit, which must then be released: the app process is draining, or a request of another gateway has waited for more than
+    /// 5 ms longer. If there were no such head start, and all gateways had requests waiting, the app process would change to another gateway
+    /// after each request, and no connection to it could be kept.
+    pub fn reuse(&self, mut unit: HeldUnit, since_us: u64, now_us: u64) -> Result<HeldUnit, HeldUnit> {
+        let owner = units::owner(unit.word);
+        let others = self.table.gateways().filter(|&(gateway, _)| Some(gateway) != owner);
+        let words = others.map(|(_, row)| row.waiting.load(Ordering::SeqCst)).filter(|&word| units::waiting(word) > 0);
+        let longest = words.map(|word| units::age_us(word, now_us)).max().unwrap_or(0);
+        let Some(process) = self.table.process(unit.process) else { return Err(unit) };
+        let door = process.door.load(Ordering::SeqCst);
+        let is_open = units::state(door) == Door::Open && units::epoch(door) == unit.epoch;
+        if !is_open || longest > now_us.saturating_sub(since_us) + HEAD_START_US {
+            return Err(unit);
+        }
+        unit.begun = process.begun.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        Ok(unit)
+    }
+
     /// Releases a unit, without keeping a connection. Returns the process that must be woken.
     pub fn release(&self, unit: HeldUnit, now_us: u64) -> Wake {
         let Some(process) = self.table.process(unit.process) else { return Wake::Nobody };
@@ -323,7 +350,8 @@ impl Claims {
             && owner.is_none_or(|owner| owner == gateway)
     }
 
-    /// Records that a gateway has closed a connection. Returns the process that must be woken.
+    /// Records that a gateway has closed a connection. Returns the process that must be woken: the master, or the gateway that holds the
+    /// unit.
     pub fn forget(&self, connection: KeptConnection) -> Wake {
         let KeptConnection { process, unit, epoch, gateway } = connection;
         let Some(process) = self.table.process(process) else { return Wake::Nobody };
@@ -331,7 +359,11 @@ impl Claims {
             kept::forget(kept, epoch, gateway);
         }
         let door = process.door.load(Ordering::SeqCst);
-        if units::state(door) == Door::Draining && units::epoch(door) == epoch { Wake::Master } else { Wake::Nobody }
+        if units::state(door) == Door::Draining && units::epoch(door) == epoch {
+            return Wake::Master;
+        }
+        let owner = process.units.get(unit).and_then(|cell| units::owner(cell.load(Ordering::SeqCst)));
+        owner.filter(|&owner| owner != gateway).map_or(Wake::Nobody, Wake::Gateway)
     }
 
     /// Stores how many requests wait in a gateway, and when the oldest one arrived. If there are any, the gateway must then try to claim a

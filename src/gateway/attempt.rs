@@ -165,13 +165,14 @@ impl Attempt {
     /// was woken when the unit was claimed.
     pub(super) async fn await_keeper(&self) -> Result<(), Failure> {
         let begun = Instant::now();
-        while let Some((slot, pid)) = self.unit.other_keeper() {
+        loop {
+            let woken = self.unit.woken();
+            let Some((slot, pid)) = self.unit.other_keeper() else { return Ok(()) };
             if begun.elapsed() >= KEEPER_TIMEOUT {
                 return Err(Failure::Blocked(slot, pid));
             }
-            sleep(KEEPER_INTERVAL).await;
+            let _ = timeout(KEEPER_INTERVAL, woken).await;
         }
-        Ok(())
     }
 
     /// Connects to the app process.

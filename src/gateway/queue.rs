@@ -6,6 +6,10 @@
 //!
 //! A request whose client has left is removed from the queue at once, and costs nothing.
 //!
+//! A gateway with waiting requests uses an app process again, together with its connection, when a request has ended, unless
+//! a request of another gateway has waited for several milliseconds longer. App processes therefore do not change between
+//! busy gateways after each request, which would cost a new connection each time.
+//!
 //! This gateway keeps the connections to app processes for further requests. An app process that serves one connection at
 //! a time accepts no other one meanwhile. A gateway that claims such a process wakes the gateway that keeps the connection,
 //! which then closes it; so does the master when it drains the process.
@@ -19,6 +23,7 @@ use std::time::Duration;
 
 use forkyard_shm::{HeldUnit, KeptConnection, Wake};
 use tokio::io::Interest;
+use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, oneshot};
 
 use super::app_stream::AppStream;
@@ -41,6 +46,8 @@ pub(super) struct Queue {
     waiting: RefCell<Waiting>,
     /// The kept connections, by app process and unit.
     kept: RefCell<HashMap<(u32, usize), Kept>>,
+    /// Wakes the attempts that wait until another gateway has closed its connection.
+    woken: Notify,
     /// Wakes [`Queue::run`] when this gateway has released an app process that it waits for itself.
     released: Notify,
 }
@@ -78,6 +85,8 @@ pub(super) enum QueueError {
 pub(super) struct AppUnit {
     /// `None` only during the drop.
     unit: Option<HeldUnit>,
+    /// The connection of the request that has used the unit before.
+    passed_on: RefCell<Option<AppStream>>,
     /// The connection to keep.
     keeps: Option<AppStream>,
     queue: Rc<Queue>,
@@ -90,14 +99,32 @@ impl AppUnit {
 
     /// Returns the connection that this gateway has kept to the app process, if there is one.
     pub(super) fn take_kept(&self) -> Option<AppStream> {
+        if let Some(stream) = self.passed_on.take() {
+            return Some(stream);
+        }
         let unit = self.unit.as_ref()?;
         let kept = self.queue.kept.borrow_mut().remove(&(unit.process(), unit.unit()))?;
         (kept.connection.epoch() == unit.epoch()).then_some(kept.stream)
     }
 
-    /// Releases the app process, and keeps this connection to it. The connection must be ready for the next request.
+    /// Passes the app process and this connection on to the request that waits next, or releases the app process and keeps
+    /// the connection. The connection must be ready for the next request.
     pub(super) fn keep(mut self, stream: AppStream) {
-        self.keeps = Some(stream);
+        let Some(unit) = self.unit.take() else { return };
+        match self.queue.pass_on(unit) {
+            Ok((unit, request)) => {
+                let (passed_on, queue) = (RefCell::new(Some(stream)), Rc::clone(&self.queue));
+                // If the client has left, this releases the app process.
+                drop(request.unit.send(Self { unit: Some(unit), passed_on, keeps: None, queue }));
+            }
+            Err(unit) => (self.unit, self.keeps) = (Some(unit), Some(stream)),
+        }
+    }
+
+    /// Completes when this gateway is woken, perhaps because another gateway has closed its connection. Wake-ups count from the
+    /// call of this function.
+    pub(super) fn woken(&self) -> Notified<'_> {
+        self.queue.woken.notified()
     }
 
     /// Returns the slot and the pid of another gateway that keeps a connection to the app process.
@@ -126,8 +153,8 @@ impl Drop for AppUnit {
                 let place = (unit.process(), unit.unit());
                 let (connection, wake) = claims.release_kept(unit, now_us());
                 match connection {
-                    Some(connection) if wake == Wake::Master => {
-                        drop(stream); // the app process is draining
+                    Some(connection) if wake != Wake::Nobody && wake != Wake::Gateway(self.queue.slot) => {
+                        drop(stream); // the app process is draining, or another gateway needs it
                         self.queue.channel.wake(claims.forget(connection));
                     }
                     Some(connection) => drop(self.queue.kept.borrow_mut().insert(place, Kept { connection, stream })),
@@ -163,7 +190,7 @@ impl Queue {
     pub(super) fn new(channel: Arc<AppChannel>, slot: u32, limit: usize) -> Rc<Self> {
         channel.claims().gateway_started(slot, std::process::id());
         let (waiting, kept) = (RefCell::default(), RefCell::default());
-        Rc::new(Self { channel, slot, limit, waiting, kept, released: Notify::new() })
+        Rc::new(Self { channel, slot, limit, waiting, kept, released: Notify::new(), woken: Notify::new() })
     }
 
     pub(super) fn channel(&self) -> &AppChannel {
@@ -221,6 +248,20 @@ impl Queue {
         }
     }
 
+    /// Takes the request that waits next from the queue, if it may use the unit of a request that has ended.
+    fn pass_on(&self, unit: HeldUnit) -> Result<(HeldUnit, Request), HeldUnit> {
+        let (unit, request) = {
+            let mut waiting = self.waiting.borrow_mut();
+            let Some(next) = waiting.requests.first_entry() else { return Err(unit) };
+            (self.channel.claims().reuse(unit, next.get().since_us, now_us())?, next.remove())
+        };
+        if unit.begun().is_multiple_of(CLAIMS_PER_COUNT) {
+            self.channel.wake(Wake::Master);
+        }
+        self.publish();
+        Ok((unit, request))
+    }
+
     fn try_claim(self: &Rc<Self>) -> Option<AppUnit> {
         let attempt = self.channel.claims().claim(self.slot, now_us());
         let begun = attempt.unit.as_ref().map_or(1, HeldUnit::begun);
@@ -231,7 +272,7 @@ impl Queue {
         if let Some(keeper) = unit.keeper().filter(|&keeper| keeper != self.slot) {
             self.channel.wake(Wake::Gateway(keeper));
         }
-        Some(AppUnit { unit: Some(unit), keeps: None, queue: Rc::clone(self) })
+        Some(AppUnit { unit: Some(unit), passed_on: RefCell::default(), keeps: None, queue: Rc::clone(self) })
     }
 
     /// Closes the kept connections that are in the way of other processes.
@@ -277,6 +318,7 @@ pub(super) async fn run(queue: Weak<Queue>) -> io::Result<()> {
                 let mut counter = [0; 8];
                 let _ = nix::unistd::read(event.get_ref(), &mut counter); // this resets the counter
                 readable?.clear_ready();
+                queue.woken.notify_waiters();
             }
             () = queue.released.notified() => {}
             () = tokio::time::sleep(LOOK_INTERVAL), if waits => {}

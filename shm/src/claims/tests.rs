@@ -338,7 +338,7 @@ fn a_kept_connection_is_in_the_way_of_other_gateways_and_of_a_drain() {
     let taken = claims.claim(1, 300).unit.unwrap();
     assert_eq!((taken.process(), taken.keeper()), (0, Some(0)));
     assert!(!claims.may_keep(&kept));
-    assert_eq!(claims.forget(kept), Wake::Nobody);
+    assert_eq!(claims.forget(kept), Wake::Gateway(1), "it waits for this");
     assert_eq!(claims.keeper(&taken), None);
     let newer = claims.release_kept(taken, 400).0.unwrap();
     assert_eq!(claims.forget(kept), Wake::Nobody);
@@ -379,4 +379,35 @@ fn a_kept_connection_is_in_the_way_of_other_gateways_and_of_a_drain() {
     claims.close(1);
     claims.open(1, 12, 700);
     assert!(!claims.may_keep(&late), "the connection was to the predecessor");
+}
+
+#[test]
+fn a_unit_is_used_again_unless_another_gateway_has_waited_much_longer() {
+    let claims = Claims::create(1, 1, 3).unwrap();
+    claims.open(0, 10, 1);
+    let unit = claims.claim(0, 100).unit.unwrap();
+    let _ = claims.set_waiting(1, 1, 1000, 1000);
+    // The requests of this gateway have waited for 3000, 3001 and 3000 us, the other one for 8000, 8001 and 8001.
+    let unit = claims.reuse(unit, 6000, 9000).unwrap();
+    assert_eq!((unit.begun(), claims.app_process(0).unwrap().busy), (2, 1));
+    let unit = claims.reuse(unit, 6000, 9001).unwrap();
+    let unit = claims.reuse(unit, 6001, 9001).unwrap_err();
+    assert_eq!(unit.begun(), 3);
+    // Its own waiting row does not count.
+    let _ = claims.set_waiting(1, 0, 0, 9001);
+    let _ = claims.set_waiting(0, 1, 1, 9001);
+    let unit = claims.reuse(unit, 9000, 90_000).unwrap();
+
+    assert!(!claims.drain(0));
+    let unit = claims.reuse(unit, 90_000, 90_000).unwrap_err();
+    assert_eq!(claims.release(unit, 90_000), Wake::Master);
+    // The successor is not used with a unit of its predecessor.
+    claims.close(0);
+    claims.open(0, 11, 90_000);
+    let unit = claims.claim(0, 90_000).unit.unwrap();
+    claims.close(0);
+    claims.open(0, 12, 90_001);
+    let unit = claims.reuse(unit, 90_001, 90_001).unwrap_err();
+    assert_eq!(claims.release(unit, 90_001), Wake::Nobody);
+    assert_eq!(claims.app_process(0).unwrap().begun, 0);
 }
