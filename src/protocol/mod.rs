@@ -8,7 +8,7 @@
 //! - [`host`]: valid values of `Host`. [`grammar`]: numbers, lists and percent-encoding, which
 //!   several protocols use.
 //! - [`query`]: the pairs of a query. [`sendfile`]: the headers that select a file for the server to send.
-//! [`topics`]: lists of topics of events.
+//!   [`topics`]: lists of topics of events.
 //! - [`proxy`]: the header of the PROXY protocol. [`forwarded`]: the client as reported in HTTP headers.
 //!
 //! hyper implements HTTP, so there is no module for it here.
