@@ -22,7 +22,7 @@ use crate::app::hooks::{Hooks, WorkerExit, WorkerId};
 use crate::cli::check::Findings;
 use crate::cli::{self, AppInfo, Invocation, ServeRequest, Task};
 use crate::config::address::Address;
-use crate::config::control::reloaded;
+use crate::config::control::{Reserved, reloaded};
 use crate::config::gateway::{GatewayConfig, ListenMethod};
 use crate::config::{CacheConfig, Config, Program};
 use crate::inherited_by_workers::WorkerMain;
@@ -331,14 +331,18 @@ fn perform(task: &Task) -> ExitCode {
 
 /// Returns a function that rereads the configuration file of a running master, by parsing the
 /// command line again.
-fn reread(running: &Config, parse: Parse) -> Reread {
+fn reread(running: &Config, channel: Option<&AppChannel>, parse: Parse) -> Reread {
     if running.control.file.is_none() {
         return Box::new(|_| Ok(None));
     }
-    let slots = (running.slots(), running.of_gateways().slots());
+    let reserved = Reserved {
+        workers: running.slots(),
+        gateways: running.of_gateways().slots(),
+        units: channel.map_or(0, AppChannel::units),
+    };
     Box::new(move |running| match parse() {
         Ok(Invocation::Serve(request)) => {
-            let (config, fixed) = reloaded(running, request.config, slots);
+            let (config, fixed) = reloaded(running, request.config, reserved);
             let unusable = config.gateway.as_ref().map(GatewayConfig::examine).unwrap_or_default();
             if !unusable.is_empty() {
                 return Err(unusable.join("; "));
@@ -414,7 +418,7 @@ fn serve(
         let application = application(&config, &front, launch, [opened, preloaded].concat(), takeover.as_mut())?;
         let kept = segment.clone();
         let operators = Operators {
-            reread: reread(&config, parse),
+            reread: reread(&config, application.channel(), parse),
             control: control.take().map(|listener| Control::new(Some(listener))),
             publish: publish.take(),
             log_files,
@@ -466,7 +470,7 @@ fn application(
     let create = || {
         let owner = config.privileges.owner_of_files();
         let endpoint = || AppEndpoint::create(method, &gateway.temp_dir, owner);
-        AppChannel::create(config.slots(), gateway.concurrency, front.slots(), endpoint).map_err(|error| {
+        AppChannel::create(config.slots(), gateway.units(), front.slots(), endpoint).map_err(|error| {
             let directory = gateway.temp_dir.display();
             format!("cannot create the private sockets of app processes in {directory}: {error} (see --temp-dir)")
         })

@@ -1,12 +1,13 @@
-//! App processes that are a php-cgi with children (`--app-concurrency`), which share opcache and APCu.
+//! App processes that are a php-cgi with children, which share opcache and APCu.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a failing test reports its location")]
 
 mod common;
 
 use std::collections::BTreeSet;
+use std::process::Command;
 
-use common::gateway::{Load, Site, Tolerance, scaled};
+use common::gateway::{Load, Place, Site, Tolerance, scaled};
 use common::{is_gone, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -26,6 +27,61 @@ fn site(workers: usize, concurrency: usize, options: &[&str], variables: &[(&str
     let site = place.start_php(&options, &extensions, variables);
     wait_until("all children have been started", || (children(&site).len() == all).then_some(()));
     site
+}
+
+/// Starts a server with the default number of requests at a time.
+fn by_default(workers: &str, options: &[&str]) -> (Site, Place) {
+    let (place, files) = (Place::new(), Place::new());
+    std::fs::write(files.path("index.php"), common::gateway::GATEWAY_PHP).unwrap();
+    let settings = format!("workers = \"{workers}\"\n");
+    std::fs::write(files.path("settings"), settings).unwrap();
+    let (config, root) = (files.text("settings"), files.text(""));
+    let mut command = Command::new(common::program("forkyard"));
+    command.args(["run", "--control"]).arg(place.path("control")).args(["--config", &config, "--gateways", "2"]);
+    command.args(BINDS).args(["--root", &root, "--index", "index.php"]).args(options).args(["--", "php-cgi", "-n"]);
+    command.args(["-d", "extension=posix", "-d", "extension=apcu"]);
+    command.env("FAULTY_DIR", place.path(""));
+    (place.start(&mut command), files)
+}
+
+#[test]
+fn by_default_one_php_cgi_has_as_many_children_as_workers_and_a_reload_changes_their_number() {
+    let (mut site, files) = by_default("1..3", &[]);
+    let number = |expected: usize| {
+        wait_until("all children have been started", || {
+            let apps = site.apps();
+            (apps.len() == 1 && children(&site).len() == expected + 2).then_some(apps)
+        })
+    };
+    let first = number(3);
+    assert_eq!((0..3).map(|_| site.get("/pid").status).collect::<Vec<_>>(), [200; 3]);
+    std::fs::write(files.path("settings"), "workers = 5\n").unwrap();
+    let reloaded = site.control(&["reload"]);
+    assert!(reloaded.status.success(), "{reloaded:?}");
+    assert!(number(5).is_disjoint(&first));
+    let held: Vec<_> = (0..5).map(|number| site.hold(&number.to_string(), "/hold")).collect();
+    assert_eq!(held.iter().map(|(_, pid)| *pid).collect::<BTreeSet<_>>().len(), 5);
+    (0..5).for_each(|number| site.release(&number.to_string()));
+    drop(held);
+    // There is no space for as many.
+    std::fs::write(files.path("settings"), "workers = 100\n").unwrap();
+    let reloaded = site.control(&["reload"]);
+    let said = format!("{reloaded:?}");
+    assert!(said.contains("--app-concurrency"), "{said}");
+    number(5);
+    site.server.stop();
+}
+
+#[test]
+fn max_requests_replaces_children_and_not_their_php_cgi() {
+    let (mut site, _files) = by_default("2", &["--max-requests", "10"]);
+    let (app, first) = (site.apps(), children(&site));
+    wait_until("every child has been replaced", || {
+        assert_eq!(site.get("/pid").status, 200);
+        children(&site).is_disjoint(&first).then_some(())
+    });
+    assert_eq!(site.apps(), app);
+    site.server.stop();
 }
 
 fn children_of(pid: i32) -> BTreeSet<i32> {

@@ -223,7 +223,7 @@ impl Claims {
         self.table.size.processes
     }
 
-    /// Returns the number of units of each app process.
+    /// Returns the maximum number of units of each app process.
     pub fn units(&self) -> u32 {
         self.table.size.units
     }
@@ -394,17 +394,18 @@ impl Claims {
 
 /// Operations of the master.
 impl Claims {
-    /// Opens the door for a new app process. Returns its epoch, or `None` if there is no such slot. The door's previous app process must be
-    /// dead, or must no longer be used.
+    /// Opens the door for a new app process that serves up to `units` requests at a time. Returns its epoch, or `None` if there is no such
+    /// slot. The door's previous app process must be dead, or must no longer be used. If there are fewer [units](Claims::units), they limit
+    /// the number of requests.
     ///
     /// The caller must then wake the [gateway that waits longest](Claims::next_to_wake).
-    pub fn open(&self, process: u32, pid: u32, now_us: u64) -> Option<u32> {
+    pub fn open(&self, process: u32, pid: u32, units: u32, now_us: u64) -> Option<u32> {
         let row = self.table.process(process)?;
         units::close(row.door);
         row.pid.store(u64::from(pid), Ordering::SeqCst);
         row.begun.store(0, Ordering::SeqCst);
         row.since_us.store(now_us, Ordering::SeqCst);
-        Some(units::open(row.door, row.units, now_us))
+        Some(units::open(row.door, row.units, usize::try_from(units).unwrap_or(usize::MAX), now_us))
     }
 
     /// Makes gateways stop claiming units of an app process. Returns whether the process is idle. If it is not, the master will be woken

@@ -76,7 +76,7 @@ impl Shared {
 fn opened(gateways: u32) -> Claims {
     let claims = Claims::create(PROCESSES, 1, gateways).expect("table");
     for process in 0..PROCESSES {
-        claims.open(process, 1000 + process, now_us()).expect("slot");
+        claims.open(process, 1000 + process, u32::MAX, now_us()).expect("slot");
     }
     claims
 }
@@ -158,7 +158,7 @@ fn recycle(claims: &Claims, shared: &Shared, process: u32, pid: u32) {
     }
     assert_eq!(owner.load(Ordering::SeqCst), MASTER, "a gateway has claimed an app process that is drained");
     claims.close(process);
-    claims.open(process, pid, now_us());
+    claims.open(process, pid, u32::MAX, now_us());
 }
 
 fn no_unit_has_two_owners_while_gateways_are_killed(seed: u64) {
@@ -180,7 +180,7 @@ fn no_unit_has_two_owners_while_gateways_are_killed(seed: u64) {
             1 => {
                 // The app process dies, while gateways may use it.
                 claims.close(process);
-                claims.open(process, pid, now_us());
+                claims.open(process, pid, u32::MAX, now_us());
             }
             _ => {}
         }
@@ -282,9 +282,9 @@ fn a_master_killed_at_any_instruction_can_repeat_its_operation(_seed: u64) {
     let act = || {
         let _ = claims.drain(0);
         claims.close(0);
-        claims.open(0, 77, now);
+        claims.open(0, 77, u32::MAX, now);
         claims.gateway_died(1, now);
-        claims.open(0, 78, now);
+        claims.open(0, 78, u32::MAX, now);
     };
     step_through(&claims, act, |copy| {
         let process = copy.app_process(0).expect("slot");
@@ -296,7 +296,7 @@ fn a_master_killed_at_any_instruction_can_repeat_its_operation(_seed: u64) {
         copy.close(0);
         copy.gateway_died(1, now);
         copy.gateway_died(0, now);
-        copy.open(0, 79, now);
+        copy.open(0, 79, u32::MAX, now);
         assert_all_free(copy);
     });
     for unit in held {
@@ -328,6 +328,6 @@ fn a_stopped_gateway_does_not_block_others(_seed: u64) {
     assert_eq!(claims.gateway_died(0, now), [stopped]);
     assert!(claims.is_idle(stopped));
     claims.close(stopped);
-    claims.open(stopped, 1, now);
+    claims.open(stopped, 1, u32::MAX, now);
     assert_all_free(&claims);
 }

@@ -31,7 +31,7 @@ mod request_limits;
 mod timeouts;
 mod upgrade;
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
@@ -53,7 +53,7 @@ use self::timeouts::TimeoutOptions;
 use crate::config::address::{Address, Bind, Protocol};
 use crate::config::events::EventsConfig;
 use crate::config::failures::Failures;
-use crate::config::gateway::{Backend, GatewayConfig};
+use crate::config::gateway::{Backend, GatewayConfig, PhpSettings};
 use crate::config::logs::Filters;
 use crate::config::privileges::{PrivilegesConfig, SandboxConfig};
 use crate::config::{
@@ -455,13 +455,16 @@ fn run_request(mut run: RunOptions, of_gateways: &[String]) -> (ServeRequest, Ve
         let memory = (cache, run.events.config());
         config(run.serve, scaling, memory, run.settle, OfWorkers::default(), &mut wrong)
     } else {
-        let (options, mut gateway) = run.gateway.split();
-        let children = run.serve.privileges.variable(GatewayConfig::PHP_CHILDREN).map(OsStr::new);
-        let program = run.command.first().map(OsString::as_os_str).unwrap_or_default();
-        if let Err(text) = gateway.use_php_children(program, children, options.app_concurrency) {
-            wrong.push(Mismatch { settings: &["app-concurrency", "env"], text });
-        }
-        gateways_config(run.serve, (cache, &run.events), options, gateway, &mut wrong)
+        let (options, gateway) = run.gateway.split();
+        let children = run.serve.privileges.variable(GatewayConfig::PHP_CHILDREN).map(str::to_owned);
+        let php = PhpSettings {
+            program: run.command.first().map(OsString::as_os_str).unwrap_or_default(),
+            children: children.as_deref(),
+            concurrency: options.app_concurrency,
+        };
+        let mut config = gateways_config(run.serve, (cache, &run.events), options, gateway, &mut wrong);
+        or_note(config.use_php_children(&php), &["app-concurrency", "env"], &mut wrong);
+        config
     };
     config.settle = run.settle;
     (ServeRequest { config, cgi: false, program: Some(run.command) }, wrong)

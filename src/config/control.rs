@@ -14,13 +14,23 @@ pub(crate) struct ControlConfig {
     pub(crate) file: Option<PathBuf>,
 }
 
+/// What a running master has reserved in shared memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reserved {
+    /// Number of slots for workers or app processes.
+    pub(crate) workers: u32,
+    /// Number of slots for gateways.
+    pub(crate) gateways: u32,
+    /// Maximum number of requests that an app process serves at a time.
+    pub(crate) units: u32,
+}
+
 /// Returns the configuration after a reload: `read`, but with the settings of `running` where a running master cannot
-/// change them. Also returns the flags of these settings, if `read` changes them. The last argument contains the
-/// maximum numbers of workers and of gateways for which the master has space.
+/// change them. Also returns the flags of these settings, if `read` changes them.
 ///
 /// The sockets and the shared memory are created once and shared with running processes; the pid file and the control
 /// socket stay as they are, because other programs find this master by them.
-pub(crate) fn reloaded(running: &Config, read: Config, (slots, gateways): (u32, u32)) -> (Config, Vec<String>) {
+pub(crate) fn reloaded(running: &Config, read: Config, reserved: Reserved) -> (Config, Vec<String>) {
     let mut fixed = Vec::new();
     let mut differs = |flag: &str, differs: bool| {
         if differs {
@@ -30,7 +40,7 @@ pub(crate) fn reloaded(running: &Config, read: Config, (slots, gateways): (u32, 
     differs("bind", running.binds != read.binds);
     differs("backlog", running.backlog != read.backlog);
     differs("socket-mode", running.socket_mode != read.socket_mode);
-    let workers_fit = read.workers.max < slots;
+    let workers_fit = read.workers.max < reserved.workers;
     differs("workers", !workers_fit);
     differs("cache", running.cache.bytes != read.cache.bytes);
     differs("cache-max-entry", running.cache.max_entry != read.cache.max_entry);
@@ -39,7 +49,7 @@ pub(crate) fn reloaded(running: &Config, read: Config, (slots, gateways): (u32, 
     differs("events-socket", running.publish != read.publish);
     differs("pid-file", running.privileges.pid_file != read.privileges.pid_file);
     differs("control", running.control != read.control);
-    let gateway = reloaded_gateway(running, &read, gateways, &mut differs);
+    let gateway = reloaded_gateway(running, &read, reserved, &mut differs);
     let config = Config {
         binds: running.binds.clone(),
         backlog: running.backlog,
@@ -61,7 +71,7 @@ pub(crate) fn reloaded(running: &Config, read: Config, (slots, gateways): (u32, 
 fn reloaded_gateway(
     running: &Config,
     read: &Config,
-    slots: u32,
+    reserved: Reserved,
     differs: &mut impl FnMut(&str, bool),
 ) -> Option<GatewayConfig> {
     let before = running.gateway.as_ref();
@@ -69,13 +79,13 @@ fn reloaded_gateway(
         differs("direct", running.gateway.is_some() != read.gateway.is_some());
         return running.gateway.clone();
     };
-    let fits = gateway.gateways.0 < slots;
+    let fits = gateway.gateways.0 < reserved.gateways;
     differs("gateways", !fits);
     differs("backend", before.backend != gateway.backend);
     gateway.backend = before.backend;
-    differs("app-concurrency", before.concurrency != gateway.concurrency);
-    if before.concurrency != gateway.concurrency {
-        (gateway.concurrency, gateway.php_children) = (before.concurrency, before.php_children);
+    if !gateway.fits(reserved.units) {
+        differs("app-concurrency", true);
+        (gateway.concurrency, gateway.php) = (before.concurrency, before.php);
     }
     if !fits {
         gateway.gateways = before.gateways;

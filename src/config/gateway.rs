@@ -31,8 +31,10 @@ pub(crate) struct GatewayConfig {
     pub(crate) backend: Backend,
     /// Number of requests that one app process serves at a time.
     pub(crate) concurrency: u32,
-    /// Number of children of each app process, if the program is php-cgi with children ([`GatewayConfig::use_php_children`]).
-    pub(crate) php_children: Option<u32>,
+    /// The children of each app process, if the program is php-cgi with children ([`Config::use_php_children`]).
+    pub(crate) php: Option<PhpChildren>,
+    /// Whether the master counts the requests of app processes (`--max-requests`).
+    pub(crate) counts_requests: bool,
     /// Number of further app processes that a request is sent to if the app process that serves it dies.
     pub(crate) retries: u32,
     /// How long a request may wait for an app process; zero means no limit.
@@ -167,45 +169,84 @@ impl GatewayConfig {
     }
 }
 
-/// Children of php-cgi.
+/// The children that each php-cgi forks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PhpChildren {
+    /// Number of children; `None` if `--env` sets it.
+    pub(crate) number: Option<u32>,
+    /// Number of requests after which php-cgi replaces a child; `None` for its own default.
+    pub(crate) max_requests: Option<u64>,
+}
+
+/// The settings that determine whether php-cgi has children.
+#[derive(Debug)]
+pub(crate) struct PhpSettings<'a> {
+    pub(crate) program: &'a OsStr,
+    /// The value of `--env PHP_FCGI_CHILDREN`.
+    pub(crate) children: Option<&'a str>,
+    /// The value of `--app-concurrency`.
+    pub(crate) concurrency: Option<u32>,
+}
+
 impl GatewayConfig {
     /// Variable for the number of children that php-cgi forks.
     pub(crate) const PHP_CHILDREN: &str = "PHP_FCGI_CHILDREN";
+    /// Variable for the number of requests that a child of php-cgi serves.
+    pub(crate) const PHP_MAX_REQUESTS: &str = "PHP_FCGI_MAX_REQUESTS";
+}
 
-    /// Determines whether each app process is a php-cgi with children, which share its opcache and APCu, and how many there
-    /// are. `given` is the value of `--env PHP_FCGI_CHILDREN`, and `concurrency` that of `--app-concurrency`.
+impl Config {
+    /// Determines whether each app process is a php-cgi with children, which share its opcache and APCu. By default, there is
+    /// one app process, with as many children as there would be app processes otherwise. `--max-requests` applies to children.
     ///
     /// php-cgi has one child for each request that it serves at a time, and one more for each gateway: the request of a
     /// gateway that dies continues to occupy its child.
     ///
     /// # Errors
     /// Returns a message for the operator if there are fewer children than requests.
-    pub(crate) fn use_php_children(
-        &mut self,
-        program: &OsStr,
-        given: Option<&OsStr>,
-        concurrency: Option<u32>,
-    ) -> Result<(), String> {
-        let name = Path::new(program).file_name().unwrap_or_default().as_encoded_bytes();
-        let given = given.and_then(|value| value.to_str()?.parse::<u32>().ok());
-        if self.backend != Backend::Fastcgi || !name.starts_with(b"php-cgi") || given == Some(0) {
+    pub(crate) fn use_php_children(&mut self, settings: &PhpSettings<'_>) -> Result<(), String> {
+        let Some(gateway) = &mut self.gateway else { return Ok(()) };
+        let name = Path::new(settings.program).file_name().unwrap_or_default().as_encoded_bytes();
+        let given = settings.children.and_then(|value| value.parse::<u32>().ok());
+        if gateway.backend != Backend::Fastcgi || !name.starts_with(b"php-cgi") || given == Some(0) {
             return Ok(());
         }
-        self.concurrency = concurrency.or(given).unwrap_or(1).min(MAX_CONCURRENCY);
-        match given {
-            Some(children) if children < self.concurrency => {
-                return Err(format!(
-                    "--env {}={children}: php-cgi must have a child for each of the {} requests of --app-concurrency (remove \
-                     the variable, or choose a smaller --app-concurrency)",
-                    Self::PHP_CHILDREN,
-                    self.concurrency
-                ));
-            }
-            Some(children) => self.php_children = Some(children),
-            None if self.concurrency > 1 => self.php_children = Some(self.concurrency + self.gateways.0),
-            None => {}
+        let is_default = settings.concurrency.or(given).is_none();
+        gateway.concurrency = settings.concurrency.or(given).unwrap_or(self.workers.max).clamp(1, MAX_CONCURRENCY);
+        if given.is_some_and(|children| children < gateway.concurrency) {
+            return Err(format!(
+                "--env {}={}: php-cgi must have a child for each of the {} requests of --app-concurrency (remove the \
+                 variable, or choose a smaller --app-concurrency)",
+                GatewayConfig::PHP_CHILDREN,
+                given.unwrap_or_default(),
+                gateway.concurrency
+            ));
         }
+        if given.is_none() && gateway.concurrency == 1 {
+            return Ok(());
+        }
+        if is_default {
+            self.workers = Range { min: 1, max: 1 };
+        }
+        let number = if given.is_some() { None } else { Some(gateway.concurrency + gateway.gateways.0) };
+        gateway.php = Some(PhpChildren { number, max_requests: self.scaling.max_requests.take().map(|max| max.limit) });
+        gateway.counts_requests = false;
         Ok(())
+    }
+}
+
+/// The space in shared memory for requests in app processes.
+impl GatewayConfig {
+    /// Returns the number of requests for which each app process has space. A reload can change `--app-concurrency` up to this
+    /// number.
+    pub(crate) fn units(&self) -> u32 {
+        if self.concurrency == 1 { 1 } else { self.concurrency * 2 }
+    }
+
+    /// Whether a server that has reserved this space can use these settings. Processes that serve one request at a time are used
+    /// differently from others, which cannot change.
+    pub(crate) fn fits(&self, units: u32) -> bool {
+        self.concurrency <= units && (self.concurrency == 1) == (units == 1)
     }
 }
 

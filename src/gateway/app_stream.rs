@@ -13,7 +13,7 @@ use std::task::{Context, Poll, ready};
 
 use nix::errno::Errno;
 use nix::sys::socket::{self, MsgFlags};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
 use crate::net::app_channel::NOT_SERVED;
@@ -122,6 +122,16 @@ impl Socket {
         }
     }
 
+    /// Declares that everything has been read, so that the next read waits for a notification instead of a system call. The
+    /// event loop of this thread has not been notified of anything since the read.
+    fn expect_notification(&self) {
+        let nothing = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
+        let _ = match self {
+            Self::Unix(stream) => stream.try_io(Interest::READABLE, nothing),
+            Self::Tcp(stream) => stream.try_io(Interest::READABLE, nothing),
+        };
+    }
+
     fn poll_writable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Unix(stream) => stream.poll_write_ready(context),
@@ -149,7 +159,13 @@ impl AsyncRead for AppStream {
             match read {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Poll::Ready(Err(error)),
-                Ok(_) => return Poll::Ready(self.note(buffer.filled().get(before..).unwrap_or_default())),
+                Ok(_) => {
+                    let is_end = buffer.filled().len() == before;
+                    if buffer.remaining() > 0 && !is_end {
+                        self.0.socket.expect_notification();
+                    }
+                    return Poll::Ready(self.note(buffer.filled().get(before..).unwrap_or_default()));
+                }
             }
         }
     }

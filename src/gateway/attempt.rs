@@ -6,8 +6,8 @@
 //!            read the response ┴▶ head: answer the client ─▶ body, into a spool ─▶ end: release the process
 //! ```
 //!
-//! The attempt is a task of its own. It takes the response at the speed of the app process, however slowly the client
-//! reads.
+//! The attempt takes the response at the speed of the app process, however slowly the client reads. It does not end with its
+//! request (see `own_task.rs`).
 //!
 //! When the client has left:
 //! - An app process that serves one request at a time does not notice, and is not available before it has finished. The
@@ -20,9 +20,9 @@
 
 use std::cell::{Cell, RefCell};
 use std::fs;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -125,12 +125,20 @@ impl Attempt {
         let response = Response::new(reply, &self.shared, process, &self.outgoing.what);
         let in_use = self.shared.activity.begin(self.unit.slot(), self.unit.pid());
         let outcome = {
-            let exchange = pin!(self.exchange(&response));
-            tokio::select! {
+            let (begun, mut exchange) = (Instant::now(), pin!(self.exchange(&response)));
+            let quick = tokio::select! {
                 biased;
-                outcome = exchange => outcome,
-                () = self.given_up(&response) => return,
-                () = self.died() => Err(Failure::Died),
+                outcome = exchange.as_mut() => Some(outcome),
+                () = response.abandoned() => None,
+                () = sleep_until(begun + self.shared.request_timeout.map_or(WATCH_AFTER, |timeout| timeout.min(WATCH_AFTER))) => None,
+            };
+            match quick {
+                Some(outcome) => outcome,
+                // Few requests take that long, so the others need no memory for this.
+                None => match Box::pin(self.watch(exchange, &response, begun)).await {
+                    Some(outcome) => outcome,
+                    None => return,
+                },
             }
         };
         let failure = match outcome {
@@ -152,12 +160,28 @@ impl Attempt {
         response.fail(failure);
     }
 
+    /// Watches the client, the time limit and the app process until the exchange ends. Returns `None` if the attempt ends
+    /// before.
+    async fn watch(
+        &self,
+        exchange: Pin<&mut impl Future<Output = Result<Option<AppStream>, Failure>>>,
+        response: &Response<'_>,
+        begun: Instant,
+    ) -> Option<Result<Option<AppStream>, Failure>> {
+        tokio::select! {
+            biased;
+            outcome = exchange => Some(outcome),
+            () = self.given_up(response, begun) => None,
+            () = self.died(begun) => Some(Err(Failure::Died)),
+        }
+    }
+
     /// Sends the request and takes the response. Returns a connection that is kept together with the unit.
     async fn exchange(&self, response: &Response<'_>) -> Result<Option<AppStream>, Failure> {
         match &self.outgoing.message {
             Message::Fastcgi(message) => message.exchange(self, response).await,
-            Message::Http(message) => message.exchange(self, response).await.map(|()| None),
-            Message::Scgi(message) => message.exchange(self, response).await.map(|()| None),
+            Message::Http(message) => Box::pin(message.exchange(self, response)).await.map(|()| None),
+            Message::Scgi(message) => Box::pin(message.exchange(self, response)).await.map(|()| None),
         }
     }
 
@@ -197,8 +221,8 @@ impl Attempt {
 
     /// Returns when the attempt must end although the app process has not ended the exchange. Answers the client when
     /// the app process has not begun its response in time.
-    async fn given_up(&self, response: &Response<'_>) {
-        let (mut since, mut deadline) = (Instant::now(), self.shared.deadline());
+    async fn given_up(&self, response: &Response<'_>, begun: Instant) {
+        let (mut since, mut deadline) = (begun, self.shared.deadline(begun));
         let mut has_left = false;
         loop {
             tokio::select! {
@@ -208,7 +232,8 @@ impl Attempt {
                         return;
                     }
                     if deadline.is_none() {
-                        (since, deadline) = (Instant::now(), self.shared.deadline());
+                        since = Instant::now();
+                        deadline = self.shared.deadline(since);
                     }
                 }
                 () = until(deadline), if deadline.is_some() => {
@@ -276,8 +301,8 @@ impl Attempt {
     }
 
     /// Returns when the process has died and its output has been read, if this is not known from the connection.
-    async fn died(&self) {
-        sleep(WATCH_AFTER).await;
+    async fn died(&self, begun: Instant) {
+        sleep_until(begun + WATCH_AFTER).await;
         if let Ok(descriptor) = sys::process_descriptor(Pid::from_raw(self.unit.pid()))
             && let Ok(descriptor) = sys::register(descriptor, Interest::READABLE)
         {

@@ -10,7 +10,7 @@ use std::io;
 use std::pin::pin;
 
 use bytes::{Buf as _, Bytes, BytesMut};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, WriteHalf};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::Instant;
 
 use super::app_stream::AppStream;
@@ -109,7 +109,7 @@ impl Message {
     ) -> Result<Option<AppStream>, Failure> {
         let connection = stream.clone();
         attempt.uses(&connection);
-        let (mut from, mut to) = tokio::io::split(stream);
+        let (mut from, mut to) = (stream.clone(), stream);
         let mut sending = pin!(self.send(&mut to));
         let (mut is_sent, mut hold) = (false, None);
         let mut incoming = Incoming::new(response.max_head());
@@ -153,7 +153,7 @@ impl Message {
         }
     }
 
-    async fn send(&self, to: &mut WriteHalf<AppStream>) -> io::Result<()> {
+    async fn send(&self, to: &mut AppStream) -> io::Result<()> {
         to.write_all(&self.first).await?;
         let Some(body) = &self.body else { return Ok(()) };
         let mut reader = body.reader();

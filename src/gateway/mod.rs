@@ -32,6 +32,7 @@ mod fastcgi;
 mod files;
 mod http;
 mod kept_connections;
+mod own_task;
 mod queue;
 mod scgi;
 mod scripts;
@@ -39,7 +40,7 @@ pub(crate) mod spool;
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io::Write as _;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -50,7 +51,7 @@ use std::time::Duration;
 use ::http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, request};
 use bytes::Bytes;
 use forkyard_shm::{Quarantine, request_text};
-use tokio::sync::oneshot;
+use tokio::sync::oneshot::{self, error::RecvError};
 use tokio::time::Instant;
 use tower_service::Service;
 
@@ -60,6 +61,7 @@ use self::body::GatewayBody;
 use self::event_streams::EventStreams;
 use self::files::Files;
 use self::kept_connections::KeptConnections;
+use self::own_task::OwnTask;
 use self::queue::{Queue, QueueError};
 use self::scripts::{Script, ScriptRoot};
 use self::spool::{CollectError, SpoolBudget, SpoolError, SpoolLimits, Spooled, collect};
@@ -104,13 +106,14 @@ pub(crate) struct Shared {
     backend: Backend,
     /// Number of requests that one app process serves at a time.
     concurrency: u32,
-    /// Number of children of each app process, if the program is php-cgi with children.
-    php_children: Option<u32>,
+    /// Whether the program is php-cgi with children.
+    has_php_children: bool,
     activity: Activity,
     kept: KeptConnections,
     /// Maximum number of bytes in the head of a response.
     max_head: usize,
-    request_timeout: Duration,
+    /// `None` if there is no limit.
+    request_timeout: Option<Duration>,
     queue_timeout: Duration,
     retries: u32,
     report: RefCell<File>,
@@ -154,7 +157,8 @@ impl Gateway {
         events: Events,
     ) -> Self {
         let gateway = config.gateway.clone().expect("only a server with gateways runs gateways");
-        let queue = Queue::new(channel, slot, usize::try_from(config.queue).unwrap_or(usize::MAX));
+        let limit = usize::try_from(config.queue).unwrap_or(usize::MAX);
+        let queue = Queue::new(channel, slot, limit, gateway.counts_requests);
         let weak = Rc::downgrade(&queue);
         tokio::task::spawn_local(async move {
             if let Err(error) = queue::run(weak).await {
@@ -178,11 +182,11 @@ impl Gateway {
             streams: EventStreams::new(events, gateway.sse),
             backend: gateway.backend,
             concurrency: gateway.concurrency,
-            php_children: gateway.php_children,
+            has_php_children: gateway.php.is_some(),
             activity: Activity::default(),
             kept: KeptConnections::default(),
             max_head: config.limits.max_params,
-            request_timeout: gateway.request_timeout,
+            request_timeout: Some(gateway.request_timeout).filter(|timeout| !timeout.is_zero()),
             queue_timeout: gateway.queue_timeout,
             retries: gateway.retries,
             report: RefCell::new(report),
@@ -251,8 +255,7 @@ impl Shared {
             let (slot, pid) = (unit.slot(), unit.pid());
             let (reply, answer) = oneshot::channel();
             let attempt = Attempt::new(unit, Rc::clone(&outgoing), Rc::clone(&self));
-            tokio::task::spawn_local(attempt.run(reply));
-            let failure = match answer.await {
+            let failure = match answer_of(OwnTask::new(attempt.run(reply)), answer).await {
                 Ok(Ok(mut answer)) => match self.streams.take_over(parts, &mut answer.head) {
                     Ok(stream) => return stream.unwrap_or_else(|| response(answer)),
                     Err(error) => Failure::Broken(error),
@@ -345,8 +348,9 @@ impl Shared {
         request_variables(parts, client, &server, &paths, length, pair);
     }
 
-    fn deadline(&self) -> Option<Instant> {
-        (!self.request_timeout.is_zero()).then(|| Instant::now() + self.request_timeout)
+    /// Returns when an app process must have begun its response to a request that it received at `begun`.
+    fn deadline(&self, begun: Instant) -> Option<Instant> {
+        self.request_timeout.map(|timeout| begun + timeout)
     }
 
     /// Returns the response to a request whose body cannot be stored.
@@ -367,7 +371,7 @@ impl Shared {
     /// program serves several requests at a time, a kept connection may occupy the child that another request needs, unless
     /// there is a child for each of them.
     fn keeps_connections(&self) -> bool {
-        (self.concurrency == 1 || self.php_children.is_some()) && self.closed_kept.get() < MAX_CLOSED_KEPT
+        (self.concurrency == 1 || self.has_php_children) && self.closed_kept.get() < MAX_CLOSED_KEPT
     }
 
     /// Whether the master quarantines a request of which `repeated` + 1 app processes have died. If their number is enough
@@ -396,6 +400,18 @@ impl Shared {
     fn report(&self, report: &Report) {
         let _ = self.report.borrow_mut().write_all(report.line().as_bytes()); // fails if the master is dead
     }
+}
+
+/// Runs an attempt until it has answered.
+async fn answer_of(
+    mut attempt: OwnTask,
+    mut answer: oneshot::Receiver<Result<Answer, Failure>>,
+) -> Result<Result<Answer, Failure>, RecvError> {
+    poll_fn(|context| {
+        attempt.poll(context);
+        Pin::new(&mut answer).poll(context)
+    })
+    .await
 }
 
 /// Whether a web server has sent the CGI variables of a request.

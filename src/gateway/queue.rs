@@ -32,7 +32,8 @@ use crate::sys;
 
 /// Interval at which a waiting gateway looks for idle app processes without having been woken.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
-/// A gateway wakes the master once for this number of claims of an app process, so that the master can count them.
+/// With `--max-requests`, a gateway wakes the master once for this number of claims of an app process, so that the master can
+/// count them.
 const CLAIMS_PER_COUNT: u64 = 16;
 
 /// The queue of one gateway.
@@ -43,6 +44,8 @@ pub(super) struct Queue {
     slot: u32,
     /// Maximum number of waiting requests.
     limit: usize,
+    /// Whether the master counts the requests of app processes.
+    is_counted: bool,
     waiting: RefCell<Waiting>,
     /// The kept connections, by app process and unit.
     kept: RefCell<HashMap<(u32, usize), Kept>>,
@@ -187,10 +190,11 @@ impl Drop for Place {
 
 impl Queue {
     /// Creates the queue of the gateway in `slot`.
-    pub(super) fn new(channel: Arc<AppChannel>, slot: u32, limit: usize) -> Rc<Self> {
+    pub(super) fn new(channel: Arc<AppChannel>, slot: u32, limit: usize, is_counted: bool) -> Rc<Self> {
         channel.claims().gateway_started(slot, std::process::id());
         let (waiting, kept) = (RefCell::default(), RefCell::default());
-        Rc::new(Self { channel, slot, limit, waiting, kept, released: Notify::new(), woken: Notify::new() })
+        let (woken, released) = (Notify::new(), Notify::new());
+        Rc::new(Self { channel, slot, limit, is_counted, waiting, kept, woken, released })
     }
 
     pub(super) fn channel(&self) -> &AppChannel {
@@ -255,7 +259,7 @@ impl Queue {
             let Some(next) = waiting.requests.first_entry() else { return Err(unit) };
             (self.channel.claims().reuse(unit, next.get().since_us, now_us())?, next.remove())
         };
-        if unit.begun().is_multiple_of(CLAIMS_PER_COUNT) {
+        if self.must_count(&unit) {
             self.channel.wake(Wake::Master);
         }
         self.publish();
@@ -264,8 +268,7 @@ impl Queue {
 
     fn try_claim(self: &Rc<Self>) -> Option<AppUnit> {
         let attempt = self.channel.claims().claim(self.slot, now_us());
-        let begun = attempt.unit.as_ref().map_or(1, HeldUnit::begun);
-        if attempt.wake_master || begun.is_multiple_of(CLAIMS_PER_COUNT) {
+        if attempt.wake_master || attempt.unit.as_ref().is_some_and(|unit| self.must_count(unit)) {
             self.channel.wake(Wake::Master);
         }
         let unit = attempt.unit?;
@@ -273,6 +276,10 @@ impl Queue {
             self.channel.wake(Wake::Gateway(keeper));
         }
         Some(AppUnit { unit: Some(unit), passed_on: RefCell::default(), keeps: None, queue: Rc::clone(self) })
+    }
+
+    fn must_count(&self, unit: &HeldUnit) -> bool {
+        self.is_counted && unit.begun().is_multiple_of(CLAIMS_PER_COUNT)
     }
 
     /// Closes the kept connections that are in the way of other processes.

@@ -12,7 +12,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Instant, timeout};
 
 use super::app_stream::AppStream;
@@ -71,7 +71,7 @@ impl Message {
     pub(super) async fn exchange(&self, attempt: &Attempt, response: &Response<'_>) -> Result<(), Failure> {
         let stream = attempt.connect().await?;
         let connection = stream.clone();
-        let (mut from, mut to) = tokio::io::split(stream);
+        let (mut from, mut to) = (stream.clone(), stream);
         let mut sending = pin!(self.send(&mut to));
         let (mut is_sent, mut hold) = (false, None);
         let mut incoming = Incoming::new(response.max_head(), self.is_head);
@@ -119,7 +119,7 @@ impl Message {
         }
     }
 
-    async fn send(&self, to: &mut WriteHalf<AppStream>) -> io::Result<()> {
+    async fn send(&self, to: &mut AppStream) -> io::Result<()> {
         to.write_all(&self.first).await?;
         let Some(body) = &self.body else { return Ok(()) };
         let mut reader = body.reader();
@@ -131,7 +131,7 @@ impl Message {
 }
 
 /// Reads and discards bytes until the connection ends.
-async fn read_to_end(from: &mut ReadHalf<AppStream>) {
+async fn read_to_end(from: &mut AppStream) {
     let mut discarded = [0; 4096];
     while matches!(from.read(&mut discarded).await, Ok(count) if count > 0) {}
 }

@@ -71,6 +71,7 @@ use self::upgrade::Upgrade;
 use crate::config::{Config, Program};
 use crate::logging;
 use crate::logging::files::LogFiles;
+use crate::net::app_channel::AppChannel;
 use crate::net::listen::Listener;
 use crate::net::publish_socket::PublishSocket;
 use crate::startup::{memory, systemd};
@@ -92,6 +93,16 @@ pub(crate) struct Application {
     pub(crate) apps: Option<(Arc<Config>, Launch)>,
     /// The descriptors that the application opened; workers keep these descriptors.
     pub(crate) descriptors: Arc<[RawFd]>,
+}
+
+impl Application {
+    /// Returns the channel between gateways and app processes.
+    pub(crate) fn channel(&self) -> Option<&AppChannel> {
+        match &self.apps {
+            Some((_, Launch::App(_, channel))) => Some(channel),
+            _ => None,
+        }
+    }
 }
 
 /// Interfaces for operators, except signals.

@@ -33,7 +33,7 @@ pub(crate) const NOT_SERVED: u8 = 0xff;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedChannel {
     pub(crate) endpoints: Vec<SavedEndpoint>,
-    /// Number of requests that one app process serves at a time.
+    /// Maximum number of requests that one app process serves at a time.
     pub(crate) units: u32,
     pub(crate) claims: RawFd,
     /// The descriptors that wake the gateways.
@@ -51,16 +51,13 @@ impl SavedChannel {
     ///
     /// # Errors
     /// Returns a message for the operator if it cannot.
-    pub(crate) fn check_size(&self, processes: u32, units: u32, gateways: u32) -> Result<(), String> {
+    pub(crate) fn check_size(&self, processes: u32, gateways: u32) -> Result<(), String> {
         let fits = |wanted: u32, there: usize| usize::try_from(wanted).is_ok_and(|wanted| wanted <= there);
         if !fits(processes, self.endpoints.len()) {
             return Err("--workers exceeds what the running server has reserved (stop and start it)".to_owned());
         }
         if !fits(gateways, self.gateways.len()) {
             return Err("--gateways exceeds what the running server has reserved (stop and start it)".to_owned());
-        }
-        if units != self.units {
-            return Err("--app-concurrency cannot change in an upgrade (stop and start the server)".to_owned());
         }
         Ok(())
     }
@@ -78,7 +75,7 @@ pub(crate) struct AppChannel {
 }
 
 impl AppChannel {
-    /// Creates a channel for this number of app processes, each of which serves `units` requests at a time, and this
+    /// Creates a channel for this number of app processes, each of which serves up to `units` requests at a time, and this
     /// number of gateways. `endpoint` creates the address of one app process.
     ///
     /// # Errors
@@ -155,9 +152,9 @@ impl AppChannel {
         !has_queue || is_closed(probe)
     }
 
-    /// Lets gateways claim the process in `slot`, which is ready.
-    pub(crate) fn open(&self, slot: u32, pid: Pid) {
-        self.claims.open(slot, pid.as_raw().cast_unsigned(), now_us());
+    /// Lets gateways claim the process in `slot`, which is ready, and serves `concurrency` requests at a time.
+    pub(crate) fn open(&self, slot: u32, pid: Pid, concurrency: u32) {
+        self.claims.open(slot, pid.as_raw().cast_unsigned(), concurrency, now_us());
         self.wake_waiting();
     }
 
@@ -205,9 +202,14 @@ impl AppChannel {
         self.endpoint(slot)?.probe()
     }
 
-    /// Number of requests that one process serves at a time.
-    pub(crate) fn concurrency(&self) -> u32 {
+    /// Returns the maximum number of requests that one process serves at a time.
+    pub(crate) fn units(&self) -> u32 {
         self.claims.units()
+    }
+
+    /// Whether a process may serve several requests at a time.
+    pub(crate) fn is_concurrent(&self) -> bool {
+        self.claims.units() > 1
     }
 
     /// Returns what the gateways have recorded about the process in `slot`.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use log::Level;
 
+use crate::config::gateway::GatewayConfig;
 use crate::config::{Config, format_size};
 use crate::logging;
 use crate::net::listen::Listener;
@@ -21,8 +22,11 @@ pub(crate) fn show(config: &Config, listeners: &[Listener], program: Option<&str
         let how = if config.gateway.is_some() { "behind gateways" } else { "on its standard input" };
         text += &format!("  run      {program}, {how}\n");
     }
+    let has_php_children = |gateway: &&GatewayConfig| gateway.php.is_some();
     let threads = match (program, config.threads) {
-        (Some(_), _) => String::new(),
+        (Some(_), _) => config.gateway.as_ref().filter(has_php_children).map_or_else(String::new, |gateway| {
+            format!(", a php-cgi with children, which serve {} requests at a time", gateway.concurrency)
+        }),
         (None, 1) => ", 1 thread each for blocking functions".to_owned(),
         (None, threads) => format!(", {threads} threads each for blocking functions"),
     };

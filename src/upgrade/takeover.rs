@@ -119,7 +119,13 @@ impl Takeover {
             (None, None) => Ok(()),
             (Some(apps), Some(gateway)) => {
                 let gateways = config.of_gateways().slots();
-                apps.channel.check_size(config.slots(), gateway.concurrency, gateways)
+                if !gateway.fits(apps.channel.units) {
+                    return Err(format!(
+                        "--app-concurrency cannot become {} in an upgrade (stop and start the server)",
+                        gateway.concurrency
+                    ));
+                }
+                apps.channel.check_size(config.slots(), gateways)
             }
             (Some(_), None) => {
                 Err("the running server has gateways (remove --direct, or stop and start it)".to_owned())

@@ -19,7 +19,7 @@ use super::fastcgi::{PARAMS, STDIN, begin, pair, record};
 use super::limit::InTime as _;
 use super::{Server, StopOnDrop, fastcgi, http, is_gone, program, wait_until};
 
-const GATEWAY_PHP: &str = include_str!("../programs/gateway.php");
+pub const GATEWAY_PHP: &str = include_str!("../programs/gateway.php");
 
 /// Returns a number of repetitions, of which FORKYARD_SCALE selects a percentage.
 pub fn scaled(number: u64) -> u64 {
@@ -62,11 +62,15 @@ impl Place {
         forkyard
     }
 
-    /// Starts a server whose app processes run `tests/programs/gateway.php` in php-cgi with these settings.
+    /// Starts a server whose app processes run `tests/programs/gateway.php` in php-cgi with these settings. By default, each
+    /// app process is a php-cgi without children.
     pub fn start_php(self, options: &[&str], settings: &[&str], variables: &[(&str, &str)]) -> Site {
         std::fs::write(self.path("index.php"), GATEWAY_PHP).unwrap();
         let root = self.text("");
-        let options = [options, &["--root", &root, "--index", "index.php"]].concat();
+        let mut options = [options, &["--root", &root, "--index", "index.php"]].concat();
+        if !options.contains(&"--app-concurrency") {
+            options.extend(["--app-concurrency", "1"]);
+        }
         // `-n` ignores the machine's php.ini.
         let php = ["php-cgi", "-n", "-d", "extension=posix", "-d", "post_max_size=32M", "-d", "log_errors=1"];
         let mut command = self.run(&options, &[&php[..], settings].concat());

@@ -50,7 +50,7 @@ pub(crate) fn run(options: &Options) -> Result<String, Error> {
 
 fn claim_and_release(claims: &Claims, load: usize) -> f64 {
     for process in 0..claims.processes() {
-        claims.open(process, 1, 0);
+        claims.open(process, 1, u32::MAX, 0);
     }
     let count = claims.processes() as usize * claims.units() as usize * load / 100;
     let held: Vec<HeldUnit> = (0..count).filter_map(|_| claims.claim(0, 0).unit).collect();

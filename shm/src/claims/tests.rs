@@ -13,7 +13,7 @@ const NOW: u64 = 7_000_000;
 fn opened(processes: u32, units: u32, gateways: u32) -> Claims {
     let claims = Claims::create(processes, units, gateways).unwrap();
     for process in 0..processes {
-        claims.open(process, 100 + process, NOW).unwrap();
+        claims.open(process, 100 + process, u32::MAX, NOW).unwrap();
     }
     claims
 }
@@ -72,11 +72,24 @@ fn a_drain_ends_with_the_last_release() {
     assert_eq!(claims.release(second, NOW), Wake::Master);
     assert!(claims.is_idle(0) && claims.drain(0));
     claims.close(0);
-    assert_eq!(claims.open(0, 7, NOW + 1), Some(2));
+    assert_eq!(claims.open(0, 7, u32::MAX, NOW + 1), Some(2));
     assert_eq!(claims.next_to_wake(None, NOW), Some(1));
     let now = claims.app_process(0).unwrap();
     assert_eq!((now.door, now.epoch, now.pid, now.busy), (Door::Open, 2, 7, 0));
     assert_eq!((now.begun, now.since_us), (0, NOW + 1));
+}
+
+#[test]
+fn an_app_process_serves_as_many_requests_as_it_was_opened_for() {
+    let claims = opened(1, 4, 1);
+    for (units, expected) in [(2, 2), (1, 1), (4, 4), (9, 4), (0, 0)] {
+        claims.close(0);
+        claims.open(0, 7, units, NOW).unwrap();
+        let held = std::iter::from_fn(|| claim(&claims, 0, NOW)).collect::<Vec<_>>();
+        assert_eq!((held.len(), claims.demand(NOW).in_flight), (expected, u32::try_from(expected).unwrap()));
+        held.into_iter().for_each(|unit| assert_eq!(claims.release(unit, NOW), Wake::Nobody));
+        assert!(claims.is_idle(0));
+    }
 }
 
 #[test]
@@ -85,7 +98,7 @@ fn a_unit_of_a_dead_app_process_is_released_without_effect() {
     let late = claim(&claims, 0, NOW).unwrap();
     claims.close(0);
     assert_eq!((claim(&claims, 1, NOW), claims.is_idle(0), claims.demand(NOW).in_flight), (None, false, 0));
-    claims.open(0, 8, NOW).unwrap();
+    claims.open(0, 8, u32::MAX, NOW).unwrap();
     let unit = claim(&claims, 1, NOW).unwrap();
     assert_eq!((unit.pid(), unit.epoch()), (8, 2));
     assert_eq!(claims.set_waiting(0, 1, NOW, NOW), None);
@@ -140,7 +153,7 @@ fn slots_that_do_not_exist_are_ignored() {
     let claims = opened(2, 1, 2);
     assert_eq!((claims.processes(), claims.units(), claims.gateways()), (2, 1, 2));
     for slot in [2, 3, 4095, u32::MAX] {
-        assert_eq!((claim(&claims, slot, NOW), claims.open(slot, 1, NOW)), (None, None));
+        assert_eq!((claim(&claims, slot, NOW), claims.open(slot, 1, u32::MAX, NOW)), (None, None));
         assert_eq!((claims.drain(slot), claims.is_idle(slot), claims.app_process(slot)), (true, true, None));
         assert_eq!((claims.set_waiting(slot, 1, NOW, NOW), claims.gateway(slot)), (None, None));
         claims.close(slot);
@@ -201,7 +214,7 @@ fn every_unit_has_one_owner_at_any_time() {
                 }
                 94..98 => {
                     claims.close(process);
-                    let epoch = claims.open(process, 1, now).unwrap();
+                    let epoch = claims.open(process, 1, u32::MAX, now).unwrap();
                     doors.insert(process, (Door::Open, epoch));
                 }
                 _ => {
@@ -239,7 +252,7 @@ fn a_table_full_of_garbage_is_harmless() {
             assert!(!matches!(wake, Wake::Gateway(gateway) if gateway >= 4), "seed {seed}");
         }
         let _ = (claims.demand(now), claims.app_process(0), claims.drain(1), claims.gateway_died(2, now));
-        claims.open(3, 1, now);
+        claims.open(3, 1, u32::MAX, now);
         assert_eq!(
             claims.app_process(3).map(|process| (process.door, process.busy)),
             Some((Door::Open, 0)),
@@ -317,7 +330,7 @@ fn the_numbers_are_limited() {
 #[test]
 fn a_kept_connection_is_in_the_way_of_other_gateways_and_of_a_drain() {
     let claims = Claims::create(2, 1, 3).unwrap();
-    claims.open(0, 10, 1);
+    claims.open(0, 10, u32::MAX, 1);
     let unit = claims.claim(0, 2).unit.unwrap();
     assert_eq!((unit.keeper(), claims.is_idle(0)), (None, false));
     let (kept, wake) = claims.release_kept(unit, 3);
@@ -326,7 +339,7 @@ fn a_kept_connection_is_in_the_way_of_other_gateways_and_of_a_drain() {
     assert!(!claims.is_idle(0), "the app process accepts no other connection");
 
     // The keeper uses it again. Another process is better for another gateway.
-    claims.open(1, 11, 4);
+    claims.open(1, 11, u32::MAX, 4);
     let again = claims.claim(0, 100).unit.unwrap();
     assert_eq!((again.process(), again.keeper()), (0, Some(0)));
     assert!(claims.may_keep(&kept));
@@ -361,7 +374,7 @@ fn a_kept_connection_is_in_the_way_of_other_gateways_and_of_a_drain() {
 
     // A gateway that releases a unit without keeping its connection keeps nothing either.
     claims.close(0);
-    claims.open(0, 13, 610);
+    claims.open(0, 13, u32::MAX, 610);
     let unit = claims.claim(2, 620).unit.unwrap();
     let _ = claims.release_kept(unit, 630);
     let unit = claims.claim(2, 640).unit.unwrap();
@@ -371,20 +384,20 @@ fn a_kept_connection_is_in_the_way_of_other_gateways_and_of_a_drain() {
     // A gateway that was stopped before its release keeps nothing of the successor.
     let stopped = claims.claim(2, 660).unit.unwrap();
     claims.close(0);
-    claims.open(0, 14, 670);
+    claims.open(0, 14, u32::MAX, 670);
     let successor = claims.claim(0, 680).unit.unwrap();
     let (kept, _) = claims.release_kept(successor, 690);
     assert_eq!(claims.release_kept(stopped, 700), (None, Wake::Nobody));
     assert!(claims.may_keep(&kept.unwrap()));
     claims.close(1);
-    claims.open(1, 12, 700);
+    claims.open(1, 12, u32::MAX, 700);
     assert!(!claims.may_keep(&late), "the connection was to the predecessor");
 }
 
 #[test]
 fn a_unit_is_used_again_unless_another_gateway_has_waited_much_longer() {
     let claims = Claims::create(1, 1, 3).unwrap();
-    claims.open(0, 10, 1);
+    claims.open(0, 10, u32::MAX, 1);
     let unit = claims.claim(0, 100).unit.unwrap();
     let _ = claims.set_waiting(1, 1, 1000, 1000);
     // The requests of this gateway have waited for 3000, 3001 and 3000 us, the other one for 8000, 8001 and 8001.
@@ -403,10 +416,10 @@ fn a_unit_is_used_again_unless_another_gateway_has_waited_much_longer() {
     assert_eq!(claims.release(unit, 90_000), Wake::Master);
     // The successor is not used with a unit of its predecessor.
     claims.close(0);
-    claims.open(0, 11, 90_000);
+    claims.open(0, 11, u32::MAX, 90_000);
     let unit = claims.claim(0, 90_000).unit.unwrap();
     claims.close(0);
-    claims.open(0, 12, 90_001);
+    claims.open(0, 12, u32::MAX, 90_001);
     let unit = claims.reuse(unit, 90_001, 90_001).unwrap_err();
     assert_eq!(claims.release(unit, 90_001), Wake::Nobody);
     assert_eq!(claims.app_process(0).unwrap().begun, 0);

@@ -17,7 +17,7 @@
 //! | a process frees a unit ([`free`], [`free_from_dead`]) or opens the door ([`open`]), then reads the waiting rows ([`longest_waiting`]) | a gateway stores its waiting row ([`set_waiting`]), then tries to claim a unit | either the gateway finds the unit, or the process finds that the gateway waits |
 //! | the same | a gateway clears its waiting row, then looks for free units | either the process does not select the gateway, or the gateway finds the unit, and wakes another gateway for it |
 //!
-//! [`open`] gives all units the new tag before it opens the door. A claim or a release that began earlier, for the previous app process,
+//! [`open`] gives the units the new tag before it opens the door. A claim or a release that began earlier, for the previous app process,
 //! expects a word with the previous tag. Its compare-and-swap operation therefore fails, and the successor's units are not affected.
 //!
 //! Must not wait, make system calls, or read a clock.
@@ -82,13 +82,14 @@ pub(crate) fn close(door: &AtomicU64) {
     door.store(door.load(Ordering::SeqCst) & !STATE_MASK, Ordering::SeqCst);
 }
 
-/// Frees all units for a new app process, then opens the door. Returns the new epoch. The door must be closed. The caller must look for a
-/// waiting gateway afterwards.
-pub(crate) fn open(door: &AtomicU64, units: &[AtomicU64], now_us: u64) -> u32 {
+/// Frees the first `usable` units for a new app process, then opens the door. Returns the new epoch. The other units have no owner, and
+/// have the tag of the previous epoch, so that nobody can claim them. The door must be closed. The caller must look for a waiting gateway
+/// afterwards.
+pub(crate) fn open(door: &AtomicU64, units: &[AtomicU64], usable: usize, now_us: u64) -> u32 {
     let epoch = epoch(door.load(Ordering::SeqCst)).wrapping_add(1);
-    let free = stamped(now_us) | tag(epoch);
-    for unit in units {
-        unit.store(free, Ordering::SeqCst);
+    for (number, unit) in units.iter().enumerate() {
+        let of = if number < usable { epoch } else { epoch.wrapping_sub(1) };
+        unit.store(stamped(now_us) | tag(of), Ordering::SeqCst);
     }
     door.store(u64::from(epoch) << EPOCH_SHIFT | OPEN, Ordering::SeqCst);
     fence(Ordering::SeqCst);

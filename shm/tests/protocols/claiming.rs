@@ -30,7 +30,7 @@ impl Table {
     /// Returns a table in which the door of slot 0 is open.
     fn new() -> Rc<Table> {
         let table = Table::default();
-        units::open(&table.doors[0], &table.units[0], NOW);
+        units::open(&table.doors[0], &table.units[0], usize::MAX, NOW);
         Rc::new(table)
     }
 
@@ -284,7 +284,7 @@ fn close(table: &Table) -> u64 {
 #[test]
 fn no_gateway_sleeps_through_the_opening_of_a_door() {
     wait_against(wait, close, |table, _| {
-        units::open(&table.doors[0], &table.units[0], NOW);
+        units::open(&table.doors[0], &table.units[0], usize::MAX, NOW);
         table.wake(None);
     });
 }
@@ -314,7 +314,7 @@ fn no_gateway_sleeps_through_the_removal_of_a_dead_gateway() {
 fn pass_on(set_waiting: SetWaiting, free: Free, looks: bool) {
     check(3, move || {
         let table = Table::new();
-        units::open(&table.doors[1], &table.units[1], NOW);
+        units::open(&table.doors[1], &table.units[1], usize::MAX, NOW);
         let held = table.hold(1, 2);
         units::set_waiting(&table.rows[0], 1, NOW - 2);
         units::set_waiting(&table.rows[1], 1, NOW - 1);
@@ -388,7 +388,7 @@ fn late_for_the_successor(free: Free, open: fn(&AtomicU64, &[AtomicU64])) {
 }
 
 fn open(door: &AtomicU64, units: &[AtomicU64]) {
-    units::open(door, units, NOW);
+    units::open(door, units, usize::MAX, NOW);
 }
 
 #[test]

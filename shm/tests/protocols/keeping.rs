@@ -38,7 +38,7 @@ fn release_too_early(table: &Table, held: u64) {
 
 fn new_table() -> (Rc<Table>, u64) {
     let table = Table::default();
-    assert_eq!(units::open(&table.door, &table.units, NOW), EPOCH);
+    assert_eq!(units::open(&table.door, &table.units, usize::MAX, NOW), EPOCH);
     let Taken::Mine(held) = take(&table, KEEPER) else { panic!("the unit is free") };
     (Rc::new(table), held)
 }

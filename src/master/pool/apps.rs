@@ -208,7 +208,8 @@ impl Pool {
     /// Marks app processes as ready, and sends the signal to exit to those that have become idle.
     pub(in crate::master) fn check_apps(&mut self) {
         let Some(channel) = self.channel().map(Arc::clone) else { return };
-        let now = self.now();
+        let (now, concurrency) =
+            (self.now(), self.spawner.config.gateway.as_ref().map_or(1, |gateway| gateway.concurrency));
         let (mut idle, mut worn) = (Vec::new(), Vec::new());
         for (&pid, child) in &mut self.children {
             let Link::App(app) = &mut child.link else { continue };
@@ -216,7 +217,7 @@ impl Pool {
                 (app.probe, app.hung_at) = (None, None);
                 app.was_ready = true;
                 if !child.asked_to_leave {
-                    channel.open(child.slot, pid);
+                    channel.open(child.slot, pid, concurrency);
                 }
                 self.observed.push_back(SupervisorEvent::Ready { pid });
             }
@@ -251,7 +252,7 @@ impl Pool {
         let now = self.now();
         let child = self.children.iter_mut().find(|(_, child)| child.slot == slot && !child.asked_to_leave);
         let Some((&pid, Child { link: Link::App(app), hung: false, .. })) = child else { return };
-        if channel.concurrency() > 1 || app.probe.is_some() {
+        if channel.is_concurrent() || app.probe.is_some() {
             return; // it was not closed to gateways, or it will be opened anyway
         }
         app.served_before += channel.process(slot).map_or(0, |process| process.begun);
@@ -260,7 +261,7 @@ impl Pool {
         let hung_at = now + limit.unwrap_or(config.start_timeout);
         match channel.probe(slot) {
             Ok(probe) => (app.probe, app.hung_at) = (Some(Probe::Connected(probe)), Some(hung_at)),
-            Err(_) => channel.open(slot, pid), // whether it is busy remains unknown
+            Err(_) => channel.open(slot, pid, 1), // whether it is busy remains unknown
         }
     }
 

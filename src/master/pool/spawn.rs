@@ -382,17 +382,26 @@ impl Spawner {
             .envs(settings.events.iter().map(|socket| (publish_socket::VARIABLE, socket)))
             .stdout(Stdio::from(write.try_clone()?))
             .stderr(Stdio::from(write));
-        let config = &settings.config;
-        if config.privileges.variables.iter().all(|variable| variable.name != GatewayConfig::PHP_CHILDREN) {
-            // Without gateways, the master would not supervise the children.
-            let children = config.gateway.as_ref().and_then(|gateway| gateway.php_children).unwrap_or(0);
-            command.env(GatewayConfig::PHP_CHILDREN, children.to_string());
-        }
+        set_php_variables(&mut command, &settings.config);
         for name in OF_THE_MASTER.iter().copied().flatten() {
             command.env_remove(name);
         }
         std::os::unix::process::CommandExt::arg0(&mut command, &program.name);
         Ok(command)
+    }
+}
+
+/// Sets the variables of php-cgi that `--env` does not set.
+fn set_php_variables(command: &mut Command, config: &Config) {
+    let is_given = |name: &str| config.privileges.variables.iter().any(|variable| variable.name == name);
+    let php = config.gateway.as_ref().and_then(|gateway| gateway.php);
+    if !is_given(GatewayConfig::PHP_CHILDREN) {
+        // Without gateways, the master would not supervise the children.
+        let children = php.and_then(|php| php.number).unwrap_or(0);
+        command.env(GatewayConfig::PHP_CHILDREN, children.to_string());
+    }
+    if let Some(limit) = php.and_then(|php| php.max_requests).filter(|_| !is_given(GatewayConfig::PHP_MAX_REQUESTS)) {
+        command.env(GatewayConfig::PHP_MAX_REQUESTS, limit.to_string());
     }
 }
 
