@@ -61,6 +61,8 @@ pub(crate) enum Report {
     GatewayStuck { slot: u32, pid: u32 },
     /// An app process died while it served this request of a gateway.
     AppDied { slot: u32, pid: i32, request: String },
+    /// Children of an app process died one after another, each while it served this request of a gateway.
+    ChildrenDied { slot: u32, pid: i32, request: String },
     /// Another process, with this pid, sent the signal that terminates the worker.
     SentBy(i32),
     /// Why the worker cannot continue.
@@ -81,6 +83,9 @@ impl Report {
             }
             Self::GatewayStuck { slot, pid } => format!("gateway-stuck {slot} {pid} -\n"),
             Self::AppDied { slot, pid, request } => format!("app-died {slot} {pid} {}\n", request.replace('\n', " ")),
+            Self::ChildrenDied { slot, pid, request } => {
+                format!("children-died {slot} {pid} {}\n", request.replace('\n', " "))
+            }
             Self::SentBy(pid) => format!("sent {pid}\n"),
             Self::LastWords(words) => format!("said {}\n", words.replace('\n', " ")),
             Self::Trace(addresses) => format!("trace {addresses}\n"),
@@ -104,6 +109,10 @@ impl Report {
             Some(("app-died", rest)) if app_request(rest).is_some() => {
                 let (slot, pid, request) = app_request(rest).unwrap_or_default();
                 Self::AppDied { slot, pid, request }
+            }
+            Some(("children-died", rest)) if app_request(rest).is_some() => {
+                let (slot, pid, request) = app_request(rest).unwrap_or_default();
+                Self::ChildrenDied { slot, pid, request }
             }
             Some(("sent", pid)) if pid.parse::<i32>().is_ok() => Self::SentBy(pid.parse().unwrap_or_default()),
             Some(("said", words)) => Self::LastWords(words.to_owned()),

@@ -252,6 +252,17 @@ fn a_killed_gateway_interrupts_no_request_of_another_one() {
 }
 
 #[test]
+fn a_request_that_kills_one_child_after_another_is_quarantined() {
+    let mut site = site(1, 4, &[], &[]);
+    assert_eq!(site.get("/segv").status, 502);
+    site.server.logged("quarantined a request");
+    wait_until("the gateways refuse the request", || (site.get("/segv").status == 503).then_some(()));
+    assert_eq!(site.get("/pid").status, 200);
+    assert_eq!(site.apps().len(), 1);
+    site.server.stop();
+}
+
+#[test]
 fn the_number_of_children_must_fit() {
     use common::limit::InTime as _;
     let check = |options: &[&str], program: &str| {

@@ -44,10 +44,11 @@ pub(super) struct OfGateways {
     #[arg(long, value_name = "PROTO", env = "FORKYARD_BACKEND", default_value = "fastcgi", help_heading = "Gateways")]
     backend: Backend,
 
-    /// Requests that one process of the program serves at a time [default: 1; 64 with --backend http]
+    /// Requests that one process of the program serves at a time [default: 1; 64 with --backend http; --workers for php-cgi]
     ///
     /// More than 1 is for programs with threads or an event loop, and for programs that run several processes on one
-    /// socket. php-cgi gets children for them, which share opcache and APCu. An HTTP server that serves one request at a time (gunicorn with sync workers) requires 1.
+    /// socket. php-cgi has children for them, which share opcache and APCu; by default, one php-cgi has as many children as
+    /// --workers. An HTTP server that serves one request at a time (gunicorn with sync workers) requires 1.
     #[arg(long, value_name = "N", env = "FORKYARD_APP_CONCURRENCY", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Gateways")]
     pub(super) app_concurrency: Option<u32>,
 

@@ -292,6 +292,9 @@ impl Shared {
                     log::info!(slot, pid, request = outgoing.what; "an app process has exited: the request is repeated");
                     continue;
                 }
+                Failure::ChildDied if parts.method.is_idempotent() && self.is_enough_for_quarantine(self.retries) => {
+                    self.report(&Report::ChildrenDied { slot, pid, request: outgoing.what.clone() });
+                }
                 Failure::NotBegun
                 | Failure::Died
                 | Failure::ChildDied
@@ -377,11 +380,16 @@ impl Shared {
     /// Whether the master quarantines a request of which `repeated` + 1 app processes have died. If their number is enough
     /// for the quarantine, waits for the master, which decides when it has reaped the processes.
     async fn is_quarantined_soon(&self, what: &str, repeated: u32) -> bool {
-        let Some((quarantine, QuarantineConfig { deaths, by, .. })) = &self.quarantine else { return false };
-        if repeated + 1 >= *deaths {
+        let Some((quarantine, QuarantineConfig { by, .. })) = &self.quarantine else { return false };
+        if self.is_enough_for_quarantine(repeated) {
             tokio::time::sleep(QUARANTINE_WAIT).await;
         }
         !quarantine.is_empty() && RequestKey::of(what, *by).keys().any(|key| quarantine.left(key).is_some())
+    }
+
+    /// Whether the quarantine needs no more deaths than those of a request that was repeated `repeated` times.
+    fn is_enough_for_quarantine(&self, repeated: u32) -> bool {
+        self.quarantine.as_ref().is_some_and(|(_, QuarantineConfig { deaths, .. })| repeated + 1 >= *deaths)
     }
 
     /// Reports that an app process has not begun its response in time. The master replaces the process.

@@ -49,6 +49,9 @@ pub(in crate::master) enum AppFaultKind {
     Hung { connection: u32 },
     /// The process died.
     Died,
+    /// Enough children of the process died of one request for the quarantine. What they died of is unknown, because the
+    /// master is not their parent; but a request that is repeated only when its child dies would hardly meet several by chance.
+    ChildrenDied,
 }
 
 /// The app processes that have crashed recently. A gateway may report the request after the process was reaped.
@@ -290,6 +293,10 @@ impl Pool {
             }
             (AppFaultKind::Died, Some(Child { link: Link::App(app), .. })) => app.request = Some(request),
             (AppFaultKind::Died, None) if self.recent_crashes.take(pid, slot) => self.culprits.push(request),
+            (AppFaultKind::ChildrenDied, _) => {
+                let deaths = self.spawner.config.failures.quarantine.deaths;
+                self.culprits.extend((0..deaths).map(|_| request.clone()));
+            }
             (AppFaultKind::Hung { .. } | AppFaultKind::Died, _) => {}
         }
     }

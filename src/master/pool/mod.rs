@@ -236,6 +236,10 @@ impl Pool {
                     self.app_faults.push(AppFault { kind, slot, pid: Pid::from_raw(pid), request });
                 }
                 Report::GatewayStuck { slot, pid } => self.kill_stuck(slot, Pid::from_raw(pid.cast_signed())),
+                Report::ChildrenDied { slot, pid, request } => {
+                    let kind = AppFaultKind::ChildrenDied;
+                    self.app_faults.push(AppFault { kind, slot, pid: Pid::from_raw(pid), request });
+                }
                 Report::AppDied { slot, pid, request } => {
                     self.app_faults.push(AppFault { kind: AppFaultKind::Died, slot, pid: Pid::from_raw(pid), request });
                 }

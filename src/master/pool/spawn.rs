@@ -524,7 +524,8 @@ impl Child {
                     | Report::HungThread(_)
                     | Report::AppHung { .. }
                     | Report::GatewayStuck { .. }
-                    | Report::AppDied { .. }) => reports.push(report),
+                    | Report::AppDied { .. }
+                    | Report::ChildrenDied { .. }) => reports.push(report),
                 }
             }
             unread.truncate(LAST_WORDS);
