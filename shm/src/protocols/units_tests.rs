@@ -14,7 +14,7 @@ struct Process {
 impl Process {
     fn opened() -> Process {
         let process = Process { door: AtomicU64::new(0), units: Default::default() };
-        assert_eq!(open(&process.door, &process.units, NOW), 1);
+        assert_eq!(open(&process.door, &process.units, usize::MAX, NOW), 1);
         process
     }
 
@@ -83,7 +83,7 @@ fn a_late_claim_or_release_does_not_affect_the_successor() {
     let held = mine(process.take(1, 0));
     close(&process.door);
     assert_eq!(busy(&process.units), 1, "the unit keeps its owner");
-    assert_eq!(open(&process.door, &process.units, NOW), 2);
+    assert_eq!(open(&process.door, &process.units, usize::MAX, NOW), 2);
     assert_eq!(busy(&process.units), 0);
     assert_eq!(take((&process.door, door), (&process.units[0], word), 0, NOW), Taken::Lost);
     // The same gateway claims the unit at the same time as before.
@@ -96,12 +96,12 @@ fn the_tag_wraps_with_the_epoch() {
     let process = Process::opened();
     for epoch in 2..10_000 {
         close(&process.door);
-        assert_eq!(open(&process.door, &process.units, NOW), epoch);
+        assert_eq!(open(&process.door, &process.units, usize::MAX, NOW), epoch);
         let word = mine(process.take(0, 7));
         assert!(free(&process.units[0], word, NOW));
     }
     process.door.store(u64::from(u32::MAX) << 32, Ordering::SeqCst);
-    assert_eq!(open(&process.door, &process.units, NOW), 0);
+    assert_eq!(open(&process.door, &process.units, usize::MAX, NOW), 0);
     mine(process.take(0, 7));
 }
 
@@ -148,7 +148,7 @@ fn any_word_can_be_decoded() {
         }
         free_from_dead(&word, gateway, NOW);
         let units = [word];
-        open(&door, &units, NOW);
+        open(&door, &units, usize::MAX, NOW);
         assert!(busy(&units) == 0 && is_free(load(&door), load(&units[0])), "seed {seed}");
     }
 }
