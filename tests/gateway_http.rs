@@ -12,6 +12,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::http::{Client, Response, get, post};
+use common::limit::InTime as _;
 use common::{Server, StopOnDrop, connect_tcp, program, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -88,6 +89,31 @@ fn requests_and_responses_pass_unchanged_except_headers_of_the_connection() {
     assert_eq!(client.request("GET", "/large", b"").unwrap().body.len(), 10 * MIB);
     assert_eq!(client.request("GET", "/early", b"").unwrap().text(), "late");
     assert_eq!(client.request("GET", "/none", b"").unwrap().status, 404);
+    server.stop();
+}
+
+#[test]
+fn trailers_reach_clients_that_accept_them() {
+    let site = Site::new();
+    let mut server = site.node(&["--workers", "1"]);
+    let address = server.http();
+    let ask = |te: &str| {
+        let mut stream = connect_tcp(&*address).unwrap();
+        write!(stream, "GET /trailers HTTP/1.1\r\nHost: a\r\n{te}Connection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text.to_lowercase()
+    };
+    let with = ask("TE: deflate, Trailers\r\n");
+    assert!(with.contains("\r\nx-te: trailers\r\n") && with.contains("\r\ntrailer: x-sum\r\n"), "{with}");
+    assert!(with.ends_with("1\r\na\r\n0\r\nx-sum: 97\r\n\r\n"), "{with}");
+    let without = ask("");
+    assert!(without.contains("\r\nx-te: none\r\n") && without.ends_with("1\r\na\r\n0\r\n\r\n"), "{without}");
+    let url = format!("http://{address}/trailers");
+    let arguments = ["-s", "-i", "--http2-prior-knowledge", "-H", "TE: trailers", &url];
+    let output = Command::new("curl").args(arguments).output_in_time().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).to_lowercase();
+    assert!(text.starts_with("http/2 200") && text.contains("x-sum: 97"), "{text}");
     server.stop();
 }
 

@@ -27,6 +27,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use ::http::HeaderMap;
 use bytes::Bytes;
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -455,10 +456,10 @@ impl<'a> Response<'a> {
         poll_fn(room).await;
     }
 
-    /// Marks the body as complete.
-    pub(super) fn finish(&self) {
+    /// Marks the body as complete. The trailers follow, if there are any.
+    pub(super) fn finish(&self, trailers: Option<HeaderMap>) {
         if let State::Spooled(writer) = self.state.replace(State::Ended) {
-            writer.finish();
+            writer.finish(trailers);
         }
     }
 

@@ -80,7 +80,7 @@ impl CgiOutput {
             None => response.push(arrived),
         }
         if is_complete {
-            response.finish();
+            response.finish(None);
         }
     }
 }

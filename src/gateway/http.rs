@@ -30,7 +30,7 @@ use super::spool::{Spooled, SpooledReader};
 use crate::protocol::cgi::ClientInfo;
 use crate::protocol::cgi::parse_response::ResponseHead;
 use crate::protocol::grammar::{elements, parse_digits};
-use crate::protocol::http_gateway::{request_headers, response_headers};
+use crate::protocol::http_gateway::{request_headers, response_headers, response_trailers};
 
 /// How long an idle connection may be used again.
 pub(super) const MAX_IDLE: Duration = Duration::from_millis(1500);
@@ -131,22 +131,27 @@ impl Message {
             Arrived { bytes: Bytes::new(), is_complete: false }
         };
         response.begin(head, arrived.bytes, arrived.is_complete);
+        let mut trailers = None;
         if !arrived.is_complete {
             while let Some(frame) = body.frame().await {
                 let frame = match frame {
                     Ok(frame) => frame,
                     Err(error) => return Err(why_failed(&error, &connection.stream, attempt, response).await),
                 };
-                let Ok(bytes) = frame.into_data() else { continue }; // trailers
                 attempt.answered(); // the process does not hang
-                response.push(bytes);
-                response.wait_for_room().await;
+                match frame.into_data() {
+                    Ok(bytes) => {
+                        response.push(bytes);
+                        response.wait_for_room().await;
+                    }
+                    Err(frame) => trailers = frame.into_trailers().ok().map(|fields| response_trailers(&fields)),
+                }
             }
             if ends_with_connection && attempt.is_exiting() {
                 return Err(Failure::Died);
             }
         }
-        response.finish();
+        response.finish(trailers);
         if is_kept {
             attempt.keep(connection);
         }

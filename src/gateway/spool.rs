@@ -30,9 +30,10 @@ mod tests;
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
+use http::HeaderMap;
 use http_body::{Frame, SizeHint};
 
 pub(crate) use self::budget::SpoolBudget;
@@ -55,7 +56,8 @@ struct Shared {
 #[derive(Debug)]
 enum End {
     Open,
-    Whole,
+    /// The body is complete. The trailers follow, if there are any.
+    Whole(Option<HeaderMap>),
     Failed(SpoolError),
 }
 
@@ -167,9 +169,9 @@ impl SpoolWriter {
         lock(&self.0).store.len()
     }
 
-    /// Marks the body as complete.
-    pub(crate) fn finish(self) {
-        self.end(End::Whole);
+    /// Marks the body as complete. The reader receives the trailers after it.
+    pub(crate) fn finish(self, trailers: Option<HeaderMap>) {
+        self.end(End::Whole(trailers));
     }
 
     /// Makes the body fail. The reader receives the error after the bytes that were pushed before.
@@ -213,7 +215,7 @@ impl SpoolReader {
             }
         }
         match &shared.end {
-            End::Whole => Poll::Ready(None),
+            End::Whole(_) => Poll::Ready(None),
             End::Failed(error) => Poll::Ready(Some(Err(error.clone()))),
             End::Open => {
                 shared.reader = Some(context.waker().clone());
@@ -246,20 +248,27 @@ impl http_body::Body for SpoolReader {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, SpoolError>>> {
-        self.poll_data(context).map_ok(Frame::data)
+        match ready!(self.poll_data(context)) {
+            Some(data) => Poll::Ready(Some(data.map(Frame::data))),
+            None => match &mut lock(&self.0).end {
+                End::Whole(trailers) => Poll::Ready(trailers.take().map(|trailers| Ok(Frame::trailers(trailers)))),
+                End::Open | End::Failed(_) => Poll::Ready(None),
+            },
+        }
     }
 
     fn is_end_stream(&self) -> bool {
         let shared = lock(&self.0);
-        shared.store.len() == 0 && matches!(shared.end, End::Whole)
+        shared.store.len() == 0 && matches!(shared.end, End::Whole(None))
     }
 
     fn size_hint(&self) -> SizeHint {
         let shared = lock(&self.0);
         let mut hint = SizeHint::new();
         match shared.end {
-            End::Whole => hint.set_exact(shared.store.len()),
-            End::Open | End::Failed(_) => hint.set_lower(shared.store.len()),
+            End::Whole(None) => hint.set_exact(shared.store.len()),
+            // With a known length, HTTP/1 would have no place for trailers.
+            End::Open | End::Failed(_) | End::Whole(Some(_)) => hint.set_lower(shared.store.len()),
         }
         hint
     }

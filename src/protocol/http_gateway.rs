@@ -1,7 +1,7 @@
 //! Selects the headers of requests and responses that a gateway forwards over HTTP (RFC 9110, section 7.6).
 //!
 //! - Headers that concern one connection are removed, and so are those that `Connection` names, except `Host` and
-//!   `Content-Length`. `TE` is removed too, because the gateway's buffers discard trailers.
+//!   `Content-Length`. If the client accepts trailers, so does the gateway: `TE: trailers` (RFC 9110, section 10.1.4).
 //! - `Expect` is removed, because the gateway has received the whole body. `Proxy` is removed, because a client must not
 //!   be able to set the variable `HTTP_PROXY` of an application behind WSGI, Rack or PSGI ("httpoxy", CVE-2016-5385).
 //! - Forwarding headers, in any spelling, are replaced by those that describe the client as this server sees it.
@@ -32,6 +32,9 @@ pub(crate) fn request_headers(request: &Parts, client: &ClientInfo, length: Opti
     if upgrades && let Some(protocol) = request.headers.get(header::UPGRADE) {
         headers.insert(header::UPGRADE, protocol.clone());
         headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    } else if elements(&request.headers, header::TE).any(|coding| coding.eq_ignore_ascii_case(b"trailers")) {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        headers.insert(header::CONNECTION, HeaderValue::from_static("te"));
     }
     let authority = request.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok());
     let host = authority.or_else(|| headers.get(header::HOST).cloned());
@@ -50,7 +53,19 @@ pub(crate) fn response_headers(from_app: &HeaderMap, switches: bool) -> HeaderMa
     if switches && let Some(protocol) = from_app.get(header::UPGRADE) {
         headers.insert(header::UPGRADE, protocol.clone());
     }
+    // It announces the trailers of this response, although a server must not send it in general.
+    for names in from_app.get_all(header::TRAILER) {
+        headers.append(header::TRAILER, names.clone());
+    }
     headers
+}
+
+/// Returns the trailers of a response for the client, without fields that concern the framing or the connection.
+pub(crate) fn response_trailers(from_app: &HeaderMap) -> HeaderMap {
+    let mut trailers = end_to_end(from_app);
+    trailers.remove(header::HOST);
+    trailers.remove(header::CONTENT_LENGTH);
+    trailers
 }
 
 fn end_to_end(headers: &HeaderMap) -> HeaderMap {
@@ -173,10 +188,21 @@ mod tests {
         let own = |lines: Vec<String>| -> Vec<String> {
             lines.into_iter().filter(|line| !line.contains("forwarded")).collect()
         };
-        let expected = ["content-length: 5", "host: localhost", "x-other: 2"];
+        let expected = ["connection: te", "content-length: 5", "host: localhost", "te: trailers", "x-other: 2"];
         assert_eq!(own(sent(&pairs, "unix", Some(5), false)), expected);
         let expected = ["connection: upgrade", "host: localhost", "upgrade: websocket", "x-other: 2"];
         assert_eq!(own(sent(&pairs, "unix", None, true)), expected);
+    }
+
+    #[test]
+    fn trailers_are_announced_and_cannot_change_the_framing() {
+        let pairs = [("trailer", "x-sum"), ("x-sum", "1"), ("content-length", "5"), ("connection", "x"), ("x", "1")];
+        let headers: HeaderMap = pairs
+            .into_iter()
+            .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
+            .collect();
+        assert_eq!(response_headers(&headers, false)[header::TRAILER], "x-sum");
+        assert_eq!(response_trailers(&headers).keys().collect::<Vec<_>>(), ["x-sum"]);
     }
 
     #[test]

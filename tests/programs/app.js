@@ -12,6 +12,12 @@ const pages = {
     response.end(JSON.stringify({ method: request.method, url: request.url, headers: request.headers, length: body.length,
       listen: process.env.LISTEN_FDS, own: process.env.LISTEN_PID === String(process.pid) })),
   '/chunks': (request, response) => { response.write('a'); setImmediate(() => response.end('b')); },
+  '/trailers': (request, response) => {
+    response.writeHead(200, { trailer: 'X-Sum', 'x-te': request.headers.te ?? 'none' });
+    response.write('a');
+    response.addTrailers({ 'X-Sum': '97', 'Keep-Alive': '1' });
+    response.end();
+  },
   '/large': (request, response) => response.end(Buffer.alloc(10 << 20, 'x')),
   '/half': (request, response) => {
     response.writeHead(200, { 'content-length': 200000 });

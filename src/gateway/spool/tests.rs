@@ -88,7 +88,7 @@ impl Modelled {
             980..990 => {
                 if let Some(writer) = self.writer.take() {
                     self.is_whole = true;
-                    writer.finish();
+                    writer.finish(None);
                 }
             }
             _ => {
@@ -114,7 +114,7 @@ impl Modelled {
             Ok(()) => {}
             Err(_) => {
                 assert!(!is_ready, "a spool that is not full must accept a chunk");
-                self.writer.take().unwrap().finish(); // must not make the body whole
+                self.writer.take().unwrap().finish(None); // must not make the body whole
             }
         }
     }
@@ -214,7 +214,7 @@ fn a_long_body_does_not_fill_the_disk_while_the_reader_follows() {
     }
     assert!(most < 1500 * KIB, "{most} bytes of disk space");
     let total = writer.len_written();
-    writer.finish();
+    writer.finish(None);
     assert_eq!(reader.size_hint().exact(), Some(total - read));
     assert!(matches!(drain(&mut reader, read), (_, Poll::Ready(None))));
 }
@@ -239,7 +239,7 @@ fn the_reader_receives_the_bytes_before_an_error() {
     assert!(matches!(drain(&mut reader, 0), (10_000, Poll::Ready(Some(SpoolError::TooLong { limit: 5 })))));
 
     let (writer, mut reader) = start();
-    writer.finish();
+    writer.finish(None);
     assert!(matches!(drain(&mut reader, 0), (10_000, Poll::Ready(None))));
     assert!(reader.is_end_stream());
 }
@@ -277,7 +277,7 @@ fn a_full_spool_names_the_reason_and_refuses_to_lose_bytes_silently() {
         let written = writer.len_written();
         assert!(writer.push(bytes(written, 1)).is_err_and(|error| reason(&error)));
         assert!(writer.push(bytes(written + 1, 1)).is_err(), "the body stays failed");
-        writer.finish();
+        writer.finish(None);
         let (count, end) = drain(&mut reader, 0);
         assert_eq!(count, written);
         assert!(matches!(&end, Poll::Ready(Some(error)) if reason(error)), "{end:?}");
@@ -332,9 +332,25 @@ fn each_end_wakes_the_other() {
     let (mut writer, reader) = start();
     assert_woken_by(|context| writer.poll_abandoned(context).is_pending(), || drop(reader));
     let (writer, mut reader) = start();
-    assert_woken_by(|context| reader.poll_data(context).is_pending(), || writer.finish());
+    assert_woken_by(|context| reader.poll_data(context).is_pending(), || writer.finish(None));
     let (writer, mut reader) = start();
     assert_woken_by(|context| reader.poll_data(context).is_pending(), || drop(writer));
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn trailers_follow_the_body_and_its_length_is_unknown_until_then() {
+    let directory = tempfile::tempdir().unwrap();
+    let budget = SpoolBudget::new(1 << 20, 1 << 20);
+    let (mut writer, mut reader) = spool(&limits(directory.path(), KIB, 0), &budget);
+    writer.push(Bytes::from("body")).unwrap();
+    let mut trailers = HeaderMap::new();
+    trailers.insert("x-sum", http::HeaderValue::from_static("1"));
+    writer.finish(Some(trailers.clone()));
+    assert!(!reader.is_end_stream() && reader.size_hint().exact().is_none());
+    assert_eq!(reader.frame().await.unwrap().unwrap().into_data().unwrap(), "body");
+    assert!(!reader.is_end_stream());
+    assert_eq!(reader.frame().await.unwrap().unwrap().into_trailers().unwrap(), trailers);
+    assert!(reader.is_end_stream() && reader.frame().await.is_none());
 }
 
 #[tokio::test(flavor = "current_thread")]
@@ -352,7 +368,7 @@ async fn the_reader_is_woken_by_a_push_an_end_and_a_break() {
             writer.push(Bytes::from_static(b"text")).unwrap();
             tokio::task::yield_now().await;
             tokio::task::yield_now().await;
-            if is_whole { writer.finish() } else { drop(writer) }
+            if is_whole { writer.finish(None) } else { drop(writer) }
         };
         let (read, ()) = tokio::join!(reading, writing);
         assert_eq!(read, (Bytes::from_static(b"text"), if is_whole { None } else { Some(false) }));
@@ -371,7 +387,7 @@ async fn a_streaming_writer_waits_for_its_reader_in_bounded_memory() {
             assert!(writer.len_buffered() < 10 * KIB);
             writer.push(bytes(writer.len_written(), 3 * KIB)).unwrap();
         }
-        writer.finish();
+        writer.finish(None);
     };
     let reading = async {
         let mut read = 0;
@@ -480,7 +496,7 @@ fn a_full_disk_slows_a_spool_down_and_harms_no_other() {
             push_until_full(&mut other, 5 * KIB);
             read += drain(&mut other_reader, read).0;
         }
-        other.finish();
+        other.finish(None);
         assert!(matches!(drain(&mut other_reader, read), (0, Poll::Ready(None))));
 
         let (count, _) = drain(&mut reader, 0);
