@@ -157,7 +157,7 @@ fn dokuwiki() {
 
     let mut visitor = Visitor { server: &server, cookies: BTreeMap::new() };
     let kinds = [
-        ("/", "text/html; charset=utf-8"),
+        ("/doku.php", "text/html; charset=utf-8"),
         ("/lib/exe/css.php?t=dokuwiki", "text/css; charset=utf-8"),
         ("/lib/exe/js.php?t=dokuwiki", "application/javascript; charset=utf-8"),
         ("/lib/tpl/dokuwiki/images/logo.png", "image/png"),
@@ -167,7 +167,7 @@ fn dokuwiki() {
         assert_eq!((response.status, response.header("content-type")), (200, Some(kind)), "{target}");
     }
     let response = visitor.visit("/doku.php", Some("id=start&do=login&u=admin&p=wrong"));
-    assert!(response.status == 200 && !response.text().contains("Logged in as"), "{}", response.text());
+    assert!(response.status != 302 && !response.text().contains("Logged in as"), "{}", response.text());
     let response = visitor.visit("/doku.php", Some("id=start&do=login&u=admin&p=secret"));
     assert_eq!(response.status, 302, "{}", response.text());
 
@@ -179,10 +179,13 @@ fn dokuwiki() {
     let text = visitor.visit(&page, None).text();
     assert!(text.contains("It is <strong>saved</strong>.") && text.contains("Logged in as"), "{text}");
 
+    // A page that has not just been saved: DokuWiki renders a new page several times and writes its cache in place, so
+    // requests at the same time can find an empty page.
     let read = |address: &str, _| {
-        let response = get(address, &page).map_err(|error| error.to_string())?;
-        if response.text().contains("It is <strong>saved</strong>.") { Ok(()) } else { Err(response.text()) }
+        let response = get(address, "/doku.php?id=wiki:syntax").map_err(|error| error.to_string())?;
+        if response.text().contains("<h1 class=\"sectionedit1\"") { Ok(()) } else { Err(response.text()) }
     };
+    read(&server.http(), 0).unwrap();
     survives_reload(&mut server, read);
     stops(&mut server);
 }
