@@ -222,6 +222,22 @@ fn the_number_of_children_must_fit() {
     assert!(status == Some(0) && !said.contains("needs 114 descriptors"), "{status:?} {said}");
 }
 
+/// Sends a POST with this head, and returns the variables that php-cgi has received.
+fn variables(site: &Site, target: &str, head: &str) -> BTreeMap<String, String> {
+    use std::io::Write as _;
+    let mut client = common::http::Client::connect(&site.server.http()).unwrap();
+    write!(client.stream.get_mut(), "POST {target} HTTP/1.1\r\n{head}\r\nabc").unwrap();
+    let text = client.response(false).unwrap().text();
+    let lines = text.lines().filter_map(|line| line.split_once('='));
+    lines.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+fn assert_variables(found: &BTreeMap<String, String>, expected: &[(&str, Option<&str>)]) {
+    for (name, value) in expected {
+        assert_eq!(found.get(*name).map(String::as_str), *value, "{name}: {found:?}");
+    }
+}
+
 /// The variables that front controllers, WordPress, Symfony and DokuWiki read.
 #[test]
 fn variables_that_applications_expect() {
@@ -232,22 +248,9 @@ fn variables_that_applications_expect() {
     let root = root.trim_end_matches('/');
     let head = "Host: www.example.org:8080\r\nAuthorization: Basic Ym9iOnNlY3JldA==\r\n\
         Content-Type: text/x-test\r\nContent-Length: 3\r\n";
-    let variables = |target: &str, head: &str| {
-        use std::io::Write as _;
-        let mut client = common::http::Client::connect(&site.server.http()).unwrap();
-        write!(client.stream.get_mut(), "POST {target} HTTP/1.1\r\n{head}\r\nabc").unwrap();
-        let text = client.response(false).unwrap().text();
-        let lines = text.lines().filter_map(|line| line.split_once('='));
-        lines.map(|(name, value)| (name.to_owned(), value.to_owned())).collect::<BTreeMap<_, _>>()
-    };
-    let is = |found: &BTreeMap<String, String>, expected: &[(&str, Option<&str>)]| {
-        for (name, value) in expected {
-            assert_eq!(found.get(*name).map(String::as_str), *value, "{name}: {found:?}");
-        }
-    };
     let script = format!("{root}/index.php");
-    let found = variables("/params?q=%20", head);
-    is(
+    let found = variables(&site, "/params?q=%20", head);
+    assert_variables(
         &found,
         &[
             ("REQUEST_SCHEME", Some("http")),
@@ -278,8 +281,8 @@ fn variables_that_applications_expect() {
     assert!(found["REMOTE_PORT"].parse::<u16>().is_ok_and(|port| port != 0), "{found:?}");
 
     let (script, translated) = (format!("{root}/sub/index.php"), format!("{root}/params"));
-    is(
-        &variables("/sub/index.php/params", head),
+    assert_variables(
+        &variables(&site, "/sub/index.php/params", head),
         &[
             ("SCRIPT_FILENAME", Some(&script)),
             ("SCRIPT_NAME", Some("/sub/index.php")),
@@ -293,8 +296,8 @@ fn variables_that_applications_expect() {
 
     let proxied = "Host: www.example.org\r\nX-Forwarded-Proto: https\r\nX-Forwarded-For: 203.0.113.9\r\n\
         Content-Length: 3\r\n";
-    is(
-        &variables("/params", proxied),
+    assert_variables(
+        &variables(&site, "/params", proxied),
         &[
             ("HTTPS", Some("on")),
             ("REQUEST_SCHEME", Some("https")),
