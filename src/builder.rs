@@ -412,7 +412,7 @@ fn serve(
         if let Some(warning) = config.privileges.of_root() {
             log::warn!("{warning}");
         }
-        for contradiction in config.contradictions(config.privileges.most_descriptors()) {
+        for contradiction in config.contradictions(config.most_descriptors()) {
             log::warn!("{contradiction}");
         }
         let application = application(&config, &front, launch, [opened, preloaded].concat(), takeover.as_mut())?;

@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 use common::gateway::{Load, Place, Site, Tolerance, scaled};
@@ -284,4 +284,94 @@ fn the_number_of_children_must_fit() {
         let (status, said) = check(options, "php-cgi");
         assert_eq!(status, Some(0), "{options:?}: {said}");
     }
+    // The limit applies to php-cgi, and not to the gateways, which have the connections.
+    let (status, said) = check(&["--rlimit", "nofile=100", "--max-connections", "50"], "php-cgi");
+    assert!(status == Some(0) && !said.contains("needs 114 descriptors"), "{status:?} {said}");
+}
+
+/// Sends a POST with this head, and returns the variables that php-cgi has received.
+fn variables(site: &Site, target: &str, head: &str) -> BTreeMap<String, String> {
+    use std::io::Write as _;
+    let mut client = common::http::Client::connect(&site.server.http()).unwrap();
+    write!(client.stream.get_mut(), "POST {target} HTTP/1.1\r\n{head}\r\nabc").unwrap();
+    let text = client.response(false).unwrap().text();
+    let lines = text.lines().filter_map(|line| line.split_once('='));
+    lines.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+fn assert_variables(found: &BTreeMap<String, String>, expected: &[(&str, Option<&str>)]) {
+    for (name, value) in expected {
+        assert_eq!(found.get(*name).map(String::as_str), *value, "{name}: {found:?}");
+    }
+}
+
+/// The variables that front controllers, WordPress, Symfony and DokuWiki read.
+#[test]
+fn variables_that_applications_expect() {
+    let mut site = Site::php(&["--trust", "127.0.0.1"], &[]);
+    std::fs::create_dir(site.path("sub")).unwrap();
+    std::fs::copy(site.path("index.php"), site.path("sub/index.php")).unwrap();
+    let root = site.place.text("");
+    let root = root.trim_end_matches('/');
+    let head = "Host: www.example.org:8080\r\nAuthorization: Basic Ym9iOnNlY3JldA==\r\n\
+        Content-Type: text/x-test\r\nContent-Length: 3\r\n";
+    let script = format!("{root}/index.php");
+    let found = variables(&site, "/params?q=%20", head);
+    assert_variables(
+        &found,
+        &[
+            ("REQUEST_SCHEME", Some("http")),
+            ("HTTPS", None),
+            ("SERVER_NAME", Some("www.example.org")),
+            ("SERVER_PORT", Some("8080")),
+            ("SERVER_PROTOCOL", Some("HTTP/1.1")),
+            ("HTTP_HOST", Some("www.example.org:8080")),
+            ("DOCUMENT_ROOT", Some(root)),
+            ("DOCUMENT_URI", Some("/index.php")),
+            ("SCRIPT_FILENAME", Some(&script)),
+            ("SCRIPT_NAME", Some("/index.php")),
+            ("PHP_SELF", Some("/index.php")),
+            ("PATH_INFO", None),
+            ("REQUEST_URI", Some("/params?q=%20")),
+            ("QUERY_STRING", Some("q=%20")),
+            ("REQUEST_METHOD", Some("POST")),
+            ("CONTENT_TYPE", Some("text/x-test")),
+            ("CONTENT_LENGTH", Some("3")),
+            ("REMOTE_ADDR", Some("127.0.0.1")),
+            ("HTTP_AUTHORIZATION", Some("Basic Ym9iOnNlY3JldA==")),
+            ("PHP_AUTH_USER", Some("bob")),
+            ("PHP_AUTH_PW", Some("secret")),
+            ("REDIRECT_STATUS", Some("200")),
+            ("GATEWAY_INTERFACE", Some("CGI/1.1")),
+        ],
+    );
+    assert!(found["REMOTE_PORT"].parse::<u16>().is_ok_and(|port| port != 0), "{found:?}");
+
+    let (script, translated) = (format!("{root}/sub/index.php"), format!("{root}/params"));
+    assert_variables(
+        &variables(&site, "/sub/index.php/params", head),
+        &[
+            ("SCRIPT_FILENAME", Some(&script)),
+            ("SCRIPT_NAME", Some("/sub/index.php")),
+            ("PATH_INFO", Some("/params")),
+            ("PATH_TRANSLATED", Some(&translated)),
+            ("PHP_SELF", Some("/sub/index.php/params")),
+            ("DOCUMENT_URI", Some("/sub/index.php/params")),
+            ("REQUEST_URI", Some("/sub/index.php/params")),
+        ],
+    );
+
+    let proxied = "Host: www.example.org\r\nX-Forwarded-Proto: https\r\nX-Forwarded-For: 203.0.113.9\r\n\
+        Content-Length: 3\r\n";
+    assert_variables(
+        &variables(&site, "/params", proxied),
+        &[
+            ("HTTPS", Some("on")),
+            ("REQUEST_SCHEME", Some("https")),
+            ("SERVER_PORT", Some("443")),
+            ("REMOTE_ADDR", Some("203.0.113.9")),
+            ("CONTENT_TYPE", None),
+        ],
+    );
+    site.server.stop();
 }

@@ -48,7 +48,7 @@ pub(crate) fn examine(request: &ServeRequest, mistakes: Vec<String>) -> Findings
         }
     }
     findings.errors.extend(rlimits::check(config, executes).err());
-    findings.warnings.extend(config.contradictions(config.privileges.most_descriptors()));
+    findings.warnings.extend(config.contradictions(config.most_descriptors()));
     findings.errors.extend(descriptor_limit::check(config, executes).err());
     findings
 }

@@ -1,11 +1,21 @@
 //! Finds settings that are valid on their own but contradict each other.
 
 use super::Config;
+use crate::sys;
 
 /// Descriptors that a worker needs in addition to those for its connections.
 const OTHER_DESCRIPTORS: u64 = 64;
 
 impl Config {
+    /// Returns the descriptor limit of the processes that accept connections, if that is known. `--rlimit` does not apply
+    /// to gateways.
+    pub(crate) fn most_descriptors(&self) -> Option<u64> {
+        match self.gateway {
+            Some(_) => sys::hard_descriptor_limit(),
+            None => self.privileges.most_descriptors(),
+        }
+    }
+
     /// Returns a message for the operator for each contradiction. `descriptors` is the descriptor limit of a worker, if
     /// that is known.
     pub(crate) fn contradictions(&self, descriptors: Option<u64>) -> Vec<String> {

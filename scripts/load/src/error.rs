@@ -1,5 +1,6 @@
 //! Defines the errors that prevent a run. Failures of individual requests during a run are counted in `tally`.
 
+use std::path::{Path, PathBuf};
 use std::{fmt, io};
 
 use nix::errno::Errno;
@@ -19,6 +20,8 @@ pub(crate) enum Error {
     Publish(Fault),
     /// The CPU time or memory of a process in `--pids` cannot be read.
     Memory { pid: i32, source: io::Error },
+    /// The file in `--body-file` cannot be read.
+    BodyFile { path: PathBuf, source: io::Error },
     /// The body of the first response is longer than the limit for the body that is stored for comparison.
     LargeBody { limit: usize },
     /// A process in `--pids` does not exist.
@@ -33,6 +36,11 @@ impl Error {
     /// Returns an argument for `map_err` after a system call.
     pub(crate) fn system(call: &'static str) -> impl Fn(Errno) -> Self {
         move |source| Self::System { call, source }
+    }
+
+    /// Returns an argument for `map_err` after the file of `--body-file` has been read.
+    pub(crate) fn body_file(path: &Path) -> impl Fn(io::Error) -> Self {
+        move |source| Self::BodyFile { path: path.to_owned(), source }
     }
 }
 
@@ -54,10 +62,11 @@ impl fmt::Display for Error {
                 write!(f, "cannot publish, so there was no run: {}: {}", fault.kind.name(), fault.what)
             }
             Self::Memory { pid, source } => write!(f, "cannot read /proc/{pid}/smaps_rollup: {source}"),
+            Self::BodyFile { path, source } => write!(f, "--body-file: cannot read {}: {source}", path.display()),
             Self::LargeBody { limit } => {
                 write!(f, "the first body is over {limit} bytes: too large to compare (use --any-body)")
             }
-            Self::NoProcess(pid) => write!(f, "no process {pid} (given with --pids)"),
+            Self::NoProcess(pid) => write!(f, "no process {pid} (given with --pids or --part-pids)"),
             Self::System { call, source } => write!(f, "{call} failed: {}", source.desc()),
             Self::Output(source) => write!(f, "cannot write the result: {source}"),
         }
@@ -67,9 +76,10 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Resolve { source: Some(source), .. } | Self::Output(source) | Self::Memory { source, .. } => {
-                Some(source)
-            }
+            Self::Resolve { source: Some(source), .. }
+            | Self::Output(source)
+            | Self::BodyFile { source, .. }
+            | Self::Memory { source, .. } => Some(source),
             Self::System { source, .. } => Some(source),
             Self::Resolve { source: None, .. }
             | Self::Probe(_)

@@ -67,12 +67,14 @@ fn measure_events(options: &EventsOptions) -> Result<ExitCode, Error> {
 fn load(options: &Options) -> Result<ExitCode, Error> {
     socket::raise_descriptor_limit();
     let peer = options.connect.resolve()?;
-    let probe = probe::probe(&peer, options)?;
+    let sent =
+        options.body_file.as_ref().map(|file| std::fs::read(file).map_err(Error::body_file(file))).transpose()?;
+    let probe = probe::probe(&peer, options, sent.as_deref())?;
     if options.show {
         io::stdout().write_all(&probe).map_err(Error::Output)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let outcome = run::run(&peer, options, &probe)?;
+    let outcome = run::run(&peer, options, sent.as_deref(), &probe)?;
     let report = Report::new(options, &outcome);
     let text = if options.json { report.json()? } else { report.to_string() };
     print(&text, report.clean())

@@ -1,5 +1,6 @@
 //! Parses the command line, and checks everything that can be checked without the network.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
@@ -57,6 +58,10 @@ pub(crate) struct Options {
     #[arg(long, value_name = "URI", default_value = "/", value_parser = uri)]
     pub(crate) uri: String,
 
+    /// Send the contents of this file as the body of a POST, instead of a GET
+    #[arg(long, value_name = "FILE")]
+    pub(crate) body_file: Option<PathBuf>,
+
     /// Set a FastCGI parameter, or replace a default parameter; can be repeated
     #[arg(long = "param", value_name = "NAME=VALUE", value_parser = param)]
     pub(crate) params: Vec<(String, String)>,
@@ -76,6 +81,10 @@ pub(crate) struct Options {
     /// Report the CPU time of these processes and their descendants
     #[arg(long, value_name = "PID,...", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(1..))]
     pub(crate) pids: Vec<i32>,
+
+    /// Also report the CPU time of these processes and their descendants separately, for a part of the server
+    #[arg(long, value_name = "PID,...", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(1..))]
+    pub(crate) part_pids: Vec<i32>,
 
     /// Print the report as one line of JSON
     #[arg(long)]
@@ -151,13 +160,15 @@ mod tests {
     fn everything_set() {
         let options = parse(
             "--connect http:127.0.0.1:80 -c 32 --duration 2500ms --warmup 1s --fresh --uri /a?b=c --timeout 3s \
-             --expect-body-len 13 --pids 7,8 --json",
+             --expect-body-len 13 --body-file /a --pids 7,8 --part-pids 8 --json",
         )
         .unwrap();
         assert_eq!(options.clients, 32);
         assert_eq!(options.duration, Some(Duration::from_millis(2500)));
         assert_eq!(options.warmup, Duration::from_secs(1));
+        assert_eq!(options.body_file.as_deref(), Some("/a".as_ref()));
         assert_eq!(options.pids, [7, 8]);
+        assert_eq!(options.part_pids, [8]);
         assert_eq!(options.expect_body_len, Some(13));
     }
 

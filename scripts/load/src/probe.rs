@@ -14,15 +14,15 @@ use crate::tally::{Fault, Kind};
 use crate::target::{Peer, Protocol};
 
 /// Maximum length of the body that is stored for comparison.
-const LIMIT: usize = 64 << 20;
+const LIMIT: usize = 256 << 20;
 
 /// Sends one request on a new connection, and returns the body. A wrong response is an error.
-pub(crate) fn probe(peer: &Peer, options: &Options) -> Result<Vec<u8>, Error> {
+pub(crate) fn probe(peer: &Peer, options: &Options, sent: Option<&[u8]>) -> Result<Vec<u8>, Error> {
     let socket = connect(peer, options.timeout).map_err(Error::Probe)?;
     let expectation = Expectation { body: None, length: options.expect_body_len };
     let mut seen = Seen::default();
     let mut body = Vec::new();
-    let end = exchange(&socket, options.connect.protocol, &request(options, false), |part| {
+    let end = exchange(&socket, options.connect.protocol, &request(options, sent, false), |part| {
         seen.pass(part, &expectation);
         let room = LIMIT.saturating_sub(body.len());
         body.extend_from_slice(&part[..part.len().min(room)]);

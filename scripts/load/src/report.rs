@@ -36,6 +36,7 @@ pub(crate) struct Report {
     connections: u64,
     /// CPU time per successful request.
     server_cpu_us: Option<f64>,
+    part_cpu_us: Option<f64>,
     client_cpu_us: Option<f64>,
 }
 
@@ -71,6 +72,7 @@ impl Report {
             unserved_clients: outcome.unserved,
             connections: tally.connections,
             server_cpu_us: outcome.server_cpu.and_then(|time| each(time, tally.ok)),
+            part_cpu_us: outcome.part_cpu.and_then(|time| each(time, tally.ok)),
             client_cpu_us: each(outcome.own_cpu, tally.ok),
         }
     }
@@ -116,7 +118,11 @@ impl fmt::Display for Report {
             writeln!(f, "          {} clients never got an answer", self.unserved_clients)?;
         }
         let micros = |time: Option<f64>| time.map_or("unknown".into(), |time| format!("{time:.1} µs/request"));
-        write!(f, "cpu       server {}, client {}", micros(self.server_cpu_us), micros(self.client_cpu_us))
+        write!(f, "cpu       server {}, ", micros(self.server_cpu_us))?;
+        if self.part_cpu_us.is_some() {
+            write!(f, "its part {}, ", micros(self.part_cpu_us))?;
+        }
+        write!(f, "client {}", micros(self.client_cpu_us))
     }
 }
 
@@ -153,6 +159,7 @@ mod tests {
             unserved: 2,
             warmup_errors: 0,
             server_cpu: Some(Duration::from_micros(40)),
+            part_cpu: Some(Duration::from_micros(20)),
             own_cpu: Duration::from_micros(8),
         }
     }
@@ -163,6 +170,7 @@ mod tests {
         let report = Report::new(&options, &outcome());
         assert_eq!((report.requests, report.ok, report.errors, report.rate), (5, 4, 1, 2.0));
         assert_eq!((report.server_cpu_us, report.client_cpu_us), (Some(10.0), Some(2.0)));
+        assert_eq!(report.part_cpu_us, Some(5.0));
         assert!(!report.clean());
         let text = report.to_string();
         assert!(text.contains("cut 1 (first: reset)") && text.contains("starved   1 of 3"), "{text}");

@@ -25,32 +25,44 @@ const BROWSER: [(&str, &str); 4] = [
     ("Upgrade-Insecure-Requests", "1"),
 ];
 
-/// Returns the request that `options` describe. With `keep`, the request asks the server to keep the connection open.
-pub(crate) fn request(options: &Options, keep: bool) -> Vec<u8> {
+/// The type of the body of a POST, which PHP does not parse.
+const BODY_TYPE: &str = "application/octet-stream";
+
+/// Returns the request that `options` describe, a POST if there is a body. With `keep`, the request asks the server to keep the
+/// connection open.
+pub(crate) fn request(options: &Options, body: Option<&[u8]>, keep: bool) -> Vec<u8> {
     match options.connect.protocol {
-        Protocol::Fastcgi => fastcgi(&params(&options.uri, &options.params), keep),
-        Protocol::Http => http(&options.connect, &options.uri, keep),
+        Protocol::Fastcgi => fastcgi(&params(&options.uri, body, &options.params), body.unwrap_or_default(), keep),
+        Protocol::Http => http(&options.connect, &options.uri, body, keep),
     }
 }
 
-fn http(target: &Target, uri: &str, keep: bool) -> Vec<u8> {
-    let mut text = format!("GET {uri} HTTP/1.1\r\nHost: {}\r\n", target.host());
+fn method(body: Option<&[u8]>) -> &'static str {
+    if body.is_some() { "POST" } else { "GET" }
+}
+
+fn http(target: &Target, uri: &str, body: Option<&[u8]>, keep: bool) -> Vec<u8> {
+    let mut text = format!("{} {uri} HTTP/1.1\r\nHost: {}\r\n", method(body), target.host());
     for (name, value) in BROWSER {
         text.push_str(&format!("{name}: {value}\r\n"));
     }
+    if let Some(body) = body {
+        text.push_str(&format!("Content-Type: {BODY_TYPE}\r\nContent-Length: {}\r\n", body.len()));
+    }
     text.push_str(if keep { "\r\n" } else { "Connection: close\r\n\r\n" });
-    text.into_bytes()
+    [text.as_bytes(), body.unwrap_or_default()].concat()
 }
 
 /// Returns the parameters that nginx sends with its stock `fastcgi_params`, with `overrides` applied.
-fn params(uri: &str, overrides: &[(String, String)]) -> Vec<(String, String)> {
+fn params(uri: &str, body: Option<&[u8]>, overrides: &[(String, String)]) -> Vec<(String, String)> {
+    let length = body.map(|body| body.len().to_string()).unwrap_or_default();
     let (path, query) = uri.split_once('?').unwrap_or((uri, ""));
     let script = format!("/srv/www{path}");
     let mut params: Vec<(String, String)> = [
         ("QUERY_STRING", query),
-        ("REQUEST_METHOD", "GET"),
-        ("CONTENT_TYPE", ""),
-        ("CONTENT_LENGTH", ""),
+        ("REQUEST_METHOD", method(body)),
+        ("CONTENT_TYPE", if body.is_some() { BODY_TYPE } else { "" }),
+        ("CONTENT_LENGTH", &length),
         ("SCRIPT_NAME", path),
         ("REQUEST_URI", uri),
         ("DOCUMENT_URI", path),
@@ -82,7 +94,7 @@ fn params(uri: &str, overrides: &[(String, String)]) -> Vec<(String, String)> {
     params
 }
 
-fn fastcgi(params: &[(String, String)], keep: bool) -> Vec<u8> {
+fn fastcgi(params: &[(String, String)], body: &[u8], keep: bool) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in params {
         push_length(&mut block, name.len());
@@ -97,6 +109,9 @@ fn fastcgi(params: &[(String, String)], keep: bool) -> Vec<u8> {
         push_record(&mut out, wire::PARAMS, piece);
     }
     push_record(&mut out, wire::PARAMS, &[]);
+    for piece in body.chunks(usize::from(u16::MAX)) {
+        push_record(&mut out, wire::STDIN, piece);
+    }
     push_record(&mut out, wire::STDIN, &[]);
     out
 }
@@ -163,8 +178,8 @@ mod tests {
     #[test]
     fn a_fastcgi_request_can_be_parsed_back() {
         let long = "v".repeat(200);
-        let sent = params("/a/b?c=d", &[("LONG".into(), long), ("SCRIPT_FILENAME".into(), "/x.php".into())]);
-        let found = records(&fastcgi(&sent, true));
+        let sent = params("/a/b?c=d", None, &[("LONG".into(), long), ("SCRIPT_FILENAME".into(), "/x.php".into())]);
+        let found = records(&fastcgi(&sent, b"", true));
         let kinds: Vec<u8> = found.iter().map(|(kind, _)| *kind).collect();
         assert_eq!(kinds, [wire::BEGIN_REQUEST, wire::PARAMS, wire::PARAMS, wire::STDIN]);
         assert_eq!(found[0].1, [0, 1, 1, 0, 0, 0, 0, 0]);
@@ -178,8 +193,8 @@ mod tests {
 
     #[test]
     fn params_longer_than_a_record_are_split() {
-        let sent = params("/", &[("LONG".into(), "v".repeat(100_000))]);
-        let found = records(&fastcgi(&sent, false));
+        let sent = params("/", None, &[("LONG".into(), "v".repeat(100_000))]);
+        let found = records(&fastcgi(&sent, b"", false));
         assert_eq!(found[0].1[2], 0);
         assert_eq!(found.iter().filter(|(kind, _)| *kind == wire::PARAMS).count(), 3);
         let block: Vec<u8> =
@@ -191,7 +206,7 @@ mod tests {
     fn an_http_request_can_be_parsed_back() {
         let target: Target = "http:127.0.0.1:8080".parse().unwrap();
         for keep in [true, false] {
-            let bytes = http(&target, "/a?b", keep);
+            let bytes = http(&target, "/a?b", None, keep);
             let mut headers = [httparse::EMPTY_HEADER; 16];
             let mut parsed = httparse::Request::new(&mut headers);
             assert_eq!(parsed.parse(&bytes).unwrap(), httparse::Status::Complete(bytes.len()));
@@ -201,5 +216,25 @@ mod tests {
             assert_eq!(value("Host"), Some(b"127.0.0.1:8080".as_slice()));
             assert_eq!(value("Connection").is_none(), keep);
         }
+    }
+
+    #[test]
+    fn a_body_is_sent_whole() {
+        let body = vec![b'b'; 100_000];
+        let sent = params("/", Some(&body), &[]);
+        assert!(sent.contains(&("REQUEST_METHOD".into(), "POST".into())));
+        assert!(sent.contains(&("CONTENT_LENGTH".into(), "100000".into())));
+        let found = records(&fastcgi(&sent, &body, true));
+        let stdin: Vec<Vec<u8>> =
+            found.into_iter().filter(|(kind, _)| *kind == wire::STDIN).map(|(_, part)| part).collect();
+        assert_eq!(stdin.len(), 3);
+        assert_eq!(stdin.concat(), body);
+
+        let target: Target = "http:127.0.0.1:8080".parse().unwrap();
+        let bytes = http(&target, "/", Some(&body), true);
+        let text = String::from_utf8(bytes).unwrap();
+        let (head, rest) = text.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("POST / HTTP/1.1\r\n") && head.ends_with("\r\nContent-Length: 100000"), "{head}");
+        assert_eq!(rest.as_bytes(), body);
     }
 }

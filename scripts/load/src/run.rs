@@ -47,6 +47,8 @@ pub(crate) struct Outcome {
     /// CPU time of the server. `None` if no processes were given, if one of these processes has exited, or if the time is too
     /// short to be significant.
     pub(crate) server_cpu: Option<Duration>,
+    /// CPU time of the part of the server that was given, if any. `None` as above.
+    pub(crate) part_cpu: Option<Duration>,
     pub(crate) own_cpu: Duration,
 }
 
@@ -89,12 +91,15 @@ struct Run<'a> {
 struct Start {
     at: Instant,
     server_cpu: Option<Duration>,
+    part_cpu: Option<Duration>,
     own_cpu: Duration,
 }
 
 /// Runs the load that `options` describe. Every body must be equal to `body`, unless `options` allow any body.
-pub(crate) fn run(peer: &Peer, options: &Options, body: &[u8]) -> Result<Outcome, Error> {
-    let mut run = Run::new(peer, options, body)?;
+/// `sent` is the body of the requests.
+pub(crate) fn run(peer: &Peer, options: &Options, sent: Option<&[u8]>, body: &[u8]) -> Result<Outcome, Error> {
+    let request = request(options, sent, !options.fresh);
+    let mut run = Run::new(peer, options, request, body)?;
     let mut start = Start::now(options)?;
     let mut warmup_errors = 0;
     for index in 0..run.clients.len() {
@@ -118,10 +123,8 @@ pub(crate) fn run(peer: &Peer, options: &Options, body: &[u8]) -> Result<Outcome
         starved: waiting.iter().filter(|waited| **waited > STARVED).count() as u64,
         unserved: run.clients.iter().filter(|client| client.began.is_some() && !client.served).count() as u64,
         warmup_errors,
-        server_cpu: start.server_cpu.and_then(|before| {
-            let spent = cpu::of_trees(&options.pids).ok()?.checked_sub(before)?;
-            (spent >= cpu::MEASURABLE).then_some(spent)
-        }),
+        server_cpu: spent(start.server_cpu, &options.pids),
+        part_cpu: spent(start.part_cpu, &options.part_pids),
         own_cpu: cpu::own()?.saturating_sub(start.own_cpu),
         tally: run.tally,
     })
@@ -129,9 +132,16 @@ pub(crate) fn run(peer: &Peer, options: &Options, body: &[u8]) -> Result<Outcome
 
 impl Start {
     fn now(options: &Options) -> Result<Self, Error> {
-        let server_cpu = if options.pids.is_empty() { None } else { Some(cpu::of_trees(&options.pids)?) };
-        Ok(Self { at: Instant::now(), server_cpu, own_cpu: cpu::own()? })
+        let measured = |pids: &[i32]| if pids.is_empty() { Ok(None) } else { cpu::of_trees(pids).map(Some) };
+        let (server_cpu, part_cpu) = (measured(&options.pids)?, measured(&options.part_pids)?);
+        Ok(Self { at: Instant::now(), server_cpu, part_cpu, own_cpu: cpu::own()? })
     }
+}
+
+/// Returns the CPU time that these processes have used since the start, if it is significant.
+fn spent(before: Option<Duration>, pids: &[i32]) -> Option<Duration> {
+    let spent = cpu::of_trees(pids).ok()?.checked_sub(before?)?;
+    (spent >= cpu::MEASURABLE).then_some(spent)
 }
 
 impl Client {
@@ -158,12 +168,12 @@ impl Client {
 }
 
 impl<'a> Run<'a> {
-    fn new(peer: &'a Peer, options: &Options, body: &'a [u8]) -> Result<Self, Error> {
+    fn new(peer: &'a Peer, options: &Options, request: Vec<u8>, body: &'a [u8]) -> Result<Self, Error> {
         let new_client = |_| Client::new(Response::new(options.connect.protocol));
         Ok(Self {
             peer,
             expectation: Expectation { body: (!options.any_body).then_some(body), length: options.expect_body_len },
-            request: request(options, !options.fresh),
+            request,
             keep: !options.fresh,
             timeout: options.timeout,
             budget: options.requests.unwrap_or(u64::MAX),
