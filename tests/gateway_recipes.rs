@@ -151,7 +151,7 @@ fn dokuwiki() {
     let place = |path: &str| wiki.join(path).canonicalize().unwrap().to_string_lossy().into_owned();
     let (root, library) = (place("www"), place("var/lib/dokuwiki/lib"));
     let files = [format!("/={root}"), format!("/lib/tpl={library}/tpl"), format!("/lib/plugins={library}/plugins")];
-    let mut options = vec!["--workers", "2", "--app-concurrency", "2", "--root", &root, "--index", "doku.php"];
+    let mut options = vec!["--workers", "2", "--root", &root, "--index", "doku.php"];
     files.iter().for_each(|files| options.extend(["--static", files]));
     let mut server = Server::start_command(&mut Recipe::new(&[]).command(&options, &["php-cgi"]));
 
