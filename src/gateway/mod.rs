@@ -33,6 +33,7 @@ mod files;
 mod http;
 mod kept_connections;
 mod queue;
+pub(crate) mod ready_request;
 mod scgi;
 mod scripts;
 pub(crate) mod spool;

@@ -57,6 +57,7 @@ pub(crate) use self::control::Control;
 pub(crate) use self::earlier_children::EarlierChildren;
 use self::guard::Guard;
 use self::memory_damage::Damage;
+use self::operator::ReportedDeath;
 use self::pool::Pool;
 pub(crate) use self::pool::spawn::Launch;
 use self::pool::spawn::{self, Child, Spawner};
@@ -146,6 +147,7 @@ struct Master {
     was_ready: bool,
     /// Set when the last process of one of two pools has ended. True if the operator asked the server to stop.
     emptied_first: Option<(Which, bool)>,
+    reported_death: ReportedDeath,
     /// Set when the last worker has ended. True if the operator asked the server to stop.
     emptied: Option<bool>,
     /// Set when the last process has ended. True if the operator asked the server to stop.
@@ -226,6 +228,7 @@ pub(crate) fn run(
         gave_up: false,
         was_ready: false,
         emptied_first: None,
+        reported_death: ReportedDeath::default(),
         emptied: None,
         ended: None,
     };

@@ -95,6 +95,9 @@ pub(crate) struct SavedStray {
     pub(crate) asked: bool,
     /// Whether SIGTERM terminated the process's wrapper and was not sent to the process itself.
     pub(crate) unasked: bool,
+    /// The signal that asks the process to exit; SIGTERM if it is missing.
+    #[serde(default)]
+    pub(crate) stop_signal: Option<i32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,6 +140,12 @@ pub(crate) struct SavedChild {
     #[serde(default)]
     pub(crate) hung: bool,
     pub(crate) link: SavedLink,
+    /// The signal that asks the process to exit; SIGTERM if it is missing.
+    #[serde(default)]
+    pub(crate) stop_signal: Option<i32>,
+    /// The descriptor on which the process declares that it is ready.
+    #[serde(default)]
+    pub(crate) declaration: Option<RawFd>,
     pub(crate) output: Option<SavedOutput>,
     /// The descriptor on which the process receives the reopened log files.
     #[serde(default)]
@@ -316,7 +325,9 @@ impl Saved {
                 SavedLink::App { probe, .. } => probe,
                 SavedLink::Program(_) => None,
             };
-            [report, child.output.as_ref().map(|output| output.fd), child.files].into_iter().flatten()
+            [report, child.output.as_ref().map(|output| output.fd), child.files, child.declaration]
+                .into_iter()
+                .flatten()
         };
         let mut all = self.foundation();
         all.extend([self.lifeline.0, self.lifeline.1]);
@@ -431,6 +442,8 @@ mod tests {
                 age_ms: 1,
                 asked_to_leave: true,
                 hung: true,
+                stop_signal: Some(10),
+                declaration: Some(44),
                 link: SavedLink::Worker {
                     report: 9,
                     open: true,
@@ -458,7 +471,7 @@ mod tests {
             relay: Some(80),
             guard: Some(SavedGuard { pid: 81, link: 20 }),
             earlier: vec![process],
-            strays: vec![SavedStray { process, left_ms: 1000, asked: true, unasked: false }],
+            strays: vec![SavedStray { process, left_ms: 1000, asked: true, unasked: false, stop_signal: None }],
             apps: None,
         }
     }

@@ -10,18 +10,22 @@ use std::time::Instant;
 
 use forkyard_shm::Segment;
 use nix::fcntl::OFlag;
+use nix::sys::signal::Signal;
 use nix::unistd::{Pid, pipe2, setpgid};
 
 use super::apps::{AppState, Probe};
 use super::http_apps::expect_same_address;
 use super::programs::ProgramState;
+use super::ready_check::ReadyRequest;
+use super::ready_descriptor::{self, Declaration};
 use super::supervisor::Uptime;
 use crate::app::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::config::gateway::{Backend, GatewayConfig};
+use crate::config::programs::ReadyBy;
 use crate::config::{Config, Program};
 use crate::inherited_by_workers::{Heritage, Report, WorkerMain};
 use crate::logging::files::LogFiles;
-use crate::master::output::Output;
+use crate::master::output::{LastLines, Output};
 use crate::master::signals::SignalInbox;
 use crate::master::{procfs, sd_notify};
 use crate::net::app_channel::AppChannel;
@@ -72,6 +76,17 @@ pub(crate) struct SpawnSettings {
     pub(crate) events: Option<PathBuf>,
 }
 
+impl SpawnSettings {
+    /// Returns the signal that asks a process to exit.
+    pub(super) fn stop_signal(&self) -> Signal {
+        self.config.program.as_ref().map_or(Signal::SIGTERM, |program| program.stop_signal.0)
+    }
+
+    fn ready_by(&self) -> ReadyBy {
+        self.config.program.as_ref().map(|program| program.ready_by).unwrap_or_default()
+    }
+}
+
 /// The settings and resources for starting processes.
 pub(crate) struct Spawner {
     /// The settings of the master itself: the latest configuration read.
@@ -113,8 +128,21 @@ pub(crate) struct Child {
     /// The log files of the child. `None` if a former master started the child, which is then assumed to have the
     /// current files.
     pub(crate) log_files: Option<Arc<LogFiles>>,
-    /// The last line of the child's output, once the output has ended.
-    pub(crate) last_line: String,
+    /// The last lines of the child's output, once the output has ended.
+    pub(crate) last_lines: LastLines,
+    /// The signal that asks the child to exit.
+    pub(crate) stop_signal: Signal,
+    /// Where the child declares that it is ready (`--ready-by descriptor`).
+    pub(crate) declaration: Option<Declaration>,
+}
+
+/// How a process is made to exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::master) enum EndBy {
+    /// It is asked to finish its work: by SIGTERM, or by `--stop-signal`.
+    StopSignal,
+    /// It is killed, with its process group.
+    Kill,
 }
 
 /// The channel from a child to the master.
@@ -255,6 +283,7 @@ impl Spawner {
         // O_NONBLOCK is set for each end separately, and the process's end must block.
         let write = blocking(write)?;
         let settings = self.settings(generation);
+        let mut declaration = None;
         let (pid, link, files) = match &self.launch {
             Launch::Worker(main, hooks) => {
                 hooks.of_master.before_fork(WorkerId { slot, generation })?;
@@ -263,16 +292,21 @@ impl Spawner {
             Launch::Program(first) => {
                 let program = settings.program.as_ref().unwrap_or(first);
                 let socket = self.listeners[0].duplicate()?;
-                let pid = self.start_program(program, settings, slot, generation, socket, (write, read.as_fd()))?;
+                let ready = (settings.ready_by() == ReadyBy::Descriptor).then(Declaration::expect).transpose()?;
+                let (expected, ready) = ready.unzip();
+                declaration = expected;
+                let output = (write, read.as_fd());
+                let pid = self.start_program(program, settings, (slot, generation), socket, ready, output)?;
                 (pid, Link::Program(ProgramState::default()), None)
             }
             Launch::App(first, channel) => {
                 let program = settings.program.as_ref().unwrap_or(first);
+                let request = ReadyRequest::of(&settings.config).map_err(io::Error::other)?;
                 let (listen, probe) = channel.prepare(slot)?;
                 let output = (write, read.as_fd());
                 let pid = match (settings.config.backend(), listen) {
                     (Backend::Fastcgi, ListenOn::Socket(socket)) => {
-                        self.start_program(program, settings, slot, generation, socket, output)?
+                        self.start_program(program, settings, (slot, generation), socket, None, output)?
                     }
                     (Backend::Cgi, ListenOn::Socket(socket)) => {
                         self.start_cgi_runner(program, settings, (slot, generation), signals, socket, output.0)?
@@ -281,13 +315,14 @@ impl Spawner {
                         self.start_http_app(program, settings, slot, generation, listen, output)?
                     }
                 };
-                let state = AppState::new(Some(Probe::new(probe)), settings.config.scaling.max_requests);
+                let state = AppState::new(Some(Probe::new(probe)), request, settings.config.scaling.max_requests);
                 (pid, Link::App(state), None)
             }
         };
         let output = Some(Output::new(slot, read));
         let log_files = Some(Arc::clone(&settings.log_files));
-        Ok((pid, Child { output, files, log_files, ..Child::new(slot, generation, link) }))
+        let stop_signal = settings.stop_signal();
+        Ok((pid, Child { output, files, log_files, stop_signal, declaration, ..Child::new(slot, generation, link) }))
     }
 
     fn fork_worker(
@@ -349,17 +384,22 @@ impl Spawner {
         &self,
         program: &Program,
         settings: &SpawnSettings,
-        slot: u32,
-        generation: u64,
+        (slot, generation): (u32, u64),
         socket: OwnedFd,
+        ready: Option<OwnedFd>,
         (write, read): (OwnedFd, BorrowedFd<'_>),
     ) -> io::Result<Pid> {
         let segment = to_pass(&self.segment)?;
         let mut command = self.command(program, settings, (slot, generation), &segment, write)?;
         command.args(&program.arguments).stdin(Stdio::from(socket));
+        let mut pass = vec![segment.as_raw_fd()];
+        if let Some(ready) = &ready {
+            command.env(ready_descriptor::VARIABLE, ready.as_raw_fd().to_string());
+            pass.push(ready.as_raw_fd());
+        }
         let steps = settings.privileges.steps(slot).map_err(io::Error::other)?;
         let prepare = move || privileges::carry_out_before_exec(&steps);
-        let child = sys::spawn(&mut command, &[segment.as_raw_fd()], prepare)
+        let child = sys::spawn(&mut command, &pass, prepare)
             .map_err(|error| explain(&error, read, &settings.privileges, program))?;
         Ok(Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?))
     }
@@ -378,6 +418,7 @@ impl Spawner {
         command
             .env("FORKYARD_SLOT", slot.to_string())
             .env("FORKYARD_GENERATION", generation.to_string())
+            .env_remove(ready_descriptor::VARIABLE)
             .env("FORKYARD_SHM", segment.as_raw_fd().to_string())
             .envs(settings.events.iter().map(|socket| (publish_socket::VARIABLE, socket)))
             .stdout(Stdio::from(write.try_clone()?))
@@ -443,7 +484,16 @@ impl Child {
             output: None,
             files: None,
             log_files: None,
-            last_line: String::new(),
+            last_lines: LastLines::default(),
+            stop_signal: Signal::SIGTERM,
+            declaration: None,
+        }
+    }
+
+    pub(in crate::master) fn signal_for(&self, by: EndBy) -> Signal {
+        match by {
+            EndBy::StopSignal => self.stop_signal,
+            EndBy::Kill => Signal::SIGKILL,
         }
     }
 
@@ -481,7 +531,7 @@ impl Child {
     /// Logs up to `most` bytes of the child's output.
     pub(crate) fn log_output(&mut self, pid: Pid, most: usize, now: Uptime) {
         if let Some(output) = self.output.take_if(|output| !output.read(pid, most, now)) {
-            self.last_line = output.last_line(); // all of it is in the log
+            self.last_lines = output.last_lines(); // all of it is in the log
         } else if let Some(output) = &mut self.output {
             output.tick(now);
         }
@@ -532,7 +582,7 @@ impl Child {
         match self.link {
             Link::Worker { last_words, trace, .. } => (last_words, trace),
             Link::Program(program) if !program.trouble.is_empty() => (program.trouble.to_owned(), String::new()),
-            Link::Program(_) | Link::App(_) => (self.last_line, String::new()),
+            Link::Program(_) | Link::App(_) => (self.last_lines.last(), String::new()),
         }
     }
 }
