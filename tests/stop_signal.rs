@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use common::gateway::{self, scaled};
 use common::limit::InTime as _;
 use common::{Server, StopOnDrop, program, run, wait_until};
+use nix::sys::signal::Signal;
 
 /// It serves each connection in a thread, finishes its requests on SIGUSR1, and dies at once on SIGTERM.
 const PROGRAM: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/programs/ready.py");
@@ -101,14 +102,18 @@ fn the_end_by_the_stop_signal_is_normal_and_a_process_that_ignores_it_is_killed(
         for mode in [&["--direct"][..], &[]] {
             let directory = tempfile::tempdir().unwrap();
             let bind = format!("fastcgi:unix:{}", directory.path().join("app.sock").display());
+            let control = directory.path().join("control").to_string_lossy().into_owned();
             let mut command = std::process::Command::new(program("forkyard"));
-            command.args(["run", "--bind", &bind, "--workers", "1", "--stop-signal", signal, "--drain-timeout", "1s"]);
-            let mut server = Server::start_command(command.args(mode).arg("--").arg(program("faulty")));
-            server.stop();
-            let log = server.log();
-            let end =
-                log.lines().find(|line| line.contains(" exited ") && line.contains("signal=")).unwrap_or_default();
-            assert!(end.contains(if is_killed { "signal=KILL" } else { "signal=INT" }), "{signal} {mode:?}: {log}");
+            command.args(["run", "--bind", &bind, "--workers", "1", "--control", &control, "--settle", "0"]);
+            command.args(["--stop-signal", signal, "--drain-timeout", "1s"]).args(mode);
+            let mut server = Server::start_command(command.arg("--").arg(program("faulty")));
+            server.signal(Signal::SIGHUP);
+            server.wait_for("reload done");
+            let what = if mode.is_empty() { "] app process exited" } else { "] worker exited" };
+            let end = server.wait_for(what);
+            assert!(end.contains(if is_killed { "signal=KILL" } else { "signal=INT" }), "{signal} {mode:?}: {end}");
+            server.signal(Signal::SIGINT);
+            assert_eq!(server.wait_end(), Some(0));
         }
     }
 }
