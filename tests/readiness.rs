@@ -149,6 +149,40 @@ fn an_app_process_is_ready_when_it_answers_the_path() {
 }
 
 #[test]
+fn the_path_is_requested_from_a_server_on_a_port_too() {
+    let place = Place::new();
+    let directory = place.text("");
+    let options = ["--backend", "http", "--ready-path", "/up", "--workers", "1"];
+    let server = ["python3", "-m", "http.server", "--bind", "127.0.0.1", "--directory", &directory, "{port}"];
+    let mut server = Server::launch(&mut place.run(&options, &server));
+    server.wait_for("code 404");
+    assert!(!server.log().contains("ready in "), "{}", server.log());
+    set(&place.path(""), "up", "");
+    server.wait_for("ready in ");
+    server.stop();
+}
+
+#[test]
+fn an_app_process_that_starts_during_an_upgrade_must_still_answer_the_path() {
+    let place = Place::new();
+    let directory = place.text("");
+    set(&place.path(""), "status", "503");
+    let options = ["--backend", "http", "--ready-path", "/ready", "--workers", "1", "--settle", "0"];
+    let mut command = place.run(&options, &["python3", PROGRAM, "http", &directory]);
+    let mut server = Server::launch(&mut command);
+    let asked = || std::fs::read(place.path("asked")).unwrap_or_default().len();
+    wait_until("the path is requested", || (asked() > 0).then_some(()));
+    server.signal(nix::sys::signal::Signal::SIGUSR2);
+    server.wait_for("upgraded version=");
+    let before = asked();
+    wait_until("the path is requested by the new build", || (asked() >= before + 3).then_some(()));
+    assert!(!server.log().contains("ready in "), "{}", server.log());
+    set(&place.path(""), "status", "200");
+    server.wait_for("ready in ");
+    server.stop();
+}
+
+#[test]
 fn a_reload_reports_the_last_answer_of_a_process_that_is_not_ready() {
     for protocol in ["http", "scgi", "fastcgi"] {
         let mut site = behind_gateways(&["--ready-path", "/ready", "--start-timeout", "3s"], protocol);
@@ -215,6 +249,24 @@ fn the_old_programs_serve_until_a_slow_program_declares_itself_ready() {
     assert!(output.status.success(), "{output:?}");
     assert_eq!(direct.place.ask("/pid", b"").unwrap().protocol_status, 0);
     direct.server.stop();
+}
+
+#[test]
+fn a_program_that_starts_during_an_upgrade_can_still_declare_itself_ready() {
+    let place = run::Place::new();
+    let directory = place.path("");
+    set(&directory, "scene", "slow");
+    let command = ["python3", PROGRAM, "fastcgi", &*directory.to_string_lossy()];
+    let mut server = Server::launch(&mut place.run(&["--ready-by", "descriptor", "--settle", "0"], &command));
+    wait_until("the program is importing", || place.path("importing").exists().then_some(()));
+    server.signal(nix::sys::signal::Signal::SIGUSR2);
+    server.wait_for("upgraded version=");
+    assert!(!server.log().contains("ready in "), "{}", server.log());
+    set(&directory, "go", "");
+    server.wait_for("ready in ");
+    assert_eq!(place.ask("/pid", b"").unwrap().protocol_status, 0);
+    server.stop();
+    assert!(!server.log().contains("died"), "{}", server.log());
 }
 
 /// A program that can be observed needs no declaration.

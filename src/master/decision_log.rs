@@ -100,22 +100,24 @@ impl Master {
             Notice::ReloadStarted { generation } => log::info!("gen" = generation, pool; "{RELOAD_STARTED}"),
             Notice::ReloadDone { generation } => log::info!("gen" = generation, pool; "{RELOAD_DONE}"),
             Notice::ReloadFailed { generation, slot, pid, failure } => {
-                let DeathRecord { pid: of, last_words, last_lines, .. } = &self.pool_of(which).death_record;
-                let said = if last_lines.last().is_some_and(|line| line.starts_with(last_words)) {
-                    last_lines.join(" | ")
-                } else {
-                    last_words.clone()
-                };
-                let said = Some(said).filter(|said| *of == pid && !said.is_empty());
-                let what = match failure {
-                    RollFailure::NeverReady => "did not become ready",
-                    RollFailure::DiedSoon => DIED_SOON,
-                };
-                log::error!(
-                    "gen" = generation, slot, pid = pid.map(Pid::as_raw), said, hint = self.hint_of(which, pid);
-                    "reload failed: a new {noun} {what}; the old workers stay"
-                );
+                self.log_failed_reload(which, (generation, slot, pid), failure);
             }
         }
+    }
+
+    fn log_failed_reload(&self, which: Which, (generation, slot, pid): (u64, u32, Option<Pid>), failure: RollFailure) {
+        let (noun, record) = (self.pool_of(which).noun, &self.pool_of(which).death_record);
+        let DeathRecord { pid: of, last_words, last_lines, .. } = record;
+        let is_last_line = last_lines.last().is_some_and(|line| line.starts_with(last_words));
+        let said = if is_last_line { last_lines.join(" | ") } else { last_words.clone() };
+        let said = Some(said).filter(|said| *of == pid && !said.is_empty());
+        let what = match failure {
+            RollFailure::NeverReady => "did not become ready",
+            RollFailure::DiedSoon => DIED_SOON,
+        };
+        log::error!(
+            "gen" = generation, slot, pid = pid.map(Pid::as_raw), said, hint = self.hint_of(which, pid);
+            "reload failed: a new {noun} {what}; the old workers stay"
+        );
     }
 }

@@ -163,12 +163,14 @@ impl Master {
         let record = &self.pool_of(which).death_record;
         let (text, kind) = (record.line.clone(), record.kind.clone());
         self.reply_to_waiting(Waiting::Stop, &ControlReply::Progress { text: text.clone() });
-        if !kind.is_empty() && kind == self.reported_death.kind {
-            self.reported_death.omitted += 1; // the same again
-            return;
+        if !self.waiting().iter().any(|(_, waiting)| matches!(waiting, Waiting::Reload | Waiting::Scale(_))) {
+            self.reported_death = ReportedDeath::default();
+        } else if !kind.is_empty() && kind == self.reported_death.kind {
+            self.reported_death.omitted += 1;
+        } else {
+            self.reply_to_movers(&text);
+            self.reported_death = ReportedDeath { kind, omitted: 0 };
         }
-        self.reply_to_movers(&text);
-        self.reported_death = ReportedDeath { kind, omitted: 0 };
     }
 
     /// Reports a notice of the supervisor to the clients that wait for it.

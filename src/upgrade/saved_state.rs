@@ -403,8 +403,7 @@ mod tests {
     use crate::upgrade::saved_processes::{SavedSlot, SavedSlotState};
 
     fn state() -> Saved {
-        let process = SavedProcess { pid: 82, started: u64::MAX };
-        let phase = SavedSlotState::Draining { left_ms: 5 };
+        let (process, phase) = (SavedProcess { pid: 82, started: u64::MAX }, SavedSlotState::Draining { left_ms: 5 });
         let slot = SavedSlot { slot: 3, generation: 2, pid: 77, phase, worn: true, replaced: false };
         let output = |fd| SavedOutput { slot: 3, pid: 77, fd, partial: vec![b'x'] };
         let refusal = SavedRefusal { request: "GET /a".to_owned(), refused: true, left_ms: 1, time_ms: 2, times: 3 };
@@ -443,7 +442,7 @@ mod tests {
                 asked_to_leave: true,
                 hung: true,
                 stop_signal: Some(10),
-                declaration: Some(44),
+                declaration: Some(21),
                 link: SavedLink::Worker {
                     report: 9,
                     open: true,
@@ -489,7 +488,7 @@ mod tests {
         assert_eq!(Saved::read(written).unwrap(), Some(state()));
         let mut descriptors = state().descriptors();
         descriptors.sort_unstable();
-        assert_eq!(descriptors, (5..=20).collect::<Vec<_>>());
+        assert_eq!(descriptors, (5..=21).collect::<Vec<_>>());
     }
 
     #[test]

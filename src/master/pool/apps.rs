@@ -23,9 +23,10 @@ use std::sync::Arc;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+use super::child::{Child, EndBy, Link};
 use super::death_log;
 use super::ready_check::{ReadyCheck, ReadyRequest};
-use super::spawn::{Child, EndBy, Launch, Link};
+use super::spawn::Launch;
 use super::supervisor::{Demand, SupervisorEvent, Uptime};
 use super::{EndOfLife, Pool};
 use crate::config::gateway::Backend;
@@ -103,7 +104,7 @@ pub(super) enum Probe {
     /// The process listens on its own, and is ready when a connection is possible.
     Awaited,
     /// The process accepts connections, and is ready when it has answered a request.
-    Request(ReadyCheck),
+    Request(Box<ReadyCheck>),
 }
 
 impl Probe {
@@ -206,6 +207,12 @@ impl Child {
         }
     }
 
+    /// Whether gateways have sent requests to the process.
+    pub(super) fn has_served(&self, channel: &AppChannel) -> bool {
+        let Link::App(app) = &self.link else { return false };
+        app.served_before + channel.process(self.slot).map_or(0, |process| process.begun) > 0
+    }
+
     /// Returns how the process has answered the request of `--ready-path`, if it is not ready because of it.
     pub(super) fn answer_to_ready_check(&self) -> Option<String> {
         match &self.link {
@@ -247,7 +254,7 @@ impl Pool {
             let Link::App(app) = &mut child.link else { continue };
             let is_passed = app.probe.as_mut().is_some_and(|probe| probe.is_passed(&channel, child.slot, now));
             if is_passed && let Some(request) = app.request_of_probe.take() {
-                app.probe = Some(Probe::Request(ReadyCheck::new(request)));
+                app.probe = Some(Probe::Request(Box::new(ReadyCheck::new(request))));
             } else if is_passed {
                 (app.probe, app.hung_at) = (None, None);
                 app.was_ready = true;

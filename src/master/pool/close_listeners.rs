@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use nix::unistd::Pid;
 
 use super::Pool;
-use super::spawn::{Child, EndBy, Link};
+use super::child::{Child, EndBy, Link};
 use super::supervisor::{Phase, SupervisorEvent};
 use crate::master::procfs::{self, Observed};
 use crate::net::listen::{self, Listener};

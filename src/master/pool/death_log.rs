@@ -5,8 +5,8 @@ use log::kv::{Source, ToValue as _, Value};
 use log::{Level, Record};
 use nix::unistd::Pid;
 
+use super::child::Child;
 use super::programs;
-use super::spawn::Child;
 use crate::config::in_ms;
 use crate::config::privileges::ResourceLimit;
 use crate::master::status::line_of;
@@ -185,9 +185,10 @@ pub(crate) fn publish(
     let running = running.map(|row| row.running.clone()).filter(|running| !running.is_empty() && !is_as_asked);
     let culprit = row.as_ref().and_then(|row| row.culprit.as_deref());
     let (key, requests) = requests_at_its_end(culprit, running.as_deref(), ending, sent_by.is_some());
+    // A program that hangs is sent SIGTERM, whatever its stop signal is.
+    let request = if child.hung { libc::SIGTERM } else { child.stop_signal as i32 };
     let as_asked = (child.asked_to_leave || child.hung && !child.is_worker())
-        && (ending == Ending::Exited(0)
-            || [child.stop_signal as i32, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
+        && (ending == Ending::Exited(0) || [request, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
     let (is_worker, was_asked) = (child.is_worker(), child.asked_to_leave);
     let has_timed_out = child.hung && !is_worker;
     let is_late = was_asked && is_worker && ending == Ending::Signaled(libc::SIGALRM);

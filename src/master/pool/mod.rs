@@ -12,7 +12,7 @@
 //! - [`demand`] and [`recycling`]: how much work there is, and which workers have reached the end of their lifetime.
 //!
 //! Modules that act:
-//! - [`spawn`] starts workers and programs, and [`death_log`] writes the log line of their death.
+//! - [`spawn`] starts workers and programs, [`child`] contains the state of one of them, and [`death_log`] writes the log line of their death.
 //! - [`apps`] supervises app processes, the programs behind gateways.
 //! - [`programs`] observes external programs through [`procfs`](crate::master::procfs), [`ready_descriptor`] reads whether
 //!   they have declared themselves ready, and [`idle_stop`] asks them to exit while they serve no request.
@@ -21,6 +21,7 @@
 
 pub(in crate::master) mod apps;
 pub(in crate::master) mod cgi_apps;
+pub(in crate::master) mod child;
 mod close_listeners;
 pub(in crate::master) mod death_log;
 mod demand;
@@ -47,12 +48,13 @@ use log::kv::Value;
 use nix::unistd::Pid;
 
 use self::apps::{AppFault, AppFaultKind, RecentCrashes};
+use self::child::{Child, EndBy};
 use self::close_listeners::Closing;
 use self::death_log::DeathRecord;
 use self::faults::Faults;
 use self::programs::Programs;
 use self::recycling::Recycling;
-use self::spawn::{Child, EndBy, Launch, Spawner};
+use self::spawn::{Launch, Spawner};
 use self::supervisor::{Action, AfterExit, Budget, Policy, Supervisor, SupervisorEvent};
 use super::SignalInbox;
 use super::output::{self, OrphanedOutputs};
@@ -282,7 +284,7 @@ impl Pool {
         let now = self.now();
         let mut has_served = false;
         if let Some(channel) = self.channel() {
-            has_served = channel.process(child.slot).is_some_and(|process| process.begun > 0);
+            has_served = child.has_served(channel);
             channel.close(child.slot);
             self.app_ended(pid, &mut child, ending);
         }

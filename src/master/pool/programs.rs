@@ -29,10 +29,11 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use super::Pool;
+use super::child::{Child, EndBy, Link, restored_signal};
 use super::close_listeners::IDLE_TIME;
 use super::idle_stop::IdleStop;
 use super::ready_descriptor::{self, DeclarationState};
-use super::spawn::{Child, EndBy, Link, Spawner};
+use super::spawn::Spawner;
 use super::supervisor::{SupervisorEvent, Uptime};
 use crate::config::millis;
 use crate::master::procfs::{self, Observed, Process};
@@ -270,7 +271,7 @@ impl Pool {
                     }
                     DeclarationState::Closed if program.trouble.is_empty() => {
                         program.trouble = ready_descriptor::CLOSED;
-                        closed.push(pid);
+                        closed.push((child.slot, pid));
                     }
                     DeclarationState::Closed => {}
                 }
@@ -285,8 +286,8 @@ impl Pool {
                 program.socket_closed(child.slot, pid);
             }
         }
-        for pid in closed {
-            log::error!(pid = pid.as_raw(); "worker killed: {}", ready_descriptor::CLOSED);
+        for (slot, pid) in closed {
+            log::error!(slot, pid = pid.as_raw(); "worker killed: {}", ready_descriptor::CLOSED);
             let _ = killpg(pid, Signal::SIGKILL); // it can never become ready
         }
         for pid in started {
@@ -575,11 +576,6 @@ impl Programs {
             }
         }
     }
-}
-
-/// Returns a stop signal that a former master has saved.
-pub(in crate::master) fn restored_signal(number: Option<i32>) -> Signal {
-    number.and_then(|number| Signal::try_from(number).ok()).unwrap_or(Signal::SIGTERM)
 }
 
 /// Whether any process of a program has the socket open; true if this is unknown.

@@ -11,7 +11,8 @@
 //! request before it gets the first one of a client, but not more than [`MAX_RESPONSE`], and not for longer than
 //! [`REST_TIMEOUT`].
 //!
-//! No call blocks, and each call reads a bounded number of bytes.
+//! No call for the connection blocks, and each call reads a bounded number of bytes. The script of the path is looked up
+//! when the process is started, which also waits for the disk.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
