@@ -197,13 +197,13 @@ impl Child {
     }
 
     /// Sets the request that the process must answer, after another master has started it.
-    pub(in crate::master) fn await_answer(&mut self, config: &Config) {
-        if let Link::App(app) = &mut self.link
+    pub(in crate::master) fn await_answer(&mut self, config: &Config, launch: &Launch) {
+        if let (Link::App(app), Launch::App(_, _, encode)) = (&mut self.link, launch)
             && app.probe.is_some()
             && !app.was_ready
         {
             // If there is no script, the reload after the upgrade reports this.
-            app.request_of_probe = ReadyRequest::of(config).ok().flatten();
+            app.request_of_probe = ReadyRequest::of(config, *encode).ok().flatten();
         }
     }
 
@@ -240,7 +240,7 @@ impl Pool {
     /// Returns the channel between gateways and app processes, if this pool consists of app processes.
     pub(in crate::master) fn channel(&self) -> Option<&Arc<AppChannel>> {
         match &self.spawner.launch {
-            Launch::App(_, channel) => Some(channel),
+            Launch::App(_, channel, _) => Some(channel),
             Launch::Worker(..) | Launch::Program(_) => None,
         }
     }

@@ -99,7 +99,7 @@ impl Pool {
         if let Some(answer) = child.answer_to_ready_check() {
             return Some(answer);
         }
-        let Launch::App(first, _) = &self.spawner.launch else { return None };
+        let Launch::App(first, ..) = &self.spawner.launch else { return None };
         Some(why_not_ready(&self.spawner.current.config, first).to_owned())
     }
 }

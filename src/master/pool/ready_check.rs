@@ -26,8 +26,8 @@ use nix::sys::socket::{MsgFlags, recv, send};
 use super::supervisor::Uptime;
 use crate::config::Config;
 use crate::config::gateway::Backend;
-use crate::gateway::ready_request::{self, StatusDecoder};
 use crate::net::app_channel::AppChannel;
+use crate::protocol::ready_response::StatusDecoder;
 
 /// Time between the end of an attempt and the next one.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
@@ -37,6 +37,12 @@ const MAX_RESPONSE: usize = 64 << 10;
 const REST_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of reads in one call.
 const MAX_READS: usize = 4;
+
+/// Returns the bytes of the GET request for a path, as a gateway would forward it.
+///
+/// # Errors
+/// Returns a message for the operator if the path selects no script.
+pub(crate) type EncodeReadyRequest = fn(&Config, &str) -> Result<Bytes, String>;
 
 /// The request.
 #[derive(Debug)]
@@ -51,10 +57,10 @@ impl ReadyRequest {
     ///
     /// # Errors
     /// Returns a message for the operator if the path selects no script.
-    pub(super) fn of(config: &Config) -> Result<Option<Arc<Self>>, String> {
+    pub(super) fn of(config: &Config, encode: EncodeReadyRequest) -> Result<Option<Arc<Self>>, String> {
         let path = config.program.as_ref().and_then(|program| program.ready_path.as_ref());
         let (Some(path), Some(gateway)) = (path, &config.gateway) else { return Ok(None) };
-        let bytes = ready_request::encode(config, gateway, path)?;
+        let bytes = encode(config, path)?;
         Ok(Some(Arc::new(Self { path: path.clone(), bytes, backend: gateway.backend })))
     }
 }
@@ -122,7 +128,7 @@ impl ReadyCheck {
 impl Attempt {
     fn begin(request: &ReadyRequest, channel: &AppChannel, slot: u32) -> io::Result<Self> {
         let connection = channel.connect_to(slot)?;
-        let decoder = StatusDecoder::new(request.backend);
+        let decoder = StatusDecoder::new(request.backend == Backend::Fastcgi);
         Ok(Self { connection, unsent: request.bytes.clone(), decoder, received: 0, rest_until: None })
     }
 

@@ -16,7 +16,7 @@ use super::apps::{AppState, Probe};
 use super::child::{Child, Link};
 use super::http_apps::expect_same_address;
 use super::programs::ProgramState;
-use super::ready_check::ReadyRequest;
+use super::ready_check::{EncodeReadyRequest, ReadyRequest};
 use super::ready_descriptor::{self, Declaration};
 use crate::app::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::config::gateway::{Backend, GatewayConfig};
@@ -47,7 +47,7 @@ pub(crate) enum Launch {
     /// An external program that accepts clients' connections from its standard input.
     Program(Program),
     /// An external program that accepts the connections of gateways, from a private socket.
-    App(Program, Arc<AppChannel>),
+    App(Program, Arc<AppChannel>, EncodeReadyRequest),
 }
 
 impl Launch {
@@ -131,7 +131,7 @@ impl Spawner {
         }
         let (worker_hooks, program) = match &mut launch {
             Launch::Worker(_, hooks) => (Arc::new(std::mem::take(&mut hooks.of_worker)), None),
-            Launch::Program(program) | Launch::App(program, _) => (Arc::default(), Some(program.clone())),
+            Launch::Program(program) | Launch::App(program, ..) => (Arc::default(), Some(program.clone())),
         };
         let privileges = Arc::new(privileges);
         let current = SpawnSettings { config: Arc::clone(&config), privileges, program, log_files, events: None };
@@ -155,7 +155,7 @@ impl Spawner {
     /// # Errors
     /// Returns a message for the operator if processes cannot have the configured privileges.
     pub(crate) fn prepare(&self, config: &Arc<Config>, program: Option<Program>) -> Result<SpawnSettings, String> {
-        if let (Launch::App(first, _), Some(program)) = (&self.launch, &program) {
+        if let (Launch::App(first, ..), Some(program)) = (&self.launch, &program) {
             expect_same_address(config, first, program)?;
         }
         Ok(SpawnSettings {
@@ -250,9 +250,9 @@ impl Spawner {
                 let pid = self.start_program(program, settings, (slot, generation), socket, ready, output)?;
                 (pid, Link::Program(ProgramState::default()), None)
             }
-            Launch::App(first, channel) => {
+            Launch::App(first, channel, encode) => {
                 let program = settings.program.as_ref().unwrap_or(first);
-                let request = ReadyRequest::of(&settings.config).map_err(io::Error::other)?;
+                let request = ReadyRequest::of(&settings.config, *encode).map_err(io::Error::other)?;
                 let (listen, probe) = channel.prepare(slot)?;
                 let output = (write, read.as_fd());
                 let pid = match (settings.config.backend(), listen) {

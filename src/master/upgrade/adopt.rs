@@ -156,7 +156,7 @@ impl Pool {
             if !sys::is_child(pid) {
                 log::error!(slot, pid = pid.as_raw(); "cannot take over {}: it is not a child of this process", with_article(noun));
             } else if let Some(mut child) = Child::restore(saved, left, now) {
-                child.await_answer(&self.spawner.current.config);
+                child.await_answer(&self.spawner.current.config, &self.spawner.launch);
                 if child.hung {
                     self.faults.told_to_die(pid, now.saturating_sub(passed));
                 }
