@@ -485,7 +485,7 @@ fn application(
     });
     Ok(Application {
         launch: Launch::Worker(gateways, Hooks::default()),
-        apps: Some((Arc::new(config.clone()), Launch::App(program, channel))),
+        apps: Some((Arc::new(config.clone()), Launch::App(program, channel, gateway::ready_request::encode))),
         descriptors: descriptors.into(),
     })
 }
@@ -516,7 +516,7 @@ fn end_early(segment: Segment, is_check: bool, asked_to_end: bool) -> Result<Sto
 
 fn show(config: &Config, listeners: &[Listener], launch: &Launch) {
     let program = match launch {
-        Launch::Program(program) | Launch::App(program, _) => Some(program.path.to_string_lossy().into_owned()),
+        Launch::Program(program) | Launch::App(program, ..) => Some(program.path.to_string_lossy().into_owned()),
         Launch::Worker(..) => None,
     };
     banner::show(config, listeners, program.as_deref());

@@ -16,9 +16,26 @@ use std::process::{Command, Output};
 use common::limit::InTime as _;
 use common::{Server, program, wait_until};
 
-/// A program that accepts connections from its standard input if that is a socket.
-const WAIT_C: &str = "#include <sys/socket.h>\n#include <unistd.h>\n\
-    int main(void) { for (;;) { int c = accept(0, 0, 0); if (c < 0) pause(); else close(c); } }\n";
+/// A program that accepts connections from its standard input if that is a socket, declares that it is ready, and answers
+/// each connection with the same FastCGI response.
+const WAIT_C: &str = r#"
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+static const char answer[] = "\1\6\0\1\0\15\0\0Status: 200\n\n\1\3\0\1\0\10\0\0\0\0\0\0\0\0\0\0";
+int main(void) {
+    const char *ready = getenv("FORKYARD_READY");
+    signal(SIGPIPE, SIG_IGN);
+    if (ready && write(atoi(ready), "\n", 1) != 1) return 1;
+    for (;;) {
+        int c = accept(0, 0, 0);
+        if (c < 0) pause();
+        else if (write(c, answer, sizeof answer - 1) >= 0) close(c);
+        else close(c);
+    }
+}
+"#;
 
 /// How the test observes that a reload has applied a setting.
 #[derive(Clone, Copy)]
@@ -92,7 +109,10 @@ const TABLE: &[Row] = &[
     row("health-path", "'/ok'", InWorker),
     row("max-queue-time", "'7s'", InWorker),
     row("upgrade-timeout", "'7s'", InMaster("master")),
-    row("settle", "'7s'", InMaster("master")),
+    row("settle", "'70ms'", InMaster("master")),
+    row("stop-signal", "'INT'", InMaster("master")),
+    row("ready-by", "'descriptor'", InMaster("master")),
+    row("ready-path", "'/ready'", InMaster("master")),
     row("threads", "2", InWorker),
     row("pid-file", "'DIR/pid'", Named),
     row("command", "['DIR/wait', 'changed']", OfWorker(command_line)),
@@ -371,12 +391,10 @@ fn write_file(directory: &Path, mode: Mode, settings: &[(&str, &str)]) -> PathBu
     }
     if mode != Mode::Linked {
         all.push(("command", "['DIR/wait']"));
+        all.push(("settle", "'20ms'"));
     }
     if mode == Mode::Direct {
         all.push(("direct", "true"));
-        if settings.iter().all(|(name, _)| *name != "direct") {
-            all.push(("settle", "'20ms'"));
-        }
     }
     all.retain(|(name, _)| settings.iter().all(|(other, _)| other != name));
     let mut text = String::new();

@@ -318,7 +318,7 @@ fn flags_that_require_gateways_are_rejected_with_direct() {
         assert!(!said.contains("is not available here"), "{said}");
     }
     for (flags, word) in [
-        (&["--settle=1s"][..], "--settle has no effect without --direct"),
+        (&["--ready-by=descriptor"][..], "--ready-by has no effect without --direct"),
         (&["--index=index.php"], "--index names a script below --root"),
         (&["--backend=http", "--root=/"], "--root has no effect with --backend http"),
         (&["--root=/nonexistent/forkyard"], "--root: /nonexistent/forkyard"),

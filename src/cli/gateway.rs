@@ -11,6 +11,7 @@ use super::events::StreamOptions;
 use super::failures::FailureOptions;
 use super::files::FileOptions;
 use super::logs::AccessLogOptions;
+use super::programs::ReadyPathOptions;
 use super::recycling::RequestRecyclingOptions;
 use super::request_limits::LimitOptions;
 use super::timeouts::TimeoutOptions;
@@ -85,6 +86,9 @@ pub(super) struct OfGateways {
     /// Script below --root for requests whose path names no script (a front controller), as in index.php
     #[arg(long, value_name = "FILE", env = "FORKYARD_INDEX", help_heading = "Gateways")]
     index: Option<String>,
+
+    #[command(flatten)]
+    pub(super) ready: ReadyPathOptions,
 
     #[command(flatten)]
     files: FileOptions,

@@ -24,6 +24,7 @@ mod hints;
 mod logs;
 mod parse;
 mod privileges;
+mod programs;
 mod publish;
 mod recycling;
 mod refused_flags;
@@ -46,6 +47,7 @@ use self::gateway::{GatewayOptions, OfGateways};
 use self::logs::{AccessLogOptions, LogOptions};
 use self::parse::{Mismatch, Read, conclude, or_note, read};
 use self::privileges::{PrivilegeOptions, SandboxOptions};
+use self::programs::{ProgramOptions, ReadyPathOptions};
 use self::refused_flags::ServingCommand;
 use self::request_limits::LimitOptions;
 use self::scaling::{OfEachWorker, ScalingOptions};
@@ -291,12 +293,8 @@ struct RunOptions {
     #[command(flatten)]
     events: LogOfProgram,
 
-    /// Count a program as started once it has run for this long; 0 counts it immediately
-    ///
-    /// A program also counts as started when it is observed waiting for connections or serving one. [default: 1s until
-    /// one program has been observed doing so; after that, every program must be observed]
-    #[arg(long, value_name = "TIME", env = "FORKYARD_SETTLE", value_parser = parse_duration, help_heading = "Processes")]
-    settle: Option<Duration>,
+    #[command(flatten)]
+    programs: ProgramOptions,
 
     /// The program and its arguments, as in: -- php-cgi -d memory_limit=64M
     #[arg(last = true, value_name = "COMMAND")]
@@ -400,7 +398,7 @@ fn linked_request(mut linked: LinkedOptions) -> (ServeRequest, Vec<Mismatch>) {
     let memory = (cache_options.cache(cache), events.config(limits.max_connections));
     let (queue, limits) = (limits.queue, limits.limits(timeouts.timeouts()));
     let of_workers = OfWorkers { threads, queue, limits, access, sandbox, failures: failures.failures(), access_log };
-    let config = config(linked.serve, scaling, memory, None, of_workers, &mut wrong);
+    let config = config(linked.serve, scaling, memory, of_workers, &mut wrong);
     (ServeRequest { config, cgi, program: None }, wrong)
 }
 
@@ -442,18 +440,15 @@ fn run_request(mut run: RunOptions, of_gateways: &[String]) -> (ServeRequest, Ve
         wrong.push(Mismatch { settings: &["command"], text });
     }
     let cache = run.cache_options.cache(Some(run.cache));
-    if !run.direct && run.settle.is_some() {
-        let text = "--settle has no effect without --direct: the private socket of a process proves that it is ready \
-                    (remove it; see --start-timeout)";
-        wrong.push(Mismatch { settings: &["settle"], text: text.to_owned() });
-    }
-    let mut config = if run.direct {
+    let config = if run.direct {
         or_note(check_run(&run.serve.bind), &["bind"], &mut wrong);
         let refused = of_gateways.iter().map(|flag| refused_flags::sentence(flag, ServingCommand::Run));
         wrong.extend(refused.map(|text| Mismatch { settings: &["direct"], text }));
         let scaling = run.serve.scaling.scaling(OfEachWorker::default());
         let memory = (cache, run.events.config());
-        config(run.serve, scaling, memory, run.settle, OfWorkers::default(), &mut wrong)
+        let program = run.programs.config(None, ReadyPathOptions::default(), &mut wrong);
+        let config = config(run.serve, scaling, memory, OfWorkers::default(), &mut wrong);
+        Config { program: Some(program), ..config }
     } else {
         let (options, gateway) = run.gateway.split();
         let children = run.serve.privileges.variable(GatewayConfig::PHP_CHILDREN).map(str::to_owned);
@@ -462,11 +457,11 @@ fn run_request(mut run: RunOptions, of_gateways: &[String]) -> (ServeRequest, Ve
             children: children.as_deref(),
             concurrency: options.app_concurrency,
         };
+        let program = run.programs.config(Some(gateway.backend), options.ready.clone(), &mut wrong);
         let mut config = gateways_config(run.serve, (cache, &run.events), options, gateway, &mut wrong);
         or_note(config.use_php_children(&php), &["app-concurrency", "env"], &mut wrong);
-        config
+        Config { program: Some(program), ..config }
     };
-    config.settle = run.settle;
     (ServeRequest { config, cgi: false, program: Some(run.command) }, wrong)
 }
 
@@ -511,7 +506,7 @@ fn gateways_config(
         access_log: options.access_log,
         ..OfWorkers::default()
     };
-    Config { gateway: Some(gateway), ..config(serve, scaling, (cache, events), None, of_workers, wrong) }
+    Config { gateway: Some(gateway), ..config(serve, scaling, (cache, events), of_workers, wrong) }
 }
 
 /// Checks that there is one FastCGI socket: an external program accepts connections from a single socket.
@@ -550,7 +545,6 @@ fn config(
     serve: ServeOptions,
     scaling: Scaling,
     (cache, events): (CacheConfig, EventsConfig),
-    settle: Option<Duration>,
     of_workers: OfWorkers,
     wrong: &mut Vec<Mismatch>,
 ) -> Config {
@@ -576,7 +570,7 @@ fn config(
         socket_mode: serve.socket_mode,
         start_timeout: serve.start_timeout,
         drain_timeout: serve.drain_timeout,
-        settle,
+        program: None,
         respawn_rate: serve.respawn_rate,
         limits: of_workers.limits,
         allow: of_workers.access.allow,

@@ -22,8 +22,12 @@ impl ServingCommand {
     fn reason(self, flag: &str) -> &'static str {
         match (self, flag) {
             (Self::Run, "health-path") => {
-                "the private socket of a process proves that it is ready, and with --direct, all processes share one \
-                 socket, so a request cannot be sent to a particular one (see --start-timeout and --settle)"
+                "processes of a program have --ready-path (with --direct, all processes share one socket, so a request \
+                 cannot be sent to a particular one: see --ready-by)"
+            }
+            (Self::Run, "ready-path") => {
+                "with --direct, all processes share one socket, so a request cannot be sent to a particular one (remove \
+                 --direct, or see --ready-by)"
             }
             (Self::Run, "max-queue-time") => {
                 "--queue-timeout limits how long a request waits (with --direct, a shorter --backlog limits how many wait)"
@@ -55,7 +59,10 @@ impl ServingCommand {
                 "with --direct, a program accepts and serves connections itself (remove --direct, or set this in the \
                  program, or in the web server in front of it)"
             }
-            (Self::Linked, "settle") => "a worker reports when it is ready (see --start-timeout)",
+            (Self::Linked, "settle" | "ready-by" | "ready-path") => {
+                "a worker reports when it is ready (see --start-timeout and --health-path)"
+            }
+            (Self::Linked, "stop-signal") => "a worker finishes its requests on SIGTERM",
             (Self::Linked, "sse") => "a linked application serves event streams with forkyard::sse",
             (Self::Linked, _) => "it is a flag of forkyard run",
         }

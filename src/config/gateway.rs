@@ -301,7 +301,14 @@ impl Config {
         };
         // A gateway measures the time that an app process takes, and not the time in which a client sends the body.
         let failures = Failures { request_timeout: Duration::ZERO, ..self.failures };
-        Self { workers: Range { min: number, max: number }, scaling, privileges, failures, ..self.clone() }
+        Self {
+            workers: Range { min: number, max: number },
+            scaling,
+            privileges,
+            failures,
+            program: None,
+            ..self.clone()
+        }
     }
 }
 

@@ -12,6 +12,7 @@ pub(crate) mod gateway;
 pub(crate) mod logs;
 pub(crate) mod peers;
 pub(crate) mod privileges;
+pub(crate) mod programs;
 pub(crate) mod publish;
 pub(crate) mod scaling;
 pub(crate) mod sidecars;
@@ -48,8 +49,8 @@ pub(crate) struct Config {
     pub(crate) socket_mode: Option<u32>,
     pub(crate) start_timeout: Duration,
     pub(crate) drain_timeout: Duration,
-    /// Time after which an external program is considered started, if set.
-    pub(crate) settle: Option<Duration>,
+    /// `None` for processes that run no external program: workers of a linked application, and gateways.
+    pub(crate) program: Option<programs::ProgramConfig>,
     /// Dead workers per second that are replaced immediately; further replacements are delayed.
     pub(crate) respawn_rate: u32,
     pub(crate) limits: Limits,

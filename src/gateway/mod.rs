@@ -34,6 +34,7 @@ mod http;
 mod kept_connections;
 mod own_task;
 mod queue;
+pub(crate) mod ready_request;
 mod scgi;
 mod scripts;
 pub(crate) mod spool;

@@ -6,12 +6,13 @@ use super::Master;
 use super::apps::Which;
 use super::pool::death_log::DeathRecord;
 use super::pool::plural;
-use super::pool::supervisor::Notice;
+use super::pool::supervisor::{Notice, RollFailure};
 use crate::config::in_ms;
 
 // These events are also reported to control clients.
 pub(super) const START_TIMEOUT: &str = "killed: it was not ready in time (--start-timeout)";
 pub(super) const DRAIN_TIMEOUT: &str = "killed: it did not finish in time (--drain-timeout)";
+pub(super) const DIED_SOON: &str = "died too soon after it was ready (--settle)";
 pub(super) const RELOAD_STARTED: &str = "reload started";
 pub(super) const RELOAD_DONE: &str = "reload done";
 
@@ -80,7 +81,8 @@ impl Master {
                 );
             }
             Notice::StartTimeout { slot, pid } => {
-                let cause = self.pool_of(which).why_not_ready().map(|cause| format!(": {cause}")).unwrap_or_default();
+                let cause =
+                    self.pool_of(which).why_not_ready(pid).map(|cause| format!(": {cause}")).unwrap_or_default();
                 log::warn!(slot, pid = pid.as_raw(); "{noun} {START_TIMEOUT}{cause}");
             }
             Notice::DrainTimeout { slot, pid } => log::warn!(slot, pid = pid.as_raw(); "{noun} {DRAIN_TIMEOUT}"),
@@ -97,14 +99,25 @@ impl Master {
             ),
             Notice::ReloadStarted { generation } => log::info!("gen" = generation, pool; "{RELOAD_STARTED}"),
             Notice::ReloadDone { generation } => log::info!("gen" = generation, pool; "{RELOAD_DONE}"),
-            Notice::ReloadFailed { generation, slot, pid } => {
-                let DeathRecord { pid: of, last_words, .. } = &self.pool_of(which).death_record;
-                let said = Some(last_words).filter(|last_words| *of == pid && !last_words.is_empty());
-                log::error!(
-                    "gen" = generation, slot, pid = pid.map(Pid::as_raw), said, hint = self.hint_of(which, pid);
-                    "reload failed: a new {noun} did not become ready; the old workers stay"
-                );
+            Notice::ReloadFailed { generation, slot, pid, failure } => {
+                self.log_failed_reload(which, (generation, slot, pid), failure);
             }
         }
+    }
+
+    fn log_failed_reload(&self, which: Which, (generation, slot, pid): (u64, u32, Option<Pid>), failure: RollFailure) {
+        let (noun, record) = (self.pool_of(which).noun, &self.pool_of(which).death_record);
+        let DeathRecord { pid: of, last_words, last_lines, .. } = record;
+        let is_last_line = last_lines.last().is_some_and(|line| line.starts_with(last_words));
+        let said = if is_last_line { last_lines.join(" | ") } else { last_words.clone() };
+        let said = Some(said).filter(|said| *of == pid && !said.is_empty());
+        let what = match failure {
+            RollFailure::NeverReady => "did not become ready",
+            RollFailure::DiedSoon => DIED_SOON,
+        };
+        log::error!(
+            "gen" = generation, slot, pid = pid.map(Pid::as_raw), said, hint = self.hint_of(which, pid);
+            "reload failed: a new {noun} {what}; the old workers stay"
+        );
     }
 }

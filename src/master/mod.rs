@@ -57,9 +57,11 @@ pub(crate) use self::control::Control;
 pub(crate) use self::earlier_children::EarlierChildren;
 use self::guard::Guard;
 use self::memory_damage::Damage;
+use self::operator::ReportedDeath;
 use self::pool::Pool;
+use self::pool::child::Child;
 pub(crate) use self::pool::spawn::Launch;
-use self::pool::spawn::{self, Child, Spawner};
+use self::pool::spawn::{self, Spawner};
 use self::pool::supervisor::{Command, Phase, SupervisorEvent};
 use self::relay::Relay;
 use self::sd_notify::Notify;
@@ -99,7 +101,7 @@ impl Application {
     /// Returns the channel between gateways and app processes.
     pub(crate) fn channel(&self) -> Option<&AppChannel> {
         match &self.apps {
-            Some((_, Launch::App(_, channel))) => Some(channel),
+            Some((_, Launch::App(_, channel, _))) => Some(channel),
             _ => None,
         }
     }
@@ -157,6 +159,7 @@ struct Master {
     was_ready: bool,
     /// Set when the last process of one of two pools has ended. True if the operator asked the server to stop.
     emptied_first: Option<(Which, bool)>,
+    reported_death: ReportedDeath,
     /// Set when the last worker has ended. True if the operator asked the server to stop.
     emptied: Option<bool>,
     /// Set when the last process has ended. True if the operator asked the server to stop.
@@ -237,6 +240,7 @@ pub(crate) fn run(
         gave_up: false,
         was_ready: false,
         emptied_first: None,
+        reported_death: ReportedDeath::default(),
         emptied: None,
         ended: None,
     };

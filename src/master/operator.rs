@@ -3,6 +3,7 @@
 //! A command is passed to the supervisor in the same form as a signal. The client waits until the supervisor's notices
 //! or state show the outcome. If the client disconnects before that, the command continues.
 
+use std::fmt::Write as _;
 use std::os::fd::AsFd as _;
 
 use log::kv::Value;
@@ -12,12 +13,20 @@ use nix::unistd::Pid;
 use super::Master;
 use super::apps::Which;
 use super::control::{ClientId, Control, Waiting};
-use super::decision_log::{DRAIN_TIMEOUT, RELOAD_DONE, RELOAD_STARTED, START_TIMEOUT};
+use super::decision_log::{DIED_SOON, DRAIN_TIMEOUT, RELOAD_DONE, RELOAD_STARTED, START_TIMEOUT};
 use super::pool::spawn::to_pass;
-use super::pool::supervisor::{Command, Notice, Phase};
+use super::pool::supervisor::{Command, Notice, Phase, RollFailure};
 use super::pool::with_article;
 use super::status::line_of;
 use crate::control::wire::{ControlReply, ControlRequest};
+
+/// The latest death that was reported to clients.
+#[derive(Debug, Default)]
+pub(super) struct ReportedDeath {
+    kind: String,
+    /// Number of similar deaths since then.
+    omitted: u32,
+}
 
 const STOPPING: &str = "the master is stopping";
 
@@ -151,9 +160,17 @@ impl Master {
 
     /// Reports the latest death of a process.
     pub(super) fn report_death(&mut self, which: Which) {
-        let text = self.pool_of(which).death_record.line.clone();
-        self.reply_to_movers(&text);
-        self.reply_to_waiting(Waiting::Stop, &ControlReply::Progress { text });
+        let record = &self.pool_of(which).death_record;
+        let (text, kind) = (record.line.clone(), record.kind.clone());
+        self.reply_to_waiting(Waiting::Stop, &ControlReply::Progress { text: text.clone() });
+        if !self.waiting().iter().any(|(_, waiting)| matches!(waiting, Waiting::Reload | Waiting::Scale(_))) {
+            self.reported_death = ReportedDeath::default();
+        } else if !kind.is_empty() && kind == self.reported_death.kind {
+            self.reported_death.omitted += 1;
+        } else {
+            self.reply_to_movers(&text);
+            self.reported_death = ReportedDeath { kind, omitted: 0 };
+        }
     }
 
     /// Reports a notice of the supervisor to the clients that wait for it.
@@ -168,11 +185,21 @@ impl Master {
                 let text = line_of(RELOAD_DONE, &("gen", generation));
                 self.reply_to_waiting(Waiting::Reload, &ControlReply::done(text));
             }
-            Notice::ReloadFailed { generation, .. } => {
-                let why = match self.pool_of(which).death_record.line.as_str() {
-                    "" => line_of("reload failed; the old workers stay", &("gen", generation)),
-                    death => format!("reload failed; the old workers stay: {death}"),
+            Notice::ReloadFailed { generation, pid, failure, .. } => {
+                let record = &self.pool_of(which).death_record;
+                let event = match failure {
+                    RollFailure::NeverReady => "reload failed; the old workers stay".to_owned(),
+                    RollFailure::DiedSoon => format!("reload failed: a new {noun} {DIED_SOON}; the old workers stay"),
                 };
+                let mut why = match record.line.as_str() {
+                    "" => line_of(&event, &("gen", generation)),
+                    death => format!("{event}: {death}"),
+                };
+                if record.pid == pid && !record.last_lines.is_empty() {
+                    why += "\nits last output:";
+                    record.last_lines.iter().for_each(|line| _ = write!(why, "\n  {line}"));
+                }
+                self.count_omitted_deaths();
                 self.reply_to_waiting(Waiting::Reload, &ControlReply::failed(why));
             }
             Notice::Failing { .. } => {
@@ -185,7 +212,8 @@ impl Master {
                 }
             }
             Notice::StartTimeout { slot, pid } => {
-                let cause = self.pool_of(which).why_not_ready().map(|cause| format!(": {cause}")).unwrap_or_default();
+                let cause =
+                    self.pool_of(which).why_not_ready(pid).map(|cause| format!(": {cause}")).unwrap_or_default();
                 let text = line_of(
                     &format!("{noun} {START_TIMEOUT}{cause}"),
                     &[("slot", Value::from(slot)), ("pid", pid.as_raw().into())],
@@ -248,7 +276,17 @@ impl Master {
         }
     }
 
+    /// Reports how many deaths were not reported one by one, because they were like the last one.
+    fn count_omitted_deaths(&mut self) {
+        let ReportedDeath { omitted, .. } = std::mem::take(&mut self.reported_death);
+        if omitted > 0 {
+            let times = if omitted == 1 { "time" } else { "times" };
+            self.reply_to_movers(&format!("(the same {omitted} more {times})"));
+        }
+    }
+
     fn reply_to_movers(&mut self, text: &str) {
+        self.count_omitted_deaths();
         for (client, waiting) in self.waiting() {
             if matches!(waiting, Waiting::Reload | Waiting::Scale(_)) {
                 self.reply(client, &ControlReply::Progress { text: text.to_owned() });

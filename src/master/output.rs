@@ -3,12 +3,15 @@
 //! A process that floods its output must not block the master: each iteration of the loop reads a bounded number of
 //! bytes, and the writer waits. Every loss of a line must be logged.
 
+mod last_lines;
+
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use nix::unistd::Pid;
 
+pub(crate) use self::last_lines::LastLines;
 use super::pool::supervisor::Uptime;
 use crate::logging::rate::{Admission, ByteLimit, LeftOut};
 use crate::logging::{self, OUTPUT};
@@ -28,8 +31,6 @@ pub(super) const MAX_REST: usize = 1 << 20;
 const MAX_REPEATS: u32 = 10;
 /// Interval at which the number of repetitions is logged.
 const REPEATS_INTERVAL: Uptime = Uptime::from_secs(1);
-/// Maximum length, in characters, of the last line kept from a dead process.
-const LAST_LINE: usize = 500;
 /// Maximum number of dead processes whose output is still read.
 const MAX_ORPHANED: usize = 64;
 
@@ -64,12 +65,19 @@ pub(crate) struct Output {
     pid: Option<Pid>,
     reader: LineReader,
     filter: LineFilter,
+    last_lines: LastLines,
 }
 
 impl Output {
     /// Creates the output of a new process. `pipe` must be non-blocking.
     pub(crate) fn new(slot: u32, pipe: OwnedFd) -> Self {
-        Self { slot, pid: None, reader: LineReader::new(pipe), filter: LineFilter::new() }
+        Self {
+            slot,
+            pid: None,
+            reader: LineReader::new(pipe),
+            filter: LineFilter::new(),
+            last_lines: LastLines::default(),
+        }
     }
 
     /// Continues an output that a former master has been reading.
@@ -88,18 +96,20 @@ impl Output {
     /// Logs up to `most` bytes of output. Returns false at the end of the output.
     pub(crate) fn read(&mut self, pid: Pid, most: usize, now: Uptime) -> bool {
         self.pid = Some(pid);
-        let Self { slot, reader, filter, .. } = self;
+        let Self { slot, reader, filter, last_lines, .. } = self;
         let writer = Writer::worker(*slot, pid);
-        let open = reader.read(most, &mut |line, is_whole| filter.log(writer, line, is_whole, now));
+        let open = reader.read(most, &mut |line, is_whole| {
+            last_lines.push(line);
+            filter.log(writer, line, is_whole, now);
+        });
         if !open {
             self.end(now);
         }
         open
     }
 
-    /// Returns the last line, truncated if it is long.
-    pub(crate) fn last_line(&self) -> String {
-        self.filter.repeats.last.chars().take(LAST_LINE).collect()
+    pub(crate) fn last_lines(&self) -> LastLines {
+        self.last_lines.clone()
     }
 
     /// Returns the time at which [`Output::tick`] has something to log.
@@ -115,9 +125,12 @@ impl Output {
     /// Logs the remaining output, even if its last line has no line feed.
     fn end(&mut self, now: Uptime) {
         let Some(pid) = self.pid else { return };
-        let Self { slot, reader, filter, .. } = self;
+        let Self { slot, reader, filter, last_lines, .. } = self;
         let writer = Writer::worker(*slot, pid);
-        reader.finish(&mut |line, is_whole| filter.log(writer, line, is_whole, now));
+        reader.finish(&mut |line, is_whole| {
+            last_lines.push(line);
+            filter.log(writer, line, is_whole, now);
+        });
         filter.end(writer);
     }
 }
@@ -147,13 +160,13 @@ pub(crate) fn share(processes: usize) -> usize {
 pub(crate) struct OrphanedOutputs(Vec<Output>);
 
 impl OrphanedOutputs {
-    /// Takes over the output of the dead process `pid`. Returns the last line of the output.
-    pub(crate) fn adopt(&mut self, mut output: Output, pid: Pid, now: Uptime) -> String {
+    /// Takes over the output of the dead process `pid`. Returns the last lines of the output.
+    pub(crate) fn adopt(&mut self, mut output: Output, pid: Pid, now: Uptime) -> LastLines {
         if !output.read(pid, MAX_REST, now) {
-            return output.last_line();
+            return output.last_lines();
         }
         output.end(now); // the dead process cannot finish its line
-        let last_line = output.last_line();
+        let last_lines = output.last_lines();
         if self.0.len() == MAX_ORPHANED {
             let mut oldest = self.0.remove(0);
             oldest.end(now);
@@ -163,7 +176,7 @@ impl OrphanedOutputs {
             );
         }
         self.0.push(output);
-        last_line
+        last_lines
     }
 
     /// Returns the state to save for the next master during an upgrade.

@@ -311,12 +311,12 @@ impl Idle {
     }
 }
 
-/// Whether SIGTERM loses no request: either no request is in flight, or the process handles SIGTERM and accepts
+/// Whether the stop signal loses no request: either no request is in flight, or the process handles the signal and accepts
 /// connections while it serves others (with an event loop, or with threads).
-pub(super) fn can_be_asked(pid: Pid, listener: &Listener) -> bool {
+pub(super) fn can_be_asked(pid: Pid, signal: Signal, listener: &Listener) -> bool {
     let Some(descriptors) = Descriptors::of(pid, listener) else { return false };
     descriptors.idle(listener).is_some()
-        || ((descriptors.is_accepting() || descriptors.is_watching()) && handles(pid, Signal::SIGTERM))
+        || ((descriptors.is_accepting() || descriptors.is_watching()) && handles(pid, signal))
 }
 
 /// Whether the process has one thread, which does not watch the listening socket while it serves a connection.
@@ -623,7 +623,7 @@ mod tests {
             if text.ends_with("accept()") {
                 seen(&program, &ours, Observed::Accepting);
             }
-            assert_eq!(super::can_be_asked(pid(&program), &ours), can_be_asked, "{text}");
+            assert_eq!(super::can_be_asked(pid(&program), Signal::SIGTERM, &ours), can_be_asked, "{text}");
             end(program);
         }
         ours.remove_file();

@@ -156,7 +156,8 @@ impl Master {
         faults.log_settings();
         let (queue, output_rate) = (logging::queue_limit(), logging::output_rate());
         log::debug!(part = "log", queue, output_rate; "settings");
-        log::debug!(part = "master", settle:? = config.settle, upgrade:? = config.upgrade; "settings");
+        let program = &self.application_pool().spawner.config.program;
+        log::debug!(part = "master", program:?, upgrade:? = config.upgrade; "settings");
     }
 
     /// Logs the settings of daemons and jobs.

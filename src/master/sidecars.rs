@@ -337,7 +337,7 @@ impl Sidecars {
         if ending == Ending::Exited(0) && !asked_to_leave {
             self.inherited.suspect(sidecar, since.elapsed());
         }
-        self.feed(SidecarEvent::Exited { pid, after_exit: super::pool::after_exit(ending, true) });
+        self.feed(SidecarEvent::Exited { pid, after_exit: super::pool::after_exit(ending, true, false) });
     }
 
     /// Whether the remaining processes in this process's group must not be killed. A daemon that has exited early with

@@ -202,6 +202,16 @@ impl AppChannel {
         self.endpoint(slot)?.probe()
     }
 
+    /// Connects to the process in `slot` without a claim. The connection does not block, and may not be established yet.
+    ///
+    /// # Errors
+    /// Fails if the process does not listen.
+    pub(crate) fn connect_to(&self, slot: u32) -> io::Result<OwnedFd> {
+        match self.endpoint(slot)?.connect()? {
+            AppConnection::Unix(connection) | AppConnection::Tcp(connection) => Ok(connection),
+        }
+    }
+
     /// Returns the maximum number of requests that one process serves at a time.
     pub(crate) fn units(&self) -> u32 {
         self.claims.units()

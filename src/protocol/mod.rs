@@ -24,6 +24,7 @@ pub(crate) mod http_gateway;
 pub(crate) mod params;
 pub(crate) mod proxy;
 pub(crate) mod query;
+pub(crate) mod ready_response;
 pub(crate) mod role;
 pub(crate) mod scgi;
 pub(crate) mod sendfile;

@@ -95,6 +95,9 @@ pub(crate) struct SavedStray {
     pub(crate) asked: bool,
     /// Whether SIGTERM terminated the process's wrapper and was not sent to the process itself.
     pub(crate) unasked: bool,
+    /// The signal that asks the process to exit; SIGTERM if it is missing.
+    #[serde(default)]
+    pub(crate) stop_signal: Option<i32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,6 +140,12 @@ pub(crate) struct SavedChild {
     #[serde(default)]
     pub(crate) hung: bool,
     pub(crate) link: SavedLink,
+    /// The signal that asks the process to exit; SIGTERM if it is missing.
+    #[serde(default)]
+    pub(crate) stop_signal: Option<i32>,
+    /// The descriptor on which the process declares that it is ready.
+    #[serde(default)]
+    pub(crate) declaration: Option<RawFd>,
     pub(crate) output: Option<SavedOutput>,
     /// The descriptor on which the process receives the reopened log files.
     #[serde(default)]
@@ -316,7 +325,9 @@ impl Saved {
                 SavedLink::App { probe, .. } => probe,
                 SavedLink::Program(_) => None,
             };
-            [report, child.output.as_ref().map(|output| output.fd), child.files].into_iter().flatten()
+            [report, child.output.as_ref().map(|output| output.fd), child.files, child.declaration]
+                .into_iter()
+                .flatten()
         };
         let mut all = self.foundation();
         all.extend([self.lifeline.0, self.lifeline.1]);
@@ -392,8 +403,7 @@ mod tests {
     use crate::upgrade::saved_processes::{SavedSlot, SavedSlotState};
 
     fn state() -> Saved {
-        let process = SavedProcess { pid: 82, started: u64::MAX };
-        let phase = SavedSlotState::Draining { left_ms: 5 };
+        let (process, phase) = (SavedProcess { pid: 82, started: u64::MAX }, SavedSlotState::Draining { left_ms: 5 });
         let slot = SavedSlot { slot: 3, generation: 2, pid: 77, phase, worn: true, replaced: false };
         let output = |fd| SavedOutput { slot: 3, pid: 77, fd, partial: vec![b'x'] };
         let refusal = SavedRefusal { request: "GET /a".to_owned(), refused: true, left_ms: 1, time_ms: 2, times: 3 };
@@ -431,6 +441,8 @@ mod tests {
                 age_ms: 1,
                 asked_to_leave: true,
                 hung: true,
+                stop_signal: Some(10),
+                declaration: Some(21),
                 link: SavedLink::Worker {
                     report: 9,
                     open: true,
@@ -458,7 +470,7 @@ mod tests {
             relay: Some(80),
             guard: Some(SavedGuard { pid: 81, link: 20 }),
             earlier: vec![process],
-            strays: vec![SavedStray { process, left_ms: 1000, asked: true, unasked: false }],
+            strays: vec![SavedStray { process, left_ms: 1000, asked: true, unasked: false, stop_signal: None }],
             apps: None,
         }
     }
@@ -476,7 +488,7 @@ mod tests {
         assert_eq!(Saved::read(written).unwrap(), Some(state()));
         let mut descriptors = state().descriptors();
         descriptors.sort_unstable();
-        assert_eq!(descriptors, (5..=20).collect::<Vec<_>>());
+        assert_eq!(descriptors, (5..=21).collect::<Vec<_>>());
     }
 
     #[test]

@@ -45,12 +45,14 @@ impl Place {
         self.path(name).to_string_lossy().into_owned()
     }
 
-    /// Returns the command `forkyard run` with these options. Two gateways, two app processes, and a port for HTTP are
-    /// the default.
+    /// Returns the command `forkyard run` with these options. Two gateways, two app processes, a port for HTTP, and a
+    /// short `--settle` are the default.
     pub fn run(&self, options: &[&str], command: &[&str]) -> Command {
         let mut forkyard = Command::new(program("forkyard"));
         forkyard.args(["run", "--control"]).arg(self.path("control")).args(options);
-        for (flag, value) in [("--bind", "http:127.0.0.1:0"), ("--gateways", "2"), ("--workers", "2")] {
+        for (flag, value) in
+            [("--bind", "http:127.0.0.1:0"), ("--gateways", "2"), ("--workers", "2"), ("--settle", "20ms")]
+        {
             if !options.contains(&flag) {
                 forkyard.args([flag, value]);
             }

@@ -1,12 +1,13 @@
 //! Supervises app processes: programs behind the gateways, each with a private listening socket.
 //!
 //! ```text
-//! spawn ─▶ probe: connect to the private socket ─▶ accepted: ready, door open ─▶ door draining, no claim: SIGTERM
+//! spawn ─▶ probe: connect to the private socket ─▶ accepted: ready, door open ─▶ door draining, no claim: stop signal
 //! ```
 //!
 //! - **Readiness** is proved. The kernel accepts connections on behalf of a process that has not called `accept` yet,
 //!   so a connection alone proves nothing. The master connects once, and the process is ready when it has accepted this
-//!   connection. Gateways connect only after that.
+//!   connection. With `--ready-path`, it must then answer a request ([`ready_check`](super::ready_check)). Gateways
+//!   connect only after that.
 //! - **The end**: the master marks the process as draining, so that gateways do not claim it any more, and sends the
 //!   signal when no gateway has a claim on it. The process therefore never has a request when it is asked to exit, and
 //!   needs no handler for the signal. A gateway that releases the last claim wakes the master.
@@ -22,12 +23,14 @@ use std::sync::Arc;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+use super::child::{Child, EndBy, Link};
 use super::death_log;
-use super::spawn::{Child, Launch, Link};
+use super::ready_check::{ReadyCheck, ReadyRequest};
+use super::spawn::Launch;
 use super::supervisor::{Demand, SupervisorEvent, Uptime};
 use super::{EndOfLife, Pool};
-use crate::config::Jittered;
 use crate::config::gateway::Backend;
+use crate::config::{Config, Jittered};
 use crate::master::procfs;
 use crate::net::app_channel::AppChannel;
 use crate::sys::{self, Ending};
@@ -78,6 +81,8 @@ impl RecentCrashes {
 pub(crate) struct AppState {
     /// How the readiness of the process is proved, until it is.
     probe: Option<Probe>,
+    /// The request that the process must answer before it is ready.
+    request_of_probe: Option<Arc<ReadyRequest>>,
     /// Whether the process was ready before. It may still be working on the request of a gateway that has died.
     was_ready: bool,
     /// When a process that was ready before counts as hung, because it has not finished the request of a dead gateway.
@@ -101,6 +106,8 @@ pub(super) enum Probe {
     Connected(OwnedFd),
     /// The process listens on its own, and is ready when a connection is possible.
     Awaited,
+    /// The process accepts connections, and is ready when it has answered a request.
+    Request(Box<ReadyCheck>),
 }
 
 impl Probe {
@@ -108,19 +115,25 @@ impl Probe {
         connection.map_or(Self::Awaited, Self::Connected)
     }
 
-    fn is_passed(&self, channel: &AppChannel, slot: u32) -> bool {
+    fn is_passed(&mut self, channel: &AppChannel, slot: u32, now: Uptime) -> bool {
         match self {
             Self::Connected(probe) => channel.has_accepted(slot, probe),
             Self::Awaited => channel.probe(slot).is_ok(),
+            Self::Request(check) => check.advance(channel, slot, now),
         }
     }
 }
 
 impl AppState {
-    pub(super) fn new(probe: Option<Probe>, max_requests: Option<Jittered<u64>>) -> Self {
+    pub(super) fn new(
+        probe: Option<Probe>,
+        request_of_probe: Option<Arc<ReadyRequest>>,
+        max_requests: Option<Jittered<u64>>,
+    ) -> Self {
         let max_requests = max_requests.map(Jittered::<u64>::draw);
         Self {
             probe,
+            request_of_probe,
             was_ready: false,
             hung_at: None,
             served_before: 0,
@@ -135,9 +148,10 @@ impl AppState {
         SavedLink::App {
             probe: self.probe.as_ref().and_then(|probe| match probe {
                 Probe::Connected(probe) => Some(probe.as_raw_fd()),
-                Probe::Awaited => None,
+                Probe::Awaited | Probe::Request(_) => None,
             }),
-            awaits_address: matches!(self.probe, Some(Probe::Awaited)),
+            // The next master asks the process again.
+            awaits_address: matches!(self.probe, Some(Probe::Awaited | Probe::Request(_))),
             was_ready: self.was_ready,
             served_before: self.served_before,
             awaits_idle: self.awaits_idle,
@@ -156,6 +170,7 @@ impl AppState {
         let probe = probe.map(Probe::Connected).or(awaits_address.then_some(Probe::Awaited));
         Self {
             probe,
+            request_of_probe: None,
             was_ready,
             hung_at: None,
             served_before,
@@ -170,7 +185,7 @@ impl AppState {
     pub(super) fn probe(&self) -> Option<BorrowedFd<'_>> {
         match &self.probe {
             Some(Probe::Connected(probe)) => Some(probe.as_fd()),
-            Some(Probe::Awaited) | None => None,
+            Some(Probe::Awaited | Probe::Request(_)) | None => None,
         }
     }
 
@@ -182,6 +197,31 @@ impl AppState {
 impl Child {
     pub(in crate::master) fn is_starting_app(&self) -> bool {
         matches!(&self.link, Link::App(app) if app.probe.is_some())
+    }
+
+    /// Sets the request that the process must answer, after another master has started it.
+    pub(in crate::master) fn await_answer(&mut self, config: &Config, launch: &Launch) {
+        if let (Link::App(app), Launch::App(_, _, encode)) = (&mut self.link, launch)
+            && app.probe.is_some()
+            && !app.was_ready
+        {
+            // If there is no script, the reload after the upgrade reports this.
+            app.request_of_probe = ReadyRequest::of(config, *encode).ok().flatten();
+        }
+    }
+
+    /// Whether gateways have sent requests to the process.
+    pub(super) fn has_served(&self, channel: &AppChannel) -> bool {
+        let Link::App(app) = &self.link else { return false };
+        app.served_before + channel.process(self.slot).map_or(0, |process| process.begun) > 0
+    }
+
+    /// Returns how the process has answered the request of `--ready-path`, if it is not ready because of it.
+    pub(super) fn answer_to_ready_check(&self) -> Option<String> {
+        match &self.link {
+            Link::App(AppState { probe: Some(Probe::Request(check)), .. }) => Some(check.describe()),
+            Link::Worker { .. } | Link::Program(_) | Link::App(_) => None,
+        }
     }
 }
 
@@ -203,7 +243,7 @@ impl Pool {
     /// Returns the channel between gateways and app processes, if this pool consists of app processes.
     pub(in crate::master) fn channel(&self) -> Option<&Arc<AppChannel>> {
         match &self.spawner.launch {
-            Launch::App(_, channel) => Some(channel),
+            Launch::App(_, channel, _) => Some(channel),
             Launch::Worker(..) | Launch::Program(_) => None,
         }
     }
@@ -216,7 +256,10 @@ impl Pool {
         let (mut idle, mut worn) = (Vec::new(), Vec::new());
         for (&pid, child) in &mut self.children {
             let Link::App(app) = &mut child.link else { continue };
-            if app.probe.as_ref().is_some_and(|probe| probe.is_passed(&channel, child.slot)) {
+            let is_passed = app.probe.as_mut().is_some_and(|probe| probe.is_passed(&channel, child.slot, now));
+            if is_passed && let Some(request) = app.request_of_probe.take() {
+                app.probe = Some(Probe::Request(Box::new(ReadyCheck::new(request))));
+            } else if is_passed {
                 (app.probe, app.hung_at) = (None, None);
                 app.was_ready = true;
                 if !child.asked_to_leave {
@@ -242,7 +285,7 @@ impl Pool {
             }
         }
         for pid in idle {
-            self.send_to_app(pid, Signal::SIGTERM);
+            self.send_to_app(pid, EndBy::StopSignal);
         }
         for pid in worn {
             self.wear_out(pid, EndOfLife::because("max-requests"));
@@ -324,37 +367,38 @@ impl Pool {
         let _ = killpg(pid, Signal::SIGTERM); // the child has not been reaped yet
     }
 
-    /// Sends a signal to an app process: SIGTERM only when it has no request, SIGKILL to its whole group.
-    pub(super) fn signal_app(&mut self, channel: &AppChannel, pid: Pid, signal: Signal) {
+    /// Ends an app process. It is asked to exit only when it has no request, and killed together with its group.
+    pub(super) fn signal_app(&mut self, channel: &AppChannel, pid: Pid, by: EndBy) {
         let patience = self.spawner.config.drain_timeout / 8 * 5;
         let signal_at = self.now() + patience;
         let Some(child) = self.children.get_mut(&pid) else { return };
         let Link::App(app) = &mut child.link else { return };
         child.asked_to_leave = true;
-        if signal == Signal::SIGTERM && !channel.drain(child.slot) {
+        if by == EndBy::StopSignal && !channel.drain(child.slot) {
             (app.awaits_idle, app.signal_at) = (true, Some(signal_at));
             return;
         }
-        self.send_to_app(pid, signal);
+        self.send_to_app(pid, by);
     }
 
-    fn send_to_app(&self, pid: Pid, signal: Signal) {
-        let to_group = signal == Signal::SIGKILL;
+    fn send_to_app(&self, pid: Pid, by: EndBy) {
+        let Some(child) = self.children.get(&pid) else { return };
+        let (signal, to_group) = (child.signal_for(by), by == EndBy::Kill);
         // The pid cannot belong to another process, because the child has not been reaped yet.
         if let Err(errno) = if to_group { killpg(pid, signal) } else { kill(pid, signal) } {
             log::error!(pid = pid.as_raw(), signal:%; "cannot signal app process: {errno}");
         }
     }
 
-    /// Sends SIGTERM again to an app process that has not exited within a second. The first one may have arrived between
-    /// the process's check for signals and `accept`. A process that still has a request late in its drain is sent SIGTERM
+    /// Sends the stop signal again to an app process that has not exited within a second. The first one may have arrived between
+    /// the process's check for signals and `accept`. A process that still has a request late in its drain is sent the signal
     /// once, so that it can end event streams and the like before it is killed.
     pub(super) fn remind_app(&mut self, pid: Pid) {
         let now = self.now();
         let Some(Child { link: Link::App(app), .. }) = self.children.get_mut(&pid) else { return };
         let is_late = app.signal_at.take_if(|at| *at <= now).is_some();
         if !app.awaits_idle || is_late {
-            self.send_to_app(pid, Signal::SIGTERM);
+            self.send_to_app(pid, EndBy::StopSignal);
         }
     }
 
@@ -363,7 +407,7 @@ impl Pool {
         let Some(child) = self.children.get(&pid) else { return };
         let is_normal = match ending {
             Ending::Exited(status) => status == 0 || child.asked_to_leave,
-            Ending::Signaled(signal) => signal == libc::SIGTERM && child.asked_to_leave,
+            Ending::Signaled(signal) => signal == child.stop_signal as i32 && child.asked_to_leave,
         };
         // Processes that CGI programs have left behind are in the group of their runner.
         if !is_normal || self.spawner.config.backend() == Backend::Cgi {

@@ -13,11 +13,10 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::Pool;
-use super::spawn::{Child, Link};
+use super::child::{Child, EndBy, Link};
 use super::supervisor::{Phase, SupervisorEvent};
 use crate::master::procfs::{self, Observed};
 use crate::net::listen::{self, Listener};
@@ -135,7 +134,7 @@ impl Pool {
 
     fn release_held(&mut self) {
         for pid in std::mem::take(&mut self.closing.held) {
-            self.signal(pid, Signal::SIGTERM);
+            self.signal(pid, EndBy::StopSignal);
         }
     }
 
@@ -164,7 +163,7 @@ impl Pool {
                 child.asked_to_leave = true;
                 self.closing.held.push(pid);
             }
-            _ => self.signal(pid, Signal::SIGTERM),
+            _ => self.signal(pid, EndBy::StopSignal),
         }
     }
 
@@ -184,7 +183,7 @@ impl Pool {
                 *found += 1;
                 if *found >= FOUND_IDLE {
                     log::warn!(slot, pid = pid.as_raw(); "worker killed: it serves no request and did not exit");
-                    return self.signal(pid, Signal::SIGKILL);
+                    return self.signal(pid, EndBy::Kill);
                 }
             }
         }

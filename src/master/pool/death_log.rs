@@ -5,8 +5,8 @@ use log::kv::{Source, ToValue as _, Value};
 use log::{Level, Record};
 use nix::unistd::Pid;
 
+use super::child::Child;
 use super::programs;
-use super::spawn::Child;
 use crate::config::in_ms;
 use crate::config::privileges::ResourceLimit;
 use crate::master::status::line_of;
@@ -48,6 +48,10 @@ pub(crate) struct DeathRecord {
     pub(crate) last_words: String,
     /// A hint for the operator about this kind of death.
     pub(crate) hint: String,
+    /// The last lines of the output of a program.
+    pub(crate) last_lines: Vec<String>,
+    /// The same for deaths that differ only in the process and its age.
+    pub(crate) kind: String,
 }
 
 /// Signals by which the kernel and the standard library terminate a process for its own actions. SIGKILL is not among
@@ -181,16 +185,21 @@ pub(crate) fn publish(
     let running = running.map(|row| row.running.clone()).filter(|running| !running.is_empty() && !is_as_asked);
     let culprit = row.as_ref().and_then(|row| row.culprit.as_deref());
     let (key, requests) = requests_at_its_end(culprit, running.as_deref(), ending, sent_by.is_some());
+    // A program that hangs is sent SIGTERM, whatever its stop signal is.
+    let request = if child.hung { libc::SIGTERM } else { child.stop_signal as i32 };
     let as_asked = (child.asked_to_leave || child.hung && !child.is_worker())
-        && (ending == Ending::Exited(0) || [libc::SIGTERM, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
+        && (ending == Ending::Exited(0) || [request, libc::SIGKILL].map(Ending::Signaled).contains(&ending));
     let (is_worker, was_asked) = (child.is_worker(), child.asked_to_leave);
     let has_timed_out = child.hung && !is_worker;
     let is_late = was_asked && is_worker && ending == Ending::Signaled(libc::SIGALRM);
     let never_started = child.has_started() == Some(false);
     let failed = ending != Ending::Exited(0) || never_started;
     let hint = if never_started && !as_asked { programs::hint(ending) } else { "" };
-    let (last_words, trace) = child.mark_dead();
+    let last_lines = if is_worker { Vec::new() } else { child.last_lines.lines() };
     let was_late = limits.is_some() && ending == Ending::Signaled(libc::SIGKILL);
+    let answer = child.answer_to_ready_check().filter(|_| was_late);
+    let (last_words, trace) = child.mark_dead();
+    let last_words = answer.unwrap_or(last_words);
     let said = Some(&last_words).filter(|words| !words.is_empty() && failed && (!as_asked || was_late));
     let by_limit = failed && !as_asked && !was_asked && no_memory.is_none() && sent_by.is_none();
     let of_limits = limits.filter(|_| by_limit).map_or_else(String::new, |limits| hint_on_limits(limits, &last_words));
@@ -227,7 +236,8 @@ pub(crate) fn publish(
             ("trace", Some(&trace).filter(|trace| !trace.is_empty()).to_value()),
         ],
     );
-    let death_record = DeathRecord { pid: Some(pid), line, last_words, hint };
+    let kind = format!("{noun} {event} {ending:?} {generation} {last_lines:?} {last_words} {hint}");
+    let death_record = DeathRecord { pid: Some(pid), line, last_words, hint, last_lines, kind };
     let (in_flight, complete, culprit) = row.map_or((Vec::new(), true, None), |row| {
         let complete = usize::try_from(row.in_flight) == Ok(row.serving.len());
         (row.serving.into_iter().map(|one| one.what).collect(), complete, row.culprit)

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use forkyard_shm::Scoreboard;
 use nix::unistd::Pid;
 
-use super::spawn::Child;
+use super::child::Child;
 use super::supervisor::{Demand, Supervisor};
 use crate::master::procfs::{self, Observed};
 use crate::net::listen::Listener;

@@ -90,11 +90,17 @@ pub(super) fn expect_same_address(config: &Config, running: &Program, new: &Prog
 }
 
 impl Pool {
-    /// Returns the likely causes for a process that was not ready in time, or `None` if this pool does not consist of app
-    /// processes.
-    pub(in crate::master) fn why_not_ready(&self) -> Option<&'static str> {
-        let Launch::App(first, _) = &self.spawner.launch else { return None };
-        Some(why_not_ready(&self.spawner.current.config, first))
+    /// Returns the likely causes for a process that was not ready in time, or `None` if they are unknown.
+    pub(in crate::master) fn why_not_ready(&self, pid: Pid) -> Option<String> {
+        let child = self.children.get(&pid)?;
+        if child.declaration.is_some() {
+            return Some("it has not written to the descriptor in FORKYARD_READY (--ready-by descriptor)".to_owned());
+        }
+        if let Some(answer) = child.answer_to_ready_check() {
+            return Some(answer);
+        }
+        let Launch::App(first, ..) = &self.spawner.launch else { return None };
+        Some(why_not_ready(&self.spawner.current.config, first).to_owned())
     }
 }
 

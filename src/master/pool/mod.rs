@@ -12,25 +12,28 @@
 //! - [`demand`] and [`recycling`]: how much work there is, and which workers have reached the end of their lifetime.
 //!
 //! Modules that act:
-//! - [`spawn`] starts workers and programs, and [`death_log`] writes the log line of their death.
+//! - [`spawn`] starts workers and programs, [`child`] contains the state of one of them, and [`death_log`] writes the log line of their death.
 //! - [`apps`] supervises app processes, the programs behind gateways.
-//! - [`programs`] observes external programs through [`procfs`](crate::master::procfs), and [`idle_sigterm`] sends them
-//!   SIGTERM while they serve no request.
+//! - [`programs`] observes external programs through [`procfs`](crate::master::procfs), [`ready_descriptor`] reads whether
+//!   they have declared themselves ready, and [`idle_stop`] asks them to exit while they serve no request.
 //! - [`close_listeners`] closes the listening sockets when the server stops.
 //! - [`symbolizer`] runs the process that names the functions in a crash.
 
 pub(in crate::master) mod apps;
 pub(in crate::master) mod cgi_apps;
+pub(in crate::master) mod child;
 mod close_listeners;
 pub(in crate::master) mod death_log;
 mod demand;
 pub(crate) mod faults;
 mod hangs;
 pub(in crate::master) mod http_apps;
-mod idle_sigterm;
+mod idle_stop;
 mod oom;
 pub(in crate::master) mod programs;
 mod quarantine;
+mod ready_check;
+pub(in crate::master) mod ready_descriptor;
 mod recycling;
 pub(in crate::master) mod spawn;
 pub(in crate::master) mod supervisor;
@@ -42,21 +45,22 @@ use std::time::{Duration, Instant};
 
 use forkyard_shm::Scoreboard;
 use log::kv::Value;
-use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use self::apps::{AppFault, AppFaultKind, RecentCrashes};
+use self::child::{Child, EndBy};
 use self::close_listeners::Closing;
 use self::death_log::DeathRecord;
 use self::faults::Faults;
 use self::programs::Programs;
 use self::recycling::Recycling;
-use self::spawn::{Child, Launch, Spawner};
+use self::spawn::{Launch, Spawner};
 use self::supervisor::{Action, AfterExit, Budget, Policy, Supervisor, SupervisorEvent};
 use super::SignalInbox;
 use super::output::{self, OrphanedOutputs};
 use super::status::line_of;
 use crate::app::hooks::{WorkerExit, WorkerId};
+use crate::config::programs::ProgramConfig;
 use crate::config::{Config, Share, in_ms};
 use crate::inherited_by_workers::Report;
 use crate::net::queue_depth::QueueDepth;
@@ -122,6 +126,7 @@ pub(in crate::master) fn policy(config: &Config) -> Policy {
         slots: config.slots(),
         start_timeout: config.start_timeout,
         drain_timeout: config.drain_timeout,
+        settle: config.program.as_ref().map_or(Duration::ZERO, ProgramConfig::settle),
         respawn_rate: config.respawn_rate,
         give_up_after: config.scaling.give_up_after,
     }
@@ -173,7 +178,7 @@ impl Pool {
             Action::Spawn { slot, generation } => return Some(self.spawn(slot, generation, signals)),
             Action::Terminate { pid } => self.terminate(pid),
             Action::Remind { pid } => self.remind_or_end(pid),
-            Action::Kill { pid } => self.signal(pid, Signal::SIGKILL),
+            Action::Kill { pid } => self.signal(pid, EndBy::Kill),
             Action::Abort { pid } => self.abort(pid),
             Action::Close { at_once } => {
                 self.close_sockets(at_once);
@@ -281,14 +286,16 @@ impl Pool {
         self.read_child(pid, 0);
         let Some(mut child) = self.children.remove(&pid) else { return };
         let now = self.now();
+        let mut has_served = false;
         if let Some(channel) = self.channel() {
+            has_served = child.has_served(channel);
             channel.close(child.slot);
             self.app_ended(pid, &mut child, ending);
         }
         if let Some(output) = child.output.take() {
-            child.last_line = self.orphaned_outputs.adopt(output, pid, now);
+            child.last_lines = self.orphaned_outputs.adopt(output, pid, now);
         }
-        let program = child.program();
+        let (program, stop_signal) = (child.program(), child.stop_signal);
         let (slot, generation, since, asked) = (child.slot, child.generation, child.since, child.asked_to_leave);
         self.recycling.died(pid);
         let is_starting = death_log::is_starting(pid, &child, &self.scoreboard);
@@ -311,12 +318,13 @@ impl Pool {
         }
         self.take_evidence(slot, pid, postmortem, signals);
         match program {
-            Some(program) => self.program_ended(program, ending),
+            Some(program) => self.program_ended(program, stop_signal, ending),
             None if !asked => self.look_whether_sockets_listen(),
             None => {}
         }
         self.check_closing(); // the process may have exited because the queue is empty
-        self.observed.push_back(SupervisorEvent::Exited { pid, after_exit: after_exit(ending, !is_starting) });
+        self.observed
+            .push_back(SupervisorEvent::Exited { pid, after_exit: after_exit(ending, !is_starting, has_served) });
     }
 }
 
@@ -332,9 +340,11 @@ pub(in crate::master) fn with_article(noun: &str) -> String {
 }
 
 /// Returns the reaction to the end of a process. A program may be a wrapper: `env`, `timeout` and `docker run` return
-/// 125 when they themselves fail. Status 125 therefore takes effect only for a process that was ready.
-pub(in crate::master) fn after_exit(ending: Ending, was_ready: bool) -> AfterExit {
+/// 125 when they themselves fail. Status 125 therefore takes effect only for a process that was ready. `has_served` is
+/// true if the process is known to have served requests.
+pub(in crate::master) fn after_exit(ending: Ending, was_ready: bool, has_served: bool) -> AfterExit {
     match ending {
+        Ending::Exited(0) if has_served => AfterExit::Done,
         Ending::Exited(0) => AfterExit::Restart,
         Ending::Exited(STAY_DOWN) if was_ready => AfterExit::StayDown,
         Ending::Exited(_) | Ending::Signaled(_) => AfterExit::Replace,
@@ -348,9 +358,9 @@ mod tests {
 
     #[test]
     fn status_125_is_a_failure_unless_the_process_was_ready() {
-        assert_eq!(after_exit(Ending::Exited(125), false), AfterExit::Replace);
-        assert_eq!(after_exit(Ending::Exited(125), true), AfterExit::StayDown);
-        assert_eq!(after_exit(Ending::Exited(0), false), AfterExit::Restart);
+        assert_eq!(after_exit(Ending::Exited(125), false, false), AfterExit::Replace);
+        assert_eq!(after_exit(Ending::Exited(125), true, false), AfterExit::StayDown);
+        assert_eq!(after_exit(Ending::Exited(0), false, false), AfterExit::Restart);
         assert!([125, 126, 127].iter().all(|&status| hint(Ending::Exited(status)).contains(&status.to_string())));
     }
 }

@@ -6,8 +6,10 @@
 //! does not affect them, because a page may be waiting for such a process, or the process may be a background job. The
 //! rules are:
 //!
+//! The stop signal is SIGTERM, unless `--stop-signal` is given. In the following, SIGTERM stands for the stop signal.
+//!
 //! - SIGTERM is sent to the program's own process. If that process serves, SIGTERM is never sent to any other process.
-//! - A process that serves one connection at a time is sent SIGTERM while it serves no request (`idle_sigterm`). If it
+//! - A process that serves one connection at a time is sent SIGTERM while it serves no request (`idle_stop`). If it
 //!   handles SIGTERM and is not found idle within a second, it is sent SIGTERM in the middle of a request.
 //! - If the program's own process is a wrapper that does not serve, its descendants that have the socket are recorded
 //!   before SIGTERM is sent to the wrapper. Each of these servers is sent SIGTERM while it waits in accept, so that no
@@ -27,9 +29,11 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use super::Pool;
+use super::child::{Child, EndBy, Link, restored_signal};
 use super::close_listeners::IDLE_TIME;
-use super::idle_sigterm::IdleSigterm;
-use super::spawn::{Child, Link, Spawner};
+use super::idle_stop::IdleStop;
+use super::ready_descriptor::{self, DeclarationState};
+use super::spawn::Spawner;
 use super::supervisor::{SupervisorEvent, Uptime};
 use crate::config::millis;
 use crate::master::procfs::{self, Observed, Process};
@@ -128,6 +132,7 @@ struct Stray {
     asked: Option<Uptime>,
     /// Whether SIGTERM terminated this process's wrapper and was not sent to the process itself.
     unasked: bool,
+    stop_signal: Signal,
 }
 
 impl Stray {
@@ -135,11 +140,11 @@ impl Stray {
         procfs::stat(self.process.pid()).map(|stat| stat.name).unwrap_or_default()
     }
 
-    fn sent_sigterm(&mut self, now: Uptime) {
+    fn was_asked(&mut self, now: Uptime) {
         if self.asked.is_none() {
             log::info!(
                 pid = self.process.pid, name = self.name();
-                "sent SIGTERM to a process that a worker left behind, because it accepts connections"
+                "sent {} to a process that a worker left behind, because it accepts connections", self.stop_signal
             );
         }
         (self.asked, self.unasked) = (Some(now), false);
@@ -157,9 +162,9 @@ pub(in crate::master) struct Programs {
     /// The time until which programs are checked at [`QUICK_POLL_INTERVAL`].
     quick_until: Uptime,
     strays: Vec<Stray>,
-    idle_sigterm: IdleSigterm,
+    idle_stop: IdleStop,
     /// When SIGTERM was last sent to a program that had been waited for.
-    idle_sigterm_at: Option<Uptime>,
+    idle_stop_at: Option<Uptime>,
     next_look: Option<Uptime>,
     /// The time until which strays are looked for at [`STRAYS_INTERVAL`].
     stray_until: Uptime,
@@ -174,7 +179,7 @@ pub(in crate::master) struct Programs {
 
 impl Programs {
     pub(in crate::master) fn next_deadline(&self, now: Uptime) -> Option<Uptime> {
-        [self.next_look, self.next_count, self.idle_sigterm.next_deadline(now)].into_iter().flatten().min()
+        [self.next_look, self.next_count, self.idle_stop.next_deadline(now)].into_iter().flatten().min()
     }
 
     /// Returns the current time between two checks of starting programs.
@@ -189,12 +194,13 @@ impl Programs {
 
     /// Returns the strays, for the next master. Processes that this master has stopped continue.
     pub(in crate::master) fn save_strays(&self, now: Uptime) -> Vec<SavedStray> {
-        self.idle_sigterm.resume_all();
+        self.idle_stop.resume_all();
         let save = |stray: &Stray| SavedStray {
             process: stray.process.into(),
             left_ms: millis(stray.deadline.saturating_sub(now)),
             asked: stray.asked.is_some(),
             unasked: stray.unasked,
+            stop_signal: Some(stray.stop_signal as i32),
         };
         self.strays.iter().map(save).collect()
     }
@@ -206,6 +212,7 @@ impl Programs {
             deadline: now + Duration::from_millis(stray.left_ms),
             asked: stray.asked.then_some(now),
             unasked: stray.unasked,
+            stop_signal: restored_signal(stray.stop_signal),
         }));
         self.check_soon(now);
     }
@@ -240,9 +247,9 @@ impl Pool {
         if !self.runs_programs() {
             return;
         }
-        let settle = self.spawner.config.settle;
+        let settle = self.spawner.config.program.as_ref().and_then(|program| program.settle);
         let listener = &self.spawner.listeners[0];
-        let mut started = Vec::new();
+        let (mut started, mut closed) = (Vec::new(), Vec::new());
         for (&pid, child) in &mut self.children {
             let lived = child.since.elapsed();
             let Link::Program(program) = &mut child.link else { continue };
@@ -255,6 +262,21 @@ impl Pool {
             program.seen = !servers.is_empty();
             self.programs.seen |= program.seen;
             self.programs.sleeps_in_accept |= servers.iter().any(|(_, observed)| *observed == Observed::Accepting);
+            if let Some(declaration) = &mut child.declaration {
+                match declaration.look() {
+                    DeclarationState::Awaited => {}
+                    DeclarationState::Made => {
+                        program.started = true;
+                        started.push(pid);
+                    }
+                    DeclarationState::Closed if program.trouble.is_empty() => {
+                        program.trouble = ready_descriptor::CLOSED;
+                        closed.push((child.slot, pid));
+                    }
+                    DeclarationState::Closed => {}
+                }
+                continue;
+            }
             let enough = settle.or((!self.programs.seen).then_some(SETTLE_TIME));
             program.started = program.seen || enough.is_some_and(|enough| lived >= enough && has_socket(pid, listener));
             if program.started {
@@ -263,6 +285,10 @@ impl Pool {
             {
                 program.socket_closed(child.slot, pid);
             }
+        }
+        for (slot, pid) in closed {
+            log::error!(slot, pid = pid.as_raw(); "worker killed: {}", ready_descriptor::CLOSED);
+            let _ = killpg(pid, Signal::SIGKILL); // it can never become ready
         }
         for pid in started {
             self.observed.push_back(SupervisorEvent::Ready { pid });
@@ -280,12 +306,12 @@ impl Pool {
     /// Sends SIGTERM to programs and strays that do not handle SIGTERM and serve no request.
     fn terminate_idle(&mut self) {
         let now = self.now();
-        for process in self.programs.idle_sigterm.advance(&self.spawner.listeners[0], now) {
+        for process in self.programs.idle_stop.advance(&self.spawner.listeners[0], now) {
             if let Some(Child { link: Link::Program(program), .. }) = self.children.get_mut(&process.pid()) {
                 program.awaits_idle_since = None;
-                self.programs.idle_sigterm_at = Some(now);
+                self.programs.idle_stop_at = Some(now);
             } else if let Some(stray) = self.programs.strays.iter_mut().find(|stray| stray.process == process) {
-                stray.sent_sigterm(now);
+                stray.was_asked(now);
             }
         }
     }
@@ -366,14 +392,15 @@ impl Pool {
     }
 
     /// Sends a signal to a worker or program.
-    pub(in crate::master) fn signal(&mut self, pid: Pid, signal: Signal) {
+    pub(in crate::master) fn signal(&mut self, pid: Pid, by: EndBy) {
         if let Some(channel) = self.channel().map(Arc::clone) {
-            return self.signal_app(&channel, pid, signal);
+            return self.signal_app(&channel, pid, by);
         }
         let now = self.now();
         let listener = &self.spawner.listeners[0];
         let Some(child) = self.children.get_mut(&pid) else { return };
-        let to_group = signal == Signal::SIGKILL && !child.is_worker();
+        let to_group = by == EndBy::Kill && !child.is_worker();
+        let signal = child.signal_for(by);
         if let Link::Program(program) = &mut child.link
             && program.leave_by.is_none()
         {
@@ -385,7 +412,7 @@ impl Pool {
             }
         }
         child.asked_to_leave = true;
-        if signal == Signal::SIGTERM
+        if by == EndBy::StopSignal
             && let Link::Program(program) = &mut child.link
             && program.servers.is_empty()
             && procfs::serves_one_at_a_time(pid, listener)
@@ -413,7 +440,7 @@ impl Pool {
         let listener = &self.spawner.listeners[0];
         let Some(Child { link: Link::Program(program), .. }) = self.children.get_mut(&pid) else { return };
         if procfs::of(pid, listener) == Observed::Accepting {
-            self.signal(pid, Signal::SIGTERM);
+            self.signal(pid, EndBy::StopSignal);
         } else if !program.servers.is_empty() {
             program.reminded = true;
             self.programs.check_soon(now);
@@ -423,13 +450,14 @@ impl Pool {
     /// Handles the exit of a child before it is reaped. If the child has crashed or was killed, the remaining processes of its group are
     /// killed.
     pub(in crate::master) fn program_ending(&mut self, pid: Pid, ending: Ending) {
-        let Some(Child { link: Link::Program(program), asked_to_leave: asked, .. }) = self.children.get(&pid) else {
-            return;
-        };
+        let Some(child) = self.children.get(&pid) else { return };
+        let Child { link: Link::Program(program), asked_to_leave: asked, stop_signal, .. } = child else { return };
+        let stop = *stop_signal as i32;
         let signal = match ending {
             // The program may be the wrapper of processes that cannot be observed and that were not sent SIGTERM.
-            Ending::Signaled(libc::SIGTERM) if *asked && program.hidden => Some(Signal::SIGTERM),
-            Ending::Exited(_) | Ending::Signaled(libc::SIGTERM) if *asked => None,
+            Ending::Signaled(signal) if signal == stop && *asked && program.hidden => Some(*stop_signal),
+            Ending::Signaled(signal) if signal == stop && *asked => None,
+            Ending::Exited(_) if *asked => None,
             Ending::Exited(0 | super::STAY_DOWN) if program.started || self.programs.seen => None,
             Ending::Exited(_) | Ending::Signaled(_) => Some(Signal::SIGKILL),
         };
@@ -440,7 +468,7 @@ impl Pool {
 
     /// Handles the exit of a program. The program's remaining servers, which may still accept connections, must exit
     /// too.
-    pub(in crate::master) fn program_ended(&mut self, program: ProgramState, ending: Ending) {
+    pub(in crate::master) fn program_ended(&mut self, program: ProgramState, stop_signal: Signal, ending: Ending) {
         let now = self.now();
         if !program.started && ending == Ending::Exited(0) {
             self.programs.quick_until = now + QUICK_POLL_TIME;
@@ -451,8 +479,8 @@ impl Pool {
                 let _ = kill(process.pid(), Signal::SIGKILL);
                 continue;
             }
-            let unasked = ending == Ending::Signaled(libc::SIGTERM);
-            self.programs.strays.push(Stray { process, deadline, asked: None, unasked });
+            let unasked = ending == Ending::Signaled(stop_signal as i32);
+            self.programs.strays.push(Stray { process, deadline, asked: None, unasked, stop_signal });
         }
         self.programs.check_soon(now);
     }
@@ -466,7 +494,7 @@ impl Pool {
             Link::Program(program) => program.awaits_idle_since.is_some(),
             Link::Worker { .. } | Link::App(_) => false,
         };
-        self.programs.idle_sigterm_at.is_some_and(is_recent) || self.children.values().any(awaits_idle)
+        self.programs.idle_stop_at.is_some_and(is_recent) || self.children.values().any(awaits_idle)
     }
 
     pub(in crate::master) fn is_search_for_strays_due(&self) -> bool {
@@ -478,23 +506,24 @@ impl Pool {
         let mut roots = orphans.to_vec();
         let (mut awaiting, mut is_frequent) = (Vec::new(), false);
         for (&pid, child) in &mut self.children {
+            let stop_signal = child.stop_signal;
             let Link::Program(program) = &mut child.link else { continue };
             if program.reminded {
                 roots.extend(procfs::children_of(pid));
             }
             let Some(since) = program.awaits_idle_since else { continue };
-            if now >= since + IDLE_PATIENCE && procfs::handles(pid, Signal::SIGTERM) {
+            if now >= since + IDLE_PATIENCE && procfs::handles(pid, stop_signal) {
                 program.awaits_idle_since = None;
-                self.programs.idle_sigterm_at = Some(now);
-                let _ = kill(pid, Signal::SIGTERM); // it may just have exited
+                self.programs.idle_stop_at = Some(now);
+                let _ = kill(pid, stop_signal); // it may just have exited
             } else {
                 is_frequent |= now < since + IDLE_PATIENCE;
-                awaiting.extend(Process::of(pid));
+                awaiting.extend(Process::of(pid).map(|process| (process, stop_signal)));
             }
         }
         let listener = &self.spawner.listeners[0];
-        for process in &awaiting {
-            self.programs.idle_sigterm.attempt(*process, listener, now);
+        for (process, stop_signal) in &awaiting {
+            self.programs.idle_stop.attempt(*process, *stop_signal, listener, now);
         }
         let mut seen = procfs::servers_under(&roots, listener);
         seen.retain(|(_, observed)| observed.accepts());
@@ -515,15 +544,16 @@ impl Programs {
     /// processes without a program that accept connections now.
     fn signal_strays(&mut self, seen: &[(Pid, Observed)], spawner: &Spawner, now: Uptime) {
         let listener = &spawner.listeners[0];
-        let drain_timeout = spawner.config.drain_timeout;
+        let (drain_timeout, stop_signal) = (spawner.config.drain_timeout, spawner.current.stop_signal());
         self.strays.retain(|stray| stray.process.lives());
         for process in seen.iter().filter_map(|(pid, _)| Process::of(*pid)) {
             if self.strays.iter().all(|stray| stray.process != process) {
-                self.strays.push(Stray { process, deadline: now + drain_timeout, asked: None, unasked: false });
+                let deadline = now + drain_timeout;
+                self.strays.push(Stray { process, deadline, asked: None, unasked: false, stop_signal });
             }
         }
         for stray in &mut self.strays {
-            let Stray { process, deadline, asked, unasked } = *stray;
+            let Stray { process, deadline, asked, unasked, stop_signal } = *stray;
             let pid = process.pid();
             if deadline <= now {
                 let name = stray.name();
@@ -534,14 +564,15 @@ impl Programs {
                 let _ = kill(pid, Signal::SIGKILL); // it may just have exited
                 continue;
             }
-            let waits = (unasked || seen.iter().any(|(seen, _)| *seen == pid)) && procfs::can_be_asked(pid, listener);
-            let is_late = unasked && deadline <= now + drain_timeout / 2 && procfs::handles(pid, Signal::SIGTERM);
+            let waits = (unasked || seen.iter().any(|(seen, _)| *seen == pid))
+                && procfs::can_be_asked(pid, stop_signal, listener);
+            let is_late = unasked && deadline <= now + drain_timeout / 2 && procfs::handles(pid, stop_signal);
             let is_due = asked.map_or(waits || is_late, |asked| waits && now >= asked + TERMINATE_INTERVAL);
             if is_due && waits && procfs::serves_one_at_a_time(pid, listener) {
-                self.idle_sigterm.attempt(process, listener, now);
+                self.idle_stop.attempt(process, stop_signal, listener, now);
             } else if is_due {
-                let _ = kill(pid, Signal::SIGTERM); // it may just have exited
-                stray.sent_sigterm(now);
+                let _ = kill(pid, stop_signal); // it may just have exited
+                stray.was_asked(now);
             }
         }
     }

@@ -1,25 +1,28 @@
 //! Forks workers with their heritage, and starts external programs.
 
 use std::fs::File;
-use std::io::{self, Read as _};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
 
 use forkyard_shm::Segment;
 use nix::fcntl::OFlag;
+use nix::sys::signal::Signal;
 use nix::unistd::{Pid, pipe2, setpgid};
 
 use super::apps::{AppState, Probe};
+use super::child::{Child, Link};
 use super::http_apps::expect_same_address;
 use super::programs::ProgramState;
-use super::supervisor::Uptime;
+use super::ready_check::{EncodeReadyRequest, ReadyRequest};
+use super::ready_descriptor::{self, Declaration};
 use crate::app::hooks::{Hooks, WorkerHooks, WorkerId};
 use crate::config::gateway::{Backend, GatewayConfig};
+use crate::config::programs::ReadyBy;
 use crate::config::{Config, Program};
-use crate::inherited_by_workers::{Heritage, Report, WorkerMain};
+use crate::inherited_by_workers::{Heritage, WorkerMain};
 use crate::logging::files::LogFiles;
 use crate::master::output::Output;
 use crate::master::signals::SignalInbox;
@@ -37,9 +40,6 @@ use crate::{heir, logging, sys};
 /// Environment variables for the master only. They are not passed on.
 pub(in crate::master) const OF_THE_MASTER: &[&[&str]] =
     &[&upgrade::VARIABLES, &sd_notify::VARIABLES, &systemd::VARIABLES];
-/// Maximum number of bytes of a worker's last words, and of a line of its reports.
-const LAST_WORDS: usize = 4096;
-
 /// The code that the processes run.
 pub(crate) enum Launch {
     /// The application linked into this binary, in a fork of the master, with its hooks.
@@ -47,7 +47,7 @@ pub(crate) enum Launch {
     /// An external program that accepts clients' connections from its standard input.
     Program(Program),
     /// An external program that accepts the connections of gateways, from a private socket.
-    App(Program, Arc<AppChannel>),
+    App(Program, Arc<AppChannel>, EncodeReadyRequest),
 }
 
 impl Launch {
@@ -72,6 +72,17 @@ pub(crate) struct SpawnSettings {
     pub(crate) events: Option<PathBuf>,
 }
 
+impl SpawnSettings {
+    /// Returns the signal that asks a process to exit.
+    pub(super) fn stop_signal(&self) -> Signal {
+        self.config.program.as_ref().map_or(Signal::SIGTERM, |program| program.stop_signal.0)
+    }
+
+    fn ready_by(&self) -> ReadyBy {
+        self.config.program.as_ref().map(|program| program.ready_by).unwrap_or_default()
+    }
+}
+
 /// The settings and resources for starting processes.
 pub(crate) struct Spawner {
     /// The settings of the master itself: the latest configuration read.
@@ -90,38 +101,6 @@ pub(crate) struct Spawner {
     lifeline: (OwnedFd, OwnedFd),
     application: Arc<[RawFd]>,
     worker_hooks: Arc<WorkerHooks>,
-}
-
-/// A running worker or program.
-pub(crate) struct Child {
-    pub(crate) slot: u32,
-    pub(crate) generation: u64,
-    pub(crate) since: Instant,
-    /// Whether the child has been asked to exit, in which case its exit is expected.
-    pub(crate) asked_to_leave: bool,
-    /// Whether the child hangs and was sent SIGABRT.
-    pub(crate) hung: bool,
-    /// Whether the child has requested its replacement because a function hangs in it.
-    pub(crate) has_hung_thread: bool,
-    /// The process that sent the signal that killed this child, if another process sent the signal.
-    pub(crate) sent_by: Option<i32>,
-    pub(crate) link: Link,
-    /// The output of the child, until end of file.
-    pub(crate) output: Option<Output>,
-    /// The socket over which the process receives the reopened log files.
-    pub(crate) files: Option<OwnedFd>,
-    /// The log files of the child. `None` if a former master started the child, which is then assumed to have the
-    /// current files.
-    pub(crate) log_files: Option<Arc<LogFiles>>,
-    /// The last line of the child's output, once the output has ended.
-    pub(crate) last_line: String,
-}
-
-/// The channel from a child to the master.
-pub(crate) enum Link {
-    Worker { report: File, open: bool, unread: Vec<u8>, last_words: String, trace: String },
-    Program(ProgramState),
-    App(AppState),
 }
 
 impl Spawner {
@@ -152,7 +131,7 @@ impl Spawner {
         }
         let (worker_hooks, program) = match &mut launch {
             Launch::Worker(_, hooks) => (Arc::new(std::mem::take(&mut hooks.of_worker)), None),
-            Launch::Program(program) | Launch::App(program, _) => (Arc::default(), Some(program.clone())),
+            Launch::Program(program) | Launch::App(program, ..) => (Arc::default(), Some(program.clone())),
         };
         let privileges = Arc::new(privileges);
         let current = SpawnSettings { config: Arc::clone(&config), privileges, program, log_files, events: None };
@@ -176,7 +155,7 @@ impl Spawner {
     /// # Errors
     /// Returns a message for the operator if processes cannot have the configured privileges.
     pub(crate) fn prepare(&self, config: &Arc<Config>, program: Option<Program>) -> Result<SpawnSettings, String> {
-        if let (Launch::App(first, _), Some(program)) = (&self.launch, &program) {
+        if let (Launch::App(first, ..), Some(program)) = (&self.launch, &program) {
             expect_same_address(config, first, program)?;
         }
         Ok(SpawnSettings {
@@ -255,6 +234,7 @@ impl Spawner {
         // O_NONBLOCK is set for each end separately, and the process's end must block.
         let write = blocking(write)?;
         let settings = self.settings(generation);
+        let mut declaration = None;
         let (pid, link, files) = match &self.launch {
             Launch::Worker(main, hooks) => {
                 hooks.of_master.before_fork(WorkerId { slot, generation })?;
@@ -263,16 +243,21 @@ impl Spawner {
             Launch::Program(first) => {
                 let program = settings.program.as_ref().unwrap_or(first);
                 let socket = self.listeners[0].duplicate()?;
-                let pid = self.start_program(program, settings, slot, generation, socket, (write, read.as_fd()))?;
+                let ready = (settings.ready_by() == ReadyBy::Descriptor).then(Declaration::expect).transpose()?;
+                let (expected, ready) = ready.unzip();
+                declaration = expected;
+                let output = (write, read.as_fd());
+                let pid = self.start_program(program, settings, (slot, generation), socket, ready, output)?;
                 (pid, Link::Program(ProgramState::default()), None)
             }
-            Launch::App(first, channel) => {
+            Launch::App(first, channel, encode) => {
                 let program = settings.program.as_ref().unwrap_or(first);
+                let request = ReadyRequest::of(&settings.config, *encode).map_err(io::Error::other)?;
                 let (listen, probe) = channel.prepare(slot)?;
                 let output = (write, read.as_fd());
                 let pid = match (settings.config.backend(), listen) {
                     (Backend::Fastcgi, ListenOn::Socket(socket)) => {
-                        self.start_program(program, settings, slot, generation, socket, output)?
+                        self.start_program(program, settings, (slot, generation), socket, None, output)?
                     }
                     (Backend::Cgi, ListenOn::Socket(socket)) => {
                         self.start_cgi_runner(program, settings, (slot, generation), signals, socket, output.0)?
@@ -281,13 +266,14 @@ impl Spawner {
                         self.start_http_app(program, settings, slot, generation, listen, output)?
                     }
                 };
-                let state = AppState::new(Some(Probe::new(probe)), settings.config.scaling.max_requests);
+                let state = AppState::new(Some(Probe::new(probe)), request, settings.config.scaling.max_requests);
                 (pid, Link::App(state), None)
             }
         };
         let output = Some(Output::new(slot, read));
         let log_files = Some(Arc::clone(&settings.log_files));
-        Ok((pid, Child { output, files, log_files, ..Child::new(slot, generation, link) }))
+        let stop_signal = settings.stop_signal();
+        Ok((pid, Child { output, files, log_files, stop_signal, declaration, ..Child::new(slot, generation, link) }))
     }
 
     fn fork_worker(
@@ -349,17 +335,22 @@ impl Spawner {
         &self,
         program: &Program,
         settings: &SpawnSettings,
-        slot: u32,
-        generation: u64,
+        (slot, generation): (u32, u64),
         socket: OwnedFd,
+        ready: Option<OwnedFd>,
         (write, read): (OwnedFd, BorrowedFd<'_>),
     ) -> io::Result<Pid> {
         let segment = to_pass(&self.segment)?;
         let mut command = self.command(program, settings, (slot, generation), &segment, write)?;
         command.args(&program.arguments).stdin(Stdio::from(socket));
+        let mut pass = vec![segment.as_raw_fd()];
+        if let Some(ready) = &ready {
+            command.env(ready_descriptor::VARIABLE, ready.as_raw_fd().to_string());
+            pass.push(ready.as_raw_fd());
+        }
         let steps = settings.privileges.steps(slot).map_err(io::Error::other)?;
         let prepare = move || privileges::carry_out_before_exec(&steps);
-        let child = sys::spawn(&mut command, &[segment.as_raw_fd()], prepare)
+        let child = sys::spawn(&mut command, &pass, prepare)
             .map_err(|error| explain(&error, read, &settings.privileges, program))?;
         Ok(Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?))
     }
@@ -378,6 +369,7 @@ impl Spawner {
         command
             .env("FORKYARD_SLOT", slot.to_string())
             .env("FORKYARD_GENERATION", generation.to_string())
+            .env_remove(ready_descriptor::VARIABLE)
             .env("FORKYARD_SHM", segment.as_raw_fd().to_string())
             .envs(settings.events.iter().map(|socket| (publish_socket::VARIABLE, socket)))
             .stdout(Stdio::from(write.try_clone()?))
@@ -435,127 +427,6 @@ pub(in crate::master) fn blocking(pipe: OwnedFd) -> io::Result<OwnedFd> {
     use nix::fcntl::{FcntlArg, fcntl};
     fcntl(&pipe, FcntlArg::F_SETFL(OFlag::empty()))?;
     Ok(pipe)
-}
-
-impl Child {
-    /// Creates a child without output, log files or reports.
-    pub(crate) fn new(slot: u32, generation: u64, link: Link) -> Self {
-        Self {
-            slot,
-            generation,
-            since: Instant::now(),
-            asked_to_leave: false,
-            hung: false,
-            has_hung_thread: false,
-            sent_by: None,
-            link,
-            output: None,
-            files: None,
-            log_files: None,
-            last_line: String::new(),
-        }
-    }
-
-    pub(crate) fn is_worker(&self) -> bool {
-        matches!(self.link, Link::Worker { .. })
-    }
-
-    /// Returns the state of the external program, if the child runs one that accepts clients' connections.
-    pub(crate) fn program(&self) -> Option<ProgramState> {
-        match &self.link {
-            Link::Program(program) => Some(program.clone()),
-            Link::Worker { .. } | Link::App(_) => None,
-        }
-    }
-
-    /// Whether the child counts as ready. `None` for a worker, whose scoreboard row contains its state.
-    pub(crate) fn has_started(&self) -> Option<bool> {
-        match &self.link {
-            Link::Worker { .. } => None,
-            Link::Program(program) => Some(program.started),
-            Link::App(app) => Some(app.is_ready()),
-        }
-    }
-
-    /// Returns the descriptors to watch for the child: its reports, and its output if `with_output`.
-    pub(crate) fn watched(&self, with_output: bool) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let report = match &self.link {
-            Link::Worker { report, open, .. } => open.then(|| report.as_fd()),
-            Link::App(app) => app.probe(),
-            Link::Program(_) => None,
-        };
-        report.into_iter().chain(self.output.as_ref().filter(|_| with_output).map(AsFd::as_fd))
-    }
-
-    /// Logs up to `most` bytes of the child's output.
-    pub(crate) fn log_output(&mut self, pid: Pid, most: usize, now: Uptime) {
-        if let Some(output) = self.output.take_if(|output| !output.read(pid, most, now)) {
-            self.last_line = output.last_line(); // all of it is in the log
-        } else if let Some(output) = &mut self.output {
-            output.tick(now);
-        }
-    }
-
-    /// Reads the child's reports. Returns those that require an action.
-    pub(crate) fn listen(&mut self) -> Vec<Report> {
-        let Link::Worker { report, open, unread, last_words, trace } = &mut self.link else { return Vec::new() };
-        if !*open {
-            return Vec::new();
-        }
-        let mut said = [0; LAST_WORDS];
-        let mut reports = Vec::new();
-        // At most as much as a pipe holds is read, so that a child that never stops reporting does not block the
-        // master.
-        for _ in 0..16 {
-            let Ok(count) = report.read(&mut said) else { break };
-            *open = count > 0;
-            if count == 0 && !unread.is_empty() {
-                unread.push(b'\n'); // the child died in the middle of a line
-            }
-            unread.extend_from_slice(&said[..count]);
-            while let Some(end) = unread.iter().position(|&byte| byte == b'\n') {
-                let line: Vec<u8> = unread.drain(..=end).collect();
-                match Report::parse(&String::from_utf8_lossy(&line[..end])) {
-                    Report::LastWords(words) => keep(last_words, &words),
-                    Report::Trace(addresses) => *trace = addresses,
-                    Report::SentBy(pid) => self.sent_by = Some(pid),
-                    report @ (Report::Ready
-                    | Report::Recycle(_)
-                    | Report::HungThread(_)
-                    | Report::AppHung { .. }
-                    | Report::GatewayStuck { .. }
-                    | Report::AppDied { .. }
-                    | Report::ChildrenDied { .. }) => reports.push(report),
-                }
-            }
-            unread.truncate(LAST_WORDS);
-            if count == 0 {
-                break;
-            }
-        }
-        reports
-    }
-
-    /// Returns the last words of a child that has ended, and its trace.
-    pub(crate) fn mark_dead(mut self) -> (String, String) {
-        self.listen();
-        match self.link {
-            Link::Worker { last_words, trace, .. } => (last_words, trace),
-            Link::Program(program) if !program.trouble.is_empty() => (program.trouble.to_owned(), String::new()),
-            Link::Program(_) | Link::App(_) => (self.last_line, String::new()),
-        }
-    }
-}
-
-/// Appends a line to a worker's last words, as far as there is space.
-fn keep(last_words: &mut String, line: &str) {
-    let separator = if last_words.is_empty() { "" } else { "; " };
-    let room = LAST_WORDS.saturating_sub(last_words.len() + separator.len());
-    let line: String = line.chars().take(room / 4).collect();
-    if !line.is_empty() {
-        *last_words += separator;
-        *last_words += &line;
-    }
 }
 
 /// Whether any heir of a dead worker is still running. Such heirs are now children of this process.

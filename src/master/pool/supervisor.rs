@@ -27,13 +27,14 @@
 //!   process was ready, and a reload fails.
 //! - A running process that is replaced (reload, recycling) drains when its replacement is ready, and a budget limits
 //!   the number of processes that are being replaced at a time. If the new processes of a reload do not become ready,
-//!   the old ones keep running: see [`roll`].
+//!   the old ones keep running: see [`roll`]. So they do if a new process dies soon after it was ready.
 //! - When the server stops, the ready processes are asked to exit first. When the other processes are asked depends on
 //!   the queues of the listening sockets: see [`stop`].
 //! - While a process is draining, the supervisor reminds the master's loop of it every second, because a program may
 //!   miss a signal that arrives between its check for signals and `accept`. At the deadline, the process is killed.
 
 mod breaker;
+mod commands;
 mod messages;
 pub(crate) mod restore;
 mod roll;
@@ -47,7 +48,9 @@ use nix::unistd::Pid;
 
 pub(in crate::master) use self::breaker::Breaker;
 use self::breaker::TokenBucket;
-pub(crate) use self::messages::{Action, AfterExit, Budget, Command, Demand, Notice, Policy, SupervisorEvent};
+pub(crate) use self::messages::{
+    Action, AfterExit, Budget, Command, Demand, Notice, Policy, RollFailure, SupervisorEvent,
+};
 use self::roll::Roll;
 use self::scale::Scaler;
 pub(crate) use self::view::{Phase, SlotView};
@@ -93,6 +96,8 @@ pub(crate) enum State {
 struct Slot {
     state: State,
     generation: u64,
+    /// When the slot's process became ready.
+    ready_since: Option<Uptime>,
     /// When the slot's process reached the end of its lifetime.
     worn: Option<Uptime>,
     /// Whether the slot's process is draining because a new process has replaced it.
@@ -106,7 +111,7 @@ struct Slot {
 
 impl Slot {
     fn new(state: State, generation: u64) -> Self {
-        Self { state, generation, worn: None, replaced: false, busy: false, serves_queue: false }
+        Self { state, generation, ready_since: None, worn: None, replaced: false, busy: false, serves_queue: false }
     }
 }
 
@@ -227,7 +232,7 @@ impl Supervisor {
         let breaker = (self.mode == Mode::Running && self.missing() > 0).then_some(self.breaker.open_until());
         let sample = (self.mode == Mode::Running).then(|| self.scaler.sample_at(self.target)).flatten();
         let given_up = (self.mode == Mode::Running).then(|| self.gives_up_at()).flatten();
-        let others = breaker.into_iter().chain(sample).chain(given_up);
+        let others = breaker.into_iter().chain(sample).chain(given_up).chain(self.settles_at());
         slots.chain(others.filter(|&until| until > self.now)).min()
     }
 
@@ -283,10 +288,11 @@ impl Supervisor {
         match self.slots[index].state {
             State::Starting { .. } => {
                 self.slots[index].state = State::Ready { pid };
+                self.slots[index].ready_since = Some(self.now);
                 self.proven = true;
                 self.breaker.close();
                 self.unseen = 0;
-                self.prove(self.slots[index].generation);
+                self.new_is_ready(self.slots[index].generation);
                 if let Mode::Stopping { .. } = self.mode {
                     self.finish_queue(index, self.now);
                 }
@@ -302,15 +308,20 @@ impl Supervisor {
     fn exited(&mut self, pid: Pid, after_exit: AfterExit, now: Uptime) {
         let Some(index) = self.find(pid) else { return }; // not a process of the supervisor
         let slot = number(index);
-        let Slot { state, generation, serves_queue, .. } = self.slots[index];
+        let ended = self.slots[index];
+        let Slot { state, generation, serves_queue, .. } = ended;
         self.slots[index] = Slot::new(State::Empty, generation);
         match state {
+            State::Ready { .. } if self.is_unsettled(&ended, now) => {
+                self.ended_early(slot, pid, after_exit);
+                self.respawn(slot, now);
+            }
             // During a reload, such an exit means that the new generation has failed; the old processes keep running.
             State::Starting { .. } if after_exit == AfterExit::StayDown && self.is_new(generation) => {
                 self.failed_start(slot, Some(pid), now);
             }
             State::Starting { .. } | State::Ready { .. } if after_exit == AfterExit::StayDown => self.retire(now),
-            State::Starting { deadline, .. } if after_exit == AfterExit::Restart => {
+            State::Starting { deadline, .. } if matches!(after_exit, AfterExit::Restart | AfterExit::Done) => {
                 let lived = now.saturating_sub(deadline.saturating_sub(self.policy.start_timeout));
                 self.done_unseen(slot, pid, lived, now);
             }
@@ -354,20 +365,6 @@ impl Supervisor {
         }
     }
 
-    fn retire(&mut self, now: Uptime) {
-        if self.mode != Mode::Running {
-            return;
-        }
-        let (min, max) = self.scaler.limits();
-        let fewer = max.saturating_sub(1);
-        let target = self.target.saturating_sub(1);
-        self.target = self.scaler.set_limits((min.min(fewer), fewer), target, now);
-        self.notice(Notice::Target(self.target));
-        if fewer == 0 {
-            self.stop(false, now);
-        }
-    }
-
     fn failed_start(&mut self, slot: u32, pid: Option<Pid>, now: Uptime) {
         let place = &mut self.slots[slot as usize];
         let generation = place.generation;
@@ -376,7 +373,7 @@ impl Supervisor {
             return;
         }
         if self.is_new(generation) {
-            self.fail_roll(slot, pid);
+            self.fail_roll(slot, pid, RollFailure::NeverReady);
             if self.strength() >= self.target {
                 return; // the new process was above the target, so none is missing
             }
@@ -385,63 +382,6 @@ impl Supervisor {
             self.notice(Notice::Failing { failures, delay });
         }
         self.slots[slot as usize].state = State::Backoff { until: self.breaker.open_until() };
-    }
-
-    fn command(&mut self, command: Command, now: Uptime) {
-        match (command, self.mode) {
-            (Command::Drain, Mode::Running) => self.stop(true, now),
-            (Command::Halt, Mode::Running | Mode::Stopping { .. }) => self.halt(now),
-            (Command::Reload, Mode::Running) => self.begin_roll(),
-            (Command::Add, Mode::Running) => {
-                let (min, max) = self.scaler.limits();
-                self.retarget((min + 1, max + 1), self.target + 1, now);
-            }
-            (Command::Remove, Mode::Running) => {
-                let (min, max) = self.scaler.limits();
-                // The last worker may be removed only if the configured minimum is 0.
-                let lowest = self.policy.workers.0.min(1);
-                let fewer = max.saturating_sub(1).max(1);
-                let least = min.saturating_sub(1).max(lowest).min(fewer);
-                self.retarget((least, fewer), self.target.saturating_sub(1).max(lowest), now);
-            }
-            (Command::Scale(number), Mode::Running) => self.retarget((number, number), number, now),
-            (Command::Upgrade, Mode::Running) => self.actions.push(Action::Upgrade),
-            (
-                Command::Drain
-                | Command::Reload
-                | Command::Add
-                | Command::Remove
-                | Command::Scale(_)
-                | Command::Upgrade,
-                Mode::Stopping { .. } | Mode::Stopped,
-            )
-            | (Command::Halt, Mode::Stopped) => {}
-        }
-    }
-
-    pub(crate) fn policy(&self) -> Policy {
-        self.policy
-    }
-
-    fn set_policy(&mut self, policy: Policy, now: Uptime) {
-        let before = self.policy;
-        self.policy = Policy { slots: before.slots, ..policy };
-        self.respawns.set_rate(policy.respawn_rate);
-        self.scaler.set_pace(policy.per_worker, policy.scale_down_after);
-        // Changes by commands are kept, unless the configured number has changed.
-        if policy.workers != before.workers && self.mode == Mode::Running {
-            self.retarget(policy.workers, self.target, now);
-        }
-    }
-
-    /// Applies the number of workers that the operator has requested.
-    fn retarget(&mut self, limits: (u32, u32), target: u32, now: Uptime) {
-        let is_possible = limits.1 > 0 && limits.1 < self.policy.slots;
-        if !is_possible || (limits == self.scaler.limits() && target == self.target) {
-            return self.notice(Notice::TargetLimit(self.target));
-        }
-        self.target = self.scaler.set_limits(limits, target, now);
-        self.notice(Notice::Target(self.target));
     }
 
     /// Handles a sample of demand, and adjusts the number of workers.
@@ -516,6 +456,7 @@ impl Supervisor {
 
     /// Spawns missing processes, and drains processes that are surplus or have been replaced.
     fn balance(&mut self, now: Uptime) {
+        self.prove(now);
         self.replace(now);
         while self.missing() > 0 && self.breaker.permits(self.is_starting(), now) {
             let Some(generation) = self.next_generation() else { break };

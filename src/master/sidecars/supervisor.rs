@@ -403,13 +403,13 @@ impl SidecarSupervisor {
                 sidecar.state = State::Retired;
                 self.notice(index, SidecarNotice::Retired);
             }
-            AfterExit::Replace | AfterExit::Restart if was_steady => breaker.close(),
+            AfterExit::Replace | AfterExit::Restart | AfterExit::Done if was_steady => breaker.close(),
             AfterExit::Restart if tries == self.daemon_tries => {
                 sidecar.state = State::Retired;
                 self.notice(index, SidecarNotice::GivenUp { tries });
             }
             // A wrapper such as env, timeout or docker run also returns 125 when the wrapper itself fails.
-            AfterExit::Replace | AfterExit::Restart | AfterExit::StayDown => self.failed(index),
+            AfterExit::Replace | AfterExit::Restart | AfterExit::Done | AfterExit::StayDown => self.failed(index),
         }
     }
 

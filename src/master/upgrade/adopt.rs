@@ -15,8 +15,10 @@ use crate::master::apps::Which;
 use crate::master::control::Waiting;
 use crate::master::output::{LineReader, Output};
 use crate::master::pool::apps::AppState;
+use crate::master::pool::child::{Child, Link, restored_signal};
 use crate::master::pool::programs::ProgramState;
-use crate::master::pool::spawn::{Child, Link, Spawner};
+use crate::master::pool::ready_descriptor::Declaration;
+use crate::master::pool::spawn::Spawner;
 use crate::master::pool::supervisor::{Command, Supervisor, Uptime};
 use crate::master::pool::{Pool, policy, with_article};
 use crate::master::{Control, EarlierChildren, Master};
@@ -153,7 +155,8 @@ impl Pool {
             let (slot, pid) = (saved.slot, Pid::from_raw(saved.pid));
             if !sys::is_child(pid) {
                 log::error!(slot, pid = pid.as_raw(); "cannot take over {}: it is not a child of this process", with_article(noun));
-            } else if let Some(child) = Child::restore(saved, left, now) {
+            } else if let Some(mut child) = Child::restore(saved, left, now) {
+                child.await_answer(&self.spawner.current.config, &self.spawner.launch);
                 if child.hung {
                     self.faults.told_to_die(pid, now.saturating_sub(passed));
                 }
@@ -218,6 +221,8 @@ impl Child {
             asked_to_leave: self.asked_to_leave,
             hung: self.hung,
             link,
+            stop_signal: Some(self.stop_signal as i32),
+            declaration: self.declaration.as_ref().map(Declaration::save),
             output: self.output.as_ref().map(|output| output.save(pid)),
             files: self.files.as_ref().map(|files| files.as_raw_fd()),
         }
@@ -226,6 +231,10 @@ impl Child {
     /// Restores a child. Returns `None` if the child's reports cannot be read.
     fn restore(saved: SavedChild, left: &mut Takeover, now: Uptime) -> Option<Self> {
         let SavedChild { slot, generation, age_ms, asked_to_leave, hung, link, output, files, .. } = saved;
+        let (stop_signal, declaration) = (restored_signal(saved.stop_signal), saved.declaration);
+        let is_made = matches!(&link, SavedLink::Program(program) if program.started);
+        let declaration = declaration.and_then(|declaration| left.claim(declaration));
+        let declaration = declaration.map(|pipe| Declaration::restore(pipe, is_made));
         let link = match link {
             SavedLink::Worker { report, open, unread, last_words, trace } => {
                 Link::Worker { report: left.claim(report)?.into(), open, unread, last_words, trace }
@@ -246,6 +255,7 @@ impl Child {
         let files = files.and_then(|files| left.claim(files));
         let clock = Instant::now();
         let since = clock.checked_sub(Duration::from_millis(age_ms)).unwrap_or(clock);
-        Some(Self { since, asked_to_leave, hung, output, files, ..Self::new(slot, generation, link) })
+        let new = Self::new(slot, generation, link);
+        Some(Self { since, asked_to_leave, hung, output, files, stop_signal, declaration, ..new })
     }
 }

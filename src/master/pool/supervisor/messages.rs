@@ -21,6 +21,8 @@ pub(crate) struct Policy {
     pub(crate) slots: u32,
     pub(crate) start_timeout: Duration,
     pub(crate) drain_timeout: Duration,
+    /// How long the first new process of a reload must stay ready before an old process is replaced.
+    pub(crate) settle: Duration,
     pub(crate) respawn_rate: u32,
     /// How long processes may fail to start while none ever became ready; zero for no limit.
     pub(crate) give_up_after: Duration,
@@ -94,6 +96,8 @@ pub(crate) enum AfterExit {
     /// The process exited with 0 after it had done its share of work: replace it. This is not a failure, even if the
     /// process has never been seen to be ready, as long as other processes have been seen to be ready.
     Restart,
+    /// Like [`AfterExit::Restart`], and the process is known to have served requests.
+    Done,
     /// The process exited with 125: do not replace it.
     StayDown,
 }
@@ -209,11 +213,20 @@ pub(crate) enum Notice {
     ReloadDone {
         generation: u64,
     },
-    /// A new worker did not become ready, and the old workers keep running. `pid` is `None` if the worker could not be
-    /// created.
+    /// A new worker failed, and the old workers keep running. `pid` is `None` if the worker could not be created.
     ReloadFailed {
         generation: u64,
         slot: u32,
         pid: Option<Pid>,
+        failure: RollFailure,
     },
+}
+
+/// Why a new worker made a reload fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RollFailure {
+    /// It did not become ready.
+    NeverReady,
+    /// It died soon after it was ready.
+    DiedSoon,
 }

@@ -2,23 +2,29 @@
 //! rules and share one budget. The new worker is ready before the old one drains. At most `max_unavailable` workers are
 //! being replaced at a time; a replacement lasts from the start of the new worker to the exit of the old one.
 //!
-//! A reload begins with one process of the new generation, the canary. Until the canary is ready, a process of the old
-//! generation that dies is replaced by one of the old generation. After that, every started process is of the new
-//! generation. When a new process fails to start, the reload has failed. The old processes then keep running, and are
-//! later replaced by processes of the old generation. New processes that are ready keep running too.
+//! A reload begins with one process of the new generation, the canary. The generation is proven when the canary has been
+//! ready for `settle`. Until then, no process is replaced because of its generation, and a process of the old generation
+//! that dies is replaced by one of the old generation. After that, every started process is of the new generation.
+//!
+//! When a new process fails to start, or dies within `settle` of being ready, the reload has failed. The old processes
+//! then keep running, and are later replaced by processes of the old generation. New processes that are ready keep running
+//! too; those that die are replaced by processes of the old generation.
+//!
+//! A new process that exits with 0 within `settle` may have served its share of requests. If it is known to have served
+//! requests, this proves the generation. Otherwise, another canary is tried, up to [`MAX_UNSEEN`] times.
 //!
 //! The supervisor distinguishes generations by number only.
 
-use super::messages::{Action, Notice};
-use super::{Slot, State, Supervisor, Uptime};
+use super::messages::{Action, AfterExit, Notice, RollFailure};
+use super::{MAX_UNSEEN, Slot, State, Supervisor, Uptime, number};
 
 /// A reload under way.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Roll {
     pub(super) generation: u64,
-    /// Whether a process of this generation has been ready.
+    /// Whether a process of this generation has been ready for long enough.
     pub(super) proven: bool,
-    /// Number of consecutive processes of this generation that have exited with 0 and have never been seen to be ready.
+    /// Number of consecutive processes of this generation that have exited with 0 before they were ready, or soon after.
     pub(super) unseen: u32,
 }
 
@@ -32,11 +38,50 @@ impl Supervisor {
         self.notice(Notice::ReloadStarted { generation: self.newest });
     }
 
-    /// Records that a process is ready: the first one of the new generation is the canary.
-    pub(super) fn prove(&mut self, generation: u64) {
-        if let Some(roll) = self.roll.as_mut().filter(|roll| roll.generation == generation) {
-            roll.proven = true;
+    /// Records that a process is ready.
+    pub(super) fn new_is_ready(&mut self, generation: u64) {
+        if let Some(roll) = self.roll.as_mut().filter(|roll| roll.generation == generation && roll.proven) {
             roll.unseen = 0;
+        }
+    }
+
+    /// Marks the new generation as proven if one of its processes has been ready for long enough.
+    pub(super) fn prove(&mut self, now: Uptime) {
+        let is_due = self.settling().any(|at| at <= now);
+        if let Some(roll) = self.roll.as_mut().filter(|_| is_due) {
+            (roll.proven, roll.unseen) = (true, 0);
+        }
+    }
+
+    /// Returns the time at which the new generation is proven, if one of its processes is ready.
+    pub(super) fn settles_at(&self) -> Option<Uptime> {
+        self.settling().min()
+    }
+
+    /// Returns when each process of a generation that is not proven will have been ready for long enough.
+    fn settling(&self) -> impl Iterator<Item = Uptime> {
+        let unproven = self.roll.filter(|roll| !roll.proven);
+        let slots =
+            self.slots.iter().filter(move |slot| unproven.is_some_and(|roll| roll.generation == slot.generation));
+        let ready = slots.filter(|slot| matches!(slot.state, State::Ready { .. }));
+        ready.filter_map(|slot| Some(slot.ready_since?.saturating_add(self.policy.settle)))
+    }
+
+    /// Whether a process of the new generation has not been ready for long enough.
+    pub(super) fn is_unsettled(&self, slot: &Slot, now: Uptime) -> bool {
+        let settles_at = slot.ready_since.map(|since| since.saturating_add(self.policy.settle));
+        self.is_new(slot.generation) && settles_at.is_some_and(|at| now < at)
+    }
+
+    /// Handles the end of a process of the new generation that was not ready for long enough.
+    pub(super) fn ended_early(&mut self, slot: u32, pid: nix::unistd::Pid, after_exit: AfterExit) {
+        let Some(roll) = &mut self.roll else { return };
+        match after_exit {
+            AfterExit::Done => (roll.proven, roll.unseen) = (true, 0),
+            AfterExit::Restart if roll.unseen + 1 < MAX_UNSEEN => roll.unseen += 1,
+            AfterExit::Restart | AfterExit::Replace | AfterExit::StayDown => {
+                self.fail_roll(slot, Some(pid), RollFailure::DiedSoon);
+            }
         }
     }
 
@@ -45,9 +90,9 @@ impl Supervisor {
         self.roll.is_some_and(|roll| roll.generation == generation)
     }
 
-    pub(super) fn fail_roll(&mut self, slot: u32, pid: Option<nix::unistd::Pid>) {
+    pub(super) fn fail_roll(&mut self, slot: u32, pid: Option<nix::unistd::Pid>, failure: RollFailure) {
         if let Some(Roll { generation, .. }) = self.roll.take() {
-            self.notice(Notice::ReloadFailed { generation, slot, pid });
+            self.notice(Notice::ReloadFailed { generation, slot, pid, failure });
         }
     }
 
@@ -76,7 +121,9 @@ impl Supervisor {
 
     /// Drains one outdated process for each new process that is ready.
     pub(super) fn replace(&mut self, now: Uptime) {
-        while self.count_ready() > self.target {
+        // The canary replaces no process until its generation is proven.
+        let canaries = number(self.settling().count());
+        while self.count_ready() > self.target + canaries {
             // A worker at the end of its lifetime drains before a worker that is merely of an old generation.
             let outdated = (0..self.slots.len()).filter(|&index| {
                 matches!(self.slots[index].state, State::Ready { .. }) && self.is_outdated(&self.slots[index])
@@ -93,7 +140,7 @@ impl Supervisor {
         let Some(Roll { generation, .. }) = self.roll else { return };
         let has_old = self.slots.iter().any(|slot| slot.state.counts() && slot.generation < generation);
         let is_whole = self.count_ready() >= self.target && !self.is_starting();
-        if !has_old && is_whole {
+        if !has_old && is_whole && self.settles_at().is_none() {
             self.roll = None;
             self.generation = generation;
             self.notice(Notice::ReloadDone { generation });

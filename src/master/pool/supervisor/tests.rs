@@ -1,6 +1,7 @@
 //! Tests the supervisor in simulated worlds: with random histories from a seed, and each rule separately.
 
 mod scaling;
+mod settling;
 mod stops;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ fn range(min: u32, max: u32) -> Policy {
         slots: max * 2 + 4,
         start_timeout: 1000 * MS,
         drain_timeout: 5000 * MS,
+        settle: Duration::ZERO,
         respawn_rate: 8,
         give_up_after: Duration::ZERO,
     }
@@ -191,7 +193,8 @@ impl World {
         for _ in 0..10_000 {
             let Some((&pid, &life)) = self.processes.iter().find(|(_, life)| **life != Life::Ready) else {
                 let is_whole = self.supervisor.missing() == 0
-                    && self.supervisor.count(|state| matches!(state, State::Backoff { .. })) == 0;
+                    && self.supervisor.count(|state| matches!(state, State::Backoff { .. })) == 0
+                    && self.supervisor.settles_at().is_none();
                 match self.supervisor.next_deadline().filter(|_| !is_whole) {
                     Some(deadline) => {
                         self.now = deadline;
@@ -236,6 +239,7 @@ impl World {
                 if let Some(pid) = self.pick(random, life) {
                     let after_exit = match random.u32(0..20) {
                         0 => AfterExit::StayDown,
+                        15 => AfterExit::Done,
                         1..10 => AfterExit::Restart,
                         _ => AfterExit::Replace,
                     };
@@ -292,7 +296,9 @@ fn random_histories_always_lead_back_to_full_strength() {
             let mut random = fastrand::Rng::with_seed(seed);
             let min = random.u32(0..6);
             let policy = range(min, min.max(1) + random.u32(0..2) * random.u32(0..6));
-            let mut world = World::new(Policy { max_unavailable: Budget::Number(random.u32(1..4)), ..policy });
+            let settle = MS * random.choice([0, 0, 300, 2000]).unwrap();
+            let max_unavailable = Budget::Number(random.u32(1..4));
+            let mut world = World::new(Policy { max_unavailable, settle, ..policy });
             for _ in 0..random.u32(1..600) {
                 world.random_event(&mut random);
                 if world.supervisor.mode != Mode::Running {

@@ -14,6 +14,7 @@ fn policy(workers: u32) -> Policy {
         slots: workers * 2 + 16,
         start_timeout: 1000 * MS,
         drain_timeout: 5000 * MS,
+        settle: Duration::ZERO,
         respawn_rate: 8,
         give_up_after: Duration::ZERO,
     }
