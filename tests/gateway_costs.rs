@@ -5,7 +5,6 @@
 
 mod common;
 
-use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +14,6 @@ use std::time::{Duration, Instant};
 use common::gateway::Site;
 use common::{connect_tcp, http, wait_until};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::unistd::Pid;
 
 const MIB: u64 = 1 << 20;
 
@@ -84,6 +82,27 @@ fn trickle(address: &str, stop: &Receiver<()>) {
     }
 }
 
+/// Returns the rate while slow clients are in flight, and no app process serves them.
+fn rate_with_slow_clients(site: &Site) -> u64 {
+    let (end, stop) = channel();
+    let address = site.server.http();
+    let address = &address;
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(move || trickle(address, &stop));
+        wait_until("the gateways alone serve the slow clients", || {
+            let status = site.status();
+            let in_flight = |pool: &str| -> u64 {
+                status[pool].as_array().unwrap().iter().map(|process| process["in_flight"].as_u64().unwrap()).sum()
+            };
+            (in_flight("gateways") == 2 * SLOW as u64 && in_flight("workers") == 0).then_some(())
+        });
+        let with = rate(address);
+        drop(end);
+        slow.join().unwrap();
+        with
+    })
+}
+
 #[test]
 #[ignore = "a measurement of a rate, for scripts/soak gateway"]
 fn slow_clients_do_not_slow_down_others() {
@@ -91,26 +110,14 @@ fn slow_clients_do_not_slow_down_others() {
     let address = site.server.http();
     let mut ratios = Vec::new();
     rate(&address);
-    for _ in 0..ROUNDS {
-        let without = rate(&address);
-        let (end, stop) = channel();
-        let with = std::thread::scope(|scope| {
-            let address = &address;
-            let slow = scope.spawn(move || trickle(address, &stop));
-            wait_until("the slow clients are in flight", || {
-                let status = site.status();
-                let gateways = status["gateways"].as_array().unwrap();
-                let in_flight: u64 = gateways.iter().map(|gateway| gateway["in_flight"].as_u64().unwrap()).sum();
-                (in_flight >= SLOW as u64).then_some(())
-            });
-            let with = rate(address);
-            drop(end);
-            slow.join().unwrap();
-            with
-        });
+    for round in 0..ROUNDS {
+        // The order alternates, so that a trend has no effect on the median.
+        let before = (round % 2 == 0).then(|| rate(&address));
+        let with = rate_with_slow_clients(&site);
+        site.at_rest();
+        let without = before.unwrap_or_else(|| rate(&address));
         eprintln!("{without} requests without slow clients, {with} with them, in {ROUND:?}");
         ratios.push(with as f64 / without as f64);
-        site.at_rest();
     }
     ratios.sort_by(f64::total_cmp);
     eprintln!("ratios {ratios:.2?}, median {:.2}", ratios[ROUNDS / 2]);
@@ -122,17 +129,14 @@ fn slow_clients_do_not_slow_down_others() {
 const IDLE: usize = 10_000;
 const QUEUED: usize = 1000;
 
-/// Returns the sum of the PSS of the master and all its processes.
+/// Returns the sum of the PSS of the master and all its processes, heirs and gateways included.
 fn memory(site: &Site) -> u64 {
-    let mut all = BTreeSet::from([site.server.pid().as_raw()]);
-    let mut new = all.clone();
-    while !new.is_empty() {
-        new = new.iter().flat_map(|&pid| common::children_of(Pid::from_raw(pid))).collect();
-        all.extend(&new);
-    }
+    let mut all = common::recipes::descendants(&site.server);
+    assert!(site.processes().is_subset(&all), "gateways and app processes are measured: {all:?}");
+    all.insert(site.server.pid().as_raw());
     let pss = |pid: &i32| -> u64 {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-        let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap_or("0 kB");
+        let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap();
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     };
     all.iter().map(pss).sum()

@@ -97,12 +97,12 @@ impl Soak {
         Self { site, _nginx: nginx, load, name: name.to_owned() }
     }
 
-    /// Repeats `act` under load, at least three times, until enough requests have been answered. Then the server is at
+    /// Repeats `act` under load, at least `least` times, until enough requests have been answered. Then the server is at
     /// rest, and is stopped. Returns its log.
-    fn run(mut self, mut act: impl FnMut(&Site, &Load)) -> String {
+    fn run(mut self, least: u64, mut act: impl FnMut(&Site, &Load)) -> String {
         let (begun, mut times) = (Instant::now(), 0);
         self.load.run(&self.site, CLIENTS, || {
-            while (self.load.total() < requests() || times < 3) && !self.load.has_failed() {
+            while (self.load.total() < requests() || times < least) && !self.load.has_failed() {
                 act(&self.site, &self.load);
                 times += 1;
             }
@@ -142,7 +142,9 @@ fn app_processes_are_killed(backend: Backend, options: &[&str]) {
     let site = backend.start(options, &[]);
     let mut random = fastrand::Rng::with_seed(7);
     let soak = Soak::new(&format!("kills of app processes, {backend:?}"), site, Tolerance::Posts);
-    let log = soak.run(|site, load| kill_one(site, load, &mut random, backend.processes(), Site::apps));
+    let log = soak.run(requests() / 50, |site, load| {
+        kill_one(site, load, &mut random, backend.processes(), Site::apps);
+    });
     assert!(!log.contains("quarantined"), "{log}");
 }
 
@@ -166,7 +168,7 @@ fn kills_of_children_of_php() {
     let parent = site.apps();
     let mut random = fastrand::Rng::with_seed(7);
     let soak = Soak::new("kills of children of php-cgi", site, Tolerance::Posts);
-    let log = soak.run(|site, load| {
+    let log = soak.run(requests() / 50, |site, load| {
         kill_one(site, load, &mut random, CHILDREN, children);
         assert_eq!(site.apps(), parent, "the php-cgi process was not replaced");
     });
@@ -184,15 +186,16 @@ fn kills_of_scgi_programs() {
 }
 
 fn gateways_are_killed(backend: Backend) {
-    let site = backend.start(&[], &[]);
+    // By default, php-cgi exits after 500 requests.
+    let site = backend.start(&[], &[("PHP_FCGI_MAX_REQUESTS", "0")]);
     let apps = site.apps();
     let mut random = fastrand::Rng::with_seed(7);
     let soak = Soak::new(&format!("kills of gateways, {backend:?}"), site, Tolerance::All);
     let mut kills = 0;
     let sorry = std::cell::Cell::new(0);
-    soak.run(|site, load| {
+    soak.run((requests() / 1000).max(3), |site, load| {
         // 1,000 requests per kill in the mean, so that an interrupted request belongs to one kill.
-        if load.answered(random.u64(1..1900)) {
+        if load.answered(random.u64(1..1800)) {
             kill_one(site, load, &mut random, 2, Site::gateways);
         }
         assert_eq!(site.apps(), apps, "no app process was replaced");
@@ -254,7 +257,7 @@ fn nothing_fails(
     act: fn(&Site, &Load),
 ) -> String {
     let site = backend.start(options, variables);
-    let log = Soak::new(&format!("{name}, {backend:?}"), site, Tolerance::Nothing).run(act);
+    let log = Soak::new(&format!("{name}, {backend:?}"), site, Tolerance::Nothing).run(3, act);
     assert!(!log.contains(" died "), "{log}");
     log
 }
