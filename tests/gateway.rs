@@ -3,16 +3,15 @@
 #![allow(clippy::unwrap_used, reason = "a failing test reports its location")]
 
 mod common;
-#[path = "common/fronts/mod.rs"]
-mod fronts;
 
 use std::collections::BTreeMap;
 use std::process::Command;
 
 use common::gateway::Site;
 use common::limit::InTime as _;
+use common::nginx::start_nginx;
 use common::run::value;
-use common::{Helper, fastcgi, free_port, http, scgi, wait_until};
+use common::{fastcgi, http, scgi};
 
 const PROTOCOLS: [&str; 6] =
     ["--bind", "http:127.0.0.1:0", "--bind", "fastcgi:127.0.0.1:0", "--bind", "scgi:127.0.0.1:0"];
@@ -78,37 +77,6 @@ fn ways<'a>(site: &'a Site, nginx: &'a str) -> BTreeMap<&'static str, Ask<'a>> {
     ways.insert("fastcgi", Box::new(over_fastcgi));
     ways.insert("scgi", Box::new(over_scgi));
     ways
-}
-
-/// Starts nginx in front of the FastCGI address of a site.
-fn start_nginx(site: &Site) -> (Helper, String) {
-    let bind = site.server.binds.iter().find_map(|bind| bind.strip_prefix("fastcgi:")).unwrap();
-    let directory = site.place.text("");
-    let temporary: String = ["client_body", "fastcgi", "proxy", "scgi", "uwsgi"]
-        .map(|name| format!("{name}_temp_path {directory}/nginx-{name};\n"))
-        .concat();
-    let user = if fronts::is_root() { "user root;" } else { "" };
-    let port = free_port();
-    let text = format!(
-        "daemon off; {user} worker_processes 1; pid {directory}/nginx.pid; error_log {directory}/error.log;
-         events {{ worker_connections 256; }}
-         http {{ access_log off; client_max_body_size 32m;\n{temporary}
-           server {{ listen 127.0.0.1:{port}; location / {{
-             include /etc/nginx/fastcgi_params; fastcgi_pass {bind};
-             fastcgi_param SCRIPT_FILENAME {directory}/index.php; fastcgi_param SCRIPT_NAME /index.php;
-             fastcgi_param PATH_INFO $uri;
-         }} }} }}\n"
-    );
-    std::fs::write(site.path("nginx.conf"), text).unwrap();
-    let mut command = Command::new("nginx");
-    command.arg("-p").arg(&directory).arg("-e").arg(site.path("error.log")).arg("-c").arg(site.path("nginx.conf"));
-    let mut nginx = Helper::start(&mut command);
-    let address = format!("127.0.0.1:{port}");
-    wait_until("nginx listens", || {
-        assert_eq!(nginx.0.try_wait().unwrap(), None, "{:?}", std::fs::read_to_string(site.path("error.log")));
-        common::connect_tcp(&address).ok()
-    });
-    (nginx, address)
 }
 
 /// Returns the MD5 of some bytes, in hexadecimal, as PHP prints it.

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -260,6 +261,12 @@ pub struct Load {
     pub broken: AtomicU64,
     ids: AtomicU64,
     failures: Mutex<Vec<String>>,
+    /// The address of an nginx in front of the site, which some of the clients use.
+    pub nginx: Option<String>,
+    /// Time at which the last process was killed.
+    killed: Mutex<Option<Instant>>,
+    /// For each 502, the time since the last process was killed.
+    pub answers_after_kill: Mutex<Vec<Duration>>,
 }
 
 impl Load {
@@ -273,6 +280,28 @@ impl Load {
             broken: zero(),
             ids: zero(),
             failures: Mutex::default(),
+            nginx: None,
+            killed: Mutex::default(),
+            answers_after_kill: Mutex::default(),
+        }
+    }
+
+    /// Returns the number of requests that have been answered.
+    pub fn total(&self) -> u64 {
+        self.good.load(Ordering::SeqCst) + self.sorry.load(Ordering::SeqCst)
+    }
+
+    /// Kills a process with SIGKILL. Returns false if it has exited before.
+    pub fn kill(&self, pid: i32) -> bool {
+        *self.killed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok()
+    }
+
+    /// Counts a request that was answered with 502.
+    fn is_sorry(&self) {
+        self.sorry.fetch_add(1, Ordering::SeqCst);
+        if let Some(killed) = *self.killed.lock().unwrap_or_else(PoisonError::into_inner) {
+            self.answers_after_kill.lock().unwrap_or_else(PoisonError::into_inner).push(killed.elapsed());
         }
     }
 
@@ -321,7 +350,7 @@ impl Load {
     }
 
     fn client(&self, site: &Site, number: usize) {
-        let mut way = Way::new(site, number);
+        let mut way = Way::new(site, self.nginx.as_deref(), number);
         let mut count = number;
         while !self.stop.load(Ordering::SeqCst) {
             count += 1;
@@ -346,11 +375,11 @@ impl Load {
                     self.good.fetch_add(1, Ordering::SeqCst);
                 }
                 Ok((502, _)) if is_tolerated => {
-                    self.sorry.fetch_add(1, Ordering::SeqCst);
+                    self.is_sorry();
                 }
                 Err(error) if self.is_broken_off(&target, &error) => {
                     self.broken.fetch_add(1, Ordering::SeqCst);
-                    way = Way::new(site, number);
+                    way = Way::new(site, self.nginx.as_deref(), number);
                 }
                 other => {
                     let text = match other {
@@ -360,7 +389,7 @@ impl Load {
                     let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
                     failures.push(format!("{way:?} {method} {target}: {text}"));
                     drop(failures);
-                    way = Way::new(site, number);
+                    way = Way::new(site, self.nginx.as_deref(), number);
                 }
             }
         }
@@ -371,6 +400,8 @@ impl Load {
 enum Way {
     Fresh,
     Kept(Option<http::Client>),
+    NginxFresh(String),
+    NginxKept(String, Option<http::Client>),
     FastCgi { address: String, client: Option<fastcgi::Client> },
 }
 
@@ -379,13 +410,19 @@ impl std::fmt::Debug for Way {
         f.write_str(match self {
             Self::Fresh => "http, a new connection",
             Self::Kept(_) => "http, a kept connection",
+            Self::NginxFresh(_) => "nginx, a new connection",
+            Self::NginxKept(..) => "nginx, a kept connection",
             Self::FastCgi { .. } => "fastcgi",
         })
     }
 }
 
 impl Way {
-    fn new(site: &Site, number: usize) -> Self {
+    fn new(site: &Site, nginx: Option<&str>, number: usize) -> Self {
+        if let (Some(nginx), 3 | 4) = (nginx, number % 5) {
+            let kept = Self::NginxKept(nginx.to_owned(), None);
+            return if number % 5 == 3 { kept } else { Self::NginxFresh(nginx.to_owned()) };
+        }
         let fastcgi = site.server.binds.iter().find(|bind| bind.starts_with("fastcgi:"));
         match (number % 3, fastcgi) {
             (0, Some(address)) => Self::FastCgi { address: address.clone(), client: None },
@@ -398,12 +435,9 @@ impl Way {
         let address = site.server.http();
         let response = match self {
             Self::Fresh => http::Client::connect(&address)?.request(method, target, b"")?,
-            Self::Kept(kept) => {
-                let mut client = kept.take().map_or_else(|| http::Client::connect(&address), Ok)?;
-                let response = client.request(method, target, b"")?;
-                *kept = (response.header("connection") != Some("close")).then_some(client);
-                response
-            }
+            Self::Kept(kept) => on_kept(kept, &address, method, target)?,
+            Self::NginxFresh(nginx) => http::Client::connect(nginx)?.request(method, target, b"")?,
+            Self::NginxKept(nginx, kept) => on_kept(kept, nginx, method, target)?,
             Self::FastCgi { address, client } => {
                 let mut kept = client.take().map_or_else(|| fastcgi::Client::connect(address), Ok)?;
                 kept.send(&site.fastcgi_request(method, target, b""))?;
@@ -416,4 +450,12 @@ impl Way {
         };
         Ok((response.status, response.body))
     }
+}
+
+/// Sends a request on a kept connection, or on a new one if there is none.
+fn on_kept(kept: &mut Option<http::Client>, address: &str, method: &str, target: &str) -> io::Result<http::Response> {
+    let mut client = kept.take().map_or_else(|| http::Client::connect(address), Ok)?;
+    let response = client.request(method, target, b"")?;
+    *kept = (response.header("connection") != Some("close")).then_some(client);
+    Ok(response)
 }

@@ -15,6 +15,7 @@ pub mod http;
 pub mod http2;
 pub mod limit;
 pub mod load;
+pub mod nginx;
 pub mod raw;
 pub mod recipes;
 pub mod refuse;
