@@ -92,6 +92,11 @@ impl AppStream {
         read.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 
+    /// Whether this is a Unix socket.
+    pub(super) fn is_local(&self) -> bool {
+        matches!(self.0.socket, Socket::Unix(_))
+    }
+
     pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.0.socket {
             Socket::Unix(stream) => stream.as_fd(),

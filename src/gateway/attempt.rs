@@ -47,6 +47,8 @@ use crate::sys;
 /// How long an attempt waits to see whether the app process has died, after its connection has ended. A dying process
 /// closes its connections a moment before the kernel reports its death.
 const DEATH_TIMEOUT: Duration = Duration::from_millis(50);
+/// How long the master may take to turn away the connections that a dead app process has not accepted.
+const TURN_AWAY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an attempt waits for another gateway to close its connection to the app process.
 const KEEPER_TIMEOUT: Duration = Duration::from_millis(20);
 const KEEPER_INTERVAL: Duration = Duration::from_millis(1);
@@ -271,7 +273,9 @@ impl Attempt {
     /// process; otherwise 0.
     fn connection_of_child(&self) -> u32 {
         let connection = self.connection.borrow();
-        let Some(connection) = connection.as_ref().filter(|_| self.shared.concurrency > 1) else { return 0 };
+        let is_fastcgi = matches!(self.outgoing.message, Message::Fastcgi(_));
+        let has_children = self.shared.concurrency > 1 && is_fastcgi;
+        let Some(connection) = connection.as_ref().filter(|_| has_children) else { return 0 };
         UnixDiagnosis::new().and_then(|diagnosis| diagnosis.peer(connection.as_fd())).unwrap_or(0)
     }
 
@@ -309,11 +313,22 @@ impl Attempt {
         {
             let _ = descriptor.readable().await;
         }
-        // Usually, the exchange ends first.
+        // Usually, the exchange ends first. If the process has not accepted the connection, the master turns it away.
         sleep(2 * DEATH_TIMEOUT).await;
+        let limit = Instant::now() + TURN_AWAY_TIMEOUT;
+        while self.is_not_accepted() && Instant::now() < limit {
+            sleep(DEATH_TIMEOUT).await;
+        }
         if !self.has_died().await {
             std::future::pending::<()>().await; // the process cannot be watched
         }
+    }
+
+    /// Whether no process has accepted the connection on which the request was sent. The connection has then no other end.
+    fn is_not_accepted(&self) -> bool {
+        let connection = self.connection.borrow();
+        let Some(connection) = connection.as_ref().filter(|connection| connection.is_local()) else { return false };
+        UnixDiagnosis::new().and_then(|diagnosis| diagnosis.peer(connection.as_fd())).is_ok_and(|peer| peer == 0)
     }
 
     /// Whether the process has died, or dies within [`DEATH_TIMEOUT`].
