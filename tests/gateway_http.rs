@@ -138,7 +138,7 @@ fn the_application_gets_the_clients_address_from_the_gateway_only() {
     ] {
         assert!(text.contains(part), "{part} in {text}");
     }
-    assert!(!text.contains("9.9.9.9") && !text.contains("x-mine") && !text.contains("\"te\""), "{text}");
+    assert!(!text.contains("9.9.9.9") && !text.contains("x-mine"), "{text}");
     server.stop();
 }
 
