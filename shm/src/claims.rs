@@ -66,6 +66,7 @@ use crate::memory::error::SegmentError;
 use crate::protocols::kept;
 pub use crate::protocols::units::Door;
 use crate::protocols::units::{self, Taken};
+use crate::scoreboard::text::{self, TEXT_BYTES};
 
 /// A gateway may use a unit again although a request of another gateway has waited longer than its own, if the difference is not more than
 /// this.
@@ -140,6 +141,18 @@ pub struct AppProcess {
     pub begun: u64,
     /// When the door was opened.
     pub since_us: u64,
+}
+
+/// A request that an app process is serving.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct AppRequest {
+    /// The slot of the gateway that has sent the request.
+    pub gateway: u32,
+    /// Method and target, as in `GET /path`; printable ASCII, truncated to 112 bytes.
+    pub what: String,
+    /// Time since the request was sent, in microseconds.
+    pub for_us: u64,
 }
 
 /// How much work there is for the app processes.
@@ -286,6 +299,15 @@ impl Claims {
         }
         unit.begun = process.begun.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         Ok(unit)
+    }
+
+    /// Records the request that a unit is used for: the result of [`request_text`](crate::request_text). The latest record of a unit is
+    /// shown until the unit is released.
+    pub fn begin_request(&self, unit: &HeldUnit, what: &str, now_us: u64) {
+        if let Some(row) = self.table.request(unit.process, unit.unit) {
+            text::store(row.length, row.text, what.as_bytes().get(..TEXT_BYTES).unwrap_or(what.as_bytes()));
+            row.begun_us.store(now_us, Ordering::Release);
+        }
     }
 
     /// Releases a unit, without keeping a connection. Returns the process that must be woken.
@@ -522,6 +544,21 @@ impl Claims {
             begun: row.begun.load(Ordering::Relaxed),
             since_us: row.since_us.load(Ordering::Relaxed),
         })
+    }
+
+    /// Returns the requests that an app process is serving, the oldest first. The text of a request may be torn, or that of the unit's
+    /// previous request.
+    pub fn requests(&self, process: u32, now_us: u64) -> Vec<AppRequest> {
+        let Some(row) = self.table.process(process) else { return Vec::new() };
+        let request = |(unit, cell): (usize, &AtomicU64)| {
+            let gateway = units::owner(cell.load(Ordering::SeqCst))?;
+            let place = self.table.request(process, unit)?;
+            let for_us = now_us.saturating_sub(place.begun_us.load(Ordering::Acquire));
+            Some(AppRequest { gateway, what: text::load(place.length, place.text), for_us })
+        };
+        let mut requests: Vec<AppRequest> = row.units.iter().enumerate().filter_map(request).collect();
+        requests.sort_by_key(|request| std::cmp::Reverse(request.for_us));
+        requests
     }
 
     /// Returns the process id of a gateway and the number of requests that wait in it. The process id is 0 if there is no gateway in the slot.

@@ -144,7 +144,7 @@ pub use self::cache::render::{CacheStatus, Cached};
 pub use self::cache::stats::Stats;
 pub use self::cache::tags::PurgeSnapshot;
 pub use self::cache::value::CacheValue;
-pub use self::claims::{AppDemand, AppProcess, ClaimAttempt, Claims, Door, HeldUnit, KeptConnection, Wake};
+pub use self::claims::{AppDemand, AppProcess, AppRequest, ClaimAttempt, Claims, Door, HeldUnit, KeptConnection, Wake};
 pub use self::events::{Event, EventStats, Events, PublishError, Since, Tail, Tailed};
 pub use self::memory::error::SegmentError;
 pub use self::memory::lost_pages::recover_lost_pages;

@@ -13,7 +13,7 @@
 
 pub(crate) mod quarantine;
 mod surplus;
-mod text;
+pub(crate) mod text;
 pub(crate) mod thread_slot;
 
 use std::cell::{Cell as Local, RefCell};

@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn columns_are_aligned_and_unknown_values_are_dashes() {
-        let serving = vec![ServingStatus { what: "GET /slow".to_owned(), for_ms: 1500 }];
+        let serving = vec![ServingStatus { what: "GET /slow".to_owned(), for_ms: 1500, gateway: None }];
         let known = WorkerStatus {
             slot: 10,
             pid: Some(123_456),

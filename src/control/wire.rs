@@ -143,6 +143,9 @@ pub(crate) struct ServingStatus {
     /// Method and target, as in `GET /path`, truncated.
     pub(crate) what: String,
     pub(crate) for_ms: u64,
+    /// The slot of the gateway that has sent the request to this app process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) gateway: Option<u32>,
 }
 
 impl ControlRequest {

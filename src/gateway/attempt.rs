@@ -127,6 +127,7 @@ impl Attempt {
         let process = (self.unit.slot(), self.unit.pid());
         let response = Response::new(reply, &self.shared, process, &self.outgoing.what);
         let in_use = self.shared.activity.begin(self.unit.slot(), self.unit.pid());
+        self.unit.begin_request(&self.outgoing.what);
         let outcome = {
             let (begun, mut exchange) = (Instant::now(), pin!(self.exchange(&response)));
             let quick = tokio::select! {

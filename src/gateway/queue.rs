@@ -124,6 +124,13 @@ impl AppUnit {
         }
     }
 
+    /// Records the request that the unit is used for, for the status and for the log line of the process's death.
+    pub(super) fn begin_request(&self, what: &str) {
+        if let Some(unit) = &self.unit {
+            self.queue.channel.claims().begin_request(unit, what, now_us());
+        }
+    }
+
     /// Completes when this gateway is woken, perhaps because another gateway has closed its connection. Wake-ups count from the
     /// call of this function.
     pub(super) fn woken(&self) -> Notified<'_> {

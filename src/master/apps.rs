@@ -161,6 +161,15 @@ impl Master {
         self.feed_observed(Which::Apps);
     }
 
+    /// Reads the gateways' reports on app processes.
+    pub(super) fn attribute_faults(&mut self) {
+        let Some(apps) = &mut self.apps else { return };
+        self.pool.read_children();
+        for fault in self.pool.app_faults.drain(..) {
+            apps.attribute(fault);
+        }
+    }
+
     /// Releases the claims of the gateway in `slot`, which has died.
     pub(super) fn gateway_died(&mut self, slot: u32) {
         let Some(apps) = &mut self.apps else { return };

@@ -70,6 +70,7 @@ impl Master {
                     self.feed_observed(Which::Front);
                 }
                 Kind::App => {
+                    self.attribute_faults(); // a gateway may have reported the request of which the process died
                     self.apps.iter_mut().for_each(|apps| apps.ended(pid, ending, &self.signals));
                     self.report_death(Which::Apps);
                     self.feed_observed(Which::Apps);

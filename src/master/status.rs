@@ -3,6 +3,7 @@
 //! The rows are untrusted: their content is bounded, used only as text and numbers, and omitted if a row belongs to
 //! another process. This module must not take a lock.
 
+use forkyard_shm::AppRequest;
 use log::kv::Source;
 use nix::unistd::Pid;
 
@@ -15,6 +16,9 @@ use crate::control::wire::{
 };
 use crate::logging::line::Fields;
 use crate::sys;
+
+/// Maximum number of requests that are listed for one app process, as for a worker.
+const MAX_SERVING_OF_APP: usize = 16;
 
 impl Master {
     pub(super) fn status(&self) -> MasterStatus {
@@ -78,6 +82,8 @@ fn worker_status(pool: &Pool, slot_view: &SlotView) -> WorkerStatus {
     {
         worker.requests = Some(process.begun);
         worker.in_flight = Some(process.busy);
+        let requests = pool.channel().map(|channel| channel.requests(slot)).unwrap_or_default();
+        worker.serving = requests.into_iter().take(MAX_SERVING_OF_APP).map(of_app).collect();
         return worker;
     }
     // The row belongs to the child only if the child has claimed it.
@@ -91,9 +97,14 @@ fn worker_status(pool: &Pool, slot_view: &SlotView) -> WorkerStatus {
         "hung".clone_into(&mut worker.state);
     }
     let serving = row.serving.into_iter();
-    worker.serving =
-        serving.map(|request| ServingStatus { what: request.what, for_ms: millis(request.since) }).collect();
+    worker.serving = serving
+        .map(|request| ServingStatus { what: request.what, for_ms: millis(request.since), gateway: None })
+        .collect();
     worker
+}
+
+fn of_app(request: AppRequest) -> ServingStatus {
+    ServingStatus { what: request.what, for_ms: request.for_us / 1000, gateway: Some(request.gateway) }
 }
 
 /// Returns the resident memory of process `pid`.

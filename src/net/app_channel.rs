@@ -15,7 +15,7 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use forkyard_shm::{AppDemand, AppProcess, Claims, Door, HeldUnit, Wake};
+use forkyard_shm::{AppDemand, AppProcess, AppRequest, Claims, Door, HeldUnit, Wake};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::{Pid, read, write};
@@ -220,6 +220,11 @@ impl AppChannel {
     /// Whether a process may serve several requests at a time.
     pub(crate) fn is_concurrent(&self) -> bool {
         self.claims.units() > 1
+    }
+
+    /// Returns the requests that the process in `slot` is serving, the oldest first.
+    pub(crate) fn requests(&self, slot: u32) -> Vec<AppRequest> {
+        self.claims.requests(slot, now_us())
     }
 
     /// Returns what the gateways have recorded about the process in `slot`.

@@ -4,7 +4,10 @@
 //! header    0 magic 8 | 8 version 8 | 16 fingerprint 8 | 24 processes 8 | 32 units 8 | 40 gateways 8
 //! process   (at 64) 0 door 8 | 8 pid 8 | 16 begun 8 | 24 since_us 8 | 32 units n x 8 | kept n x 8, padded to 64
 //! gateway   0 waiting 8 | 8 pid 8 | 16 turn 8 | 24 unused 40
+//! request   0 begun_us 8 | 8 length of the text 8 | 16 text 112
 //! ```
+//! There is one request for each unit, behind all gateways. Requests are stored for the status only, and no decision is based on them.
+//!
 //! Each row has its own cache lines. The three numbers in the header are checked when a process attaches, and are never read again.
 
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -21,7 +24,7 @@ use crate::segment::{close_on_exec, memory_file, seals_of_a_segment, system, unu
 /// "forkclms" in ASCII.
 const MAGIC: u64 = u64::from_le_bytes(*b"forkclms");
 /// Version of the layout. Must be incremented with every change to the layout above or to the meaning of a word.
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 
 const LINE: u64 = 64;
 const WORD: u64 = 8;
@@ -30,6 +33,7 @@ const HEADER_WORDS: usize = 6;
 /// Number of words of a process's row before its units.
 const PROCESS_WORDS: u64 = 4;
 const GATEWAY_WORDS: u64 = 3;
+const REQUEST_WORDS: u64 = 16;
 const MAX_PROCESSES: u32 = 16_384;
 const MAX_UNITS: u32 = 4096;
 
@@ -64,6 +68,14 @@ pub(crate) struct ProcessRow<'a> {
     pub(crate) kept: &'a [AtomicU64],
 }
 
+/// The request of a unit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RequestRow<'a> {
+    pub(crate) begun_us: &'a AtomicU64,
+    pub(crate) length: &'a AtomicU64,
+    pub(crate) text: &'a [AtomicU64],
+}
+
 /// The row of a gateway.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GatewayRow<'a> {
@@ -95,8 +107,13 @@ impl Size {
         LINE + u64::from(self.processes) * self.process_bytes()
     }
 
+    fn requests_at(self) -> u64 {
+        self.gateways_at() + u64::from(self.gateways) * LINE
+    }
+
     fn total(self) -> u64 {
-        (self.gateways_at() + u64::from(self.gateways) * LINE).next_multiple_of(PAGE)
+        let requests = u64::from(self.processes) * u64::from(self.units);
+        (self.requests_at() + requests * REQUEST_WORDS * WORD).next_multiple_of(PAGE)
     }
 
     /// Returns the words of the header.
@@ -169,6 +186,14 @@ impl Table {
         let at = self.size.gateways_at() + u64::from(gateway) * LINE;
         let [waiting, pid, turn] = self.map.slice::<AtomicU64>(at, GATEWAY_WORDS)?.first_chunk()?;
         Some(GatewayRow { waiting, pid, turn })
+    }
+
+    /// Returns the place for the request of a unit.
+    pub(crate) fn request(&self, process: u32, unit: usize) -> Option<RequestRow<'_>> {
+        let number = u64::from(process) * u64::from(self.size.units) + u64::try_from(unit).ok()?;
+        let at = self.size.requests_at() + number.checked_mul(REQUEST_WORDS * WORD)?;
+        let ([begun_us, length], text) = self.map.slice::<AtomicU64>(at, REQUEST_WORDS)?.split_first_chunk()?;
+        Some(RequestRow { begun_us, length, text })
     }
 
     /// Returns the rows of the app processes, in order. The offsets are checked once for all of them.

@@ -1,11 +1,11 @@
 //! Stores "GET /path" in a fixed number of atomic words, in a row or in a process's private memory.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::memory::layout::{TEXT_WORDS, Text};
 
 /// Capacity of a text in bytes.
-pub(super) const TEXT_BYTES: usize = TEXT_WORDS * 8;
+pub(crate) const TEXT_BYTES: usize = TEXT_WORDS * 8;
 
 /// Returns a method and a target as the scoreboard stores them: `GET /path`, in printable ASCII, truncated to 112 bytes. To compare a
 /// request with a request in the scoreboard, compare the results of this function.
@@ -29,12 +29,7 @@ fn cut(method: &str, target: &str) -> ([u8; TEXT_BYTES], usize) {
 impl Text {
     pub(super) fn put(&self, method: &str, target: &str) {
         let (text, length) = cut(method, target);
-        for (word, bytes) in self.words.iter().zip(text[..length].chunks(8)) {
-            let mut whole = [0; 8];
-            whole[..bytes.len()].copy_from_slice(bytes);
-            word.store(u64::from_le_bytes(whole), Ordering::Relaxed);
-        }
-        self.length.store(length as u64, Ordering::Relaxed);
+        store(&self.length, &self.words, &text[..length]);
     }
 
     /// Copies a text. Async-signal-safe.
@@ -48,10 +43,25 @@ impl Text {
     }
 
     pub(super) fn read(&self) -> String {
-        let length = usize::try_from(self.length.load(Ordering::Relaxed)).unwrap_or(TEXT_BYTES);
-        let bytes = self.words.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes());
-        bytes.take(length).map(printable).collect()
+        load(&self.length, &self.words)
     }
+}
+
+/// Stores a text in words, as far as it fits.
+pub(crate) fn store(length: &AtomicU64, words: &[AtomicU64], text: &[u8]) {
+    for (word, bytes) in words.iter().zip(text.chunks(8)) {
+        let mut whole = [0; 8];
+        whole[..bytes.len()].copy_from_slice(bytes);
+        word.store(u64::from_le_bytes(whole), Ordering::Relaxed);
+    }
+    length.store(text.len() as u64, Ordering::Relaxed);
+}
+
+/// Reads a text that was stored in words.
+pub(crate) fn load(length: &AtomicU64, words: &[AtomicU64]) -> String {
+    let length = usize::try_from(length.load(Ordering::Relaxed)).unwrap_or(TEXT_BYTES);
+    let bytes = words.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes());
+    bytes.take(length).map(printable).collect()
 }
 
 /// Replaces a byte that cannot be printed, or that could affect a terminal or a log, with a question mark.

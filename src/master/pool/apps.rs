@@ -97,6 +97,8 @@ pub(crate) struct AppState {
     max_requests: Option<u64>,
     /// The request that a gateway was waiting for when the process died.
     request: Option<String>,
+    /// The requests that the process was serving when it died, for the log.
+    at_work: Vec<String>,
 }
 
 /// The proof of readiness.
@@ -141,6 +143,7 @@ impl AppState {
             signal_at: None,
             max_requests,
             request: None,
+            at_work: Vec::new(),
         }
     }
 
@@ -178,6 +181,7 @@ impl AppState {
             signal_at: None,
             max_requests,
             request: None,
+            at_work: Vec::new(),
         }
     }
 
@@ -214,6 +218,23 @@ impl Child {
     pub(super) fn has_served(&self, channel: &AppChannel) -> bool {
         let Link::App(app) = &self.link else { return false };
         app.served_before + channel.process(self.slot).map_or(0, |process| process.begun) > 0
+    }
+
+    /// Notes what an app process was serving when it died, before its units can be used by another process.
+    pub(super) fn note_requests(&mut self, channel: &AppChannel) {
+        let Link::App(app) = &mut self.link else { return };
+        app.at_work = channel.requests(self.slot).into_iter().map(|request| request.what).collect();
+        if app.at_work.is_empty() {
+            app.at_work = app.request.iter().cloned().collect(); // the gateway has released the process already
+        }
+    }
+
+    /// Returns what an app process was serving when it died.
+    pub(super) fn at_work(&self) -> &[String] {
+        match &self.link {
+            Link::App(app) => &app.at_work,
+            Link::Worker { .. } | Link::Program(_) => &[],
+        }
     }
 
     /// Returns how the process has answered the request of `--ready-path`, if it is not ready because of it.

@@ -143,6 +143,14 @@ fn requests_at_its_end(
     }
 }
 
+/// Lists the first of several requests.
+fn listed(requests: &[String]) -> String {
+    match requests.len().saturating_sub(NAMED) {
+        0 => requests.join(", "),
+        more => format!("{}, {more} more", requests[..NAMED].join(", ")),
+    }
+}
+
 /// Logs an event. Returns the log line, for control clients.
 fn log_event(level: Level, event: &str, fields: &dyn Source) -> String {
     if level <= log::STATIC_MAX_LEVEL && level <= log::max_level() {
@@ -184,7 +192,10 @@ pub(crate) fn publish(
     let running = row.as_ref().filter(|row| row.culprit.is_none() && !row.no_culprit && row.all_running);
     let running = running.map(|row| row.running.clone()).filter(|running| !running.is_empty() && !is_as_asked);
     let culprit = row.as_ref().and_then(|row| row.culprit.as_deref());
-    let (key, requests) = requests_at_its_end(culprit, running.as_deref(), ending, sent_by.is_some());
+    let (key, requests) = match child.at_work() {
+        [] => requests_at_its_end(culprit, running.as_deref(), ending, sent_by.is_some()),
+        of_app => ("at_work", Some(listed(of_app))),
+    };
     // A program that hangs is sent SIGTERM, whatever its stop signal is.
     let request = if child.hung { libc::SIGTERM } else { child.stop_signal as i32 };
     let as_asked = (child.asked_to_leave || child.hung && !child.is_worker())

@@ -289,6 +289,7 @@ impl Pool {
         let mut has_served = false;
         if let Some(channel) = self.channel() {
             has_served = child.has_served(channel);
+            child.note_requests(channel);
             channel.close(child.slot);
             self.app_ended(pid, &mut child, ending);
         }
