@@ -152,6 +152,7 @@ impl Stream {
         while !request.file(".go").exists() {
             std::thread::sleep(Duration::from_millis(2));
         }
+        fs::write(request.file(".out"), "")?;
         self.page("held\n")
     }
 

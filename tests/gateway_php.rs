@@ -67,8 +67,17 @@ fn by_default_one_php_cgi_has_as_many_children_as_workers_and_a_reload_changes_t
     std::fs::write(files.path("settings"), "workers = 100\n").unwrap();
     let reloaded = site.control(&["reload"]);
     let said = format!("{reloaded:?}");
-    assert!(said.contains("--app-concurrency"), "{said}");
+    assert!(said.contains("--workers") && !said.contains("--app-concurrency"), "{said}");
     number(5);
+    // Neither is there for separate processes, and --max-requests continues to apply to the children.
+    let app = site.apps();
+    std::fs::write(files.path("settings"), "workers = 1\nmax-requests = 3\n").unwrap();
+    let reloaded = format!("{:?}", site.control(&["reload"]));
+    assert!(reloaded.contains("--workers"), "{reloaded}");
+    let reloaded = number(5);
+    assert!(reloaded.is_disjoint(&app));
+    (0..40).for_each(|_| assert_eq!(site.get("/pid").status, 200));
+    assert_eq!(number(5), reloaded, "the php-cgi process was not recycled");
     site.server.stop();
 }
 
@@ -260,6 +269,21 @@ fn a_request_that_kills_one_child_after_another_is_quarantined() {
     assert_eq!(site.get("/pid").status, 200);
     assert_eq!(site.apps().len(), 1);
     site.server.stop();
+}
+
+/// After six requests, the gateways have kept connections to the children.
+#[test]
+fn a_request_that_kills_its_child_is_executed_as_often_as_the_retries_allow() {
+    for retries in [0, 1] {
+        let mut site = site(1, 3, &["--retries", &retries.to_string(), "--quarantine", "0"], &[]);
+        for number in 0..2 {
+            assert_eq!(site.get(&format!("/die?x{number}")).status, 502);
+            let count = site.executions(&format!("x{number}"));
+            assert_eq!(count, retries + 1, "retries {retries}, request {number}");
+            (0..6).for_each(|_| assert_eq!(site.get("/pid").status, 200));
+        }
+        site.server.stop();
+    }
 }
 
 #[test]

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use super::Config;
 use super::events::EventsConfig;
 use super::gateway::GatewayConfig;
 use super::privileges::PrivilegesConfig;
+use super::{Config, Scaling};
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ControlConfig {
@@ -49,46 +49,53 @@ pub(crate) fn reloaded(running: &Config, read: Config, reserved: Reserved) -> (C
     differs("events-socket", running.publish != read.publish);
     differs("pid-file", running.privileges.pid_file != read.privileges.pid_file);
     differs("control", running.control != read.control);
-    let gateway = reloaded_gateway(running, &read, reserved, &mut differs);
+    let (gateway, keeps_children) = reloaded_gateway(running, &read, reserved, &mut differs);
+    // The number of children of php-cgi depends on --workers, and so does what --max-requests applies to.
+    let workers = if workers_fit && !keeps_children { read.workers } else { running.workers };
+    let max_requests = if keeps_children { running.scaling.max_requests } else { read.scaling.max_requests };
     let config = Config {
         binds: running.binds.clone(),
         backlog: running.backlog,
         socket_mode: running.socket_mode,
-        workers: if workers_fit { read.workers } else { running.workers },
+        workers,
         cache: running.cache.clone(),
         publish: running.publish.clone(),
         events: EventsConfig { bytes: running.events.bytes, ..read.events },
         privileges: PrivilegesConfig { pid_file: running.privileges.pid_file.clone(), ..read.privileges },
         control: running.control.clone(),
         gateway,
+        scaling: Scaling { max_requests, ..read.scaling },
         ..read
     };
     (config, fixed)
 }
 
 /// Returns the settings of the gateways after a reload. Whether there are gateways, and what depends on the shared memory
-/// that they use, cannot change.
+/// that they use, cannot change. Also returns whether php-cgi must keep the children, or the lack of children, that it has.
 fn reloaded_gateway(
     running: &Config,
     read: &Config,
     reserved: Reserved,
     differs: &mut impl FnMut(&str, bool),
-) -> Option<GatewayConfig> {
+) -> (Option<GatewayConfig>, bool) {
     let before = running.gateway.as_ref();
     let Some((before, mut gateway)) = before.zip(read.gateway.clone()) else {
         differs("direct", running.gateway.is_some() != read.gateway.is_some());
-        return running.gateway.clone();
+        return (running.gateway.clone(), false);
     };
     let fits = gateway.gateways.0 < reserved.gateways;
     differs("gateways", !fits);
     differs("backend", before.backend != gateway.backend);
     gateway.backend = before.backend;
-    if !gateway.fits(reserved.units) {
-        differs("app-concurrency", true);
+    let fits_units = gateway.fits(reserved.units);
+    let keeps_children = !fits_units && before.php.or(gateway.php).is_some();
+    if !fits_units {
+        differs(if keeps_children { "workers" } else { "app-concurrency" }, true);
         (gateway.concurrency, gateway.php) = (before.concurrency, before.php);
+        gateway.counts_requests = before.counts_requests;
     }
     if !fits {
         gateway.gateways = before.gateways;
     }
-    Some(gateway)
+    (Some(gateway), keeps_children)
 }

@@ -77,8 +77,6 @@ impl Message {
             match self.exchange_on(kept.clone(), attempt, response).await {
                 // The app process had closed the connection without a word, so it has not begun the request.
                 Err(Failure::Broken(_)) if !kept.has_received() => attempt.shared.note_kept(false),
-                // Or a child of the process has died. The method is idempotent.
-                Err(Failure::ChildDied) if !kept.has_received() => {}
                 Err(Failure::Died) if !kept.has_received() => return Err(Failure::Ended),
                 outcome => {
                     attempt.shared.note_kept(true);

@@ -285,7 +285,9 @@ impl Shared {
                 }
                 Failure::Died | Failure::ChildDied if left > 0 && parts.method.is_idempotent() => {
                     left -= 1;
-                    log::info!(slot, pid, request = outgoing.what; "an app process died: the request is repeated");
+                    let of =
+                        if let Failure::ChildDied = failure { "a child of an app process" } else { "an app process" };
+                    log::info!(slot, pid, request = outgoing.what; "{of} died: the request is repeated");
                     continue;
                 }
                 Failure::Ended if left > 0 => {

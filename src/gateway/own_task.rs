@@ -2,11 +2,13 @@
 //!
 //! An attempt to serve a request usually ends at the moment at which the request is answered. A task of its own would then be
 //! an allocation and a wake-up more for each request. An attempt that continues, because the response is long or because the
-//! client has left, needs the task, because it must reach its end.
+//! client has left, needs the task, because it must reach its end, even if the gateway drains.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::task::Context;
+
+use crate::request::outlasting;
 
 /// The future, until it has ended. Dropping this spawns the rest of the future as a task.
 pub(super) struct OwnTask(Option<Pin<Box<dyn Future<Output = ()>>>>);
@@ -30,7 +32,7 @@ impl Drop for OwnTask {
     fn drop(&mut self) {
         // A future that has panicked must not be polled again.
         if let Some(future) = self.0.take().filter(|_| !std::thread::panicking()) {
-            tokio::task::spawn_local(future);
+            outlasting::spawn(future);
         }
     }
 }

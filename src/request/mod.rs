@@ -4,4 +4,5 @@
 pub(crate) mod activity;
 pub(crate) mod body_wait;
 pub(crate) mod buffered;
+pub(crate) mod outlasting;
 pub(crate) mod queue_time;

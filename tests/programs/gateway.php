@@ -35,6 +35,11 @@ switch ($_SERVER['PATH_INFO'] ?? parse_url($_SERVER['REQUEST_URI'], PHP_URL_PATH
         for ($count = 1; !@fopen("$file.$count", 'x'); $count++);
         echo "$count\n";
         break;
+    case '/die':
+        // Counts like /once, but then the process kills itself.
+        for ($count = 1; !@fopen("$file.$count", 'x'); $count++);
+        posix_kill(getmypid(), 9);
+        break;
     case '/hold':
         // Creates a file with the pid of the process, and answers when the test has created another one.
         file_put_contents("$file.new", getmypid());

@@ -351,6 +351,7 @@ impl Pool {
         match (kind, child) {
             (AppFaultKind::Hung { connection }, Some(child)) if !child.hung => {
                 if !kill_descendant(slot, pid, connection, &request) {
+                    child.hung = true; // so that no further report about this hang counts
                     self.observed.push_back(SupervisorEvent::Hung { pid });
                 }
                 self.culprits.push(request);

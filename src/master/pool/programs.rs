@@ -207,6 +207,9 @@ impl Programs {
 
     /// Restores the strays of a former master.
     pub(in crate::master) fn restore_strays(&mut self, saved: Vec<SavedStray>, now: Uptime) {
+        if saved.is_empty() {
+            return;
+        }
         self.strays.extend(saved.into_iter().map(|stray| Stray {
             process: stray.process.into(),
             deadline: now + Duration::from_millis(stray.left_ms),
@@ -594,5 +597,17 @@ pub(in crate::master) fn hint(ending: Ending) -> &'static str {
         Ending::Exited(126) => "126: a shell, env or the like found the command but could not execute it",
         Ending::Exited(127) => "127: a shell, env or the like did not find the command",
         Ending::Exited(_) | Ending::Signaled(_) => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_strays_an_upgrade_leaves_nothing_to_check() {
+        let mut programs = Programs::default();
+        programs.restore_strays(Vec::new(), Uptime::ZERO);
+        assert_eq!(programs.next_deadline(Uptime::ZERO), None);
     }
 }
