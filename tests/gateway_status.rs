@@ -49,19 +49,19 @@ fn status_shows_which_request_each_process_serves_until_it_ends() {
 #[test]
 fn the_line_of_a_death_names_the_request() {
     let mut site = Site::faulty(&["--workers", "1", "--retries", "0"]);
-    for signal in [Signal::SIGKILL, Signal::SIGSEGV] {
+    for signal in [Signal::SIGKILL, Signal::SIGABRT] {
         let name = signal.as_str();
         let (mut client, pid) = site.hold(name, "/hold");
         kill(Pid::from_raw(pid), signal).unwrap();
         assert_eq!(client.response(false).unwrap().status, 502);
-        let line = site.server.logged(&format!("app process died slot=0 pid={pid} "));
+        let line = site.server.logged(&format!("] app process died slot=0 pid={pid} "));
         assert!(line.contains(&format!("at_work=\"GET /hold?{name}\"")), "{line}");
         wait_until("the process is replaced", || (site.get("/pid").status == 200).then_some(()));
     }
     // An idle process.
     let pid = *site.apps().first().unwrap();
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-    let line = site.server.logged(&format!("app process died slot=0 pid={pid} "));
+    let line = site.server.logged(&format!("] app process died slot=0 pid={pid} "));
     assert!(!line.contains("at_work"), "{line}");
     site.server.stop();
 }
@@ -75,7 +75,7 @@ fn a_process_with_several_requests_shows_and_names_all_of_them() {
     requests.sort();
     assert_eq!(requests, ["GET /hold?a", "GET /hold?b", "GET /hold?c"]);
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-    let line = site.server.logged(&format!("app process died slot=0 pid={pid} "));
+    let line = site.server.logged(&format!("] app process died slot=0 pid={pid} "));
     assert!(requests.iter().any(|request| line.contains(request)), "{line}");
     drop(held);
     site.server.stop();
