@@ -70,7 +70,7 @@ use crate::inherited_by_workers::{Heritage, Report};
 use crate::net::handover::{Channel, PackedOrigin};
 use crate::net::listen::Listener;
 use crate::protocol::cgi::ClientInfo;
-use crate::request::{buffered, outlasting};
+use crate::request::buffered;
 use crate::{logging, sys};
 
 /// How often a worker whose drain is nearly over checks for connections that wait for their
@@ -214,7 +214,6 @@ where
         events.drain();
         hooks.on_drain(worker, config.drain_timeout);
         draining.leave(&drain, &connections, &*server).await;
-        outlasting::ended().await;
         tasks.iter().for_each(JoinHandle::abort);
         server.application.report_refusals();
         access_log.iter().for_each(|log| log.finish());

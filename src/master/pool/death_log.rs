@@ -127,13 +127,17 @@ fn in_flight(row: &Snapshot) -> String {
     named.join(", ")
 }
 
-/// Returns the field of the log line that lists the requests that the process was running.
+/// Returns the field of the log line that lists the requests that the process was running: those of an app process, or those that the
+/// threads of a worker were running.
 fn requests_at_its_end(
     culprit: Option<&str>,
-    running: Option<&[String]>,
+    (of_app, running): (&[String], Option<&[String]>),
     ending: Ending,
     was_sent: bool,
 ) -> (&'static str, Option<String>) {
+    if !of_app.is_empty() {
+        return ("at_work", Some(listed(of_app)));
+    }
     match (culprit, running, ending) {
         (Some(at_work), _, Ending::Signaled(_)) if was_sent => ("at_work", Some(at_work.to_owned())),
         (Some(culprit), _, Ending::Signaled(_)) => ("crashed_in", Some(culprit.to_owned())),
@@ -192,10 +196,8 @@ pub(crate) fn publish(
     let running = row.as_ref().filter(|row| row.culprit.is_none() && !row.no_culprit && row.all_running);
     let running = running.map(|row| row.running.clone()).filter(|running| !running.is_empty() && !is_as_asked);
     let culprit = row.as_ref().and_then(|row| row.culprit.as_deref());
-    let (key, requests) = match child.at_work() {
-        [] => requests_at_its_end(culprit, running.as_deref(), ending, sent_by.is_some()),
-        of_app => ("at_work", Some(listed(of_app))),
-    };
+    let at_work = (child.at_work(), running.as_deref());
+    let (key, requests) = requests_at_its_end(culprit, at_work, ending, sent_by.is_some());
     // A program that hangs is sent SIGTERM, whatever its stop signal is.
     let request = if child.hung { libc::SIGTERM } else { child.stop_signal as i32 };
     let as_asked = (child.asked_to_leave || child.hung && !child.is_worker())

@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 use super::accept::{Acceptor, Connections, Serve};
 use crate::heir::RetainedFds;
 use crate::net::listen::Listener;
+use crate::request::outlasting;
 use crate::worker::lifecycle::drain::Drain;
 
 /// A task that accepts, and its acceptor.
@@ -59,7 +60,7 @@ impl DrainingListeners<'_> {
         is_dry
     }
 
-    /// Returns when the last connection has ended or was handed over.
+    /// Returns when the last connection has ended or was handed over, and the tasks that outlast their requests have ended.
     pub(crate) async fn leave(&mut self, drain: &Drain, connections: &Connections, server: &impl Serve) {
         let mut is_dry = self.run_dry(server).await;
         loop {
@@ -67,7 +68,7 @@ impl DrainingListeners<'_> {
                 biased;
                 () = drain.stranded() => is_dry = self.run_dry(server).await,
                 () = connections.one_ended(), if !is_dry => is_dry = self.run_dry(server).await,
-                () = connections.none() => return,
+                () = connections.none() => return outlasting::ended().await,
             }
         }
     }
