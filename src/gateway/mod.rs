@@ -341,15 +341,7 @@ impl Shared {
             return forwarded_variables(parts, client, &ScriptPaths::default(), length, pair);
         }
         let path = scripts::path_info(parts.uri.path());
-        let paths = match (&self.scripts, script) {
-            (Some(root), Some(script)) => ScriptPaths {
-                document_root: Some(root.path()),
-                script_filename: Some(&script.filename),
-                script_name: Some(&script.name),
-                path_info: script.path_info.as_deref(),
-            },
-            _ => ScriptPaths { path_info: path.as_deref(), ..ScriptPaths::default() },
-        };
+        let paths = scripts::paths(self.scripts.as_ref().zip(script), path.as_deref());
         let server = ServerAddress { name: None, port: port_of(parts, client.is_https), address: None };
         request_variables(parts, client, &server, &paths, length, pair);
     }

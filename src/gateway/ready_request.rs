@@ -11,7 +11,7 @@ use super::scripts::{self, ScriptRoot};
 use crate::config::Config;
 use crate::config::gateway::Backend;
 use crate::protocol::cgi::ClientInfo;
-use crate::protocol::cgi::variables::{ScriptPaths, ServerAddress, request_variables};
+use crate::protocol::cgi::variables::{ServerAddress, request_variables};
 use crate::protocol::fastcgi::client::{self, ParamsWriter};
 use crate::protocol::ready_response::REQUEST_ID;
 use crate::protocol::scgi;
@@ -39,15 +39,7 @@ pub(crate) fn encode(config: &Config, path: &str) -> Result<Bytes, String> {
     });
     let script = script.transpose()?;
     let path_info = scripts::path_info(parts.uri.path());
-    let paths = match (&root, &script) {
-        (Some(root), Some(script)) => ScriptPaths {
-            document_root: Some(root.path()),
-            script_filename: Some(&script.filename),
-            script_name: Some(&script.name),
-            path_info: script.path_info.as_deref(),
-        },
-        _ => ScriptPaths { path_info: path_info.as_deref(), ..ScriptPaths::default() },
-    };
+    let paths = scripts::paths(root.as_ref().zip(script.as_deref()), path_info.as_deref());
     let (client, server) = (ClientInfo::of_http(None, false), ServerAddress { name: None, port: 80, address: None });
     let variables =
         |pair: &mut dyn FnMut(&[u8], &[u8])| request_variables(&parts, &client, &server, &paths, None, pair);

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use super::beneath::{Beneath, decode};
 use crate::config::gateway::Scripts;
+use crate::protocol::cgi::variables::ScriptPaths;
 
 /// How long the script of a path is used again without a lookup.
 const VALID_TIME: Duration = Duration::from_secs(1);
@@ -108,6 +109,17 @@ impl ScriptRoot {
 fn script_ends(path: &[u8]) -> impl Iterator<Item = usize> {
     let ends = (1..=path.len()).filter(|&end| path[..end].ends_with(EXTENSION));
     ends.filter(|&end| matches!(path.get(end), None | Some(b'/')))
+}
+
+/// Returns the paths that a program receives: those of the script, or only PATH_INFO if the program handles all paths itself.
+pub(super) fn paths<'a>(script: Option<(&'a ScriptRoot, &'a Script)>, path_info: Option<&'a [u8]>) -> ScriptPaths<'a> {
+    let Some((root, script)) = script else { return ScriptPaths { path_info, ..ScriptPaths::default() } };
+    ScriptPaths {
+        document_root: Some(root.path()),
+        script_filename: Some(&script.filename),
+        script_name: Some(&script.name),
+        path_info: script.path_info.as_deref(),
+    }
 }
 
 /// Returns the decoded path of a request, for PATH_INFO.
