@@ -152,19 +152,16 @@ impl Master {
             apps.observe_arrival();
         }
         apps.check_hangs_and_quarantine();
-        for fault in self.pool.app_faults.drain(..) {
-            apps.attribute(fault);
-        }
-        for request in apps.culprits.drain(..) {
+        self.attribute_faults();
+        for request in self.apps.iter_mut().flat_map(|apps| apps.culprits.drain(..)) {
             self.pool.accuse(&request); // the gateways refuse quarantined requests
         }
         self.feed_observed(Which::Apps);
     }
 
-    /// Reads the gateways' reports on app processes.
+    /// Passes the gateways' reports, as far as they have been read, to the pool of the app processes.
     pub(super) fn attribute_faults(&mut self) {
         let Some(apps) = &mut self.apps else { return };
-        self.pool.read_children();
         for fault in self.pool.app_faults.drain(..) {
             apps.attribute(fault);
         }

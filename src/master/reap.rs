@@ -70,7 +70,8 @@ impl Master {
                     self.feed_observed(Which::Front);
                 }
                 Kind::App => {
-                    self.attribute_faults(); // a gateway may have reported the request of which the process died
+                    self.pool.read_children(); // a gateway may have reported the request of which the process died
+                    self.attribute_faults();
                     self.apps.iter_mut().for_each(|apps| apps.ended(pid, ending, &self.signals));
                     self.report_death(Which::Apps);
                     self.feed_observed(Which::Apps);
