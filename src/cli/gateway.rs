@@ -124,7 +124,7 @@ impl GatewayOptions {
             backend: options.backend,
             concurrency: options.app_concurrency.unwrap_or(options.backend.default_concurrency()),
             php: None,
-            counts_requests: options.recycling.max_requests().is_some(),
+            counts_requests: false,
             retries: options.retries,
             queue_timeout: options.queue_timeout,
             request_timeout: options.failures.request_timeout(),

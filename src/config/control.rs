@@ -92,7 +92,6 @@ fn reloaded_gateway(
     if !fits_units {
         differs(if keeps_children { "workers" } else { "app-concurrency" }, true);
         (gateway.concurrency, gateway.php) = (before.concurrency, before.php);
-        gateway.counts_requests = before.counts_requests;
     }
     if !fits {
         gateway.gateways = before.gateways;

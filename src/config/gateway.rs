@@ -33,7 +33,7 @@ pub(crate) struct GatewayConfig {
     pub(crate) concurrency: u32,
     /// The children of each app process, if the program is php-cgi with children ([`Config::use_php_children`]).
     pub(crate) php: Option<PhpChildren>,
-    /// Whether the master counts the requests of app processes (`--max-requests`).
+    /// Whether the master counts the requests of app processes (`--max-requests`). Set by [`Config::of_gateways`].
     pub(crate) counts_requests: bool,
     /// Number of further app processes that a request is sent to if the app process that serves it dies.
     pub(crate) retries: u32,
@@ -230,7 +230,6 @@ impl Config {
         }
         let number = if given.is_some() { None } else { Some(gateway.concurrency + gateway.gateways.0) };
         gateway.php = Some(PhpChildren { number, max_requests: self.scaling.max_requests.take().map(|max| max.limit) });
-        gateway.counts_requests = false;
         Ok(())
     }
 }
@@ -301,12 +300,14 @@ impl Config {
         };
         // A gateway measures the time that an app process takes, and not the time in which a client sends the body.
         let failures = Failures { request_timeout: Duration::ZERO, ..self.failures };
+        let counts_requests = self.scaling.max_requests.is_some();
         Self {
             workers: Range { min: number, max: number },
             scaling,
             privileges,
             failures,
             program: None,
+            gateway: Some(GatewayConfig { counts_requests, ..gateway.clone() }),
             ..self.clone()
         }
     }
