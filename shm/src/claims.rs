@@ -66,7 +66,7 @@ use crate::memory::error::SegmentError;
 use crate::protocols::kept;
 pub use crate::protocols::units::Door;
 use crate::protocols::units::{self, Taken};
-use crate::scoreboard::text::{self, TEXT_BYTES};
+use crate::scoreboard::text;
 
 /// A gateway may use a unit again although a request of another gateway has waited longer than its own, if the difference is not more than
 /// this.
@@ -305,7 +305,7 @@ impl Claims {
     /// shown until the unit is released.
     pub fn begin_request(&self, unit: &HeldUnit, what: &str, now_us: u64) {
         if let Some(row) = self.table.request(unit.process, unit.unit) {
-            text::store(row.length, row.text, what.as_bytes().get(..TEXT_BYTES).unwrap_or(what.as_bytes()));
+            text::store(row.length, row.text, what.as_bytes());
             row.begun_us.store(now_us, Ordering::Release);
         }
     }

@@ -83,7 +83,7 @@ pub(crate) fn close(door: &AtomicU64) {
 }
 
 /// Frees the first `usable` units for a new app process, then opens the door. Returns the new epoch. The other units have no owner, and
-/// have the tag of the previous epoch, so that nobody can claim them. The door must be closed. The caller must look for a waiting gateway
+/// have the tag of the previous epoch, so that no gateway can claim them. The door must be closed. The caller must look for a waiting gateway
 /// afterwards.
 pub(crate) fn open(door: &AtomicU64, units: &[AtomicU64], usable: usize, now_us: u64) -> u32 {
     let epoch = epoch(door.load(Ordering::SeqCst)).wrapping_add(1);

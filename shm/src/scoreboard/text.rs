@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::memory::layout::{TEXT_WORDS, Text};
 
 /// Capacity of a text in bytes.
-pub(crate) const TEXT_BYTES: usize = TEXT_WORDS * 8;
+pub(super) const TEXT_BYTES: usize = TEXT_WORDS * 8;
 
 /// Returns a method and a target as the scoreboard stores them: `GET /path`, in printable ASCII, truncated to 112 bytes. To compare a
 /// request with a request in the scoreboard, compare the results of this function.
@@ -54,7 +54,7 @@ pub(crate) fn store(length: &AtomicU64, words: &[AtomicU64], text: &[u8]) {
         whole[..bytes.len()].copy_from_slice(bytes);
         word.store(u64::from_le_bytes(whole), Ordering::Relaxed);
     }
-    length.store(text.len() as u64, Ordering::Relaxed);
+    length.store(text.len().min(words.len() * 8) as u64, Ordering::Relaxed);
 }
 
 /// Reads a text that was stored in words.
