@@ -203,7 +203,7 @@ impl Attempt {
         }
     }
 
-    /// Connects to the app process.
+    /// Connects to the app process. The attempt stores the connection.
     pub(super) async fn connect(&self) -> Result<AppStream, Failure> {
         let unit = self.unit.unit().ok_or(Failure::NotBegun)?;
         let connected = match self.shared.queue.channel().connect(unit) {
@@ -219,7 +219,7 @@ impl Attempt {
                 let _ = self.has_died().await; // this limits the rate of attempts
                 Err(Failure::NotBegun)
             }
-            outcome => outcome.map_err(Failure::NotSent),
+            outcome => outcome.inspect(|connection| self.uses(connection)).map_err(Failure::NotSent),
         }
     }
 

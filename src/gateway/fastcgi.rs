@@ -74,6 +74,7 @@ impl Message {
         response: &Response<'_>,
     ) -> Result<Option<AppStream>, Failure> {
         if let Some(kept) = self.kept(attempt) {
+            attempt.uses(&kept);
             match self.exchange_on(kept.clone(), attempt, response).await {
                 // The app process had closed the connection without a word, so it has not begun the request.
                 Err(Failure::Broken(_)) if !kept.has_received() => attempt.shared.note_kept(false),
@@ -106,7 +107,6 @@ impl Message {
         response: &Response<'_>,
     ) -> Result<Option<AppStream>, Failure> {
         let connection = stream.clone();
-        attempt.uses(&connection);
         let (mut from, mut to) = (stream.clone(), stream);
         let mut sending = pin!(self.send(&mut to));
         let (mut is_sent, mut hold) = (false, None);

@@ -92,7 +92,6 @@ impl Message {
             }
         }
         let stream = attempt.connect().await?;
-        attempt.uses(&stream);
         let mut connection = Connection::open(stream, response.max_head()).await?;
         match connection.sender.send_request(self.request()).await {
             Ok(answer) => self.take(answer, connection, attempt, response).await,

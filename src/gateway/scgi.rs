@@ -71,7 +71,6 @@ impl Message {
     pub(super) async fn exchange(&self, attempt: &Attempt, response: &Response<'_>) -> Result<(), Failure> {
         let stream = attempt.connect().await?;
         let connection = stream.clone();
-        attempt.uses(&connection);
         let (mut from, mut to) = (stream.clone(), stream);
         let mut sending = pin!(self.send(&mut to));
         let (mut is_sent, mut hold) = (false, None);

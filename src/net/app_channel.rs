@@ -202,7 +202,7 @@ impl AppChannel {
         self.endpoint(slot)?.probe()
     }
 
-    /// Connects to the process in `slot` without a claim. The connection does not block, and may not be established yet.
+    /// Connects to the process in `slot` without a claim. The connection does not block, and is perhaps not established yet.
     ///
     /// # Errors
     /// Fails if the process does not listen.

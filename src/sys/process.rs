@@ -153,7 +153,7 @@ pub(crate) fn process_descriptor(pid: Pid) -> io::Result<OwnedFd> {
 /// later does not receive it.
 ///
 /// # Errors
-/// Fails if the process has exited, or if this process may not signal it.
+/// Fails if the process has exited, or if this process lacks the permission to signal it.
 pub(crate) fn signal_process(process: &OwnedFd, signal: Signal) -> io::Result<()> {
     let (fd, signal) = (process.as_raw_fd(), signal as libc::c_int);
     // SAFETY: plain system call with integers and a null pointer, which stands for the default information.
