@@ -139,8 +139,11 @@ fn the_death_of_a_program_counts_as_the_death_of_its_request() {
     assert_eq!(page(&cgi.server, "/segv").status, 502);
     assert!(cgi.server.logged("] app process died").contains("signal=SEGV"));
     cgi.server.logged("the request is repeated");
-    assert_eq!(page(&cgi.server, "/segv").status, 503, "the third or fourth death");
+    // At the third death, the gateway may repeat the request before it has received the quarantine: 502 instead of 503.
+    let status = page(&cgi.server, "/segv").status;
+    assert!([502, 503].contains(&status), "{status}");
     cgi.server.logged("quarantined a request");
+    assert_eq!(page(&cgi.server, "/segv").status, 503);
     assert!((3..=4).contains(&cgi.deaths()));
     assert_eq!(page(&cgi.server, "/x").status, 200);
     get(&cgi.server.http(), "/half").map(|response| response.body.len()).expect_err("the response is not complete");

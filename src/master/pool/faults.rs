@@ -87,8 +87,12 @@ impl Faults {
         [self.hangs.next_deadline(), self.quarantine.next_deadline()].into_iter().flatten().min()
     }
 
-    /// Logs the verdicts, and publishes the list of refused requests to the workers.
+    /// Publishes the list of refused requests to the workers, and then logs the verdicts: a line of the log is true when it
+    /// is written.
     fn announce(&self, verdicts: &[Verdict], now: Uptime) {
+        if !verdicts.is_empty() {
+            self.publish(now);
+        }
         for verdict in verdicts {
             match verdict {
                 Verdict::Refused { key, time, times } => log::error!(
@@ -97,9 +101,6 @@ impl Faults {
                 ),
                 Verdict::Released { key } => log::warn!(request = key; "quarantine ended"),
             }
-        }
-        if !verdicts.is_empty() {
-            self.publish(now);
         }
     }
 
@@ -241,8 +242,8 @@ impl Pool {
 
     fn log_release(&self, count: usize, key: &str) {
         if count > 0 {
-            log::warn!(request = key, count; "quarantine ended by command");
             self.faults.publish(self.now());
+            log::warn!(request = key, count; "quarantine ended by command");
         }
     }
 }
