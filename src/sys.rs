@@ -14,6 +14,7 @@ pub(crate) mod file_path;
 mod guard_link;
 mod listener_exec;
 pub(crate) mod lock_file;
+mod memory;
 mod other_processes;
 mod process;
 mod process_status;
@@ -33,6 +34,7 @@ pub(crate) use self::epoll_exclusive::Exclusive;
 pub(crate) use self::errors::{BoxError, explain};
 pub(crate) use self::guard_link::{announce, announce_by, announce_process};
 pub(crate) use self::listener_exec::{LISTEN_FD, ListenerToPass, spawn_with_listener};
+pub(crate) use self::memory::return_free_memory;
 pub(crate) use self::other_processes::{descriptor_of, ending_of};
 pub(crate) use self::process::{
     Ending, clone_with_descriptors, die_with_parent, ended_child, exec, exit_now, expect_one_thread, fork, is_child,

@@ -724,7 +724,7 @@ fn an_http_application_can_select_a_file_too() {
 #[test]
 fn slow_readers_hold_no_app_process() {
     const LENGTH: usize = 8 << 20; // more than the sockets' buffers can contain
-    let site = start_sendfile(&["--workers", "1"]);
+    let site = start_sendfile(&["--workers", "1", "--write-timeout", "0"]); // on a busy machine, the last client waits for long
     fs::write(site.path("assets/large"), vec![b'a'; LENGTH]).unwrap();
     let target = wish(&[("X-Sendfile", &site.place.text("assets/large"))]);
     let address = site.server.http();

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 const BINDS: [&str; 6] = ["--bind", "http:127.0.0.1:0", "--bind", "fastcgi:127.0.0.1:0", "--bind", "scgi:127.0.0.1:0"];
 
 fn start() -> Server {
-    Server::start("crashy", &[&BINDS[..], &["--workers", "1"]].concat())
+    Server::start("crashy", &[&BINDS[..], &["--workers", "1", "--log-level", "debug"]].concat())
 }
 
 fn worker(server: &Server) -> i32 {
@@ -90,8 +90,34 @@ fn responses(client: &mut Client, count: usize, way: &str) {
     }
 }
 
+/// Returns the number of open connections.
+fn connections(server: &Server) -> usize {
+    let board = server.segment().scoreboard();
+    (0..board.rows()).filter_map(|slot| board.read(slot)).map(|row| row.connections as usize).sum()
+}
+
+/// Returns when all HTTP connections that have had a request have been idle for some seconds.
+fn buffers_are_freed(server: &Server) {
+    let with_request = ways().iter().filter(|(_, _, count)| *count > 0).count();
+    wait_until("the buffers of idle connections are freed", || {
+        let log = server.log();
+        let lines = log.lines().filter(|line| line.contains("idle connections free their buffers"));
+        let count: usize = lines.filter_map(|line| line.rsplit_once("count=")?.1.parse::<usize>().ok()).sum();
+        (count >= with_request).then_some(())
+    });
+}
+
 #[test]
 fn an_idle_connection_survives_its_worker_however_its_requests_arrived() {
+    an_idle_connection_survives_its_worker(|_| ());
+}
+
+#[test]
+fn an_idle_connection_survives_its_worker_after_its_buffers_were_freed() {
+    an_idle_connection_survives_its_worker(buffers_are_freed);
+}
+
+fn an_idle_connection_survives_its_worker(wait: fn(&Server)) {
     for by in [By::Reload, By::Death] {
         let mut server = start();
         let mut clients: Vec<_> = ways()
@@ -118,6 +144,7 @@ fn an_idle_connection_survives_its_worker_however_its_requests_arrived() {
         assert_eq!(fastcgis[1].response(1).unwrap().status(), 200);
         let fresh = scgi::Client::connect(&server.binds[2]).unwrap();
         is_read(&server);
+        wait(&server);
         // The worker is replaced twice, so that the workers that received the connections also pass them on.
         for _ in 0..2 {
             by.replace(&server);
@@ -193,5 +220,51 @@ fn a_connection_in_use_during_a_reload_continues_after_its_requests() {
         client.stream.get_mut().write_all(HEAD.as_bytes()).unwrap();
         responses(client, 1, way);
     }
+    server.stop();
+}
+
+#[test]
+fn an_idle_connection_continues_after_its_buffers_were_freed() {
+    let mut server = start();
+    let mut clients: Vec<_> = ways()
+        .into_iter()
+        .filter(|(_, _, count)| *count > 0)
+        .map(|way| {
+            let mut client = Client::connect(&server.http()).unwrap();
+            client.stream.get_mut().write_all(HEAD.as_bytes()).unwrap();
+            responses(&mut client, 1, "first");
+            (client, way)
+        })
+        .collect();
+    let mut leaver = Client::connect(&server.http()).unwrap();
+    leaver.stream.get_mut().write_all(HEAD.as_bytes()).unwrap();
+    responses(&mut leaver, 1, "first");
+    buffers_are_freed(&server);
+    drop(leaver);
+    for (client, (way, pieces, count)) in &mut clients {
+        for piece in pieces {
+            client.stream.get_mut().write_all(piece.as_bytes()).unwrap();
+            is_read(&server);
+        }
+        if *way == "after 100 Continue" {
+            assert_eq!(client.head().unwrap().0, 100);
+        }
+        responses(client, *count, way);
+    }
+    let open = clients.len();
+    wait_until("only the other clients are connected", || (connections(&server) == open).then_some(()));
+    server.stop();
+}
+
+#[test]
+fn an_idle_connection_without_buffers_is_closed_after_the_idle_timeout() {
+    let mut server = Server::start(
+        "crashy",
+        &[&BINDS[..], &["--workers", "1", "--log-level", "debug", "--idle-timeout", "5s"]].concat(),
+    );
+    let mut client = Client::connect(&server.http()).unwrap();
+    assert_eq!(client.request("GET", "/ok", b"").unwrap().status, 200);
+    server.logged("idle connections free their buffers");
+    assert_eq!(std::io::Read::read(&mut client.stream, &mut [0]).unwrap(), 0);
     server.stop();
 }

@@ -7,6 +7,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
 use std::time::Duration;
 
 use http::Request;
@@ -64,6 +65,10 @@ pub(crate) struct Activity {
     says_goodbye: AtomicBool,
     has_said_goodbye: AtomicBool,
     goodbye: Notify,
+    /// Whether the connection is asked to free its buffers.
+    rest_asked: AtomicBool,
+    /// Wakes the task of a connection that can free its buffers.
+    rest_waker: Mutex<Option<Waker>>,
 }
 
 impl Activity {
@@ -113,8 +118,7 @@ impl Activity {
 
     /// Returns the bodies that a reader has waited for.
     pub(super) fn slow_bodies(&self) -> MutexGuard<'_, Vec<Arc<SlowBody>>> {
-        // Code under the lock cannot panic.
-        self.slow_bodies.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.slow_bodies)
     }
 
     /// Ends the wait for each body for which `is_over` returns true. Returns the number of these bodies.
@@ -239,6 +243,25 @@ impl Activity {
         self.goodbye.notified().await;
     }
 
+    /// Sets the task that [`Activity::ask_to_rest`] wakes.
+    pub(crate) fn can_rest(&self, waker: &Waker) {
+        *lock(&self.rest_waker) = Some(waker.clone());
+    }
+
+    /// Asks an idle connection to free the buffers of its protocol until the next request. Returns false if the protocol
+    /// does not support this.
+    pub(crate) fn ask_to_rest(&self) -> bool {
+        let Some(waker) = lock(&self.rest_waker).clone() else { return false };
+        self.rest_asked.store(true, Relaxed);
+        waker.wake();
+        true
+    }
+
+    /// Whether the connection was asked to free its buffers since the last call.
+    pub(crate) fn is_asked_to_rest(&self) -> bool {
+        self.rest_asked.load(Relaxed) && self.rest_asked.swap(false, Relaxed)
+    }
+
     /// Records that the connection has ended.
     pub(crate) fn close(&self) {
         self.held.clear();
@@ -248,6 +271,11 @@ impl Activity {
     pub(crate) fn is_closed(&self) -> bool {
         self.is_closed.load(Relaxed)
     }
+}
+
+/// Locks a mutex. No code under these locks can panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Adds to a counter that only one thread writes: the connection's thread.

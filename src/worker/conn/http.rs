@@ -100,11 +100,15 @@ where
         let ended = loop {
             match until_movable(&mut connection, &requests, &drain).await {
                 Http1End::Ended(ended) => break ended,
-                Http1End::Unsettled => {
+                end @ (Http1End::Unsettled | Http1End::Resting) => {
                     let Parts { io, read_buf, service, .. } = connection.into_parts();
                     let mut socket = io.into_inner();
                     socket.put_back(&read_buf);
                     requests.settle(socket.early().len());
+                    if matches!(end, Http1End::Resting) {
+                        drop(read_buf);
+                        rest(&mut socket, &drain).await;
+                    }
                     connection = http1_settings(&limits).serve_connection(TokioIo::new(socket), service);
                 }
                 Http1End::Movable => {
@@ -120,10 +124,10 @@ where
         };
         if let Some(upgrade) = requests.take_upgrade().filter(|_| ended.is_ok()) {
             let Parts { io, read_buf, .. } = connection.into_parts();
-            return upgrade.carry(io.into_inner(), read_buf, &ends).await;
+            return Box::pin(upgrade.carry(io.into_inner(), read_buf, &ends)).await;
         }
         if ended.as_ref().is_err_and(is_timeout) && requests.activity().stage() == Stage::Head {
-            return time_out(connection.into_parts().io.into_inner(), &application, from, &drain).await;
+            return Box::pin(time_out(connection.into_parts().io.into_inner(), &application, from, &drain)).await;
         }
         if requests.left_unread() || ended.as_ref().is_err_and(|error| refused(error).is_some()) {
             unread = Some(connection.into_parts().io.into_inner());
@@ -131,15 +135,20 @@ where
         ended
     };
     if let Err(error) = ended {
-        if let Some((status, why)) = refused(&error) {
-            let why = if begins_as_tls && requests.are_none() { TLS_ON_PLAIN_PORT.to_owned() } else { why };
-            application.turned_away(Protocol::Http, status, from, why);
-        }
-        log::debug!("an HTTP connection ended: {}", with_causes(&error));
+        report(&error, &application, from, begins_as_tls && requests.are_none());
     }
     if let Some(socket) = unread {
         linger(socket, &drain).await;
     }
+}
+
+/// Logs the error with which a connection ended.
+fn report<S>(error: &hyper::Error, application: &Application<S>, from: Option<SocketAddr>, is_tls: bool) {
+    if let Some((status, why)) = refused(error) {
+        let why = if is_tls { TLS_ON_PLAIN_PORT.to_owned() } else { why };
+        application.turned_away(Protocol::Http, status, from, why);
+    }
+    log::debug!("an HTTP connection ended: {}", with_causes(error));
 }
 
 /// Detects whether the client uses HTTP/2. Returns `None` if the connection has ended or was handed over.
@@ -161,7 +170,7 @@ where
     match read {
         Some(Ok(is_http2)) => return Some((socket, is_http2)),
         Some(Err(error)) if error.kind() == io::ErrorKind::TimedOut && !socket.early().is_empty() => {
-            time_out(socket, application, from, drain).await;
+            Box::pin(time_out(socket, application, from, drain)).await;
         }
         Some(Err(error)) => log::debug!("an HTTP connection ended: {error}"),
         None => drain.hand_over(socket, &[]).await,
@@ -185,6 +194,8 @@ enum Http1End {
     /// need to know how many bytes of the next request hyper has read, and hyper reveals this number only when it
     /// returns its buffer.
     Unsettled,
+    /// The connection is idle, and hyper's buffers, 16 KiB, are to be freed until the next request.
+    Resting,
     /// The worker is draining, a sibling is available, and nothing is under way: the connection can be handed over.
     Movable,
     /// The connection must be closed when the requests that have begun are complete.
@@ -198,22 +209,40 @@ where
 {
     let mut drained = pin!(drain.wait());
     let mut registration = WakerRegistration::default();
+    let mut rests = false;
     let ended = poll_fn(|context| {
         if !drain.has_begun() && registration.is_new(context) {
             let _ = drained.as_mut().poll(context);
+            requests.activity().can_rest(context.waker());
         }
         if let Poll::Ready(ended) = Pin::new(&mut *connection).poll(context) {
             return Poll::Ready(Some(ended));
         }
         requests.await_bodies(context);
         let leaves = drain.has_begun() && (requests.are_over() || !drain.has_sibling());
-        if leaves || requests.are_to_be_settled() || requests.are_enough() { Poll::Ready(None) } else { Poll::Pending }
+        rests = requests.are_to_rest();
+        let is_pending = !leaves && !rests && !requests.are_to_be_settled() && !requests.are_enough();
+        if is_pending { Poll::Pending } else { Poll::Ready(None) }
     });
     match ended.await {
         Some(ended) => Http1End::Ended(ended),
         None if requests.are_to_be_settled() && !requests.are_enough() => Http1End::Unsettled,
         None if drain.has_begun() && drain.has_sibling() && requests.can_go_on_elsewhere() => Http1End::Movable,
+        None if rests && !drain.has_begun() && !requests.are_enough() => Http1End::Resting,
         None => Http1End::Ending,
+    }
+}
+
+/// Returns when bytes of the next request have been read, the connection has ended, or the drain has begun.
+async fn rest(socket: &mut Socket, drain: &Drain) {
+    if !socket.early().is_empty() {
+        return;
+    }
+    tokio::select! {
+        biased;
+        // The socket reports the end or an error once more when hyper reads from it.
+        _ = socket.look_ahead() => {}
+        () = drain.wait() => {}
     }
 }
 

@@ -22,16 +22,20 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_BYTES: u64 = 64 << 20;
 
 /// Shuts down the write side and reads until the peer closes, a limit is reached, or the drain is nearly over.
-pub(crate) async fn linger(mut socket: Socket, drain: &Drain) {
-    if socket.shutdown().await.is_ok() {
-        // What is discarded takes up no memory, and is not the head of a request.
-        socket.activity().held().stop();
-        socket.activity().set_knows_heads();
-        tokio::select! {
-            () = discard(socket, TIMEOUT) => {}
-            () = drain.wait_for_cutoff() => {}
+///
+/// The future is boxed, so that it does not make the task of every connection larger.
+pub(crate) fn linger(mut socket: Socket, drain: &Drain) -> Pin<Box<impl Future<Output = ()>>> {
+    Box::pin(async move {
+        if socket.shutdown().await.is_ok() {
+            // What is discarded takes up no memory, and is not the head of a request.
+            socket.activity().held().stop();
+            socket.activity().set_knows_heads();
+            tokio::select! {
+                () = discard(socket, TIMEOUT) => {}
+                () = drain.wait_for_cutoff() => {}
+            }
         }
-    }
+    })
 }
 
 /// Reads until the peer closes or a limit is reached, for at most `time`.

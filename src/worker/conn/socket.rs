@@ -128,7 +128,8 @@ impl Socket {
             let mut early = std::mem::take(&mut self.early); // the read below must not return these bytes again
             early.reserve(FIRST);
             let read = poll_read_buf(Pin::new(&mut *self), context, &mut early);
-            self.early = early;
+            // A connection that waits has no buffer.
+            self.early = if early.is_empty() { BytesMut::new() } else { early };
             read
         })
         .await

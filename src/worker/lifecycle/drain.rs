@@ -5,6 +5,7 @@
 //! sibling can continue: the connection is then kept for a short time for one more request, and closed.
 
 use std::cell::Cell;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -156,24 +157,29 @@ impl Drain {
 
     /// Hands a connection over, with `early`, the bytes that have been read from it but not processed. Closes the
     /// connection if no sibling can take it.
-    pub(crate) async fn hand_over(&self, socket: Socket, early: &[u8]) {
+    ///
+    /// The future is boxed, so that it does not make the task of every connection larger.
+    pub(crate) fn hand_over(&self, socket: Socket, early: &[u8]) -> Pin<Box<impl Future<Output = ()>>> {
         let early = [early, socket.early()].concat();
-        while self.has_sibling() && early.len() <= READ_BUFFER {
-            match socket.conn().hand_off(self.0.channel.sender(), &early) {
-                Ok(()) => {
-                    self.0.passed_on.set(self.0.passed_on.get() + 1);
-                    // A sibling that had not begun to drain before the message was sent receives the message. If no
-                    // sibling remains, this worker takes the connection back.
-                    if !self.has_sibling() {
-                        self.0.stranded.notify_one();
+        Box::pin(async move {
+            while self.has_sibling() && early.len() <= READ_BUFFER {
+                match socket.conn().hand_off(self.0.channel.sender(), &early) {
+                    Ok(()) => {
+                        self.0.passed_on.set(self.0.passed_on.get() + 1);
+                        // A sibling that had not begun to drain before the message was sent receives the message. If no
+                        // sibling remains, this worker takes the connection back.
+                        if !self.has_sibling() {
+                            self.0.stranded.notify_one();
+                        }
+                        return;
                     }
-                    return;
+                    // Many connections are in transit, and siblings will take them soon. `--drain-timeout` limits the
+                    // wait.
+                    Err(error) if handover::is_for_later(&error) => tokio::time::sleep(CROWDED).await,
+                    Err(error) => return log::debug!("cannot hand a connection over: {error}"),
                 }
-                // Many connections are in transit, and siblings will take them soon. `--drain-timeout` limits the wait.
-                Err(error) if handover::is_for_later(&error) => tokio::time::sleep(CROWDED).await,
-                Err(error) => return log::debug!("cannot hand a connection over: {error}"),
             }
-        }
+        })
     }
 
     /// Returns when a connection has been handed over that no sibling will take.

@@ -17,6 +17,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::config::Timeouts;
 use crate::request::activity::{Activity, Stage};
 use crate::request::buffered;
+use crate::sys;
 use crate::worker::conn::reclaim::{self, Holder, Idle};
 use crate::worker::conn::socket::shut;
 use crate::worker::conn::throttle::Throttle;
@@ -28,6 +29,12 @@ const LAST_EVENTS: Duration = Duration::from_secs(2);
 /// Number of ticks that a connection may last without a request after its end was requested. In this time, the end of
 /// the last response is written (it may still be unwritten when the request is over), and the client can react.
 const GOODBYE: u32 = 1;
+/// Number of ticks after which an idle connection is asked to free its buffers.
+const REST: u32 = 3;
+/// Number of connections that have freed their buffers, about 16 MiB, before free memory is returned to the kernel.
+const RESTED: u32 = 1024;
+/// Minimum number of ticks between two returns of free memory, because each takes some milliseconds of a large heap.
+const RETURN: u32 = 5;
 /// Minimum number of bytes of a request body or of a response that must move within the timeout, unless fewer are left.
 const PROGRESS: u32 = 4 << 10;
 
@@ -140,12 +147,32 @@ impl Watchdog {
             let mut ticks = interval(TICK);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             ticks.tick().await; // the first tick is immediate
+            let (mut rested, mut since_return) = (0, 0);
             while !self.watched.borrow().is_empty() {
                 ticks.tick().await;
-                let drains = self.drains.load(Relaxed);
-                self.watched.borrow_mut().retain_mut(|watched| watched.tick(&self.timeouts, drains));
+                since_return += 1;
+                if rested >= RESTED && since_return >= RETURN {
+                    sys::return_free_memory();
+                    (rested, since_return) = (0, 0);
+                }
+                let count = self.tick();
+                if count > 0 {
+                    log::debug!(count; "idle connections free their buffers");
+                }
+                rested += count;
             }
         }
+    }
+
+    /// Checks each connection. Returns the number of idle connections that free their buffers.
+    fn tick(&self) -> u32 {
+        let (drains, mut rest) = (self.drains.load(Relaxed), 0);
+        self.watched.borrow_mut().retain_mut(|watched| {
+            let stays = watched.tick(&self.timeouts, drains);
+            rest += u32::from(stays && watched.rest());
+            stays
+        });
+        rest
     }
 }
 
@@ -250,6 +277,11 @@ impl Watched {
             }
         }
         true
+    }
+
+    /// Asks a connection that has just become idle for long enough to free its buffers. Returns whether it does.
+    fn rest(&self) -> bool {
+        self.idle_ticks().is_some() && self.waited == REST && self.activity.ask_to_rest()
     }
 
     fn count(&mut self, has_written: bool) -> Stage {

@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use super::connection_header::request_closes;
 use super::upgrade::AcceptedUpgrade;
 use crate::heir::journal::{ConnHandle, READ_BUFFER, RequestIndex};
-use crate::request::activity::Activity;
+use crate::request::activity::{Activity, Stage};
 use crate::worker::conn::under_way::UnderWay;
 
 /// Longest body whose end can be stored as a position. Positions wrap around.
@@ -127,6 +127,15 @@ impl Requests {
     /// Whether nothing is under way, but only hyper knows how many bytes of the next request have been read.
     pub(super) fn are_to_be_settled(&self) -> bool {
         self.end_is_unknown.get() && self.are_over() && !self.left_unread.get() && !self.is_closing.get()
+    }
+
+    /// Whether nothing is under way, and the watchdog has asked the connection to free its buffers.
+    pub(super) fn are_to_rest(&self) -> bool {
+        self.activity.is_asked_to_rest()
+            && self.activity.stage() == Stage::Idle
+            && self.are_over()
+            && !self.left_unread.get()
+            && !self.is_closing.get()
     }
 
     /// Records that nothing is under way, and that `unread` bytes of the next request have been read.
