@@ -294,38 +294,70 @@ fn some_requests(_: &Site, load: &Load) {
 }
 
 #[test]
-fn reloads() {
-    for backend in [Backend::Php, Backend::Children, Backend::Node] {
-        nothing_fails("reloads", backend, &[], &[], reload);
-    }
+fn reloads_of_php() {
+    nothing_fails("reloads", Backend::Php, &[], &[], reload);
 }
 
 #[test]
-fn upgrades() {
-    for backend in [Backend::Php, Backend::Node] {
-        nothing_fails("upgrades", backend, &[], &[], upgrade);
-    }
+fn reloads_of_php_with_children() {
+    nothing_fails("reloads", Backend::Children, &[], &[], reload);
 }
 
 #[test]
-fn scaling() {
-    for backend in [Backend::Php, Backend::Node] {
-        nothing_fails("scaling", backend, &["--workers", "1"], &[], scale);
-    }
+fn reloads_of_node() {
+    nothing_fails("reloads", Backend::Node, &[], &[], reload);
 }
 
 #[test]
-fn recycling() {
-    for backend in [Backend::Php, Backend::Children, Backend::Node, Backend::Faulty] {
-        let log = nothing_fails("recycling", backend, &["--max-requests", "500~100"], &[], some_requests);
-        let recycled = log.matches("app process exited").count() as u64;
-        eprintln!("{recycled} app processes were recycled");
-        if let Backend::Children = backend {
-            assert_eq!(recycled, 1, "its children were recycled, and it has exited at the end\n{log}");
-        } else {
-            assert!(recycled >= requests() / 1500, "{recycled}\n{log}");
-        }
-    }
+fn upgrades_of_php() {
+    nothing_fails("upgrades", Backend::Php, &[], &[], upgrade);
+}
+
+#[test]
+fn upgrades_of_node() {
+    nothing_fails("upgrades", Backend::Node, &[], &[], upgrade);
+}
+
+#[test]
+fn scaling_of_php() {
+    nothing_fails("scaling", Backend::Php, &["--workers", "1"], &[], scale);
+}
+
+#[test]
+fn scaling_of_node() {
+    nothing_fails("scaling", Backend::Node, &["--workers", "1"], &[], scale);
+}
+
+/// Returns the log and the number of app processes that exited.
+fn recycling(backend: Backend) -> (String, u64) {
+    let log = nothing_fails("recycling", backend, &["--max-requests", "500~100"], &[], some_requests);
+    let recycled = log.matches("app process exited").count() as u64;
+    eprintln!("{recycled} app processes were recycled");
+    (log, recycled)
+}
+
+#[test]
+fn recycling_of_php() {
+    let (log, recycled) = recycling(Backend::Php);
+    assert!(recycled >= requests() / 1500, "{recycled}\n{log}");
+}
+
+#[test]
+fn recycling_of_children_of_php() {
+    let (log, recycled) = recycling(Backend::Children);
+    assert_eq!(recycled, 1, "its children were recycled, and it has exited at the end\n{log}");
+}
+
+#[test]
+fn recycling_of_node() {
+    let (log, recycled) = recycling(Backend::Node);
+    assert!(recycled >= requests() / 1500, "{recycled}\n{log}");
+}
+
+#[test]
+fn recycling_of_a_fast_program() {
+    let (log, recycled) = recycling(Backend::Faulty);
+    assert!(recycled >= requests() / 1500, "{recycled}\n{log}");
 }
 
 #[test]

@@ -463,8 +463,9 @@ where
                 socket.conn().set_origin(PackedOrigin::admitted(origin.address, origin.is_https));
             }
             match protocol {
-                Protocol::FastCgi => fastcgi::serve(socket, origin.address, application, drain).await,
-                Protocol::Scgi => scgi::serve(socket, origin.address, application, drain).await,
+                // Boxed, so that these tasks do not make the tasks of HTTP connections larger.
+                Protocol::FastCgi => Box::pin(fastcgi::serve(socket, origin.address, application, drain)).await,
+                Protocol::Scgi => Box::pin(scgi::serve(socket, origin.address, application, drain)).await,
                 Protocol::Http => http::serve(socket, origin, application, drain).await,
             }
         }

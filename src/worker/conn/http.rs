@@ -69,77 +69,106 @@ const TLS_ON_PLAIN_PORT: &str = "a TLS handshake on a port that speaks plain HTT
 const ROOM_FOR_HEADERS: usize = 100;
 
 /// Serves one connection until it ends.
+///
+/// Everything that only a connection in use needs is in boxed futures, so that many idle connections need little memory.
 pub(crate) async fn serve<S, B>(socket: Socket, origin: ClientInfo, application: Rc<Application<S>>, drain: Drain)
 where
     S: AppService<B>,
     B: ResponseBody,
 {
-    let limits = application.limits;
-    let from = origin.address;
-    let Some((socket, is_http2)) = with_version(socket, &application, from, &drain).await else { return };
-    let begins_as_tls = socket.early().starts_with(TLS_HANDSHAKE);
-    let (activity, conn) = (Arc::clone(socket.activity()), *socket.conn());
+    let Some((mut socket, is_http2)) = with_version(socket, &application, origin.address, &drain).await else { return };
+    let most = application.limits.max_requests_per_connection;
+    let requests = Rc::new(Requests::new(most, Arc::clone(socket.activity()), *socket.conn()));
+    let ends = Ends { drain, idle: application.limits.timeouts.upgraded };
+    let connection = Rc::new(Connection { application, origin, requests, ends });
     if is_http2 {
-        activity.set_knows_heads();
-        activity.set_says_goodbye();
-        conn.set_wire_protocol(WireProtocol::Http2);
+        return Box::pin(serve_http2(socket, connection)).await;
     }
-    let socket = TokioIo::new(socket);
-    let requests = Rc::new(Requests::new(limits.max_requests_per_connection, activity, conn));
-    let ends = Ends { drain: drain.clone(), idle: limits.timeouts.upgraded };
-    let connection =
-        Connection { application: Rc::clone(&application), origin, requests: Rc::clone(&requests), ends: ends.clone() };
-    let connection = Rc::new(connection);
-    let answer = service_fn(move |request| Rc::clone(&connection).answer(request));
-    let mut unread = None;
-    let ended = if is_http2 {
-        let connection = Box::pin(http2_settings(&limits).serve_connection(socket, answer));
-        until_drained(connection, |connection| connection.as_mut().graceful_shutdown(), &requests, &drain).await
-    } else {
-        let mut connection = http1_settings(&limits).serve_connection(socket, answer);
-        let ended = loop {
-            match until_movable(&mut connection, &requests, &drain).await {
-                Http1End::Ended(ended) => break ended,
-                end @ (Http1End::Unsettled | Http1End::Resting) => {
-                    let Parts { io, read_buf, service, .. } = connection.into_parts();
-                    let mut socket = io.into_inner();
-                    socket.put_back(&read_buf);
-                    requests.settle(socket.early().len());
-                    if matches!(end, Http1End::Resting) {
-                        drop(read_buf);
-                        rest(&mut socket, &drain).await;
-                    }
-                    connection = http1_settings(&limits).serve_connection(TokioIo::new(socket), service);
-                }
-                Http1End::Movable => {
-                    let Parts { io, read_buf, .. } = connection.into_parts();
-                    return move_on(io.into_inner(), &read_buf, &drain).await;
-                }
-                Http1End::Ending => {
-                    requests.close();
-                    let connection = Pin::new(&mut connection);
-                    break until_drained(connection, |it| it.as_mut().graceful_shutdown(), &requests, &drain).await;
-                }
-            }
-        };
-        if let Some(upgrade) = requests.take_upgrade().filter(|_| ended.is_ok()) {
-            let Parts { io, read_buf, .. } = connection.into_parts();
-            return Box::pin(upgrade.carry(io.into_inner(), read_buf, &ends)).await;
-        }
-        if ended.as_ref().is_err_and(is_timeout) && requests.activity().stage() == Stage::Head {
-            return Box::pin(time_out(connection.into_parts().io.into_inner(), &application, from, &drain)).await;
-        }
-        if requests.left_unread() || ended.as_ref().is_err_and(|error| refused(error).is_some()) {
-            unread = Some(connection.into_parts().io.into_inner());
-        }
-        ended
+    while let Some(idle) = Box::pin(serve_http1(socket, Rc::clone(&connection))).await {
+        socket = idle;
+        rest(&mut socket, &connection.ends.drain).await;
+    }
+}
+
+async fn serve_http2<S, B>(socket: Socket, connection: Rc<Connection<S>>)
+where
+    S: AppService<B>,
+    B: ResponseBody,
+{
+    socket.activity().set_knows_heads();
+    socket.activity().set_says_goodbye();
+    socket.conn().set_wire_protocol(WireProtocol::Http2);
+    let answer = {
+        let connection = Rc::clone(&connection);
+        service_fn(move |request| Rc::clone(&connection).answer(request))
     };
+    let settings = http2_settings(&connection.application.limits);
+    let serving = Box::pin(settings.serve_connection(TokioIo::new(socket), answer));
+    let (requests, drain) = (&connection.requests, &connection.ends.drain);
+    let ended = until_drained(serving, |serving| serving.as_mut().graceful_shutdown(), requests, drain).await;
     if let Err(error) = ended {
-        report(&error, &application, from, begins_as_tls && requests.are_none());
+        report(&error, &connection.application, connection.origin.address, false);
+    }
+}
+
+/// Serves a connection until it ends, or is to [rest](Http1End::Resting). Returns the socket if it is to rest.
+async fn serve_http1<S, B>(socket: Socket, connection: Rc<Connection<S>>) -> Option<Socket>
+where
+    S: AppService<B>,
+    B: ResponseBody,
+{
+    let begins_as_tls = socket.early().starts_with(TLS_HANDSHAKE);
+    let Connection { application, origin, requests, ends } = &*connection;
+    let (from, drain) = (origin.address, &ends.drain);
+    let answer = {
+        let connection = Rc::clone(&connection);
+        service_fn(move |request| Rc::clone(&connection).answer(request))
+    };
+    let settings = http1_settings(&application.limits);
+    let mut serving = settings.serve_connection(TokioIo::new(socket), answer);
+    let ended = loop {
+        match until_movable(&mut serving, requests, drain).await {
+            Http1End::Ended(ended) => break ended,
+            end @ (Http1End::Unsettled | Http1End::Resting) => {
+                let Parts { io, read_buf, service, .. } = serving.into_parts();
+                let mut socket = io.into_inner();
+                socket.put_back(&read_buf);
+                requests.settle(socket.early().len());
+                if matches!(end, Http1End::Resting) {
+                    return Some(socket);
+                }
+                serving = settings.serve_connection(TokioIo::new(socket), service);
+            }
+            Http1End::Movable => {
+                let Parts { io, read_buf, .. } = serving.into_parts();
+                move_on(io.into_inner(), &read_buf, drain).await;
+                return None;
+            }
+            Http1End::Ending => {
+                requests.close();
+                let serving = Pin::new(&mut serving);
+                break until_drained(serving, |serving| serving.as_mut().graceful_shutdown(), requests, drain).await;
+            }
+        }
+    };
+    if let Some(upgrade) = requests.take_upgrade().filter(|_| ended.is_ok()) {
+        let Parts { io, read_buf, .. } = serving.into_parts();
+        Box::pin(upgrade.carry(io.into_inner(), read_buf, ends)).await;
+        return None;
+    }
+    if ended.as_ref().is_err_and(is_timeout) && requests.activity().stage() == Stage::Head {
+        Box::pin(time_out(serving.into_parts().io.into_inner(), application, from, drain)).await;
+        return None;
+    }
+    let is_refused = ended.as_ref().is_err_and(|error| refused(error).is_some());
+    let unread = (requests.left_unread() || is_refused).then(|| serving.into_parts().io.into_inner());
+    if let Err(error) = ended {
+        report(&error, application, from, begins_as_tls && requests.are_none());
     }
     if let Some(socket) = unread {
-        linger(socket, &drain).await;
+        linger(socket, drain).await;
     }
+    None
 }
 
 /// Logs the error with which a connection ended.
