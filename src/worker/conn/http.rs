@@ -76,11 +76,11 @@ where
     S: AppService<B>,
     B: ResponseBody,
 {
-    let Some((mut socket, is_http2)) = with_version(socket, &application, origin.address, &drain).await else { return };
     let most = application.limits.max_requests_per_connection;
     let requests = Rc::new(Requests::new(most, Arc::clone(socket.activity()), *socket.conn()));
     let ends = Ends { drain, idle: application.limits.timeouts.upgraded };
     let connection = Rc::new(Connection { application, origin, requests, ends });
+    let Some((mut socket, is_http2)) = with_version(socket, &connection).await else { return };
     if is_http2 {
         return Box::pin(serve_http2(socket, connection)).await;
     }
@@ -181,16 +181,9 @@ fn report<S>(error: &hyper::Error, application: &Application<S>, from: Option<So
 }
 
 /// Detects whether the client uses HTTP/2. Returns `None` if the connection has ended or was handed over.
-async fn with_version<S, B>(
-    mut socket: Socket,
-    application: &Application<S>,
-    from: Option<SocketAddr>,
-    drain: &Drain,
-) -> Option<(Socket, bool)>
-where
-    S: AppService<B>,
-    B: ResponseBody,
-{
+async fn with_version<S>(mut socket: Socket, connection: &Connection<S>) -> Option<(Socket, bool)> {
+    let Connection { application, origin, ends, .. } = connection;
+    let drain = &ends.drain;
     let read = tokio::select! {
         biased;
         read = preface::speaks_http2(&mut socket) => Some(read),
@@ -199,7 +192,7 @@ where
     match read {
         Some(Ok(is_http2)) => return Some((socket, is_http2)),
         Some(Err(error)) if error.kind() == io::ErrorKind::TimedOut && !socket.early().is_empty() => {
-            Box::pin(time_out(socket, application, from, drain)).await;
+            Box::pin(time_out(socket, application, origin.address, drain)).await;
         }
         Some(Err(error)) => log::debug!("an HTTP connection ended: {error}"),
         None => drain.hand_over(socket, &[]).await,
