@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::process::Command;
 
+use common::Server;
 use common::http::{Client, Response, get};
 use common::limit::InTime as _;
-use common::recipes::{Recipe, stops, survives_reload};
-use common::{Server, program};
+use common::recipes::{Recipe, packages, page, stops, survives_reload};
 
 const HTTP: [&str; 2] = ["--backend", "http"];
 /// For servers that serve one request at a time.
@@ -84,6 +84,27 @@ fn express() {
     Recipe::new(&["express.js"]).serves(&HTTP, &["node", "express.js"]);
 }
 
+/// `scripts/recipes` has built the application.
+#[test]
+#[ignore = "scripts/recipes installs and runs it"]
+fn next() {
+    let app = packages().join("next");
+    let (program, app) = (app.join("node_modules/.bin/next"), app.to_string_lossy().into_owned());
+    let command = [program.to_str().unwrap(), "start", &app, "--hostname", "127.0.0.1", "--port", "{port}"];
+    Recipe::new(&[]).serves(&HTTP, &command);
+}
+
+#[test]
+#[ignore = "scripts/recipes installs and runs it"]
+fn go() {
+    let recipe = Recipe::new(&["app.go"]);
+    let mut build = Command::new("go");
+    build.args(["build", "-o", "app", "app.go"]).env("GOCACHE", recipe.path("cache")).current_dir(recipe.path(""));
+    let output = build.output_in_time().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    recipe.serves(&HTTP, &["./app"]);
+}
+
 #[test]
 fn puma() {
     Recipe::new(&["config.ru"]).serves(&HTTP, &["puma", "--bind", "unix://{socket}", "config.ru"]);
@@ -147,7 +168,7 @@ impl Visitor<'_> {
 #[test]
 #[ignore = "scripts/recipes installs and runs it"]
 fn dokuwiki() {
-    let wiki = program("forkyard").ancestors().nth(2).unwrap().join("recipes/dokuwiki");
+    let wiki = packages().join("dokuwiki");
     let place = |path: &str| wiki.join(path).canonicalize().unwrap().to_string_lossy().into_owned();
     let (root, library) = (place("www"), place("var/lib/dokuwiki/lib"));
     let files = [format!("/={root}"), format!("/lib/tpl={library}/tpl"), format!("/lib/plugins={library}/plugins")];
@@ -233,6 +254,30 @@ fn mapserver() {
         if response.body.starts_with(b"\x89PNG") { Ok(()) } else { Err(response.text()) }
     };
     survives_reload(&mut server, map);
+    stops(&mut server);
+}
+
+#[test]
+#[ignore = "scripts/recipes installs and runs it"]
+fn gitweb() {
+    let recipe = Recipe::new(&[]);
+    let git = |arguments: &[&str]| {
+        let mut git = Command::new("git");
+        git.args(["-c", "user.name=Test", "-c", "user.email=test@localhost"]).args(arguments);
+        let output = git.current_dir(recipe.path("")).output_in_time().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    git(&["init", "--quiet", "one"]);
+    git(&["-C", "one", "commit", "--quiet", "--allow-empty", "-m", "the first commit"]);
+    std::fs::write(recipe.path("gitweb.conf"), format!("$projectroot = '{}';\n", recipe.path("").display())).unwrap();
+    let mut command = recipe.command(&["--backend", "cgi"], &["/usr/share/gitweb/gitweb.cgi"]);
+    let mut server = Server::start_command(command.env("GITWEB_CONFIG", recipe.path("gitweb.conf")));
+    assert!(page(&server, "/").text().contains("one/.git"));
+    let log = |address: &str, _| {
+        let response = get(address, "/?p=one/.git;a=log").map_err(|error| error.to_string())?;
+        if response.text().contains("the first commit") { Ok(()) } else { Err(format!("{response:?}")) }
+    };
+    survives_reload(&mut server, log);
     stops(&mut server);
 }
 

@@ -265,6 +265,7 @@ impl Activity {
     /// Records that the connection has ended.
     pub(crate) fn close(&self) {
         self.held.clear();
+        *lock(&self.rest_waker) = None; // it keeps the memory of the task
         self.is_closed.store(true, Relaxed);
     }
 

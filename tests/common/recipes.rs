@@ -17,6 +17,11 @@ const CLIENTS: u64 = 3;
 /// Number of requests before and after a reload.
 const REQUESTS: u64 = 20;
 
+/// Returns the directory with the packages that `scripts/test` and `scripts/recipes` have installed.
+pub fn packages() -> PathBuf {
+    program("forkyard").ancestors().nth(2).unwrap().join("recipes")
+}
+
 /// A directory with the files of an application.
 pub struct Recipe {
     pub directory: TempDir,
@@ -39,7 +44,7 @@ impl Recipe {
 
     /// Returns the command `forkyard run` with two gateways, and with packages that `scripts/test` has installed.
     pub fn command(&self, options: &[&str], command: &[&str]) -> Command {
-        let packages = program("forkyard").ancestors().nth(2).unwrap().join("recipes");
+        let packages = packages();
         let mut forkyard = Command::new(program("forkyard"));
         forkyard.args(["run", "--bind", "http:127.0.0.1:0", "--gateways", "2"]).args(options);
         if !options.contains(&"--workers") {

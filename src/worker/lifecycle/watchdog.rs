@@ -521,6 +521,23 @@ mod tests {
     }
 
     #[test]
+    fn an_idle_connection_is_asked_once_to_free_its_buffers() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
+        let mut asked = |watched: &mut Watched| {
+            let rests = |_: &u32| watched.tick(&TIMEOUTS, false) && watched.rest();
+            (1..9).filter(rests).collect::<Vec<_>>()
+        };
+        assert_eq!(asked(&mut watched), [], "its protocol has no buffers");
+        watched.activity.can_rest(Waker::noop());
+        watched.activity.request_came();
+        assert_eq!(asked(&mut watched), [], "it is in use");
+        watched.activity.request_over();
+        assert_eq!(asked(&mut watched), [REST]);
+        assert!(watched.activity.is_asked_to_rest() && !watched.activity.is_asked_to_rest());
+    }
+
+    #[test]
     fn a_closed_connection_is_forgotten() {
         assert_eq!(ticks(|activity| activity.close()), 0);
     }
