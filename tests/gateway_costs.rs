@@ -164,7 +164,7 @@ fn idle_clients_and_queued_requests_cost_less_than_100_mib() {
     // Each gateway frees the buffers of connections that have been idle for some seconds.
     let with_idle = wait_until("the buffers of idle connections are freed", || {
         let now = memory(&site);
-        (now < start + 90 * MIB).then_some(now)
+        (now < start + 95 * MIB).then_some(now)
     });
     let (mut first, _) = site.hold("a", "/hold");
     let mut waiting: Vec<_> = (0..QUEUED).map(|_| site.send("GET", "/pid")).collect();

@@ -30,9 +30,9 @@ const LAST_EVENTS: Duration = Duration::from_secs(2);
 /// the last response is written (it may still be unwritten when the request is over), and the client can react.
 const GOODBYE: u32 = 1;
 /// Number of ticks after which an idle connection is asked to free its buffers.
-const REST: u32 = 3;
-/// Number of connections that have freed their buffers, about 16 MiB, before free memory is returned to the kernel.
-const RESTED: u32 = 1024;
+const REST: u32 = 2;
+/// Number of connections that have freed their buffers, about 4 MiB, before free memory is returned to the kernel.
+const RESTED: u32 = 256;
 /// Minimum number of ticks between two returns of free memory, because each takes some milliseconds of a large heap.
 const RETURN: u32 = 5;
 /// Minimum number of bytes of a request body or of a response that must move within the timeout, unless fewer are left.
@@ -524,16 +524,15 @@ mod tests {
     fn an_idle_connection_is_asked_once_to_free_its_buffers() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let mut watched = Watched::new(ours.as_raw_fd(), Arc::default());
-        let mut asked = |watched: &mut Watched| {
-            let rests = |_: &u32| watched.tick(&TIMEOUTS, false) && watched.rest();
-            (1..9).filter(rests).collect::<Vec<_>>()
+        let asked = |watched: &mut Watched| -> Vec<u32> {
+            (1..9).filter(|_| watched.tick(&TIMEOUTS, false) && watched.rest()).collect()
         };
-        assert_eq!(asked(&mut watched), [], "its protocol has no buffers");
+        assert!(asked(&mut watched).is_empty(), "its protocol has no buffers");
         watched.activity.can_rest(Waker::noop());
         watched.activity.request_came();
-        assert_eq!(asked(&mut watched), [], "it is in use");
+        assert!(asked(&mut watched).is_empty(), "it is in use");
         watched.activity.request_over();
-        assert_eq!(asked(&mut watched), [REST]);
+        assert_eq!(asked(&mut watched), vec![REST]);
         assert!(watched.activity.is_asked_to_rest() && !watched.activity.is_asked_to_rest());
     }
 
