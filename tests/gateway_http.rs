@@ -358,6 +358,28 @@ fn a_request_that_kills_its_process_over_a_kept_connection_is_not_repeated_more_
     server.stop();
 }
 
+#[test]
+fn a_response_with_too_many_headers_becomes_a_502() {
+    let app = "require('http').createServer((request, response) => {
+        for (let i = 0; i < 150; i++) response.setHeader('x-' + i, i);
+        response.end('ok');
+    }).listen({ fd: 3 });";
+    for (options, status) in [(&[][..], 502), (&["--max-headers", "200"], 200)] {
+        let site = Site::new();
+        let options = [&["--workers", "1"], options].concat();
+        let mut server = Server::start_command(&mut site.run(&options, &["node", "-e", app]));
+        let response = get(&server.http(), "/").unwrap();
+        assert_eq!((response.status, response.header("x-149")), (status, (status == 200).then_some("149")));
+        server.stop();
+        assert_eq!(
+            server.log().contains("the app process sent an invalid response"),
+            status == 502,
+            "{}",
+            server.log()
+        );
+    }
+}
+
 // ---- other ways to listen ----
 
 #[test]

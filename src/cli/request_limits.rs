@@ -45,7 +45,7 @@ pub(super) struct LimitOptions {
     #[arg(long, value_name = "N", env = "FORKYARD_QUEUE", default_value = "1024", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
     pub(super) queue: u32,
 
-    /// Headers per request; requests with more get 431
+    /// Headers per request, and per response of an HTTP application; requests with more get 431, and responses 502
     #[arg(long, value_name = "N", env = "FORKYARD_MAX_HEADERS", default_value = "100", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Limits")]
     max_headers: u16,
 

@@ -4,6 +4,7 @@
 //! connection before it uses it again ([`AppStream::is_quiet`]). It reports the master's byte [`NOT_SERVED`] as an error,
 //! because an HTTP codec would only find that the response is malformed.
 
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
 use std::pin::Pin;
@@ -11,13 +12,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, ready};
 
+use bytes::BytesMut;
 use nix::errno::Errno;
 use nix::sys::socket::{self, MsgFlags};
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
 use crate::net::app_channel::NOT_SERVED;
 use crate::net::app_endpoint::AppConnection;
+use crate::request::shared_block::poll_block;
+
+/// Bytes of a long response that are read at a time.
+const READ_SIZE: usize = 64 << 10;
 
 /// States of [`Shared::received`].
 const NOTHING: u8 = 0;
@@ -90,6 +96,22 @@ impl AppStream {
             Socket::Tcp(stream) => stream.try_read(&mut [0]),
         };
         read.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Reads more of a response, after the bytes in `input`. The first read of a response is short in most cases, and uses the
+    /// shared block of memory, so that a request that waits for its response has no buffer. `is_long` tells that it is not the
+    /// first read. Returns the number of bytes; 0 is the end of the stream.
+    ///
+    /// # Errors
+    /// Returns the error from the socket.
+    pub(super) async fn read_response(&mut self, input: &mut BytesMut, is_long: bool) -> io::Result<usize> {
+        if is_long {
+            input.reserve(READ_SIZE);
+            return self.read_buf(input).await;
+        }
+        let bytes = poll_fn(|context| poll_block(Pin::new(&mut *self), context)).await?;
+        input.unsplit(bytes);
+        Ok(input.len())
     }
 
     /// Whether this is a Unix socket.

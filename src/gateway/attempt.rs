@@ -407,6 +407,10 @@ impl<'a> Response<'a> {
         matches!(*self.state.borrow(), State::Awaited(_))
     }
 
+    pub(super) fn max_headers(&self) -> usize {
+        self.shared.max_headers
+    }
+
     pub(super) fn max_head(&self) -> usize {
         self.shared.max_head
     }

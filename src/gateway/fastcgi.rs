@@ -10,7 +10,7 @@ use std::io;
 use std::pin::pin;
 
 use bytes::{Buf as _, Bytes, BytesMut};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::time::Instant;
 
 use super::app_stream::AppStream;
@@ -22,8 +22,6 @@ use crate::protocol::fastcgi::client::{self, ParamsWriter, ResponseDecoder, Resp
 
 /// The only request on a connection.
 const REQUEST_ID: u16 = 1;
-/// Size of a read from an app process.
-const READ_SIZE: usize = 64 << 10;
 /// Bodies up to this size are sent together with the head of the request.
 const SMALL_BODY: u64 = 16 << 10;
 
@@ -111,9 +109,8 @@ impl Message {
         let mut sending = pin!(self.send(&mut to));
         let (mut is_sent, mut hold) = (false, None);
         let mut incoming = Incoming::new(response.max_head());
-        let mut input = BytesMut::with_capacity(READ_SIZE);
+        let (mut input, mut is_long) = (BytesMut::new(), false);
         loop {
-            input.reserve(READ_SIZE);
             tokio::select! {
                 biased;
                 sent = sending.as_mut(), if !is_sent => {
@@ -123,7 +120,8 @@ impl Message {
                         return Err(Failure::NotSent(error));
                     }
                 }
-                read = from.read_buf(&mut input) => {
+                read = from.read_response(&mut input, is_long) => {
+                    is_long = true;
                     if connection.is_turned_away() {
                         return Err(Failure::NotBegun);
                     }

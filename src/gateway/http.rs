@@ -36,8 +36,9 @@ use crate::protocol::http_gateway::{request_headers, response_headers, response_
 pub(super) const MAX_IDLE: Duration = Duration::from_millis(1500);
 /// hyper's minimum for the buffer of a head.
 const MIN_HEAD: usize = 8 << 10;
-/// Maximum number of headers in a response.
-const MAX_HEADERS: usize = 1024;
+/// Number of headers of a response that hyper's parser handles without an allocation. A higher limit costs two allocations of
+/// 32 bytes for each header that is allowed, for every response.
+const ROOM_FOR_HEADERS: usize = 100;
 
 /// A request.
 #[derive(Debug)]
@@ -92,7 +93,7 @@ impl Message {
             }
         }
         let stream = attempt.connect().await?;
-        let mut connection = Connection::open(stream, response.max_head()).await?;
+        let mut connection = Connection::open(stream, response).await?;
         match connection.sender.send_request(self.request()).await {
             Ok(answer) => self.take(answer, connection, attempt, response).await,
             Err(error) => Err(why_failed(&error, &connection.stream, attempt, response).await),
@@ -236,12 +237,12 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    async fn open(stream: AppStream, max_head: usize) -> Result<Self, Failure> {
-        let builder = {
-            let mut builder = http1::Builder::new();
-            builder.max_buf_size(max_head.max(MIN_HEAD)).max_headers(MAX_HEADERS);
-            builder
-        };
+    async fn open(stream: AppStream, response: &Response<'_>) -> Result<Self, Failure> {
+        let mut builder = http1::Builder::new();
+        builder.max_buf_size(response.max_head().max(MIN_HEAD));
+        if response.max_headers() != ROOM_FOR_HEADERS {
+            builder.max_headers(response.max_headers());
+        }
         let opened = builder.handshake(TokioIo::new(stream.clone())).await;
         let (sender, connection) = opened.map_err(|error| Failure::NotSent(io::Error::other(error)))?;
         let driver = tokio::task::spawn_local(async move {

@@ -22,8 +22,6 @@ use super::spool::{SpoolError, Spooled};
 use crate::protocol::cgi::has_no_body;
 use crate::protocol::scgi::client;
 
-/// Size of a read from an app process.
-const READ_SIZE: usize = 64 << 10;
 /// Bodies up to this size are sent together with the variables.
 const SMALL_BODY: u64 = 16 << 10;
 /// How long a complete response waits for the app process to close the connection.
@@ -75,9 +73,8 @@ impl Message {
         let mut sending = pin!(self.send(&mut to));
         let (mut is_sent, mut hold) = (false, None);
         let mut incoming = Incoming::new(response.max_head(), self.is_head);
-        let mut input = BytesMut::with_capacity(READ_SIZE);
+        let (mut input, mut is_long) = (BytesMut::new(), false);
         loop {
-            input.reserve(READ_SIZE);
             tokio::select! {
                 biased;
                 sent = sending.as_mut(), if !is_sent => {
@@ -87,7 +84,8 @@ impl Message {
                         return Err(Failure::NotSent(error));
                     }
                 }
-                read = from.read_buf(&mut input) => {
+                read = from.read_response(&mut input, is_long) => {
+                    is_long = true;
                     if connection.is_turned_away() {
                         return Err(Failure::NotBegun);
                     }

@@ -6,3 +6,4 @@ pub(crate) mod body_wait;
 pub(crate) mod buffered;
 pub(crate) mod outlasting;
 pub(crate) mod queue_time;
+pub(crate) mod shared_block;

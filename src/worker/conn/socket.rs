@@ -4,7 +4,7 @@
 //! arrived before the connection is accepted, and its response fits in the socket's buffer. Such a connection costs
 //! four system calls: accept, read, write and close. The [`Watchdog`] monitors connections that wait.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
@@ -22,6 +22,7 @@ use tokio_util::io::poll_read_buf;
 use crate::heir::journal::{ConnHandle, READ_BUFFER};
 use crate::request::activity::Activity;
 use crate::request::buffered;
+use crate::request::shared_block::poll_block;
 use crate::sys;
 use crate::worker::deferred_wakes;
 use crate::worker::lifecycle::watchdog::Watchdog;
@@ -49,29 +50,6 @@ enum Link {
 
 /// Maximum size of a read before the connection has waited.
 const FIRST: usize = 4 << 10;
-/// Size of the block of memory that reads share.
-const BLOCK: usize = 64 << 10;
-/// Minimum free space in the block for a read.
-const ROOM: usize = 16 << 10;
-
-thread_local! {
-    static BLOCK_OF_THREAD: RefCell<BytesMut> = RefCell::default();
-}
-
-/// Reads the available bytes, at most [`BLOCK`], like [`Socket::poll_bytes`]. An empty buffer means the end of the
-/// stream.
-///
-/// # Errors
-/// Returns the error from `io`.
-pub(crate) fn poll_block(io: Pin<&mut impl AsyncRead>, context: &mut Context<'_>) -> Poll<io::Result<BytesMut>> {
-    BLOCK_OF_THREAD.with_borrow_mut(|block| {
-        if block.capacity() < ROOM {
-            block.reserve(BLOCK);
-        }
-        ready!(poll_read_buf(io, context, block))?;
-        Poll::Ready(Ok(block.split()))
-    })
-}
 
 /// Whether an unregistered socket may have input to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,11 +113,8 @@ impl Socket {
         .await
     }
 
-    /// Reads the available bytes, at most [`BLOCK`]. An empty buffer means the end of the stream.
-    ///
-    /// The bytes are in a block of memory that all connections of this thread share for their reads. A connection that
-    /// waits therefore has no buffer, and a request costs no allocation. A caller that keeps the bytes for long must
-    /// copy them, because they keep the whole block allocated.
+    /// Reads the available bytes into the [shared block](crate::request::shared_block). An empty buffer means the end of
+    /// the stream.
     ///
     /// # Errors
     /// Returns the error from the socket, or `TimedOut` if the peer took too long.

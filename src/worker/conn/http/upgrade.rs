@@ -28,11 +28,11 @@ use hyper::upgrade::OnUpgrade;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, sleep_until};
 
-use super::super::socket::poll_block;
 use super::connection_header::asks_for_upgrade;
 use super::requests::OpenRequest;
 use crate::app::body::{Body, pipe};
 use crate::request::activity::{Activity, Wait};
+use crate::request::shared_block::poll_block;
 use crate::worker::conn::linger::discard;
 use crate::worker::lifecycle::drain::Drain;
 use crate::worker::service::request_guard::RequestGuard;
