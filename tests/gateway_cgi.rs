@@ -5,12 +5,10 @@
 mod common;
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
 use std::process::Command;
 
 use common::http::{get, post};
-use common::limit::InTime as _;
-use common::recipes::{Recipe, descendants, page, sent, stops, survives_reload};
+use common::recipes::{Recipe, descendants, git, page, sent, serves_page, stops, survives_reload};
 use common::{Server, is_gone, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -193,15 +191,6 @@ fn a_process_that_a_program_leaves_behind_does_not_delay_the_response_and_ends_w
 
 // ---- git ----
 
-fn git(directory: &Path, arguments: &[&str]) -> String {
-    let mut git = Command::new("git");
-    git.args(["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "init.defaultBranch=main"]).args(arguments);
-    git.current_dir(directory).env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_TERMINAL_PROMPT", "0");
-    let output = git.output_in_time().unwrap();
-    assert!(output.status.success(), "git {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
-
 /// Creates a repository, and starts a server for it.
 fn git_server(recipe: &Recipe) -> Server {
     let root = recipe.path("");
@@ -245,18 +234,11 @@ fn git_clones_and_pushes_through_its_http_backend() {
 #[test]
 fn cgit_shows_a_repository() {
     let recipe = Recipe::new(&[]);
-    let root = recipe.path("");
-    git(&root, &["init", "--quiet", "one"]);
-    git(&recipe.path("one"), &["commit", "--quiet", "--allow-empty", "-m", "the first commit"]);
+    recipe.commit("one", "the first commit");
     let config = format!("virtual-root=/\nrepo.url=one\nrepo.path={}\n", recipe.path("one/.git").display());
     std::fs::write(recipe.path("cgitrc"), config).unwrap();
     let mut command = recipe.command(&["--backend", "cgi"], &["/usr/lib/cgit/cgit.cgi"]);
     let mut server = Server::start_command(command.env("CGIT_CONFIG", recipe.path("cgitrc")));
     assert!(page(&server, "/").text().contains("one"));
-    let log = |address: &str, _| {
-        let response = get(address, "/one/log/").map_err(|error| error.to_string())?;
-        if response.text().contains("the first commit") { Ok(()) } else { Err(format!("{response:?}")) }
-    };
-    survives_reload(&mut server, log);
-    stops(&mut server);
+    serves_page(&mut server, "/one/log/", "the first commit");
 }

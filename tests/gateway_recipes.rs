@@ -12,7 +12,7 @@ use std::process::Command;
 use common::Server;
 use common::http::{Client, Response, get};
 use common::limit::InTime as _;
-use common::recipes::{Recipe, packages, page, stops, survives_reload};
+use common::recipes::{Recipe, packages, page, serves_page, stops, survives_reload};
 
 const HTTP: [&str; 2] = ["--backend", "http"];
 /// For servers that serve one request at a time.
@@ -261,24 +261,12 @@ fn mapserver() {
 #[ignore = "scripts/recipes installs and runs it"]
 fn gitweb() {
     let recipe = Recipe::new(&[]);
-    let git = |arguments: &[&str]| {
-        let mut git = Command::new("git");
-        git.args(["-c", "user.name=Test", "-c", "user.email=test@localhost"]).args(arguments);
-        let output = git.current_dir(recipe.path("")).output_in_time().unwrap();
-        assert!(output.status.success(), "{output:?}");
-    };
-    git(&["init", "--quiet", "one"]);
-    git(&["-C", "one", "commit", "--quiet", "--allow-empty", "-m", "the first commit"]);
+    recipe.commit("one", "the first commit");
     std::fs::write(recipe.path("gitweb.conf"), format!("$projectroot = '{}';\n", recipe.path("").display())).unwrap();
     let mut command = recipe.command(&["--backend", "cgi"], &["/usr/share/gitweb/gitweb.cgi"]);
     let mut server = Server::start_command(command.env("GITWEB_CONFIG", recipe.path("gitweb.conf")));
     assert!(page(&server, "/").text().contains("one/.git"));
-    let log = |address: &str, _| {
-        let response = get(address, "/?p=one/.git;a=log").map_err(|error| error.to_string())?;
-        if response.text().contains("the first commit") { Ok(()) } else { Err(format!("{response:?}")) }
-    };
-    survives_reload(&mut server, log);
-    stops(&mut server);
+    serves_page(&mut server, "/?p=one/.git;a=log", "the first commit");
 }
 
 #[test]

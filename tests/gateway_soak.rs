@@ -336,10 +336,14 @@ fn recycling(backend: Backend) -> (String, u64) {
     (log, recycled)
 }
 
+fn app_processes_are_recycled(backend: Backend) {
+    let (log, recycled) = recycling(backend);
+    assert!(recycled >= requests() / 1500, "{recycled}\n{log}");
+}
+
 #[test]
 fn recycling_of_php() {
-    let (log, recycled) = recycling(Backend::Php);
-    assert!(recycled >= requests() / 1500, "{recycled}\n{log}");
+    app_processes_are_recycled(Backend::Php);
 }
 
 #[test]
@@ -350,14 +354,12 @@ fn recycling_of_children_of_php() {
 
 #[test]
 fn recycling_of_node() {
-    let (log, recycled) = recycling(Backend::Node);
-    assert!(recycled >= requests() / 1500, "{recycled}\n{log}");
+    app_processes_are_recycled(Backend::Node);
 }
 
 #[test]
 fn recycling_of_a_fast_program() {
-    let (log, recycled) = recycling(Backend::Faulty);
-    assert!(recycled >= requests() / 1500, "{recycled}\n{log}");
+    app_processes_are_recycled(Backend::Faulty);
 }
 
 #[test]

@@ -14,7 +14,11 @@ use nix::unistd::Pid;
 const BINDS: [&str; 6] = ["--bind", "http:127.0.0.1:0", "--bind", "fastcgi:127.0.0.1:0", "--bind", "scgi:127.0.0.1:0"];
 
 fn start() -> Server {
-    Server::start("crashy", &[&BINDS[..], &["--workers", "1", "--log-level", "debug"]].concat())
+    start_with(&[])
+}
+
+fn start_with(options: &[&str]) -> Server {
+    Server::start("crashy", &[&BINDS[..], &["--workers", "1", "--log-level", "debug"], options].concat())
 }
 
 fn worker(server: &Server) -> i32 {
@@ -90,6 +94,18 @@ fn responses(client: &mut Client, count: usize, way: &str) {
     }
 }
 
+/// Sends requests in parts, and reads the responses.
+fn request(server: &Server, client: &mut Client, pieces: &[String], count: usize, way: &str) {
+    for piece in pieces {
+        client.stream.get_mut().write_all(piece.as_bytes()).unwrap();
+        is_read(server);
+    }
+    if way == "after 100 Continue" {
+        assert_eq!(client.head().unwrap().0, 100);
+    }
+    responses(client, count, way);
+}
+
 /// Returns the number of open connections.
 fn connections(server: &Server) -> usize {
     let board = server.segment().scoreboard();
@@ -124,14 +140,7 @@ fn an_idle_connection_survives_its_worker(wait: fn(&Server)) {
             .into_iter()
             .map(|(way, pieces, count)| {
                 let mut client = Client::connect(&server.http()).unwrap();
-                for piece in pieces {
-                    client.stream.get_mut().write_all(piece.as_bytes()).unwrap();
-                    is_read(&server);
-                }
-                if way == "after 100 Continue" {
-                    assert_eq!(client.head().unwrap().0, 100);
-                }
-                responses(&mut client, count, way);
+                request(&server, &mut client, &pieces, count, way);
                 (client, way)
             })
             .collect();
@@ -242,14 +251,7 @@ fn an_idle_connection_continues_after_its_buffers_were_freed() {
     buffers_are_freed(&server);
     drop(leaver);
     for (client, (way, pieces, count)) in &mut clients {
-        for piece in pieces {
-            client.stream.get_mut().write_all(piece.as_bytes()).unwrap();
-            is_read(&server);
-        }
-        if *way == "after 100 Continue" {
-            assert_eq!(client.head().unwrap().0, 100);
-        }
-        responses(client, *count, way);
+        request(&server, client, pieces, *count, way);
     }
     let open = clients.len();
     wait_until("only the other clients are connected", || (connections(&server) == open).then_some(()));
@@ -258,10 +260,7 @@ fn an_idle_connection_continues_after_its_buffers_were_freed() {
 
 #[test]
 fn an_idle_connection_without_buffers_is_closed_after_the_idle_timeout() {
-    let mut server = Server::start(
-        "crashy",
-        &[&BINDS[..], &["--workers", "1", "--log-level", "debug", "--idle-timeout", "5s"]].concat(),
-    );
+    let mut server = start_with(&["--idle-timeout", "5s"]);
     let mut client = Client::connect(&server.http()).unwrap();
     assert_eq!(client.request("GET", "/ok", b"").unwrap().status, 200);
     server.logged("idle connections free their buffers");

@@ -120,7 +120,7 @@ pub(crate) struct Limits {
     pub(crate) max_connections_per_address: u32,
     /// Maximum number of bytes of request heads and bodies that a worker buffers; 0 means no limit.
     pub(crate) max_buffered: u64,
-    /// Maximum number of headers in a request.
+    /// Maximum number of headers in a request, and in the response of an HTTP application.
     pub(crate) max_headers: usize,
     /// Maximum number of bytes in a request's path and query.
     pub(crate) max_uri: usize,
@@ -129,6 +129,15 @@ pub(crate) struct Limits {
     /// Number of requests after which an HTTP connection is closed; 0 means no limit.
     pub(crate) max_requests_per_connection: u32,
     pub(crate) timeouts: Timeouts,
+}
+
+impl Limits {
+    /// Returns the limit of headers to set in hyper, or `None` if it is hyper's own. hyper's parser has room for so many headers,
+    /// and allocates two tables for each head if another limit is set.
+    pub(crate) fn max_headers_to_set(&self) -> Option<usize> {
+        const ROOM_OF_HYPER: usize = 100;
+        Some(self.max_headers).filter(|&most| most != ROOM_OF_HYPER)
+    }
 }
 
 /// Time limits for clients, with a resolution of one second. Zero means no limit.

@@ -99,8 +99,8 @@ impl AppStream {
     }
 
     /// Reads more of a response, after the bytes in `input`. The first read of a response is short in most cases, and uses the
-    /// shared block of memory, so that a request that waits for its response has no buffer. `is_long` tells that it is not the
-    /// first read. Returns the number of bytes; 0 is the end of the stream.
+    /// shared block of memory, so that a request that waits for its response has no buffer. `is_long` is false for the first
+    /// read only. Returns the number of bytes; 0 is the end of the stream.
     ///
     /// # Errors
     /// Returns the error from the socket.

@@ -407,8 +407,8 @@ impl<'a> Response<'a> {
         matches!(*self.state.borrow(), State::Awaited(_))
     }
 
-    pub(super) fn max_headers(&self) -> usize {
-        self.shared.max_headers
+    pub(super) fn max_headers_to_set(&self) -> Option<usize> {
+        self.shared.max_headers_to_set
     }
 
     pub(super) fn max_head(&self) -> usize {

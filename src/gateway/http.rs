@@ -36,9 +36,6 @@ use crate::protocol::http_gateway::{request_headers, response_headers, response_
 pub(super) const MAX_IDLE: Duration = Duration::from_millis(1500);
 /// hyper's minimum for the buffer of a head.
 const MIN_HEAD: usize = 8 << 10;
-/// Number of headers of a response that hyper's parser handles without an allocation. A higher limit costs two allocations of
-/// 32 bytes for each header that is allowed, for every response.
-const ROOM_FOR_HEADERS: usize = 100;
 
 /// A request.
 #[derive(Debug)]
@@ -240,8 +237,8 @@ impl Connection {
     async fn open(stream: AppStream, response: &Response<'_>) -> Result<Self, Failure> {
         let mut builder = http1::Builder::new();
         builder.max_buf_size(response.max_head().max(MIN_HEAD));
-        if response.max_headers() != ROOM_FOR_HEADERS {
-            builder.max_headers(response.max_headers());
+        if let Some(most) = response.max_headers_to_set() {
+            builder.max_headers(most);
         }
         let opened = builder.handshake(TokioIo::new(stream.clone())).await;
         let (sender, connection) = opened.map_err(|error| Failure::NotSent(io::Error::other(error)))?;

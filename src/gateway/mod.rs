@@ -113,8 +113,8 @@ pub(crate) struct Shared {
     kept: KeptConnections,
     /// Maximum number of bytes in the head of a response.
     max_head: usize,
-    /// Maximum number of headers in the response of an HTTP application (`--max-headers`).
-    max_headers: usize,
+    /// Maximum number of headers in the response of an HTTP application (`--max-headers`), unless it is hyper's own.
+    max_headers_to_set: Option<usize>,
     /// `None` if there is no limit.
     request_timeout: Option<Duration>,
     queue_timeout: Duration,
@@ -189,7 +189,7 @@ impl Gateway {
             activity: Activity::default(),
             kept: KeptConnections::default(),
             max_head: config.limits.max_params,
-            max_headers: config.limits.max_headers,
+            max_headers_to_set: config.limits.max_headers_to_set(),
             request_timeout: Some(gateway.request_timeout).filter(|timeout| !timeout.is_zero()),
             queue_timeout: gateway.queue_timeout,
             retries: gateway.retries,

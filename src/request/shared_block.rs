@@ -1,8 +1,8 @@
 //! The block of memory that the reads of a thread share.
 //!
 //! A connection that waits therefore has no buffer, and a short read costs no allocation: the bytes are a part of the block,
-//! and the next read continues after them. Whoever keeps the bytes for long must copy them, because they keep the whole
-//! block allocated.
+//! and the next read continues after them. A caller that keeps the bytes for long must copy them, because they keep the
+//! whole block allocated.
 
 use std::cell::RefCell;
 use std::io;

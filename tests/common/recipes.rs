@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use super::http::{Client, Response, get, post};
+use super::limit::InTime as _;
 use super::{Server, StopOnDrop, is_gone, processes, program, wait_until};
 
 /// Number of clients during a reload.
@@ -56,6 +57,12 @@ impl Recipe {
         forkyard
     }
 
+    /// Creates a repository with one commit in a directory.
+    pub fn commit(&self, directory: &str, message: &str) {
+        git(&self.path(""), &["init", "--quiet", directory]);
+        git(&self.path(directory), &["commit", "--quiet", "--allow-empty", "-m", message]);
+    }
+
     /// Starts the server, checks that it works, and stops it. The application answers with the method, the path, the
     /// query and the length of the body.
     pub fn serves(&self, options: &[&str], command: &[&str]) {
@@ -67,6 +74,16 @@ impl Recipe {
         survives_reload(&mut server, echoes);
         stops(&mut server);
     }
+}
+
+/// Runs git in a directory, without the user's settings. Returns its output.
+pub fn git(directory: &Path, arguments: &[&str]) -> String {
+    let mut git = Command::new("git");
+    git.args(["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "init.defaultBranch=main"]).args(arguments);
+    git.current_dir(directory).env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_TERMINAL_PROMPT", "0");
+    let output = git.output_in_time().unwrap();
+    assert!(output.status.success(), "git {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }
 
 /// Sends a GET and a POST on one connection.
@@ -110,6 +127,16 @@ pub fn survives_reload(server: &mut Server, ask: impl Fn(&str, u64) -> Result<()
     });
     let failures = failures.into_inner().unwrap();
     assert!(failures.is_empty(), "{} requests failed, such as {:?}", failures.len(), failures.first());
+}
+
+/// Checks that a page contains `expected`, also during a reload, and stops the server.
+pub fn serves_page(server: &mut Server, target: &str, expected: &str) {
+    let ask = |address: &str, _| {
+        let response = get(address, target).map_err(|error| error.to_string())?;
+        if response.text().contains(expected) { Ok(()) } else { Err(format!("{response:?}")) }
+    };
+    survives_reload(server, ask);
+    stops(server);
 }
 
 /// Stops the server. None of its processes may be left.

@@ -64,9 +64,6 @@ const RESETS: (usize, usize) = (20, 128);
 /// The first bytes of a TLS connection: a handshake record, version 3 (RFC 8446, section 5.1).
 const TLS_HANDSHAKE: &[u8] = &[0x16, 0x03];
 const TLS_ON_PLAIN_PORT: &str = "a TLS handshake on a port that speaks plain HTTP";
-/// Number of headers that hyper's parser handles without an allocation. A higher limit costs two allocations per
-/// request.
-const ROOM_FOR_HEADERS: usize = 100;
 
 /// Serves one connection until it ends.
 ///
@@ -103,7 +100,7 @@ where
         service_fn(move |request| Rc::clone(&connection).answer(request))
     };
     let settings = http2_settings(&connection.application.limits);
-    let serving = Box::pin(settings.serve_connection(TokioIo::new(socket), answer));
+    let serving = pin!(settings.serve_connection(TokioIo::new(socket), answer));
     let (requests, drain) = (&connection.requests, &connection.ends.drain);
     let ended = until_drained(serving, |serving| serving.as_mut().graceful_shutdown(), requests, drain).await;
     if let Err(error) = ended {
@@ -320,8 +317,8 @@ fn http1_settings(limits: &Limits) -> http1::Builder {
     let mut builder = http1::Builder::new();
     // The watchdog enforces the timeout.
     builder.header_read_timeout(None).max_buf_size(limits.max_params).max_header_size(limits.max_params);
-    if limits.max_headers != ROOM_FOR_HEADERS {
-        builder.max_headers(limits.max_headers);
+    if let Some(most) = limits.max_headers_to_set() {
+        builder.max_headers(most);
     }
     builder
 }
